@@ -1,0 +1,125 @@
+"""What all tests share: which tests need what is not always there, where that is found, and a clean environment.
+
+A test that needs the real images, an S3 server, a Docker Engine or a CUDA device is marked so and skips, with the
+reason, where there is none. Naming one by its variable asks for it: then its absence is a failure, not a skip.
+"""
+
+import functools
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+FIXTURE_MARKS = {"real_images": "data", "real_originals": "data", "s3_server": "s3"}  # a user of one has the mark
+
+
+class NotHereError(Exception):
+    """What a mark needs is not on this machine."""
+
+
+def _find_real_data() -> Path:
+    folder = Path(os.environ.get("XRAI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    for name in ("chest_xray", "chest_xray_originals"):
+        if not (folder / name).is_dir():
+            raise NotHereError(f"{folder} holds no {name}/; XRAI_TEST_DATA names the folder of the real images")
+    return folder.resolve()
+
+
+def _find_s3() -> str:
+    if endpoint := os.environ.get("XRAI_TEST_S3_ENDPOINT"):
+        return endpoint
+    raise NotHereError("no S3 server: XRAI_TEST_S3_ENDPOINT names one (and XRAI_TEST_S3_KEY, XRAI_TEST_S3_SECRET)")
+
+
+def _find_docker() -> None:
+    if not os.environ.get("XRAI_TEST_CONTAINERS"):
+        raise NotHereError("container tests build images and take minutes: XRAI_TEST_CONTAINERS=1 asks for them")
+    try:
+        done = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotHereError(f"no Docker Engine: {error}") from error
+    if done.returncode != 0:
+        raise NotHereError(f"no Docker Engine: {done.stderr.strip() or done.returncode}")
+
+
+def _find_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise NotHereError("no CUDA device")
+
+
+FINDERS = {"data": _find_real_data, "s3": _find_s3, "containers": _find_docker, "gpu": _find_gpu}
+ASKED_BY = {"data": "XRAI_TEST_DATA", "s3": "XRAI_TEST_S3_ENDPOINT", "containers": "XRAI_TEST_CONTAINERS"}
+
+
+@functools.cache
+def _why_not(mark: str) -> str | None:
+    try:
+        FINDERS[mark]()
+    except NotHereError as error:
+        return str(error)
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in FIXTURE_MARKS:
+                item.add_marker(FIXTURE_MARKS[fixture])
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.xdist_group("distributed"))  # one after the other: each fills several cores
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in FINDERS:
+        if item.get_closest_marker(mark) and (reason := _why_not(mark)):
+            if os.environ.get(ASKED_BY.get(mark, "")):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees the addresses, credentials or cache of the person who runs it."""
+    for name in list(os.environ):
+        if name.startswith("AWS_") or (name.startswith("XRAI_") and not name.startswith("XRAI_TEST_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The public training images at 224 x 224 pixels: a folder with train/{NORMAL,PNEUMONIA}. Read only."""
+    return _find_real_data() / "chest_xray"
+
+
+@pytest.fixture(scope="session")
+def real_originals() -> Path:
+    """300 of the same images as published, up to 2,900 pixels wide: train/{NORMAL,PNEUMONIA}. Read only."""
+    return _find_real_data() / "chest_xray_originals"
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a real S3 server, for which the AWS environment is set in this test."""
+    endpoint = _find_s3()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", os.environ.get("XRAI_TEST_S3_KEY", "xrai"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", os.environ.get("XRAI_TEST_S3_SECRET", "xraixrai"))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    yield endpoint

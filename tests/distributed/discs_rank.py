@@ -1,0 +1,76 @@
+"""One rank of a training on discs in memory; prints what it came to as one line of JSON. The tests start it.
+
+python tests/distributed/discs_rank.py [--folder DIR] [--stop_after N] [--poison 1] [--section.key=value …]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.learning.fakes import FakeLoader, train_discs
+from xrai import config as configuration
+from xrai.config import Flag
+from xrai.errors import run_command
+from xrai.learning.distributed import join
+
+
+def main() -> None:
+    flags = [
+        Flag("folder", "", "where checkpoints are"),
+        Flag("stop_after", 0, "ask to stop after so many steps, on one rank", type=int),
+        Flag("stop_rank", 0, "which rank is asked to stop", type=int),
+        Flag("poison_rank", -1, "the rank whose loss is not finite in the fourth step", type=int),
+        Flag("num_images", 150, "training images", type=int),
+    ]
+    config, values = configuration.parse("train", description="discs", flags=flags)
+    torch.set_num_threads(1)
+    with join(timeout_s=config.train.timeout_s) as ranks:
+
+        def poison(loader: FakeLoader) -> None:
+            original = loader.epoch
+
+            def epoch(number: int, *, start: int = 0):  # type: ignore[no-untyped-def]
+                for position, batch in enumerate(original(number, start=start)):
+                    if position + start == 3 and ranks.rank == values["poison_rank"]:
+                        batch.labels = batch.labels.astype(np.float32)
+                        batch.labels[[0, 2]] = np.nan
+                    yield batch
+
+            loader.epoch = epoch  # type: ignore[method-assign]
+
+        outcome = train_discs(
+            config,
+            ranks=ranks,
+            folder=Path(values["folder"]) if values["folder"] else None,
+            num_images=values["num_images"],
+            stop_after=values["stop_after"] if ranks.rank == values["stop_rank"] and values["stop_after"] else None,
+            damage=poison,
+        )
+    print(
+        json.dumps(
+            {
+                "losses": outcome.losses,
+                "weights": outcome.weights,
+                "stopped": outcome.stopped,
+                "epochs": [
+                    {
+                        "epoch": result.epoch,
+                        "train_loss": result.train_loss,
+                        "train_accuracy": result.train_accuracy,
+                        "val_loss": result.val_loss,
+                        "val_logits": result.val.logits.tolist(),
+                        "shifted_logits": result.shifted.logits.tolist(),
+                    }
+                    for result in outcome.results
+                ],
+            }
+        )
+    )
+
+
+run_command(main)

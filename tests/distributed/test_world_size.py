@@ -1,0 +1,96 @@
+"""What must not depend on how many ranks there are, with real processes over gloo."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import finish_ranks, run_ranks, start_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed"), pytest.mark.timeout(180)]
+
+RANK = "tests/distributed/discs_rank.py"
+EXACT = ["--train.precision=fp64", "--train.global_batch_size=32"]
+BATCHES = np.array([32, 32, 32, 32, 22])
+
+
+def train(*options: str, world_size: int) -> dict[str, Any]:
+    outcome: dict[str, Any] = run_ranks([RANK, *EXACT, *options], world_size=world_size)[0]
+    return outcome
+
+
+def test_the_loss_of_a_hundred_steps_is_the_same_on_1_2_and_4_ranks():
+    one, two, four = (train("--train.epochs=20", world_size=world_size) for world_size in (1, 2, 4))
+    sizes = np.tile(BATCHES, 20)
+    assert len(one["losses"]) == 100
+    for other in (two, four):
+        difference = np.abs(np.array(one["losses"]) - np.array(other["losses"])) / sizes
+        assert difference.max() < 1e-12
+        for ours, theirs in zip(one["epochs"], other["epochs"], strict=True):
+            assert theirs["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-11)
+            assert theirs["train_accuracy"] == ours["train_accuracy"]
+            assert np.allclose(ours["val_logits"], theirs["val_logits"], atol=1e-9)
+            assert np.allclose(ours["shifted_logits"], theirs["shifted_logits"], atol=1e-9)
+
+
+def test_every_rank_ends_with_the_same_weights():
+    outcomes = run_ranks([RANK, "--train.epochs=1", "--train.global_batch_size=32"], world_size=2)
+    assert outcomes[0]["weights"] == outcomes[1]["weights"]
+
+
+def test_accumulation_over_two_ranks_equals_one_batch():
+    whole = train("--train.epochs=1", world_size=1)
+    parts = train("--train.epochs=1", "--train.accumulation_steps=4", world_size=2)
+    assert parts["losses"] == pytest.approx(whole["losses"], abs=1e-10)
+
+
+def test_fewer_images_than_ranks_in_the_last_batch_is_no_hang_and_no_difference():
+    options = ["--train.epochs=2", "--num_images=65"]  # the last batch holds one image
+    one, four = train(*options, world_size=1), train(*options, world_size=4)
+    assert four["losses"] == pytest.approx(one["losses"], abs=1e-10)
+    assert four["epochs"][-1]["train_accuracy"] == one["epochs"][-1]["train_accuracy"]
+
+
+def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path):
+    options = [RANK, "--train.epochs=2", "--train.global_batch_size=32", "--train.precision=off"]
+    whole = run_ranks(options, world_size=2)[0]
+    first = run_ranks([*options, f"--folder={tmp_path}", "--stop_after=3", "--stop_rank=1"], world_size=2)
+    assert [outcome["stopped"] for outcome in first] == [True, True]
+    assert [len(outcome["losses"]) for outcome in first] == [3, 3]
+    second = run_ranks([*options, f"--folder={tmp_path}", "--stop_after=4"], world_size=2)
+    third = run_ranks([*options, f"--folder={tmp_path}"], world_size=2)
+    assert first[0]["losses"] + second[0]["losses"] + third[0]["losses"] == whole["losses"]
+    assert third[0]["weights"] == whole["weights"]
+    assert (second[0]["epochs"] + third[0]["epochs"]) == whole["epochs"]
+
+
+def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_path: Path):
+    options = [RANK, *EXACT, "--train.epochs=3", f"--folder={tmp_path}"]
+    whole = train("--train.epochs=3", world_size=1)
+    losses, epochs = [], []
+    for world_size, stop_after in ((2, 4), (1, 4), (4, 0)):
+        outcome = run_ranks([*options, f"--stop_after={stop_after}"], world_size=world_size)[0]
+        losses, epochs = losses + outcome["losses"], epochs + outcome["epochs"]
+    assert losses == pytest.approx(whole["losses"], abs=1e-10)
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
+    for ours, theirs in zip(epochs, whole["epochs"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-11)
+        assert ours["train_accuracy"] == theirs["train_accuracy"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_its_images(rank: int):
+    options = [RANK, "--train.global_batch_size=32", f"--poison_rank={rank}"]
+    for status, _, stderr in finish_ranks(start_ranks(options, world_size=2)):
+        assert status == 1
+        assert "step 4 (epoch 1, batch 4): the loss of 2 images is not finite: disc-" in stderr
+
+
+def test_one_writer_leaves_one_set_of_checkpoints(tmp_path: Path):
+    options = ["--train.epochs=2", f"--folder={tmp_path}", "--checkpoint.every=2", "--checkpoint.keep_last=50"]
+    train(*options, world_size=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    steps = [2, 4, 5, 6, 8, 10]
+    expected = [f"step-{step:09d}.{kind}" for step in steps for kind in ("json", "pt")]
+    assert names == sorted([*expected, "latest.json"])

@@ -1,0 +1,139 @@
+"""Training in memory for tests of the learning room: discs on noise, batched by the real loader's rules."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xrai.config import Config
+from xrai.errors import StoppedError
+from xrai.learning import loop, optim
+from xrai.learning.checkpoint import CheckpointFolder
+from xrai.learning.distributed import Ranks
+from xrai.learning.predictor import build_model
+from xrai.store import open_store
+
+
+@dataclass
+class FakeBatch:
+    images: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    rows: NDArray[np.int64]
+    num_global: int
+
+
+class FakeLoader:
+    """Batches of arrays in memory: the same global batches for every world size."""
+
+    def __init__(
+        self, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, batch_size: int, shuffle: bool = False,
+        seed: int = 0, rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        self.images, self.labels = images, labels
+        self.num_images = len(labels)
+        self.num_batches = -(-len(labels) // batch_size)
+        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
+        self._rank, self._world_size = rank, world_size
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
+        order = np.arange(self.num_images)
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, epoch]).permutation(self.num_images)
+        for number in range(start, self.num_batches):
+            rows = order[number * self._batch_size : (number + 1) * self._batch_size]
+            low, high = (len(rows) * (self._rank + side) // self._world_size for side in (0, 1))
+            mine = rows[low:high].astype(np.int64)
+            yield FakeBatch(self.images[mine][:, None], self.labels[mine], mine, len(rows))
+
+    def timings(self) -> dict[str, float]:
+        return {"fetch": 0.0, "verify": 0.0, "assemble": 0.0}
+
+
+def make_discs(num_images: int, *, size: int = 32, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """(N, size, size) uint8 pictures of noise, every other one with a bright disc, and labels (N,)."""
+    generator = np.random.default_rng(seed)
+    images = generator.normal(90, 25, size=(num_images, size, size))
+    labels = (np.arange(num_images) % 3 > 0).astype(np.uint8)
+    y, x = np.mgrid[:size, :size]
+    for image, label in zip(images, labels, strict=True):
+        if label:
+            centre_y, centre_x = generator.uniform(size * 0.3, size * 0.7, size=2)
+            image[(y - centre_y) ** 2 + (x - centre_x) ** 2 < (size / 6) ** 2] += 70
+    return images.clip(0, 255).astype(np.uint8), labels
+
+
+@dataclass
+class Outcome:
+    """What a training on discs came to, on this rank."""
+
+    losses: list[float]  # of each global batch, summed over its images
+    weights: dict[str, list[float]]
+    results: list[loop.EpochResult]  # rank 0's, of the epochs since this process began
+    stopped: bool
+
+
+def train_discs(
+    config: Config, *, ranks: Ranks, folder: Path | None = None, num_images: int = 150, stop_after: int | None = None,
+    damage: Callable[[FakeLoader], None] | None = None,
+) -> Outcome:  # fmt: skip
+    """Train on discs in memory, going on from the newest checkpoint in `folder`.
+
+    `stop_after` asks the process to stop after so many steps of its own; `damage` may change the training images.
+    """
+    images, labels = make_discs(num_images)
+    val_images, val_labels = make_discs(41, seed=1)
+    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    train = FakeLoader(
+        images, labels, batch_size=config.train.global_batch_size, shuffle=True, seed=config.train.seed, **share
+    )
+    if damage is not None:
+        damage(train)
+    checkpoints, resumed = None, None
+    if folder is not None:
+        checkpoints = CheckpointFolder(
+            folder, store=open_store(str(folder)), publish=lambda names: None, remove=lambda names: None,
+            keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best,
+        )  # fmt: skip
+        found = checkpoints.newest()
+        resumed = found[1] if found else None
+    torch.manual_seed(config.train.seed)
+    network = build_model(config.model)
+    sums: list[torch.Tensor] = []
+    results: list[loop.EpochResult] = []
+    original = optim.image_losses
+
+    def recorded(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        losses = original(logits, *arguments, **keywords)
+        if losses.requires_grad:
+            sums.append(losses.detach().double().sum())
+        return losses
+
+    class Watcher:
+        def after_epoch(self, result: loop.EpochResult) -> float:
+            results.append(result)
+            return -result.val_loss
+
+    stopped = False
+    optim.image_losses = recorded
+    try:
+        loop.fit(
+            network, config, ranks=ranks, train=train,
+            val=FakeLoader(val_images, val_labels, batch_size=16, **share),
+            class_counts=(int((labels == 0).sum()), int(labels.sum())), val_labels=val_labels,
+            name_of=lambda row: f"disc-{row}",
+            observer=Watcher() if ranks.is_main else None, checkpoints=checkpoints if ranks.is_main else None,
+            facts={}, resumed=resumed,
+            asked_to_stop=lambda: stop_after is not None and len(sums) >= stop_after * config.train.accumulation_steps,
+        )  # fmt: skip
+    except StoppedError:
+        stopped = True
+    finally:
+        optim.image_losses = original
+    parts = config.train.accumulation_steps
+    per_step = torch.stack(sums).reshape(-1, parts).sum(dim=1) if sums else torch.empty(0, dtype=torch.float64)
+    weights = {name: tensor.double().flatten().tolist() for name, tensor in network.state_dict().items()}
+    return Outcome(ranks.sum(per_step).tolist(), weights, results, stopped)

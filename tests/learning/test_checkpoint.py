@@ -1,0 +1,165 @@
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xrai.errors import CorruptError, NotFoundError, RunError
+from xrai.learning.checkpoint import CheckpointFolder, read_state, refuse_other_run
+from xrai.store import open_store
+
+
+class Recorder:
+    """Stands for the run's folder: notes what is announced."""
+
+    def __init__(self) -> None:
+        self.published: list[str] = []
+        self.removed: list[str] = []
+
+    def publish(self, names: Sequence[str]) -> None:
+        self.published.extend(names)
+
+    def remove(self, names: Sequence[str]) -> None:
+        self.removed.extend(names)
+
+
+def open_folder(path: Path, recorder: Recorder | None = None, **keep: int) -> CheckpointFolder:
+    recorder = recorder or Recorder()
+    kept = {"keep_last": 2, "keep_best": 1, **keep}
+    return CheckpointFolder(path, store=open_store(str(path)), publish=recorder.publish, remove=recorder.remove, **kept)
+
+
+def state_of(step: int) -> dict[str, Any]:
+    return {"model": {"weight": torch.full((300,), float(step))}, "progress": {"step": step}}
+
+
+def steps_on_disk(path: Path) -> list[int]:
+    return sorted(int(file.stem.partition("-")[2]) for file in (path / "checkpoints").glob("step-*.pt"))
+
+
+def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path):
+    folder = open_folder(tmp_path)
+    for step in (5, 10):
+        folder.save(state_of(step), step=step, epoch=1, score=None)
+    found = open_folder(tmp_path).newest()
+    assert found is not None
+    entry, state = found
+    assert entry.step == 10 and state["progress"] == {"step": 10}
+    assert torch.equal(state["model"]["weight"], torch.full((300,), 10.0))
+
+
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path: Path):
+    assert open_folder(tmp_path).newest() is None and open_folder(tmp_path).best() is None
+
+
+def test_the_last_ones_and_the_best_are_kept_and_nothing_else(tmp_path: Path):
+    recorder = Recorder()
+    folder = open_folder(tmp_path, recorder, keep_last=2, keep_best=2)
+    scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.8, 6: 0.1, 7: float("nan")}
+    for step, score in scores.items():
+        folder.save(state_of(step), step=step, epoch=step, score=score)
+    assert steps_on_disk(tmp_path) == [2, 5, 6, 7]
+    assert sorted(recorder.removed) == sorted(
+        f"checkpoints/step-{step:09d}.{kind}" for step in (1, 3, 4) for kind in ("json", "pt")
+    )
+    reopened = open_folder(tmp_path, keep_last=2, keep_best=2)
+    assert reopened.newest() is not None
+    best = reopened.best()
+    assert best is not None and best[0].step == 2 and best[0].score == 0.9
+
+
+def test_of_equal_scores_the_first_is_the_best(tmp_path: Path):
+    folder = open_folder(tmp_path, keep_last=5, keep_best=5)
+    for step in (3, 4, 5):
+        folder.save(state_of(step), step=step, epoch=step, score=0.5)
+    best = folder.best()
+    assert best is not None and best[0].step == 3
+
+
+def test_files_are_announced_with_the_commit_mark_after_the_weights_and_latest_last(tmp_path: Path):
+    recorder = Recorder()
+    open_folder(tmp_path, recorder).save(state_of(4), step=4, epoch=0, score=None)
+    assert recorder.published == [
+        "checkpoints/step-000000004.pt", "checkpoints/step-000000004.json", "checkpoints/latest.json"
+    ]  # fmt: skip
+    latest = json.loads((tmp_path / "checkpoints/latest.json").read_text())
+    assert latest["file"] == "checkpoints/step-000000004.pt" and latest["step"] == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_a_checkpoint_cut_short_is_skipped_with_a_warning_for_the_one_before(
+    tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture
+):
+    folder = open_folder(tmp_path)
+    for step in (5, 10):
+        folder.save(state_of(step), step=step, epoch=1, score=None)
+    newest = tmp_path / "checkpoints/step-000000010.pt"
+    data = newest.read_bytes()
+    newest.write_bytes(data[: int(len(data) * share)])
+    found = open_folder(tmp_path).newest()
+    assert found is not None and found[0].step == 5
+    assert "step-000000010.pt is skipped" in caplog.text
+
+
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path):
+    folder = open_folder(tmp_path)
+    for step in (5, 10):
+        folder.save(state_of(step), step=step, epoch=1, score=None)
+    newest = tmp_path / "checkpoints/step-000000010.pt"
+    data = bytearray(newest.read_bytes())
+    store = open_store(str(tmp_path))
+    digest = json.loads((tmp_path / "checkpoints/step-000000010.json").read_text())["sha256"]
+    for position in range(0, len(data), len(data) // 9):
+        damaged = data.copy()
+        damaged[position] ^= 1
+        newest.write_bytes(damaged)
+        with pytest.raises(CorruptError, match="does not have the hash"):
+            read_state(store, "checkpoints/step-000000010.pt", sha256=digest, folder=tmp_path)
+
+
+def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path):
+    folder = open_folder(tmp_path)
+    for step in (5, 10):
+        folder.save(state_of(step), step=step, epoch=1, score=None)
+    (tmp_path / "checkpoints/step-000000010.json").unlink()
+    found = open_folder(tmp_path).newest()
+    assert found is not None and found[0].step == 5
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 10}', "\udcff"])
+def test_a_damaged_mark_is_skipped_with_a_warning(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture):
+    folder = open_folder(tmp_path)
+    for step in (5, 10):
+        folder.save(state_of(step), step=step, epoch=1, score=None)
+    (tmp_path / "checkpoints/step-000000010.json").write_text(text, errors="surrogateescape")
+    found = open_folder(tmp_path).newest()
+    assert found is not None and found[0].step == 5
+    assert "step-000000010.json" in caplog.text
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path):
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(CorruptError):
+        read_state(open_store(str(tmp_path)), "model.pt", sha256=None, folder=tmp_path)
+    torch.save({"model": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(CorruptError):
+        read_state(open_store(str(tmp_path)), "model.pt", sha256=None, folder=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_file_is_not_called_damaged(tmp_path: Path):
+    with pytest.raises(NotFoundError):
+        read_state(open_store(str(tmp_path)), "model.pt", sha256=None, folder=tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs():
+    with pytest.raises(RunError, match=r"step-1\.pt was saved with image size = 64, this run has 128"):
+        refuse_other_run({"seed": 0, "image size": 64}, {"seed": 0, "image size": 128}, name="step-1.pt")
+    refuse_other_run({"seed": 0}, {"seed": 0}, name="step-1.pt")

@@ -1,0 +1,182 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.learning.fakes import FakeLoader, Outcome, train_discs
+from xrai.config import Checkpoint, Config, Optim, Train
+from xrai.errors import TrainingError, UserError
+from xrai.learning.distributed import Ranks, join
+from xrai.learning.loop import rank_batch_size, resolve_precision
+
+SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
+
+
+@pytest.fixture
+def alone() -> Any:
+    torch.set_num_threads(1)
+    with join(timeout_s=10) as ranks:
+        yield ranks
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    )
+
+
+def same(first: Outcome, second: Outcome) -> bool:
+    return first.weights == second.weights  # bit for bit
+
+
+def test_discs_are_learnt(alone: Ranks):
+    outcome = train_discs(changed(SMALL, train={"epochs": 8}), ranks=alone, num_images=300)
+    last = outcome.results[-1]
+    assert last.val_loss < 0.5 * outcome.results[0].val_loss
+    assert last.train_accuracy > 0.85
+
+
+def test_the_same_run_twice_has_the_same_weights_bit_for_bit(alone: Ranks):
+    assert same(train_discs(SMALL, ranks=alone), train_discs(SMALL, ranks=alone))
+
+
+def test_another_seed_gives_other_weights(alone: Ranks):
+    assert not same(train_discs(SMALL, ranks=alone), train_discs(changed(SMALL, train={"seed": 1}), ranks=alone))
+
+
+def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(alone: Ranks, tmp_path: Path):
+    whole = train_discs(SMALL, ranks=alone)
+    for step in range(1, 11):  # 2 epochs of 5 steps
+        folder = tmp_path / str(step)
+        first = train_discs(SMALL, ranks=alone, folder=folder, stop_after=step)
+        assert first.stopped and len(first.losses) == step
+        second = train_discs(SMALL, ranks=alone, folder=folder)
+        assert not second.stopped
+        assert first.losses + second.losses == whole.losses
+        assert same(whole, second), f"stopped after step {step}"
+
+
+def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: Path):
+    whole = train_discs(SMALL, ranks=alone)
+    results, losses, outcome = [], [], None
+    for _ in range(6):
+        outcome = train_discs(SMALL, ranks=alone, folder=tmp_path, stop_after=2)
+        results, losses = results + outcome.results, losses + outcome.losses
+        if not outcome.stopped:
+            break
+    assert outcome is not None and not outcome.stopped and same(whole, outcome)
+    assert losses == whole.losses
+    assert [result.epoch for result in results] == [0, 1]
+    for ours, theirs in zip(results, whole.results, strict=True):
+        assert ours.train_loss == theirs.train_loss and ours.train_accuracy == theirs.train_accuracy
+        assert np.array_equal(ours.val.logits, theirs.val.logits) and ours.val_loss == theirs.val_loss
+        assert np.array_equal(ours.shifted.logits, theirs.shifted.logits)
+
+
+def test_a_finished_run_does_nothing_more(alone: Ranks, tmp_path: Path):
+    train_discs(SMALL, ranks=alone, folder=tmp_path)
+    again = train_discs(SMALL, ranks=alone, folder=tmp_path)
+    assert again.losses == [] and not again.stopped
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_batch_as_a_whole(alone: Ranks, parts: int):
+    exact = changed(SMALL, train={"precision": "fp64", "epochs": 1})
+    whole = train_discs(exact, ranks=alone)
+    summed = train_discs(changed(exact, train={"accumulation_steps": parts}), ranks=alone)
+    assert summed.losses == pytest.approx(whole.losses, rel=0, abs=1e-10)
+    for name, values in whole.weights.items():
+        assert summed.weights[name] == pytest.approx(values, rel=0, abs=1e-10), name
+
+
+def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Ranks):
+    seen: list[int] = []
+
+    class Watched(FakeLoader):
+        def epoch(self, epoch: int, *, start: int = 0):  # type: ignore[no-untyped-def]
+            for batch in super().epoch(epoch, start=start):
+                seen.extend(batch.rows.tolist())
+                yield batch
+
+    def watch(loader: FakeLoader) -> None:
+        loader.__class__ = Watched
+
+    outcome = train_discs(changed(SMALL, train={"epochs": 1}), ranks=alone, num_images=101, damage=watch)
+    assert sorted(seen) == list(range(101)) and len(outcome.losses) == 4
+
+
+def test_limits_in_steps_and_minutes_stop_and_still_measure(alone: Ranks):
+    by_steps = train_discs(changed(SMALL, train={"max_steps": 7}), ranks=alone)
+    assert len(by_steps.losses) == 7 and [result.step for result in by_steps.results] == [5, 7]
+    by_minutes = train_discs(changed(SMALL, train={"max_minutes": 1e-6}), ranks=alone)
+    assert len(by_minutes.losses) == 1 and len(by_minutes.results) == 1
+
+
+def test_patience_stops_after_epochs_without_a_better_score(alone: Ranks):
+    still = changed(SMALL, train={"epochs": 50, "patience": 2}, optim={"lr": 1e-30})
+    assert len(train_discs(still, ranks=alone, num_images=40).results) in (2, 3, 4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(alone: Ranks, tmp_path: Path):
+    config = changed(SMALL, checkpoint={"every": 1, "keep_last": 50})
+
+    def poison(loader: FakeLoader) -> None:
+        original = loader.epoch
+
+        def epoch(number: int, *, start: int = 0):  # type: ignore[no-untyped-def]
+            for position, batch in enumerate(original(number, start=start)):
+                if position + start == 3:
+                    batch.labels = batch.labels.astype(np.float32)
+                    batch.labels[[4, 9]] = np.nan
+                yield batch
+
+        loader.epoch = epoch  # type: ignore[method-assign]
+
+    with pytest.raises(
+        TrainingError, match=r"step 4 \(epoch 1, batch 4\): the loss of 2 images is not finite: disc-\d+, disc-\d+;"
+    ):
+        train_discs(config, ranks=alone, folder=tmp_path, damage=poison)
+    steps = sorted(int(path.stem.partition("-")[2]) for path in (tmp_path / "checkpoints").glob("step-*.pt"))
+    assert steps == [1, 2, 3]
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do():
+    assert rank_batch_size(Train(global_batch_size=64), world_size=4) == 16
+    with pytest.raises(UserError, match=r"64 can not be shared by 3 ranks.*nearest that can is 63 or 66"):
+        rank_batch_size(Train(global_batch_size=64), world_size=3)
+    with pytest.raises(UserError, match=r"nearest that can is 8$"):
+        rank_batch_size(Train(global_batch_size=4), world_size=8)
+    with pytest.raises(UserError, match=r"parts of train\.accumulation_steps = 4"):
+        rank_batch_size(Train(global_batch_size=2, accumulation_steps=4), world_size=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "off", "fp64", "auto"])
+def test_every_precision_trains_on_the_cpu(alone: Ranks, precision: str):
+    outcome = train_discs(changed(SMALL, train={"precision": precision}), ranks=alone)
+    assert outcome.losses[-1] < outcome.losses[0]
+    assert resolve_precision(precision, torch.device("cpu")) in ("bf16", "fp16", "off", "fp64")
+
+
+def test_fp16_goes_on_bit_for_bit_with_its_scaler(alone: Ranks, tmp_path: Path):
+    config = changed(SMALL, train={"precision": "fp16"})
+    whole = train_discs(config, ranks=alone)
+    train_discs(config, ranks=alone, folder=tmp_path, stop_after=4)
+    assert same(whole, train_discs(config, ranks=alone, folder=tmp_path))
+
+
+def test_sgd_learns_too(alone: Ranks):
+    config = dataclasses.replace(SMALL, optim=Optim(name="sgd", lr=0.1, weight_decay=1e-4), checkpoint=Checkpoint())
+    outcome = train_discs(changed(config, train={"epochs": 6}), ranks=alone)
+    assert outcome.losses[-2] < 0.8 * outcome.losses[0]
+
+
+def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks):
+    """A change of these losses is a change of the recipe or of the mathematics: say which in the commit."""
+    stored = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
+    outcome = train_discs(changed(SMALL, train={"precision": "fp64", "epochs": 10}), ranks=alone)
+    assert len(outcome.losses) == 50
+    assert outcome.losses == pytest.approx(stored, rel=1e-6)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from xrai.learning.model import ResNet, StandardizedConv2d
+
+
+@pytest.mark.parametrize("size", [16, 33, 64, 100])
+@pytest.mark.parametrize("name", ["resnet10", "resnet18"])
+def test_any_picture_size_gives_one_logit_an_image(name: str, size: int):
+    network = ResNet(name=name, width=8)
+    assert network(torch.rand(3, 1, size, size)).shape == (3,)
+    assert network.features(torch.rand(2, 1, size, size)).shape == (2, 64, -(-size // 32), -(-size // 32))
+
+
+def test_the_reference_network_has_the_size_that_the_docs_name():
+    assert sum(parameter.numel() for parameter in ResNet().parameters()) == 307_637
+
+
+def test_an_image_has_the_same_logit_whatever_stands_beside_it():
+    network = ResNet().double()
+    images = torch.rand(5, 1, 32, 32, dtype=torch.float64)
+    together = network(images)
+    alone = torch.cat([network(image[None]) for image in images])
+    assert torch.allclose(together, alone, atol=1e-12, rtol=0)
+
+
+def test_exposure_does_not_change_the_logit():
+    network = ResNet().double()
+    images = 0.3 + 0.4 * torch.rand(4, 1, 32, 32, dtype=torch.float64)
+    assert torch.allclose(network(images), network(images * 0.5 + 0.2), atol=0.05)
+
+
+def test_a_batch_of_no_images_has_a_gradient_of_zero():
+    network = ResNet()
+    network(torch.empty(0, 1, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in network.parameters())
+
+
+def test_filters_are_standardized_whatever_the_weights():
+    convolution = StandardizedConv2d(3, 5, 3)
+    images = torch.rand(2, 3, 9, 9)
+    before = convolution(images)
+    with torch.no_grad():
+        convolution.weight.mul_(7).add_(3)
+    assert torch.allclose(before, convolution(images), atol=1e-4)
+
+
+def test_variance_is_kept_through_a_relu_and_a_convolution():
+    torch.manual_seed(0)
+    convolution = StandardizedConv2d(32, 64, 3)
+    features = torch.relu(torch.randn(8, 32, 20, 20))
+    out = convolution(features)[:, :, 2:-2, 2:-2].detach()
+    assert float(out.var()) == pytest.approx(1.0, abs=0.1)

@@ -1,0 +1,212 @@
+"""One row a source file: what it shows, whose it is, where it went, or why it was set aside.
+
+Also the rules that turn paths into rows: the layout of folders, and the file names of the public data set. Everything
+here is pure; `xrai.dataset.plan` and `xrai.verify` use it.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+from xrai.dataset.shards import SPLITS
+from xrai.errors import CorruptError, SourceError
+
+CLASSES: Final = ("NORMAL", "PNEUMONIA")  # a label is a position in this tuple
+
+_LAYOUT = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA}/* or {NORMAL,PNEUMONIA}/*"
+_JUNK_FOLDERS = frozenset({"__macosx"})
+_JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
+# IM-0115-0001.jpeg, NORMAL2-IM-0416-0001-0002.jpeg, person1000_bacteria_2931.jpeg, person1_virus_7_1.jpeg
+_PUBLIC_NAME = re.compile(
+    r"(?P<prefix>phantom-)?"
+    r"(?:(?:(?P<normal>NORMAL2)-)?IM-(?P<film>\d+)(?:-\d+)+|person(?P<person>\d+)_(?P<germ>bacteria|virus)(?:_\d+)+)"
+    r"\.\w+"
+)
+_SUBTYPES = {"bacteria": "bacterial", "virus": "viral"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One source file."""
+
+    path: str  # in the source, forward slashes
+    sha256: str  # hex; "" where the file could not be read
+    label: int  # position in the data set's classes
+    patient: str  # "IM:0115", "bacteria:1000", or "file:…" where the name says nothing
+    subtype: str  # "bacterial", "viral" or ""
+    split: str  # "" where the file was set aside before it had one
+    shard: str | None = None  # name of the shard that holds it, None if set aside
+    row: int | None = None  # position in that shard
+    reason: str = ""  # why it was set aside
+
+
+def write_manifest(rows: Iterable[Row]) -> bytes:
+    """`manifest.jsonl`: one line of JSON a row."""
+    return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
+
+
+def read_manifest(data: bytes, *, where: str) -> list[Row]:
+    """Read `manifest.jsonl` back. Raises `CorruptError` naming the line when it is not what was written."""
+    rows = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise CorruptError(f"{where}, line {number}, is not a row of a manifest: {error}") from error
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A data file as its path describes it."""
+
+    path: str
+    split: str  # the split that the source gives; "train" where it has no split folders
+    label: int
+    patient: str
+    subtype: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a source's paths say."""
+
+    entries: tuple[Entry, ...]  # sorted by path
+    has_splits: bool  # the source has split folders
+    not_data: dict[str, int]  # what was passed over, in words -> number of files
+
+    def describe_not_data(self) -> str:
+        """In words; empty where nothing was passed over."""
+        parts = ", ".join(f"{count} {words}" for words, count in sorted(self.not_data.items()))
+        return f"{sum(self.not_data.values())} files are not data: {parts}" if parts else ""
+
+
+def lay_out(paths: Iterable[str], *, source: str) -> Layout:
+    """Find the data files among a source's paths; `source` names it in messages.
+
+    Known: split and class folders, whatever their case; class folders alone (all of it train); either below further
+    folders; a second copy of the same tree inside the first, as in the public archive. Hidden files, `__MACOSX`,
+    `Thumbs.db`, `desktop.ini` and files outside of class folders are not data; they are counted.
+
+    Raises `SourceError` when there is no data file, a class folder is unknown, or there are several trees.
+    """
+    not_data: Counter[str] = Counter()
+    trees: dict[str, list[_Place]] = defaultdict(list)  # by the folder above
+    outside = []
+    for path in sorted(paths):
+        if words := _junk(path):
+            not_data[words] += 1
+        elif place := _find_place(path):
+            trees[place.above].append(place)
+        else:
+            outside.append(path)
+    if not trees:
+        raise SourceError(f"{source} holds no images laid out as {_LAYOUT}{_example(outside)}")
+    has_splits = _check_folders([place for tree in trees.values() for place in tree], outside, source=source)
+    top, *others = sorted(trees, key=lambda above: (above.count("/"), above))
+    inside = {place.below for place in trees[top]}
+    for above in others:
+        if not inside.issuperset(place.below for place in trees[above]):
+            raise SourceError(
+                f"{source} holds several trees of images, in {top or 'its top folder'!r} and {above!r}; "
+                f"give one of them as --source"
+            )
+        not_data["in a second copy of the tree"] += len(trees[above])
+    if outside:
+        not_data["outside of the class folders"] += len(outside)
+    return Layout(tuple(_entry(place) for place in trees[top]), has_splits, dict(not_data))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a file stands. `path` is `above` + `below`; `below` begins with the split or class folder."""
+
+    path: str
+    above: str  # "" or "chest_xray/"
+    below: str  # "train/NORMAL/IM-0115-0001.jpeg"
+    split: str  # "" where there is no split folder
+    class_folder: str  # as it is written
+
+
+def _find_place(path: str) -> _Place | None:
+    """None where a path has neither a split nor a class folder."""
+    parts = path.split("/")
+    folders = parts[:-1]
+    for k, folder in enumerate(folders[:-1]):
+        if folder.lower() in SPLITS:
+            return _Place(
+                path, "".join(f"{part}/" for part in parts[:k]), "/".join(parts[k:]), folder.lower(), parts[k + 1]
+            )
+    for k, folder in enumerate(folders):
+        if folder.upper() in CLASSES:
+            return _Place(path, "".join(f"{part}/" for part in parts[:k]), "/".join(parts[k:]), "", folder)
+    return None
+
+
+def _check_folders(places: Sequence[_Place], outside: Sequence[str], *, source: str) -> bool:
+    """Whether there are split folders. Raises `SourceError` for a class folder that is not known."""
+    has_splits = any(place.split for place in places)
+    folders = [(place.class_folder, place.path) for place in places]
+    if not has_splits:  # then every folder beside the class folders means to be a class
+        tops = {place.above for place in places}
+        folders += [(path[len(top) :].split("/")[0], path) for path in outside for top in tops if _is_deep(path, top)]
+    for folder, path in folders:
+        if folder.upper() not in CLASSES:
+            raise SourceError(
+                f"unknown class folder {folder!r} in {source} ({path}); allowed are {' and '.join(CLASSES)}"
+            )
+    for place in places:
+        if has_splits and not place.split:
+            raise SourceError(f"{source} has split folders, but {place.path} is in none; the layout is {_LAYOUT}")
+    return has_splits
+
+
+def _is_deep(path: str, top: str) -> bool:
+    """Whether a path lies in a folder inside `top`, not in `top` itself."""
+    return path.startswith(top) and "/" in path[len(top) :]
+
+
+def _junk(path: str) -> str:
+    *folders, name = path.split("/")
+    if any(folder.lower() in _JUNK_FOLDERS for folder in folders):
+        return "in __MACOSX"
+    if name.startswith(".") or any(folder.startswith(".") for folder in folders):
+        return "hidden (names that begin with a dot)"
+    return "Thumbs.db or desktop.ini" if name.lower() in _JUNK_FILES else ""
+
+
+def _entry(place: _Place) -> Entry:
+    label = CLASSES.index(place.class_folder.upper())
+    patient, subtype = parse_name(PurePosixPath(place.path).name)
+    return Entry(
+        path=place.path,
+        split=place.split or "train",
+        label=label,
+        patient=patient or f"file:{place.below}",
+        subtype=subtype if CLASSES[label] == "PNEUMONIA" else "",
+    )
+
+
+def parse_name(name: str) -> tuple[str, str]:
+    """The patient key and subtype that a public (or phantom) file name states; empty where it is no such name.
+
+    A key is a stream and a number in it: `person78` of bacteria and of virus are two people.
+    """
+    match = _PUBLIC_NAME.fullmatch(name)
+    if match is None:
+        return "", ""
+    prefix, germ = match["prefix"] or "", match["germ"]
+    if germ:
+        return f"{prefix}{germ}:{match['person']}", _SUBTYPES[germ]
+    return f"{prefix}{match['normal'] or 'IM'}:{match['film']}", ""
+
+
+def _example(outside: Sequence[str]) -> str:
+    return f"; it holds {len(outside)} other files, such as {outside[0]}" if outside else "; it is empty"

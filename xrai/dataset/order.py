@@ -1,0 +1,77 @@
+"""The order in which an epoch visits the rows of a split. Pure functions; the loader calls them.
+
+The order is a function of (seed, epoch, rows of each shard, window, shuffle) alone, not of ranks, threads or the step
+where a run was restarted. It uses numpy's raw bit streams, which NEP 19 promises never to change, and a stable sort.
+
+Shuffled, the shards are permuted and cut into windows of 1, 1, 2, 4, ... up to `window` shards, and the rows are
+permuted inside each window. So the first batch needs one shard, and a reader holds one window and the shards it has
+asked for ahead. Rows stand in hash order inside a split, which makes each shard a random sample of it; what the windows
+cost in mixing is measured in docs/decisions/0004-order-and-windows.md. Not shuffled, the order is that of the shards.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]  # (n,) positions in the split
+
+
+def rank_slice(num: int, *, rank: int, world_size: int) -> slice:
+    """The part of a global batch of `num` images that one rank takes. The parts differ by one image at most."""
+    return slice(num * rank // world_size, num * (rank + 1) // world_size)
+
+
+def plan_windows(num_shards: int, *, seed: int, epoch: int, window: int, shuffle: bool) -> list[tuple[int, ...]]:
+    """The shards of each window, in the order of use. Each shard is in one window."""
+    if not shuffle:
+        return [(shard,) for shard in range(num_shards)]
+    shards = [int(shard) for shard in _permutation(num_shards, seed, epoch, 0)]
+    windows = []
+    start, size = 0, 1
+    while start < num_shards:
+        windows.append(tuple(shards[start : start + size]))
+        start += size
+        size = min(start, window)
+    return windows
+
+
+class EpochOrder:
+    """One epoch's order of all rows of a split, made a window at a time."""
+
+    def __init__(self, shard_rows: Sequence[int], *, seed: int, epoch: int, window: int, shuffle: bool) -> None:
+        self._shard_rows, self._seed, self._epoch, self._shuffle = tuple(shard_rows), seed, epoch, shuffle
+        self._shard_starts = tuple(accumulate(self._shard_rows, initial=0))
+        self.windows = plan_windows(len(shard_rows), seed=seed, epoch=epoch, window=window, shuffle=shuffle)
+        rows = [sum(self._shard_rows[shard] for shard in shards) for shards in self.windows]
+        self._window_starts = np.array([0, *accumulate(rows)])
+        self._latest: dict[int, Rows] = {}
+
+    def windows_of(self, start: int, stop: int) -> range:
+        """The windows that hold the places `start` to `stop` (not included) of the order."""
+        first = int(np.searchsorted(self._window_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._window_starts, stop, side="left")) - 1
+        return range(first, last + 1)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The rows at the places `start` to `stop` (not included) of the order."""
+        windows = self.windows_of(start, stop)
+        self._latest = {
+            window: self._latest[window] if window in self._latest else self._window_rows(window) for window in windows
+        }
+        parts = [
+            rows[max(start - int(self._window_starts[window]), 0) : stop - int(self._window_starts[window])]
+            for window, rows in self._latest.items()
+        ]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _window_rows(self, window: int) -> Rows:
+        starts = self._shard_starts
+        rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in self.windows[window]])
+        return rows[_permutation(len(rows), self._seed, self._epoch, 1 + window)] if self._shuffle else rows
+
+
+def _permutation(num: int, seed: int, epoch: int, stream: int) -> Rows:
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, stream])).random_raw(num)
+    return np.argsort(bits, kind="stable")

@@ -1,0 +1,242 @@
+"""HDF5 shards and `dataset.json`, the commit mark of a data set. The one home of h5py.
+
+`xrai.preprocess` writes both, the loader and `xrai.verify` read them. A shard's pixels are stored contiguously, so a
+reader maps the file and never goes through h5py for them. The same rows give the same bytes, whoever writes them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from xrai.errors import CorruptError, DatasetError, NotFoundError
+from xrai.store import Store
+
+SCHEMA_VERSION: Final = 1
+INDEX_KEY: Final = "dataset.json"
+MANIFEST_KEY: Final = "manifest.jsonl"
+REPORT_PREFIX: Final = "report/"
+SPLITS: Final = ("train", "val", "test")
+
+_SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}-of-\d{5,}\.h5")
+_PAGE_BYTES = 4096
+
+
+def shard_name(split: str, number: int, num_shards: int) -> str:
+    """`train-00000-of-00008.h5`: the key of the shard at place `number` of the `num_shards` planned for a split."""
+    return f"{split}-{number:05d}-of-{num_shards:05d}.h5"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a key has the form that `shard_name` gives."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One open shard. `images` is a view on the mapped file: pages are read when they are touched."""
+
+    images: NDArray[np.uint8]  # (N, H, W), read-only
+    labels: NDArray[np.uint8]  # (N,), positions in `DatasetIndex.classes`
+    source: NDArray[np.object_]  # (N,) str, path of the source file
+    patient: NDArray[np.object_]  # (N,) str, patient key
+    subtype: NDArray[np.object_]  # (N,) str, "bacterial", "viral" or ""
+    sha256: NDArray[np.object_]  # (N,) str, hex digest of the source file
+
+
+def write_shard(
+    path: Path,
+    *,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    source: Sequence[str],
+    patient: Sequence[str],
+    subtype: Sequence[str],
+    sha256: Sequence[str],
+) -> None:
+    """Write one shard, byte-identical for the same input and version of HDF5.
+
+    `images` is (N, H, W), `labels` and the others (N,), N at least 1; `sha256` holds hex digests. The file appears
+    under `path` only when it is whole. Raises OSError when the disk is full or `path` can not be written.
+    """
+    num_rows = len(images)
+    assert num_rows > 0
+    assert images.ndim == 3
+    assert images.dtype == labels.dtype == np.uint8
+    assert num_rows == len(labels) == len(source) == len(patient) == len(subtype) == len(sha256)
+    partial = path.with_name(f"{path.name}.partial")
+    # One fixed range of format versions; v110 also puts a checksum on all of HDF5's own metadata. Large objects start
+    # on a page, so that `images` can be mapped well.
+    with h5py.File(
+        partial, "w", libver=("v110", "v110"), alignment_threshold=_PAGE_BYTES, alignment_interval=_PAGE_BYTES
+    ) as file:
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.create_dataset("images", data=images, track_times=False)  # (N, H, W), contiguous: no chunks, no filter
+        file.create_dataset("labels", data=labels, track_times=False)  # (N,)
+        for name, texts in (("source", source), ("patient", patient), ("subtype", subtype)):
+            file.create_dataset(name, data=list(texts), dtype=h5py.string_dtype("utf-8"), track_times=False)  # (N,)
+        file.create_dataset("sha256", data=np.array(sha256, dtype="S64"), track_times=False)  # (N,)
+    partial.replace(path)
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a shard. The caller has checked its hash: pixels carry no check sum of their own.
+
+    Raises `CorruptError` when the file is no shard of this schema version, or is cut short.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            version = int(file.attrs["schema_version"])
+            if version != SCHEMA_VERSION:
+                raise CorruptError(f"{path} is a shard of schema version {version}; this xrai reads {SCHEMA_VERSION}")
+            shape, dtype, offset = file["images"].shape, file["images"].dtype, file["images"].id.get_offset()
+            labels = file["labels"][:]
+            texts = {name: file[name].asstr()[:] for name in ("source", "patient", "subtype")}
+            texts["sha256"] = file["sha256"].asstr()[:].astype(object)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # what h5py raises on damaged files
+        raise CorruptError(f"{path} can not be read as a shard: {error}") from error
+    lengths = {len(labels), *(len(text) for text in texts.values())}
+    if dtype != np.uint8 or len(shape) != 3 or offset is None or lengths != {shape[0]}:
+        raise CorruptError(f"{path} is not laid out as a shard: images are {shape} {dtype}, rows {sorted(lengths)}")
+    if path.stat().st_size < offset + int(np.prod(shape)):
+        raise CorruptError(f"{path} is cut short: {path.stat().st_size} bytes do not hold images of {shape}")
+    images = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
+    return Shard(images=images.view(np.ndarray), labels=labels, **texts)
+
+
+# --------------------------------------------------------------------------------------------------------------- index
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard as `dataset.json` lists it."""
+
+    name: str
+    num_rows: int
+    size_bytes: int
+    sha256: str
+    num_rows_per_class: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """Another object of the data set: the manifest or a file of the report."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Source files. `num_found` = `num_written` + `num_set_aside`; `num_not_data` (hidden files and such) is apart."""
+
+    num_found: int
+    num_written: int
+    num_set_aside: int
+    num_not_data: int
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """`dataset.json`: what the data set holds and the hash of each of its objects."""
+
+    classes: tuple[str, ...]
+    image_size: int  # pixels, height and width
+    splits: Mapping[str, tuple[ShardInfo, ...]]  # of train, val and test, those that exist
+    carved: tuple[str, ...]  # the splits that were carved from train, by patient; the others the source gave
+    pixel_mean: float  # of all pixels of the train split, grey levels 0 to 255
+    pixel_std: float
+    source: str
+    plan_sha256: str  # of everything that decides the contents: source files, their hashes, config
+    counts: Counts
+    objects: tuple[ObjectInfo, ...]
+    config: Mapping[str, Any]  # sections images, splits and shards, as resolved
+    tool_version: str
+    schema_version: int = SCHEMA_VERSION
+    fingerprint: str = field(default="")  # computed where it is not given
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", compute_fingerprint(self))
+
+    def num_images(self, split: str) -> int:
+        """Images of one split; 0 where there is no such split."""
+        return sum(shard.num_rows for shard in self.splits.get(split, ()))
+
+    def num_images_per_class(self, split: str) -> dict[str, int]:
+        """Images of one split, class by class."""
+        shards = self.splits.get(split, ())
+        return {name: sum(shard.num_rows_per_class[k] for shard in shards) for k, name in enumerate(self.classes)}
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`. Its last key is a hash of all the others, so that any change shows."""
+        mapping = asdict(replace(self, splits=dict(self.splits), config=dict(self.config)))
+        ordered = {key: mapping[key] for key in ("schema_version", "fingerprint")} | mapping
+        return json.dumps(ordered | {"index_sha256": _hash_json(ordered)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str) -> "DatasetIndex":
+        """Read `dataset.json` back. `where` names it in messages.
+
+        Raises `CorruptError` when it is not what was written, `DatasetError` for another schema version.
+        """
+        try:
+            mapping = json.loads(text)
+            version = mapping["schema_version"]
+            stated = mapping.pop("index_sha256")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{where} is not the index of a data set, or is damaged: {error}") from error
+        if stated != _hash_json(mapping):
+            raise CorruptError(f"{where} is damaged: its contents do not have the hash that it states")
+        if version != SCHEMA_VERSION:
+            raise DatasetError(f"{where} has schema version {version}; this xrai reads version {SCHEMA_VERSION}")
+        mapping["classes"] = tuple(mapping["classes"])
+        mapping["carved"] = tuple(mapping["carved"])
+        mapping["counts"] = Counts(**mapping["counts"])
+        mapping["objects"] = tuple(ObjectInfo(**entry) for entry in mapping["objects"])
+        mapping["splits"] = {
+            split: tuple(
+                ShardInfo(**{**entry, "num_rows_per_class": tuple(entry["num_rows_per_class"])}) for entry in entries
+            )
+            for split, entries in mapping["splits"].items()
+        }
+        index = cls(**mapping)
+        if not all(is_shard_name(shard.name) for shards in index.splits.values() for shard in shards):
+            raise CorruptError(f"{where} lists shards under names that xrai never writes")
+        return index
+
+
+def compute_fingerprint(index: DatasetIndex) -> str:
+    """Hex sha256 of a data set's contents: classes, image size and the hashes of its shards, in order."""
+    shards = {split: [shard.sha256 for shard in index.splits[split]] for split in SPLITS if split in index.splits}
+    return _hash_json([index.schema_version, index.classes, index.image_size, shards])
+
+
+def read_index(store: Store) -> DatasetIndex:
+    """Read `dataset.json` of a data set.
+
+    Raises `DatasetError` where there is none, `CorruptError` where it is damaged.
+    """
+    try:
+        data = store.read(INDEX_KEY)
+    except NotFoundError as error:
+        raise DatasetError(
+            f"{store.uri} holds no {INDEX_KEY}, so no data set; "
+            f"`python -m xrai.preprocess --source FOLDER --dataset {store.uri}` makes one"
+        ) from error
+    return DatasetIndex.from_json(data, where=f"{store.uri}/{INDEX_KEY}")
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

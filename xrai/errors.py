@@ -1,0 +1,115 @@
+"""The one tree of errors, and how a command turns them into an exit status. Everyone may import this.
+
+Exit status: 0 done; 2 the user's mistake (one clear line, no traceback); 1 anything else; 143 stopped by SIGTERM with
+its state saved.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class XraiError(Exception):
+    """Something went wrong in a way that one line can explain. The message says what, the value, and what to do."""
+
+    exit_status = 1
+
+
+class UserError(XraiError):
+    """The user's mistake: a wrong address, key, value or input. Nothing was changed."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """An unknown key, a wrong type or a value out of range in a config file or on the command line."""
+
+
+class SourceError(UserError):
+    """The source of raw images is missing, empty, or not laid out as documented."""
+
+
+class DatasetError(UserError):
+    """An address holds no usable data set, or one that does not fit what was asked."""
+
+
+class RunError(UserError):
+    """An address holds no usable training run, or one that does not fit what was asked."""
+
+
+class ImageError(XraiError):
+    """One image can not be used. The message is the short reason that the manifest keeps."""
+
+
+class CorruptError(XraiError):
+    """Stored bytes are not what was written: a hash, a size or a format does not match."""
+
+
+class StoreError(XraiError):
+    """The object store could not do what was asked. The message names the address, the key and the cause."""
+
+
+class NotFoundError(StoreError):
+    """There is no such object."""
+
+
+class StoreAccessError(StoreError, UserError):
+    """The store's address or keys are wrong: forbidden, no credentials, no such bucket, wrong region or endpoint."""
+
+    exit_status = 2
+
+
+class ForbiddenError(StoreAccessError):
+    """The store refused: the keys are wrong or lack the right. The object may exist."""
+
+
+class NoCredentialsError(StoreAccessError):
+    """No keys were found in the standard AWS environment and files."""
+
+
+class NoSuchBucketError(StoreAccessError):
+    """The bucket does not exist."""
+
+
+class WrongEndpointError(StoreAccessError):
+    """The bucket lives in another region, or the endpoint does not speak S3."""
+
+
+class UnreachableError(StoreError):
+    """The store did not answer within the time-out, after all retries."""
+
+
+class AlreadyExistsError(StoreError):
+    """A conditional write found the object already there."""
+
+
+class TrainingError(XraiError):
+    """Training can not go on: a loss that is not finite, a rank that is gone, a deadline that passed."""
+
+
+class StoppedError(XraiError):
+    """The job was asked to stop (SIGTERM or SIGINT) and has saved its state."""
+
+    exit_status = 143
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command's body and leave the process with the exit status of its outcome.
+
+    An `XraiError` becomes one line on stderr. Any other exception keeps its traceback (and exit status 1). On a rank
+    other than 0 of a distributed job the user's mistakes, which all ranks see alike, are printed by rank 0 alone.
+    """
+    status = 0
+    try:
+        command()
+    except XraiError as error:
+        told_by_rank_0 = isinstance(error, UserError | StoppedError) and os.environ.get("RANK", "0") != "0"
+        if not told_by_rank_0:
+            text = " ".join(str(error).split())
+            print(f"xrai: {'' if isinstance(error, StoppedError) else 'error: '}{text}", file=sys.stderr, flush=True)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print("xrai: interrupted", file=sys.stderr, flush=True)
+        status = 130
+    # out of the except block, so that the frames of the failed work, and what they hold, are gone before the exit
+    sys.exit(status)

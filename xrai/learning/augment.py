@@ -1,0 +1,100 @@
+"""Random changes of the training images, on the device, a batch at a time.
+
+Every image's draw is a pure function of (seed, epoch, image): a counter-based hash stands in for a generator's state,
+so the draw does not depend on the batch, the world size, the order or an interruption. Geometry (one affine resampling)
+and intensity (gamma, contrast, blur, noise) are such as an X-ray room varies; pictures are never flipped, for the heart
+lies on one side.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xrai.config import Augment
+
+_DRAWS = 10  # uniform numbers an image
+
+
+def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Augment) -> Tensor:
+    """Return grey values (B, 1, H, W) float in [0, 1], each image changed by its own draw.
+
+    `images` is (B, 1, H, W) float in [0, 1]; `rows` (B,) int64 are the images' positions in their split, on the same
+    device; `strength` is the config's section. The result keeps dtype and device.
+    """
+    if len(rows) == 0:
+        return images
+    draws = _uniform(rows, _DRAWS, seed=seed, epoch=epoch).to(images.dtype)  # (B, 10) in [-1, 1)
+    changed = _warp(images, draws[:, :6], strength)
+    changed = _expose(changed, draws[:, 6:9], strength)
+    return _add_noise(changed, rows, draws[:, 9], seed=seed, epoch=epoch, strength=strength)
+
+
+def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
+    """One affine resampling, bilinear, black outside. draws (B, 6) in [-1, 1)."""
+    angle = draws[:, 0] * math.radians(strength.rotation_deg)
+    scale = 1 + draws[:, 1] * strength.scale
+    stretch = torch.sqrt(1 + draws[:, 2] * strength.aspect)
+    shear = draws[:, 3] * strength.shear
+    shift_x, shift_y = 2 * strength.shift * draws[:, 4], 2 * strength.shift * draws[:, 5]  # side is 2 units long
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    wide, high = stretch / scale, 1 / (stretch * scale)
+    theta = torch.stack(
+        [
+            torch.stack([cos * wide, (shear * cos - sin) * wide, shift_x], dim=1),
+            torch.stack([sin * high, (shear * sin + cos) * high, shift_y], dim=1),
+        ],
+        dim=1,
+    )  # (B, 2, 3)
+    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
+    """Gamma, contrast about the mean, and a share of a 3x3 binomial blur. draws (B, 3) in [-1, 1)."""
+    gamma, contrast, blur = (column[:, None, None, None] for column in draws.unbind(dim=1))
+    changed = images.clamp_min(1e-4).pow(torch.exp(gamma * strength.gamma))
+    mean = changed.mean(dim=(1, 2, 3), keepdim=True)
+    changed = (changed - mean) * (1 + contrast * strength.contrast) + mean
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
+    kernel = torch.outer(row, row)[None, None]  # (1, 1, 3, 3)
+    blurred = functional.conv2d(functional.pad(changed, (1, 1, 1, 1), mode="replicate"), kernel)
+    return torch.lerp(changed, blurred, (blur + 1) / 2 * strength.blur)
+
+
+def _add_noise(images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch: int, strength: Augment) -> Tensor:
+    """Independent uniform noise of an own standard deviation each, and the clip to [0, 1]. draws (B,) in [-1, 1)."""
+    if strength.noise == 0:
+        return images.clamp(0, 1)
+    height, width = images.shape[2:]
+    noise = _uniform(rows, height * width, seed=seed + 1, epoch=epoch).to(images.dtype)
+    deviation = (draws[:, None, None, None] + 1) / 2 * strength.noise
+    # a uniform number on [-1, 1) has standard deviation 1 / sqrt(3)
+    return (images + noise.view(-1, 1, height, width) * deviation * math.sqrt(3)).clamp(0, 1)
+
+
+def _uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
+    """(B, count) float64 in [-1, 1), a pure function of (seed, epoch, row, column).
+
+    Four 16-bit numbers are cut from each 64-bit output of SplitMix64 (Steele, Lea, Flood 2014), which is a bijective
+    hash of a counter.
+    """
+    words = -(-count // 4)
+    key = _splitmix64(_splitmix64(torch.tensor(seed, dtype=torch.int64)) + epoch).to(rows.device)
+    streams = _splitmix64(rows + key)[:, None]  # (B, 1)
+    hashed = _splitmix64(streams + torch.arange(words, device=rows.device))  # (B, words)
+    parts = torch.stack([hashed & 0xFFFF, (hashed >> 16) & 0xFFFF, (hashed >> 32) & 0xFFFF, (hashed >> 48) & 0xFFFF], 2)
+    return parts.flatten(1)[:, :count].to(torch.float32) / 32768 - 1
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _splitmix64(state: Tensor) -> Tensor:
+    """The SplitMix64 output function on int64 words; products wrap as unsigned ones do."""
+    state = state + _signed(0x9E3779B97F4A7C15)
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return state ^ ((state >> 31) & (2**33 - 1))

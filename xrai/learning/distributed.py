@@ -1,0 +1,162 @@
+"""The ranks of a job: who they are, and the few things that they say to each other.
+
+The one home of torch.distributed. Without torchrun a job is one rank and nothing is said. Two process groups serve two
+purposes: gradients travel by the device's own backend (nccl or gloo), decisions and small objects always by gloo on the
+CPU, so that a decision never waits for the device.
+"""
+
+import gc
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from xrai.errors import TrainingError, UserError, XraiError
+
+T = TypeVar("T")
+
+record_failures = record  # torchrun's: a rank's traceback goes to the file that TORCHELASTIC_ERROR_FILE names
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    _control: Any = None  # the gloo group of decisions
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 alone writes."""
+        return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values: any rank can ask all to stop."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64)
+        with _named_failures(self, "to agree on going on"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
+        return int(tensor)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sums over ranks of a small float64 tensor on the CPU, the same on every rank."""
+        if self.world_size == 1:
+            return values
+        values = values.clone()
+        with _named_failures(self, "to add up their sums"):
+            dist.all_reduce(values, group=self._control)
+        return values
+
+    def from_main(self, value: T | None) -> T:
+        """Rank 0's value, on every rank: rank 0 decides."""
+        if self.world_size == 1:
+            return value  # type: ignore[return-value]
+        box = [value]
+        with _named_failures(self, "to hear from rank 0"):
+            dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]  # type: ignore[return-value]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Rank 0's result of `work`, on every rank; an `XraiError` that rank 0 meets is raised on every rank."""
+        outcome: tuple[T | None, XraiError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except XraiError as error:
+                if self.world_size == 1:
+                    raise
+                outcome = (None, error)
+        value, failure = self.from_main(outcome)
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """All ranks' values, in the order of ranks, on every rank. Values may differ in size."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with _named_failures(self, "to collect what they have"):
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over ranks (DistributedDataParallel), or itself for one rank."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def synchronized(self, model: nn.Module, last: bool) -> Any:
+        """A context for one backward pass: gradients are exchanged only in the last of an accumulation."""
+        if last or self.world_size == 1:
+            return nullcontext()
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+        return model.no_sync()
+
+
+@contextmanager
+def join(*, timeout_s: float) -> Iterator[Ranks]:
+    """Join the job that torchrun started (or be one process), and leave it at the end.
+
+    `timeout_s` is how long one rank waits for another. On CUDA the process takes the device of its local rank. Raises
+    `UserError` where there are more ranks on the machine than CUDA devices.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = _device(local_rank, local_world_size)
+    if world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks(0, 1, 0, 1, device)
+        return
+    timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    try:
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        yield Ranks(rank, world_size, local_rank, local_world_size, device, control)
+    except BaseException as error:
+        # What the failed frames hold (DistributedDataParallel above all) must go before the process group does, or the
+        # process now and then aborts at its exit: 4 of 70 times with torch 2.13.0.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_world_size: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes on this machine but {torch.cuda.device_count()} CUDA devices: "
+            "give torchrun --nproc_per_node at most the number of devices"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def _named_failures(ranks: Ranks, purpose: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise TrainingError(
+            f"rank {ranks.rank} of {ranks.world_size} waited for the other ranks {purpose}, and at least one of them "
+            f"is gone or hangs ({str(error).splitlines()[0]}); its own error, if it had time for one, stands above"
+        ) from error

@@ -1,0 +1,94 @@
+"""The network: a small residual network for one-channel pictures, trained from scratch, without normalisation layers.
+
+Pictures go in as grey values in [0, 1] of any height and width from 16 up; standardisation is the network's first
+layer, so that training, serving and export can not differ in it. One logit comes out: above 0 speaks for pneumonia.
+
+Batch statistics would tie an image's result to the images beside it, and so to the number of ranks. Weights are
+standardised instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692), which trained as well here and needs no
+word between ranks; the measurements are in docs/decisions/0002-no-batch-statistics.md.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_BLOCKS_PER_STAGE = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
+# The standard deviation of relu(x) is 0.5838 for normal x: its inverse keeps the variance from layer to layer
+_RELU_GAIN = 1.7139588594436646
+_FIRST_BRANCH_GAIN = 0.2  # residual branches begin small
+
+
+class Standardize(nn.Module):
+    """Give each picture mean 0 and standard deviation 1: exposure says nothing about the lungs."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) to (B, 1, H, W); a flat picture becomes zeros."""
+        centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
+        deviation = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
+        return centred / (deviation + 1e-3)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters have mean 0, fixed variance and a learned gain each (Brock et al. 2021)."""
+
+    def __init__(self, channels_in: int, channels_out: int, size: int, *, stride: int = 1) -> None:
+        super().__init__(channels_in, channels_out, size, stride=stride, padding=size // 2)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+        self.gain = nn.Parameter(torch.ones(channels_out))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C_in, h, w) to (B, C_out, h / stride, w / stride)."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)  # (C_out, 1, 1, 1)
+        fan_in = self.weight[0].numel()
+        scale = torch.rsqrt(variance * fan_in + 1e-6) * (self.gain * _RELU_GAIN)[:, None, None, None]
+        return functional.conv2d(features, (self.weight - mean) * scale, self.bias, self.stride, self.padding)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a learned gain beside a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = StandardizedConv2d(channels_in, channels_out, 3, stride=stride)
+        self.conv2 = StandardizedConv2d(channels_out, channels_out, 3)
+        self.branch_gain = nn.Parameter(torch.tensor(_FIRST_BRANCH_GAIN))
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = StandardizedConv2d(channels_in, channels_out, 1, stride=stride)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C_in, h, w) to (B, C_out, h / stride, w / stride)."""
+        branch = self.conv2(functional.relu(self.conv1(features)))
+        return functional.relu(branch * self.branch_gain + self.shortcut(features))
+
+
+class ResNet(nn.Module):
+    """Stem of a 5x5 convolution and a max pool, four stages of basic blocks, global average pool, one logit."""
+
+    def __init__(self, *, name: str = "resnet10", width: int = 16) -> None:
+        super().__init__()
+        self.standardize = Standardize()
+        self.stem = nn.Sequential(
+            StandardizedConv2d(1, width, 5, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)
+        )
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage, num_blocks in enumerate(_BLOCKS_PER_STAGE[name]):
+            for block in range(num_blocks):
+                channels_out = width * 2**stage
+                blocks.append(BasicBlock(channels, channels_out, stride=2 if stage > 0 and block == 0 else 1))
+                channels = channels_out
+        self.stages = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) grey values in [0, 1] to the last feature maps, (B, 8 x width, ceil(H / 32), ceil(W / 32))."""
+        out: Tensor = self.stages(self.stem(self.standardize(images)))
+        return out
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) grey values in [0, 1] to logits (B,)."""
+        pooled = self.features(images).mean(dim=(2, 3))  # (B, 8 x width)
+        logits: Tensor = self.head(pooled)  # (B, 1)
+        return logits.squeeze(1)

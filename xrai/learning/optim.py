@@ -1,0 +1,62 @@
+"""The optimizer, its schedule, the averaged weights and the loss: small parts that the loop puts together."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xrai.config import Optim
+
+
+def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
+    """AdamW or SGD with Nesterov momentum; no weight decay on norms and biases (vectors)."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def learning_rate(step: int, *, num_steps: int, peak: float, warmup_fraction: float) -> float:
+    """The rate of step `step` (from 0): linear warm-up to `peak`, then half a cosine to 0 (Loshchilov, Hutter 2017)."""
+    num_warmup = int(warmup_fraction * num_steps)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameter groups the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients down to an L2 norm of `max_norm` (0: leave them) and return the norm before, a scalar."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: float) -> None:
+    """Move the averaged weights toward the model's after step `step` (from 0): an exponential moving average.
+
+    The decay grows as (1 + step) / (10 + step) up to `decay`, so that the first weights are soon forgotten.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+
+
+def image_losses(logits: Tensor, labels: Tensor, *, log_odds: float, smoothing: float) -> Tensor:
+    """Binary cross-entropy of each image, (B,), from logits (B,) and labels (B,) in {0, 1}.
+
+    `log_odds` is added to the logits: with the log of the classes' ratio in training, the logits themselves learn what
+    a balanced population would show (logit adjustment; Menon et al. 2021, https://arxiv.org/abs/2007.07314).
+    """
+    targets = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
+    return functional.binary_cross_entropy_with_logits(logits + log_odds, targets, reduction="none")

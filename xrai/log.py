@@ -1,0 +1,83 @@
+"""Plain log lines and progress, for all rooms and commands.
+
+On a terminal long work shows a bar; elsewhere (a file, a container's log) it prints a plain line now and then.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_LINE_EVERY_S = 10.0
+
+
+def setup_logging(*, rank: int = 0) -> None:
+    """Send xrai's log lines to stderr. Ranks other than 0 speak only of warnings, with their rank in front."""
+    logger = logging.getLogger("xrai")
+    logger.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one module: `get_logger(__name__)`."""
+    return logging.getLogger(name)
+
+
+class Progress(Protocol):
+    """What long work reports to."""
+
+    def update(self, amount: int = 1) -> object:
+        """Report that `amount` more units are done."""
+
+
+class _Lines:
+    """Progress as plain log lines, at most one every ten seconds and one at the end."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done, self._start = 0, time.monotonic()
+        self._last = self._start
+        self._logger = get_logger("xrai.progress")
+
+    def update(self, amount: int = 1) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY_S:
+            self._last = now
+            self.say()
+
+    def say(self) -> None:
+        elapsed_s = max(time.monotonic() - self._start, 1e-9)
+        rate = self._done / elapsed_s
+        total = "" if self._total is None else f"/{self._total}"
+        left = ""
+        if self._total is not None and 0 < self._done < self._total:
+            left = f", {(self._total - self._done) / rate:.0f} s left"
+        self._logger.info(
+            "%s: %d%s %s in %.1f s, %.0f %s/s%s",
+            self._description, self._done, total, self._unit, elapsed_s, rate, self._unit, left,
+        )  # fmt: skip
+
+
+@contextmanager
+def progress(description: str, *, total: int | None, unit: str) -> Iterator[Progress]:
+    """A bar with rate and time left on a terminal, plain lines elsewhere.
+
+    `total` is the number of units of work, or None where it is not known beforehand.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) as bar:
+            yield bar
+        return
+    lines = _Lines(description, total, unit)
+    yield lines
+    lines.say()

@@ -1,0 +1,618 @@
+"""The folder of one run, and its publication to the artifact store. Rank 0 alone uses it.
+
+Everything is written to a local folder, each file whole or not at all. For an artifact store that is a folder, that is
+the run's place itself; for a bucket, a thread copies files up, in the order in which they were announced, and never
+blocks or ends the training: what fails is repeated, counted, and repeated once more by `finish`, which stores
+summary.json last. No summary.json, no finished run.
+
+    RunFolder.check_writable(uri)
+    run = RunFolder(uri, run_id)
+    run.open()
+    run.resume_at(epoch=3, step=219)  # where a checkpoint says so
+    run.write_config(text); run.append_history(row); run.publish(["curves/loss.png"]); …
+    run.finish(summary)
+"""
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from xrai.errors import RunError, StoreAccessError, StoreError, UserError, XraiError
+from xrai.log import get_logger
+from xrai.results.metrics import format_interval, format_value
+from xrai.store import Store, check_key, open_store
+
+SCHEMA_VERSION = 1
+SUMMARY = "summary.json"
+EVENTS = "tensorboard"
+
+HISTORY_COLUMNS = (
+    "epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "shifted_accuracy",
+    "shifted_auroc", "lr", "grad_norm", "images_per_s", "data_wait_share", "fetch_s", "verify_s", "assemble_s",
+    "transfer_s", "compute_s", "eval_s", "epoch_s", "peak_memory_mib",
+)  # fmt: skip
+TENSORBOARD_TAGS = {
+    "train_loss": "loss/train",
+    "val_loss": "loss/val",
+    "train_accuracy": "accuracy/train",
+    "val_accuracy": "accuracy/val",
+    "shifted_accuracy": "accuracy/val_shifted",
+    "val_auroc": "auroc/val",
+    "shifted_auroc": "auroc/val_shifted",
+    "lr": "optim/lr",
+    "grad_norm": "optim/grad_norm",
+    "images_per_s": "throughput/images_per_s",
+    "data_wait_share": "throughput/data_wait_share",
+    "fetch_s": "time/fetch_s",
+    "verify_s": "time/verify_s",
+    "assemble_s": "time/assemble_s",
+    "transfer_s": "time/transfer_s",
+    "compute_s": "time/compute_s",
+    "eval_s": "time/eval_s",
+    "epoch_s": "time/epoch_s",
+    "peak_memory_mib": "memory/peak_mib",
+}
+PREDICTION_COLUMNS = ("split", "source", "patient", "subtype", "label", "score", "call")
+
+_PACKAGES = ("torch", "numpy", "h5py", "pillow", "scikit-learn", "matplotlib", "tensorboard", "boto3", "pydicom")
+_FETCHED_WHEN_NEEDED = ("checkpoints/",)  # large; the learning room fetches the one it wants
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_FINISH_ATTEMPTS = 4
+_FINISH_TIMEOUT_S = 600.0
+_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+_logger = get_logger(__name__)
+
+
+def new_run_id(now: datetime) -> str:
+    """A name that sorts by time and is not given twice: `20261123-031500-a1b2c3`."""
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def check_run_id(run_id: str) -> str:
+    """`run_id` itself, if it can name a folder; raises `UserError` if it can not."""
+    if _RUN_ID.fullmatch(run_id) is None or ".." in run_id:
+        raise UserError(
+            f"--run_id {run_id!r} is not allowed: use up to 128 letters, digits, dots, dashes and underscores, "
+            "the first no dot or dash, no '..'; or leave it out to get a new one"
+        )
+    return run_id
+
+
+def describe_environment() -> dict[str, Any]:
+    """What this machine and its software are, for environment.json; no names of people, hosts or keys."""
+    versions = {}
+    for package in ("xrai", *_PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "packages": versions,
+    }
+
+
+def make_summary(
+    metrics: Mapping[str, Any],
+    *,
+    run_id: str,
+    status: str,
+    epochs: int,
+    best_epoch: int,
+    fingerprint: str,
+    duration_s: float,
+    is_phantom: bool,
+) -> dict[str, Any]:
+    """What summary.json holds, but for `files`; each result is the one of `metrics` (the metrics.json dictionary)."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "status": status,
+        **_main_results(metrics),
+        "epochs": epochs,
+        "best_epoch": best_epoch,
+        "fingerprint": fingerprint,
+        "is_phantom": is_phantom,
+        "duration_s": round(duration_s, 3),
+    }
+
+
+def format_result_lines(summary: Mapping[str, Any], folder: str | Path) -> list[str]:
+    """The last lines of a training: the results with their 95 % intervals and counts, and where the pictures are."""
+    return [
+        *_format_main_results(summary, is_phantom=summary["is_phantom"]),
+        f"pictures    {folder}/curves/loss.png  {folder}/curves/accuracy.png  {folder}/plots/",
+        f"report      {folder}/report.html",
+    ]
+
+
+def format_metrics_lines(metrics: Mapping[str, Any], folder: str | Path, *, is_phantom: bool = False) -> list[str]:
+    """The same lines for one split measured alone: from the metrics.json dictionary, with the folder of its files."""
+    return [*_format_main_results(_main_results(metrics), is_phantom=is_phantom), f"pictures    {folder}/plots/"]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history.csv: epoch and step whole numbers, the rest numbers, None where a field is empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return _parse_history(file, where=str(path))
+
+
+def to_json(value: Any) -> str:
+    """JSON text of plain values, arrays' scalars included; what is not finite becomes null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    `path` is the local folder; `address` is where people find the run; `store` is the run's own place in the artifact
+    store. `work_dir` is where runs of a bucket are written first; by default a folder of the user's cache.
+    """
+
+    def __init__(self, artifacts_uri: str, run_id: str, *, work_dir: Path | None = None) -> None:
+        self.run_id = check_run_id(run_id)
+        self.address = f"{artifacts_uri.rstrip('/')}/{run_id}"
+        self.store: Store = open_store(self.address)
+        place = self.store.local_path(SUMMARY)
+        self.is_remote = place is None
+        if place is None:
+            tag = hashlib.sha256(self.address.encode()).hexdigest()[:12]
+            self.path = (work_dir or _default_work_dir()) / f"{run_id}-{tag}"
+        else:
+            self.path = place.parent
+        self._publisher: _Publisher | None = None
+        self._events: list[Event] = []
+        self._next_segment = 0
+
+    @staticmethod
+    def check_writable(artifacts_uri: str) -> None:
+        """Raise `UserError` unless files can be written at the address. Nothing is left behind."""
+        store = open_store(artifacts_uri)
+        place = store.local_path("check")
+        if place is None:
+            name = f".write-check-{secrets.token_hex(6)}"
+            store.write(name, b"")
+            store.delete(name)
+            return
+        folder = place.parent
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            cause = "it is not a folder" if isinstance(error, NotADirectoryError) else (error.strerror or str(error))
+            where = "" if existing == folder else f" ({existing})"
+            raise UserError(
+                f"results can not be written to {artifacts_uri}{where}: {cause}; name another folder or bucket with "
+                "--artifacts, or mend its rights"
+            ) from error
+
+    def exists(self) -> bool:
+        """Whether the artifact store holds anything of a run of this name."""
+        return next(iter(self.store.list()), None) is not None
+
+    def open(self) -> None:
+        """Make the local folder, bring down what the store holds of the run, and take back its summary.json."""
+        self.attach()
+        with self._explained(self.path):
+            (self.path / SUMMARY).unlink(missing_ok=True)
+        self.store.delete(SUMMARY)
+        if self.is_remote:
+            self._fetch()
+        segments = [re.search(r"tfevents\.(\d+)", path.name) for path in (self.path / EVENTS).glob("*tfevents*")]
+        self._next_segment = 1 + max((int(found[1]) for found in segments if found), default=-1)
+
+    def attach(self) -> None:
+        """Make ready to add files to a run that exists, and leave all that it holds as it is."""
+        with self._explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if self.is_remote and self._publisher is None:
+            self._publisher = _Publisher(self.store, self.path)
+
+    def resume_at(self, *, epoch: int, step: int) -> None:
+        """Forget what was recorded at or past `epoch` in history.csv and at or past `step` in TensorBoard."""
+        self.truncate_history(epoch)
+        if self._next_segment:
+            self._events.append(
+                Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
+            )
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write a file of the run, whole or not at all, and announce it. Returns its local path."""
+        path = self.path / check_key(name)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with self._explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        self.publish([name])
+        return path
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the run in UTF-8."""
+        return self.write(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write plain values as JSON; what is not finite becomes null."""
+        return self.write_text(name, to_json(value))
+
+    def write_config(self, text: str) -> Path:
+        """Write the resolved config, YAML, to config.yaml."""
+        return self.write_text("config.yaml", text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> Path:
+        """Write environment.json: `describe_environment()` and what the caller knows of devices."""
+        return self.write_json("environment.json", environment)
+
+    def write_predictions(self, rows: Iterable[Mapping[str, Any]], name: str = "predictions.csv") -> Path:
+        """Write one row an image, with `PREDICTION_COLUMNS`; numbers in full, so that metrics can be counted again."""
+        return self.write_text(name, _to_csv(PREDICTION_COLUMNS, rows))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of history.csv so far."""
+        path = self.path / "history.csv"
+        return read_history(path) if path.exists() else []
+
+    def append_history(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch to history.csv and to TensorBoard, and close its segment of events.
+
+        `row` has keys of `HISTORY_COLUMNS`; one that is left out, None or not finite is an empty field.
+        """
+        unknown = set(row) - set(HISTORY_COLUMNS)
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no columns of history.csv: {', '.join(HISTORY_COLUMNS)}")
+        self.write_text("history.csv", _to_csv(HISTORY_COLUMNS, [*self.history(), row]))
+        self.add_scalars(int(row["step"]), {tag: row.get(column) for column, tag in TENSORBOARD_TAGS.items()})
+        self.close_segment()
+
+    def truncate_history(self, epoch: int) -> None:
+        """Drop the rows of history.csv at or past `epoch`."""
+        rows = self.history()
+        kept = [row for row in rows if row["epoch"] < epoch]
+        if len(kept) < len(rows):
+            self.write_text("history.csv", _to_csv(HISTORY_COLUMNS, kept))
+
+    # TensorBoard -----------------------------------------------------------------------------------------------------
+
+    def add_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
+        """Keep scalars by tag for the next segment; those that are None or not finite are left out."""
+        values = [
+            Summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in scalars.items()
+            if value is not None and math.isfinite(value)
+        ]
+        if values:
+            self._events.append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close_segment(self) -> None:
+        """Write the events kept so far as one closed file, so that a bucket gets each byte once.
+
+        TensorBoard reads files in the order of their names, hence the number in front.
+        """
+        if not self._events:
+            return
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in [Event(wall_time=self._events[0].wall_time, file_version="brain.Event:2"), *self._events]:
+            records.write(event.SerializeToString())
+        self.write(f"{EVENTS}/events.out.tfevents.{self._next_segment:06d}.xrai", buffer.getvalue())
+        self._events.clear()
+        self._next_segment += 1
+
+    # Publication -----------------------------------------------------------------------------------------------------
+
+    def publish(self, names: Sequence[str]) -> None:
+        """Announce files for the bucket, to be stored in this order, later. Returns at once."""
+        if self._publisher is not None:
+            self._publisher.announce([(name, True) for name in names])
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Delete files of the run, here at once and in the bucket later."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        if self._publisher is not None:
+            self._publisher.announce([(name, False) for name in names])
+
+    @property
+    def num_failed_uploads(self) -> int:
+        """How many attempts to store a file have failed so far, those included that succeeded later."""
+        return self._publisher.num_failures if self._publisher is not None else 0
+
+    def flush_or_raise(self, *, timeout_s: float = _FINISH_TIMEOUT_S) -> None:
+        """Wait until all that was announced is stored. Raises `StoreError` as `finish` does."""
+        self.close_segment()
+        if self._publisher is not None:
+            self._drain_or_raise(timeout_s)
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """Wait until all that was announced is stored; False if that took longer than `timeout_s`."""
+        self.close_segment()
+        return self._publisher is None or self._publisher.drain(timeout_s=timeout_s)
+
+    def finish(self, summary: Mapping[str, Any], *, timeout_s: float = _FINISH_TIMEOUT_S) -> dict[str, Any]:
+        """Store all files that are not stored yet, then summary.json with every file's SHA-256. Returns the summary.
+
+        Raises `StoreError` naming the local folder when the bucket does not take them after several attempts.
+        """
+        self.close_segment()
+        files = {name: _sha256(self.path / name) for name in self._names()}
+        if self._publisher is not None:
+            self._publisher.announce([(name, True) for name, digest in files.items() if not self._has(name, digest)])
+            self._drain_or_raise(timeout_s)
+        whole = {**summary, "num_failed_uploads": self.num_failed_uploads, "files": files}
+        self.write_json(SUMMARY, whole)
+        if self._publisher is not None:
+            self._drain_or_raise(timeout_s)
+            self._publisher.close()
+        return whole
+
+    def close(self) -> None:
+        """Stop the thread without waiting for what is not stored yet; for a run that ends early."""
+        if self._publisher is not None:
+            self._publisher.close()
+
+    @contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        """Turn the operating system's refusal to write into one line."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{path} of run {self.run_id} can not be written: {error.strerror or error}; free some space, mend the "
+                "rights, or name another place with --artifacts, then start again with the same --run_id"
+            ) from error
+
+    def _has(self, name: str, digest: str) -> bool:
+        return self._publisher is not None and self._publisher.stored.get(name) == digest
+
+    def _drain_or_raise(self, timeout_s: float) -> None:
+        assert self._publisher is not None
+        if not self._publisher.drain(timeout_s=timeout_s, max_attempts=_FINISH_ATTEMPTS):
+            waiting, cause = self._publisher.waiting(), self._publisher.last_error
+            self._publisher.close()
+            raise StoreError(
+                f"{len(waiting)} files of run {self.run_id} could not be stored at {self.address}, {waiting[0]} first: "
+                f"{cause or f'not done in {timeout_s:.0f} s'}; all results are in {self.path}: copy them from there, "
+                "or start again with the same --run_id"
+            )
+
+    def _fetch(self) -> None:
+        """Bring down what the store holds and this machine lacks; of history.csv, the longer one."""
+        for found in list(self.store.list()):
+            if found.key.startswith(_FETCHED_WHEN_NEEDED):
+                continue
+            path = self.path / found.key
+            if found.key == "history.csv" and path.exists() and path.stat().st_size < found.size_bytes:
+                path.unlink()
+            if not path.exists():
+                self.store.download(found.key, path)
+
+    def _names(self) -> list[str]:
+        """The files of the run, without summary.json and what is being written."""
+        paths = (path for path in self.path.rglob("*") if path.is_file())
+        names = (path.relative_to(self.path) for path in paths)
+        return sorted(name.as_posix() for name in names if name.as_posix() != SUMMARY and not _is_temporary(name))
+
+
+class _Publisher:
+    """Stores announced files in order, in a thread of its own. The first in line is tried until it works."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.num_failures = 0
+        self.last_error: Exception | None = None
+        self.stored: dict[str, str] = {}  # name -> SHA-256 of what the bucket got from here
+        self._store, self._folder = store, folder
+        self._line: dict[str, _Task] = {}
+        self._attempts = 0  # failed ones since the last success or call to drain
+        self._hurry = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="xrai-publisher", daemon=True)
+        self._thread.start()
+
+    def announce(self, tasks: Iterable[tuple[str, bool]]) -> None:
+        """Put (name, whether to keep it) at the end of the line; a name that waits already moves there."""
+        with self._changed:
+            for name, keep in tasks:
+                self._line.pop(name, None)
+                self._line[name] = _Task(name, keep)
+            self._changed.notify_all()
+
+    def drain(self, *, timeout_s: float, max_attempts: int | None = None) -> bool:
+        """Wait for the line to empty; False when time is over or `max_attempts` have failed in a row."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._attempts, self._hurry = 0, True
+            self._changed.notify_all()
+            while self._line:
+                left_s = deadline - time.monotonic()
+                gave_up = max_attempts is not None and self._attempts >= max_attempts
+                if left_s <= 0 or gave_up or not self._thread.is_alive():
+                    return False
+                self._changed.wait(min(left_s, 1.0))
+            return True
+
+    def waiting(self) -> list[str]:
+        """The names that are not stored yet."""
+        with self._changed:
+            return list(self._line)
+
+    def close(self) -> None:
+        """End the thread after the transfer it is at."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._line or self._closed)
+                if self._closed:
+                    return
+                task = next(iter(self._line.values()))
+            try:
+                digest = self._do(task)
+            except (XraiError, OSError) as error:
+                self._pause_after(task, error)
+                continue
+            with self._changed:
+                if self._attempts:
+                    _logger.info("%s is stored now; %d more files wait", task.name, len(self._line) - 1)
+                self._attempts = 0
+                if digest is not None:
+                    self.stored[task.name] = digest
+                if self._line.get(task.name) is task:  # else it was announced once more meanwhile
+                    del self._line[task.name]
+                self._changed.notify_all()
+
+    def _do(self, task: "_Task") -> str | None:
+        if task.keep:
+            path = self._folder / task.name
+            return self._store.upload(task.name, path) if path.exists() else None  # gone since, as old checkpoints are
+        self.stored.pop(task.name, None)
+        try:
+            self._store.delete(task.name)
+        except StoreAccessError as error:  # a bucket may take files and let none be deleted
+            _logger.warning("%s stays in the bucket: %s", task.name, error)
+        return None
+
+    def _pause_after(self, task: "_Task", error: Exception) -> None:
+        with self._changed:
+            self.num_failures += 1
+            self.last_error = error
+            self._attempts += 1
+            if self._attempts == 1:
+                _logger.warning("%s is not stored yet and will be tried again; the run goes on: %s", task.name, error)
+            self._hurry = False
+            self._changed.notify_all()
+            pause_s = min(_FIRST_PAUSE_S * 2 ** (self._attempts - 1), _LONGEST_PAUSE_S)
+            self._changed.wait_for(lambda: self._closed or self._hurry, timeout=pause_s)
+
+
+def _main_results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    entries = {name: metrics["metrics"][name] for name in ("accuracy", "sensitivity", "specificity", "auroc")}
+    return {
+        "split": metrics["split"],
+        "num_images": metrics["num_images"],
+        "num_patients": metrics["num_patients"],
+        **{name: entry["value"] for name, entry in entries.items()},
+        "intervals": {name: [entry["low"], entry["high"]] for name, entry in entries.items()},
+        "counts": dict(metrics["counts"]),
+        "threshold": metrics["threshold"],
+        "threshold_source": metrics["threshold_source"],
+    }
+
+
+def _format_main_results(results: Mapping[str, Any], *, is_phantom: bool) -> list[str]:
+    tp, fp, tn, fn = (results["counts"][key] for key in ("tp", "fp", "tn", "fn"))
+    details = {
+        "accuracy": f"{tp + tn:,} of {tp + fp + tn + fn:,} images called right",
+        "sensitivity": f"{tp:,} of {tp + fn:,} pneumonia images found",
+        "specificity": f"{tn:,} of {tn + fp:,} normal images left alone",
+        "auroc": f"threshold {results['threshold']:.3f}, {results['threshold_source']}",
+    }
+    lines = [
+        f"{results['split']} split: {results['num_images']:,} images of {results['num_patients']:,} patients; 95 % "
+        f"intervals in brackets{'; drawn phantoms, not patients' if is_phantom else ''}"
+    ]
+    for name, detail in details.items():
+        interval = format_interval(name, *results["intervals"][name])
+        title = "AUROC" if name == "auroc" else name
+        lines.append(
+            f"{title:<12}{format_value(name, results[name]):>7}  {f'({interval})' if interval else '':<16}  {detail}"
+        )
+    return lines
+
+
+@dataclass(eq=False)
+class _Task:
+    name: str
+    keep: bool  # store it, or delete it from the bucket
+
+
+def _default_work_dir() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "xrai" / "runs"
+
+
+def _is_temporary(name: Path) -> bool:
+    return name.suffix == ".tmp" or any(part.startswith(".") for part in name.parts)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = _plain(row)
+        writer.writerow({key: "" if value is None else value for key, value in plain.items()})
+    return buffer.getvalue()
+
+
+def _parse_history(lines: Iterable[str], *, where: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        for fields in csv.DictReader(lines):
+            row: dict[str, Any] = {key: float(text) if text else None for key, text in fields.items()}
+            rows.append({**row, "epoch": int(fields["epoch"]), "step": int(fields["step"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{where} is not a history of xrai: {error}; remove it, or start a new run") from error
+    return rows
