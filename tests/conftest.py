@@ -123,3 +123,12 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", os.environ.get("XRAI_TEST_S3_SECRET", "xraixrai"))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     yield endpoint
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str) -> Iterator[str]:
+    """The name of a fresh bucket on that server; it is removed with all it holds."""
+    from tests.faults.buckets import new_bucket
+
+    with new_bucket(s3_server) as name:
+        yield name

@@ -152,6 +152,9 @@ class Optim:
     clip_norm: float = _key(1.0, "largest L2 norm of the gradient; 0: no clipping", minimum=0)
     ema_decay: float = _key(0.998, "decay a step of the averaged weights that are saved", minimum=0, below=1)
     label_smoothing: float = _key(0.0, "label smoothing", minimum=0, below=1)
+    class_weighting: float = _key(
+        0.0, "how far the rarer class weighs more in the loss; 1: both classes weigh alike", minimum=0, maximum=1
+    )
     logit_adjustment: float = _key(
         1.0, "weight of the log class prior added to the logits in training (Menon et al. 2021); 0: off", minimum=0
     )
@@ -173,7 +176,9 @@ class Train:
     patience: int = _key(0, "stop after so many epochs without a better validation score; 0: never", minimum=0)
     max_steps: int = _key(0, "stop after so many steps; 0: no limit", minimum=0)
     max_minutes: float = _key(0.0, "stop after so many minutes of training; 0: no limit", minimum=0)
-    timeout_s: float = _key(600.0, "how long a rank waits for the others before it gives up, seconds", above=0)
+    profile: str = _key("", "steps A:B to profile into profile.json, a Chrome trace; counted from 1; empty: none")
+    timeout_s: float = _key(600.0, "how long a rank waits for the others up to the end of the first step", above=0)
+    step_timeout_s: float = _key(300.0, "how long a rank waits for the others after the first step, seconds", above=0)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ def main() -> None:
         predictions = predict_split(network, loader, ranks=ranks)
     run = RunFolder(artifacts or ".", run_id)
     folder_name = f"evaluate/{flags['split']}-{loader.index.fingerprint[:12]}"
+    is_phantom = all(Path(source).name.startswith("phantom-") for source in loader.source)
     try:
+        run.attach()
         metrics = record_scores(
             run,
             split=flags["split"],
@@ -57,16 +59,16 @@ def main() -> None:
             patients=loader.patient.tolist(),
             subtypes=loader.subtype.tolist(),
             threshold=model.threshold,
-            threshold_source="of the run",
+            threshold_source="that of the run",
             classes=model.classes,
             num_bootstrap=config.evaluate.num_bootstrap,
-            is_phantom=all(Path(source).name.startswith("phantom-") for source in loader.source),
+            is_phantom=is_phantom,
             folder=folder_name,
         )
-        run.flush(timeout_s=config.train.timeout_s)
+        run.flush_or_raise()
     finally:
         run.close()
-    print("\n".join(format_metrics_lines(metrics, f"{run.address}/{folder_name}")))
+    print("\n".join(format_metrics_lines(metrics, f"{run.address}/{folder_name}", is_phantom=is_phantom)))
 
 
 def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:

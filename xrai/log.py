@@ -67,17 +67,19 @@ class _Lines:
 
 
 @contextmanager
-def progress(description: str, *, total: int | None, unit: str) -> Iterator[Progress]:
+def progress(description: str, *, total: int | None, unit: str, closing_line: bool = True) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal, plain lines elsewhere.
 
-    `total` is the number of units of work, or None where it is not known beforehand.
+    `total` is the number of units of work, or None where it is not known beforehand. Without `closing_line` short work
+    says nothing, for a caller that says more itself.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) as bar:
+        with tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=closing_line) as bar:
             yield bar
         return
     lines = _Lines(description, total, unit)
     yield lines
-    lines.say()
+    if closing_line:
+        lines.say()

@@ -1,24 +1,36 @@
 """Turn raw chest X-rays into a data set: `python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://… --dataset URI`.
 
-It plans (lists, hashes, splits), decodes with all cores, stores HDF5 shards, and commits with dataset.json. Started
-again after a kill it goes on; started again on a finished data set of the same plan it says so and does nothing.
+It lists, hashes, plans, decodes with all cores, stores HDF5 shards, and commits with dataset.json. Started again after
+a kill it goes on; started again on a finished data set of the same plan it says so and does nothing. A large job is
+shared out by `--partition I/N`, one process a partition, on as many machines as one likes, at once or one after the
+other: whichever ends last commits.
 """
 
+import contextlib
 import os
-import tempfile
+import re
+import signal
+import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
 from xrai import config as configuration
 from xrai.config import Config, Flag
-from xrai.dataset.build import Builder, remove_parts
-from xrai.dataset.card import is_phantom, write_card
+from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source, remove_unfinished
+from xrai.dataset.card import REPORT_KEYS, make_report
 from xrai.dataset.manifest import Row
-from xrai.dataset.plan import Plan, make_plan
-from xrai.dataset.shards import INDEX_KEY, REPORT_PREFIX, DatasetIndex, open_shard, read_index
-from xrai.dataset.sources import open_source
-from xrai.errors import ConfigError, DatasetError, run_command
+from xrai.dataset.plan import Listing, list_source, make_plan, shaping_config
+from xrai.dataset.shards import (
+    INDEX_KEY,
+    MANIFEST_KEY,
+    REPORT_PREFIX,
+    DatasetIndex,
+    is_shard_name,
+    read_index,
+)
+from xrai.dataset.sources import Source, open_source
+from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, run_command
 from xrai.log import get_logger, setup_logging
 from xrai.store import Store, open_store
 
@@ -26,10 +38,10 @@ FLAGS = (
     Flag("source", "data/chest_xray", "raw images: a folder, .zip, MedMNIST .npz or s3://bucket/prefix", "XRAI_SOURCE"),
     Flag("dataset", "data/dataset", "where the data set goes: a folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag("workers", 0, "processes that decode; 0: one a core", type=int),
-    Flag("overwrite", False, "replace a data set that is there", type=bool),
+    Flag("partition", "0/1", "the share that this process makes, I/N with I from 0 to N-1", "XRAI_PARTITION"),
+    Flag("overwrite", False, "replace a data set, or the beginning of one, that is there", type=bool),
 )
-_SAMPLES = 12  # pictures of each class on the data card
-_logger = get_logger("xrai.preprocess")
+_logger = get_logger(__name__)
 
 
 def main() -> None:
@@ -37,102 +49,140 @@ def main() -> None:
     config, flags = configuration.parse("preprocess", description="Turn raw X-rays into a data set.", flags=FLAGS)
     if not 0 <= flags["workers"] <= 1024:
         raise ConfigError(f"--workers = {flags['workers']} is not allowed: it takes a whole number from 0 to 1024")
+    number, num_partitions = read_partition(flags["partition"])
     setup_logging()
-    preprocess(config, flags)
+    signal.signal(signal.SIGTERM, _stop)
+    if not flags["dataset"]:
+        raise ConfigError("--dataset is empty; it takes a folder or s3://bucket/prefix")
+    source, store = open_source(flags["source"]), open_store(flags["dataset"])
+    if source.holds(store):
+        raise ConfigError(
+            f"--dataset {store.uri} is inside --source {flags['source']}, which would take up what is written; move one"
+        )
+    if flags["overwrite"]:
+        if num_partitions > 1:
+            raise ConfigError("--overwrite and --partition exclude each other: each would discard what the others made")
+        listing = list_source(source)  # before anything is removed
+        remove_dataset(store)
+    else:
+        listing = list_source(source)
+    preprocess(
+        config, source, listing, store, num_workers=flags["workers"] or len(os.sched_getaffinity(0)),
+        number=number, num_partitions=num_partitions,
+    )  # fmt: skip
 
 
-def preprocess(config: Config, flags: dict[str, Any]) -> None:
-    """Plan, build, commit; print where the data set is. Raises `UserError` before anything is written."""
-    source = open_source(flags["source"])
-    store = open_store(flags["dataset"])
-    num_workers = flags["workers"] or len(os.sched_getaffinity(0))
-    plan = make_plan(source, config)
+def preprocess(
+    config: Config,
+    source: Source,
+    listing: Listing,
+    store: Store,
+    *,
+    num_workers: int,
+    number: int,
+    num_partitions: int,
+) -> None:
+    """Hash, plan, build the shards of partition `number`, and commit if all are there; print what came of it."""
+    began = time.monotonic()
     if store.size(INDEX_KEY) is not None:
-        if flags["overwrite"]:
-            remove_dataset(store)
-        else:
-            show_existing(store, plan)
-            return
-    elif flags["overwrite"]:
-        remove_parts(store)
-    builder = Builder(plan, source, store, config.images, num_workers=num_workers)
-    builder.claim()
-    builder.build(plan.shards)
-    parts = builder.parts()
-    if parts is None:
+        show_existing(config, source, listing, store)
+        return
+    unfinished = Unfinished(store, listing, shaping_config(config))
+    unfinished.claim()
+    try:
+        rows = hash_source(source, listing, unfinished, number=number, num_partitions=num_partitions)
+        plan = make_plan(listing, rows, config)
+        for note in plan.notes:
+            _logger.warning("%s", note)
+        builder = Builder(plan, source, store, unfinished, num_workers=num_workers)
+        builder.build(plan.shards[number::num_partitions])
+
+        def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:
+            from xrai.results.plots import (
+                draw_class_counts,
+                draw_sheet,
+            )  # a second to import, which others need not spend
+
+            return make_report(
+                store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
+            )
+
+        index = builder.commit(report)
+    except SourceError:  # starting again would not help: leave nothing half-written
+        remove_dataset(store)
+        raise
+    if index is not None:
+        print("\n".join(describe(index, store, took_s=time.monotonic() - began)), flush=True)
+    elif store.size(INDEX_KEY) is not None and read_index(store).plan_sha256 == plan.sha256:
+        remove_unfinished(store)  # what this process stored after another one had committed
+        print("\n".join(describe(read_index(store), store)), flush=True)
+    elif num_partitions > 1:
+        print(f"partition {number}/{num_partitions} is stored at {store.uri}; the last one to end commits", flush=True)
+    else:
         raise DatasetError(f"parts of the data set at {store.uri} were removed while it was made; start again")
-    builder.commit(parts, lambda index, rows: make_report(store, index, rows, notes=plan.notes))
-    print("\n".join(describe(read_index(store), store)), flush=True)
 
 
-def show_existing(store: Store, plan: Plan) -> None:
+def read_partition(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N". Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    number, num_partitions = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 <= number < num_partitions:
+        raise ConfigError(f"--partition = {text!r} is not allowed: it takes I/N with I from 0 to N-1, such as 0/4")
+    return number, num_partitions
+
+
+def show_existing(config: Config, source: Source, listing: Listing, store: Store) -> None:
     """Print the data set that is there, if it is of the same plan; raise `DatasetError` if it is another."""
     index = read_index(store)
+    advice = "give another --dataset, or --overwrite to replace it"
+    wanted = shaping_config(config)
+    for section, keys in wanted.items():
+        for key, value in keys.items():
+            there = index.config.get(section, {}).get(key)
+            if there != value:
+                raise DatasetError(f"{store.uri} holds a data set of {section}.{key} = {there}, not {value}: {advice}")
+    plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
-        raise DatasetError(
-            f"{store.uri} holds another data set (of other images or another config): give another --dataset, or "
-            "--overwrite to replace it"
-        )
-    remove_parts(store)  # what a kill between the commit and its last step may have left
+        raise DatasetError(f"{store.uri} holds a data set of other images than {source.name} holds: {advice}")
+    remove_unfinished(store)  # what a kill between the commit and its last step may have left
     _logger.info("the data set is there already, from the same images and config: nothing to do")
     print("\n".join(describe(index, store)), flush=True)
 
 
 def remove_dataset(store: Store) -> None:
-    """Remove a data set: first dataset.json, so that it is none any more, then what it names."""
-    index = read_index(store)
+    """Remove a data set, or the beginning of one: first dataset.json, so that it is none any more, then all else.
+
+    Only keys that xrai writes are touched.
+    """
     store.delete(INDEX_KEY)
-    remove_parts(store)
-    names = [shard.name for shards in index.splits.values() for shard in shards]
-    for name in [*names, *(entry.name for entry in index.objects)]:
-        store.delete(name)
+    keys = [entry.key for entry in store.list()]
+    for key in keys:
+        if is_shard_name(key) or key.startswith(UNFINISHED) or key in (MANIFEST_KEY, *REPORT_KEYS):
+            store.delete(key)
+    folder = store.local_path(INDEX_KEY)
+    if folder is not None:
+        for empty in (folder.parent / REPORT_PREFIX, folder.parent):
+            with contextlib.suppress(OSError):  # it is not empty, or was not there
+                empty.rmdir()
 
 
-def make_report(store: Store, index: DatasetIndex, rows: Sequence[Row], *, notes: Sequence[str]) -> dict[str, bytes]:
-    """The files of the data card by key: samples of each class, class counts, and the card itself."""
-    from xrai.results.plots import draw_class_counts, draw_sheet  # a second to import, which workers need not spend
-
-    phantom = is_phantom(rows)
-    files: dict[str, bytes] = {}
-    captions = []
-    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-        path = Path(folder) / "sheet.png"
-        first = index.splits["train"][0]
-        shard_path = store.local_path(first.name)
-        if shard_path is None:
-            shard_path = Path(folder) / "shard.h5"
-            store.download(first.name, shard_path)
-        shard = open_shard(shard_path)
-        for label, name in enumerate(index.classes):
-            chosen = [place for place, found in enumerate(shard.labels) if found == label][:_SAMPLES]
-            if not chosen:
-                continue
-            titles = [shard.source[place].rpartition("/")[2] for place in chosen]
-            caption = f"Samples of train: {name}"
-            draw_sheet([shard.images[place] for place in chosen], titles, path, heading=caption, is_phantom=phantom)
-            key = f"{REPORT_PREFIX}samples-{name.lower()}.png"
-            files[key] = path.read_bytes()
-            captions.append((caption, key.removeprefix(REPORT_PREFIX)))
-        counts = {split: index.num_images_per_class(split) for split in index.splits}
-        draw_class_counts(counts, path, heading="Images by split and class", is_phantom=phantom)
-        files[f"{REPORT_PREFIX}class-counts.png"] = path.read_bytes()
-        captions.append(("Images by split and class", "class-counts.png"))
-    card = write_card(index, rows, notes=notes, sheets=captions)
-    return {**files, f"{REPORT_PREFIX}card.md": card.encode()}
-
-
-def describe(index: DatasetIndex, store: Store) -> list[str]:
-    """The last lines: where, how many, of what."""
+def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) -> list[str]:
+    """The last lines: how many, of what, where."""
     counts = index.counts
     splits = "; ".join(
         f"{split} {' + '.join(f'{number} {name}' for name, number in index.num_images_per_class(split).items())}"
         for split in index.splits
     )
+    rate = f" in {took_s:.1f} s, {counts.num_found / took_s:.0f} images/s" if took_s else ""
     return [
-        f"{counts.num_found} files found = {counts.num_written} written + {counts.num_set_aside} set aside",
+        f"{counts.num_found} files found = {counts.num_written} written + {counts.num_set_aside} set aside{rate}",
         splits,
         f"data set {index.fingerprint[:16]} is at {store.uri}; its card: {store.uri}/{REPORT_PREFIX}card.md",
     ]
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise StoppedError("stopped by SIGTERM; what is stored is kept, start again to go on")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ jittered pauses until nothing has succeeded for `retry_s`. What can not pass is 
 import base64
 import errno
 import hashlib
+import math
 import os
 import random
 import re
@@ -22,7 +23,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
@@ -30,6 +31,8 @@ from urllib.parse import unquote, urlsplit
 
 from xrai.errors import (
     AlreadyExistsError,
+    ConfigError,
+    CorruptError,
     ForbiddenError,
     NoCredentialsError,
     NoSuchBucketError,
@@ -38,6 +41,7 @@ from xrai.errors import (
     StoreError,
     UnreachableError,
     WrongEndpointError,
+    XraiError,
 )
 from xrai.log import get_logger
 
@@ -45,6 +49,7 @@ _CHUNK_BYTES = 256 * 1024
 _PART_BYTES = 32 * 1024 * 1024  # objects above this go up in parts; S3 takes parts from 5 MiB
 _MAX_PARTS = 10_000  # S3's limit
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 4.0
+_NUM_UNREADABLE = 2  # answers that make no sense, before they are taken for those of another kind of server
 _STALE_TEMPORARY_S = 24 * 3600.0
 
 _logger = get_logger(__name__)
@@ -70,7 +75,7 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes:
-        """The whole object. Raises `NotFoundError` where there is none."""
+        """The whole object. Raises `NotFoundError` where there is none, `CorruptError` if it is replaced meanwhile."""
 
     @abstractmethod
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
@@ -104,12 +109,13 @@ class Store(ABC):
         return f"{self.uri}/{key}" if key else self.uri
 
 
-def open_store(uri: str, *, timeout_s: float = 20.0, retry_s: float = 120.0) -> Store:
+def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | None = None) -> Store:
     """The store at an address: a folder's path, `file:///abs/dir`, or `s3://bucket/prefix`. Nothing is contacted yet.
 
     For a bucket `timeout_s` is how long one request may be without an answer, and `retry_s` how long a failing one is
-    repeated: a call ends within `retry_s + timeout_s` of the last byte that moved. Raises `StoreAccessError` for any
-    other address.
+    repeated: a call ends within `retry_s + 2 timeout_s` (one to connect, one to be answered) of the last 256 KiB that
+    arrived. Where they are not given, XRAI_S3_TIMEOUT_S and XRAI_S3_RETRY_S say, else they are 20 and 120 s. Raises
+    `StoreAccessError` for any other address.
     """
     allowed = "give a folder, file:///folder or s3://bucket/prefix"
     scheme = urlsplit(uri).scheme if "://" in uri else ""
@@ -117,7 +123,12 @@ def open_store(uri: str, *, timeout_s: float = 20.0, retry_s: float = 120.0) -> 
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
             raise StoreAccessError(f"{uri!r} names no bucket: {bucket!r} is not a bucket's name; {allowed}")
-        return S3Store(bucket, prefix.strip("/"), timeout_s=timeout_s, retry_s=retry_s)
+        return S3Store(
+            bucket,
+            prefix.strip("/"),
+            timeout_s=_seconds("XRAI_S3_TIMEOUT_S", 20.0) if timeout_s is None else timeout_s,
+            retry_s=_seconds("XRAI_S3_RETRY_S", 120.0) if retry_s is None else retry_s,
+        )
     if scheme == "file":
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
@@ -126,6 +137,18 @@ def open_store(uri: str, *, timeout_s: float = 20.0, retry_s: float = 120.0) -> 
     if scheme or not uri:
         raise StoreAccessError(f"{uri!r} is not an address of a store; {allowed}")
     return FileStore(Path(uri))
+
+
+def _seconds(variable: str, default: float) -> float:
+    """A positive number of seconds from the environment."""
+    text = os.environ.get(variable, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{variable} = {text!r} is not allowed: it takes a number of seconds above 0")
+    return value
 
 
 def check_key(key: str) -> str:
@@ -188,7 +211,8 @@ class FileStore(Store):
                     path = Path(folder, name)
                     key = path.relative_to(self._folder).as_posix()
                     if key.startswith(prefix) and not _is_temporary(name):
-                        found.append(StoredObject(key, path.stat().st_size))
+                        with suppress(FileNotFoundError):  # deleted meanwhile
+                            found.append(StoredObject(key, path.stat().st_size))
         yield from sorted(found)
 
     def delete(self, key: str) -> None:
@@ -221,6 +245,8 @@ def _explained_file(done: str, where: str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"{where} can not be {done}: {cause}; free some space or use another folder") from error
+        if done == "written" and error.errno == errno.ENOTDIR:
+            raise StoreAccessError(f"{where} can not be written: it is below a file; choose another folder") from error
         if done != "written" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise NotFoundError(f"there is no {where}") from error
         raise StoreError(f"{where} can not be {done}: {cause}") from error
@@ -234,7 +260,10 @@ def _refuse_unless_missing(error: OSError) -> None:
 @contextmanager
 def _replacing(path: Path, *, only_if_absent: bool = False) -> Iterator[BinaryIO]:
     """A new file that takes `path`'s place when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(path.parent)) from error
     _remove_stale_temporaries(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -242,12 +271,24 @@ def _replacing(path: Path, *, only_if_absent: bool = False) -> Iterator[BinaryIO
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if only_if_absent:
-            os.link(temporary, path)  # the one way to create a whole file only where there is none
-        else:
-            temporary.replace(path)
+        if only_if_absent and _link(temporary, path):
+            return
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a whole file its name, where no file has it. False on a file system without links, when no file has it."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "it exists already", str(path)) from error
+        return False
+    return True
 
 
 def _is_temporary(name: str) -> bool:
@@ -257,8 +298,9 @@ def _is_temporary(name: str) -> bool:
 def _remove_stale_temporaries(path: Path) -> None:
     """Remove what killed writers of the same file left a day ago or more."""
     for left in path.parent.glob(f".{_glob_escape(path.name)}.*.tmp"):
-        if _is_temporary(left.name) and left.stat().st_mtime < time.time() - _STALE_TEMPORARY_S:
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another writer may be done with it at this moment
+            if _is_temporary(left.name) and left.stat().st_mtime < time.time() - _STALE_TEMPORARY_S:
+                left.unlink()
 
 
 def _glob_escape(text: str) -> str:
@@ -318,7 +360,8 @@ class S3Store(Store):
             answer = self._call("read", key, lambda client: client.head_object(Bucket=self._bucket, Key=name))
         except NotFoundError:
             # an answer to HEAD has no text, so that a bucket that is missing looks like an object that is
-            self._call("read", "", lambda client: client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1))
+            with suppress(ForbiddenError):  # keys that may read and write need not have the right to list
+                self._call("read", "", lambda client: client.list_objects_v2(Bucket=self._bucket, MaxKeys=1))
             return None
         return int(answer["ContentLength"])
 
@@ -406,12 +449,22 @@ class S3Store(Store):
                 return
             rest = {"Range": f"bytes={done}-", "IfMatch": etag} if done else {}
             answer = client.get_object(Bucket=self._bucket, Key=name, **rest)
-            etag, size_bytes = answer["ETag"], done + int(answer["ContentLength"])
+            if "ETag" not in answer:  # the head of a web page, say; botocore does not look at a body that is streamed
+                raise WrongEndpointError(
+                    f"{self._where(key)} can not be read: the endpoint {_endpoint(client)} does not speak S3 "
+                    "(its answer has no ETag); see AWS_ENDPOINT_URL_S3"
+                )
+            place = _range_start(answer)
+            if place > done:
+                raise ConnectionError(f"bytes from {place} on came, not from {done}")
+            etag, size_bytes = answer["ETag"], place + int(answer["ContentLength"])
             with closing(answer["Body"]) as body:
                 while chunk := body.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    write(chunk)
-                    done += len(chunk)
+                    new = chunk[max(done - place, 0) :]  # a server may know no ranges and begin anew
+                    place += len(chunk)
+                    digest.update(new)
+                    write(new)
+                    done += len(new)
             if done < size_bytes:
                 raise ConnectionError(f"the body ended after {done} of {size_bytes} bytes")
 
@@ -432,11 +485,12 @@ class S3Store(Store):
         where = self._where(key)
         reached, tries = progress(), 0
         deadline = time.monotonic() + self._retry_s
+        jitter = random.SystemRandom()
         while True:
             try:
                 return request(self._client())
             except _network_errors() as error:
-                final = _explain(error, done=done, where=where, bucket=self._bucket)
+                final = _explain(error, done=done, where=where, bucket=self._bucket, tries=tries)
                 if final is not None:
                     raise final from error
                 cause = error
@@ -444,15 +498,26 @@ class S3Store(Store):
                 reached, tries = progress(), 0
                 deadline = time.monotonic() + self._retry_s
             tries += 1
-            pause_s = min(_FIRST_PAUSE_S * 2 ** min(tries - 1, 16), _LONGEST_PAUSE_S) * random.uniform(0.5, 1)
-            if time.monotonic() + pause_s > deadline:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 raise UnreachableError(
                     f"{where} can not be {done}: no success in {tries} tries within {self._retry_s:g} s "
                     f"(endpoint {_endpoint(self._client())}): {_plain(cause)}"
                 ) from cause
             if tries == 1:
                 _logger.warning("%s: %s; trying again for up to %g s", where, _plain(cause), self._retry_s)
-            time.sleep(pause_s)
+            pause_s = min(_FIRST_PAUSE_S * 2 ** min(tries - 1, 16), _LONGEST_PAUSE_S) * jitter.uniform(0.5, 1)
+            time.sleep(min(pause_s, left_s))
+
+
+def _range_start(answer: Any) -> int:
+    """The place in the object of the first byte of an answer to GET."""
+    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+        return 0
+    found = re.match(r"bytes (\d+)-", answer.get("ContentRange", ""))
+    if found is None:
+        raise ConnectionError(f"part of an object came, and not which: {answer.get('ContentRange')!r}")
+    return int(found[1])
 
 
 class _NotImplementedError(StoreError):
@@ -529,13 +594,21 @@ _REGION_CODES = {
 }
 
 
-def _explain(error: Exception, *, done: str, where: str, bucket: str) -> StoreError | None:
-    """The error of ours for one that trying again can not mend, or None for one that may pass."""
+def _explain(error: Exception, *, done: str, where: str, bucket: str, tries: int = 0) -> XraiError | None:
+    """The error of ours for one that trying again can not mend, or None for one that may pass.
+
+    `tries` is how often it was tried again before.
+    """
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
 
     what = f"{where} can not be {done}"
     if isinstance(error, exceptions.ClientError):
+        in_no_words = error.response.get("Error", {}).get("Code") in ("404", "501")
+        if in_no_words and error.operation_name != "HeadObject":
+            return WrongEndpointError(
+                f"{what}: the endpoint does not speak S3 ({_plain(error)}); see AWS_ENDPOINT_URL_S3"
+            )
         return _explain_answer(error.response, done=done, where=where, bucket=bucket)
     no_keys = (
         exceptions.NoCredentialsError,
@@ -549,6 +622,8 @@ def _explain(error: Exception, *, done: str, where: str, bucket: str) -> StoreEr
             f"{what}: {_plain(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or any other standard AWS way"
         )
     if isinstance(error, ResponseParserError):
+        if tries < _NUM_UNREADABLE:  # may have been damaged on its way
+            return None
         return WrongEndpointError(f"{what}: the endpoint does not speak S3 ({_plain(error)}); see AWS_ENDPOINT_URL_S3")
     if isinstance(error, exceptions.SSLError):
         return WrongEndpointError(f"{what}: {_plain(error)}; AWS_CA_BUNDLE names the certificates to trust")
@@ -557,13 +632,13 @@ def _explain(error: Exception, *, done: str, where: str, bucket: str) -> StoreEr
     return None
 
 
-def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> StoreError | None:
+def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> XraiError | None:
     """The same for an answer of the server that is no success."""
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     answer = response.get("Error", {})
     code, text = str(answer.get("Code", status)), str(answer.get("Message", "no further explanation"))
     what, said = f"{where} can not be {done}", f"{code}: {text}"
-    if status == 501 or code == "NotImplemented":
+    if code == "NotImplemented":
         return _NotImplementedError(f"{what}: {said}")
     if status >= 500 or status == 429 or code in _PASSING_CODES:
         return None
@@ -574,7 +649,7 @@ def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> Sto
         hint = f"the bucket is in {region}, set AWS_REGION" if region else "see AWS_REGION and AWS_ENDPOINT_URL_S3"
         return WrongEndpointError(f"{what}: wrong region or endpoint ({said}); {hint}")
     if code == "PreconditionFailed" and done == "read":
-        return StoreError(f"{what}: it was replaced while it was read; start again")
+        return CorruptError(f"{what}: it was replaced while it was read; start again")
     if code == "PreconditionFailed":
         return AlreadyExistsError(f"{where} exists already")
     if code in _KEY_CODES:

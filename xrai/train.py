@@ -5,6 +5,7 @@ from its newest checkpoint. In the end the best epoch's weights are measured on 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import xrai
 from xrai import config as configuration
@@ -29,7 +31,14 @@ from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError, run_command
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks, join, record_failures
-from xrai.learning.loop import EpochResult, fit, rank_batch_size, resolve_precision
+from xrai.learning.loop import (
+    EpochResult,
+    explaining_memory,
+    fit,
+    profile_steps,
+    rank_batch_size,
+    resolve_precision,
+)
 from xrai.learning.predictor import (
     MODEL_FILE,
     Predictions,
@@ -47,7 +56,7 @@ from xrai.results.artifacts import (
     make_summary,
     new_run_id,
 )
-from xrai.results.metrics import auroc, choose_threshold
+from xrai.results.metrics import auroc, choose_threshold, format_value
 from xrai.results.plots import draw_curves
 from xrai.results.record import record_scores
 from xrai.results.report import DatasetFacts, render_report
@@ -67,17 +76,18 @@ _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
 _logger = get_logger("xrai.train")
 
 
-@record_failures
 def main() -> None:
     """Read the command line, join the job, and do this rank's part of it."""
     config, flags = configuration.parse("train", description="Train a network on a data set.", flags=FLAGS)
     if flags["resume"] not in ("auto", "must", "never"):
         raise ConfigError(f"--resume = {flags['resume']!r} is not allowed: it takes auto, must or never")
+    profile_steps(config.train.profile)
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     stop = StopRequest()
     with join(timeout_s=config.train.timeout_s) as ranks:
         torch.set_num_threads(config.train.threads or max(1, num_cores() // ranks.local_world_size))
-        train(config, flags, ranks=ranks, asked_to_stop=stop.is_set)
+        with ranks.explaining(), explaining_memory(config.train, world_size=ranks.world_size):
+            train(config, flags, ranks=ranks, asked_to_stop=stop.is_set)
 
 
 def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop: Callable[[], bool]) -> None:
@@ -118,6 +128,7 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
             facts=facts_of(config, index),
             resumed=resumed,
             asked_to_stop=asked_to_stop,
+            profile_path=run.path / "profile.json" if run is not None else None,
         )
         best_epoch, weights = ranks.on_main(job.best)
         network = build_model(config.model)
@@ -179,9 +190,11 @@ class Job:
         self.run.write_environment(self._environment())
         if found is None:
             self.run.resume_at(epoch=0, step=0)
+            self.run.add_hyperparameters(self.config.to_mapping())
             return None
         entry, state = found
         self.run.resume_at(epoch=entry.epoch + 1, step=entry.step + 1)  # the first that are not done
+        self.run.add_hyperparameters(self.config.to_mapping())
         _logger.info("going on after step %d, in epoch %d", entry.step, entry.epoch + 1)
         return state
 
@@ -202,10 +215,13 @@ class Job:
             "shifted_accuracy": float(np.mean((result.shifted.logits.ravel() > 0) == shifted_labels)),
             "shifted_auroc": shifted_auroc,
             "lr": result.learning_rate, "grad_norm": result.grad_norm, "images_per_s": result.images_per_s,
-            "data_wait_share": result.data_wait_share, "peak_memory_mib": result.peak_memory_mib,
+            "data_wait_share": result.data_wait_share,
+            # compute time over total time, as MLPerf Storage defines it; of the training part of the epoch
+            "accelerator_utilisation": seconds["compute"] / seconds["epoch"], "peak_memory_mib": result.peak_memory_mib,
             **{f"{stage}_s": seconds.get(stage) for stage in
                ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")},
         }  # fmt: skip
+        self.run.add_precision_recall(result.step, "precision_recall/val", labels, result.val.probabilities[0])
         self.run.append_history(row)
         draw_curves(self.run.history(), self.run.path, is_phantom=self.is_phantom)
         self.run.publish(["curves/loss.png", "curves/accuracy.png"])
@@ -240,6 +256,7 @@ class Job:
         labels = self.loaders["val"].labels
         threshold = choose_threshold(np.tile(labels, len(shifted.logits)), shifted.probabilities.ravel())
         main_split = "test" if "test" in scored else "val"
+        step = run.history()[-1]["step"] + 1  # past all epochs, so that an end that is repeated replaces this one
         measured = {
             split: record_scores(
                 run,
@@ -255,6 +272,8 @@ class Job:
                 num_bootstrap=config.evaluate.num_bootstrap,
                 is_phantom=self.is_phantom,
                 folder="" if split == main_split else split,
+                read_images=functools.partial(read_images, self._whole(split)),
+                step=step,
             )
             for split, predictions in scored.items()
         }
@@ -263,6 +282,7 @@ class Job:
             run_id=run.run_id, fingerprint=index.fingerprint,
         )  # fmt: skip
         run.publish([MODEL_FILE])
+        run.add_results(step, measured[main_split])
         summary = make_summary(
             measured[main_split],
             run_id=run.run_id,
@@ -289,7 +309,19 @@ class Job:
             version=xrai.__version__,
         )
         run.write_text("report.html", page)
-        return format_result_lines(run.finish(summary), run.address)
+        lines = format_result_lines(run.finish(summary), run.address)
+        if main_split != "val":
+            values = ", ".join(f"{name} {format_value(name, value)}" for name, value in summary["validation"].items())
+            lines.insert(-2, f"validation  {values}".replace("auroc", "AUROC"))
+        return lines
+
+    def _whole(self, split: str) -> Loader:
+        """A loader of all images of a split, where the rank's own has a share of them."""
+        return Loader(
+            self._dataset, split=split, batch_size=self.config.evaluate.batch_size,
+            cache_dir=self.config.cache.dir or None, cache_max_gib=self.config.cache.max_gib,
+            timeout_s=self.config.train.timeout_s,
+        )  # fmt: skip
 
     def _environment(self) -> dict[str, Any]:
         return {**describe_environment(), **describe_devices(self.config, self.ranks)}
@@ -334,6 +366,12 @@ class StopRequest:
     def _note(self, kind: int, frame: FrameType | None) -> None:
         self._asked = True
         signal.signal(kind, signal.SIG_DFL)
+
+
+def read_images(loader: Loader, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The pictures (n, H, W) of some rows of a split, from a loader of one rank that does not shuffle."""
+    batches = {step: next(loader.epoch(0, start=step)) for step in set((rows // loader.batch_size).tolist())}
+    return np.stack([batches[row // loader.batch_size].images[row % loader.batch_size, 0] for row in rows.tolist()])
 
 
 def num_cores() -> int:
@@ -472,4 +510,4 @@ def describe_devices(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(record_failures(main))

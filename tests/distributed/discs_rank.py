@@ -5,6 +5,7 @@ python tests/distributed/discs_rank.py [--folder DIR] [--stop_after N] [--poison
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tests.learning.fakes import FakeLoader, train_discs
 from xrai import config as configuration
 from xrai.config import Flag
 from xrai.errors import run_command
-from xrai.learning.distributed import join
+from xrai.learning.distributed import join, record_failures
 
 
 def main() -> None:
@@ -25,17 +26,24 @@ def main() -> None:
         Flag("stop_after", 0, "ask to stop after so many steps, on one rank", type=int),
         Flag("stop_rank", 0, "which rank is asked to stop", type=int),
         Flag("poison_rank", -1, "the rank whose loss is not finite in the fourth step", type=int),
+        Flag("hang_rank", -1, "the rank that hangs before its seventh step", type=int),
+        Flag("raise_rank", -1, "the rank that raises before its seventh step", type=int),
         Flag("num_images", 150, "training images", type=int),
+        Flag("num_val", 41, "validation images", type=int),
     ]
     config, values = configuration.parse("train", description="discs", flags=flags)
     torch.set_num_threads(1)
-    with join(timeout_s=config.train.timeout_s) as ranks:
+    with join(timeout_s=config.train.timeout_s) as ranks, ranks.explaining():
 
         def poison(loader: FakeLoader) -> None:
             original = loader.epoch
 
             def epoch(number: int, *, start: int = 0):  # type: ignore[no-untyped-def]
                 for position, batch in enumerate(original(number, start=start)):
+                    if number == 1 and position == 1 and ranks.rank == values["hang_rank"]:
+                        time.sleep(100)
+                    if number == 1 and position == 1 and ranks.rank == values["raise_rank"]:
+                        _ = 1 / 0
                     if position + start == 3 and ranks.rank == values["poison_rank"]:
                         batch.labels = batch.labels.astype(np.float32)
                         batch.labels[[0, 2]] = np.nan
@@ -48,6 +56,7 @@ def main() -> None:
             ranks=ranks,
             folder=Path(values["folder"]) if values["folder"] else None,
             num_images=values["num_images"],
+            num_val=values["num_val"],
             stop_after=values["stop_after"] if ranks.rank == values["stop_rank"] and values["stop_after"] else None,
             damage=poison,
         )
@@ -73,4 +82,4 @@ def main() -> None:
     )
 
 
-run_command(main)
+run_command(record_failures(main))

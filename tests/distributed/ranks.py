@@ -19,13 +19,17 @@ def free_port() -> int:
 
 
 def start_ranks(
-    arguments: list[str], *, world_size: int, environment: dict[str, str] | None = None
+    arguments: list[str],
+    *,
+    world_size: int,
+    environment: dict[str, str] | None = None,
+    more: dict[int, list[str]] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """One process a rank, each `python ARGUMENTS`, wired as torchrun wires its workers."""
+    """One process a rank, each `python ARGUMENTS`, wired as by torchrun; `more` are single ranks' own."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, *arguments, *(more or {}).get(rank, [])],
             env={
                 **os.environ, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),

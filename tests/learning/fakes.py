@@ -77,15 +77,15 @@ class Outcome:
 
 
 def train_discs(
-    config: Config, *, ranks: Ranks, folder: Path | None = None, num_images: int = 150, stop_after: int | None = None,
-    damage: Callable[[FakeLoader], None] | None = None,
+    config: Config, *, ranks: Ranks, folder: Path | None = None, num_images: int = 150, num_val: int = 41,
+    stop_after: int | None = None, damage: Callable[[FakeLoader], None] | None = None, profile_path: Path | None = None,
 ) -> Outcome:  # fmt: skip
     """Train on discs in memory, going on from the newest checkpoint in `folder`.
 
     `stop_after` asks the process to stop after so many steps of its own; `damage` may change the training images.
     """
     images, labels = make_discs(num_images)
-    val_images, val_labels = make_discs(41, seed=1)
+    val_images, val_labels = make_discs(num_val, seed=1)
     share = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(
         images, labels, batch_size=config.train.global_batch_size, shuffle=True, seed=config.train.seed, **share
@@ -127,6 +127,7 @@ def train_discs(
             name_of=lambda row: f"disc-{row}",
             observer=Watcher() if ranks.is_main else None, checkpoints=checkpoints if ranks.is_main else None,
             facts={}, resumed=resumed,
+            profile_path=profile_path,
             asked_to_stop=lambda: stop_after is not None and len(sums) >= stop_after * config.train.accumulation_steps,
         )  # fmt: skip
     except StoppedError:

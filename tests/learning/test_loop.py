@@ -9,9 +9,10 @@ import torch
 
 from tests.learning.fakes import FakeLoader, Outcome, train_discs
 from xrai.config import Checkpoint, Config, Optim, Train
-from xrai.errors import TrainingError, UserError
+from xrai.errors import ConfigError, TrainingError, UserError
 from xrai.learning.distributed import Ranks, join
-from xrai.learning.loop import rank_batch_size, resolve_precision
+from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size, resolve_precision
+from xrai.learning.optim import class_weights, image_losses
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
 
@@ -180,3 +181,62 @@ def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks):
     outcome = train_discs(changed(SMALL, train={"precision": "fp64", "epochs": 10}), ranks=alone)
     assert len(outcome.losses) == 50
     assert outcome.losses == pytest.approx(stored, rel=1e-6)
+
+
+def test_the_steps_asked_for_are_profiled_into_a_chrome_trace(alone: Ranks, tmp_path: Path):
+    path = tmp_path / "profile.json"
+    train_discs(changed(SMALL, train={"epochs": 1, "profile": "2:3"}), ranks=alone, profile_path=path)
+    names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
+    assert any("convolution" in name for name in names)
+    assert any("ProfilerStep" in name or "Optimizer.step" in name for name in names)
+
+
+@pytest.mark.parametrize("text", ["5", "0:3", "5:4", "a:b", "1:2:3"])
+def test_profiled_steps_that_make_no_sense_are_refused(text: str):
+    with pytest.raises(ConfigError, match="it takes steps A:B"):
+        profile_steps(text)
+
+
+def test_too_little_memory_says_which_batch_to_try():
+    with (
+        pytest.raises(
+            TrainingError, match=r"with 32 images at a time: try --train\.accumulation_steps=2 \(16 at a time"
+        ),
+        explaining_memory(Train(global_batch_size=64), world_size=2),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_weighting_the_classes_equals_counting_each_image_so_often():
+    weights = class_weights((30, 90), 1.0)
+    assert weights == pytest.approx((2.0, 2 / 3)) and class_weights((30, 90), 0.0) == (1.0, 1.0)
+    logits, labels = torch.tensor([0.2, -0.4]), torch.tensor([0, 1], dtype=torch.uint8)
+    plain = image_losses(logits, labels, log_odds=0.0)
+    assert image_losses(logits, labels, log_odds=0.0, weights=weights).tolist() == pytest.approx(
+        [plain[0].item() * 2, plain[1].item() * 2 / 3]
+    )
+
+
+def test_patience_that_is_used_up_stays_so_after_a_restart(alone: Ranks, tmp_path: Path):
+    still = changed(SMALL, train={"epochs": 50, "patience": 1}, optim={"lr": 1e-30})
+    first = train_discs(still, ranks=alone, num_images=40, folder=tmp_path)
+    assert 0 < len(first.losses) < 100
+    assert train_discs(still, ranks=alone, num_images=40, folder=tmp_path).losses == []
+
+
+def test_a_compiled_network_learns_the_same(alone: Ranks, monkeypatch: pytest.MonkeyPatch):
+    # The graph is captured as always; making machine code of it takes minutes on the CPU and is left out here
+    compiled = []
+
+    def capture(network: torch.nn.Module) -> Any:
+        compiled.append(network)
+        return original(network, backend="eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", capture)
+    config = changed(SMALL, train={"epochs": 1, "compile": True})
+    outcome = train_discs(config, ranks=alone)
+    assert len(compiled) == 1
+    assert outcome.losses == pytest.approx(
+        train_discs(changed(SMALL, train={"epochs": 1}), ranks=alone).losses, rel=1e-4
+    )

@@ -1,34 +1,39 @@
-"""Decode, cut into shards, store, commit: the work behind `xrai.preprocess`.
+"""Hash, decode, cut into shards, store, commit: the work behind `xrai.preprocess`.
 
-Shards are made one after the other, each from its part of the plan, with all cores decoding. After a shard its part
-file follows, `parts/<shard>.json`, which says what it holds; when all parts are there, manifest, report and, last,
-`dataset.json` are written and the parts removed. So a job that was killed goes on from what is stored, several machines
-can share the work, and whoever finishes last commits, with the same bytes.
+While a data set is made its address holds objects whose keys begin with "unfinished-": a claim, which says what is
+being made; the hashes of the source's files; and for each shard a part, which says what the shard holds. When all parts
+are there, the manifest, the report and, last, `dataset.json` are written and the unfinished objects removed. So a job
+that was killed goes on from what is stored, machines can share the work, two jobs at once do each other no harm, and
+whoever finishes last commits, with the same bytes.
 """
 
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 
 from xrai import __version__
 from xrai.config import Images
 from xrai.dataset.images import decode
+from xrai.dataset.leaks import find_near_pairs, num_pairs, perceptual_hash
 from xrai.dataset.manifest import CLASSES, Row, write_manifest
-from xrai.dataset.plan import Plan, PlannedShard, check_set_aside, hash_of
+from xrai.dataset.plan import Listing, Plan, PlannedShard, check_set_aside, hash_files, hash_of
 from xrai.dataset.shards import (
+    HDF5_VERSION,
     INDEX_KEY,
     MANIFEST_KEY,
     SPLITS,
@@ -36,10 +41,12 @@ from xrai.dataset.shards import (
     DatasetIndex,
     ObjectInfo,
     ShardInfo,
+    hash_object,
     read_index,
     write_shard,
 )
 from xrai.dataset.sources import Source
+from xrai.dataset.splits import refuse_missing_class
 from xrai.errors import (
     AlreadyExistsError,
     CorruptError,
@@ -52,13 +59,22 @@ from xrai.errors import (
 from xrai.log import Progress, get_logger, progress
 from xrai.store import Store
 
-PARTS = "parts"
-_CLAIM = f"{PARTS}/plan.json"
-_CHUNK = 16  # images that a worker takes at a time
-_PARENT_POLL_S = 1.0
+UNFINISHED: Final = "unfinished-"  # what the keys of everything begin with that a commit removes
+
+_CLAIM = f"{UNFINISHED}claim.json"
+_FILES_A_GROUP = 1024  # files whose hashes are stored together
+_IMAGES_A_TASK = 16  # images that a worker process takes at a time
+_TASKS_AHEAD = 4  # a worker; what was decoded before it is needed, held in memory
+_CHECKS_AT_A_TIME = 8
 _logger = get_logger(__name__)
 
-Picture = NDArray[np.uint8] | str  # (H, W), or the reason why there is none
+
+@dataclass(frozen=True)
+class Decoded:
+    """One usable picture."""
+
+    pixels: NDArray[np.uint8]  # (H, W)
+    perceptual_hash: str
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,8 @@ class Part:
     plan_sha256: str
     shard: ShardInfo | None  # None where every file of it was set aside
     reasons: dict[str, str]  # path -> why it was set aside
-    pixel_sum: int
-    pixel_square_sum: int
+    histogram: list[int]  # pixels of each grey level, (256,)
+    perceptual_hashes: list[str]  # of the shard's rows, (N,)
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self)) + "\n").encode()
@@ -83,300 +99,419 @@ class Part:
                 counts = tuple(mapping["shard"].pop("num_rows_per_class"))
                 mapping["shard"] = ShardInfo(**mapping["shard"], num_rows_per_class=counts)
             return cls(**mapping)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"is no part of a data set: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"not the part of a data set: {error}") from error
 
 
-class Builder:
-    """Makes the data set of a plan at an address, or its share of it."""
+@dataclass(frozen=True)
+class NearDuplicate:
+    """Two images of different splits that look the same."""
 
-    def __init__(self, plan: Plan, source: Source, store: Store, images: Images, *, num_workers: int) -> None:
-        self._plan, self._source, self._store, self._images = plan, source, store, images
-        self._num_workers = num_workers
-        self._mine: list[str] = []  # keys that this process has stored
-        self._reasons: dict[str, str] = {}  # path -> why it was set aside, of the shards made here
+    distance: int  # bits of 256
+    one: Row
+    other: Row
+
+
+Report = Callable[[DatasetIndex, Sequence[Row], Sequence[NearDuplicate]], dict[str, bytes]]
+
+
+# --------------------------------------------------------------------------------------------------- unfinished objects
+
+
+class Unfinished:
+    """What an address holds while a data set is made there. Whatever is damaged counts as not there."""
+
+    def __init__(self, store: Store, listing: Listing, config: dict[str, Any]) -> None:
+        self._store = store
+        claim = {
+            "listing_sha256": listing.sha256,
+            "source": listing.source,
+            "config": config,
+            "made_with": {"xrai": __version__, "pillow": PIL.__version__, "hdf5": HDF5_VERSION},
+        }
+        self._claim = json.dumps(claim, sort_keys=True).encode()
 
     def claim(self) -> None:
         """Say at the address what is being made there. Raises `DatasetError` where something else is."""
-        claim = json.dumps({"plan_sha256": self._plan.sha256}).encode()
         try:
-            self._store.write(_CLAIM, claim, only_if_absent=True)
+            self._store.write(_CLAIM, self._claim, only_if_absent=True)
         except AlreadyExistsError:
-            if self._store.read(_CLAIM) != claim:
+            try:
+                there = self._store.read(_CLAIM)
+            except NotFoundError:  # whoever made it has just committed, with what this process will come to as well
+                return
+            if there != self._claim:
                 raise DatasetError(
-                    f"{self._store.uri} holds the beginning of a data set from another source or config: finish that "
-                    "one, choose another --dataset, or start anew with --overwrite"
+                    f"{self._store.uri} holds the beginning of a data set from another source, config or version: "
+                    "finish that one, choose another --dataset, or discard it with --overwrite"
                 ) from None
             _logger.info("going on with the data set that was begun at %s", self._store.uri)
 
-    def build(self, shards: Sequence[PlannedShard]) -> None:
-        """Make these shards, but for those that are stored already, and their parts.
-
-        Raises `SourceError` when more files are set aside than allowed; then nothing that this call stored is left.
-        """
-        missing = [shard for shard in shards if self._stored_part(shard) is None]
-        num_rows = sum(len(shard.rows) for shard in missing)
-        if len(missing) < len(shards):
-            _logger.info("%d of %d shards are stored already", len(shards) - len(missing), len(shards))
-        began = time.monotonic()
-        with progress("preprocess", total=num_rows, unit="images") as bar, self._pool() as pictures:
-            for shard, part_pictures in zip(missing, _by_shard(pictures(missing), missing), strict=True):
-                part = self._make(shard, part_pictures, bar)
-                try:
-                    self._check_limit(part)
-                except SourceError:
-                    for key in self._mine:
-                        self._store.delete(key)
-                    self._store.delete(_CLAIM)
-                    raise
-        if num_rows:
-            _logger.info("%d images in %.1f s", num_rows, time.monotonic() - began)
-
-    def parts(self) -> list[Part] | None:
-        """All parts of the plan in order, or None while some are missing."""
-        found = [self._part(shard) for shard in self._plan.shards]
-        return None if None in found else [part for part in found if part is not None]
-
-    def commit(self, parts: Sequence[Part], report: Callable[[DatasetIndex, Sequence[Row]], dict[str, bytes]]) -> None:
-        """Write manifest, report and `dataset.json`, and remove the parts. `report` gives the report's files by key."""
-        rows = _finished_rows(self._plan, parts)
-        check_set_aside(rows, self._images.max_set_aside)
-        for part in parts:
-            if part.shard is not None and self._store.size(part.shard.name) != part.shard.size_bytes:
-                raise CorruptError(f"{self._store.uri}/{part.shard.name} is not the shard that was stored; start again")
-        index = _index(self._plan, parts, rows)
-        objects = {MANIFEST_KEY: write_manifest(rows), **report(index, rows)}
-        infos = []
-        for key, data in objects.items():
-            self._store.write(key, data)
-            infos.append(ObjectInfo(key, len(data), hash_of(data)))
-        index = replace(index, objects=tuple(infos))
+    def hashes(self, group: int) -> list[list[str]] | None:
+        """Stored pairs (sha256, reason) of a group of files."""
+        data = self._read(_hashes_key(group))
         try:
-            self._store.write(INDEX_KEY, index.to_json().encode(), only_if_absent=True)
-        except AlreadyExistsError:  # another machine was faster; both mean the same
-            if read_index(self._store) != index:
-                raise DatasetError(f"another data set was stored at {self._store.uri} meanwhile") from None
-        remove_parts(self._store)
-
-    def _make(self, shard: PlannedShard, pictures: Iterator[Picture], bar: Progress) -> Part:
-        size = self._images.size
-        images = np.empty((len(shard.rows), size, size), np.uint8)
-        kept: list[Row] = []
-        reasons = {}
-        for row in shard.rows:
-            picture = next(pictures)
-            bar.update()
-            if isinstance(picture, str):
-                reasons[row.path] = picture
-                continue
-            images[len(kept)] = picture
-            kept.append(row)
-        images = images[: len(kept)]
-        info = self._store_shard(shard, images, kept) if kept else None
-        pixels = images.reshape(len(kept), -1).astype(np.int64)
-        part = Part(self._plan.sha256, info, reasons, int(pixels.sum()), int(np.square(pixels).sum()))
-        self._store.write(_part_key(shard), part.to_json())
-        self._mine.append(_part_key(shard))
-        return part
-
-    def _store_shard(self, shard: PlannedShard, images: NDArray[np.uint8], rows: Sequence[Row]) -> ShardInfo:
-        labels = np.array([row.label for row in rows], np.uint8)
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-            path = Path(folder) / shard.name
-            try:
-                write_shard(
-                    path, images=images, labels=labels, source=[row.path for row in rows],
-                    patient=[row.patient for row in rows], subtype=[row.subtype for row in rows],
-                    sha256=[row.sha256 for row in rows],
-                )  # fmt: skip
-            except OSError as error:
-                raise XraiError(
-                    f"{shard.name} can not be written in {folder}: {error.strerror or error}; make room there, or set "
-                    "TMPDIR to another disk"
-                ) from error
-            size_bytes = path.stat().st_size
-            self._mine.append(shard.name)
-            digest = self._store.upload(shard.name, path)
-        counts = tuple(int(np.count_nonzero(labels == label)) for label in range(len(CLASSES)))
-        return ShardInfo(shard.name, len(rows), size_bytes, digest, counts)
-
-    def _check_limit(self, part: Part) -> None:
-        """Refuse as soon as it is sure that too many files are set aside."""
-        self._reasons.update(part.reasons)
-        check_set_aside(
-            [replace(row, reason=row.reason or self._reasons.get(row.path, "")) for row in self._plan.rows],
-            self._images.max_set_aside,
-        )
-
-    def _part(self, shard: PlannedShard) -> Part | None:
-        try:
-            part = Part.from_json(self._store.read(_part_key(shard)))
-        except (NotFoundError, CorruptError):
+            return None if data is None else [[str(text) for text in pair] for pair in json.loads(data)]
+        except (ValueError, TypeError):
             return None
-        return part if part.plan_sha256 == self._plan.sha256 else None
 
-    def _stored_part(self, shard: PlannedShard) -> Part | None:
-        """A shard's part, where the shard's stored bytes are those that it names."""
-        part = self._part(shard)
-        if part is None or part.shard is None:
-            return part
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-            try:
-                digest = self._store.download(part.shard.name, Path(folder) / "shard")
-            except NotFoundError:
-                return None
-        return part if digest == part.shard.sha256 else None
+    def store_hashes(self, group: int, pairs: Sequence[Sequence[str]]) -> None:
+        self._write(_hashes_key(group), json.dumps(pairs).encode())
 
-    def _pool(self) -> "_Pool":
-        return _Pool(self._source, self._images, num_workers=self._num_workers)
+    def part(self, shard: PlannedShard, plan: Plan) -> Part | None:
+        """The stored part of a shard, if it is of this plan."""
+        data = self._read(_part_key(shard.name))
+        try:
+            part = None if data is None else Part.from_json(data)
+        except CorruptError:
+            return None
+        return part if part is not None and part.plan_sha256 == plan.sha256 else None
+
+    def store_part(self, shard: PlannedShard, part: Part) -> None:
+        self._write(_part_key(shard.name), part.to_json())
+
+    def drop_part(self, shard: PlannedShard) -> None:
+        self._store.delete(_part_key(shard.name))
+
+    def _write(self, key: str, data: bytes) -> None:
+        self._store.write(key, hash_of(data).encode() + b"\n" + data)
+
+    def _read(self, key: str) -> bytes | None:
+        """What `_write` stored, None where there is nothing or it was damaged since."""
+        try:
+            digest, _, data = self._store.read(key).partition(b"\n")
+        except NotFoundError:
+            return None
+        return data if digest == hash_of(data).encode() else None
 
 
-def remove_parts(store: Store) -> None:
+def remove_unfinished(store: Store) -> None:
     """Remove what a commit has made superfluous; the claim goes last."""
-    for key in [entry.key for entry in store.list(f"{PARTS}/") if entry.key != _CLAIM]:
+    for key in [entry.key for entry in store.list(UNFINISHED) if entry.key != _CLAIM]:
         store.delete(key)
     store.delete(_CLAIM)
 
 
-def _part_key(shard: PlannedShard) -> str:
-    return f"{PARTS}/{shard.name}.json"
+def _hashes_key(group: int) -> str:
+    return f"{UNFINISHED}hashes-{group:05d}"
+
+
+def _part_key(name: str) -> str:
+    return f"{UNFINISHED}part-{name}"
+
+
+# -------------------------------------------------------------------------------------------------------------- hashing
+
+
+def hash_source(
+    source: Source, listing: Listing, unfinished: Unfinished | None, *, number: int = 0, num_partitions: int = 1
+) -> list[Row]:
+    """Rows of all data files, sorted by path. What others have hashed already is taken from them.
+
+    Partition `number` begins with its own groups of files and then hashes what is still missing: no process waits for
+    another, and machines that run side by side read the source about once between them.
+    """
+    entries = listing.layout.entries
+    groups = [entries[start : start + _FILES_A_GROUP] for start in range(0, len(entries), _FILES_A_GROUP)]
+    own_first = sorted(range(len(groups)), key=lambda group: ((group - number) % num_partitions, group))
+    rows: dict[int, list[Row]] = {}
+    with progress("hash", total=len(entries), unit="files") as bar:
+        for group in own_first:
+            pairs = unfinished.hashes(group) if unfinished else None
+            if pairs is not None and len(pairs) == len(groups[group]):
+                rows[group] = [
+                    Row(entry.path, sha256, entry.label, entry.patient, entry.subtype, entry.split, reason=reason)
+                    for entry, (sha256, reason) in zip(groups[group], pairs, strict=True)
+                ]
+                bar.update(len(pairs))
+                continue
+            rows[group] = hash_files(source, groups[group], on_done=bar.update)
+            if unfinished:
+                unfinished.store_hashes(group, [(row.sha256, row.reason) for row in rows[group]])
+    return [row for group in range(len(groups)) for row in rows[group]]
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+class Builder:
+    """Makes the data set of a plan at an address, or a share of it."""
+
+    def __init__(self, plan: Plan, source: Source, store: Store, unfinished: Unfinished, *, num_workers: int) -> None:
+        self._plan, self._source, self._store, self._unfinished = plan, source, store, unfinished
+        self._images = Images(**plan.config["images"])
+        self._num_workers = num_workers
+
+    def build(self, shards: Sequence[PlannedShard]) -> None:
+        """Make these shards and their parts, but for those that are stored already.
+
+        Raises `SourceError` as soon as it is sure that too many files are set aside, or when the source changes.
+        """
+        stored = {shard.name: part for shard in shards if (part := self._stored_part(shard)) is not None}
+        missing = [shard for shard in shards if shard.name not in stored]
+        if stored:
+            _logger.info("%d of %d shards are stored already", len(stored), len(shards))
+        unusable = [*self._plan.unusable]
+        for shard in shards:
+            if shard.name in stored:
+                unusable += _set_aside(shard, stored[shard.name])
+        rows = [row for shard in missing for row in shard.rows]
+        with progress("preprocess", total=len(rows), unit="images") as bar:
+            pictures = decode_rows(self._source, self._images, rows, num_workers=self._num_workers)
+            for shard in missing:
+                part = self._make(shard, islice(pictures, len(shard.rows)), bar)
+                unusable += _set_aside(shard, part)
+                check_set_aside(unusable, num_files=len(self._plan.rows), limit=self._images.max_set_aside)
+
+    def commit(self, report: Report) -> DatasetIndex | None:
+        """Write manifest, report and `dataset.json` and remove the unfinished objects, if all parts are there.
+
+        Returns None, having done nothing, where they are not. `report` gives the report's files by key. Raises
+        `CorruptError` naming the shards whose stored bytes are not those that were made; their parts are removed, so
+        that the next start makes them anew.
+        """
+        found = [self._unfinished.part(shard, self._plan) for shard in self._plan.shards]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            return None
+        self._check_stored(parts)
+        index, objects = assemble(self._plan, parts, report)
+        for key, data in objects.items():
+            self._store.write(key, data)
+        try:
+            self._store.write(INDEX_KEY, index.to_json().encode(), only_if_absent=True)
+        except AlreadyExistsError:  # another process was faster; both mean the same
+            if read_index(self._store) != index:
+                raise DatasetError(f"another data set was stored at {self._store.uri} meanwhile") from None
+        remove_unfinished(self._store)
+        return index
+
+    def _make(self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress) -> Part:
+        images = np.empty((len(shard.rows), self._images.size, self._images.size), np.uint8)
+        histogram = np.zeros(256, np.int64)
+        kept: list[Row] = []
+        hashes, reasons = [], {}
+        for row, picture in zip(shard.rows, pictures, strict=True):
+            bar.update()
+            if isinstance(picture, str):
+                reasons[row.path] = picture
+                continue
+            images[len(kept)] = picture.pixels
+            histogram += np.bincount(picture.pixels.ravel(), minlength=256)
+            hashes.append(picture.perceptual_hash)
+            kept.append(row)
+        info = self._store_shard(shard, images[: len(kept)], kept) if kept else None
+        part = Part(self._plan.sha256, info, reasons, histogram.tolist(), hashes)
+        self._unfinished.store_part(shard, part)
+        return part
+
+    def _store_shard(self, shard: PlannedShard, images: NDArray[np.uint8], rows: Sequence[Row]) -> ShardInfo:
+        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            path = Path(folder) / shard.name
+            write_rows(path, rows, images)
+            digest = self._store.upload(shard.name, path)
+            size_bytes = path.stat().st_size
+        counts = tuple(sum(row.label == label for row in rows) for label in range(len(CLASSES)))
+        return ShardInfo(shard.name, len(rows), size_bytes, digest, counts)
+
+    def _stored_part(self, shard: PlannedShard) -> Part | None:
+        """A shard's part, where the shard's stored bytes are those that it names."""
+        part = self._unfinished.part(shard, self._plan)
+        if part is None or part.shard is None or hash_object(self._store, part.shard.name) == part.shard.sha256:
+            return part
+        return None
+
+    def _check_stored(self, parts: Sequence[Part]) -> None:
+        infos = [part.shard for part in parts if part.shard is not None]
+        with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
+            digests = list(pool.map(lambda info: hash_object(self._store, info.name), infos))
+        bad = [info.name for info, digest in zip(infos, digests, strict=True) if digest != info.sha256]
+        for shard in self._plan.shards:
+            if shard.name in bad:
+                self._unfinished.drop_part(shard)
+        if bad:
+            raise CorruptError(
+                f"at {self._store.uri} {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not what was stored there; "
+                "start again, and only these are made anew"
+            )
+
+
+def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8]) -> None:
+    try:
+        write_shard(
+            path,
+            images=images,
+            labels=np.array([row.label for row in rows], np.uint8),
+            source=[row.path for row in rows],
+            patient=[row.patient for row in rows],
+            subtype=[row.subtype for row in rows],
+            sha256=[row.sha256 for row in rows],
+        )
+    except (OSError, RuntimeError) as error:  # RuntimeError: what h5py makes of a full disk when it closes a file
+        raise XraiError(
+            f"{path.name} can not be written in {path.parent}: {error}; make room there, or set TMPDIR to another disk"
+        ) from error
+
+
+def assemble(plan: Plan, parts: Sequence[Part], report: Report) -> tuple[DatasetIndex, dict[str, bytes]]:
+    """What a commit writes: the index, and by key the manifest and the report.
+
+    Raises `SourceError` when too many files are set aside, or a class or val has none left.
+    """
+    rows = _finished_rows(plan, parts)
+    unusable = [*plan.unusable]
+    for shard, part in zip(plan.shards, parts, strict=True):
+        unusable += _set_aside(shard, part)
+    check_set_aside(unusable, num_files=len(rows), limit=plan.config["images"]["max_set_aside"])
+    index = _make_index(plan, parts, rows)
+    near = _near_duplicates(plan, parts, rows)
+    if near:
+        _logger.warning(
+            "%d pairs of images in two splits look the same, such as %s and %s",
+            len(near),
+            near[0].one.path,
+            near[0].other.path,
+        )
+    objects = {MANIFEST_KEY: write_manifest(rows), **report(index, rows, near)}
+    infos = tuple(ObjectInfo(key, len(data), hash_of(data)) for key, data in objects.items())
+    return replace(index, objects=infos), objects
+
+
+def _set_aside(shard: PlannedShard, part: Part) -> list[Row]:
+    return [replace(row, reason=part.reasons[row.path]) for row in shard.rows if row.path in part.reasons]
 
 
 def _finished_rows(plan: Plan, parts: Sequence[Part]) -> list[Row]:
     """The manifest: the plan's rows with shard, place and what was set aside in decoding."""
-    placed: dict[str, Row] = {}
+    finished: dict[str, Row] = {}
     for shard, part in zip(plan.shards, parts, strict=True):
-        place = 0
-        for row in shard.rows:
-            if row.path in part.reasons:
-                placed[row.path] = replace(row, reason=part.reasons[row.path])
-            else:
-                placed[row.path] = replace(row, shard=shard.name, row=place)
-                place += 1
-        assert place == (part.shard.num_rows if part.shard else 0)
-    return [placed.get(row.path, row) for row in plan.rows]
+        kept = [row for row in shard.rows if row.path not in part.reasons]
+        finished.update((row.path, replace(row, shard=shard.name, row=place)) for place, row in enumerate(kept))
+        finished.update((row.path, row) for row in _set_aside(shard, part))
+    return [finished.get(row.path, row) for row in plan.rows]
 
 
-def _index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> DatasetIndex:
-    splits: dict[str, tuple[ShardInfo, ...]] = {}
-    for split in SPLITS:
-        pairs = zip(plan.shards, parts, strict=True)
-        infos = tuple(part.shard for shard, part in pairs if shard.split == split and part.shard is not None)
-        if infos:
-            splits[split] = infos
-    for split in ("train", "val"):
-        if split not in splits:
-            raise SourceError(f"all files of {split} are set aside; manifest lines say why")
-    train = [part for shard, part in zip(plan.shards, parts, strict=True) if shard.split == "train"]
-    size = int(plan.config["images"]["size"])
-    num_pixels = sum(info.num_rows for info in splits["train"]) * size * size
-    mean = sum(part.pixel_sum for part in train) / num_pixels
-    variance = max(0.0, sum(part.pixel_square_sum for part in train) / num_pixels - mean**2)
-    num_set_aside = sum(bool(row.reason) for row in rows)
+def _near_duplicates(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> list[NearDuplicate]:
+    by_place = {(row.shard, row.row): row for row in rows}
+    hashes: dict[str, list[str]] = {}
+    written: dict[str, list[Row]] = {}
+    for shard, part in zip(plan.shards, parts, strict=True):
+        hashes.setdefault(shard.split, []).extend(part.perceptual_hashes)
+        places = range(len(part.perceptual_hashes))
+        written.setdefault(shard.split, []).extend(by_place[shard.name, place] for place in places)
+    with progress("near-duplicates", total=num_pairs(hashes), unit="pairs") as bar:
+        found = find_near_pairs(hashes, on_done=bar.update)
+    near = [
+        NearDuplicate(pair.distance, written[split][pair.one], written[other][pair.other])
+        for (split, other), pairs in found.items()
+        for pair in pairs
+    ]
+    return sorted(near, key=lambda pair: (pair.distance, pair.one.path, pair.other.path))
+
+
+def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> DatasetIndex:
+    used = [row for row in rows if row.shard is not None]
+    refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
+    if not any(row.split == "val" for row in used):
+        raise SourceError("no image of val could be decoded; mend them, or raise splits.val_fraction")
+    shards: dict[str, list[ShardInfo]] = {}
+    histogram = np.zeros(256, np.int64)  # of train
+    for shard, part in zip(plan.shards, parts, strict=True):
+        if part.shard is not None:
+            shards.setdefault(shard.split, []).append(part.shard)
+        if shard.split == "train":
+            histogram += np.array(part.histogram)
+    # Sums of whole numbers: the same however the pixels were shared out among shards and machines
+    levels = range(256)
+    num_pixels = int(histogram.sum())
+    total = sum(level * count for level, count in zip(levels, histogram.tolist(), strict=True))
+    squares = sum(level**2 * count for level, count in zip(levels, histogram.tolist(), strict=True))
     return DatasetIndex(
         classes=CLASSES,
-        image_size=size,
-        splits=splits,
+        image_size=int(plan.config["images"]["size"]),
+        splits={split: tuple(shards[split]) for split in SPLITS if split in shards},
         carved=plan.carved,
-        pixel_mean=mean,
-        pixel_std=variance**0.5,
+        pixel_mean=total / num_pixels,
+        pixel_std=(squares * num_pixels - total**2) ** 0.5 / num_pixels,
         source=plan.source,
         plan_sha256=plan.sha256,
-        counts=Counts(len(rows), len(rows) - num_set_aside, num_set_aside, plan.num_not_data),
+        counts=Counts(len(rows), len(used), len(rows) - len(used), plan.num_not_data),
         objects=(),
         config=plan.config,
         tool_version=__version__,
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 
-class _Pool:
-    """Decodes on several cores, in order, with a bounded number of pictures ahead."""
+def decode_rows(source: Source, images: Images, rows: Sequence[Row], *, num_workers: int) -> Iterator[Decoded | str]:
+    """The picture of each row in order, or the reason why it has none; with several processes if asked.
 
-    def __init__(self, source: Source, images: Images, *, num_workers: int) -> None:
-        self._source, self._images, self._num_workers = source, images, num_workers
-        self._executor: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "Callable[[Sequence[PlannedShard]], Iterator[Picture]]":
-        if self._num_workers > 1:
-            self._executor = ProcessPoolExecutor(
-                self._num_workers,
-                mp_context=get_context("spawn"),
-                initializer=_begin_work,
-                initargs=(self._source, self._images, os.getpid()),
-            )
-        return self._pictures
-
-    def __exit__(self, *_: Any) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def _pictures(self, shards: Sequence[PlannedShard]) -> Iterator[Picture]:
-        rows = (row for shard in shards for row in shard.rows)
-        if self._executor is None:
-            for row in rows:
-                yield _decode_row(self._source, self._images, row)
-            return
-        ahead: deque[Future[list[Picture]]] = deque()
-        try:
-            for chunk in _chunks(rows):
-                ahead.append(self._executor.submit(_decode_rows, chunk))
-                if len(ahead) > 4 * self._num_workers:
-                    yield from ahead.popleft().result()
-            while ahead:
+    Holds a bounded number of pictures, whatever the number of rows. Raises `SourceError` when a file is no longer the
+    one that was hashed.
+    """
+    tasks = [rows[start : start + _IMAGES_A_TASK] for start in range(0, len(rows), _IMAGES_A_TASK)]
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
+        for task in tasks:
+            yield from _decode_task(source, images, task)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, not once a worker
+    executor = ProcessPoolExecutor(num_workers, context, initializer=_begin_work, initargs=(source, images))
+    ahead: deque[Future[list[Decoded | str]]] = deque()
+    try:
+        for task in tasks:
+            ahead.append(executor.submit(_work, task))
+            if len(ahead) > _TASKS_AHEAD * num_workers:
                 yield from ahead.popleft().result()
-        except BrokenProcessPool as error:
-            raise XraiError(
-                "a worker process ended abruptly, killed for want of memory perhaps: start again with fewer --workers, "
-                "what is stored is kept"
-            ) from error
+        while ahead:
+            yield from ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise XraiError(
+            "a worker process ended abruptly, perhaps killed for want of memory; start again with fewer --workers, "
+            "what is stored is kept"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Source, Images] | None = None  # of a worker process; set once, when it begins
+_worker: tuple[Source, Images] | None = None  # of a worker process, which opens its source once; set when it begins
 
 
-def _begin_work(source: Source, images: Images, parent: int) -> None:
+def _begin_work(source: Source, images: Images) -> None:
     global _worker
     _worker = (source, images)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business, who ends the workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_S)
-        os._exit(1)  # the parent was killed and can take no results
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # the parent was killed: nobody takes results any more
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _decode_rows(rows: list[Row]) -> list[Picture]:
+def _work(rows: Sequence[Row]) -> list[Decoded | str]:
     assert _worker is not None
-    return [_decode_row(*_worker, row) for row in rows]
+    return _decode_task(*_worker, rows)
 
 
-def _decode_row(source: Source, images: Images, row: Row) -> Picture:
-    """The picture (H, W) of a row, or the reason why it is set aside."""
+def _decode_task(source: Source, images: Images, rows: Sequence[Row]) -> list[Decoded | str]:
+    if source.num_parallel_reads == 1:
+        return [_decode_row(source, images, row) for row in rows]
+    with ThreadPoolExecutor(source.num_parallel_reads) as pool:
+        return list(pool.map(lambda row: _decode_row(source, images, row), rows))
+
+
+def _decode_row(source: Source, images: Images, row: Row) -> Decoded | str:
     try:
         data = source.read(row.path)
         if hash_of(data) != row.sha256:
-            raise SourceError(f"{row.path} in {source.name} was changed while it was read; start again")
-        return decode(data, size=images.size, fit=images.fit, max_pixels=images.max_pixels)
+            raise SourceError(f"{row.path} in source {source.name} was changed while it was read; start again")
+        pixels = decode(data, size=images.size, fit=images.fit, max_pixels=images.max_pixels)
     except ImageError as error:
         return str(error)
-
-
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _by_shard(pictures: Iterator[Picture], shards: Sequence[PlannedShard]) -> Iterator[Iterator[Picture]]:
-    """The same stream once for each shard: each takes its own number of pictures."""
-    for _ in shards:
-        yield pictures
+    return Decoded(pixels, perceptual_hash(pixels))

@@ -50,11 +50,16 @@ class OpenShard:
     fetch_s: float = 0.0  # spent on getting the file here, waiting for another process included
     verify_s: float = 0.0  # spent on checking the hash of a file that was here
     _file: BinaryIO | None = field(default=None, repr=False)
+    _process: int = field(default_factory=os.getpid, repr=False)
 
     def close(self) -> None:
         """Let the cache remove the file. Arrays taken from the shard stay valid as long as they are held."""
-        if self._file is not None and not self._file.closed:
+        if self._file is None or self._file.closed:
+            return
+        if self._process == os.getpid():
             _unlock(self._file)
+        else:
+            self._file.close()  # after a fork the lock is the parent's too, who may still need it
 
 
 class ShardCache:
@@ -91,18 +96,20 @@ class ShardCache:
     def _open_cached(self, info: ShardInfo) -> OpenShard:
         path = self._path(info)
         started = time.monotonic()
+        damage: CorruptError | None = None
         for _ in range(_NUM_FETCHES + 1):
             try:
                 opened = self._open_file(path, info, in_cache=True)
             except NotFoundError:
                 self._fetch(path, info)
             except CorruptError as error:
+                damage = error
                 _logger.warning("%s; fetching it again", error)
                 self._fetch(path, info, instead_of=_identity(path))
             else:
                 opened.fetch_s = time.monotonic() - started - opened.verify_s
                 return opened
-        raise StoreError(
+        raise damage or StoreError(
             f"{path} was removed from the cache again and again while it was opened; is it cleaned by hand?"
         )
 
@@ -112,10 +119,11 @@ class ShardCache:
     def _open_file(self, path: Path, info: ShardInfo, *, in_cache: bool) -> OpenShard:
         try:
             file = path.open("rb")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"there is no {path}") from error
         except OSError as error:
-            raise ForbiddenError(f"{path} can not be read: {error.strerror}") from error
+            hint = "mend its rights" + (" or give another cache by --cache.dir=FOLDER" if in_cache else "")
+            raise ForbiddenError(f"{path} can not be read: {error.strerror}; {hint}") from error
         try:
             if in_cache:
                 _lock(file, fcntl.LOCK_SH, timeout_s=self._timeout_s, waiting_for=f"the lock on {path}")
@@ -126,6 +134,8 @@ class ShardCache:
             self._verify(file, path, info, in_cache=in_cache)
             verify_s = time.monotonic() - started
             shard = open_shard(path)
+            if _identity(path) != _identity_of(file):  # by another between the hash and the map
+                raise CorruptError(f"shard {path} was replaced while it was opened")
             size = self._index.image_size
             if shard.images.shape != (info.num_rows, size, size):
                 raise CorruptError(f"{path} holds images of {shard.images.shape}, not the {info.num_rows} of its index")
@@ -194,7 +204,7 @@ class ShardCache:
                 lock_path.parent.mkdir(parents=True, exist_ok=True)
                 file = lock_path.open("ab")
             with file:
-                _lock(file, fcntl.LOCK_EX, timeout_s=deadline - time.monotonic(), waiting_for=waiting_for)
+                _lock(file, fcntl.LOCK_EX, timeout_s=self._timeout_s, deadline=deadline, waiting_for=waiting_for)
                 if _identity(lock_path) != _identity_of(file):
                     continue  # the last holder removed it while we waited
                 with _explained_cache(self._root):
@@ -240,12 +250,14 @@ class ShardCache:
 
 def _evict(root: Path, most_bytes: int) -> bool:
     """Bring the shards and the rooms taken below `most_bytes`, if that can be done."""
+    # locks first: a fetch that ends meanwhile is then counted twice, not left out
+    total = sum(_taken(lock) for lock in root.glob("*/*.lock"))
     shards = []
     for path in root.glob("*/*.h5"):
         with suppress(FileNotFoundError):
             status = path.stat()
             shards.append((status.st_atime_ns, status.st_size, path))
-    total = sum(size for _, size, _ in shards) + sum(_taken(lock) for lock in root.glob("*/*.lock"))
+    total += sum(size for _, size, _ in shards)
     for _, size, path in sorted(shards):
         if total <= most_bytes:
             break
@@ -258,6 +270,8 @@ def _remove_unused(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _identity(path) != _identity_of(file):  # another file took its place, and may be in use
+                return False
             path.unlink()
     except (BlockingIOError, FileNotFoundError):
         return False
@@ -287,15 +301,16 @@ def _remove_leftovers(path: Path) -> None:
     path.with_suffix(".part").unlink(missing_ok=True)
 
 
-def _lock(file: BinaryIO, kind: int, *, timeout_s: float, waiting_for: str) -> None:
-    """Take a lock that ends with `file`, or with the process."""
-    deadline = time.monotonic() + timeout_s
+def _lock(file: BinaryIO, kind: int, *, timeout_s: float, waiting_for: str, deadline: float | None = None) -> None:
+    """Take a lock that ends with `file`, or with the process. `deadline` is for a wait that has begun before."""
+    if deadline is None:
+        deadline = time.monotonic() + timeout_s
     while True:
         try:
             return fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() > deadline:
-                raise StoreError(f"waited {max(timeout_s, 0):g} s for {waiting_for}") from error
+                raise StoreError(f"waited {timeout_s:g} s for {waiting_for}") from error
             time.sleep(_POLL_S)
 
 

@@ -1,21 +1,99 @@
-"""The data card: what a data set holds, in Markdown, for people who have to trust it. `xrai.preprocess` writes it."""
+"""The data card: what a data set holds, for people who have to trust it: Markdown, and sheets of pictures beside it.
 
+Rooms do not know each other, so the command passes what draws (`xrai.results.plots`).
+"""
+
+import csv
+import io
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
 
-from xrai.dataset.manifest import Row
-from xrai.dataset.shards import DatasetIndex
+import numpy as np
+from numpy.typing import NDArray
 
-_SHOWN = 50  # files that are set aside and named
+from xrai.dataset.build import NearDuplicate
+from xrai.dataset.manifest import CLASSES, Row
+from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
+from xrai.store import Store
+
+REPORT_KEYS: Final = tuple(
+    REPORT_PREFIX + name
+    for name in (
+        "card.md",
+        *(f"samples-{class_name.lower()}.png" for class_name in CLASSES),
+        "class-counts.png",
+        "near-duplicates.png",
+        "near-duplicates.csv",
+    )
+)
+
+_SAMPLES = 12  # pictures of each class
+_PAIRS = 6  # near-duplicates on the sheet
+_SHOWN = 50  # rows of a table
+
+DrawSheet = Callable[..., None]  # (images (H, W) uint8, titles, path, *, heading, note, is_phantom)
+DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading, is_phantom)
+
+
+def make_report(
+    store: Store,
+    index: DatasetIndex,
+    rows: Sequence[Row],
+    near: Sequence[NearDuplicate],
+    *,
+    notes: Sequence[str],
+    draw_sheet: DrawSheet,
+    draw_counts: DrawCounts,
+) -> dict[str, bytes]:
+    """The report's files by key. Pictures come from the stored shards; `notes` are the plan's."""
+    phantom = is_phantom(rows)
+    files: dict[str, bytes] = {}
+    sheets: list[tuple[str, str]] = []
+    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        path = Path(folder) / "sheet.png"
+
+        def keep(name: str, caption: str) -> None:
+            files[REPORT_PREFIX + name] = path.read_bytes()
+            sheets.append((caption, name))
+
+        for label, class_name in enumerate(index.classes):
+            samples = [row for row in _in_first_shard(index, rows) if row.label == label][:_SAMPLES]
+            caption = f"Samples of train: {class_name}"
+            pictures = _read_pictures(store, samples, Path(folder))
+            draw_sheet(pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom)
+            keep(f"samples-{class_name.lower()}.png", caption)
+        counts = {split: index.num_images_per_class(split) for split in index.splits}
+        draw_counts(counts, path, heading="Images by split and class", is_phantom=phantom)
+        keep("class-counts.png", "Images by split and class")
+        if near:
+            shown = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
+            titles = [f"{row.split}: {_name(row)}" for row in shown]
+            caption = "Near-duplicates in two splits, the nearest"
+            note = f"{len(near)} pairs in all"
+            draw_sheet(
+                _read_pictures(store, shown, Path(folder)), titles, path, heading=caption, note=note, is_phantom=phantom
+            )
+            keep("near-duplicates.png", caption)
+            files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
+    files[f"{REPORT_PREFIX}card.md"] = write_card(index, rows, near, notes=notes, sheets=sheets).encode()
+    return files
 
 
 def is_phantom(rows: Sequence[Row]) -> bool:
     """Whether the images are drawn ones: `xrai.dataset.phantom` begins their names so."""
-    return bool(rows) and all(row.path.rpartition("/")[2].startswith("phantom-") for row in rows)
+    return bool(rows) and all(_name(row).startswith("phantom-") for row in rows)
 
 
 def write_card(
-    index: DatasetIndex, rows: Sequence[Row], *, notes: Sequence[str], sheets: Sequence[tuple[str, str]]
+    index: DatasetIndex,
+    rows: Sequence[Row],
+    near: Sequence[NearDuplicate],
+    *,
+    notes: Sequence[str],
+    sheets: Sequence[tuple[str, str]],
 ) -> str:
     """The card's text. `sheets` are (caption, file name) of pictures beside it; `notes` are sentences of the plan."""
     counts = index.counts
@@ -53,16 +131,23 @@ def write_card(
     ]
     for caption, name in sheets:
         lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
+    lines += ["", "## Near-duplicates", ""]
+    pairs = [
+        f"| {pair.distance} | {pair.one.split}: {_text(pair.one.path)} | {pair.other.split}: {_text(pair.other.path)} |"
+        for pair in near
+    ]
+    lines += _table("| bits of 256 that differ | image | image |", pairs, rest="near-duplicates.csv")
     lines += ["", "## Files set aside", ""]
-    aside = [row for row in rows if row.reason]
-    if not aside:
-        lines.append("None.")
-    else:
-        lines += ["| file | reason |", "|---|---|"]
-        lines += [f"| {_text(row.path)} | {_text(row.reason)} |" for row in aside[:_SHOWN]]
-        if len(aside) > _SHOWN:
-            lines += ["", f"… and {len(aside) - _SHOWN} more, in manifest.jsonl."]
+    aside = [f"| {_text(row.path)} | {_text(row.reason)} |" for row in rows if row.reason]
+    lines += _table("| file | reason |", aside, rest="../manifest.jsonl")
     return "\n".join(lines) + "\n"
+
+
+def _table(head: str, lines: Sequence[str], *, rest: str) -> list[str]:
+    if not lines:
+        return ["None."]
+    more = ["", f"… and {len(lines) - _SHOWN} more, in {rest}."] if len(lines) > _SHOWN else []
+    return [head, "|" + "---|" * (head.count("|") - 1), *lines[:_SHOWN], *more]
 
 
 def _text(text: str) -> str:
@@ -71,3 +156,34 @@ def _text(text: str) -> str:
     for special in "\\`*_{}[]<>()#+!|":
         plain = plain.replace(special, "\\" + special)
     return plain
+
+
+def _write_near(near: Sequence[NearDuplicate]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["distance", "split", "path", "other_split", "other_path"])
+    for pair in near:
+        writer.writerow([pair.distance, pair.one.split, pair.one.path, pair.other.split, pair.other.path])
+    return text.getvalue().encode()
+
+
+def _in_first_shard(index: DatasetIndex, rows: Sequence[Row]) -> list[Row]:
+    name = index.splits["train"][0].name
+    return sorted((row for row in rows if row.shard == name), key=lambda row: row.row or 0)
+
+
+def _read_pictures(store: Store, rows: Sequence[Row], folder: Path) -> list[NDArray[np.uint8]]:
+    """The stored pictures (H, W) of a few rows; each shard is fetched once."""
+    pictures: dict[str, NDArray[np.uint8]] = {}
+    for name in sorted({row.shard for row in rows if row.shard is not None}):
+        path = store.local_path(name)
+        if path is None:
+            path = folder / "shard.h5"
+            store.download(name, path)
+        images = open_shard(path).images
+        pictures.update((row.path, images[row.row].copy()) for row in rows if row.shard == name)
+    return [pictures[row.path] for row in rows]
+
+
+def _name(row: Row) -> str:
+    return row.path.rpartition("/")[2]

@@ -64,9 +64,9 @@ def decode(data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: 
         _check_num_pixels(width, height, max_pixels=max_pixels)
         factor = _reduce_on_load(picture, size=size, fit=fit) if isinstance(picture, JpegImageFile) else 1
         picture.load()
-        fitted = _fit(_to_grey(picture), width, height, size=size, fit=fit, factor=factor)
-        upright = _UPRIGHT.get(picture.getexif().get(_ORIENTATION_TAG, 1))
-        return np.asarray(fitted if upright is None else fitted.transpose(upright))  # (size, size)
+        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION_TAG, 1))
+        fitted = _fit(_to_grey(picture), width, height, size=size, fit=fit, factor=factor, turn=turn)
+        return np.asarray(fitted)  # (size, size)
 
 
 @contextmanager
@@ -139,16 +139,28 @@ def _to_grey(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB").convert("L")
 
 
-def _fit(grey: Image.Image, width: int, height: int, *, size: int, fit: str, factor: int = 1) -> Image.Image:
+def _fit(
+    grey: Image.Image,
+    width: int,
+    height: int,
+    *,
+    size: int,
+    fit: str,
+    factor: int = 1,
+    turn: Image.Transpose | None = None,
+) -> Image.Image:
     """Fit a picture to the square; mode L. It is `factor` times smaller than (`width`, `height`), the true size.
 
     The box follows from the true size: a reduced picture covers whole blocks, so up to 7 pixels more than there are.
+    `turn` comes before the black of "pad", so that a file stored turned comes out as an upright one.
     """
     (left, top, right, bottom), scaled = _geometry(width, height, size=size, fit=fit)
     box = (left / factor, top / factor, right / factor, bottom / factor)
     fitted = grey.resize(scaled, _FILTER, box=box)
     if fitted.mode == "F":
         fitted = Image.fromarray(np.rint(np.asarray(fitted)).clip(0, 255).astype(np.uint8))
+    if turn is not None:
+        fitted = fitted.transpose(turn)
     if fitted.size == (size, size):
         return fitted
     square = Image.new("L", (size, size))

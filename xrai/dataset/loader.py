@@ -16,7 +16,11 @@ last batch may be smaller; no image is left out or repeated. Shards are fetched,
 and batches are assembled ahead, in background threads that end with the iterator. docs/dataset.md says more.
 """
 
+import atexit
+import math
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.dataset.cache import OpenShard, ShardCache, default_cache_folder
-from xrai.dataset.order import EpochOrder, rank_slice
+from xrai.dataset.order import EpochOrder, most_held, rank_slice, shards_to_hold
 from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
 from xrai.errors import ConfigError, CorruptError, DatasetError, UnreachableError, XraiError
 from xrai.store import Store, open_store
@@ -98,9 +102,13 @@ class Loader:
         if cache_max_gib and store.local_path(self._shards[0].name) is None:
             _check_room(
                 self._shards,
-                window=window if shuffle else 1,
-                threads=threads,
-                batch_size=batch_size,
+                num_held=most_held(
+                    [shard.num_rows for shard in self._shards],
+                    window=window if shuffle else 1,
+                    num_ahead=threads,
+                    batch_size=batch_size,
+                    batches_apart=prefetch + 2 if world_size > 1 else 0,
+                ),
                 max_gib=cache_max_gib,
                 where=f"the {split} split of {store.uri}",
             )
@@ -175,6 +183,7 @@ class Loader:
         """The batches, assembled ahead in a thread of their own."""
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._prefetch)
         stop = threading.Event()
+        process = os.getpid()
         feed = _ShardFeed(self._cache, self._shards, num_threads=self._threads, stop=stop, seconds=self._seconds)
 
         def assemble() -> None:
@@ -191,16 +200,25 @@ class Loader:
             ready.put(outcome)
 
         thread = threading.Thread(target=assemble, name="xrai-assemble", daemon=True)
-        thread.start()
-        try:
-            while (batch := self._next(ready, thread, feed)) is not None:
-                yield batch
-        finally:
+
+        def end() -> None:
+            if os.getpid() != process:  # a child after fork has none of the threads, and their locks as they were
+                return
             stop.set()
             while thread.is_alive():
                 _drain(ready)  # the thread may wait for room in it
                 thread.join(timeout=_POLL_S / 10)  # not longer than take() looks away
             feed.close()
+
+        atexit.register(end)  # a daemon that Python kills inside h5py would keep h5py's lock, and the exit waits for it
+        thread.start()
+        try:
+            while (batch := self._next(ready, thread, feed)) is not None:
+                yield batch
+        finally:
+            if not sys.is_finalizing():  # then it has ended
+                atexit.unregister(end)
+                end()
 
     def _next(
         self, ready: "queue.Queue[Batch | BaseException | None]", thread: threading.Thread, feed: "_ShardFeed"
@@ -239,7 +257,7 @@ class Loader:
             windows = order.windows_of(first, last)
             if windows != held:
                 held = windows
-                feed.hold(_shards_needed(order.windows, windows, num_ahead=self._threads))
+                feed.hold(shards_to_hold(order.windows, windows, num_ahead=self._threads))
             all_rows = order.rows(first, last)
             rows = all_rows[rank_slice(len(all_rows), rank=self.rank, world_size=self.world_size)]
             shards = np.searchsorted(starts, rows, side="right") - 1
@@ -372,29 +390,13 @@ def _read_index(store: Store) -> DatasetIndex:
     raise AssertionError("unreachable")
 
 
-def _shards_needed(windows: Sequence[Sequence[int]], used: range, *, num_ahead: int) -> list[int]:
-    """The shards of the windows in use, of the next window, and of later ones until `num_ahead` are on their way."""
-    needed = [shard for window in windows[used.start : used.stop] for shard in window]
-    num_used = len(needed)
-    for place in range(used.stop, len(windows)):
-        if place > used.start + 1 and len(needed) >= num_used + num_ahead:
-            break
-        needed.extend(windows[place])
-    return needed
-
-
-def _check_room(
-    shards: Sequence[ShardInfo], *, window: int, threads: int, batch_size: int, max_gib: float, where: str
-) -> None:
-    """Refuse a cache that is too small for the shards that are in use at once, before any work."""
-    largest_bytes = max(shard.size_bytes for shard in shards)
-    num_in_batch = -(-batch_size // max(shard.num_rows for shard in shards))
-    num_held = min(len(shards), window + num_in_batch - 1 + max(window, threads))
-    if num_held * largest_bytes > max_gib * 2**30:
+def _check_room(shards: Sequence[ShardInfo], *, num_held: int, max_gib: float, where: str) -> None:
+    """Refuse a cache that is too small for the shards that are held at once, before any work."""
+    held_gib = sum(sorted((shard.size_bytes for shard in shards), reverse=True)[:num_held]) / 2**30
+    if held_gib > max_gib:
         raise ConfigError(
-            f"cache.max_gib = {max_gib:g} is too small for {where}: {num_held} shards of {largest_bytes / 2**20:.1f} MiB "
-            f"are in use at once; give at least {num_held * largest_bytes / 2**30:.3g}, or lower loader.window = {window} "
-            f"and loader.threads = {threads}"
+            f"cache.max_gib = {max_gib:g} is too small for {where}, of which up to {num_held} shards are held at once; "
+            f"give at least {math.ceil(held_gib * 1000) / 1000:g}, or lower loader.window or loader.threads"
         )
 
 

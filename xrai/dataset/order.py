@@ -10,7 +10,7 @@ cost in mixing is measured in docs/decisions/0004-order-and-windows.md. Not shuf
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,37 @@ def plan_windows(num_shards: int, *, seed: int, epoch: int, window: int, shuffle
         start += size
         size = min(start, window)
     return windows
+
+
+def shards_to_hold(windows: Sequence[Sequence[int]], used: range, *, num_ahead: int) -> list[int]:
+    """The shards that a reader keeps open while it uses some windows, in the order in which it needs them.
+
+    They are those of the windows in use, of the window after the first of these, and of later ones until `num_ahead`
+    shards follow the first window.
+    """
+    first = windows[used.start]
+    last_whole = min(max(used.stop, used.start + 2), len(windows))
+    needed = [shard for window in windows[used.start : last_whole] for shard in window]
+    later = (shard for window in windows[last_whole:] for shard in window)
+    return [*needed, *islice(later, max(len(first) + num_ahead - len(needed), 0))]
+
+
+def most_held(
+    shard_rows: Sequence[int], *, window: int, num_ahead: int, batch_size: int, batches_apart: int = 0
+) -> int:
+    """The largest number of shards that `shards_to_hold` can give, whatever the seed and the epoch.
+
+    Readers that share a cache may be some batches apart; then it is the number that all of them hold together.
+    """
+    window = min(window, len(shard_rows))
+    inside = _num_inside(shard_rows, batch_size)
+    apart = window + _num_inside(shard_rows, batch_size * batches_apart) if batches_apart else 0
+    return min(len(shard_rows), apart + window + max(inside + window, num_ahead))
+
+
+def _num_inside(shard_rows: Sequence[int], num_rows: int) -> int:
+    """How many whole shards at most lie between the first and the last of `num_rows` rows."""
+    return sum(1 for rows in accumulate(sorted(shard_rows)) if rows <= num_rows - 2)
 
 
 class EpochOrder:

@@ -6,24 +6,35 @@ worker or machine (`xrai.dataset.build`), and ends in the same bytes.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xrai.config import Config
-from xrai.dataset.manifest import CLASSES, Entry, Row, lay_out
+from xrai.dataset.manifest import CLASSES, Entry, Layout, Row, lay_out
 from xrai.dataset.shards import SCHEMA_VERSION, SPLITS, shard_name
 from xrai.dataset.sources import Source
-from xrai.dataset.splits import assign_splits
+from xrai.dataset.splits import assign_splits, refuse_missing_class
 from xrai.errors import ImageError, SourceError
-from xrai.log import get_logger, progress
+from xrai.log import get_logger
+
+SHAPING_SECTIONS: Final = ("images", "splits", "shards")  # of the config: those that decide what a data set holds
 
 _HASH_THREADS = 4
 _logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source's listing says, before any file is read."""
+
+    source: str  # for people
+    layout: Layout
+    sha256: str  # of the paths and sizes
 
 
 @dataclass(frozen=True)
@@ -43,56 +54,84 @@ class Plan:
     rows: tuple[Row, ...]  # one a data file, sorted by path; shard and row are not filled in yet
     shards: tuple[PlannedShard, ...]
     carved: tuple[str, ...]
+    unusable: tuple[Row, ...]  # those set aside so far, but for duplicates left out on request
     num_not_data: int
     notes: tuple[str, ...]
     config: Mapping[str, Any]  # the sections that shape the data
     sha256: str  # of everything above that decides the contents
 
 
-def make_plan(source: Source, config: Config, *, num_threads: int = _HASH_THREADS) -> Plan:
-    """Hash every data file and decide where each goes.
+def list_source(source: Source) -> Listing:
+    """List a source and find its data files.
 
-    Raises `SourceError` when the source is empty, lacks a class, has an unknown class folder, or the same image in two
-    of its splits; and when more files can not be read than `images.max_set_aside` allows.
+    Raises `SourceError` when it is empty, lacks a class or has an unknown one.
     """
-    layout = lay_out((file.path for file in source.files()), source=source.name)
+    files = source.files()
+    layout = lay_out((file.path for file in files), source=source.name)
+    refuse_missing_class((entry.label for entry in layout.entries), where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
-    with (
-        progress("hash", total=len(layout.entries), unit="files") as bar,
-        ThreadPoolExecutor(max(num_threads, source.num_parallel_reads)) as pool,
-    ):
-        rows = []
-        for row in pool.map(lambda entry: _hashed(source, entry), layout.entries):
+    listed = "".join(f"{file.path}\0{file.size_bytes}\n" for file in files)
+    return Listing(source.name, layout, hashlib.sha256(listed.encode()).hexdigest())
+
+
+def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[], object]) -> list[Row]:
+    """One row an entry, with the hash of its file, or the reason why it can not be read."""
+
+    def hashed(entry: Entry) -> Row:
+        row = Row(entry.path, "", entry.label, entry.patient, entry.subtype, entry.split)
+        try:
+            return replace(row, sha256=hash_of(source.read(entry.path)))
+        except ImageError as error:
+            return replace(row, reason=str(error))
+
+    rows = []
+    with ThreadPoolExecutor(max(_HASH_THREADS, source.num_parallel_reads)) as pool:
+        for row in pool.map(hashed, entries):
             rows.append(row)
-            bar.update()
-    check_set_aside(rows, config.images.max_set_aside)
+            on_done()
+    return rows
+
+
+def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
+    """Decide where each file goes; `rows` are those of `hash_files` for all entries of the listing.
+
+    Raises `SourceError` as `assign_splits` does, and when fewer files can be used than `images.max_set_aside` allows.
+    """
+    check_set_aside([row for row in rows if row.reason], num_files=len(rows), limit=config.images.max_set_aside)
     assignment = assign_splits(rows, config.splits)
-    for note in assignment.notes:
-        _logger.warning("%s", note)
-    shaping = {section: asdict(getattr(config, section)) for section in ("images", "splits", "shards")}
-    shards = _cut(assignment.rows, rows_per_shard=config.shards.rows)
+    unusable = [row for row in assignment.rows if row.reason and row.path not in assignment.dropped]
+    check_set_aside(unusable, num_files=len(rows), limit=config.images.max_set_aside)
+    shaping = shaping_config(config)
     contents = [SCHEMA_VERSION, CLASSES, shaping, [asdict(row) for row in assignment.rows]]
     return Plan(
-        source=source.name,
+        source=listing.source,
         rows=assignment.rows,
-        shards=shards,
+        shards=_cut(assignment.rows, rows_per_shard=config.shards.rows),
         carved=assignment.carved,
-        num_not_data=sum(layout.not_data.values()),
+        unusable=tuple(unusable),
+        num_not_data=sum(listing.layout.not_data.values()),
         notes=assignment.notes,
         config=shaping,
         sha256=hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
     )
 
 
-def check_set_aside(rows: "list[Row] | tuple[Row, ...]", limit: float) -> None:
-    """Raise `SourceError`, naming some, when more than the share `limit` of the files is set aside."""
-    aside = [row for row in rows if row.reason]
-    if len(aside) > limit * len(rows):
-        shown = "; ".join(f"{row.path} {row.reason}" for row in aside[:3])
+def shaping_config(config: Config) -> dict[str, Any]:
+    """The sections of the config that decide what a data set holds, as plain values."""
+    return {section: asdict(getattr(config, section)) for section in SHAPING_SECTIONS}
+
+
+def check_set_aside(unusable: Sequence[Row], *, num_files: int, limit: float) -> None:
+    """Raise `SourceError`, naming some, when more than the share `limit` of the files can not be used.
+
+    Duplicates that are set aside on request are not counted here: there is nothing wrong with them.
+    """
+    if len(unusable) > limit * num_files:
+        shown = "; ".join(f"{row.path} {row.reason}" for row in unusable[:3])
         raise SourceError(
-            f"{len(aside)} of {len(rows)} files can not be used, more than images.max_set_aside = {limit:g} of them "
-            f"({shown}{'; …' if len(aside) > 3 else ''}); mend or remove them, or raise the limit"
+            f"{len(unusable)} of {num_files} files can not be used, more than images.max_set_aside = {limit:g} of them "
+            f"({shown}{'; …' if len(unusable) > 3 else ''}); mend or remove them, or raise the limit"
         )
 
 
@@ -103,26 +142,17 @@ def hash_of(data: bytes | NDArray[np.uint8]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _hashed(source: Source, entry: Entry) -> Row:
-    row = Row(
-        path=entry.path, sha256="", label=entry.label, patient=entry.patient, subtype=entry.subtype, split=entry.split
-    )
-    try:
-        return replace(row, sha256=hash_of(source.read(entry.path)))
-    except ImageError as error:
-        return replace(row, reason=str(error))
+def in_shard_order(rows: Iterable[Row]) -> list[Row]:
+    """The order of a split's rows: by hash of the file, so that each shard is a random sample of its split."""
+    return sorted(rows, key=lambda row: (row.sha256, row.path))
 
 
-def _cut(rows: tuple[Row, ...], *, rows_per_shard: int) -> tuple[PlannedShard, ...]:
-    """Rows by split, in the order of their hashes, cut into shards: each shard is a random sample of its split."""
+def _cut(rows: Sequence[Row], *, rows_per_shard: int) -> tuple[PlannedShard, ...]:
     shards = []
     for split in SPLITS:
-        ordered = sorted((row for row in rows if row.split == split and not row.reason), key=_by_hash)
+        ordered = in_shard_order(row for row in rows if row.split == split and not row.reason)
         num_shards = -(-len(ordered) // rows_per_shard)
         for number in range(num_shards):
             part = tuple(ordered[number * rows_per_shard : (number + 1) * rows_per_shard])
             shards.append(PlannedShard(shard_name(split, number, num_shards), split, part))
     return tuple(shards)
-
-
-_by_hash: Callable[[Row], tuple[str, str]] = lambda row: (row.sha256, row.path)  # noqa: E731

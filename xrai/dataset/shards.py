@@ -7,6 +7,7 @@ reader maps the file and never goes through h5py for them. The same rows give th
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ INDEX_KEY: Final = "dataset.json"
 MANIFEST_KEY: Final = "manifest.jsonl"
 REPORT_PREFIX: Final = "report/"
 SPLITS: Final = ("train", "val", "test")
+HDF5_VERSION: Final = h5py.version.hdf5_version  # another one may write other bytes
 
 _SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}-of-\d{5,}\.h5")
 _PAGE_BYTES = 4096
@@ -76,17 +78,25 @@ def write_shard(
     assert num_rows == len(labels) == len(source) == len(patient) == len(subtype) == len(sha256)
     partial = path.with_name(f"{path.name}.partial")
     # One fixed range of format versions; v110 also puts a checksum on all of HDF5's own metadata. Large objects start
-    # on a page, so that `images` can be mapped well.
+    # on a page, so that `images` can be mapped well. In memory first: HDF5 can not close a file on a full disk, and
+    # prints that of each object in it.
     with h5py.File(
-        partial, "w", libver=("v110", "v110"), alignment_threshold=_PAGE_BYTES, alignment_interval=_PAGE_BYTES
-    ) as file:
+        path.name, "w", driver="core", backing_store=False, libver=("v110", "v110"),
+        alignment_threshold=_PAGE_BYTES, alignment_interval=_PAGE_BYTES,
+    ) as file:  # fmt: skip
         file.attrs["schema_version"] = SCHEMA_VERSION
         file.create_dataset("images", data=images, track_times=False)  # (N, H, W), contiguous: no chunks, no filter
         file.create_dataset("labels", data=labels, track_times=False)  # (N,)
         for name, texts in (("source", source), ("patient", patient), ("subtype", subtype)):
             file.create_dataset(name, data=list(texts), dtype=h5py.string_dtype("utf-8"), track_times=False)  # (N,)
         file.create_dataset("sha256", data=np.array(sha256, dtype="S64"), track_times=False)  # (N,)
-    partial.replace(path)
+        file.flush()
+        data = file.id.get_file_image()
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def open_shard(path: Path) -> Shard:
@@ -235,7 +245,23 @@ def read_index(store: Store) -> DatasetIndex:
             f"{store.uri} holds no {INDEX_KEY}, so no data set; "
             f"`python -m xrai.preprocess --source FOLDER --dataset {store.uri}` makes one"
         ) from error
-    return DatasetIndex.from_json(data, where=f"{store.uri}/{INDEX_KEY}")
+    try:
+        return DatasetIndex.from_json(data, where=f"{store.uri}/{INDEX_KEY}")
+    except CorruptError as error:
+        raise CorruptError(f"{error}; `python -m xrai.preprocess --overwrite` makes the data set anew") from error
+
+
+def hash_object(store: Store, key: str) -> str | None:
+    """Hex sha256 of an object's stored bytes, or None where there is no such object."""
+    path = store.local_path(key)
+    try:
+        if path is not None:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            return store.download(key, Path(folder) / "object")
+    except (NotFoundError, FileNotFoundError):
+        return None
 
 
 def _hash_json(value: Any) -> str:

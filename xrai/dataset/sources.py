@@ -7,6 +7,7 @@ can not be listed is the user's mistake (`SourceError`).
 
 import errno
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -45,6 +46,10 @@ class Source(ABC):
     name: str  # for people: what the data set calls its source
     num_parallel_reads: int = 1  # how many reads at a time pay in one process
 
+    def holds(self, store: Store) -> bool:
+        """Whether a store's address is this source or lies inside it, so that what is written there would be read."""
+        return False
+
     @abstractmethod
     def files(self) -> list[SourceFile]:
         """All files, data or not, sorted by path. Raises `SourceError`."""
@@ -56,6 +61,8 @@ class Source(ABC):
 
 def open_source(uri: str) -> Source:
     """The source at an address. Raises `SourceError` when there is none, or it is not of a known kind."""
+    if not uri:
+        raise SourceError(f"--source is empty; it takes {_KINDS}")
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
@@ -64,13 +71,17 @@ def open_source(uri: str) -> Source:
     if scheme not in ("", "file"):
         raise SourceError(f"source {uri!r} is of no known kind; --source takes {_KINDS}")
     path = Path(unquote(urlsplit(uri).path)) if scheme else Path(uri)
-    if path.is_dir():
-        return FolderSource(path)
-    if not path.exists():
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
         raise SourceError(
-            f"there is no source {uri}; --source takes {_KINDS} "
-            f"(`python -m xrai.dataset.phantom --num-images 600 --out {uri}` draws phantoms to try with)"
-        )
+            f"there is no source {uri}; --source takes {_KINDS} (to try with drawn images: `python -m "
+            "xrai.dataset.phantom --num-images 600 --out data/phantoms`, then --source data/phantoms)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"source {uri!r} can not be read: {error}; --source takes {_KINDS}") from error
+    if is_folder:
+        return FolderSource(path)
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
@@ -87,6 +98,10 @@ class FolderSource(Source):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.name = folder.resolve().name
+
+    def holds(self, store: Store) -> bool:
+        path = store.local_path("any")
+        return path is not None and path.parent.resolve().is_relative_to(self._folder.resolve())
 
     def files(self) -> list[SourceFile]:
         return sorted(self._walk(self._folder, "", parents=frozenset()))
@@ -259,6 +274,9 @@ class StoreSource(Source):
     def __init__(self, store: Store) -> None:
         self._store = store
         self.name = store.uri
+
+    def holds(self, store: Store) -> bool:
+        return f"{store.uri}/".startswith(f"{self._store.uri}/")
 
     def files(self) -> list[SourceFile]:
         return [SourceFile(entry.key, entry.size_bytes) for entry in self._store.list()]

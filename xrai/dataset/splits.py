@@ -7,7 +7,7 @@ names count as one patient, the one whose key sorts first.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from xrai.config import Splits
@@ -15,7 +15,7 @@ from xrai.dataset.manifest import CLASSES, Row
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 
-_HASH_DIGITS = 15  # of 16, so that the share below has no rounding
+_HASH_DIGITS = 13  # 52 bits: a float holds the share exactly
 
 
 @dataclass(frozen=True)
@@ -24,62 +24,98 @@ class Assignment:
 
     rows: tuple[Row, ...]  # in the order given
     carved: tuple[str, ...]  # splits carved from train
+    dropped: frozenset[str]  # paths of duplicates that were set aside on request
     notes: tuple[str, ...]  # what people should know, a sentence each
 
 
 def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     """Give every row that is not set aside its split; `rows` carry those of the source.
 
-    Identical images with different labels are set aside, for nobody knows which label is right.
+    A val of fewer than `splits.min_val_images` joins train. Identical images with different labels are set aside, all
+    of them, for nobody knows which label is right.
 
     Raises `SourceError` when one image is in two splits of the source (unless `splits.duplicates` is "drop"), a class
-    has no images, or train or val would be empty.
+    has no images in train, or train or val would be empty.
     """
     notes = []
-    rows = _drop_contradictions(rows)
-    rows, num_dropped = _drop_duplicates(rows, duplicates=config.duplicates)
-    if num_dropped:
-        notes.append(f"{num_dropped} images stand in two splits of the source and are set aside but for one")
-    _refuse_missing_class(rows, where="the source")
-    num_val = sum(row.split == "val" for row in rows if not row.reason)
+    num_val = sum(row.split == "val" for row in rows)
     if 0 < num_val < config.min_val_images:
         notes.append(
             f"the source's val has {num_val} images, fewer than splits.min_val_images = {config.min_val_images}: "
             "they join train"
         )
         rows = [replace(row, split="train") if row.split == "val" else row for row in rows]
-    given = {row.split for row in rows if not row.reason}
-    carved = tuple(
-        split
-        for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction))
-        if split not in given and fraction > 0
-    )
-    owners = _owners(row for row in rows if not row.reason and row.split == "train")
-    rows = [replace(row, split=_carve(owners[row.path], carved, config)) if row.path in owners else row for row in rows]
+    rows = _set_aside_contradictions(rows)
+    rows, dropped = _drop_duplicates(rows, duplicates=config.duplicates)
+    if dropped:
+        notes.append(f"{len(dropped)} files are left out, for the same images are in test or val of the source")
     used = [row for row in rows if not row.reason]
-    for split in ("train", "val"):
-        if not any(row.split == split for row in used):
-            num_patients = len(set(owners.values()))
-            raise SourceError(
-                f"no image falls into {split}: {num_patients} patients are too few for splits.val_fraction = "
-                f"{config.val_fraction} and splits.test_fraction = {config.test_fraction}; add images or change these"
-            )
-    _refuse_missing_class([row for row in used if row.split == "train"], where="train")
+    shared = _patients_in_several(used, {row.split for row in used})
+    if shared:
+        notes.append(f"{len(shared)} patients are in two splits of the source, such as {shared[0]}")
+    given = {row.split for row in used}
+    fractions = {"val": config.val_fraction, "test": config.test_fraction}
+    carved = tuple(split for split, fraction in fractions.items() if split not in given and fraction > 0)
+    rows = carve(rows, carved, config)
+    used = [row for row in rows if not row.reason]
+    refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
+    if not any(row.split == "val" for row in used):
+        num_patients = len({row.patient for row in used if row.split in ("train", *carved)})
+        raise SourceError(
+            f"no image falls into val: {num_patients} patients are too few for splits.val_fraction = "
+            f"{config.val_fraction}; add images or raise it"
+        )
     for split in carved:
-        labels = {row.label for row in used if row.split == split}
-        missing = [name for label, name in enumerate(CLASSES) if label not in labels]
+        missing = [
+            name for label, name in enumerate(CLASSES) if (split, label) not in {(r.split, r.label) for r in used}
+        ]
         if missing:
             notes.append(f"{split} was carved from train and holds no {' and no '.join(missing)} images")
-    return Assignment(tuple(rows), carved, tuple(notes))
+    return Assignment(tuple(rows), carved, dropped, tuple(notes))
+
+
+def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[Row]:
+    """Move patients of train (or of the carved splits, so that it can be repeated) to where their hashes say."""
+    pool = ("train", *carved)
+    owners = _owners(row for row in rows if row.split in pool and not row.reason)
+    return [
+        replace(row, split=_split_of(owners[row.path], carved, config)) if row.path in owners else row for row in rows
+    ]
 
 
 def carve_share(patient: str) -> float:
     """A patient's fixed place in [0, 1): val is carved from the low end, test from the high end."""
     digest = hashlib.sha256(patient.encode()).hexdigest()
-    return float(int(digest[:_HASH_DIGITS], 16) / 16**_HASH_DIGITS)
+    return int(digest[:_HASH_DIGITS], 16) / 16.0**_HASH_DIGITS
 
 
-def _carve(patient: str, carved: Sequence[str], config: Splits) -> str:
+def find_split_faults(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[str]:
+    """What breaks the rules among a data set's rows, a sentence each: for `xrai.verify`."""
+    used = [row for row in rows if not row.reason]
+    faults = [
+        f"patient {patient} is in two splits although one was carved from the other"
+        for patient in _patients_in_several(used, {"train", *carved})
+    ]
+    first: dict[str, Row] = {}
+    for row in used:
+        other = first.setdefault(row.sha256, row)
+        if other.split != row.split:
+            faults.append(f"{other.path} in {other.split} and {row.path} in {row.split} are the same image")
+    for row, again in zip(used, carve(used, carved, config), strict=True):
+        if row.split != again.split:
+            faults.append(f"{row.path} is in {row.split}, its patient's hash says {again.split}")
+    return faults
+
+
+def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
+    """Raise `SourceError` where one of the classes has no image."""
+    found = set(labels)
+    for label, name in enumerate(CLASSES):
+        if label not in found:
+            raise SourceError(f"{where} has no usable {name} images; images of both classes are needed to learn from")
+
+
+def _split_of(patient: str, carved: Collection[str], config: Splits) -> str:
     share = carve_share(patient)
     if "val" in carved and share < config.val_fraction:
         return "val"
@@ -104,21 +140,30 @@ def _owners(rows: Iterable[Row]) -> dict[str, str]:
     return {row.path: root(row.patient) for row in rows}
 
 
-def _drop_contradictions(rows: Sequence[Row]) -> list[Row]:
+def _patients_in_several(rows: Iterable[Row], splits: Collection[str]) -> list[str]:
+    """Patients with images in more than one of `splits`, sorted."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.split in splits:
+            found[row.patient].add(row.split)
+    return sorted(patient for patient, places in found.items() if len(places) > 1)
+
+
+def _set_aside_contradictions(rows: Sequence[Row]) -> list[Row]:
     labels: dict[str, set[int]] = defaultdict(set)
     for row in rows:
         if not row.reason:
             labels[row.sha256].add(row.label)
     return [
-        replace(row, reason="the same image stands under another label, too")
+        replace(row, reason="is under another label, too, as the same image")
         if not row.reason and len(labels[row.sha256]) > 1
         else row
         for row in rows
     ]
 
 
-def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row], int]:
-    """Set aside images that the source has in two splits, keeping the one in test, else val; and count them."""
+def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row], frozenset[str]]:
+    """Set aside images that the source has in two splits, keeping the one in test, else val; also their paths."""
     kept: dict[str, Row] = {}
     for split in reversed(SPLITS):
         for row in rows:
@@ -130,17 +175,8 @@ def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row]
                     f"the source has the same image in two splits: {other.path} and {row.path}; remove one, or set "
                     "--splits.duplicates=drop to keep the one in test, else val"
                 )
-    dropped = {row.path for row in rows if not row.reason and kept[row.sha256].split != row.split}
+    dropped = frozenset(row.path for row in rows if not row.reason and kept[row.sha256].split != row.split)
     return [
-        replace(row, reason=f"the same image as {kept[row.sha256].path}") if row.path in dropped else row
+        replace(row, reason=f"is the same image as {kept[row.sha256].path}") if row.path in dropped else row
         for row in rows
-    ], len(dropped)
-
-
-def _refuse_missing_class(rows: Sequence[Row], *, where: str) -> None:
-    labels = {row.label for row in rows if not row.reason}
-    for label, name in enumerate(CLASSES):
-        if label not in labels:
-            raise SourceError(
-                f"{where} has no usable {name} images; images of both classes are needed to tell them apart"
-            )
+    ], dropped

@@ -52,7 +52,7 @@ def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
 
 
 def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
-    """Gamma, contrast about the mean, and a share of a 3x3 binomial blur. draws (B, 3) in [-1, 1)."""
+    """Gamma, contrast about the mean and, in half of the images, some 3x3 binomial blur. draws (B, 3) in [-1, 1)."""
     gamma, contrast, blur = (column[:, None, None, None] for column in draws.unbind(dim=1))
     changed = images.clamp_min(1e-4).pow(torch.exp(gamma * strength.gamma))
     mean = changed.mean(dim=(1, 2, 3), keepdim=True)
@@ -60,16 +60,16 @@ def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
     row = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
     kernel = torch.outer(row, row)[None, None]  # (1, 1, 3, 3)
     blurred = functional.conv2d(functional.pad(changed, (1, 1, 1, 1), mode="replicate"), kernel)
-    return torch.lerp(changed, blurred, (blur + 1) / 2 * strength.blur)
+    return torch.lerp(changed, blurred, blur.clamp_min(0) * strength.blur)
 
 
 def _add_noise(images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch: int, strength: Augment) -> Tensor:
-    """Independent uniform noise of an own standard deviation each, and the clip to [0, 1]. draws (B,) in [-1, 1)."""
+    """In half of the images, uniform noise of an own standard deviation; and the clip to [0, 1]. draws (B,)."""
     if strength.noise == 0:
         return images.clamp(0, 1)
     height, width = images.shape[2:]
     noise = _uniform(rows, height * width, seed=seed + 1, epoch=epoch).to(images.dtype)
-    deviation = (draws[:, None, None, None] + 1) / 2 * strength.noise
+    deviation = draws[:, None, None, None].clamp_min(0) * strength.noise
     # a uniform number on [-1, 1) has standard deviation 1 / sqrt(3)
     return (images + noise.view(-1, 1, height, width) * deviation * math.sqrt(3)).clamp(0, 1)
 

@@ -105,18 +105,20 @@ class CheckpointFolder:
         return None
 
     def _listed(self) -> Iterator[Entry]:
-        for found in list(self._store.list(FOLDER + "/")):
-            if not found.key.endswith(".json") or found.key.endswith("/latest.json"):
+        """The checkpoints in the store, and those that an earlier process left here before they were stored."""
+        stored = {found.key for found in self._store.list(FOLDER + "/")}
+        here = {f"{FOLDER}/{path.name}" for path in (self._folder / FOLDER).glob("step-*.json")}
+        for key in sorted(stored | here):
+            if not key.endswith(".json") or key.endswith("/latest.json"):
                 continue
             try:
-                entry = Entry(**json.loads(self._store.read(found.key)))
-                if _mark_name(entry) != found.key:
+                content = self._store.read(key) if key in stored else (self._folder / key).read_bytes()
+                entry = Entry(**json.loads(content))
+                if _mark_name(entry) != key:
                     raise ValueError(f"it speaks of {entry.file!r}")
                 yield entry
             except (ValueError, TypeError, UnicodeDecodeError) as error:
-                _logger.warning(
-                    "checkpoint mark %s in %s is damaged and skipped: %s", found.key, self._store.uri, error
-                )
+                _logger.warning("checkpoint mark %s in %s is damaged and skipped: %s", key, self._store.uri, error)
 
     def _readable(self, entry: Entry) -> dict[str, Any] | None:
         """The state of a checkpoint, or None with a warning where its bytes are not those that were saved."""

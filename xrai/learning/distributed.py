@@ -7,6 +7,7 @@ CPU, so that a decision never waits for the device.
 
 import gc
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
 
@@ -36,6 +38,7 @@ class Ranks:
     local_world_size: int
     device: torch.device
     _control: Any = None  # the gloo group of decisions
+    _store: Any = None  # where each rank notes its last step, for the others' messages
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +50,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64)
-        with _named_failures(self, "to agree on going on"):
+        with self.explaining("to agree on going on"):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
         return int(tensor)
 
@@ -56,7 +59,7 @@ class Ranks:
         if self.world_size == 1:
             return values
         values = values.clone()
-        with _named_failures(self, "to add up their sums"):
+        with self.explaining("to add up their sums"):
             dist.all_reduce(values, group=self._control)
         return values
 
@@ -65,7 +68,7 @@ class Ranks:
         if self.world_size == 1:
             return value  # type: ignore[return-value]
         box = [value]
-        with _named_failures(self, "to hear from rank 0"):
+        with self.explaining("to hear from rank 0"):
             dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]  # type: ignore[return-value]
 
@@ -89,9 +92,52 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with _named_failures(self, "to collect what they have"):
+        with self.explaining("to collect what they have"):
             dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def note(self, step: int) -> None:
+        """Leave word that this rank has done `step` steps; should it go missing, the others can say since when."""
+        if self.world_size > 1:
+            self._store.set(f"xrai/rank{self.rank}", f"{step} {time.time()}")
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """From now on wait at most so long for the other ranks."""
+        if self.world_size > 1:
+            for group in {dist.group.WORLD, self._control}:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+    @contextmanager
+    def explaining(self, purpose: str = "to do their part") -> Iterator[None]:
+        """Turns a collective's failure in the block into a `TrainingError` that names the ranks that are missing."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.world_size == 1 or not _is_collective(error):
+                raise
+            raise TrainingError(
+                f"rank {self.rank} of {self.world_size} waited for the other ranks {purpose}: {self._missing()} "
+                f"({str(error).splitlines()[0]}); if a rank failed by itself, its own error says why"
+            ) from error
+
+    def _missing(self) -> str:
+        """Who is behind, by the words that the ranks have left."""
+        try:
+            found = {}
+            for rank in range(self.world_size):
+                if self._store.check([key := f"xrai/rank{rank}"]):
+                    step, when = self._store.get(key).decode().split()
+                    found[rank] = (int(step), time.time() - float(when))
+        except (RuntimeError, dist.DistError):
+            return "the job's store is gone, so at least the process that holds it has ended"
+        silent = [f"rank {rank} has not begun" for rank in range(self.world_size) if rank not in found]
+        newest = max((step for step, _ in found.values()), default=0)
+        behind = [
+            f"rank {rank} was last heard of {age_s:.0f} s ago, after step {step}"
+            for rank, (step, age_s) in found.items()
+            if rank != self.rank and (step < newest or len(found) == self.world_size == 2)
+        ]
+        return ", ".join([*silent, *behind]) or "all of them have noted the same step"
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over ranks (DistributedDataParallel), or itself for one rank."""
@@ -125,10 +171,18 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
         return
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        yield Ranks(rank, world_size, local_rank, local_world_size, device, control)
+        yield Ranks(rank, world_size, local_rank, local_world_size, device, control, store)
     except BaseException as error:
         # What the failed frames hold (DistributedDataParallel above all) must go before the process group does, or the
         # process now and then aborts at its exit: 4 of 70 times with torch 2.13.0.
@@ -151,12 +205,5 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-@contextmanager
-def _named_failures(ranks: Ranks, purpose: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        raise TrainingError(
-            f"rank {ranks.rank} of {ranks.world_size} waited for the other ranks {purpose}, and at least one of them "
-            f"is gone or hangs ({str(error).splitlines()[0]}); its own error, if it had time for one, stands above"
-        ) from error
+def _is_collective(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))

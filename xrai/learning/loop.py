@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xrai.config import Config, Train
-from xrai.errors import StoppedError, TrainingError, UserError
+from xrai.errors import ConfigError, StoppedError, TrainingError, UserError
 from xrai.learning import optim
 from xrai.learning.augment import augment
 from xrai.learning.checkpoint import CheckpointFolder
@@ -97,13 +98,14 @@ def fit(
     facts: dict[str, Any],
     resumed: dict[str, Any] | None,
     asked_to_stop: Callable[[], bool],
+    profile_path: Path | None = None,
 ) -> Progress:
     """Train `model` in place; on return the best epoch's averaged weights are in the checkpoints.
 
     `class_counts` are the normal and the pneumonia images of the training split; `val_labels` (N,) are the validation
     split's; `name_of` names an image of the training split in messages. `observer` and `checkpoints` are rank 0's and
     None elsewhere. `facts` must not change over a run and are saved with it; `resumed` is the state to go on from, the
-    same on every rank.
+    same on every rank. The profile that the config may ask for goes to `profile_path`.
 
     Raises `StoppedError` after saving when `asked_to_stop` on any rank, `TrainingError` when a loss or gradient is not
     finite, before any weight has changed.
@@ -121,7 +123,10 @@ def fit(
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
     num_steps = config.train.epochs * train.num_batches
     log_odds = config.optim.logit_adjustment * math.log(class_counts[1] / class_counts[0])
+    weights = optim.class_weights(class_counts, config.optim.class_weighting)
+    profiler = Profiler(config.train.profile, profile_path)
     started = time.monotonic() - done.train_s
+    steps_here = 0  # done by this process
 
     def save(score: float | None) -> None:
         done.train_s = time.monotonic() - started
@@ -134,15 +139,17 @@ def fit(
             }  # fmt: skip
             checkpoints.save(state, step=done.step, epoch=done.epoch, score=score)
 
-    while done.epoch < config.train.epochs:
+    while not (ended := _ended(config.train, done)):
         clock = Clock(ranks.device)
         model.train()
         grad_norm = float("nan")
         rate = 0.0
         stop = 0
         first_batch, epoch_began = done.batch, time.monotonic()
-        with progress(f"epoch {done.epoch + 1}/{config.train.epochs}", total=train.num_batches, unit="steps") as bar:
+        name = f"epoch {done.epoch + 1}/{config.train.epochs}"
+        with progress(name, total=train.num_batches, unit="steps", closing_line=False) as bar:
             for batch in clock.waits(train.epoch(done.epoch, start=done.batch)):
+                profiler.before_step(done.step + 1)
                 rate = optim.learning_rate(
                     done.step, num_steps=num_steps, peak=config.optim.lr, warmup_fraction=config.optim.warmup_fraction
                 )
@@ -164,7 +171,7 @@ def fit(
                             part_logits = wrapped(images)  # (b,)
                         part_losses = optim.image_losses(
                             part_logits.to(precision.losses), targets,
-                            log_odds=log_odds, smoothing=config.optim.label_smoothing,
+                            log_odds=log_odds, smoothing=config.optim.label_smoothing, weights=weights,
                         )  # fmt: skip
                         # DistributedDataParallel divides by the number of ranks, and the sum must not be
                         mean = part_losses.sum() * (ranks.world_size / batch.num_global)
@@ -189,6 +196,11 @@ def fit(
                 done.step += 1
                 done.batch += 1
                 bar.update()
+                ranks.note(done.step)
+                if steps_here == 0:
+                    ranks.set_timeout(config.train.step_timeout_s)
+                steps_here += 1
+                profiler.after_step(done.step)
                 elapsed_s = time.monotonic() - started
                 stop = ranks.largest(_stop_reason(config.train, done.step, asked_to_stop(), elapsed_s=elapsed_s))
                 if stop == _STOP_ASKED:
@@ -244,11 +256,9 @@ def fit(
         if ranks.largest(int(asked_to_stop())):
             raise _stopped(done, train.num_batches)
         if stop:
-            _logger.info("stopping after step %d: a limit of the train section is reached", done.step)
+            ended = "a limit of the train section is reached"
             break
-        if config.train.patience and done.epochs_without_better >= config.train.patience:
-            _logger.info("stopping after epoch %d: no better for %d epochs", done.epoch, done.epochs_without_better)
-            break
+    _logger.info("training ends after epoch %d, step %d: %s", done.epoch, done.step, ended)
     return done
 
 
@@ -331,7 +341,65 @@ class Clock:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
 
 
+class Profiler:
+    """Records the steps that `train.profile` names into a Chrome trace (chrome://tracing, Perfetto)."""
+
+    def __init__(self, steps: str, path: Path | None) -> None:
+        self._path = path
+        self._first, self._last = profile_steps(steps) if path is not None else (0, 0)
+        self._running: torch.profiler.profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """Begin where `step`, counted from 1, is the first to record."""
+        if self._first and self._first <= step <= self._last and self._running is None:
+            self._running = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self._running.start()
+
+    def after_step(self, step: int) -> None:
+        """Write the trace where `step` was the last to record."""
+        if self._running is not None and step >= self._last:
+            assert self._path is not None
+            self._running.stop()
+            self._running.export_chrome_trace(str(self._path))
+            self._running, self._first = None, 0
+            _logger.info("steps up to %d are profiled in %s", step, self._path)
+
+
+def profile_steps(text: str) -> tuple[int, int]:
+    """The first and last step of `train.profile`; (0, 0) for none. Raises `ConfigError` where it is not A:B."""
+    if not text:
+        return 0, 0
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"train.profile = {text!r} is not allowed: it takes steps A:B, counted from 1, such as 10:20")
+    return int(first), int(last)
+
+
+@contextmanager
+def explaining_memory(config: Train, *, world_size: int) -> Iterator[None]:
+    """Turns CUDA's lack of memory in the block into a `TrainingError` that says what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        parts = 2 * config.accumulation_steps
+        size = max(1, config.global_batch_size // world_size // parts)
+        raise TrainingError(
+            f"out of memory on the device with {config.global_batch_size // world_size // config.accumulation_steps} "
+            f"images at a time: try --train.accumulation_steps={parts} ({size} at a time, the same result), or a "
+            "smaller train.global_batch_size, model.width or images.size"
+        ) from error
+
+
 _STOP_LIMIT, _STOP_ASKED = 1, 2
+
+
+def _ended(config: Train, done: Progress) -> str:
+    """Why there is no further epoch; empty where there is one."""
+    if done.epoch >= config.epochs:
+        return f"all {config.epochs} epochs are done"
+    if config.patience and done.epochs_without_better >= config.patience:
+        return f"no better validation score for {done.epochs_without_better} epochs"
+    return "train.max_steps is reached" if config.max_steps and done.step >= config.max_steps else ""
 
 
 def _stop_reason(config: Train, step: int, asked: bool, *, elapsed_s: float) -> int:

@@ -52,11 +52,25 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
 
-def image_losses(logits: Tensor, labels: Tensor, *, log_odds: float, smoothing: float) -> Tensor:
-    """Binary cross-entropy of each image, (B,), from logits (B,) and labels (B,) in {0, 1}.
+def class_weights(counts: tuple[int, int], weighting: float) -> tuple[float, float]:
+    """How much a normal and a pneumonia image weigh: (N / 2 N_class) ** `weighting`, so 1 balances the classes."""
+    total = sum(counts)
+    return (total / (2 * counts[0])) ** weighting, (total / (2 * counts[1])) ** weighting
+
+
+def image_losses(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    log_odds: float,
+    smoothing: float = 0.0,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """Binary cross-entropy of each image, (B,), from logits (B,) and labels (B,) in {0, 1}; `weights` are the classes'.
 
     `log_odds` is added to the logits: with the log of the classes' ratio in training, the logits themselves learn what
     a balanced population would show (logit adjustment; Menon et al. 2021, https://arxiv.org/abs/2007.07314).
     """
     targets = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
-    return functional.binary_cross_entropy_with_logits(logits + log_odds, targets, reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(logits + log_odds, targets, reduction="none")
+    return losses if weights == (1.0, 1.0) else losses * torch.where(labels > 0, weights[1], weights[0])

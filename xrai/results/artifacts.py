@@ -34,12 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+import numpy.typing as npt
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from xrai.config import all_keys
 from xrai.errors import RunError, StoreAccessError, StoreError, UserError, XraiError
 from xrai.log import get_logger
+from xrai.results import events
 from xrai.results.metrics import format_interval, format_value
 from xrai.store import Store, check_key, open_store
 
@@ -49,8 +51,8 @@ EVENTS = "tensorboard"
 
 HISTORY_COLUMNS = (
     "epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "shifted_accuracy",
-    "shifted_auroc", "lr", "grad_norm", "images_per_s", "data_wait_share", "fetch_s", "verify_s", "assemble_s",
-    "transfer_s", "compute_s", "eval_s", "epoch_s", "peak_memory_mib",
+    "shifted_auroc", "lr", "grad_norm", "images_per_s", "data_wait_share", "accelerator_utilisation", "fetch_s",
+    "verify_s", "assemble_s", "transfer_s", "compute_s", "eval_s", "epoch_s", "peak_memory_mib",
 )  # fmt: skip
 TENSORBOARD_TAGS = {
     "train_loss": "loss/train",
@@ -64,6 +66,7 @@ TENSORBOARD_TAGS = {
     "grad_norm": "optim/grad_norm",
     "images_per_s": "throughput/images_per_s",
     "data_wait_share": "throughput/data_wait_share",
+    "accelerator_utilisation": "throughput/accelerator_utilisation",
     "fetch_s": "time/fetch_s",
     "verify_s": "time/verify_s",
     "assemble_s": "time/assemble_s",
@@ -73,6 +76,7 @@ TENSORBOARD_TAGS = {
     "epoch_s": "time/epoch_s",
     "peak_memory_mib": "memory/peak_mib",
 }
+FINAL_TAGS = {name: f"final/{name}" for name in ("accuracy", "sensitivity", "specificity", "auroc")}
 PREDICTION_COLUMNS = ("split", "source", "patient", "subtype", "label", "score", "call")
 
 _PACKAGES = ("torch", "numpy", "h5py", "pillow", "scikit-learn", "matplotlib", "tensorboard", "boto3", "pydicom")
@@ -165,6 +169,15 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         return _parse_history(file, where=str(path))
 
 
+def safe_path(path: str) -> str:
+    """The same relative path, such that no spreadsheet takes it for a formula.
+
+    Names of files come from anywhere, and `=cmd|' /C …'!A0` at the head of a cell is run by a click (OWASP, CSV
+    injection). `./` in front changes no path's meaning.
+    """
+    return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else path
+
+
 def to_json(value: Any) -> str:
     """JSON text of plain values, arrays' scalars included; what is not finite becomes null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -193,8 +206,8 @@ class RunFolder:
         self._next_segment = 0
 
     @staticmethod
-    def check_writable(artifacts_uri: str) -> None:
-        """Raise `UserError` unless files can be written at the address. Nothing is left behind."""
+    def check_writable(artifacts_uri: str, *, flag: str = "--artifacts") -> None:
+        """Raise `UserError`, naming the flag, unless files can be written at the address. Nothing is left behind."""
         store = open_store(artifacts_uri)
         place = store.local_path("check")
         if place is None:
@@ -214,12 +227,12 @@ class RunFolder:
             where = "" if existing == folder else f" ({existing})"
             raise UserError(
                 f"results can not be written to {artifacts_uri}{where}: {cause}; name another folder or bucket with "
-                "--artifacts, or mend its rights"
+                f"{flag}, or mend its rights"
             ) from error
 
     def exists(self) -> bool:
-        """Whether the artifact store holds anything of a run of this name."""
-        return next(iter(self.store.list()), None) is not None
+        """Whether the artifact store, or this machine for it, holds anything of a run of this name."""
+        return next(iter(self.store.list()), None) is not None or (self.is_remote and bool(self._names()))
 
     def open(self) -> None:
         """Make the local folder, bring down what the store holds of the run, and take back its summary.json."""
@@ -240,19 +253,22 @@ class RunFolder:
             self._publisher = _Publisher(self.store, self.path)
 
     def resume_at(self, *, epoch: int, step: int) -> None:
-        """Forget what was recorded at or past `epoch` in history.csv and at or past `step` in TensorBoard."""
+        """Forget what was recorded at or past `epoch` in history.csv, and at or past `step` in TensorBoard.
+
+        TensorBoard forgets the epochs that history.csv does, too, even if one of them ended before `step`.
+        """
         self.truncate_history(epoch)
         if self._next_segment:
-            self._events.append(
-                Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
-            )
+            last_kept = max((row["step"] for row in self.history()), default=-1)
+            self._events.append(events.session_start(min(step, last_kept + 1)))
 
     # Files -----------------------------------------------------------------------------------------------------------
 
     def write(self, name: str, data: bytes) -> Path:
         """Write a file of the run, whole or not at all, and announce it. Returns its local path."""
         path = self.path / check_key(name)
-        temporary = path.with_name(f".{path.name}.tmp")
+        # not named after the file: TensorBoard reads all whose names hold "tfevents"
+        temporary = path.with_name(f".{hashlib.sha256(name.encode()).hexdigest()[:12]}.tmp")
         with self._explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
@@ -280,8 +296,12 @@ class RunFolder:
         return self.write_json("environment.json", environment)
 
     def write_predictions(self, rows: Iterable[Mapping[str, Any]], name: str = "predictions.csv") -> Path:
-        """Write one row an image, with `PREDICTION_COLUMNS`; numbers in full, so that metrics can be counted again."""
-        return self.write_text(name, _to_csv(PREDICTION_COLUMNS, rows))
+        """Write one row an image, with `PREDICTION_COLUMNS`; numbers in full, so that metrics can be counted again.
+
+        The paths under `source` can not be taken for formulas: see `safe_path`.
+        """
+        safe = ({**row, "source": safe_path(str(row["source"]))} for row in rows)
+        return self.write_text(name, _to_csv(PREDICTION_COLUMNS, safe))
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of history.csv so far."""
@@ -311,13 +331,39 @@ class RunFolder:
 
     def add_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
         """Keep scalars by tag for the next segment; those that are None or not finite are left out."""
-        values = [
-            Summary.Value(tag=tag, simple_value=float(value))
-            for tag, value in scalars.items()
-            if value is not None and math.isfinite(value)
-        ]
-        if values:
-            self._events.append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        if values := list(events.finite_scalars(scalars)):
+            self._events.append(events.summary(step, values))
+
+    def add_picture(self, step: int, tag: str, path: Path) -> None:
+        """Keep a PNG file for the next segment."""
+        self._events.append(events.summary(step, [events.picture(tag, path.read_bytes())]))
+
+    def add_precision_recall(
+        self, step: int, tag: str, labels: npt.ArrayLike, scores: npt.ArrayLike, *, description: str = ""
+    ) -> None:
+        """Keep the precision-recall curve of labels (N,) and scores (N,) in [0, 1]; none where a class is missing."""
+        if len(np.unique(np.asarray(labels))) == 2:
+            curve = events.precision_recall(tag, labels, scores, description=description)
+            self._events.append(events.summary(step, [curve]))
+
+    def add_hyperparameters(self, config: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the resolved config for TensorBoard's table of runs, at once, so that it shows runs that go on."""
+        followed = {TENSORBOARD_TAGS["shifted_auroc"]: "AUROC, augmented validation", "accuracy/val": "accuracy, val"}
+        final = {tag: f"final {'AUROC' if name == 'auroc' else name}" for name, tag in FINAL_TAGS.items()}
+        values = events.hyperparameters(
+            config,
+            group=self.run_id,
+            metrics={**final, **followed},
+            meanings={key.name: key.meaning for key in all_keys()},
+        )
+        self._events.append(events.summary(0, values))
+        self.close_segment()
+
+    def add_results(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the main results of the metrics.json dictionary, and that the run succeeded, for the next segment."""
+        results = _main_results(metrics)
+        self.add_scalars(step, {tag: results[name] for name, tag in FINAL_TAGS.items()})
+        self._events.append(events.summary(step, [events.session_success()]))
 
     def close_segment(self) -> None:
         """Write the events kept so far as one closed file, so that a bucket gets each byte once.
@@ -328,7 +374,10 @@ class RunFolder:
             return
         buffer = io.BytesIO()
         records = RecordWriter(buffer)
-        for event in [Event(wall_time=self._events[0].wall_time, file_version="brain.Event:2"), *self._events]:
+        head = [events.file_version(self._events[0].wall_time)]
+        if self._next_segment == 0:  # TensorBoard takes the first start for the run's own, and forgets nothing at it
+            head.append(events.session_start(0))
+        for event in [*head, *self._events]:
             records.write(event.SerializeToString())
         self.write(f"{EVENTS}/events.out.tfevents.{self._next_segment:06d}.xrai", buffer.getvalue())
         self._events.clear()
@@ -360,7 +409,7 @@ class RunFolder:
             self._drain_or_raise(timeout_s)
 
     def flush(self, *, timeout_s: float) -> bool:
-        """Wait until all that was announced is stored; False if that took longer than `timeout_s`."""
+        """Close the segment of events and wait for all that was announced; False after more than `timeout_s`."""
         self.close_segment()
         return self._publisher is None or self._publisher.drain(timeout_s=timeout_s)
 
@@ -382,9 +431,15 @@ class RunFolder:
         return whole
 
     def close(self) -> None:
-        """Stop the thread without waiting for what is not stored yet; for a run that ends early."""
-        if self._publisher is not None:
+        """Stop the thread without waiting for what is not stored yet, and say so; for a run that ends early."""
+        if self._publisher is not None and not self._publisher.is_closed:
             self._publisher.close()
+            if waiting := self._publisher.waiting():
+                _logger.warning(
+                    "%d files of run %s are not stored at %s (%s first); they are in %s: start again with the same "
+                    "--run_id on this machine, or copy them from there",
+                    len(waiting), self.run_id, self.address, waiting[0], self.path,
+                )  # fmt: skip
 
     @contextmanager
     def _explained(self, path: Path) -> Iterator[None]:
@@ -412,21 +467,40 @@ class RunFolder:
             )
 
     def _fetch(self) -> None:
-        """Bring down what the store holds and this machine lacks; of history.csv, the longer one."""
-        for found in list(self.store.list()):
-            if found.key.startswith(_FETCHED_WHEN_NEEDED):
-                continue
-            path = self.path / found.key
-            if found.key == "history.csv" and path.exists() and path.stat().st_size < found.size_bytes:
-                path.unlink()
-            if not path.exists():
-                self.store.download(found.key, path)
+        """Make this machine's files and the store's the same, from the one where the run got further.
+
+        That is this machine where an earlier process ended before the store had everything.
+        """
+        stored = {found.key: found.size_bytes for found in self.store.list()}
+        theirs = self.store.read("history.csv").decode() if "history.csv" in stored else ""
+        is_ahead = len(self.history()) >= len(_parse_history(theirs.splitlines(), where=f"{self.address}/history.csv"))
+        local = {name: (self.path / name).stat().st_size for name in self._names()}
+        for name, size_bytes in stored.items():
+            is_wanted = name not in local or (not is_ahead and local[name] != size_bytes)
+            if is_wanted and not name.startswith(_FETCHED_WHEN_NEEDED):
+                self.store.download(name, self.path / name)
+        unknown = [name for name, size_bytes in local.items() if stored.get(name) != size_bytes]
+        if is_ahead and unknown:
+            _logger.info(
+                "%d files of run %s that an earlier process left in %s are stored first", len(unknown), self.run_id,
+                self.path,
+            )  # fmt: skip
+            self.publish(unknown)
+        for name in () if is_ahead else unknown:
+            if name not in stored and name.startswith(EVENTS):
+                (self.path / name).unlink()
 
     def _names(self) -> list[str]:
-        """The files of the run, without summary.json and what is being written."""
-        paths = (path for path in self.path.rglob("*") if path.is_file())
-        names = (path.relative_to(self.path) for path in paths)
-        return sorted(name.as_posix() for name in names if name.as_posix() != SUMMARY and not _is_temporary(name))
+        """The files of the run, in an order to store them, without summary.json and what is being written.
+
+        A checkpoint's JSON file is its commit mark, and latest.json points to one: so they come last.
+        """
+        paths = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file())
+        names = (path.as_posix() for path in paths if not _is_temporary(path))
+        return sorted(
+            (name for name in names if name != SUMMARY),
+            key=lambda name: (name.endswith(".json"), name.endswith("/latest.json"), name),
+        )
 
 
 class _Publisher:
@@ -452,8 +526,13 @@ class _Publisher:
                 self._line[name] = _Task(name, keep)
             self._changed.notify_all()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more will be stored."""
+        return self._closed
+
     def drain(self, *, timeout_s: float, max_attempts: int | None = None) -> bool:
-        """Wait for the line to empty; False when time is over or `max_attempts` have failed in a row."""
+        """Wait for the line to empty; False when time is over, `max_attempts` failed in a row, or it was closed."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._attempts, self._hurry = 0, True
@@ -461,7 +540,7 @@ class _Publisher:
             while self._line:
                 left_s = deadline - time.monotonic()
                 gave_up = max_attempts is not None and self._attempts >= max_attempts
-                if left_s <= 0 or gave_up or not self._thread.is_alive():
+                if left_s <= 0 or gave_up or self._closed or not self._thread.is_alive():
                     return False
                 self._changed.wait(min(left_s, 1.0))
             return True

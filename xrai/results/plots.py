@@ -252,22 +252,26 @@ def draw_sheet(
     titles: Sequence[str],
     path: Path,
     *,
+    marks: Sequence[str] = (),
     heading: str = "",
     note: str = "",
     columns: int = 6,
     is_phantom: bool = False,
 ) -> None:
-    """Write a sheet of grey images, each (H, W) uint8, with a short title under each."""
-    if len(images) != len(titles):
-        raise ValueError(f"{len(images)} images and {len(titles)} titles must be equal in number")
+    """Write a sheet of grey images, each (H, W) uint8, with a short title under each.
+
+    `marks`, if given, are as many short lines that stand above the titles in ink, in colour where they end in "wrong".
+    """
+    if len(images) != len(titles) or (marks and len(marks) != len(titles)):
+        raise ValueError(f"{len(images)} images, {len(titles)} titles and {len(marks)} marks must be equal in number")
     rows = max(1, math.ceil(len(images) / columns))
-    cell, top = 1.45, 0.75
-    height = rows * (cell + 0.22) + top
+    cell, top, below = 1.45, 0.75, 0.34 if marks else 0.22
+    height = rows * (cell + below) + top
     with _figure(path, heading, note, size=(columns * cell + 0.3, height), is_phantom=is_phantom) as figure:
         width = figure.get_figwidth()
         for number, (image, title) in enumerate(zip(images, titles, strict=True)):
             row, column = divmod(number, columns)
-            bottom = height - top - (row + 1) * (cell + 0.22) + 0.22
+            bottom = height - top - (row + 1) * (cell + below) + below
             axes = figure.add_axes(
                 ((0.15 + column * cell + 0.04) / width, bottom / height, (cell - 0.08) / width, (cell - 0.08) / height)
             )
@@ -275,7 +279,14 @@ def draw_sheet(
             axes.set_axis_off()
             plain = "".join(letter if letter.isprintable() else "?" for letter in title)
             short = plain if len(plain) <= 24 else plain[:11] + "…" + plain[-12:]
-            axes.text(0.5, -0.03, short, transform=axes.transAxes, ha="center", va="top", fontsize=6.5, color=MUTED)
+            line = -0.03
+            if marks:
+                colour = PNEUMONIA if marks[number].endswith("wrong") else INK
+                axes.text(
+                    0.5, line, marks[number], transform=axes.transAxes, ha="center", va="top", fontsize=7, color=colour
+                )
+                line -= 0.09
+            axes.text(0.5, line, short, transform=axes.transAxes, ha="center", va="top", fontsize=6.5, color=MUTED)
 
 
 def draw_class_counts(

@@ -1,0 +1,80 @@
+"""Small raw images for the tests of the writing side: files of every kind, good and bad, and source folders."""
+
+import io
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def gradient(width: int, height: int, *, seed: int = 0) -> NDArray[np.uint8]:
+    """A smooth picture (H, W) that differs from seed to seed."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    a, b, c = rng.uniform(0.5, 4, 3)
+    waves = np.sin(a * x * 3 + seed) + np.cos(b * y * 3) + x * c
+    return np.rint((waves - waves.min()) / max(float(np.ptp(waves)), 1e-9) * 255).astype(np.uint8)
+
+
+def encoded(pixels: NDArray[np.uint8] | Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    """The bytes of an image file."""
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def picture_file(seed: int, *, image_format: str = "PNG", width: int = 40, height: int = 30) -> bytes:
+    """A small valid image file that differs from seed to seed."""
+    return encoded(gradient(width, height, seed=seed), image_format)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header declares `width` x `height` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def public_names(num_normal: int, num_pneumonia: int) -> list[tuple[str, str]]:
+    """(class, file name) pairs in the public data set's manner; every third patient has two images."""
+    names = []
+    for k in range(num_normal):
+        names.append(("NORMAL", f"IM-{1000 + k - (k % 3 == 2):04d}-{k:04d}.png"))
+    for k in range(num_pneumonia):
+        germ = "bacteria" if k % 2 else "virus"
+        names.append(("PNEUMONIA", f"person{500 + k - 2 * (k % 6 >= 4)}_{germ}_{k}.png"))
+    return names
+
+
+def source_files(num_normal: int = 20, num_pneumonia: int = 24, *, split: str = "train") -> dict[str, bytes]:
+    """Path -> bytes of a small source in the public layout."""
+    return {
+        f"{split}/{label}/{name}": picture_file(k, width=30 + k % 20, height=40)
+        for k, (label, name) in enumerate(public_names(num_normal, num_pneumonia))
+    }
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write files below a folder, which is returned."""
+    for path, data in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    """Pack files into a zip, in the order given."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path

@@ -1,0 +1,529 @@
+"""The loader: the same batches for everyone, each image once, no wait without an end."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.dataset.remote import RemoteFolder, flip_byte
+from tests.dataset.small import place_of, write_dataset
+from xrai.dataset.loader import Batch, Loader
+from xrai.dataset.order import EpochOrder, plan_windows
+from xrai.errors import ConfigError, CorruptError, DatasetError, NotFoundError, UnreachableError, XraiError
+
+pytestmark = pytest.mark.timeout(60)
+
+WORLD_SIZES = (1, 2, 3, 4, 8)
+ROWS = [7, 3, 12, 5, 1, 9]  # 37
+NUM = sum(ROWS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set that no test changes."""
+    path = tmp_path_factory.mktemp("loader") / "data"
+    write_dataset(path, {"train": ROWS, "val": [4], "test": [6, 5]})
+    return path
+
+
+def make_loader(dataset: Any, *, split: str = "train", batch_size: int = 8, **options: Any) -> Loader:
+    return Loader(str(dataset) if isinstance(dataset, Path) else dataset, split=split, batch_size=batch_size, **options)
+
+
+def rows_of(batches: Iterator[Batch]) -> list[list[int]]:
+    return [batch.rows.tolist() for batch in batches]
+
+
+def expected_batches(
+    rows: list[int], batch_size: int, *, seed: int = 0, epoch: int = 0, window: int = 64, shuffle: bool = True
+) -> list[list[int]]:
+    """The reference: the order as a whole, cut by a plain loop."""
+    whole = EpochOrder(rows, seed=seed, epoch=epoch, window=window, shuffle=shuffle).rows(0, sum(rows)).tolist()
+    return [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
+
+
+def our_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("xrai-")]
+
+
+def wait_until(condition: Any, *, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------- the order of batches
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch_size=st.integers(1, 45),
+    window=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 50),
+    prefetch=st.integers(1, 4),
+    threads=st.integers(1, 6),
+    shuffle=st.booleans(),
+    data=st.data(),
+)
+def test_global_batch_k_is_the_same_for_every_world_size_threads_and_restart(
+    folder, batch_size, window, seed, epoch, prefetch, threads, shuffle, data
+):
+    expected = expected_batches(ROWS, batch_size, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
+    world_size = data.draw(st.sampled_from(WORLD_SIZES))
+    start = data.draw(st.integers(0, len(expected)))
+    options = {"batch_size": batch_size, "window": window, "seed": seed, "shuffle": shuffle}
+    ranks = [
+        list(
+            make_loader(folder, rank=rank, world_size=world_size, prefetch=prefetch, threads=threads, **options).epoch(
+                epoch, start=start
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert {len(batches) for batches in ranks} == {len(expected) - start}  # DDP hangs where ranks differ
+    for k, parts in enumerate(zip(*ranks, strict=True), start=start):
+        assert [row for part in parts for row in part.rows.tolist()] == expected[k]
+        assert {part.step for part in parts} == {k}
+        assert {part.num_global for part in parts} == {len(expected[k])}
+        sizes = [len(part.rows) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        for part in parts:
+            assert place_of(part.images).tolist() == part.rows.tolist()
+            assert (part.labels == part.rows % 2).all()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world_size: int):
+    options = {"shuffle": True, "seed": 5, "window": 2, "rank": world_size - 1, "world_size": world_size}
+    whole = rows_of(make_loader(folder, **options).epoch(3))
+    assert len(whole) == 5
+    for start in range(6):
+        assert rows_of(make_loader(folder, **options).epoch(3, start=start)) == whole[start:]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 11, 100])
+def test_evaluation_counts_each_image_once(folder: Path, world_size: int, batch_size: int):
+    loaders = [
+        make_loader(folder, split="test", batch_size=batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    seen = [rows_of(iter(loader)) for loader in loaders]
+    assert sorted(row for batches in seen for batch in batches for row in batch) == list(range(11))
+    assert {len(batches) for batches in seen} == {math.ceil(11 / batch_size)}
+
+
+def test_four_shards_on_three_ranks_give_every_rank_the_same_number_of_batches(tmp_path: Path):
+    """WebDataset gives 7, 5 and 5, and training hangs."""
+    write_dataset(tmp_path, {"train": [20] * 4})
+    counts = [
+        len(list(make_loader(tmp_path, batch_size=12, shuffle=True, rank=rank, world_size=3).epoch(0)))
+        for rank in range(3)
+    ]
+    assert counts == [7, 7, 7]
+
+
+def test_the_last_batch_may_leave_ranks_without_images(folder: Path):
+    parts = [
+        list(make_loader(folder, batch_size=12, shuffle=True, rank=rank, world_size=4).epoch(0))[-1]
+        for rank in range(4)
+    ]
+    assert [len(part.rows) for part in parts] == [0, 0, 0, 1]
+    assert [part.images.shape for part in parts] == [(0, 1, 16, 16)] * 3 + [(1, 1, 16, 16)]
+    assert all(part.num_global == 1 and part.step == 3 for part in parts)
+
+
+def test_batches_are_plain_arrays_of_their_own(folder: Path):
+    (batch,) = make_loader(folder, split="val", batch_size=10).epoch(0)
+    assert (batch.images.shape, batch.images.dtype) == ((4, 1, 16, 16), np.uint8)
+    assert (batch.labels.dtype, batch.rows.dtype) == (np.uint8, np.int64)
+    assert batch.images.flags.c_contiguous
+    batch.images[:] = 0  # nobody else's
+    (again,) = make_loader(folder, split="val", batch_size=10).epoch(0)
+    assert again.images.any()
+
+
+def test_the_images_are_the_stored_bytes(folder: Path):
+    loader = make_loader(folder, shuffle=True, window=2)
+    with h5py.File(folder / loader.index.splits["train"][2].name) as file:
+        stored = file["images"][:]
+    images = np.concatenate([batch.images[:, 0] for batch in loader.epoch(0)])
+    rows = np.concatenate([batch.rows for batch in loader.epoch(0)])
+    assert np.array_equal(images[np.argsort(rows)][10:22], stored)
+
+
+def test_iterating_goes_from_epoch_to_epoch(folder: Path):
+    loader = make_loader(folder, shuffle=True, seed=2)
+    seen = [rows_of(iter(loader)) for _ in range(3)]
+    assert seen == [expected_batches(ROWS, 8, seed=2, epoch=epoch) for epoch in range(3)]
+    assert len(loader) == loader.num_batches == 5
+    assert rows_of(loader.epoch(1)) == seen[1]
+
+
+def test_two_epochs_may_be_read_at_once(folder: Path):
+    loader = make_loader(folder, shuffle=True, window=2)
+    pairs = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
+    assert [pair[0].rows.tolist() for pair in pairs] == expected_batches(ROWS, 8, epoch=0, window=2)
+    assert [pair[1].rows.tolist() for pair in pairs] == expected_batches(ROWS, 8, epoch=1, window=2)
+
+
+def test_columns_belong_to_the_rows(folder: Path):
+    loader = make_loader(folder)
+    assert loader.num_images == NUM
+    assert loader.labels.tolist() == [row % 2 for row in range(NUM)]
+    assert loader.source.tolist() == [f"train/{row}.png" for row in range(NUM)]
+    assert loader.patient.tolist() == [f"IM/{row}" for row in range(NUM)]
+    assert loader.subtype.tolist() == ["bacterial" if row % 2 else "" for row in range(NUM)]
+
+
+# ------------------------------------------------------------------------------------------------------ ahead, in time
+
+
+def test_the_first_batch_needs_one_shard(tmp_path: Path):
+    write_dataset(tmp_path / "data", {"train": [8, 8]})
+    ((first,), (second,)) = plan_windows(2, seed=0, epoch=0, window=64, shuffle=True)
+    store = RemoteFolder(tmp_path / "data", slow_key=f"train-0000{second}")
+    batches = make_loader(store, shuffle=True, cache_dir=tmp_path / "cache").epoch(0)
+    assert set(next(batches).rows.tolist()) == set(range(8 * first, 8 * first + 8))
+    store.open_gate()
+    assert len(list(batches)) == 1
+
+
+def test_shards_are_fetched_ahead_of_their_use_and_several_at_once(tmp_path: Path):
+    write_dataset(tmp_path / "data", {"train": [8] * 12})
+    store = RemoteFolder(tmp_path / "data", slow_key="train")
+    batches = make_loader(store, shuffle=True, threads=3, cache_dir=tmp_path / "cache").epoch(0)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, batches)
+        wait_until(lambda: store.num_downloads() == 3)
+        time.sleep(0.1)
+        assert store.num_downloads() == 3
+        store.open_gate()
+        assert len(first.result(timeout=10).rows) == 8
+    assert len(list(batches)) == 11
+    assert store.num_downloads() == 12
+
+
+def test_no_more_batches_are_made_ahead_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[int] = []
+    original = Loader._batches
+
+    def counted(self: Loader, *arguments: Any) -> Iterator[Batch]:
+        for batch in original(self, *arguments):
+            made.append(batch.step)
+            yield batch
+
+    monkeypatch.setattr(Loader, "_batches", counted)
+    batches = make_loader(folder, batch_size=1, prefetch=3).epoch(0)
+    next(batches)
+    time.sleep(0.2)
+    assert made == [0, 1, 2, 3, 4]  # one is used, three are ready, one waits for room
+    batches.close()
+
+
+def test_the_pixels_do_not_go_through_h5py(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    batches = make_loader(folder, batch_size=1, shuffle=True, prefetch=1, threads=6).epoch(0)
+    next(batches)
+    wait_until(lambda: len(opened_now()) == len(ROWS))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("h5py on the hot path")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", refuse)
+    with closing(batches):
+        for batch in islice(batches, 6):
+            assert place_of(batch.images).tolist() == batch.rows.tolist()
+
+
+def opened_now() -> set[str]:
+    """Shards that this process has mapped."""
+    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".h5")}
+
+
+def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path):
+    store = RemoteFolder(folder, slow_key="\0")
+    loader = make_loader(store, cache_dir=tmp_path / "cache")
+    assert set(loader.timings()) == {"fetch", "verify", "assemble", "wait"}
+    list(loader.epoch(0))
+    timings = loader.timings()
+    assert min(timings["fetch"], timings["assemble"], timings["wait"]) > 0
+    loader.epoch(1)
+    assert loader.timings() == dict.fromkeys(timings, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 3])
+def test_closing_early_ends_the_threads_and_lets_the_files_go(folder: Path, num_read: int):
+    batches = make_loader(folder, batch_size=1, shuffle=True).epoch(0)
+    list(islice(batches, num_read))
+    batches.close()
+    assert our_threads() == []
+    assert opened_now() == set()
+
+
+def test_leaving_the_loop_ends_the_threads(folder: Path):
+    for _ in make_loader(folder, batch_size=1, shuffle=True):
+        assert our_threads() != []
+        break
+    assert our_threads() == []
+
+
+def test_many_epochs_leave_no_file_thread_or_shared_memory_behind(folder: Path, tmp_path: Path):
+    def held() -> tuple[int, list[str], list[str]]:
+        return len(os.listdir("/proc/self/fd")), our_threads(), sorted(os.listdir("/dev/shm"))  # noqa: PTH208
+
+    loader = make_loader(RemoteFolder(folder), shuffle=True, cache_dir=tmp_path / "cache")
+    list(loader.epoch(0))
+    before = held()
+    for epoch in range(1, 6):
+        list(islice(loader.epoch(epoch), epoch))
+    assert held() == before
+
+
+def test_a_child_after_fork_reads_the_same(folder: Path):
+    loader = make_loader(folder, shuffle=True)
+    first = rows_of(loader.epoch(0))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if rows_of(loader.epoch(0)) == first else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_forked_in_an_epoch_ends_and_leaves_the_epoch_to_its_parent(folder: Path, tmp_path: Path):
+    size_bytes = max(path.stat().st_size for path in folder.glob("train*.h5"))
+    options = {"cache_dir": tmp_path, "cache_max_gib": 5 * size_bytes / 2**30, "batch_size": 1}
+    batches = make_loader(RemoteFolder(folder), prefetch=1, **options).epoch(0)
+    first = next(batches)
+    child = os.fork()
+    if child == 0:
+        batches.close()
+        os._exit(0)
+    wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child)
+    (in_use,) = tmp_path.glob("*/train-00000*.h5")
+    other = make_loader(RemoteFolder(folder), split="test", **options, timeout_s=5)
+    assert len(list(other.epoch(0))) == 11  # in the room that the open shards leave
+    assert in_use.exists()
+    assert [first.rows[0], *(batch.rows[0] for batch in batches)] == list(range(NUM))
+
+
+LEAVES_EARLY = """
+import sys
+from pathlib import Path
+from tests.dataset.remote import RemoteFolder
+from xrai.dataset.loader import Loader
+batches = iter(Loader(RemoteFolder(Path(sys.argv[1]), slow_key="train-00001"), split="train", batch_size=1,
+    cache_dir=sys.argv[2], threads=6))
+for _ in range(7):
+    next(batches)
+print("left")
+if sys.argv[3] == "raise":
+    raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("end", 0), ("raise", 7)])
+def test_a_process_ends_though_a_shard_is_still_waited_for(
+    folder: Path, tmp_path: Path, repository: Path, how: str, status: int
+):
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_EARLY, folder, tmp_path, how],
+        cwd=repository, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("left\n", "", status)
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def spoiled(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the data set, to be damaged."""
+    return shutil.copytree(folder, tmp_path / "spoiled")
+
+
+def failure_of(batches: Iterator[Batch]) -> tuple[int, XraiError]:
+    """How many batches came, and the error that ended them."""
+    num = 0
+    try:
+        for _ in batches:
+            num += 1
+    except XraiError as error:
+        return num, error
+    raise AssertionError("it did not fail")
+
+
+def test_an_error_in_the_background_comes_to_the_front_with_rank_split_shard_and_cause(spoiled: Path):
+    flip_byte(spoiled / "train-00002-of-00006.h5")
+    loader = make_loader(spoiled, batch_size=5, rank=1, world_size=2)
+    num, error = failure_of(loader.epoch(0))
+    assert isinstance(error, CorruptError)
+    assert num == 2  # the shard begins at row 10
+    assert str(error).startswith("rank 1 of 2, train split: ")
+    assert f"{spoiled}/train-00002-of-00006.h5 is damaged: its sha256 is" in str(error)
+    assert our_threads() == []
+    assert isinstance(failure_of(loader.epoch(0))[1], CorruptError)  # the second time too
+
+
+def test_a_shard_that_can_not_be_fetched_is_named(folder: Path, tmp_path: Path):
+    store = RemoteFolder(folder, failing="train-00003")
+    num, error = failure_of(make_loader(store, cache_dir=tmp_path).epoch(0))
+    assert (num, type(error)) == (2, UnreachableError)
+    assert "rank 0 of 1, train split" in str(error)
+    assert "train-00003-of-00006.h5 can not be read: nobody answers" in str(error)
+
+
+def test_an_error_of_a_shard_that_nobody_asks_for_is_none(folder: Path, tmp_path: Path):
+    store = RemoteFolder(folder, failing="train-00003")
+    batches = make_loader(store, cache_dir=tmp_path, prefetch=1).epoch(0)
+    with closing(batches):
+        assert [batch.step for batch in islice(batches, 2)] == [0, 1]
+
+
+def test_a_wait_for_a_shard_has_a_deadline_and_names_the_shard(folder: Path, tmp_path: Path):
+    store = RemoteFolder(folder, slow_key="train-00001")
+    batches = make_loader(store, cache_dir=tmp_path, timeout_s=0.5).epoch(0)
+    started = time.monotonic()
+    with pytest.raises(
+        UnreachableError,
+        match=r"rank 0 of 1, train split: no batch within 1 s; waiting for shard train-00001-of-00006.h5",
+    ):
+        list(batches)
+    assert time.monotonic() - started < 3
+    store.open_gate()
+    wait_until(lambda: our_threads() == [])
+
+
+def test_a_data_set_replaced_between_epochs_is_said_to_be(spoiled: Path):
+    loader = make_loader(spoiled)
+    list(loader.epoch(0))
+    shutil.rmtree(spoiled)
+    write_dataset(spoiled, {"train": ROWS}, seed=9)
+    _, error = failure_of(loader.epoch(1))
+    assert isinstance(error, DatasetError)
+    assert "was replaced while it was read" in str(error)
+    assert "start again" in str(error)
+
+
+def test_a_lost_shard_is_named(spoiled: Path):
+    (spoiled / "train-00001-of-00006.h5").unlink()
+    num, error = failure_of(make_loader(spoiled, batch_size=7).epoch(0))
+    assert (num, type(error)) == (1, NotFoundError)
+    assert "train-00001-of-00006.h5" in str(error)
+
+
+@pytest.mark.parametrize("place", [5, 100, 1000, -10])
+def test_a_flipped_byte_in_the_index_is_refused(spoiled: Path, place: int):
+    flip_byte(spoiled / "dataset.json", place)
+    with pytest.raises(CorruptError, match=f"{spoiled}/dataset.json is"):
+        make_loader(spoiled)
+
+
+def test_no_index_is_no_data_set(spoiled: Path):
+    (spoiled / "dataset.json").unlink()
+    with pytest.raises(DatasetError, match=rf"{spoiled} holds no dataset.json, so no data set; `python -m xrai.prep"):
+        make_loader(spoiled)
+
+
+def test_an_unknown_split_is_refused_with_those_that_exist(tmp_path: Path):
+    write_dataset(tmp_path, {"train": [3], "val": [2]})
+    with pytest.raises(DatasetError, match="has no split 'test'; it holds train, val"):
+        make_loader(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0 is not allowed"),
+        ({"threads": 0}, "threads = 0 is not allowed"),
+        ({"window": -1}, "window = -1 is not allowed"),
+        ({"prefetch": 0}, "prefetch = 0 is not allowed"),
+        ({"rank": 2, "world_size": 2}, "rank = 2 of 2"),
+        ({"seed": -1}, "seed = -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(folder: Path, options: dict[str, int], message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_loader(folder, **options)
+
+
+@pytest.mark.parametrize("start", [-1, 6])
+def test_a_step_that_is_not_there_is_refused(folder: Path, start: int):
+    with pytest.raises(ConfigError, match=f"epoch 0 has no step {start}: steps go from 0 to 5"):
+        make_loader(folder).epoch(0, start=start)
+
+
+# ---------------------------------------------------------------------------- a cache that is smaller than the data set
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty shards of 40 rows, about 18 KiB each."""
+    path = tmp_path_factory.mktemp("many") / "data"
+    write_dataset(path, {"train": [40] * 20})
+    return path
+
+
+def gib_for(many: Path, num_shards: int) -> float:
+    return num_shards * max(path.stat().st_size for path in many.glob("*.h5")) / 2**30
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_small_cache_gives_the_same_batches_within_its_limit(many: Path, tmp_path: Path, world_size: int):
+    options = {"batch_size": 16, "shuffle": True, "window": 2, "threads": 2, "prefetch": 1}
+    limit = gib_for(many, 4 if world_size == 1 else 7)
+    store = RemoteFolder(many)
+
+    def read(rank: int) -> list[list[int]]:
+        loader = make_loader(
+            store, rank=rank, world_size=world_size, cache_dir=tmp_path, cache_max_gib=limit, timeout_s=20, **options
+        )
+        seen = []
+        for batch in loader.epoch(0):
+            assert place_of(batch.images).tolist() == batch.rows.tolist()
+            assert sum(path.stat().st_size for path in tmp_path.glob("*/*.h5") if path.exists()) <= limit * 2**30
+            seen.append(batch.rows.tolist())
+        return seen
+
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = list(pool.map(read, range(world_size)))
+    joined = [[row for part in parts for row in part] for parts in zip(*ranks, strict=True)]
+    assert joined == expected_batches([40] * 20, 16, window=2)
+
+
+@pytest.mark.parametrize(("world_size", "num_held"), [(1, 4), (2, 6), (3, 6)])
+def test_a_cache_too_small_for_its_windows_is_refused_before_any_work(
+    many: Path, tmp_path: Path, world_size: int, num_held: int
+):
+    options = {"shuffle": True, "window": 2, "threads": 2, "world_size": world_size, "cache_dir": tmp_path}
+    make_loader(RemoteFolder(many), cache_max_gib=gib_for(many, num_held), **options)
+    with pytest.raises(
+        ConfigError,
+        match=rf"cache.max_gib = .* is too small for the train split of {many}, of which up to {num_held} shards are "
+        r"held at once; give at least .*, or lower loader.window or loader.threads",
+    ):
+        make_loader(RemoteFolder(many), cache_max_gib=gib_for(many, num_held) * 0.99, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_needs_no_cache_and_so_no_room(many: Path):
+    assert len(list(make_loader(many, shuffle=True, cache_max_gib=1e-9).epoch(0))) == 100

@@ -1,0 +1,140 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.dataset.pictures import picture_file, source_files, write_files
+from xrai.config import Config, Images, Shards, Splits
+from xrai.dataset.plan import Listing, Plan, hash_files, list_source, make_plan
+from xrai.dataset.sources import Source, SourceFile
+from xrai.errors import ImageError, SourceError
+
+CONFIG = Config(images=Images(size=16), shards=Shards(rows=10), splits=Splits(val_fraction=0.3, test_fraction=0.2))
+
+
+class Held(Source):
+    """Files in memory, listed in any order."""
+
+    name = "held"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self._files = files
+
+    def files(self) -> list[SourceFile]:
+        return [SourceFile(path, len(data)) for path, data in self._files.items()]
+
+    def read(self, path: str) -> bytes:
+        if path.endswith("unreadable.png"):
+            raise ImageError("can not be read (Input/output error)")
+        return self._files[path]
+
+
+def plan_of(files: dict[str, bytes], config: Config = CONFIG) -> Plan:
+    source = Held(files)
+    listing = list_source(source)
+    return make_plan(listing, hash_files(source, listing.layout.entries, on_done=lambda: None), config)
+
+
+FILES = source_files()
+
+
+def test_every_file_is_in_one_shard_of_its_split_in_the_order_of_hashes() -> None:
+    plan = plan_of(FILES)
+    assert sorted(row.path for shard in plan.shards for row in shard.rows) == sorted(FILES)
+    for shard in plan.shards:
+        assert {row.split for row in shard.rows} == {shard.split}
+        assert 1 <= len(shard.rows) <= 10
+    for split in ("train", "val", "test"):
+        shards = [shard for shard in plan.shards if shard.split == split]
+        hashes = [row.sha256 for shard in shards for row in shard.rows]
+        assert hashes == sorted(hashes)
+        assert [shard.name for shard in shards] == [
+            f"{split}-{number:05d}-of-{len(shards):05d}.h5" for number in range(len(shards))
+        ]
+        assert all(len(shard.rows) == 10 for shard in shards[:-1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(sorted(FILES)))
+def test_the_plan_does_not_depend_on_the_order_of_listing(order: list[str]) -> None:
+    assert plan_of({path: FILES[path] for path in order}) == plan_of(FILES)
+
+
+def test_the_plans_hash_follows_contents_and_config_and_nothing_else() -> None:
+    (path, data), *_ = FILES.items()
+    renamed = {f"chest_xray/{name}": content for name, content in FILES.items()}
+    plans = [
+        plan_of(FILES),
+        plan_of({**FILES, path: data + b"x"}),
+        plan_of({**FILES, "train/NORMAL/more.png": picture_file(99)}),
+        plan_of(renamed),
+        plan_of(FILES, replace(CONFIG, images=Images(size=32))),
+        plan_of(FILES, replace(CONFIG, shards=Shards(rows=9))),
+        plan_of(FILES, replace(CONFIG, splits=Splits(val_fraction=0.31, test_fraction=0.2))),
+    ]
+    assert len({plan.sha256 for plan in plans}) == len(plans)
+    others = replace(CONFIG, train=replace(CONFIG.train, epochs=99), model=replace(CONFIG.model, width=8))
+    assert plan_of(FILES, others).sha256 == plans[0].sha256
+    assert plan_of({**FILES, "README.txt": b"not data"}).sha256 == plans[0].sha256
+
+
+def test_files_that_can_not_be_read_are_set_aside_and_counted() -> None:
+    plan = plan_of({**FILES, "train/NORMAL/unreadable.png": b""})
+    assert [(row.path, row.reason) for row in plan.unusable] == [
+        ("train/NORMAL/unreadable.png", "can not be read (Input/output error)")
+    ]
+    assert all(row.path != "train/NORMAL/unreadable.png" for shard in plan.shards for row in shard.rows)
+    assert len(plan.rows) == len(FILES) + 1
+
+
+def test_too_many_of_them_are_refused_naming_some() -> None:
+    bad = {f"train/NORMAL/{k}-unreadable.png": b"" for k in range(5)}
+    with pytest.raises(SourceError, match=r"5 of 49 files can not be used.*0-unreadable\.png can not.*; …\); mend"):
+        plan_of({**FILES, **bad})
+    assert len(plan_of({**FILES, **bad}, replace(CONFIG, images=Images(max_set_aside=0.11))).unusable) == 5
+
+
+def test_duplicates_left_out_on_request_do_not_count_as_unusable() -> None:
+    train = source_files(10, 10)
+    test = {path.replace("train/", "test/"): data for path, data in train.items()}
+    val = {
+        f"val/{label}/v{k}.png": picture_file(500 + k) for k in range(40) for label in [("NORMAL", "PNEUMONIA")[k % 2]]
+    }
+    more = {
+        f"train/{label}/t{k}.png": picture_file(900 + k) for k in range(4) for label in [("NORMAL", "PNEUMONIA")[k % 2]]
+    }
+    with pytest.raises(SourceError, match="the same image in two splits"):
+        plan_of({**train, **test, **val, **more})
+    plan = plan_of(
+        {**train, **test, **val, **more},
+        replace(CONFIG, splits=Splits(duplicates="drop"), images=Images(max_set_aside=0)),
+    )
+    assert sum(bool(row.reason) for row in plan.rows) == 20
+    assert plan.unusable == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [({}, "it is empty"), ({"train/NORMAL/a.png": b"x"}, "has no usable PNEUMONIA images")],
+)
+def test_a_source_without_both_classes_is_refused_before_any_file_is_read(
+    files: dict[str, bytes], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Held, "read", lambda self, path: pytest.fail("read"))
+    with pytest.raises(SourceError, match=message):
+        list_source(Held(files))
+
+
+def test_a_listing_is_known_by_paths_and_sizes(tmp_path: Path) -> None:
+    from xrai.dataset.sources import open_source
+
+    def listed() -> Listing:
+        return list_source(open_source(str(tmp_path)))
+
+    write_files(tmp_path, FILES)
+    before = listed()
+    assert listed() == before
+    write_files(tmp_path, {"train/NORMAL/new.png": b"x"})
+    assert listed().sha256 != before.sha256

@@ -1,0 +1,251 @@
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xrai.dataset.shards import (
+    Counts,
+    DatasetIndex,
+    ObjectInfo,
+    ShardInfo,
+    is_shard_name,
+    open_shard,
+    read_index,
+    shard_name,
+    write_shard,
+)
+from xrai.errors import CorruptError, DatasetError
+from xrai.store import open_store
+
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+
+
+def write(path: Path, *, num_rows: int = 5, size: int = 8, seed: int = 0) -> dict[str, object]:
+    rng = np.random.default_rng(seed)
+    rows = {
+        "images": rng.integers(0, 256, (num_rows, size, size), dtype=np.uint8),
+        "labels": rng.integers(0, 2, num_rows, dtype=np.uint8),
+        "source": [f"train/NORMAL/ä {k}.png" for k in range(num_rows)],
+        "patient": [f"IM:{k:04d}" for k in range(num_rows)],
+        "subtype": ["bacterial" if k % 2 else "" for k in range(num_rows)],
+        "sha256": [hashlib.sha256(bytes([k % 256])).hexdigest() for k in range(num_rows)],
+    }
+    write_shard(path, **rows)  # type: ignore[arg-type]
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_rows=st.integers(1, 12), size=st.integers(1, 40), seed=st.integers(0, 99), data=st.data())
+def test_a_shard_reads_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, num_rows: int, size: int, seed: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num_rows, size, size), dtype=np.uint8)
+    labels = rng.integers(0, 2, num_rows, dtype=np.uint8)
+    texts = {
+        name: data.draw(st.lists(TEXT, min_size=num_rows, max_size=num_rows))
+        for name in ("source", "patient", "subtype")
+    }
+    sha256 = [hashlib.sha256(bytes([k])).hexdigest() for k in range(num_rows)]
+    path = tmp_path_factory.mktemp("shard") / "x.h5"
+    write_shard(path, images=images, labels=labels, sha256=sha256, **texts)
+    shard = open_shard(path)
+    np.testing.assert_array_equal(shard.images, images)
+    np.testing.assert_array_equal(shard.labels, labels)
+    assert shard.images.dtype == shard.labels.dtype == np.uint8
+    assert not shard.images.flags.writeable
+    assert list(shard.sha256) == sha256
+    for name, text in texts.items():
+        assert list(getattr(shard, name)) == text
+
+
+def test_the_same_rows_give_the_same_bytes_at_any_time_and_place(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", num_rows=300)
+    time.sleep(1.1)  # HDF5 can keep times, in seconds
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "another name.h5", num_rows=300)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "deep" / "another name.h5").read_bytes()
+
+
+def test_plain_h5py_reads_a_shard(tmp_path: Path) -> None:
+    rows = write(tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5", "r") as file:
+        assert set(file) == {"images", "labels", "source", "patient", "subtype", "sha256"}
+        assert file["images"].shape == (5, 8, 8)
+        assert file["images"].chunks is None and file["images"].compression is None
+        np.testing.assert_array_equal(file["images"][:], rows["images"])
+        assert list(file["source"].asstr()) == rows["source"]
+        assert [text.decode() for text in file["sha256"]] == rows["sha256"]
+        assert file.attrs["schema_version"] == 1
+
+
+def test_h5dump_reads_a_shard(tmp_path: Path) -> None:
+    if shutil.which("h5dump") is None:
+        pytest.skip("h5dump is not installed")
+    write(tmp_path / "x.h5")
+    done = subprocess.run(["h5dump", "-H", str(tmp_path / "x.h5")], capture_output=True, text=True, check=True)
+    assert 'DATASET "images"' in done.stdout and "( 5, 8, 8 )" in done.stdout
+
+
+def test_images_start_on_a_page_so_that_a_reader_can_map_them(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5", num_rows=100, size=16)
+    with h5py.File(tmp_path / "x.h5", "r") as file:
+        assert file["images"].id.get_offset() % 4096 == 0
+
+
+def test_a_shard_that_can_not_be_finished_leaves_no_file_of_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "missing" / "x.h5")
+    (tmp_path / "x.h5.partial").mkdir()
+    with pytest.raises(OSError):
+        write(tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_shard_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "x.h5"
+    write(path, num_rows=50, size=32)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(CorruptError, match=r"x\.h5"):
+        open_shard(path)
+
+
+def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    path.write_bytes(b"no HDF5 at all")
+    with pytest.raises(CorruptError, match="can not be read as a shard"):
+        open_shard(path)
+    write(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["schema_version"] = 2
+    with pytest.raises(CorruptError, match="schema version 2; this xrai reads 1"):
+        open_shard(path)
+    with h5py.File(path, "w") as file:
+        file.attrs["schema_version"] = 1
+        file["images"] = np.zeros((3, 4, 4), np.float32)
+    with pytest.raises(CorruptError, match="can not be read as a shard"):
+        open_shard(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
+def test_a_flipped_byte_never_crashes_a_reader(
+    tmp_path_factory: pytest.TempPathFactory, place: float, value: int
+) -> None:
+    path = tmp_path_factory.mktemp("shard") / "x.h5"
+    write(path)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= value
+    path.write_bytes(data)
+    try:
+        shard = open_shard(path)
+    except CorruptError:
+        return
+    assert shard.images.shape == (5, 8, 8)  # a pixel or a text changed, which the hash of the file tells
+
+
+def test_shard_names_are_known_from_others() -> None:
+    assert shard_name("train", 3, 12) == "train-00003-of-00012.h5"
+    assert is_shard_name(shard_name("val", 0, 123456))
+    for name in (
+        "train-1-of-2.h5",
+        "../train-00000-of-00001.h5",
+        "train-00000-of-00001.h5.part",
+        "x-00000-of-00001.h5",
+    ):
+        assert not is_shard_name(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+
+
+def index(**changes: object) -> DatasetIndex:
+    values: dict[str, object] = {
+        "classes": ("NORMAL", "PNEUMONIA"),
+        "image_size": 64,
+        "splits": {
+            "train": (ShardInfo("train-00000-of-00001.h5", 3, 999, "ab" * 32, (1, 2)),),
+            "val": (ShardInfo("val-00000-of-00001.h5", 2, 888, "cd" * 32, (2, 0)),),
+        },
+        "carved": ("val",),
+        "pixel_mean": 12.5,
+        "pixel_std": 3.25,
+        "source": "chest_xray",
+        "plan_sha256": "ef" * 32,
+        "counts": Counts(6, 5, 1, 0),
+        "objects": (ObjectInfo("manifest.jsonl", 10, "01" * 32),),
+        "config": {"images": {"size": 64}},
+        "tool_version": "0.1.0",
+    }
+    return DatasetIndex(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_an_index_reads_back_as_it_was_written() -> None:
+    assert DatasetIndex.from_json(index().to_json(), where="x") == index()
+    assert list(json.loads(index().to_json()))[:2] == ["schema_version", "fingerprint"]
+
+
+def test_counts_by_split_and_class_are_summed_over_shards() -> None:
+    assert index().num_images("train") == 3
+    assert index().num_images("test") == 0
+    assert index().num_images_per_class("train") == {"NORMAL": 1, "PNEUMONIA": 2}
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
+def test_any_flipped_byte_of_an_index_is_noticed(place: float, value: int) -> None:
+    data = bytearray(index().to_json().encode())
+    data[int(place * len(data))] ^= value
+    try:
+        found = DatasetIndex.from_json(bytes(data), where="dataset.json")
+    except (CorruptError, DatasetError) as error:
+        assert "dataset.json" in str(error)
+    else:
+        assert found == index()  # a space or line break that says nothing
+
+
+def test_an_index_of_another_version_is_refused_as_such() -> None:
+    text = index(schema_version=2).to_json()
+    with pytest.raises(DatasetError, match="has schema version 2; this xrai reads version 1"):
+        DatasetIndex.from_json(text, where="dataset.json")
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused() -> None:
+    evil = index(splits={"train": (ShardInfo("../../etc/passwd", 3, 999, "ab" * 32, (1, 2)),)})
+    with pytest.raises(CorruptError, match="names that xrai never writes"):
+        DatasetIndex.from_json(evil.to_json(), where="dataset.json")
+
+
+def test_the_fingerprint_follows_the_contents_and_nothing_else() -> None:
+    same = index(source="elsewhere", tool_version="9", config={}, plan_sha256="0", pixel_mean=0.0)
+    assert same.fingerprint == index().fingerprint
+    train, val = index().splits["train"][0], index().splits["val"][0]
+    others = [
+        index(image_size=32),
+        index(classes=("A", "B")),
+        index(splits={"train": (dataclasses.replace(train, sha256="00" * 32),), "val": (val,)}),
+        index(splits={"train": (train,)}),
+    ]
+    assert len({index().fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_an_address_without_dataset_json_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match=r"holds no dataset\.json, so no data set; `python -m xrai\.preprocess"
+    ) as caught:
+        read_index(open_store(str(tmp_path)))
+    assert "\n" not in str(caught.value)

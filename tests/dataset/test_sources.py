@@ -1,0 +1,269 @@
+import os
+import pickle
+import stat
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.dataset.pictures import source_files, write_files, write_zip
+from xrai.dataset import sources
+from xrai.dataset.sources import open_source
+from xrai.errors import ImageError, SourceError
+
+FILES = {"train/NORMAL/b.png": b"bb", "train/NORMAL/a.png": b"a", "train/PNEUMONIA/c.png": b"", ".DS_Store": b"x"}
+
+
+def npz(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def medmnist(path: Path, *, num: int = 6, shape: tuple[int, ...] = (28, 28), dtype: str = "uint8") -> str:
+    images = np.arange(num * np.prod(shape)).reshape(num, *shape).astype(dtype)
+    labels = (np.arange(num) % 2).reshape(num, 1).astype("uint8")
+    return npz(path, train_images=images, train_labels=labels, val_images=images[:2], val_labels=labels[:2])
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "file://"])
+def test_a_folder_and_a_zip_list_and_read_the_same_files(tmp_path: Path, kind: str) -> None:
+    if kind == "zip":
+        source = open_source(str(write_zip(tmp_path / "x.zip", FILES)))
+    else:
+        folder = write_files(tmp_path / "a folder", FILES)
+        source = open_source(f"file://{folder}" if kind == "file://" else str(folder))
+    files = source.files()
+    assert [file.path for file in files] == sorted(FILES)
+    assert {file.path: file.size_bytes for file in files} == {path: len(data) for path, data in FILES.items()}
+    assert {file.path: source.read(file.path) for file in files} == FILES
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
+def test_a_source_that_travels_to_another_process_reads_the_same(tmp_path: Path, kind: str) -> None:
+    uri = {
+        "folder": lambda: str(write_files(tmp_path / "f", FILES)),
+        "zip": lambda: str(write_zip(tmp_path / "x.zip", FILES)),
+        "npz": lambda: medmnist(tmp_path / "m.npz"),
+    }[kind]()
+    source = open_source(uri)
+    paths = [file.path for file in source.files()]
+    before = [bytes(source.read(path)) for path in paths]
+    travelled = pickle.loads(pickle.dumps(source))
+    assert [bytes(travelled.read(path)) for path in paths] == before
+
+
+def test_the_pickle_of_a_source_does_not_carry_its_pictures(tmp_path: Path) -> None:
+    source = open_source(medmnist(tmp_path / "m.npz", num=600))
+    source.files()
+    assert len(pickle.dumps(source)) < 1000
+
+
+def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "f", FILES)
+    (folder / "train" / "again").symlink_to(folder)
+    with pytest.raises(SourceError, match="link to a folder above it"):
+        open_source(str(folder)).files()
+
+
+def test_links_to_files_and_folders_elsewhere_are_followed(tmp_path: Path) -> None:
+    elsewhere = write_files(tmp_path / "elsewhere", FILES)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "train").symlink_to(elsewhere / "train")
+    source = open_source(str(tmp_path / "f"))
+    assert [file.path for file in source.files()] == sorted(path for path in FILES if path.startswith("train"))
+    assert source.read("train/NORMAL/a.png") == b"a"
+
+
+def test_a_link_that_leads_nowhere_is_listed_and_is_that_files_fault(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "f", FILES)
+    (folder / "train" / "NORMAL" / "z.png").symlink_to(tmp_path / "gone")
+    source = open_source(str(folder))
+    assert "train/NORMAL/z.png" in [file.path for file in source.files()]
+    with pytest.raises(ImageError, match="No such file"):
+        source.read("train/NORMAL/z.png")
+
+
+def test_a_file_that_may_not_be_read_is_that_files_fault(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "f", FILES)
+    path = folder / "train" / "NORMAL" / "a.png"
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(ImageError, match="Permission denied"):
+        open_source(str(folder)).read("train/NORMAL/a.png")
+
+
+def test_a_pipe_among_the_images_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "f", FILES)
+    os.mkfifo(folder / "train" / "pipe")
+    assert stat.S_ISFIFO((folder / "train" / "pipe").stat().st_mode)
+    with pytest.raises(SourceError, match="neither a file nor a folder"):
+        open_source(str(folder)).files()
+
+
+def test_a_name_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "f", FILES)
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.png")).write_bytes(b"x")
+    with pytest.raises(SourceError, match="not UTF-8"):
+        open_source(str(folder)).files()
+
+
+def test_a_file_larger_than_any_x_ray_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
+    source = open_source(str(write_files(tmp_path / "f", {"a.png": bytes(11), "b.png": bytes(10)})))
+    assert source.read("b.png") == bytes(10)
+    with pytest.raises(ImageError, match="larger than any X-ray"):
+        source.read("a.png")
+
+
+# ------------------------------------------------------------------------------------------------------------- archives
+
+
+def test_a_zip_under_another_name_is_known_by_its_contents(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "archive", FILES)
+    assert [file.path for file in open_source(str(path)).files()] == sorted(FILES)
+
+
+def test_a_member_whose_bytes_were_changed_is_that_files_fault(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", {"train/a.png": b"AAAABBBB" * 4, "train/b.png": b"good"})
+    damaged = path.read_bytes().replace(b"AAAABBBB", b"AAAABBBA", 1)
+    path.write_bytes(damaged)
+    source = open_source(str(path))
+    assert source.read("train/b.png") == b"good"
+    with pytest.raises(ImageError, match="can not be unpacked"):
+        source.read("train/a.png")
+
+
+def test_a_member_that_declares_more_than_any_x_ray_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", b"x")
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = struct.pack("<I", sources.MAX_FILE_BYTES + 1)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="declares 1073741825 bytes"):
+        open_source(str(path)).read("a.png")
+
+
+def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_and_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(1_000_000))
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = struct.pack("<I", 100)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="can not be unpacked"):
+        open_source(str(path)).read("a.png")
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "train//a.png", "train/./a.png", "C:/a.png", "..\\a.png"])
+def test_names_in_a_zip_that_leave_their_folder_are_refused(tmp_path: Path, name: str) -> None:
+    path = write_zip(tmp_path / "x.zip", {name: b"x"})
+    with pytest.raises(SourceError, match="unsafe name"):
+        open_source(str(path)).files()
+
+
+def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("train/a.png", b"x")
+        archive.writestr("train/a.png", b"y")
+    with pytest.raises(SourceError, match=r"2 files under the one name 'train/a\.png'"):
+        open_source(str(path)).files()
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut short", b"no zip at all"])
+def test_a_zip_that_is_none_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.zip"
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"x\.zip can not be read as a zip"):
+        open_source(str(path)).files()
+
+
+# ------------------------------------------------------------------------------------------------------ MedMNIST files
+
+
+def test_a_medmnist_file_lists_its_pictures_by_split_and_class(tmp_path: Path) -> None:
+    source = open_source(medmnist(tmp_path / "m.npz"))
+    paths = [file.path for file in source.files()]
+    assert paths[:2] == ["train/NORMAL/000000", "train/NORMAL/000002"]
+    assert paths[-2:] == ["val/NORMAL/000000", "val/PNEUMONIA/000001"]
+    picture = source.read("train/PNEUMONIA/000003")
+    assert isinstance(picture, np.ndarray)
+    np.testing.assert_array_equal(picture, np.arange(3 * 784, 4 * 784).astype(np.uint8).reshape(28, 28))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"other": np.zeros(3)}, "holds no images"),
+        ({"train_images": np.zeros((2, 4, 4, 3), "u1"), "train_labels": np.zeros(2, "u1")}, r"\(2, 4, 4, 3\)"),
+        ({"train_images": np.zeros((2, 4, 4), "f4"), "train_labels": np.zeros(2, "u1")}, "float32"),
+        ({"train_images": np.zeros((2, 4, 4), "u1")}, "train_labels"),
+        ({"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.zeros(3, "u1")}, "each of 2 images"),
+        ({"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0, 2])}, "0 .normal. or 1"),
+        ({"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0.5, 1.0])}, "0 .normal. or 1"),
+    ],
+)
+def test_an_npz_that_is_not_like_medmnist_is_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        open_source(npz(tmp_path / "m.npz", **arrays)).files()
+
+
+def test_an_npz_with_pickled_objects_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (ran,)
+
+    uri = npz(tmp_path / "m.npz", train_images=np.array([Trap()], dtype=object))
+    with pytest.raises(SourceError, match=r"can not be read as a MedMNIST"):
+        open_source(uri).files()
+    assert not ran.exists()
+
+
+def test_an_npz_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = Path(medmnist(tmp_path / "m.npz"))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(SourceError, match=r"m\.npz can not be read"):
+        open_source(str(path)).files()
+
+
+# ------------------------------------------------------------------------------------------------------------ addresses
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("{}/nowhere", "there is no source .*/nowhere; --source takes a folder, a .zip, a MedMNIST .npz or s3://"),
+        ("", "--source is empty"),
+        ("{}/notes.txt", "of no known kind"),
+        ("http://example.org/x.zip", "of no known kind"),
+        ("s3://bucket/x.zip", "download it first"),
+    ],
+)
+def test_an_address_that_is_no_source_is_refused_with_what_is_allowed(tmp_path: Path, uri: str, message: str) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(SourceError, match=message):
+        open_source(uri.format(tmp_path))
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path) -> None:
+    from xrai.dataset.sources import StoreSource
+    from xrai.store import open_store
+
+    files = source_files(2, 2)
+    source = StoreSource(open_store(str(write_files(tmp_path, files))))
+    assert {file.path: source.read(file.path) for file in source.files()} == files
+    with pytest.raises(ImageError, match="no longer there"):
+        source.read("train/NORMAL/gone.png")

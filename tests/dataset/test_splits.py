@@ -1,0 +1,226 @@
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xrai.config import Splits
+from xrai.dataset.manifest import Row
+from xrai.dataset.splits import assign_splits, carve_share, find_split_faults
+from xrai.errors import SourceError
+
+CARVE = Splits(val_fraction=0.2, test_fraction=0.2)
+
+
+def row(name: str, *, label: int = 0, patient: str = "", split: str = "train", content: str = "") -> Row:
+    sha256 = hashlib.sha256((content or name).encode()).hexdigest()
+    return Row(f"{split}/{name}", sha256, label, patient or f"file:{name}", "", split)
+
+
+def many(num_patients: int, *, images_each: int = 1, split: str = "train", prefix: str = "") -> list[Row]:
+    return [
+        row(f"{prefix}{k}-{i}.png", label=k % 2, patient=f"{prefix}p:{k}", split=split)
+        for k in range(num_patients)
+        for i in range(images_each)
+    ]
+
+
+def splits_of(rows: list[Row], config: Splits = CARVE) -> dict[str, str]:
+    return {row.path: row.split for row in assign_splits(rows, config).rows if not row.reason}
+
+
+# -------------------------------------------------------------------------------------------------------------- carving
+
+
+def test_carved_shares_are_near_to_what_was_asked_in_each_class() -> None:
+    rows = many(6000)
+    found = splits_of(rows)
+    for label in (0, 1):
+        counts = Counter(found[row.path] for row in rows if row.label == label)
+        assert abs(counts["val"] / 3000 - 0.2) < 0.025
+        assert abs(counts["test"] / 3000 - 0.2) < 0.025
+
+
+def test_the_carving_hash_is_sha256_of_the_patient_and_never_changes() -> None:
+    assert carve_share("IM:0115") == int(hashlib.sha256(b"IM:0115").hexdigest()[:13], 16) / 16**13
+    assert round(carve_share("IM:0115"), 6) == 0.613989
+
+
+patients = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 30)), min_size=1, max_size=60
+)  # (patient, content) of an image: few of each, so that patients share images
+
+
+def rows_of(pairs: list[tuple[int, int]]) -> list[Row]:
+    """Images, labelled by content so that nothing contradicts, after enough others that no split is empty."""
+    return many(80, prefix="base") + [
+        row(f"{k}.png", label=content % 2, patient=f"q:{patient}", content=f"c{content}")
+        for k, (patient, content) in enumerate(pairs)
+    ]
+
+
+@settings(max_examples=80, deadline=None)
+@given(pairs=patients)
+def test_no_patient_and_no_image_is_in_two_carved_splits(pairs: list[tuple[int, int]]) -> None:
+    by_patient, by_image = defaultdict(set), defaultdict(set)
+    for found in assign_splits(rows_of(pairs), CARVE).rows:
+        by_patient[found.patient].add(found.split)
+        by_image[found.sha256].add(found.split)
+    assert all(len(splits) == 1 for splits in (*by_patient.values(), *by_image.values()))
+
+
+@settings(max_examples=80, deadline=None)
+@given(pairs=patients, seed=st.randoms(use_true_random=False))
+def test_splits_do_not_depend_on_the_order_of_files(pairs: list[tuple[int, int]], seed: "object") -> None:
+    rows = rows_of(pairs)
+    shuffled = rows.copy()
+    seed.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert splits_of(shuffled) == splits_of(rows)
+
+
+@settings(max_examples=80, deadline=None)
+@given(num_before=st.integers(60, 100), num_added=st.integers(0, 60), images_each=st.integers(1, 3))
+def test_adding_images_moves_nobody(num_before: int, num_added: int, images_each: int) -> None:
+    before = many(num_before)
+    added = many(num_before + num_added, images_each=images_each, prefix="")[len(before) :]
+    known = {row.path for row in before}
+    after = splits_of(before + [row for row in added if row.path not in known])
+    assert splits_of(before).items() <= after.items()
+
+
+def test_adding_an_identical_image_of_another_patient_moves_only_these_two() -> None:
+    before = many(200)
+    first = splits_of(before)
+    copied = replace(before[7], path="train/copy.png", patient="p:9999")
+    after = splits_of([*before, copied])
+    assert {path for path in first if after[path] != first[path]} <= {before[7].path}
+    assert after["train/copy.png"] == after[before[7].path]
+
+
+# ---------------------------------------------------------------------------------------------- the source's own splits
+
+
+def test_splits_that_the_source_gives_are_kept() -> None:
+    rows = many(40) + many(40, split="val", prefix="v") + many(10, split="test", prefix="t")
+    assignment = assign_splits(rows, CARVE)
+    assert assignment.carved == ()
+    assert [found.split for found in assignment.rows] == [given.split for given in rows]
+
+
+def test_a_val_too_small_to_measure_with_joins_train_and_is_carved_anew_with_a_note() -> None:
+    rows = many(200) + many(16, split="val", prefix="v") + many(30, split="test", prefix="t")
+    assignment = assign_splits(rows, Splits())
+    assert assignment.carved == ("val",)
+    assert any("16 images, fewer than splits.min_val_images = 32" in note for note in assignment.notes)
+    assert all(found.split == "test" for found in assignment.rows if found.path.startswith("test/"))
+    assert {found.split for found in assignment.rows if not found.path.startswith("test/")} == {"train", "val"}
+
+
+def test_no_test_is_carved_when_none_is_asked_for() -> None:
+    assert set(splits_of(many(100), Splits(val_fraction=0.3, test_fraction=0.0)).values()) == {"train", "val"}
+
+
+def test_a_patient_in_two_splits_of_the_source_stays_where_the_source_has_him() -> None:
+    rows = many(40) + many(40, split="val") + many(40, split="test")
+    rows = [replace(found, sha256=hashlib.sha256(found.path.encode()).hexdigest()) for found in rows]
+    assert [found.split for found in assign_splits(rows, Splits()).rows] == [given.split for given in rows]
+
+
+# --------------------------------------------------------------------------------------------- leaks and contradictions
+
+
+@pytest.mark.parametrize(("one", "other"), [("train", "test"), ("train", "val"), ("val", "test")])
+def test_the_same_image_in_two_splits_of_the_source_is_refused_by_both_names(one: str, other: str) -> None:
+    rows = many(40) + many(40, split="val", prefix="v") + many(40, split="test", prefix="t")
+    rows += [row("a.png", split=one, content="same"), row("b.png", split=other, content="same")]
+    with pytest.raises(SourceError, match=f"{other}/b.png and {one}/a.png; .*--splits.duplicates=drop"):
+        assign_splits(rows, Splits())
+
+
+def test_on_request_all_but_the_one_in_test_else_val_are_set_aside() -> None:
+    rows = many(40) + many(40, split="val", prefix="v") + many(40, split="test", prefix="t")
+    rows += [row("a.png", split=split, content="x") for split in ("train", "val", "test")]
+    rows += [row("b.png", split=split, content="y") for split in ("train", "val")]
+    assignment = assign_splits(rows, Splits(duplicates="drop"))
+    aside = {found.path: found.reason for found in assignment.rows if found.reason}
+    assert aside == {
+        "train/a.png": "is the same image as test/a.png",
+        "val/a.png": "is the same image as test/a.png",
+        "train/b.png": "is the same image as val/b.png",
+    }
+    assert assignment.dropped == set(aside)
+    assert any(note.startswith("3 files are left out") for note in assignment.notes)
+
+
+def test_a_val_that_joins_train_may_repeat_its_images() -> None:
+    rows = [*many(100), row("v.png", split="val", content="same"), row("t.png", content="same")]
+    one, other = assign_splits(rows, CARVE).rows[-2:]
+    assert one.split == other.split
+    assert not one.reason and not other.reason
+
+
+def test_the_same_image_under_both_labels_is_set_aside_on_both_sides() -> None:
+    rows = [*many(60), row("a.png", label=0, content="same"), row("b.png", label=1, content="same")]
+    aside = [found for found in assign_splits(rows, CARVE).rows if found.reason]
+    assert [found.path for found in aside] == ["train/a.png", "train/b.png"]
+    assert all("under another label" in found.reason for found in aside)
+
+
+def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
+    bad = replace(row("bad.png"), sha256="", reason="can not be read")
+    worse = replace(row("worse.png", label=1), sha256="", reason="can not be read")
+    found = assign_splits([*many(60), bad, worse], CARVE).rows[-2:]
+    assert [(entry.reason, entry.split) for entry in found] == [("can not be read", "train")] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(f"{k}.png") for k in range(50)], "train has no usable PNEUMONIA images"),
+        ([row(f"{k}.png", label=1) for k in range(50)], "train has no usable NORMAL images"),
+        ([row("a.png", patient="IM:0115"), row("b.png", label=1, patient="IM:0115")], "no image falls into val: 1 pat"),
+        (
+            [*many(40, split="val"), *[row(f"{k}.png", label=1) for k in range(9)]],
+            "train has no usable NORMAL images",
+        ),
+    ],
+)
+def test_what_can_not_be_split_is_refused(rows: list[Row], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        assign_splits(rows, Splits(val_fraction=0.1, test_fraction=0.1))
+
+
+def test_a_carved_split_without_one_class_is_noted() -> None:
+    rows = [row(f"{k}.png") for k in range(100)]
+    train_only = next(k for k in range(1000) if 0.2 < carve_share(f"one:{k}") < 0.8)
+    rows.append(row("p.png", label=1, patient=f"one:{train_only}"))
+    assert "val was carved from train and holds no PNEUMONIA images" in assign_splits(rows, CARVE).notes
+
+
+# ------------------------------------------------------------------------------------------------------ for xrai.verify
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=patients)
+def test_what_was_assigned_breaks_no_rule(pairs: list[tuple[int, int]]) -> None:
+    assignment = assign_splits(rows_of(pairs), CARVE)
+    assert find_split_faults(assignment.rows, assignment.carved, CARVE) == []
+
+
+def test_each_broken_rule_is_named() -> None:
+    rows = many(100, images_each=2)
+    assignment = assign_splits(rows, CARVE)
+    moved = list(assignment.rows)
+    place = next(k for k, found in enumerate(moved) if found.split == "val")
+    moved[place] = replace(moved[place], split="train")
+    faults = find_split_faults(moved, assignment.carved, CARVE)
+    assert any(moved[place].patient in fault and "in two splits" in fault for fault in faults)
+    assert any(moved[place].path in fault and "hash says val" in fault for fault in faults)
+    given_splits = [*many(40), *many(40, split="test", prefix="t")]
+    copied = replace(given_splits[0], path="test/x.png", split="test")
+    assert any("are the same image" in fault for fault in find_split_faults([*given_splits, copied], (), CARVE))

@@ -1,0 +1,218 @@
+"""Preprocessing from and to a bucket: the same data set as from and to a folder, whatever the network does.
+
+Each test runs against an S3 in this process (moto), and against a real one where there is one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from tests.dataset.pictures import source_files, write_files
+from tests.faults.buckets import moto_server, new_bucket, use_endpoint
+from tests.faults.proxy import Kind, Proxy, vanish_for
+from xrai.dataset.shards import read_index
+from xrai.store import Store, open_store
+
+pytestmark = pytest.mark.timeout(180)
+
+SMALL = ("--images.size=64", "--shards.rows=8", "--splits.val_fraction=0.3", "--splits.test_fraction=0.2")
+
+
+@pytest.fixture(scope="module", params=["moto", pytest.param("real", marks=pytest.mark.s3)])
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """The address of a server and the name of a bucket there."""
+    running = moto_server() if request.param == "moto" else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
+    with running as url, new_bucket(url) as name:
+        yield url, name
+
+
+@pytest.fixture
+def proxy(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that lies on the way of all stores from now on. A request may be a second without an answer."""
+    with Proxy(server[0]) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        monkeypatch.setenv("XRAI_S3_TIMEOUT_S", "1")
+        monkeypatch.setenv("XRAI_S3_RETRY_S", "20")
+        yield proxy
+
+
+@pytest.fixture
+def uri(server: tuple[str, str]) -> str:
+    """An address that no other test has."""
+    return f"s3://{server[1]}/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    return {**source_files(), "train/NORMAL/bad.png": b"no picture"}
+
+
+@pytest.fixture(scope="module")
+def expected(files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The data set made from a folder into a folder. Its source has another name, which card and index state."""
+    folder = tmp_path_factory.mktemp("expected")
+    source = write_files(folder / "chest", files)
+    done = start(str(source), str(folder / "dataset"))
+    assert finish(done) == 0
+    return contents(open_store(str(folder / "dataset")))
+
+
+def start(source: str, dataset: str, *more: str, workers: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "xrai.preprocess", f"--source={source}", f"--dataset={dataset}", *SMALL, *more]
+    return subprocess.Popen(
+        [*command, f"--workers={workers}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], *, timeout_s: float = 120) -> int:
+    _, stderr = process.communicate(timeout=timeout_s)
+    print(stderr)
+    return process.returncode
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """All objects but those that state the source's name."""
+    return {entry.key: store.read(entry.key) for entry in store.list() if not entry.key.endswith((".json", "card.md"))}
+
+
+def fill(uri: str, files: dict[str, bytes]) -> None:
+    store = open_store(uri)
+    for key, data in files.items():
+        store.write(key, data)
+
+
+def assert_whole(uri: str, expected: dict[str, bytes]) -> None:
+    """The data set is there, equal to one made without a fault, and nothing unfinished is left."""
+    store = open_store(uri)
+    assert contents(store) == expected
+    listed = {info.name for shards in read_index(store).splits.values() for info in shards}
+    listed |= {info.name for info in read_index(store).objects}
+    assert {entry.key for entry in store.list()} == {*listed, "dataset.json"}
+
+
+def test_from_bucket_to_bucket_it_is_the_data_set_made_from_folder_to_folder(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    fill(f"{uri}/raw", files)
+    assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0
+    assert_whole(f"{uri}/made", expected)
+    assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0  # nothing to do
+    assert finish(start(f"{uri}/raw", str(tmp_path / "here"))) == 0
+    assert_whole(str(tmp_path / "here"), expected)
+
+
+def test_a_data_set_inside_its_own_bucket_of_images_is_refused(proxy: Proxy, uri: str, files: dict[str, bytes]) -> None:
+    fill(f"{uri}/raw", files)
+    assert finish(start(f"{uri}/raw", f"{uri}/raw/made")) == 2
+    assert len(list(open_store(uri).list())) == len(files)
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "cut", "lose"])
+def test_faults_that_pass_change_nothing(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes], kind: Kind
+) -> None:
+    fill(f"{uri}/raw", files)
+    for method, path in (("GET", "/raw/"), ("PUT", "/made/"), ("GET", "/made/")):
+        proxy.fail(kind, method=method, path=path, times=6)
+    assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0
+    assert_whole(f"{uri}/made", expected)
+
+
+def test_it_goes_on_when_the_server_was_gone_for_seconds(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes]
+) -> None:
+    fill(f"{uri}/raw", files)
+    process = start(f"{uri}/raw", f"{uri}/made")
+    wait_until(lambda: any(request.method == "PUT" for request in proxy.requests[len(files) :]))
+    vanish_for(proxy, 5)
+    assert finish(process) == 0
+    assert_whole(f"{uri}/made", expected)
+
+
+def test_a_server_that_is_gone_for_good_ends_it_in_time_with_exit_1_and_a_new_start_goes_on(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(f"{uri}/raw", files)
+    monkeypatch.setenv("XRAI_S3_RETRY_S", "3")
+    process = start(f"{uri}/raw", f"{uri}/made")
+    wait_until(lambda: any(".h5" in request.path for request in proxy.requests))
+    proxy.vanish()
+    assert finish(process, timeout_s=60) == 1
+    proxy.appear()
+    assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0
+    assert_whole(f"{uri}/made", expected)
+
+
+@pytest.mark.parametrize(
+    "after", ["unfinished-claim", "unfinished-hashes", "train-00000", "unfinished-part", "manifest"]
+)
+def test_killed_at_a_stage_and_started_again_it_ends_in_the_same_bytes(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes], after: str
+) -> None:
+    fill(f"{uri}/raw", files)
+    process = start(f"{uri}/raw", f"{uri}/made")
+    wait_until(lambda: any(after in request.path and request.method == "PUT" for request in proxy.requests))
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0
+    assert_whole(f"{uri}/made", expected)
+
+
+def test_partitions_at_once_end_in_the_same_bytes_and_share_the_hashing(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes]
+) -> None:
+    fill(f"{uri}/raw", files)
+    processes = [start(f"{uri}/raw", f"{uri}/made", f"--partition={number}/3", workers=1) for number in range(3)]
+    assert [finish(process) for process in processes] == [0, 0, 0]
+    assert_whole(f"{uri}/made", expected)
+
+
+def test_a_stored_shard_that_is_damaged_before_the_commit_is_found_and_made_anew(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes]
+) -> None:
+    fill(f"{uri}/raw", files)
+    assert finish(start(f"{uri}/raw", f"{uri}/made", "--partition=0/2")) == 0
+    store = open_store(f"{uri}/made")
+    key = next(entry.key for entry in store.list() if entry.key.endswith(".h5"))
+    data = bytearray(store.read(key))
+    data[5000] ^= 1
+    store.write(key, bytes(data))
+    assert finish(start(f"{uri}/raw", f"{uri}/made", "--partition=1/2")) == 1  # names it, and drops its part
+    assert "dataset.json" not in {entry.key for entry in store.list()}
+    assert finish(start(f"{uri}/raw", f"{uri}/made", "--partition=0/2")) == 0
+    assert_whole(f"{uri}/made", expected)
+
+
+def test_verify_and_repair_work_on_a_bucket(
+    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes]
+) -> None:
+    fill(f"{uri}/raw", files)
+    assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0
+    store = open_store(f"{uri}/made")
+    keys = [entry.key for entry in store.list() if entry.key.startswith("train")][:2]
+    store.write(keys[0], store.read(keys[0])[:-7])
+    store.delete(keys[1])
+    verify = [sys.executable, "-m", "xrai.verify", f"--dataset={uri}/made"]
+    done = subprocess.run(verify, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert [line.split()[0] for line in done.stdout.splitlines()] == keys
+    done = subprocess.run(
+        [*verify, "--repair", f"--source={uri}/raw"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_whole(f"{uri}/made", expected)
+
+
+def wait_until(happened: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)

@@ -1,0 +1,335 @@
+"""Training under real signals, kills and hangs, through the real commands."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.distributed.ranks import finish_ranks, free_port, start_ranks
+from tests.training import REPOSITORY, make_dataset
+from xrai.learning.checkpoint import CheckpointFolder
+from xrai.store import open_store
+
+pytestmark = [
+    pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("distributed"), pytest.mark.timeout(240),
+]  # fmt: skip
+
+OPTIONS = [
+    "--model.width=8", "--train.epochs=3", "--train.global_batch_size=16", "--train.precision=off",
+    "--evaluate.num_bootstrap=50", "--checkpoint.every=1", "--train.threads=1",
+]  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("faults"), num_images=240)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run of one process ends with when nothing disturbs it."""
+    finish(start(dataset, "whole"))
+    return weights(dataset, "whole")
+
+
+@dataclass
+class Started:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ended(self, *, timeout_s: float = 90) -> str:
+        """What it wrote, when it has ended; nothing of it is left after that."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.log.read_text()}") from None
+        finally:
+            self.kill_all()
+        return self.log.read_text()
+
+    def kill_all(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+
+def start(dataset: Path, run_id: str, *options: str, launcher: list[str] | None = None) -> Started:
+    command = [*(launcher or [sys.executable]), "-m", "xrai.train", f"--dataset={dataset}"]
+    log = dataset.parent / f"{run_id}-{time.monotonic_ns()}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, f"--artifacts={dataset.parent}/submit", f"--run_id={run_id}", *OPTIONS, *options],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, cwd=REPOSITORY,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    return Started(process, log)
+
+
+def folder_of(dataset: Path, run_id: str) -> Path:
+    return dataset.parent / "submit" / run_id
+
+
+def weights(dataset: Path, run_id: str) -> dict[str, torch.Tensor]:
+    content = torch.load(folder_of(dataset, run_id) / "model.pt", weights_only=True)
+    return content["weights"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def last_step(dataset: Path, run_id: str) -> int:
+    try:
+        return int(json.loads((folder_of(dataset, run_id) / "checkpoints/latest.json").read_text())["step"])
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_for_step(started: Started, dataset: Path, run_id: str, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while last_step(dataset, run_id) < step:
+        assert started.process.poll() is None, started.ended()
+        assert time.monotonic() < deadline, f"no step {step} after 90 s"
+        time.sleep(0.01)
+
+
+def workers_of(started: Started) -> list[psutil.Process]:
+    """The ranks that a torchrun agent started, by rank."""
+    children = [child for child in psutil.Process(started.process.pid).children() if "xrai.train" in child.cmdline()]
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+
+def finish(started: Started) -> str:
+    text = started.ended()
+    assert started.process.returncode == 0, text
+    return text
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_for_bit(
+    dataset: Path, whole: dict[str, torch.Tensor], kind: signal.Signals
+):
+    run_id = f"stopped-{kind.name}"
+    started = start(dataset, run_id)
+    wait_for_step(started, dataset, run_id, 7)
+    asked = time.monotonic()
+    started.process.send_signal(kind)
+    text = started.ended()
+    assert started.process.returncode == 143, text
+    assert time.monotonic() - asked < 15
+    said = re.search(r"xrai: stopped as asked after step (\d+) .*start again with the same --run_id", text)
+    assert said and int(said[1]) == last_step(dataset, run_id) >= 7
+    assert "Traceback" not in text
+    finish(start(dataset, run_id))
+    assert same(weights(dataset, run_id), whole)
+
+
+def test_a_process_killed_again_and_again_ends_with_the_same_weights(dataset: Path, whole: dict[str, torch.Tensor]):
+    generator = random.Random(0)
+    step = 0
+    for _ in range(4):
+        started = start(dataset, "killed")
+        step = min(last_step(dataset, "killed") + generator.randint(2, 7), 25)
+        wait_for_step(started, dataset, "killed", step)
+        time.sleep(generator.uniform(0, 0.05))
+        started.kill_all()
+    finish(start(dataset, "killed", "--resume=must"))
+    assert same(weights(dataset, "killed"), whole)
+    history = (folder_of(dataset, "killed") / "history.csv").read_text().splitlines()
+    undisturbed = (folder_of(dataset, "whole") / "history.csv").read_text().splitlines()
+    assert len(history) == len(undisturbed) == 4
+    for ours, theirs in zip(history[1:], undisturbed[1:], strict=True):
+        assert ours.split(",")[:9] == theirs.split(",")[:9]  # epoch, step, losses, accuracies, AUROC
+
+
+@pytest.mark.parametrize("target", ["agent", "rank 0", "rank 1"])
+def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(dataset: Path, target: str):
+    run_id = f"torchrun-{target.replace(' ', '')}"
+    started = start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
+    wait_for_step(started, dataset, run_id, 5)
+    if target == "agent":
+        started.process.send_signal(signal.SIGTERM)
+    else:
+        workers_of(started)[int(target[-1])].send_signal(signal.SIGTERM)
+    text = started.ended(timeout_s=60)
+    assert started.process.returncode != 0
+    (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
+    assert int(said) == last_step(dataset, run_id) >= 5
+    finish(start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"]))
+
+
+def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(dataset: Path):
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+    started = start(dataset, "rank-killed", launcher=launcher)
+    wait_for_step(started, dataset, "rank-killed", 5)
+    workers_of(started)[1].kill()
+    killed = time.monotonic()
+    text = started.ended(timeout_s=60)
+    assert started.process.returncode == 1 and time.monotonic() - killed < 45, text
+    assert "Signal 9 (SIGKILL)" in text
+    finish(start(dataset, "rank-killed", launcher=launcher))
+
+
+def test_a_killed_agent_leaves_a_run_that_goes_on(dataset: Path):
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+    started = start(dataset, "agent-killed", launcher=launcher)
+    wait_for_step(started, dataset, "agent-killed", 5)
+    orphans = workers_of(started)
+    started.process.kill()
+    started.process.wait(20)
+    for orphan in orphans:  # torchrun's workers outlive it, as its own documentation says; a container would end them
+        orphan.kill()
+    psutil.wait_procs(orphans, timeout=20)
+    finish(start(dataset, "agent-killed", launcher=launcher))
+
+
+def test_torchrun_restarts_a_run_by_itself_from_the_last_step_saved(dataset: Path):
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    started = start(dataset, "restarted", launcher=launcher)
+    wait_for_step(started, dataset, "restarted", 5)
+    workers_of(started)[0].kill()
+    text = finish(started)
+    assert "going on after step" in text
+
+
+def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over():
+    processes = start_ranks(
+        ["tests/distributed/discs_rank.py", "--train.global_batch_size=32", "--train.epochs=50",
+         "--train.step_timeout_s=4", "--hang_rank=1"], world_size=2,
+    )  # fmt: skip
+    began = time.monotonic()
+    try:
+        stderr = processes[0].communicate(timeout=60)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert time.monotonic() - began < 50
+    line = stderr.splitlines()[-1]
+    assert re.search(r"rank 0 of 2 waited for the other ranks .*rank 1 was last heard of \d+ s ago, after step 6", line)
+
+
+def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and_cause(dataset: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = next(copy.glob("train-*.h5"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    began = time.monotonic()
+    results = finish_ranks(
+        start_ranks(
+            ["-m", "xrai.train", f"--artifacts={tmp_path}/submit", "--run_id=one", *OPTIONS, f"--dataset={dataset}"],
+            world_size=2, more={1: [f"--dataset={copy}"]},
+        ), timeout_s=100,
+    )  # fmt: skip
+    assert [status for status, _, _ in results] == [1, 1]
+    assert time.monotonic() - began < 100
+    (line,) = [line for line in results[1][2].splitlines() if line.startswith("xrai: error")]
+    assert "rank 1 of 2" in line and shard.name in line and "is damaged" in line
+    (other,) = [line for line in results[0][2].splitlines() if line.startswith("xrai: error")]
+    assert "rank 0 of 2 waited for the other ranks" in other
+
+
+def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_error_file(tmp_path: Path):
+    error_file = tmp_path / "error.json"
+    processes = start_ranks(
+        ["tests/distributed/discs_rank.py", "--train.global_batch_size=32", "--train.epochs=50", "--raise_rank=1"],
+        world_size=2, environment={"TORCHELASTIC_ERROR_FILE": str(error_file)},
+    )  # fmt: skip
+    began = time.monotonic()
+    results = finish_ranks(processes, timeout_s=60)
+    assert [status for status, _, _ in results] == [1, 1]
+    assert time.monotonic() - began < 45
+    assert "ZeroDivisionError" in results[1][2]
+    assert "rank 1" in results[0][2]
+    assert "ZeroDivisionError" in error_file.read_text()
+
+
+def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(tmp_path: Path):
+    saver = tmp_path / "saver.py"
+    saver.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from xrai.learning.checkpoint import CheckpointFolder\n"
+        "from xrai.store import open_store\n"
+        "folder = Path(sys.argv[1])\n"
+        "none = lambda names: None\n"
+        "checkpoints = CheckpointFolder(\n"
+        "    folder, store=open_store(str(folder)), publish=none, remove=none, keep_last=2, keep_best=1)\n"
+        "found = checkpoints.newest()\n"
+        "step = found[0].step if found else 0\n"
+        "while True:\n"
+        "    step += 1\n"
+        "    state = {'weight': torch.full((500_000,), float(step))}\n"
+        "    checkpoints.save(state, step=step, epoch=0, score=None)\n"
+        "    print(step, flush=True)\n"
+    )
+    folder = tmp_path / "run"
+    generator = random.Random(1)
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, str(saver), str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        assert process.stdout is not None
+        for _ in range(generator.randint(1, 5)):
+            done = int(process.stdout.readline())
+        time.sleep(generator.uniform(0, 0.02))  # a save takes about 10 ms: somewhere in the middle of the next one
+        process.kill()
+        process.communicate(timeout=20)
+        checkpoints = CheckpointFolder(
+            folder, store=open_store(str(folder)), publish=lambda names: None, remove=lambda names: None, keep_last=2,
+            keep_best=1,
+        )  # fmt: skip
+        found = checkpoints.newest()
+        assert found is not None
+        entry, state = found
+        assert entry.step >= done
+        assert torch.equal(state["weight"], torch.full((500_000,), float(entry.step)))
+
+
+def test_a_node_is_lost_and_comes_back_and_training_ends(dataset: Path):
+    port = free_port()
+
+    def node(name: str) -> Started:
+        return start(
+            dataset, "elastic", "--train.epochs=12", "--train.timeout_s=60", "--train.step_timeout_s=10",
+            launcher=[
+                *TORCHRUN, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=10", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=elastic",
+                "--rdzv_conf=last_call_timeout=3,timeout=60", "--local_addr=127.0.0.1",
+                *(["--node_rank=0"] if name == "first" else []),
+            ],
+        )  # fmt: skip
+
+    first = node("first")
+    others: list[Started] = []
+    try:
+        wait_for_step(first, dataset, "elastic", 2)
+        others.append(node("second"))
+        time.sleep(12)  # it joins, and both begin anew from the last step saved
+        others[0].kill_all()
+        stopped_at = last_step(dataset, "elastic")
+        wait_for_step(first, dataset, "elastic", min(stopped_at + 5, 130))
+        others.append(node("third"))
+        text = first.ended(timeout_s=150)
+        assert first.process.returncode == 0, text
+        assert text.count("going on after step") >= 1
+        assert (folder_of(dataset, "elastic") / "summary.json").exists()
+    finally:
+        for started in (first, *others):
+            started.kill_all()

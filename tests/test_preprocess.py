@@ -1,0 +1,470 @@
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.dataset.pictures import encoded, gradient, huge_png, picture_file, source_files, write_files, write_zip
+from xrai import preprocess
+from xrai.dataset.manifest import Row, read_manifest
+from xrai.dataset.shards import DatasetIndex, open_shard, read_index
+from xrai.dataset.sources import FolderSource
+from xrai.errors import run_command
+from xrai.store import open_store
+
+SMALL = ("--images.size=16", "--shards.rows=10", "--splits.val_fraction=0.3", "--splits.test_fraction=0.2")
+
+
+class Done:
+    """How a command ended."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("xrai: error:")]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
+    """Run the command as `python -m xrai.preprocess` does, in this process, in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*arguments: str | Path, workers: int = 1) -> Done:
+        words = ["preprocess", f"--workers={workers}", *(str(word) for word in arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_command(preprocess.main)
+        captured = capfd.readouterr()
+        return Done(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def make(run: Callable[..., Done], source: Path, dataset: Path, *more: str, workers: int = 1) -> DatasetIndex:
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, *more, workers=workers)
+    assert done.status == 0, done.err
+    return read_index(open_store(str(dataset)))
+
+
+def rows_of(dataset: Path) -> list[Row]:
+    return read_manifest((dataset / "manifest.jsonl").read_bytes(), where="manifest")
+
+
+def all_files(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def refused(done: Done, message: str) -> None:
+    """The user's mistake: status 2, one clear line, no traceback."""
+    assert done.status == 2, done.err
+    assert len(done.error_lines) == 1, done.err
+    assert message in done.error_lines[0]
+    assert "Traceback" not in done.err
+
+
+# ----------------------------------------------------------------------------------------------------- what comes out
+
+
+def test_a_folder_becomes_a_data_set_whose_parts_agree(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = source_files()
+    source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
+    index = make(run, source, dataset)
+    rows = rows_of(dataset)
+    assert [row.path for row in rows] == sorted(files)
+    assert index.counts.num_found == index.counts.num_written == len(files)
+    assert sum(index.num_images(split) for split in index.splits) == len(files)
+    assert set(index.splits) == {"train", "val", "test"}
+    for split, shards in index.splits.items():
+        for info in shards:
+            shard = open_shard(dataset / info.name)
+            data = (dataset / info.name).read_bytes()
+            assert (info.size_bytes, info.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+            assert len(shard.labels) == info.num_rows <= 10
+            assert [int((shard.labels == k).sum()) for k in (0, 1)] == list(info.num_rows_per_class)
+            assert list(shard.sha256) == sorted(shard.sha256)
+            here = {row.row: row for row in rows if row.shard == info.name}
+            for place in range(info.num_rows):
+                row = here[place]
+                assert (row.path, row.patient, row.subtype, row.sha256, row.label, row.split) == (
+                    shard.source[place], shard.patient[place], shard.subtype[place], shard.sha256[place],
+                    shard.labels[place], split,
+                )  # fmt: skip
+                assert row.sha256 == hashlib.sha256(files[row.path]).hexdigest()
+
+
+def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_path: Path) -> None:
+    from xrai.dataset.images import decode
+
+    files = source_files()
+    source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
+    index = make(run, source, dataset, "--images.fit=pad")
+    pixels = []
+    for split, shards in index.splits.items():
+        for info in shards:
+            shard = open_shard(dataset / info.name)
+            for path, image in zip(shard.source, shard.images, strict=True):
+                np.testing.assert_array_equal(image, decode(files[path], size=16, fit="pad", max_pixels=10**6))
+            if split == "train":
+                pixels.append(shard.images)
+    train = np.concatenate(pixels).astype(np.float64)
+    assert index.pixel_mean == pytest.approx(train.mean(), rel=1e-12)
+    assert index.pixel_std == pytest.approx(train.std(), rel=1e-9)
+
+
+def test_plain_h5py_reads_what_was_written(run: Callable[..., Done], tmp_path: Path) -> None:
+    index = make(run, write_files(tmp_path / "chest", source_files()), tmp_path / "dataset")
+    info = index.splits["train"][0]
+    with h5py.File(tmp_path / "dataset" / info.name, "r") as file:
+        assert file["images"].shape == (info.num_rows, 16, 16)
+        assert file["labels"][:].sum() == info.num_rows_per_class[1]
+        assert file["source"].asstr()[0].startswith("train/")
+
+
+def test_what_is_left_at_the_address_is_listed_in_dataset_json_and_nothing_else(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    dataset = tmp_path / "dataset"
+    index = make(run, write_files(tmp_path / "chest", source_files()), dataset)
+    listed = {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+    assert set(all_files(dataset)) == listed | {"dataset.json"}
+    assert {path.name for path in dataset.iterdir() if path.is_dir()} == {"report"}
+    hashes = all_files(dataset)
+    for info in index.objects:
+        assert hashes[info.name] == info.sha256
+        assert (dataset / info.name).stat().st_size == info.size_bytes
+
+
+def test_the_last_lines_say_where_and_how_many(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = {**source_files(), "train/NORMAL/empty.png": b""}
+    source = write_files(tmp_path / "chest", files)
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    assert done.status == 0
+    assert "45 files found = 44 written + 1 set aside" in done.out
+    assert str(tmp_path / "dataset") in done.out.splitlines()[-1]
+
+
+def test_the_card_shows_samples_counts_and_what_was_set_aside(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = {**source_files(), "train/NORMAL/empty|.png": b""}
+    make(run, write_files(tmp_path / "chest", files), tmp_path / "dataset")
+    report = tmp_path / "dataset" / "report"
+    card = (report / "card.md").read_text()
+    assert "45 files found = 44 written + 1 set aside" in card
+    assert r"train/NORMAL/empty\|.png" in card and "is empty" in card
+    for name in ("samples-normal.png", "samples-pneumonia.png", "class-counts.png"):
+        assert f"({name})" in card
+        with Image.open(report / name) as picture:
+            assert picture.width > 100
+
+
+# ---------------------------------------------------------------------------------- the same bytes, however it is made
+
+
+def test_the_objects_are_the_same_for_any_number_of_workers(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = {**source_files(), "train/NORMAL/bad.png": b"no picture"}
+    source = write_files(tmp_path / "chest", files)
+    for workers in (1, 2, 3):
+        make(run, source, tmp_path / f"by{workers}", workers=workers)
+    assert all_files(tmp_path / "by1") == all_files(tmp_path / "by2") == all_files(tmp_path / "by3")
+
+
+def test_the_objects_are_the_same_for_any_order_of_listing(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    make(run, source, tmp_path / "one")
+    walk = FolderSource._walk
+    monkeypatch.setattr(
+        FolderSource, "_walk", lambda *args, **kwargs: iter(sorted(walk(*args, **kwargs), reverse=True))
+    )
+    make(run, source, tmp_path / "two")
+    monkeypatch.undo()
+    assert all_files(tmp_path / "one") == all_files(tmp_path / "two")
+
+
+def test_a_folder_a_nested_folder_and_zips_of_them_hold_the_same_images(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    files = source_files()
+    nested = {f"chest_xray/{path}": data for path, data in files.items()}
+    public = {**nested, **{f"chest_xray/{path}": data for path, data in nested.items()}}
+    public["chest_xray/__MACOSX/train/NORMAL/._IM-1000-0000.png"] = b"junk"
+    sources = [
+        write_files(tmp_path / "plain", files),
+        write_files(tmp_path / "nested", nested),
+        write_zip(tmp_path / "plain.zip", dict(reversed(files.items()))),
+        write_zip(tmp_path / "public.zip", public),
+    ]
+    indexes = [make(run, source, tmp_path / f"of-{source.name}") for source in sources]
+    first = indexes[0].splits["train"][0].name
+    shards = [open_shard(tmp_path / f"of-{source.name}" / first) for source in sources]
+    for index, shard in zip(indexes, shards, strict=True):
+        assert index.counts.num_found == 44
+        np.testing.assert_array_equal(shard.images, shards[0].images)
+        assert list(shard.patient) == list(shards[0].patient)
+    assert indexes[3].counts.num_not_data == 45
+    assert indexes[0].fingerprint == indexes[2].fingerprint
+
+
+def test_a_medmnist_file_becomes_a_data_set(run: Callable[..., Done], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for split, num in (("train", 60), ("val", 40), ("test", 20)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (num, 28, 28), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(num) % 2).reshape(-1, 1).astype(np.uint8)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    index = make(run, tmp_path / "mnist.npz", tmp_path / "dataset", "--images.size=28", workers=2)
+    assert {split: index.num_images(split) for split in index.splits} == {"train": 60, "val": 40, "test": 20}
+    assert index.carved == ()
+    shard = open_shard(tmp_path / "dataset" / index.splits["val"][0].name)
+    for path, image, label in zip(shard.source, shard.images, shard.labels, strict=True):
+        number = int(path.rpartition("/")[2])
+        np.testing.assert_array_equal(image, arrays["val_images"][number])
+        assert label == arrays["val_labels"][number, 0]
+
+
+def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(run: Callable[..., Done], tmp_path: Path) -> None:
+    upright = gradient(40, 40, seed=77)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    kinds = {
+        "train/NORMAL/a-l.png": encoded(upright),
+        "train/NORMAL/b-16.png": encoded(Image.fromarray(upright.astype(np.uint16) * 257)),
+        "train/NORMAL/c-rgb.png": encoded(Image.fromarray(upright).convert("RGB")),
+        "train/NORMAL/d-rgba.png": encoded(Image.fromarray(upright).convert("RGBA")),
+        "train/NORMAL/e-turned.png": encoded(np.ascontiguousarray(upright[::-1, ::-1]), exif=exif),
+        "train/NORMAL/f.jpeg": encoded(Image.fromarray(upright).convert("RGB"), "JPEG", quality=98),
+    }
+    source = write_files(tmp_path / "chest", {**source_files(), **kinds})
+    index = make(run, source, tmp_path / "dataset")
+    images = {}
+    for shards in index.splits.values():
+        for info in shards:
+            shard = open_shard(tmp_path / "dataset" / info.name)
+            images.update(zip(shard.source, shard.images, strict=True))
+    plain = images["train/NORMAL/a-l.png"].astype(int)
+    for path in kinds:
+        assert np.abs(images[path].astype(int) - plain).max() <= (4 if path.endswith("jpeg") else 1), path
+
+
+# ------------------------------------------------------------------------------------------------------------ once more
+
+
+def test_once_more_is_nothing_to_do(run: Callable[..., Done], tmp_path: Path) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    before = {path: path.stat().st_mtime_ns for path in sorted(dataset.rglob("*"))}
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, workers=2)
+    assert done.status == 0
+    assert "nothing to do" in done.err
+    assert {path: path.stat().st_mtime_ns for path in sorted(dataset.rglob("*"))} == before
+
+
+@pytest.mark.parametrize("change", ["config", "images"])
+def test_another_data_set_is_refused_and_left_alone(run: Callable[..., Done], tmp_path: Path, change: str) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    before = all_files(dataset)
+    more = ["--images.fit=pad"] if change == "config" else []
+    if change == "images":
+        (source / "train" / "NORMAL" / "new.png").write_bytes(picture_file(999))
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, *more)
+    refused(done, "--overwrite")
+    assert all_files(dataset) == before
+
+
+def test_overwrite_replaces_it_as_if_nothing_had_been_there(run: Callable[..., Done], tmp_path: Path) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    make(run, source, tmp_path / "one", "--shards.rows=3")
+    make(run, source, tmp_path / "one", "--overwrite")
+    make(run, source, tmp_path / "two")
+    assert all_files(tmp_path / "one") == all_files(tmp_path / "two")
+
+
+def test_a_file_of_somebody_else_at_the_destination_is_left_alone(run: Callable[..., Done], tmp_path: Path) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    write_files(dataset, {"notes.txt": b"mine", "report/mine.txt": b"mine"})
+    make(run, source, dataset)
+    make(run, source, dataset, "--overwrite", "--shards.rows=3")
+    assert (dataset / "notes.txt").read_bytes() == (dataset / "report" / "mine.txt").read_bytes() == b"mine"
+
+
+# ------------------------------------------------------------------------------------------------------------ bad files
+
+
+BAD = {
+    "damaged.png": (picture_file(1)[:60] + b"XXXXXXXX" + picture_file(1)[68:], "is cut short or damaged"),
+    "truncated.jpeg": (picture_file(2, image_format="JPEG")[:400], "is cut short or damaged"),
+    "zero.png": (b"", "is empty (0 bytes)"),
+    "huge.png": (huge_png(100_000, 100_000), "declares 100000 x 100000 pixels, more than images.max_pixels"),
+    "notes.txt": (b"not an image", "is not a JPEG or PNG file"),
+    "page.jpeg": (b"<html>404</html>", "is not a JPEG or PNG file"),
+}
+
+
+def test_each_bad_file_is_set_aside_with_its_reason_and_the_rest_goes_on(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    files = {**source_files(), **{f"train/NORMAL/{name}": data for name, (data, _) in BAD.items()}}
+    source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
+    (source / "train" / "PNEUMONIA" / "dangling.png").symlink_to(tmp_path / "gone")
+    index = make(run, source, dataset, "--images.max_set_aside=0.2")
+    assert (index.counts.num_found, index.counts.num_written, index.counts.num_set_aside) == (51, 44, 7)
+    aside = {row.path.rpartition("/")[2]: row for row in rows_of(dataset) if row.reason}
+    assert set(aside) == {*BAD, "dangling.png"}
+    for name, (_, reason) in BAD.items():
+        assert aside[name].reason.startswith(reason), aside[name]
+        assert aside[name].shard is None and aside[name].row is None
+    assert "No such file" in aside["dangling.png"].reason
+    card = (dataset / "report" / "card.md").read_text()
+    assert all(name.replace("_", r"\_") in card for name in aside)
+
+
+def test_a_shard_of_bad_files_alone_is_left_out(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = {**source_files(), **{f"train/NORMAL/{k}.txt": f"text {k}".encode() for k in range(4)}}
+    index = make(
+        run, write_files(tmp_path / "chest", files), tmp_path / "d", "--images.max_set_aside=0.2", "--shards.rows=1"
+    )
+    assert index.counts.num_written == 44
+    assert sum(len(shards) for shards in index.splits.values()) == 44
+    assert all(info.num_rows == 1 for shards in index.splits.values() for info in shards)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_many_bad_files_are_refused_and_nothing_is_left(
+    run: Callable[..., Done], tmp_path: Path, workers: int
+) -> None:
+    files = {**source_files(), **{f"train/NORMAL/{k}.png": b"damaged" + bytes([k]) for k in range(5)}}
+    source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, workers=workers)
+    refused(done, "more than images.max_set_aside = 0.05")
+    assert all_files(tmp_path / "dataset") == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def bad_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    good = source_files()
+    normal = {path: data for path, data in good.items() if "NORMAL" in path}
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 no more")
+    both = {
+        **good,
+        "test/NORMAL/copy.png": good["train/NORMAL/IM-1000-0000.png"],
+        "test/PNEUMONIA/x.png": picture_file(88),
+    }
+    return {
+        "missing": (tmp_path / "nowhere", "there is no source"),
+        "empty": (tmp_path / "empty", "it is empty"),
+        "text": (tmp_path / "notes.txt", "of no known kind"),
+        "no tree": (write_files(tmp_path / "flat", {"a.png": picture_file(1)}), "holds no images laid out as"),
+        "one class": (write_files(tmp_path / "normal", normal), "PNEUMONIA"),
+        "one class unusable": (
+            write_files(tmp_path / "unusable", {**normal, "train/PNEUMONIA/x.png": b""}), "PNEUMONIA"),
+        "unknown class": (write_files(tmp_path / "covid", {**good, "train/COVID/a.png": picture_file(1)}), "'COVID'"),
+        "broken zip": (tmp_path / "broken.zip", "can not be read as a zip"),
+        "unsafe zip": (write_zip(tmp_path / "unsafe.zip", {**good, "../x.png": b""}), "unsafe name"),
+        "same image in two splits": (write_files(tmp_path / "both", both), "--splits.duplicates=drop"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing", "empty", "text", "no tree", "one class", "one class unusable", "unknown class", "broken zip",
+        "unsafe zip", "same image in two splits",
+    ],
+)  # fmt: skip
+def test_a_bad_source_is_refused_in_one_line_and_nothing_is_written(
+    run: Callable[..., Done], tmp_path: Path, name: str
+) -> None:
+    source, message = bad_sources(tmp_path)[name]
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    refused(done, message)
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--images.sice=64", "did you mean --images.size?"),
+        ("--image.size=64", "did you mean --images.size?"),
+        ("--images.size=9", "images.size = 9 is not allowed: it takes a whole number at least 16 and at most 1024"),
+        ("--images.size=big", "images.size = 'big'"),
+        ("--images.fit=stretch", "one of crop, squash, pad"),
+        ("--splits.val_fraction=1.5", "splits.val_fraction = 1.5"),
+        ("--workers=-1", "--workers = -1"),
+        ("--workers=many", "workers"),
+        ("--config=nowhere.yaml", "there is no config file nowhere.yaml"),
+        ("--dataset=", "--dataset"),
+        ("--dataset=ftp://x/y", "ftp://x/y"),
+        ("--dataset=s3://", "names no bucket"),
+    ],
+)
+def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_written(
+    run: Callable[..., Done], tmp_path: Path, flag: str, message: str
+) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", flag)
+    refused(done, message)
+    assert not (tmp_path / "dataset").exists()
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_destination_below_a_file_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    (tmp_path / "file").write_text("in the way")
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'file' / 'dataset'}", *SMALL)
+    refused(done, str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_destination_that_may_not_be_written_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'locked' / 'dataset'}", *SMALL)
+    refused(done, "Permission denied")
+
+
+def test_a_data_set_inside_its_own_source_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    before = all_files(source)
+    done = run(f"--source={source}", f"--dataset={source / 'dataset'}", *SMALL)
+    refused(done, "inside")
+    assert all_files(source) == before
+
+
+# ------------------------------------------------------------------------------------------------- as people start it
+
+
+def test_the_command_works_from_a_shell_with_its_default_addresses(tmp_path: Path) -> None:
+    write_files(tmp_path / "data" / "chest_xray", source_files(40, 40))
+    command = [sys.executable, "-m", "xrai.preprocess", "--images.size=16"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "dataset" / "dataset.json").is_file()
+    again = subprocess.run([*command, "--images.fit=pad"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith("xrai: error:") and "Traceback" not in again.stderr
+
+
+def test_preprocessing_never_imports_torch() -> None:
+    code = "import sys, xrai.preprocess; sys.exit('torch' in sys.modules or 'boto3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

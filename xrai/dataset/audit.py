@@ -1,0 +1,161 @@
+"""Everything that can be re-checked about a stored data set: what `xrai.verify` runs.
+
+The index is checked when it is read. Here each object is compared with the hash that the index states, and the contents
+with each other: shards with the manifest, the manifest with the counts and the rules of splitting, all with the
+fingerprint.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xrai.config import Splits
+from xrai.dataset.manifest import Row, read_manifest
+from xrai.dataset.plan import in_shard_order
+from xrai.dataset.shards import (
+    MANIFEST_KEY,
+    DatasetIndex,
+    ObjectInfo,
+    ShardInfo,
+    compute_fingerprint,
+    hash_object,
+    is_shard_name,
+    open_shard,
+)
+from xrai.dataset.splits import find_split_faults
+from xrai.errors import CorruptError
+from xrai.log import progress
+from xrai.store import Store
+
+_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong. `key` names the object."""
+
+    key: str
+    words: str
+
+
+def find_faults(store: Store, index: DatasetIndex, *, folder: Path) -> list[Fault]:
+    """All that is wrong with a data set; empty where nothing is. Shards of a bucket pass through `folder`."""
+    faults = find_bad_objects(store, index)
+    bad = {fault.key for fault in faults}
+    if index.fingerprint != compute_fingerprint(index):
+        faults.append(Fault("dataset.json", "its fingerprint is not that of the shards it lists"))
+    listed = {shard.name for shards in index.splits.values() for shard in shards}
+    stray = [entry.key for entry in store.list() if is_shard_name(entry.key) and entry.key not in listed]
+    faults += [Fault(key, "is a shard that dataset.json does not list") for key in stray]
+    if MANIFEST_KEY in bad:
+        return faults
+    try:
+        rows = read_manifest(store.read(MANIFEST_KEY), where=MANIFEST_KEY)
+    except CorruptError as error:
+        return [*faults, Fault(MANIFEST_KEY, str(error))]
+    faults += [Fault(MANIFEST_KEY, words) for words in _check_manifest(index, rows)]
+    return faults + _check_shards(store, index, rows, folder=folder, skip=bad)
+
+
+def find_bad_objects(store: Store, index: DatasetIndex) -> list[Fault]:
+    """Objects that are missing or whose bytes are not those that the index names."""
+    infos: list[ShardInfo | ObjectInfo] = [shard for shards in index.splits.values() for shard in shards]
+    infos += index.objects
+    with (
+        progress("verify", total=len(infos), unit="objects") as bar,
+        ThreadPoolExecutor(_AT_A_TIME) as pool,
+    ):
+        faults = []
+        for info, digest in zip(infos, pool.map(lambda info: hash_object(store, info.name), infos), strict=True):
+            bar.update()
+            if digest is None:
+                faults.append(Fault(info.name, "is missing"))
+            elif digest != info.sha256:
+                size_bytes = store.size(info.name)
+                words = "its bytes are not those that were written"
+                if size_bytes != info.size_bytes:
+                    words = f"it has {size_bytes} bytes instead of {info.size_bytes}"
+                faults.append(Fault(info.name, f"is damaged: {words}"))
+    return faults
+
+
+def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
+    counts = index.counts
+    num_written = sum(row.shard is not None for row in rows)
+    if (len(rows), num_written) != (counts.num_found, counts.num_written):
+        yield f"lists {len(rows)} files, {num_written} of them written; dataset.json says {counts}"
+    if counts.num_found != counts.num_written + counts.num_set_aside:
+        yield f"found is not written + set aside in dataset.json: {counts}"
+    for row in rows:
+        if (row.shard is None) == (row.reason == ""):
+            yield f"{row.path} has neither a shard nor a reason, or both"
+    yield from find_split_faults(rows, index.carved, Splits(**index.config["splits"]))
+
+
+def _check_shards(
+    store: Store, index: DatasetIndex, rows: Sequence[Row], *, folder: Path, skip: set[str]
+) -> list[Fault]:
+    """Compare each shard that has the right hash with the manifest, and all of train with the stated mean."""
+    faults = []
+    by_shard: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.shard is not None:
+            by_shard.setdefault(row.shard, []).append(row)
+    histogram = np.zeros(256, np.int64)  # of train
+    for split, shards in index.splits.items():
+        for info in shards:
+            if info.name in skip:
+                continue
+            path = store.local_path(info.name)
+            if path is None:
+                path = folder / "shard.h5"
+                store.download(info.name, path)
+            listed = sorted(by_shard.get(info.name, []), key=lambda row: row.row or 0)
+            faults += [Fault(info.name, words) for words in _check_shard(path, info, listed, index, split=split)]
+            if split == "train":
+                histogram += _histogram(path)
+    if not skip.intersection(info.name for info in index.splits["train"]):
+        levels = np.arange(256, dtype=np.float64)
+        mean = np.average(levels, weights=histogram)
+        std = np.average((levels - mean) ** 2, weights=histogram) ** 0.5
+        if abs(mean - index.pixel_mean) > 1e-6 or abs(std - index.pixel_std) > 1e-6:
+            faults.append(Fault("dataset.json", f"pixel mean and std are {mean} and {std}, not what it states"))
+    return faults
+
+
+def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: DatasetIndex, *, split: str) -> Iterator[str]:
+    try:
+        shard = open_shard(path)
+    except CorruptError as error:
+        yield str(error)
+        return
+    size = index.image_size
+    if shard.images.shape != (info.num_rows, size, size):
+        yield f"holds images of shape {shard.images.shape}; dataset.json says {(info.num_rows, size, size)}"
+        return
+    counts = tuple(int(np.count_nonzero(shard.labels == label)) for label in range(len(index.classes)))
+    if counts != info.num_rows_per_class:
+        yield f"holds {counts} images of each class; dataset.json says {info.num_rows_per_class}"
+    inside = list(zip(shard.source, shard.labels.tolist(), shard.patient, shard.subtype, shard.sha256, strict=True))
+    stated = [(row.path, row.label, row.patient, row.subtype, row.sha256) for row in rows]
+    if (
+        inside != stated
+        or [row.row for row in rows] != list(range(len(rows)))
+        or {row.split for row in rows} != {split}
+    ):
+        yield "does not hold the rows that manifest.jsonl lists for it"
+    if list(rows) != in_shard_order(rows):
+        yield "does not hold its rows in the order of their hashes"
+
+
+def _histogram(path: Path) -> NDArray[np.int64]:
+    """Pixels of each grey level, (256,)."""
+    images = open_shard(path).images
+    histogram = np.zeros(256, np.int64)
+    for image in images:
+        histogram += np.bincount(image.ravel(), minlength=256)
+    return histogram

@@ -1,0 +1,87 @@
+"""Re-check a data set: `python -m xrai.verify --dataset URI [--repair --source S]`.
+
+Every hash, count and split rule and the fingerprint. Exit 0 when all hold, 1 when something does not: one line an
+object says what. `--repair` writes what is damaged anew, bit for bit, from the source the data set was made of.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from xrai import config as configuration
+from xrai.config import Flag
+from xrai.dataset.audit import Fault, find_faults
+from xrai.dataset.build import NearDuplicate, hash_source
+from xrai.dataset.card import make_report
+from xrai.dataset.manifest import Row
+from xrai.dataset.plan import list_source, make_plan
+from xrai.dataset.repair import repair
+from xrai.dataset.shards import DatasetIndex, read_index
+from xrai.dataset.sources import open_source
+from xrai.errors import CorruptError, run_command
+from xrai.log import setup_logging
+from xrai.store import Store, open_store
+
+FLAGS = (
+    Flag("dataset", "data/dataset", "the data set to check: a folder or s3://bucket/prefix", "XRAI_DATASET"),
+    Flag("repair", False, "write damaged objects anew from --source", type=bool),
+    Flag("source", "data/chest_xray", "the raw images that the data set was made of, for --repair", "XRAI_SOURCE"),
+)
+
+
+def main() -> None:
+    """Read the command line, check, and repair if asked."""
+    _, flags = configuration.parse("verify", description="Re-check a data set.", flags=FLAGS)
+    setup_logging()
+    store = open_store(flags["dataset"])
+    index = read_index(store)
+    faults = verify(store, index)
+    if faults and flags["repair"]:
+        repair_from(store, index, faults, source_uri=flags["source"])
+        faults = verify(store, index)
+    if faults:
+        raise CorruptError(f"{store.uri} has {len(faults)} faults, as listed; {_advice(flags['repair'])}")
+    counts = index.counts
+    print(f"{store.uri} is whole: {counts.num_written} images, data set {index.fingerprint[:16]}", flush=True)
+
+
+def verify(store: Store, index: DatasetIndex) -> list[Fault]:
+    """Find and print all faults."""
+    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        faults = find_faults(store, index, folder=Path(folder))
+    for fault in faults:
+        print(f"{fault.key} {fault.words}", flush=True)
+    return faults
+
+
+def repair_from(store: Store, index: DatasetIndex, faults: Sequence[Fault], *, source_uri: str) -> None:
+    """Write the objects of these faults anew. The config is the one that the data set states."""
+    config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
+    source = open_source(source_uri)
+    listing = list_source(source)
+    plan = make_plan(listing, hash_source(source, listing, None), config)
+
+    def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:
+        from xrai.results.plots import draw_class_counts, draw_sheet  # a second to import, needed for pictures alone
+
+        return make_report(
+            store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
+        )
+
+    known = {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+    keys = {fault.key for fault in faults} & known
+    num_workers = len(os.sched_getaffinity(0))
+    repair(store, index, keys, plan=plan, source=source, report=report, num_workers=num_workers)
+    for key in sorted(keys):
+        print(f"{key} is made anew", flush=True)
+
+
+def _advice(tried: bool) -> str:
+    if tried:
+        return "`python -m xrai.preprocess --overwrite` makes the data set anew"
+    return "--repair --source S makes them anew from the images that the data set was made of"
+
+
+if __name__ == "__main__":
+    run_command(main)
