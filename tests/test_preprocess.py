@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.dataset.pictures import encoded, gradient, huge_png, picture_file, source_files, write_files, write_zip
+from tests.dataset.pictures import (
+    draw_no_plots,
+    encoded,
+    gradient,
+    huge_png,
+    picture_file,
+    source_files,
+    write_files,
+    write_zip,
+)
 from xrai import preprocess
 from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
@@ -48,6 +58,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
         return Done(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "card" not in request.node.name:
+        draw_no_plots(monkeypatch)
 
 
 def make(run: Callable[..., Done], source: Path, dataset: Path, *more: str, workers: int = 1) -> DatasetIndex:
@@ -208,7 +224,7 @@ def test_a_folder_a_nested_folder_and_zips_of_them_hold_the_same_images(
         write_zip(tmp_path / "plain.zip", dict(reversed(files.items()))),
         write_zip(tmp_path / "public.zip", public),
     ]
-    indexes = [make(run, source, tmp_path / f"of-{source.name}") for source in sources]
+    indexes = [make(run, source, tmp_path / f"of-{source.name}", workers=1 + k % 2) for k, source in enumerate(sources)]
     first = indexes[0].splits["train"][0].name
     shards = [open_shard(tmp_path / f"of-{source.name}" / first) for source in sources]
     for index, shard in zip(indexes, shards, strict=True):
@@ -294,6 +310,18 @@ def test_overwrite_replaces_it_as_if_nothing_had_been_there(run: Callable[..., D
     assert all_files(tmp_path / "one") == all_files(tmp_path / "two")
 
 
+def test_a_source_that_is_refused_does_not_cost_the_data_set_that_it_was_to_replace(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    before = all_files(dataset)
+    for name, (bad, message) in bad_sources(tmp_path / "bad").items():
+        done = run(f"--source={bad}", f"--dataset={dataset}", *SMALL, "--overwrite")
+        refused(done, message)
+        assert all_files(dataset) == before, name
+
+
 def test_a_file_of_somebody_else_at_the_destination_is_left_alone(run: Callable[..., Done], tmp_path: Path) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
     write_files(dataset, {"notes.txt": b"mine", "report/mine.txt": b"mine"})
@@ -358,7 +386,7 @@ def test_too_many_bad_files_are_refused_and_nothing_is_left(
 
 
 def bad_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("no image")
     good = source_files()
     normal = {path: data for path, data in good.items() if "NORMAL" in path}
@@ -441,6 +469,18 @@ def test_a_destination_that_may_not_be_written_is_refused(run: Callable[..., Don
         pytest.skip("this user may write everywhere")
     done = run(f"--source={source}", f"--dataset={tmp_path / 'locked' / 'dataset'}", *SMALL)
     refused(done, "Permission denied")
+
+
+def test_a_machine_without_a_folder_for_temporary_files_is_told_so_at_once(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+        done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    refused(done, "name one by TMPDIR")
+    assert not (tmp_path / "dataset").exists()
 
 
 def test_a_data_set_inside_its_own_source_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:

@@ -123,8 +123,15 @@ def test_a_truncated_a_missing_and_a_stray_shard_are_named(check: Command, datas
     assert status == 1
     assert f"{shards[0].name} is damaged: it has" in out
     assert f"{shards[1].name} is missing" in out
-    assert "val-00007-of-00009.h5 is a shard that dataset.json does not list" in out
+    assert "val-00007-of-00009.h5 is a shard that dataset.json does not list: delete it" in out
     assert len(out.splitlines()) == 3 and "3 faults" in err
+
+
+def test_what_making_it_left_over_is_named_and_no_fault(check: Command, dataset: Path) -> None:
+    (dataset / "unfinished-claim").write_text("left")
+    status, out, _ = check()
+    assert status == 0
+    assert "unfinished-claim is left over" in out
 
 
 def test_an_address_without_a_data_set_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

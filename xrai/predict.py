@@ -6,8 +6,6 @@ made by the function that made the training pictures. The table is printed; with
 predictions.csv and predictions.json. The exit status is 2 where no file at all could be read.
 """
 
-import csv
-import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,7 @@ from xrai.errors import ImageError, RunError, UserError, run_command
 from xrai.learning.distributed import join
 from xrai.learning.predictor import TrainedModel, load_model, to_grey
 from xrai.log import get_logger, progress, setup_logging
-from xrai.results.artifacts import RunFolder, to_json
+from xrai.results.artifacts import RunFolder, safe_path, to_csv, to_json
 from xrai.store import Store, open_store
 
 FLAGS = (
@@ -160,10 +158,8 @@ def score(network: torch.nn.Module, images: NDArray[np.uint8], *, device: torch.
 
 def write_table(out: Store, rows: Sequence[Prediction], model: TrainedModel) -> None:
     """Write predictions.csv, and predictions.json, which also says what classified."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)  # None becomes an empty field
+    cells = ({**asdict(row), "path": safe_path(row.path)} for row in rows)
+    table = to_csv([field.name for field in fields(Prediction)], cells)
     content = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": xrai.__version__,
@@ -178,7 +174,7 @@ def write_table(out: Store, rows: Sequence[Prediction], model: TrainedModel) -> 
         "num_unreadable": sum(bool(row.reason) for row in rows),
         "predictions": [asdict(row) for row in rows],
     }
-    out.write("predictions.csv", text.getvalue().encode())
+    out.write("predictions.csv", table.encode())
     out.write("predictions.json", to_json(content).encode())
 
 

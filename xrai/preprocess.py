@@ -10,14 +10,15 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from types import FrameType
 from typing import NoReturn
 
 from xrai import config as configuration
 from xrai.config import Config, Flag
-from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source, remove_unfinished
+from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source
 from xrai.dataset.card import REPORT_KEYS, make_report
 from xrai.dataset.manifest import Row
 from xrai.dataset.plan import Listing, list_source, make_plan, shaping_config
@@ -30,7 +31,7 @@ from xrai.dataset.shards import (
     read_index,
 )
 from xrai.dataset.sources import Source, open_source
-from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, run_command
+from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError, run_command
 from xrai.log import get_logger, setup_logging
 from xrai.store import Store, open_store
 
@@ -52,6 +53,12 @@ def main() -> None:
     number, num_partitions = read_partition(flags["partition"])
     setup_logging()
     signal.signal(signal.SIGTERM, _stop)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.strerror}: shards are written there first; mount one, or name one by TMPDIR"
+        ) from error
     if not flags["dataset"]:
         raise ConfigError("--dataset is empty; it takes a folder or s3://bucket/prefix")
     source, store = open_source(flags["source"]), open_store(flags["dataset"])
@@ -59,13 +66,13 @@ def main() -> None:
         raise ConfigError(
             f"--dataset {store.uri} is inside --source {flags['source']}, which would take up what is written; move one"
         )
+    if flags["overwrite"] and num_partitions > 1:
+        raise ConfigError("--overwrite and --partition exclude each other: each would discard what the others made")
+    listing = list_source(source)
     if flags["overwrite"]:
-        if num_partitions > 1:
-            raise ConfigError("--overwrite and --partition exclude each other: each would discard what the others made")
-        listing = list_source(source)  # before anything is removed
+        if store.size(INDEX_KEY) is not None:  # a source that will be refused must not cost the data set that is there
+            make_plan(listing, hash_source(source, listing, None), config)
         remove_dataset(store)
-    else:
-        listing = list_source(source)
     preprocess(
         config, source, listing, store, num_workers=flags["workers"] or len(os.sched_getaffinity(0)),
         number=number, num_partitions=num_partitions,
@@ -109,13 +116,16 @@ def preprocess(
 
         index = builder.commit(report)
     except SourceError:  # starting again would not help: leave nothing half-written
-        remove_dataset(store)
+        if store.size(INDEX_KEY) is None:
+            remove_dataset(store)
         raise
     if index is not None:
+        remove_leftovers(store, index)
         print("\n".join(describe(index, store, took_s=time.monotonic() - began)), flush=True)
     elif store.size(INDEX_KEY) is not None and read_index(store).plan_sha256 == plan.sha256:
-        remove_unfinished(store)  # what this process stored after another one had committed
-        print("\n".join(describe(read_index(store), store)), flush=True)
+        index = read_index(store)
+        remove_leftovers(store, index)  # what this process stored after another one had committed
+        print("\n".join(describe(index, store)), flush=True)
     elif num_partitions > 1:
         print(f"partition {number}/{num_partitions} is stored at {store.uri}; the last one to end commits", flush=True)
     else:
@@ -144,7 +154,7 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
     plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
         raise DatasetError(f"{store.uri} holds a data set of other images than {source.name} holds: {advice}")
-    remove_unfinished(store)  # what a kill between the commit and its last step may have left
+    remove_leftovers(store, index)  # what a kill between the commit and its last step may have left
     _logger.info("the data set is there already, from the same images and config: nothing to do")
     print("\n".join(describe(index, store)), flush=True)
 
@@ -155,15 +165,25 @@ def remove_dataset(store: Store) -> None:
     Only keys that xrai writes are touched.
     """
     store.delete(INDEX_KEY)
-    keys = [entry.key for entry in store.list()]
-    for key in keys:
-        if is_shard_name(key) or key.startswith(UNFINISHED) or key in (MANIFEST_KEY, *REPORT_KEYS):
-            store.delete(key)
+    _remove(store, keep=frozenset())
     folder = store.local_path(INDEX_KEY)
     if folder is not None:
         for empty in (folder.parent / REPORT_PREFIX, folder.parent):
             with contextlib.suppress(OSError):  # it is not empty, or was not there
                 empty.rmdir()
+
+
+def remove_leftovers(store: Store, index: DatasetIndex) -> None:
+    """Remove what xrai has written beside a whole data set: work on it, or on one that it took the place of."""
+    shards = {info.name for infos in index.splits.values() for info in infos}
+    _remove(store, keep=shards | {info.name for info in index.objects})
+
+
+def _remove(store: Store, *, keep: Set[str]) -> None:
+    for key in [entry.key for entry in store.list()]:
+        is_ours = is_shard_name(key) or key.startswith(UNFINISHED) or key in (MANIFEST_KEY, *REPORT_KEYS)
+        if is_ours and key not in keep:
+            store.delete(key)
 
 
 def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) -> list[str]:

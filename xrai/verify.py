@@ -12,7 +12,7 @@ from pathlib import Path
 from xrai import config as configuration
 from xrai.config import Flag
 from xrai.dataset.audit import Fault, find_faults
-from xrai.dataset.build import NearDuplicate, hash_source
+from xrai.dataset.build import UNFINISHED, NearDuplicate, hash_source
 from xrai.dataset.card import make_report
 from xrai.dataset.manifest import Row
 from xrai.dataset.plan import list_source, make_plan
@@ -41,7 +41,8 @@ def main() -> None:
         repair_from(store, index, faults, source_uri=flags["source"])
         faults = verify(store, index)
     if faults:
-        raise CorruptError(f"{store.uri} has {len(faults)} faults, as listed; {_advice(flags['repair'])}")
+        number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise CorruptError(f"{store.uri} has {number}, as listed{_advice(index, faults, tried=flags['repair'])}")
     counts = index.counts
     print(f"{store.uri} is whole: {counts.num_written} images, data set {index.fingerprint[:16]}", flush=True)
 
@@ -52,6 +53,8 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
         faults = find_faults(store, index, folder=Path(folder))
     for fault in faults:
         print(f"{fault.key} {fault.words}", flush=True)
+    for entry in store.list(UNFINISHED):
+        print(f"{entry.key} is left over from making it, which is no fault; preprocess removes it", flush=True)
     return faults
 
 
@@ -69,18 +72,24 @@ def repair_from(store: Store, index: DatasetIndex, faults: Sequence[Fault], *, s
             store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
         )
 
-    known = {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
-    keys = {fault.key for fault in faults} & known
+    keys = {fault.key for fault in faults} & _listed(index)
     num_workers = len(os.sched_getaffinity(0))
     repair(store, index, keys, plan=plan, source=source, report=report, num_workers=num_workers)
     for key in sorted(keys):
         print(f"{key} is made anew", flush=True)
 
 
-def _advice(tried: bool) -> str:
+def _listed(index: DatasetIndex) -> set[str]:
+    """The keys of all objects that can be made anew."""
+    return {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+
+
+def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str:
+    if not _listed(index).intersection(fault.key for fault in faults):
+        return ""
     if tried:
-        return "`python -m xrai.preprocess --overwrite` makes the data set anew"
-    return "--repair --source S makes them anew from the images that the data set was made of"
+        return "; `python -m xrai.preprocess --overwrite` makes the data set anew"
+    return "; --repair --source S makes damaged objects anew from the images that the data set was made of"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -78,3 +79,15 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
         for name, data in files.items():
             archive.writestr(name, data)
     return path
+
+
+def draw_no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the report's pictures be made at once, without matplotlib, for tests that make many data sets."""
+    from xrai.results import plots
+
+    def draw(*arguments: object, **_: object) -> None:
+        path = next(argument for argument in arguments if isinstance(argument, Path))
+        path.write_bytes(b"a picture")
+
+    monkeypatch.setattr(plots, "draw_sheet", draw)
+    monkeypatch.setattr(plots, "draw_class_counts", draw)

@@ -5,9 +5,12 @@ import signal
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.dataset.pictures import source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
@@ -15,7 +18,7 @@ from xrai.dataset import build
 from xrai.dataset.build import Builder, Decoded, Part, Unfinished, decode_rows, hash_source
 from xrai.dataset.manifest import Row
 from xrai.dataset.plan import Plan, list_source, make_plan, shaping_config
-from xrai.dataset.shards import ShardInfo, read_index
+from xrai.dataset.shards import DatasetIndex, ShardInfo, compute_fingerprint, read_index
 from xrai.dataset.sources import FolderSource, Source
 from xrai.errors import CorruptError, DatasetError, SourceError, XraiError
 from xrai.store import Store, open_store
@@ -77,7 +80,7 @@ def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(job: 
 def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
     rows = job.rows() * 40  # 1,800 rows
     pictures = decode_rows(job.source, CONFIG.images, rows, num_workers=2)
-    frame = pictures.gi_frame  # type: ignore[attr-defined]
+    frame = pictures.gi_frame
     most = 0
     for _ in pictures:
         most = max(most, len(frame.f_locals.get("ahead", ())))
@@ -87,7 +90,7 @@ def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
 def test_a_worker_that_is_killed_ends_the_work_in_one_line_that_says_what_to_do(job: Job) -> None:
     pictures = decode_rows(job.source, CONFIG.images, job.rows() * 300, num_workers=2)
     next(pictures)
-    executor = pictures.gi_frame.f_locals["executor"]  # type: ignore[attr-defined]
+    executor = pictures.gi_frame.f_locals["executor"]
     os.kill(next(iter(executor._processes)), signal.SIGKILL)
     with pytest.raises(XraiError, match=r"a worker process ended abruptly.*fewer --workers, what is stored is kept"):
         list(pictures)
@@ -96,8 +99,8 @@ def test_a_worker_that_is_killed_ends_the_work_in_one_line_that_says_what_to_do(
 def test_a_reader_that_stops_early_leaves_no_workers(job: Job) -> None:
     pictures = decode_rows(job.source, CONFIG.images, job.rows() * 40, num_workers=2)
     next(pictures)
-    processes = list(pictures.gi_frame.f_locals["executor"]._processes)  # type: ignore[attr-defined]
-    pictures.close()  # type: ignore[attr-defined]
+    processes = list(pictures.gi_frame.f_locals["executor"]._processes)
+    pictures.close()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{process}").exists() for process in processes):
         assert time.monotonic() < deadline
@@ -261,3 +264,35 @@ def test_it_is_refused_as_soon_as_it_is_sure_that_too_many_are_bad(tmp_path: Pat
     with pytest.raises(SourceError, match=r"more than images\.max_set_aside = 0\.2"):
         job.builder().build(job.plan.shards)
     assert len([entry for entry in job.store.list() if "part" in entry.key]) < len(job.plan.shards)
+
+
+FILES = {**source_files(), "train/NORMAL/bad.png": b"no picture"}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    num_partitions=st.integers(1, 9),
+    order=st.randoms(use_true_random=False),
+    num_workers=st.sampled_from([1, 1, 1, 2]),
+    shards_before=st.integers(0, 5),
+)
+def test_fingerprint_and_index_do_not_depend_on_partitions_workers_order_or_what_was_there_before(
+    tmp_path_factory: pytest.TempPathFactory, num_partitions: int, order: Random, num_workers: int, shards_before: int
+) -> None:
+    expected = committed(Job(tmp_path_factory.mktemp("whole"), FILES))
+    job = Job(tmp_path_factory.mktemp("parts"), FILES)
+    job.builder().build(order.sample(job.plan.shards, min(shards_before, len(job.plan.shards))))
+    numbers = list(range(num_partitions))
+    order.shuffle(numbers)
+    for number in numbers:
+        job.builder(num_workers=num_workers).build(job.plan.shards[number::num_partitions])
+    index = committed(job)
+    assert index == expected
+    assert compute_fingerprint(index) == expected.fingerprint
+
+
+def committed(job: Job) -> DatasetIndex:
+    job.builder().build(job.plan.shards)
+    index = job.builder().commit(no_report)
+    assert index is not None
+    return index

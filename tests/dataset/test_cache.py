@@ -24,7 +24,7 @@ import pytest
 from tests.dataset.remote import RemoteFolder, flip_byte
 from tests.dataset.small import place_of, write_dataset
 from xrai.dataset.cache import ShardCache, default_cache_folder
-from xrai.dataset.shards import DatasetIndex
+from xrai.dataset.shards import DatasetIndex, Shard, open_shard
 from xrai.errors import CorruptError, DatasetError, StoreError, UnreachableError, UserError
 from xrai.store import Store, open_store
 
@@ -195,8 +195,6 @@ def test_two_data_sets_with_the_same_names_do_not_meet_in_the_cache(tmp_path: Pa
 
 
 def sha256_of_first_row(store: RemoteFolder) -> str:
-    from xrai.dataset.shards import open_shard
-
     return str(open_shard(Path(store.uri) / "train-00000-of-00001.h5").sha256[0])
 
 
@@ -404,6 +402,18 @@ def test_a_forked_child_keeps_no_lock_of_its_parent(bucket: RemoteFolder, index:
         forking.child.join(10)
 
 
+def test_a_child_that_closes_a_shard_of_its_parent_leaves_it_to_the_parent(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
+    cache = ShardCache(bucket, index, folder=folder, max_bytes=2 * index.splits["train"][0].size_bytes)
+    with closing(cache.open(index.splits["train"][0])) as opened:
+        child = in_child(opened.close)
+        child.join(20)
+        assert child.exitcode == 0
+        open_and_close(cache, index, 1, 2, 3)
+        assert files_of(folder)[0].startswith("train-00000")
+
+
 def test_room_that_a_killed_fetch_had_taken_is_free_again(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
@@ -544,3 +554,35 @@ def test_a_shard_that_does_not_have_the_rows_of_its_index_is_refused(
     wrong = dataclasses.replace(index.splits["train"][0], num_rows=21)
     with pytest.raises(CorruptError, match=r"train-00000.* holds images of \(20, 16, 16\), not the 21 of its index"):
         ShardCache(bucket, index, folder=folder).open(wrong)
+
+
+def test_settling_sees_the_last_thread_out_of_hdf5_and_lets_none_in(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache(bucket, index, folder=folder)
+    inside, leave = threading.Event(), threading.Event()
+    num_opened = 0
+
+    def slow_open_shard(path: Path) -> Shard:
+        nonlocal num_opened
+        num_opened += 1
+        inside.set()
+        assert leave.wait(20)
+        return open_shard(path)
+
+    monkeypatch.setattr("xrai.dataset.cache.open_shard", slow_open_shard)
+    threads = [threading.Thread(target=open_and_close, args=(cache, index, number), daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    assert inside.wait(20)
+    threading.Timer(0.3, leave.set).start()
+    started = time.monotonic()
+    cache.settle()
+    assert time.monotonic() - started > 0.2
+    before = num_opened
+    time.sleep(0.3)
+    assert num_opened == before < 3
+    cache._mapping_lock().release()
+    for thread in threads:
+        thread.join(20)
+    assert num_opened == 3

@@ -212,10 +212,12 @@ def test_shards_are_fetched_ahead_of_their_use_and_several_at_once(tmp_path: Pat
     batches = make_loader(store, shuffle=True, threads=3, cache_dir=tmp_path / "cache").epoch(0)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, batches)
-        wait_until(lambda: store.num_downloads() == 3)
-        time.sleep(0.1)
-        assert store.num_downloads() == 3
-        store.open_gate()
+        try:
+            wait_until(lambda: store.num_downloads() == 3)
+            time.sleep(0.1)
+            assert store.num_downloads() == 3
+        finally:
+            store.open_gate()
         assert len(first.result(timeout=10).rows) == 8
     assert len(list(batches)) == 11
     assert store.num_downloads() == 12
@@ -350,6 +352,30 @@ def test_a_process_ends_though_a_shard_is_still_waited_for(
         cwd=repository, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert (done.stdout, done.stderr, done.returncode) == ("left\n", "", status)
+
+
+LEAVES_AT_ONCE = """
+import sys
+from pathlib import Path
+from tests.dataset.remote import RemoteFolder
+from tests.dataset.small import write_dataset
+from xrai.dataset.loader import Loader
+folder = Path(sys.argv[1])
+write_dataset(folder / "data", {"train": [40] * 20})
+batches = iter(
+    Loader(RemoteFolder(folder / "data"), split="train", batch_size=1, cache_dir=folder / "cache", threads=8)
+)
+next(batches)
+"""
+
+
+def test_a_process_that_leaves_while_shards_are_opened_neither_crashes_nor_hangs(tmp_path: Path, repository: Path):
+    for run in range(5):  # without care every second one hangs or crashes
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVES_AT_ONCE, tmp_path / str(run)],
+            cwd=repository, capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 # --------------------------------------------------------------------------------------------------------------- faults

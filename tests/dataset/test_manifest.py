@@ -90,6 +90,7 @@ def test_files_in_folders_below_a_class_folder_belong_to_the_class() -> None:
         (["train/NORMAL/a.png", "NORMAL/b.png"], "in none"),
         (["a/train/NORMAL/x.png", "b/train/NORMAL/y.png"], "several trees of images, in 'a/' and 'b/'"),
         (["x/train/NORMAL/x.png", "x/x/train/NORMAL/y.png"], "several trees"),
+        (["small/train/NORMAL/x.png", "large/train/NORMAL/x.png"], "several trees of images, in 'large/' and 'small/'"),
     ],
 )
 def test_what_is_not_laid_out_as_documented_is_refused(paths: list[str], message: str | None) -> None:

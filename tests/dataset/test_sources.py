@@ -10,8 +10,9 @@ import pytest
 
 from tests.dataset.pictures import source_files, write_files, write_zip
 from xrai.dataset import sources
-from xrai.dataset.sources import open_source
+from xrai.dataset.sources import StoreSource, open_source
 from xrai.errors import ImageError, SourceError
+from xrai.store import StoredObject, open_store
 
 FILES = {"train/NORMAL/b.png": b"bb", "train/NORMAL/a.png": b"a", "train/PNEUMONIA/c.png": b"", ".DS_Store": b"x"}
 
@@ -259,11 +260,18 @@ def test_an_address_that_is_no_source_is_refused_with_what_is_allowed(tmp_path: 
 
 
 def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path) -> None:
-    from xrai.dataset.sources import StoreSource
-    from xrai.store import open_store
-
     files = source_files(2, 2)
     source = StoreSource(open_store(str(write_files(tmp_path, files))))
     assert {file.path: source.read(file.path) for file in source.files()} == files
     with pytest.raises(ImageError, match="no longer there"):
         source.read("train/NORMAL/gone.png")
+
+
+@pytest.mark.parametrize("key", ["../a.png", "train//a.png", "train/./a.png", "/a.png"])
+def test_keys_in_a_bucket_that_leave_their_folder_are_refused(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    monkeypatch.setattr(type(store), "list", lambda self: iter([StoredObject(key, 1)]))
+    with pytest.raises(SourceError, match="unsafe name .*; rename it"):
+        StoreSource(store).files()

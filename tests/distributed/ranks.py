@@ -31,7 +31,7 @@ def start_ranks(
         subprocess.Popen(
             [sys.executable, *arguments, *(more or {}).get(rank, [])],
             env={
-                **os.environ, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                **os.environ, **{name: value.replace("{rank}", str(rank)) for name, value in (environment or {}).items()}, "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             },

@@ -24,6 +24,7 @@ Kind = Literal[
     "503",  # SlowDown, as S3 says it
     "stall",  # the head and half of the body, then silence
     "hold",  # silence; the server never sees the request
+    "hang",  # no answer at all; the server never saw the request
     "reset",  # the connection breaks before any answer; the server never saw the request
     "lose",  # the server did what was asked, and the answer is lost
     "cut",  # the body ends half way
@@ -169,7 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = dict(self.headers.items())
         fault = self.server.proxy.next_fault(Request(self.command, self.path, headers.get("Range", "")))
-        if fault == "reset":
+        if fault == "hang":
+            self.server.ended.wait(timeout=60)
+        if fault in ("hang", "reset"):
             return self._reset()
         if fault == "hold":
             self.server.proxy.held = True

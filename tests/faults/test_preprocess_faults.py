@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataset.pictures import source_files, write_files
+from tests.dataset.pictures import draw_no_plots, source_files, write_files
 from xrai import preprocess
 from xrai.dataset.sources import FolderSource
 from xrai.errors import run_command
@@ -46,14 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_report() -> Iterator[None]:
     """No matplotlib: these tests make many data sets."""
     with pytest.MonkeyPatch.context() as patch:
-        from xrai.results import plots
-
-        def draw(*args: object, **kwargs: object) -> None:
-            path = next(argument for argument in args if isinstance(argument, Path))
-            path.write_bytes(b"a picture")
-
-        patch.setattr(plots, "draw_sheet", draw)
-        patch.setattr(plots, "draw_class_counts", draw)
+        draw_no_plots(patch)
         yield
 
 
@@ -178,6 +171,20 @@ def test_killed_again_and_again_it_still_ends_and_does_not_begin_anew_each_time(
         if ended == 0:
             break
         assert ended == KILLED
+    assert objects(dataset) == expected
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_killed_while_it_removes_what_it_overwrites_it_still_ends_in_the_same_bytes(
+    source: Path, expected: dict[str, str], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    dataset = tmp_path / "dataset"
+    assert wait(start(source, dataset, "--shards.rows=3")) == 0
+    assert len(list(dataset.glob("*.h5"))) > 15
+    assert wait(start(source, dataset, "--overwrite", before=Steps(at=7, act=die).watch)) == KILLED
+    assert not (dataset / "dataset.json").exists()
+    assert len(list(dataset.glob("*.h5"))) > 5
+    assert wait(start(source, dataset, *more)) == 0
     assert objects(dataset) == expected
 
 

@@ -216,6 +216,7 @@ def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over():
     finally:
         for process in processes:
             process.kill()
+            process.communicate(timeout=20)
     assert processes[0].returncode == 1
     assert time.monotonic() - began < 50
     line = stderr.splitlines()[-1]
@@ -245,10 +246,9 @@ def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and
 
 
 def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_error_file(tmp_path: Path):
-    error_file = tmp_path / "error.json"
     processes = start_ranks(
         ["tests/distributed/discs_rank.py", "--train.global_batch_size=32", "--train.epochs=50", "--raise_rank=1"],
-        world_size=2, environment={"TORCHELASTIC_ERROR_FILE": str(error_file)},
+        world_size=2, environment={"TORCHELASTIC_ERROR_FILE": f"{tmp_path}/error-{{rank}}.json"},
     )  # fmt: skip
     began = time.monotonic()
     results = finish_ranks(processes, timeout_s=60)
@@ -256,7 +256,7 @@ def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_
     assert time.monotonic() - began < 45
     assert "ZeroDivisionError" in results[1][2]
     assert "rank 1" in results[0][2]
-    assert "ZeroDivisionError" in error_file.read_text()
+    assert "ZeroDivisionError" in (tmp_path / "error-1.json").read_text()
 
 
 def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(tmp_path: Path):

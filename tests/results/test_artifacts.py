@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import math
 import os
 import signal
@@ -17,12 +18,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServerReader
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.util.tensor_util import make_ndarray
 
 from xrai.config import Config
 from xrai.errors import ForbiddenError, RunError, StoreError, UnreachableError, UserError
 from xrai.results import artifacts
 from xrai.results.artifacts import (
+    FINAL_TAGS,
     HISTORY_COLUMNS,
     TENSORBOARD_TAGS,
     RunFolder,
@@ -32,9 +41,12 @@ from xrai.results.artifacts import (
     make_summary,
     new_run_id,
     read_history,
+    safe_path,
     to_json,
 )
+from xrai.results.events import count_calls
 from xrai.results.metrics import evaluate_scores
+from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import DatasetFacts, render_report
 from xrai.store import FileStore
 
@@ -170,6 +182,20 @@ def test_predictions_come_back_as_they_were_whatever_the_names(run: RunFolder) -
     assert found[1]["call"] == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["=1+1.png", "+1.png", "-1.png", "@x/y.png", "\tx.png", "\r=x.png", "\n-x", "=cmd|' /C calc'!A0"]
+)
+def test_no_cell_of_predictions_begins_as_a_formula_does_and_the_path_stays_the_same(run: RunFolder, name: str) -> None:
+    values = {"split": "val", "patient": "file:x", "subtype": "", "label": "NORMAL", "score": 0.5, "call": "NORMAL"}
+    path = run.write_predictions([{"source": name, **values}, {"source": "train/a=b.png", **values}])
+    with path.open(newline="") as file:
+        hostile, plain = csv.DictReader(file)
+    assert all(cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n") for cell in hostile.values())
+    assert Path("raw", hostile["source"]) == Path("raw", name)
+    assert plain["source"] == "train/a=b.png"
+    assert safe_path(safe_path(name)) == safe_path(name)
+
+
 def test_history_keeps_the_declared_columns_and_comes_back_as_numbers(run: RunFolder) -> None:
     run.append_history(row(1, val_loss=math.nan, lr=None))
     run.append_history(row(2, val_loss=0.25))
@@ -264,6 +290,137 @@ def test_resuming_purges_what_tensorboard_had_past_the_step(run: RunFolder) -> N
     again.append_history(row(2, train_loss=9.0))
     again.append_history(row(3, train_loss=8.0))
     assert read_events(again)["loss/train"] == [(10, 0.5), (20, 9.0), (30, 8.0)]
+
+
+def server_points(run: RunFolder, tag: str) -> list[tuple[int, float]]:
+    """What the reader behind TensorBoard's server has of a scalar; the other one is for people's scripts."""
+    events = ServerReader(str(run.path / "tensorboard"))
+    events.Reload()
+    return [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
+
+
+def test_the_first_resumption_and_each_later_one_purges_in_both_readers_of_tensorboard(run: RunFolder) -> None:
+    for epoch in (1, 2, 3):
+        run.append_history(row(epoch))
+    for value in (9.0, 8.0):
+        run = RunFolder(str(run.path.parent), "r1")
+        run.open()
+        run.resume_at(epoch=2, step=11)
+        run.append_history(row(2, train_loss=value))
+        expected = [(10, 0.5), (20, value)]
+        assert read_events(run)["loss/train"] == server_points(run, "loss/train") == expected
+
+
+def test_an_epoch_done_twice_from_a_checkpoint_at_its_last_step_stands_once_in_tensorboard(run: RunFolder) -> None:
+    for epoch in (1, 2):
+        run.append_history(row(epoch))
+    again = RunFolder(str(run.path.parent), "r1")
+    again.open()
+    again.resume_at(epoch=2, step=21)  # epoch 2 was trained up to step 20, and its end was not saved
+    again.append_history(row(2, train_loss=9.0))
+    assert server_points(again, "loss/train") == [(10, 0.5), (20, 9.0)]
+
+
+def test_no_temporary_file_looks_like_events_to_tensorboard(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    replace = Path.replace
+
+    def note(path: Path, target: Path) -> Path:
+        seen.extend(found.name for found in path.parent.iterdir())
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    run.add_scalars(1, {"x": 1.0})
+    run.close_segment()
+    assert len(seen) == 1 and "tfevents" not in seen[0]
+
+
+def test_hyperparameters_and_final_results_are_those_of_the_run(run: RunFolder, metrics: dict[str, Any]) -> None:
+    config = Config().to_mapping()
+    run.add_hyperparameters(config)
+    run.append_history(row(1))
+    run.add_results(11, metrics)
+    run.finish({})
+    events = ServerReader(str(run.path / "tensorboard"))
+    events.Reload()
+    content = events.PluginTagToContent("hparams")
+    start = hparams_metadata.parse_session_start_info_plugin_data(content[hparams_metadata.SESSION_START_INFO_TAG])
+    assert start.group_name == "r1"
+    flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()} == flat
+    described = hparams_metadata.parse_experiment_plugin_data(content[hparams_metadata.EXPERIMENT_TAG])
+    assert {info.name for info in described.hparam_infos} == set(flat)
+    assert {info.name.tag for info in described.metric_infos} >= set(FINAL_TAGS.values())
+    assert hparams_metadata.parse_session_end_info_plugin_data(content[hparams_metadata.SESSION_END_INFO_TAG]).status
+    for name, tag in FINAL_TAGS.items():
+        assert server_points(run, tag) == [(11, pytest.approx(metrics["metrics"][name]["value"]))]
+
+
+@given(
+    calls=st.lists(
+        st.tuples(st.integers(0, 1), st.floats(0, 1) | st.integers(0, 10).map(lambda k: k / 10)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_the_precision_recall_curve_counts_as_scikit_learn_does(calls: list[tuple[int, float]]) -> None:
+    labels, scores = (np.array(column) for column in zip(*calls, strict=True))
+    counted = count_calls(labels, scores, num_thresholds=11)
+    for threshold, column in zip(np.linspace(0, 1, 11), counted.T, strict=True):
+        tn, fp, fn, tp = confusion_matrix(labels, scores >= threshold, labels=[0, 1]).ravel()
+        precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+        assert column == pytest.approx(np.array([tp, fp, tn, fn, precision, recall], np.float32))
+
+
+def test_the_precision_recall_curve_of_one_class_is_left_out(run: RunFolder) -> None:
+    run.add_precision_recall(1, "one", [1, 1], [0.2, 0.9])
+    run.add_precision_recall(1, "both", [0, 1], [0.2, 0.9])
+    run.close_segment()
+    events = ServerReader(str(run.path / "tensorboard"))
+    events.Reload()
+    assert list(events.PluginTagToContent("pr_curves")) == ["both"]
+
+
+def test_examples_are_of_both_classes_and_mistakes_begin_with_the_most_wrong() -> None:
+    labels = np.array([1, 1, 1, 0, 1, 0], np.uint8)
+    scores = np.array([0.9, 0.2, 0.45, 0.7, 0.1, 0.5])
+    assert pick_examples(labels, num=4).tolist() == [3, 5, 0, 1]
+    assert pick_examples(labels, num=100).tolist() == [3, 5, 0, 1, 2, 4]
+    assert pick_examples(np.zeros(3, np.uint8), num=2).tolist() == [0, 1]
+    assert pick_mistakes(labels, scores, threshold=0.4, num=4).tolist() == [4, 1, 3, 5]
+    assert pick_mistakes(labels, scores, threshold=0.4, num=6).tolist()[4:] == [2, 0]  # the rest are called right
+
+
+def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> None:
+    generator = np.random.default_rng(3)
+    labels = (np.arange(30) % 3 == 0).astype(np.uint8)
+    pictures = generator.integers(0, 256, (30, 16, 16), dtype=np.uint8)
+    asked: list[list[int]] = []
+
+    def read_images(rows: np.ndarray) -> np.ndarray:
+        asked.append(rows.tolist())
+        return pictures[rows]
+
+    scores = generator.random(30)
+    record_scores(
+        run, split="val", labels=labels, scores=scores, sources=[f"a/{n}.png" for n in range(30)],
+        patients=[str(n) for n in range(30)], subtypes=[""] * 30, threshold=0.5, threshold_source="given",
+        classes=("NORMAL", "PNEUMONIA"), num_bootstrap=10, is_phantom=False, folder="val", read_images=read_images,
+        step=7,
+    )  # fmt: skip
+    run.close_segment()
+    assert asked == [pick_examples(labels).tolist(), pick_mistakes(labels, scores, threshold=0.5).tolist()]
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    for name in ("examples", "mistakes"):
+        (shown,) = events.Images(f"predictions/{name}_val")
+        path = run.path / "val" / "plots" / f"{name}.png"
+        assert (shown.step, shown.encoded_image_string) == (7, path.read_bytes())
+        with Image.open(path) as picture:
+            assert (shown.width, shown.height) == picture.size
+    (run.path / "no.png").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match="no PNG"):
+        run.add_picture(7, "x", run.path / "no.png")
 
 
 # --------------------------------------------------------------------------------------------------------- publication
@@ -390,6 +547,70 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket: Bucket, tmp_pa
     assert [entry["train_loss"] for entry in other.history()] == [0.5, pytest.approx(1 / 3), 9.0]
     assert [step for step, _ in read_events(other)["loss/train"]] == [10, 20, 30]
     assert "tensorboard/events.out.tfevents.000003.xrai" in summary["files"]
+
+
+def test_what_an_earlier_process_could_not_store_is_stored_first_and_marks_last(bucket: Bucket, tmp_path: Path) -> None:
+    run = remote_run(tmp_path)
+    run.append_history(row(1))
+    assert run.flush(timeout_s=10)
+    bucket.error = lambda key: UnreachableError("no answer")
+    run.append_history(row(2))
+    for name in ("checkpoints/latest.json", "checkpoints/step-000000020.json", "checkpoints/step-000000020.pt"):
+        run.write_text(name, name)
+    run.close()
+    bucket.error = lambda key: None
+    bucket.log.clear()
+    again = remote_run(tmp_path)
+    assert [entry["epoch"] for entry in again.history()] == [1, 2]
+    assert again.flush(timeout_s=10)
+    assert [key for key in bucket.log if not key.startswith("-")] == [
+        "checkpoints/step-000000020.pt", "history.csv", "tensorboard/events.out.tfevents.000001.xrai",
+        "checkpoints/step-000000020.json", "checkpoints/latest.json",
+    ]  # fmt: skip
+    again.close()
+
+
+def test_what_this_machine_has_of_a_run_that_went_on_elsewhere_gives_way(bucket: Bucket, tmp_path: Path) -> None:
+    run = remote_run(tmp_path)
+    run.append_history(row(1))
+    assert run.flush(timeout_s=10)
+    bucket.error = lambda key: UnreachableError("no answer")
+    for _ in range(3):  # segments that the bucket never sees
+        run.add_scalars(15, {"loss/train": 5.0})
+        run.close_segment()
+    run.close()
+    bucket.error = lambda key: None
+    other = remote_run(tmp_path, work="elsewhere")
+    other.resume_at(epoch=2, step=11)
+    for epoch in (2, 3):
+        other.append_history(row(epoch))
+    assert other.flush(timeout_s=10)
+    other.close()
+    back = remote_run(tmp_path)
+    assert back.history() == other.history()
+    back.resume_at(epoch=4, step=31)
+    back.append_history(row(4))
+    assert [step for step, _ in server_points(back, "loss/train")] == [10, 20, 30, 40]
+    back.close()
+
+
+def test_a_run_that_ends_early_says_what_is_not_stored_and_where_it_is(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket.error = lambda key: UnreachableError("no answer")
+    run = remote_run(tmp_path)
+    run.write_config("a: {}\n")
+    with caplog.at_level(logging.WARNING, logger="xrai"):
+        assert not run.flush(timeout_s=0.1)
+        run.close()
+        run.close()
+    said = [record.getMessage() for record in caplog.records if "are not stored at" in record.getMessage()]
+    assert len(said) == 1
+    assert f"config.yaml first); they are in {run.path}: start again" in said[0]
+    began = time.monotonic()
+    assert not run.flush(timeout_s=20)
+    assert time.monotonic() - began < 2, "nothing is waited for once it is closed"
+    assert RunFolder("s3://bucket/runs", "r1", work_dir=tmp_path / "work").exists(), "what is here counts"
 
 
 def test_files_are_added_to_a_finished_run_without_touching_what_it_holds(bucket: Bucket, tmp_path: Path) -> None:

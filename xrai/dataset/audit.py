@@ -50,7 +50,7 @@ def find_faults(store: Store, index: DatasetIndex, *, folder: Path) -> list[Faul
         faults.append(Fault("dataset.json", "its fingerprint is not that of the shards it lists"))
     listed = {shard.name for shards in index.splits.values() for shard in shards}
     stray = [entry.key for entry in store.list() if is_shard_name(entry.key) and entry.key not in listed]
-    faults += [Fault(key, "is a shard that dataset.json does not list") for key in stray]
+    faults += [Fault(key, "is a shard that dataset.json does not list: delete it") for key in stray]
     if MANIFEST_KEY in bad:
         return faults
     try:

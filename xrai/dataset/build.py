@@ -14,9 +14,10 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -256,8 +257,10 @@ class Builder:
             if shard.name in stored:
                 unusable += _set_aside(shard, stored[shard.name])
         rows = [row for shard in missing for row in shard.rows]
-        with progress("preprocess", total=len(rows), unit="images") as bar:
-            pictures = decode_rows(self._source, self._images, rows, num_workers=self._num_workers)
+        with (
+            progress("preprocess", total=len(rows), unit="images") as bar,
+            closing(decode_rows(self._source, self._images, rows, num_workers=self._num_workers)) as pictures,
+        ):
             for shard in missing:
                 part = self._make(shard, islice(pictures, len(shard.rows)), bar)
                 unusable += _set_aside(shard, part)
@@ -445,11 +448,13 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def decode_rows(source: Source, images: Images, rows: Sequence[Row], *, num_workers: int) -> Iterator[Decoded | str]:
+def decode_rows(
+    source: Source, images: Images, rows: Sequence[Row], *, num_workers: int
+) -> Generator[Decoded | str, None, None]:
     """The picture of each row in order, or the reason why it has none; with several processes if asked.
 
-    Holds a bounded number of pictures, whatever the number of rows. Raises `SourceError` when a file is no longer the
-    one that was hashed.
+    Holds a bounded number of pictures, whatever the number of rows. Who may stop before the last row closes it, which
+    ends the processes. Raises `SourceError` when a file is no longer the one that was hashed.
     """
     tasks = [rows[start : start + _IMAGES_A_TASK] for start in range(0, len(rows), _IMAGES_A_TASK)]
     num_workers = min(num_workers, len(tasks))

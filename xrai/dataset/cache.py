@@ -13,6 +13,7 @@ The least recently used shards go when the folder would grow beyond its limit, n
 import fcntl
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from xrai.store import Store
 
 _NUM_FETCHES = 3  # of one shard whose bytes arrive damaged, before the error that names it
 _POLL_S = 0.02
+_SETTLE_S = 10.0
 
 _logger = get_logger(__name__)
 
@@ -75,6 +77,14 @@ class ShardCache:
         self._store, self._index = store, index
         self._root, self._max_bytes, self._timeout_s = folder, max_bytes, timeout_s
         self._verified: set[tuple[str, int, int, int]] = set()
+        self._mapping = (os.getpid(), threading.Lock())  # one thread at a time is in HDF5, which has such a lock anyway
+
+    def settle(self) -> None:
+        """For the end of a process that leaves threads behind: see the one that is in HDF5 out, and let no other in.
+
+        Python stops such threads wherever they are. One that it stops in HDF5 leaves the end hanging, or crashing.
+        """
+        self._mapping_lock().acquire(timeout=_SETTLE_S)
 
     def open(self, info: ShardInfo) -> OpenShard:
         """One shard, its hash checked.
@@ -133,7 +143,8 @@ class ShardCache:
             started = time.monotonic()
             self._verify(file, path, info, in_cache=in_cache)
             verify_s = time.monotonic() - started
-            shard = open_shard(path)
+            with self._mapping_lock():
+                shard = open_shard(path)
             if _identity(path) != _identity_of(file):  # by another between the hash and the map
                 raise CorruptError(f"shard {path} was replaced while it was opened")
             size = self._index.image_size
@@ -145,6 +156,13 @@ class ShardCache:
         if not in_cache:
             file.close()
         return OpenShard(shard, verify_s=verify_s, _file=file)
+
+    def _mapping_lock(self) -> threading.Lock:
+        process, lock = self._mapping
+        if process != os.getpid():  # in a child after fork nobody would open it who held it in the parent
+            lock = threading.Lock()
+            self._mapping = (os.getpid(), lock)
+        return lock
 
     def _verify(self, file: BufferedReader, path: Path, info: ShardInfo, *, in_cache: bool) -> None:
         status = os.fstat(file.fileno())

@@ -54,13 +54,14 @@ def make_report(
     sheets: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
         path = Path(folder) / "sheet.png"
+        train = sorted((row for row in rows if row.split == "train" and row.shard is not None), key=_by_place)
 
         def keep(name: str, caption: str) -> None:
             files[REPORT_PREFIX + name] = path.read_bytes()
             sheets.append((caption, name))
 
         for label, class_name in enumerate(index.classes):
-            samples = [row for row in _in_first_shard(index, rows) if row.label == label][:_SAMPLES]
+            samples = [row for row in train if row.label == label][:_SAMPLES]  # of the first shard, if it has as many
             caption = f"Samples of train: {class_name}"
             pictures = _read_pictures(store, samples, Path(folder))
             draw_sheet(pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom)
@@ -167,9 +168,8 @@ def _write_near(near: Sequence[NearDuplicate]) -> bytes:
     return text.getvalue().encode()
 
 
-def _in_first_shard(index: DatasetIndex, rows: Sequence[Row]) -> list[Row]:
-    name = index.splits["train"][0].name
-    return sorted((row for row in rows if row.shard == name), key=lambda row: row.row or 0)
+def _by_place(row: Row) -> tuple[str, int]:
+    return row.shard or "", row.row or 0
 
 
 def _read_pictures(store: Store, rows: Sequence[Row], folder: Path) -> list[NDArray[np.uint8]]:

@@ -210,7 +210,7 @@ class Loader:
                 thread.join(timeout=_POLL_S / 10)  # not longer than take() looks away
             feed.close()
 
-        atexit.register(end)  # a daemon that Python kills inside h5py would keep h5py's lock, and the exit waits for it
+        atexit.register(end)
         thread.start()
         try:
             while (batch := self._next(ready, thread, feed)) is not None:
@@ -299,6 +299,7 @@ class _ShardFeed:
             threading.Thread(target=self._work, name=f"xrai-fetch-{k}", daemon=True)
             for k in range(min(num_threads, len(shards)))
         ]
+        atexit.register(self._settle)
         for thread in self._threads:
             thread.start()
 
@@ -331,6 +332,11 @@ class _ShardFeed:
             self._asked.put(None)
         for thread in self._threads:
             thread.join(timeout=_POLL_S)
+        if not any(thread.is_alive() for thread in self._threads):
+            atexit.unregister(self._settle)
+
+    def _settle(self) -> None:
+        self._cache.settle()
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:

@@ -113,7 +113,7 @@ def lay_out(paths: Iterable[str], *, source: str) -> Layout:
     top, *others = sorted(trees, key=lambda above: (above.count("/"), above))
     inside = {place.below for place in trees[top]}
     for above in others:
-        if not inside.issuperset(place.below for place in trees[above]):
+        if not above.startswith(top) or not inside.issuperset(place.below for place in trees[above]):
             raise SourceError(
                 f"{source} holds several trees of images, in {top or 'its top folder'!r} and {above!r}; "
                 f"give one of them as --source"

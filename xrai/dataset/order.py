@@ -59,7 +59,7 @@ def most_held(
     """
     window = min(window, len(shard_rows))
     inside = _num_inside(shard_rows, batch_size)
-    apart = window + _num_inside(shard_rows, batch_size * batches_apart) if batches_apart else 0
+    apart = window + _num_inside(shard_rows, batch_size * batches_apart + 1) if batches_apart else 0
     return min(len(shard_rows), apart + window + max(inside + window, num_ahead))
 
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
-from xrai.errors import ImageError, NotFoundError, SourceError
-from xrai.store import Store, open_store
+from xrai.errors import ImageError, NotFoundError, SourceError, StoreError
+from xrai.store import Store, check_key, open_store
 
 MAX_FILE_BYTES: Final = 1 << 30  # no X-ray is larger; a zip member that says so is a bomb
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
@@ -279,7 +279,15 @@ class StoreSource(Source):
         return f"{store.uri}/".startswith(f"{self._store.uri}/")
 
     def files(self) -> list[SourceFile]:
-        return [SourceFile(entry.key, entry.size_bytes) for entry in self._store.list()]
+        entries = list(self._store.list())
+        for entry in entries:
+            try:
+                check_key(entry.key)
+            except StoreError:
+                raise SourceError(
+                    f"{self.name} holds an object under the unsafe name {entry.key!r}; rename it"
+                ) from None
+        return sorted(SourceFile(entry.key, entry.size_bytes) for entry in entries)
 
     def read(self, path: str) -> bytes:
         try:

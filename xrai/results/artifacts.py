@@ -183,6 +183,19 @@ def to_json(value: Any) -> str:
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """CSV text with a header; what is missing, None or not finite is an empty field. See `safe_path` for names."""
+    buffer = io.StringIO(newline="")
+    plain = [{key: "" if value is None else value for key, value in _plain(row).items()} for row in rows]
+    # csv quotes a carriage return only where it ends lines, and readers take a bare one for the end of a line
+    has_return = any(isinstance(value, str) and "\r" in value for row in plain for value in row.values())
+    quoting: Any = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n", quoting=quoting)
+    writer.writeheader()
+    writer.writerows(plain)
+    return buffer.getvalue()
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -301,7 +314,7 @@ class RunFolder:
         The paths under `source` can not be taken for formulas: see `safe_path`.
         """
         safe = ({**row, "source": safe_path(str(row["source"]))} for row in rows)
-        return self.write_text(name, _to_csv(PREDICTION_COLUMNS, safe))
+        return self.write_text(name, to_csv(PREDICTION_COLUMNS, safe))
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of history.csv so far."""
@@ -316,7 +329,7 @@ class RunFolder:
         unknown = set(row) - set(HISTORY_COLUMNS)
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no columns of history.csv: {', '.join(HISTORY_COLUMNS)}")
-        self.write_text("history.csv", _to_csv(HISTORY_COLUMNS, [*self.history(), row]))
+        self.write_text("history.csv", to_csv(HISTORY_COLUMNS, [*self.history(), row]))
         self.add_scalars(int(row["step"]), {tag: row.get(column) for column, tag in TENSORBOARD_TAGS.items()})
         self.close_segment()
 
@@ -325,7 +338,7 @@ class RunFolder:
         rows = self.history()
         kept = [row for row in rows if row["epoch"] < epoch]
         if len(kept) < len(rows):
-            self.write_text("history.csv", _to_csv(HISTORY_COLUMNS, kept))
+            self.write_text("history.csv", to_csv(HISTORY_COLUMNS, kept))
 
     # TensorBoard -----------------------------------------------------------------------------------------------------
 
@@ -674,16 +687,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        plain = _plain(row)
-        writer.writerow({key: "" if value is None else value for key, value in plain.items()})
-    return buffer.getvalue()
 
 
 def _parse_history(lines: Iterable[str], *, where: str) -> list[dict[str, Any]]:

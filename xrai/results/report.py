@@ -101,7 +101,7 @@ def render_report(
     )
 
 
-_WIDE = ("plots/scores.png",)
+_WIDE = ("plots/scores.png", "plots/mistakes.png")
 _CURVES = {
     "curves/loss.png": ("Loss", "Training and validation loss by epoch."),
     "curves/accuracy.png": (
@@ -126,6 +126,10 @@ _PLOTS = {
     "plots/calibration.png": (
         "Calibration",
         "Does a score of 80 % mean pneumonia in 80 of 100? On the dotted line it does. Bars are 95 % Wilson intervals.",
+    ),
+    "plots/mistakes.png": (
+        "The worst mistakes",
+        "The images that it got most wrong, as the network sees them, each with its label, its score and its name.",
     ),
 }
 
