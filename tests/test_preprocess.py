@@ -310,6 +310,17 @@ def test_overwrite_replaces_it_as_if_nothing_had_been_there(run: Callable[..., D
     assert all_files(tmp_path / "one") == all_files(tmp_path / "two")
 
 
+def test_what_an_older_data_set_left_at_the_address_is_gone_when_the_new_one_is_whole(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    left = {"report/near-duplicates.csv": b"old", "train-00000-of-00099.h5": b"old", "unfinished-part-x": b"old"}
+    write_files(dataset, left)
+    index = make(run, source, dataset)
+    listed = {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+    assert set(all_files(dataset)) == listed | {"dataset.json"}
+
+
 def test_a_source_that_is_refused_does_not_cost_the_data_set_that_it_was_to_replace(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:

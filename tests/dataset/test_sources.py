@@ -273,5 +273,5 @@ def test_keys_in_a_bucket_that_leave_their_folder_are_refused(
 ) -> None:
     store = open_store(str(tmp_path))
     monkeypatch.setattr(type(store), "list", lambda self: iter([StoredObject(key, 1)]))
-    with pytest.raises(SourceError, match="unsafe name .*; rename it"):
+    with pytest.raises(SourceError, match=r"unsafe name .*; rename it"):
         StoreSource(store).files()
