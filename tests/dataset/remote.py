@@ -43,6 +43,10 @@ class RemoteFolder(FileStore):
         """Let the slow downloads go on."""
         self._gate.touch()
 
+    def close_gate(self) -> None:
+        """Let the slow downloads wait again."""
+        self._gate.unlink(missing_ok=True)
+
     def downloads(self) -> list[str]:
         """The keys of the downloads that have begun, in order."""
         return self.log.read_text().split() if self.log.exists() else []

@@ -206,19 +206,33 @@ def test_the_first_batch_needs_one_shard(tmp_path: Path):
     assert len(list(batches)) == 1
 
 
-def test_shards_are_fetched_ahead_of_their_use_and_several_at_once(tmp_path: Path):
+def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(tmp_path: Path):
     write_dataset(tmp_path / "data", {"train": [8] * 12})
+    seed = next(k for k in range(99) if plan_windows(12, seed=k, epoch=0, window=64, shuffle=True)[0] == (11,))
     store = RemoteFolder(tmp_path / "data", slow_key="train")
-    batches = make_loader(store, shuffle=True, threads=3, cache_dir=tmp_path / "cache").epoch(0)
+    batches = make_loader(store, shuffle=True, seed=seed, threads=3, cache_dir=tmp_path / "cache").epoch(0)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, batches)
         try:
-            wait_until(lambda: store.num_downloads() == 3)
+            wait_until(lambda: store.num_downloads() == 1)
             time.sleep(0.1)
-            assert store.num_downloads() == 3
+            assert store.downloads() == ["train-00011-of-00012.h5"]  # it has the network to itself
         finally:
             store.open_gate()
         assert len(first.result(timeout=10).rows) == 8
+    batches.close()
+
+    store = RemoteFolder(tmp_path / "data", slow_key="train-0000")
+    store.log.unlink()
+    store.close_gate()
+    batches = make_loader(store, shuffle=True, seed=seed, threads=3, cache_dir=tmp_path / "other").epoch(0)
+    next(batches)
+    try:
+        wait_until(lambda: store.num_downloads("train-0000") == 3)
+        time.sleep(0.1)
+        assert store.num_downloads("train-0000") == 3
+    finally:
+        store.open_gate()
     assert len(list(batches)) == 11
     assert store.num_downloads() == 12
 
@@ -462,6 +476,25 @@ def test_a_flipped_byte_in_the_index_is_refused(spoiled: Path, place: int):
     flip_byte(spoiled / "dataset.json", place)
     with pytest.raises(CorruptError, match=f"{spoiled}/dataset.json is"):
         make_loader(spoiled)
+
+
+@pytest.mark.parametrize(("num_bad", "num_reads"), [(2, 3), (9, 3)])
+def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(folder: Path, num_bad: int, num_reads: int):
+    reads = 0
+
+    class Noisy(RemoteFolder):
+        def read(self, key: str) -> bytes:
+            nonlocal reads
+            reads += 1
+            data = super().read(key)
+            return data[:-9] if reads <= num_bad else data
+
+    if num_bad < num_reads:
+        assert make_loader(Noisy(folder)).num_images == NUM
+    else:
+        with pytest.raises(CorruptError, match=f"{folder}/dataset.json is"):
+            make_loader(Noisy(folder))
+    assert reads == num_reads
 
 
 def test_no_index_is_no_data_set(spoiled: Path):

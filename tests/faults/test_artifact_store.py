@@ -203,7 +203,7 @@ def test_tensorboard_shows_a_run_in_a_folder_with_its_pictures_curves_and_hyperp
 def test_a_run_killed_within_an_epoch_goes_on_from_the_bucket_on_another_machine_bit_for_bit(
     dataset: Path, tmp_path: Path, s3_bucket: str
 ) -> None:
-    options = ("--train.epochs=4", "--train.global_batch_size=2", "--checkpoint.every=5")
+    options = ("--train.epochs=3", "--train.global_batch_size=4", "--checkpoint.every=4")
     artifacts = f"s3://{s3_bucket}/runs"
     store = open_store(f"{artifacts}/r")
     with TensorBoard(artifacts, tmp_path) as tensorboard:
@@ -215,7 +215,7 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_bucket_on_another_machine
             )
             first.process.send_signal(signal.SIGSTOP)
             rows = history(store)
-            assert 1 <= len(rows) < 4 and store.size("summary.json") is None, "it is in the middle of its work"
+            assert 1 <= len(rows) < 3 and store.size("summary.json") is None, "it is in the middle of its work"
             shown = wait_for(lambda: tensorboard.steps("loss/train"), "points in TensorBoard while the run goes on")
             assert shown[: len(rows)] == [int(row["step"]) for row in rows][: len(shown)]
             first.stopped()  # kill -9
@@ -224,7 +224,7 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_bucket_on_another_machine
         resumed = re.search(r"going on after step (\d+)", second.text())
         assert resumed and int(resumed[1]) % epoch_steps, "it went on from the middle of an epoch"
         rows = history(store)
-        assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+        assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
         summary = check_whole(store)
         check_tensorboard(tensorboard, rows, summary)  # the server that saw the first machine's events, too
     with TensorBoard(artifacts, tmp_path) as tensorboard:

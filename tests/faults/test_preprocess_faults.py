@@ -96,10 +96,12 @@ def wait(child: int, *, timeout_s: float = 60) -> int:
 
 
 class Steps:
-    """Counts what the command does to source and destination, and calls `act` at one of these steps."""
+    """Counts what the command does to source and destination, or one kind of it, and calls `act` at one such step."""
 
-    def __init__(self, *, at: int = -1, act: Callable[[], object] = lambda: None, log: Path | None = None) -> None:
-        self._at, self._act, self._log, self._count = at, act, log, 0
+    def __init__(
+        self, *, at: int = -1, only: str = "", act: Callable[[], object] = lambda: None, log: Path | None = None
+    ) -> None:
+        self._at, self._only, self._act, self._log, self._count = at, only, act, log, 0
 
     def watch(self) -> None:
         for owner, name in (
@@ -114,9 +116,10 @@ class Steps:
                 with self._log.open("a") as file:
                     key = next((argument for argument in args if isinstance(argument, str)), "")
                     file.write(f"{name} {key}\n")
-            if self._count == self._at:
-                self._act()
-            self._count += 1
+            if self._only in name:
+                if self._count == self._at:
+                    self._act()
+                self._count += 1
             return function(*args, **kwargs)
 
         return wrapped
@@ -181,7 +184,7 @@ def test_killed_while_it_removes_what_it_overwrites_it_still_ends_in_the_same_by
     dataset = tmp_path / "dataset"
     assert wait(start(source, dataset, "--shards.rows=3")) == 0
     assert len(list(dataset.glob("*.h5"))) > 15
-    assert wait(start(source, dataset, "--overwrite", before=Steps(at=7, act=die).watch)) == KILLED
+    assert wait(start(source, dataset, "--overwrite", before=Steps(at=7, only="delete", act=die).watch)) == KILLED
     assert not (dataset / "dataset.json").exists()
     assert len(list(dataset.glob("*.h5"))) > 5
     assert wait(start(source, dataset, *more)) == 0

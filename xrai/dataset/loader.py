@@ -255,7 +255,9 @@ class Loader:
             first = step * self.batch_size
             last = min(first + self.batch_size, self.num_images)
             windows = order.windows_of(first, last)
-            if windows != held:
+            if step == start:  # nothing ahead of its turn: the first batch has the network to itself
+                feed.hold([shard for window in windows for shard in order.windows[window]])
+            elif windows != held:
                 held = windows
                 feed.hold(shards_to_hold(order.windows, windows, num_ahead=self._threads))
             all_rows = order.rows(first, last)
