@@ -25,20 +25,25 @@ def start_ranks(
     environment: dict[str, str] | None = None,
     more: dict[int, list[str]] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """One process a rank, each `python ARGUMENTS`, wired as by torchrun; `more` are single ranks' own."""
+    """One process a rank, each `python ARGUMENTS`, wired as torchrun wires its workers.
+
+    In values of `environment` `{rank}` stands for the rank; `more` are arguments of single ranks.
+    """
     port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments, *(more or {}).get(rank, [])],
-            env={
-                **os.environ, **{name: value.replace("{rank}", str(rank)) for name, value in (environment or {}).items()}, "RANK": str(rank), "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+    processes = []
+    for rank in range(world_size):
+        own = {name: value.replace("{rank}", str(rank)) for name, value in (environment or {}).items()}
+        wiring = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port),
+            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *arguments, *(more or {}).get(rank, [])], env={**os.environ, **own, **wiring},
+                cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    return processes
 
 
 def finish_ranks(processes: list[subprocess.Popen[str]], *, timeout_s: float = 120) -> list[tuple[int, str, str]]:

@@ -2,7 +2,7 @@
 
 The one home of torch.distributed. Without torchrun a job is one rank and nothing is said. Two process groups serve two
 purposes: gradients travel by the device's own backend (nccl or gloo), decisions and small objects always by gloo on the
-CPU, so that a decision never waits for the device.
+CPU, so that a decision never waits for the device. The CUDA and nccl paths have not been run yet.
 """
 
 import gc

@@ -151,8 +151,11 @@ def make_summary(
 
 def format_result_lines(summary: Mapping[str, Any], folder: str | Path) -> list[str]:
     """The last lines of a training: the results with their 95 % intervals and counts, and where the pictures are."""
+    validation = summary.get("validation", {}) if summary["split"] != "val" else {}
+    values = [f"{_title(name)} {format_value(name, value)}" for name, value in validation.items()]
     return [
         *_format_main_results(summary, is_phantom=summary["is_phantom"]),
+        *([f"validation  {', '.join(values)}"] if values else []),
         f"pictures    {folder}/curves/loss.png  {folder}/curves/accuracy.png  {folder}/plots/",
         f"report      {folder}/report.html",
     ]
@@ -629,6 +632,10 @@ def _main_results(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _title(name: str) -> str:
+    return "AUROC" if name == "auroc" else name
+
+
 def _format_main_results(results: Mapping[str, Any], *, is_phantom: bool) -> list[str]:
     tp, fp, tn, fn = (results["counts"][key] for key in ("tp", "fp", "tn", "fn"))
     details = {
@@ -643,10 +650,8 @@ def _format_main_results(results: Mapping[str, Any], *, is_phantom: bool) -> lis
     ]
     for name, detail in details.items():
         interval = format_interval(name, *results["intervals"][name])
-        title = "AUROC" if name == "auroc" else name
-        lines.append(
-            f"{title:<12}{format_value(name, results[name]):>7}  {f'({interval})' if interval else '':<16}  {detail}"
-        )
+        number, shown = format_value(name, results[name]), f"({interval})" if interval else ""
+        lines.append(f"{_title(name):<12}{number:>7}  {shown:<16}  {detail}")
     return lines
 
 
