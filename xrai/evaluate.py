@@ -50,6 +50,7 @@ def main() -> None:
     is_phantom = all(Path(source).name.startswith("phantom-") for source in loader.source)
     try:
         run.attach()
+        run.write_text(f"{folder_name}/config.yaml", config.to_yaml())
         metrics = record_scores(
             run,
             split=flags["split"],
