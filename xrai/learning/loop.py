@@ -37,7 +37,7 @@ class TrainLoader(Loader, Protocol):
     """A loader of the training split that can say where its time went."""
 
     def timings(self) -> dict[str, float]:
-        """Seconds spent since the last call, by stage."""
+        """Seconds of the current epoch, by stage."""
 
 
 @dataclass
@@ -119,8 +119,7 @@ def fit(
     if resumed is not None:
         done = _restore(resumed, model, average, optimizer, precision, ranks=ranks)
     wrapped = ranks.wrap(model)
-    if config.train.compile:
-        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    network = torch.compile(wrapped) if config.train.compile else wrapped
     num_steps = config.train.epochs * train.num_batches
     log_odds = config.optim.logit_adjustment * math.log(class_counts[1] / class_counts[0])
     weights = optim.class_weights(class_counts, config.optim.class_weighting)
@@ -168,7 +167,7 @@ def fit(
                     ).contiguous(memory_format=torch.channels_last)
                     with ranks.synchronized(wrapped, last=number == len(parts) - 1):
                         with precision.autocast():
-                            part_logits = wrapped(images)  # (b,)
+                            part_logits = network(images)  # (b,)
                         part_losses = optim.image_losses(
                             part_logits.to(precision.losses), targets,
                             log_odds=log_odds, smoothing=config.optim.label_smoothing, weights=weights,
