@@ -184,12 +184,10 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield Ranks(rank, world_size, local_rank, local_world_size, device, control, store)
     except BaseException as error:
-        # What the failed frames hold (DistributedDataParallel above all) must go before the process group does, or the
-        # process now and then aborts at its exit: 4 of 70 times with torch 2.13.0.
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
+        traceback.clear_frames(error.__traceback__)  # they hold the model, see below
         raise
     finally:
+        gc.collect()  # DistributedDataParallel is full of cycles, and must go before the process group does
         dist.destroy_process_group()
 
 
