@@ -113,7 +113,7 @@ def run_command(command: Callable[[], None]) -> None:
         status = 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A rank leaves at once: in the interpreter's own end the threads of torch's process groups abort now and then
-        # (torch 2.13.0, about one run of 40), and torchrun takes that for a failure. All files are closed by now.
+        # (seen with torch 2.13.0), and torchrun takes that for a failure. All files are closed by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
