@@ -1,9 +1,11 @@
 import hashlib
+import io
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import h5py
@@ -12,6 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.dataset.pictures import (
+    PATIENT_ID,
+    PATIENT_NAME,
+    dicom_file,
     draw_no_plots,
     encoded,
     gradient,
@@ -21,8 +26,9 @@ from tests.dataset.pictures import (
     write_files,
     write_zip,
 )
-from xrai import preprocess
+from xrai import preprocess, verify
 from xrai.dataset.manifest import Row, read_manifest
+from xrai.dataset.phantom import make_phantoms
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
 from xrai.dataset.sources import FolderSource
 from xrai.errors import run_command
@@ -139,6 +145,18 @@ def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_pat
     train = np.concatenate(pixels).astype(np.float64)
     assert index.pixel_mean == pytest.approx(train.mean(), rel=1e-12)
     assert index.pixel_std == pytest.approx(train.std(), rel=1e-9)
+
+
+def test_the_shards_say_how_large_each_source_picture_was(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = source_files()
+    source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
+    index = make(run, source, dataset)
+    for shards in index.splits.values():
+        for info in shards:
+            shard = open_shard(dataset / info.name)
+            for path, width, height in zip(shard.source, shard.width, shard.height, strict=True):
+                with Image.open(io.BytesIO(files[path])) as picture:
+                    assert (width, height) == picture.size
 
 
 def test_plain_h5py_reads_what_was_written(run: Callable[..., Done], tmp_path: Path) -> None:
@@ -276,6 +294,202 @@ def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(run: Callable[..
         assert np.abs(images[path].astype(int) - plain).max() <= (4 if path.endswith("jpeg") else 1), path
 
 
+# ---------------------------------------------------------------------------------------------------------------- DICOM
+
+
+def dicom_source(num_patients: int = 24) -> dict[str, bytes]:
+    """DICOM files under every kind of name, two of each patient, who is known by the header alone."""
+    files = {}
+    for patient, image in itertools.product(range(num_patients), range(2)):
+        samples = gradient(40 + patient, 36, seed=2 * patient + image).astype("<u2") * 16
+        name = f"{image}/{patient}{('', '.dcm', '.dicom')[patient % 3]}"
+        files[f"{'PNEUMONIA' if patient % 2 else 'NORMAL'}/{name}"] = dicom_file(
+            samples, BitsStored=12, PatientID=f"{PATIENT_ID} {patient}"
+        )
+    return files
+
+
+def test_a_folder_of_dicom_files_becomes_a_data_set_that_names_no_patient(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, dataset = write_files(tmp_path / "films", dicom_source()), tmp_path / "dataset"
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, workers=2)
+    assert done.status == 0, done.err
+    index = read_index(open_store(str(dataset)))
+    assert index.counts.num_written == 48
+    splits: dict[str, set[str]] = {}
+    for row in rows_of(dataset):
+        patient = row.path.rpartition("/")[2].partition(".")[0]
+        splits.setdefault(patient, set()).add(row.split)
+        assert row.patient.startswith("dicom:")
+    assert {len(found) for found in splits.values()} == {1}  # both images of a patient are in one split
+    assert set.union(*splits.values()) == {"train", "val", "test"}
+    for info in index.splits["train"]:
+        shard = open_shard(dataset / info.name)
+        for path, width, height in zip(shard.source, shard.width, shard.height, strict=True):
+            assert (width, height) == (40 + int(path.rpartition("/")[2].partition(".")[0]), 36)
+    secrets = [word.encode() for word in (*PATIENT_NAME.split("^"), PATIENT_ID)]
+    written = [path.read_bytes() for path in dataset.rglob("*") if path.is_file()]
+    for secret in secrets:
+        assert not any(secret in data for data in [*written, done.out.encode(), done.err.encode()])
+
+
+def test_dicom_and_png_of_the_same_phantoms_become_the_same_data_set(run: Callable[..., Done], tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
+    images = {}
+    for image_format in ("dicom", "png"):
+        make_phantoms(tmp_path / image_format, num_images=40, seed=5, image_format=image_format, workers=1)
+        make(run, tmp_path / image_format, tmp_path / f"{image_format}-set")
+        for row in rows_of(tmp_path / f"{image_format}-set"):
+            assert row.shard is not None
+            name = row.path.rpartition(".")[0]
+            pixels = open_shard(tmp_path / f"{image_format}-set" / row.shard).images[row.row]
+            images.setdefault(name, []).append((row.split, row.patient, row.subtype, pixels.astype(int)))
+    assert len(images) == 40
+    for one, other in images.values():
+        assert one[:3] == other[:3]
+        assert np.abs(one[3] - other[3]).max() <= 1
+
+
+def test_damaged_dicom_files_are_set_aside_with_their_reasons(run: Callable[..., Done], tmp_path: Path) -> None:
+    files = {f"train/{path}": data for path, data in dicom_source().items()}
+    whole = dicom_file(gradient(40, 40))
+    bad = {
+        "train/NORMAL/cut": whole[:-200],
+        "train/NORMAL/frames.dcm": dicom_file(gradient(40, 40), NumberOfFrames=3),
+        "train/NORMAL/side.dcm": dicom_file(gradient(40, 40), PatientOrientation=["A", "F"]),
+        "train/NORMAL/header.dcm": whole[:150],
+    }
+    index = make(
+        run, write_files(tmp_path / "films", {**files, **bad}), tmp_path / "dataset", "--images.max_set_aside=0.2"
+    )
+    assert index.counts.num_set_aside == len(bad)
+    reasons = {row.path: row.reason for row in rows_of(tmp_path / "dataset") if row.reason}
+    assert set(reasons) == set(bad)
+    assert all(reason.startswith("is DICOM") for reason in reasons.values())
+
+
+def test_without_pydicom_a_dicom_source_is_refused_with_what_to_install_and_nothing_is_written(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_files(tmp_path / "films", dicom_source(4))
+    monkeypatch.setitem(sys.modules, "pydicom.errors", None)
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    refused(done, "pip install 'xrai[dicom]'")
+    assert not (tmp_path / "dataset").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def labelled(folder: Path) -> tuple[Path, list[str]]:
+    """A source without any order, and the rows of its table: val is given, patients have two images."""
+    files = {f"films/{k:02d}.png": picture_file(k) for k in range(40)} | {"films/readme.txt": b"no film"}
+    splits = {0: "val", 1: "val", 2: "test", 3: "test"}
+    rows = [
+        f"films/{k:02d}.png,{('normal', 'PNEUMONIA')[k // 2 % 2]},Ann {k // 2},{splits.get(k // 2, 'train')}"
+        for k in range(40)
+    ]
+    return write_files(folder, files), rows
+
+
+def table(path: Path, rows: Sequence[str]) -> str:
+    path.write_text("\n".join(["path,label,patient,split", *rows]) + "\n")
+    return f"--labels={path}"
+
+
+NO_VAL_LIMIT = "--splits.min_val_images=1"
+
+
+def test_a_table_of_labels_stands_in_for_class_folders(run: Callable[..., Done], tmp_path: Path) -> None:
+    source, rows = labelled(tmp_path / "chest")
+    index = make(run, source, tmp_path / "dataset", table(tmp_path / "t.csv", rows), NO_VAL_LIMIT)
+    assert index.carved == ()
+    assert {split: index.num_images(split) for split in index.splits} == {"train": 32, "val": 4, "test": 4}
+    assert index.counts.num_not_data == 1
+    found = {row.path: row for row in rows_of(tmp_path / "dataset")}
+    for line in rows:
+        path, label, _, split = line.split(",")
+        assert (found[path].label, found[path].split) == (("NORMAL", "PNEUMONIA").index(label.upper()), split)
+    assert len({row.patient for row in found.values()}) == 20
+    assert not any(b"Ann" in path.read_bytes() for path in (tmp_path / "dataset").rglob("*") if path.is_file())
+
+
+def test_the_objects_are_the_same_for_any_order_of_the_table_and_any_partition(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, rows = labelled(tmp_path / "chest")
+    make(run, source, tmp_path / "one", table(tmp_path / "t.csv", rows), NO_VAL_LIMIT)
+    labels = table(tmp_path / "u.csv", rows[::-1])
+    for number in (1, 0):
+        flags = [f"--source={source}", f"--dataset={tmp_path / 'two'}", labels, f"--partition={number}/2", NO_VAL_LIMIT]
+        done = run(*flags, *SMALL)
+        assert done.status == 0, done.err
+    one, two = all_files(tmp_path / "one"), all_files(tmp_path / "two")
+    assert one == two
+
+
+@pytest.mark.parametrize("moment", ["begun", "finished"])
+def test_another_table_is_another_data_set(run: Callable[..., Done], tmp_path: Path, moment: str) -> None:
+    source, rows = labelled(tmp_path / "chest")
+    labels = table(tmp_path / "t.csv", rows)
+    flags = [f"--source={source}", f"--dataset={tmp_path / 'dataset'}", NO_VAL_LIMIT, *SMALL]
+    done = run(*flags, labels, "--partition=0/2") if moment == "begun" else run(*flags, labels)
+    assert done.status == 0, done.err
+    before = all_files(tmp_path / "dataset")
+    assert ("dataset.json" in before) == (moment == "finished")
+    table(tmp_path / "t.csv", [*rows[:-2], *(row.replace("PNEUMONIA", "NORMAL") for row in rows[-2:])])
+    refused(run(*flags, labels), "another source" if moment == "begun" else "other images or labels")
+    refused(run(*flags), "holds no images laid out as")
+    assert all_files(tmp_path / "dataset") == before
+    table(tmp_path / "t.csv", rows)
+    assert run(*flags, labels).status == 0
+    assert run(*flags, labels, "--partition=1/2").status == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: [*rows, "films/99.png,NORMAL,Bob,train"], "line 42: there is no file 'films/99.png' in chest"),
+        (lambda rows: [rows[0].replace("normal", "healthy"), *rows[1:]], "line 2: unknown label 'healthy'"),
+        (lambda rows: [rows[0].replace("val", "train"), *rows[1:]], "a patient in val who is in train in line 2"),
+        (lambda rows: [*rows, rows[3]], "line 42: path 'films/03.png' stands in line 5, too"),
+        (lambda rows: rows[::4], "has no usable PNEUMONIA images"),
+    ],
+)  # fmt: skip
+def test_a_table_that_does_not_fit_is_refused_by_its_lines_and_nothing_is_written(
+    run: Callable[..., Done], tmp_path: Path, change: Callable[[list[str]], list[str]], words: str
+) -> None:
+    source, rows = labelled(tmp_path / "chest")
+    labels = table(tmp_path / "t.csv", change(rows))
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", labels, *SMALL)
+    refused(done, words)
+    assert "Ann" not in done.err
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_data_set_of_a_table_is_verified_and_repaired_with_it(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, rows = labelled(tmp_path / "chest")
+    labels = table(tmp_path / "t.csv", rows)
+    make(run, source, tmp_path / "dataset", labels, NO_VAL_LIMIT)
+    whole = all_files(tmp_path / "dataset")
+    damaged = next((tmp_path / "dataset").glob("val-*.h5"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+
+    def check(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["verify", f"--dataset={tmp_path / 'dataset'}", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(verify.main)
+        return int(exit_.value.code or 0)
+
+    assert check() == 1
+    assert check("--repair", f"--source={source}", labels) == 0
+    assert check() == 0
+    assert all_files(tmp_path / "dataset") == whole
+
+
 # ------------------------------------------------------------------------------------------------------------ once more
 
 
@@ -349,8 +563,8 @@ BAD = {
     "truncated.jpeg": (picture_file(2, image_format="JPEG")[:400], "is cut short or damaged"),
     "zero.png": (b"", "is empty (0 bytes)"),
     "huge.png": (huge_png(100_000, 100_000), "declares 100000 x 100000 pixels, more than images.max_pixels"),
-    "notes.txt": (b"not an image", "is not a JPEG or PNG file"),
-    "page.jpeg": (b"<html>404</html>", "is not a JPEG or PNG file"),
+    "notes.txt": (b"not an image", "is not a JPEG, PNG or DICOM file"),
+    "page.jpeg": (b"<html>404</html>", "is not a JPEG, PNG or DICOM file"),
 }
 
 

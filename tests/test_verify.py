@@ -269,8 +269,13 @@ def test_repair_that_can_not_give_the_same_bytes_stores_nothing(
 
     flip(next(dataset.glob("train-00000*")), 5000)
     before = contents(dataset)
-    decode = build.decode
-    monkeypatch.setattr(build, "decode", lambda *args, **kwargs: decode(*args, **kwargs) // 2)  # another Pillow, say
+    decode = build.decode_sized
+
+    def other_decode(*args: Any, **kwargs: Any) -> Any:  # another Pillow, say
+        pixels, sides = decode(*args, **kwargs)
+        return pixels // 2, sides
+
+    monkeypatch.setattr(build, "decode_sized", other_decode)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     status, _, err = check("--repair", f"--source={made[0]}")
     assert status == 1

@@ -1,5 +1,7 @@
 """Turn raw chest X-rays into a data set: `python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://… --dataset URI`.
 
+JPEG, PNG and DICOM files. What each shows is said by its folder, or by the table that `--labels FILE.csv` names.
+
 It lists, hashes, plans, decodes with all cores, stores HDF5 shards, and commits with dataset.json. Started again after
 a kill it goes on; started again on a finished data set of the same plan it says so and does nothing. A large job is
 shared out by `--partition I/N`, one process a partition, on as many machines as one likes, at once or one after the
@@ -20,6 +22,7 @@ from xrai import config as configuration
 from xrai.config import Config, Flag
 from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source
 from xrai.dataset.card import REPORT_KEYS, make_report
+from xrai.dataset.labels import read_labels
 from xrai.dataset.manifest import Row
 from xrai.dataset.plan import Listing, list_source, make_plan, shaping_config
 from xrai.dataset.shards import (
@@ -37,6 +40,7 @@ from xrai.store import Store, open_store
 
 FLAGS = (
     Flag("source", "data/chest_xray", "raw images: a folder, .zip, MedMNIST .npz or s3://bucket/prefix", "XRAI_SOURCE"),
+    Flag("labels", "", "CSV file: path, label, and patient, split where known; empty: class folders", "XRAI_LABELS"),
     Flag("dataset", "data/dataset", "where the data set goes: a folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag("workers", 0, "processes that decode; 0: one a core", type=int),
     Flag("partition", "0/1", "the share that this process makes, I/N with I from 0 to N-1", "XRAI_PARTITION"),
@@ -68,7 +72,7 @@ def main() -> None:
         )
     if flags["overwrite"] and num_partitions > 1:
         raise ConfigError("--overwrite and --partition exclude each other: each would discard what the others made")
-    listing = list_source(source)
+    listing = list_source(source, read_labels(flags["labels"]) if flags["labels"] else None)
     if flags["overwrite"]:
         if store.size(INDEX_KEY) is not None:  # a source that will be refused must not cost the data set that is there
             make_plan(listing, hash_source(source, listing, None), config)
@@ -153,7 +157,9 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
                 raise DatasetError(f"{store.uri} holds a data set of {section}.{key} = {there}, not {value}: {advice}")
     plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
-        raise DatasetError(f"{store.uri} holds a data set of other images than {source.name} holds: {advice}")
+        raise DatasetError(
+            f"{store.uri} holds a data set of other images or labels than those of {source.name}: {advice}"
+        )
     remove_leftovers(store, index)  # what a kill between the commit and its last step may have left
     _logger.info("the data set is there already, from the same images and config: nothing to do")
     print("\n".join(describe(index, store)), flush=True)

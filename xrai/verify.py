@@ -1,4 +1,4 @@
-"""Re-check a data set: `python -m xrai.verify --dataset URI [--repair --source S]`.
+"""Re-check a data set: `python -m xrai.verify --dataset URI [--repair --source S [--labels FILE.csv]]`.
 
 Every hash, count and split rule and the fingerprint. Exit 0 when all hold, 1 when something does not: one line an
 object says what. `--repair` writes what is damaged anew, bit for bit, from the source the data set was made of.
@@ -14,6 +14,7 @@ from xrai.config import Flag
 from xrai.dataset.audit import Fault, find_faults
 from xrai.dataset.build import UNFINISHED, NearDuplicate, hash_source
 from xrai.dataset.card import make_report
+from xrai.dataset.labels import read_labels
 from xrai.dataset.manifest import Row
 from xrai.dataset.plan import list_source, make_plan
 from xrai.dataset.repair import repair
@@ -27,6 +28,7 @@ FLAGS = (
     Flag("dataset", "data/dataset", "the data set to check: a folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag("repair", False, "write damaged objects anew from --source", type=bool),
     Flag("source", "data/chest_xray", "the raw images that the data set was made of, for --repair", "XRAI_SOURCE"),
+    Flag("labels", "", "the CSV file of labels, where the data set was made with one, for --repair", "XRAI_LABELS"),
 )
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     index = read_index(store)
     faults = verify(store, index)
     if faults and flags["repair"]:
-        repair_from(store, index, faults, source_uri=flags["source"])
+        repair_from(store, index, faults, source_uri=flags["source"], labels_uri=flags["labels"])
         faults = verify(store, index)
     if faults:
         number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -58,11 +60,13 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
     return faults
 
 
-def repair_from(store: Store, index: DatasetIndex, faults: Sequence[Fault], *, source_uri: str) -> None:
+def repair_from(
+    store: Store, index: DatasetIndex, faults: Sequence[Fault], *, source_uri: str, labels_uri: str = ""
+) -> None:
     """Write the objects of these faults anew. The config is the one that the data set states."""
     config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
     source = open_source(source_uri)
-    listing = list_source(source)
+    listing = list_source(source, read_labels(labels_uri) if labels_uri else None)
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
     def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:

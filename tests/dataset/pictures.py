@@ -91,3 +91,33 @@ def draw_no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(plots, "draw_sheet", draw)
     monkeypatch.setattr(plots, "draw_class_counts", draw)
+
+
+def dicom_file(samples: NDArray[np.integer], *, leave_out: tuple[str, ...] = (), **tags: object) -> bytes:
+    """A DICOM file of samples (H, W) or (H, W, 3) as they stand; `tags` are set after those that the samples need."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    bits = 8 * samples.itemsize
+    values = {
+        "SOPClassUID": dataset.file_meta.MediaStorageSOPClassUID, "SOPInstanceUID": "1.2.3", "Modality": "DX",
+        "PatientID": PATIENT_ID, "PatientName": PATIENT_NAME, "ImageComments": PATIENT_NAME,
+        "Rows": samples.shape[0], "Columns": samples.shape[1], "SamplesPerPixel": 1 if samples.ndim == 2 else 3,
+        "PhotometricInterpretation": "MONOCHROME2" if samples.ndim == 2 else "RGB", "PlanarConfiguration": 0,
+        "BitsAllocated": bits, "BitsStored": bits, "HighBit": int(tags.get("BitsStored", bits)) - 1,
+        "PixelRepresentation": int(np.issubdtype(samples.dtype, np.signedinteger)),
+        "PixelData": np.ascontiguousarray(samples).tobytes() + b"\0" * (samples.nbytes % 2), **tags,
+    }  # fmt: skip
+    for name, value in values.items():
+        if name not in leave_out:
+            setattr(dataset, name, value)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+PATIENT_NAME = "Zanzibar^Quentin"  # of no person; to be found nowhere but in the file
+PATIENT_ID = "QZ-4711-X"

@@ -63,6 +63,8 @@ def _write_split(folder: Path, split: str, rows: Sequence[int], seed: int, size:
             patient=[f"IM/{place}" for place in places],
             subtype=["bacterial" if place % 2 else "" for place in places],
             sha256=[hashlib.sha256(f"{seed}/{place}".encode()).hexdigest() for place in places],
+            width=(1000 + places).tolist(),
+            height=(800 + places).tolist(),
         )
         data = (folder / name).read_bytes()
         num_odd = int((places % 2).sum())

@@ -69,7 +69,7 @@ def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(job: 
     for row, picture in zip(rows, found, strict=True):
         again = next(iter(decode_rows(job.source, CONFIG.images, [row], num_workers=1)))
         if isinstance(picture, str):
-            assert picture == again == "is not a JPEG or PNG file"
+            assert picture == again == "is not a JPEG, PNG or DICOM file"
             assert row.path.endswith("bad.png")
             continue
         assert isinstance(again, Decoded)

@@ -57,8 +57,8 @@ def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
     assert "8 x 8 grey levels of 8 bits, fitted by `crop`; mean of train 100.0, standard deviation 50.0" in text
     assert "| train | 2 | 1 | 2 | 2 | the source |" in text
     assert "| val | 1 | 1 | 2 | 1 | carved from train, by patient |" in text
-    assert "Kinds of pneumonia that file names state: 2 viral." in text
-    assert "Patients are known by file name for 2 of 5 images" in text
+    assert "Kinds of pneumonia that file names or labels state: 2 viral." in text
+    assert "Patients are known for 2 of 5 images, by file name, labels or DICOM header" in text
     assert "Note: a note." in text and "![Samples](s.png)" in text
     assert "| train/NORMAL/bad.png | is empty \\(0 bytes\\) |" in text
 
@@ -124,6 +124,7 @@ def stored(folder: Path, rows: list[Row]) -> Store:
             folder / shard_name(split, 0, 1), images=images, labels=np.array([found.label for found in here], np.uint8),
             source=[found.path for found in here], patient=[found.patient for found in here],
             subtype=[found.subtype for found in here], sha256=[found.sha256 for found in here],
+            width=[8] * len(here), height=[8] * len(here),
         )  # fmt: skip
     return open_store(str(folder))
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.dataset.pictures import encoded, gradient, huge_png
 from xrai.dataset import images
-from xrai.dataset.images import REDUCED_TOLERANCE, decode
+from xrai.dataset.images import REDUCED_TOLERANCE, decode, decode_sized
 from xrai.dataset.phantom import draw_film, encode, plan
 from xrai.errors import ImageError
 
@@ -151,6 +151,19 @@ def test_a_picture_is_turned_upright_by_its_exif_orientation(orientation: int, i
         assert np.abs(square.astype(int) - expected.astype(int)).max() <= (8 if image_format == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_source_picture_is_that_of_the_upright_one_however_it_is_decoded(orientation: int) -> None:
+    stored = gradient(640, 401) if orientation < 5 else gradient(401, 640)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for data in (encoded(stored, "JPEG", exif=exif), encoded(stored, exif=exif)):
+        for fit in FITS:
+            square, size = decode_sized(data, size=16, fit=fit, max_pixels=10**6)
+            assert size == (640, 401)
+            np.testing.assert_array_equal(square, decode(data, size=16, fit=fit, max_pixels=10**6))
+    assert decode_sized(stored, size=16, fit="crop", max_pixels=10**6)[1] == stored.shape[::-1]
+
+
 def test_an_orientation_that_does_not_exist_is_no_reason_to_turn() -> None:
     exif = Image.Exif()
     exif[0x0112] = 77
@@ -215,9 +228,9 @@ def test_reduced_decoding_of_the_published_films_stays_within_the_stated_toleran
 
 BAD = {
     "zero-byte": (b"", "is empty (0 bytes)"),
-    "text": (b"patient notes", "is not a JPEG or PNG file"),
-    "gif": (encoded(gradient(9, 9), "GIF"), "is not a JPEG or PNG file"),
-    "tiff": (encoded(gradient(9, 9), "TIFF"), "is not a JPEG or PNG file"),
+    "text": (b"patient notes", "is not a JPEG, PNG or DICOM file"),
+    "gif": (encoded(gradient(9, 9), "GIF"), "is not a JPEG, PNG or DICOM file"),
+    "tiff": (encoded(gradient(9, 9), "TIFF"), "is not a JPEG, PNG or DICOM file"),
     "jpeg signature alone": (b"\xff\xd8\xff", "is cut short or damaged"),
     "png signature alone": (b"\x89PNG\r\n\x1a\n", "is cut short or damaged"),
     "jpeg cut in half": (encoded(gradient(200, 200), "JPEG")[:1000], "is cut short or damaged"),

@@ -191,6 +191,9 @@ def test_columns_belong_to_the_rows(folder: Path):
     assert loader.source.tolist() == [f"train/{row}.png" for row in range(NUM)]
     assert loader.patient.tolist() == [f"IM/{row}" for row in range(NUM)]
     assert loader.subtype.tolist() == ["bacterial" if row % 2 else "" for row in range(NUM)]
+    assert loader.width.tolist() == [1000 + row for row in range(NUM)]
+    assert loader.height.tolist() == [800 + row for row in range(NUM)]
+    assert loader.width.dtype == loader.height.dtype == np.uint32
 
 
 # ------------------------------------------------------------------------------------------------------ ahead, in time

@@ -326,26 +326,30 @@ def test_dicom_without_pydicom_is_refused_with_what_to_install(tmp_path: Path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_dicom_files_hold_the_same_picture_in_12_bits_and_name_it_a_phantom(tmp_path: Path) -> None:
+def test_dicom_files_hold_the_same_picture_in_12_to_16_bits_and_name_it_a_phantom(tmp_path: Path) -> None:
     pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
     make_phantoms(tmp_path, num_images=20, seed=SEED, image_format="dicom", workers=1)
     lines = (tmp_path / "labels.csv").read_text().splitlines()
-    assert lines[0] == "path,label,patient,split" and len(lines) == 21
-    interpretations = Counter[str]()
+    assert lines[0] == "path,label,patient,split,subtype" and len(lines) == 21
+    interpretations, widths = Counter[str](), Counter[int]()
     for p, line in zip(first(20), lines[1:], strict=True):
-        path, label, patient, split = line.split(",")
+        path, label, patient, split, subtype = line.split(",")
         assert (path, label, split) == (f"train/{p.label}/{p.stem}.dcm", p.label, "")
+        assert subtype == ("" if p.kind == "normal" else p.kind)
         file = pydicom.dcmread(tmp_path / path)
         assert (file.PatientID, str(file.PatientName)) == (patient, f"PHANTOM^{p.patient:06d}")
         assert patient == f"PHANTOM-{p.patient:06d}"
         assert (file.Modality, file.BodyPartExamined) == ("DX", "CHEST")
-        assert (file.BitsAllocated, file.BitsStored, file.HighBit, file.SamplesPerPixel) == (16, 12, 11, 1)
+        assert (file.PatientOrientation, file.PresentationIntentType) == (["L", "F"], "FOR PRESENTATION")
+        assert (file.BitsAllocated, file.HighBit, file.SamplesPerPixel) == (16, file.BitsStored - 1, 1)
         stored = file.pixel_array
-        assert stored.dtype == np.uint16 and stored.max() < 4096 and len(np.unique(stored)) > 256
+        assert stored.dtype == np.uint16 and stored.max() < 2**file.BitsStored and len(np.unique(stored)) > 256
         interpretations[file.PhotometricInterpretation] += 1
+        widths[file.BitsStored] += 1
         # The linear window of the standard (PS3.3 C.11.2.1.2.1) must give back the film.
         shown = (stored - (file.WindowCenter - 0.5)) / (file.WindowWidth - 1) + 0.5
         if file.PhotometricInterpretation == "MONOCHROME1":
             shown = 1 - shown
         np.testing.assert_allclose(shown, draw_film(SEED, p), atol=1 / 2000)
     assert interpretations["MONOCHROME2"] > interpretations["MONOCHROME1"] > 0
+    assert set(widths) == {12, 14, 16}

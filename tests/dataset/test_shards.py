@@ -28,6 +28,7 @@ from xrai.errors import CorruptError, DatasetError
 from xrai.store import open_store
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+SIDE = st.integers(1, 2**32 - 1)
 
 
 def write(path: Path, *, num_rows: int = 5, size: int = 8, seed: int = 0) -> dict[str, object]:
@@ -39,6 +40,8 @@ def write(path: Path, *, num_rows: int = 5, size: int = 8, seed: int = 0) -> dic
         "patient": [f"IM:{k:04d}" for k in range(num_rows)],
         "subtype": ["bacterial" if k % 2 else "" for k in range(num_rows)],
         "sha256": [hashlib.sha256(bytes([k % 256])).hexdigest() for k in range(num_rows)],
+        "width": [1000 + k for k in range(num_rows)],
+        "height": [800 + k for k in range(num_rows)],
     }
     write_shard(path, **rows)  # type: ignore[arg-type]
     return rows
@@ -60,8 +63,9 @@ def test_a_shard_reads_back_as_it_was_written(
         for name in ("source", "patient", "subtype")
     }
     sha256 = [hashlib.sha256(bytes([k])).hexdigest() for k in range(num_rows)]
+    sides = {name: data.draw(st.lists(SIDE, min_size=num_rows, max_size=num_rows)) for name in ("width", "height")}
     path = tmp_path_factory.mktemp("shard") / "x.h5"
-    write_shard(path, images=images, labels=labels, sha256=sha256, **texts)
+    write_shard(path, images=images, labels=labels, sha256=sha256, **texts, **sides)
     shard = open_shard(path)
     np.testing.assert_array_equal(shard.images, images)
     np.testing.assert_array_equal(shard.labels, labels)
@@ -70,6 +74,9 @@ def test_a_shard_reads_back_as_it_was_written(
     assert list(shard.sha256) == sha256
     for name, text in texts.items():
         assert list(getattr(shard, name)) == text
+    for name, numbers in sides.items():
+        assert getattr(shard, name).tolist() == numbers
+        assert getattr(shard, name).dtype == np.uint32
 
 
 def test_the_same_rows_give_the_same_bytes_at_any_time_and_place(tmp_path: Path) -> None:
@@ -83,12 +90,13 @@ def test_the_same_rows_give_the_same_bytes_at_any_time_and_place(tmp_path: Path)
 def test_plain_h5py_reads_a_shard(tmp_path: Path) -> None:
     rows = write(tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5", "r") as file:
-        assert set(file) == {"images", "labels", "source", "patient", "subtype", "sha256"}
+        assert set(file) == {"images", "labels", "source", "patient", "subtype", "sha256", "width", "height"}
         assert file["images"].shape == (5, 8, 8)
         assert file["images"].chunks is None and file["images"].compression is None
         np.testing.assert_array_equal(file["images"][:], rows["images"])
         assert list(file["source"].asstr()) == rows["source"]
         assert [text.decode() for text in file["sha256"]] == rows["sha256"]
+        assert list(file["width"]) == rows["width"] and list(file["height"]) == rows["height"]
         assert file.attrs["schema_version"] == 1
 
 
@@ -138,6 +146,15 @@ def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
         file.attrs["schema_version"] = 1
         file["images"] = np.zeros((3, 4, 4), np.float32)
     with pytest.raises(CorruptError, match="can not be read as a shard"):
+        open_shard(path)
+
+
+def test_a_shard_without_the_size_of_its_sources_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write(path)
+    with h5py.File(path, "r+") as file:
+        del file["width"], file["height"]
+    with pytest.raises(DatasetError, match=r"x\.h5 lacks width and height.*--overwrite` makes the data set anew"):
         open_shard(path)
 
 

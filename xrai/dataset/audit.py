@@ -27,7 +27,7 @@ from xrai.dataset.shards import (
     open_shard,
 )
 from xrai.dataset.splits import find_split_faults
-from xrai.errors import CorruptError
+from xrai.errors import CorruptError, DatasetError
 from xrai.log import progress
 from xrai.store import Store
 
@@ -130,7 +130,7 @@ def _check_shards(
 def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: DatasetIndex, *, split: str) -> Iterator[str]:
     try:
         shard = open_shard(path)
-    except CorruptError as error:
+    except (CorruptError, DatasetError) as error:
         yield str(error)
         return
     size = index.image_size
@@ -148,6 +148,8 @@ def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: Datase
         or {row.split for row in rows} != {split}
     ):
         yield "does not hold the rows that manifest.jsonl lists for it"
+    if not (shard.width.all() and shard.height.all()):
+        yield "holds pictures whose source has no width or no height"
     if list(rows) != in_shard_order(rows):
         yield "does not hold its rows in the order of their hashes"
 

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from xrai import __version__
 from xrai.config import Images
-from xrai.dataset.images import decode
+from xrai.dataset import dicom
+from xrai.dataset.images import decode_sized
 from xrai.dataset.leaks import find_near_pairs, num_pairs, perceptual_hash
 from xrai.dataset.manifest import CLASSES, Row, write_manifest
 from xrai.dataset.plan import Listing, Plan, PlannedShard, check_set_aside, hash_files, hash_of
@@ -75,6 +76,7 @@ class Decoded:
     """One usable picture."""
 
     pixels: NDArray[np.uint8]  # (H, W)
+    size: tuple[int, int]  # (width, height) of the source picture, upright, pixels
     perceptual_hash: str
 
 
@@ -128,7 +130,7 @@ class Unfinished:
             "listing_sha256": listing.sha256,
             "source": listing.source,
             "config": config,
-            "made_with": {"xrai": __version__, "pillow": PIL.__version__, "hdf5": HDF5_VERSION},
+            "made_with": {"xrai": __version__, "pillow": PIL.__version__, "hdf5": HDF5_VERSION, **dicom.versions()},
         }
         self._claim = json.dumps(claim, sort_keys=True).encode()
 
@@ -149,15 +151,15 @@ class Unfinished:
             _logger.info("going on with the data set that was begun at %s", self._store.uri)
 
     def hashes(self, group: int) -> list[list[str]] | None:
-        """Stored pairs (sha256, reason) of a group of files."""
+        """Stored (sha256, reason, patient) of a group of files."""
         data = self._read(_hashes_key(group))
         try:
-            return None if data is None else [[str(text) for text in pair] for pair in json.loads(data)]
+            return None if data is None else [[str(text) for text in found] for found in json.loads(data)]
         except (ValueError, TypeError):
             return None
 
-    def store_hashes(self, group: int, pairs: Sequence[Sequence[str]]) -> None:
-        self._write(_hashes_key(group), json.dumps(pairs).encode())
+    def store_hashes(self, group: int, found: Sequence[Sequence[str]]) -> None:
+        self._write(_hashes_key(group), json.dumps(found).encode())
 
     def part(self, shard: PlannedShard, plan: Plan) -> Part | None:
         """The stored part of a shard, if it is of this plan."""
@@ -218,17 +220,17 @@ def hash_source(
     rows: dict[int, list[Row]] = {}
     with progress("hash", total=len(entries), unit="files") as bar:
         for group in own_first:
-            pairs = unfinished.hashes(group) if unfinished else None
-            if pairs is not None and len(pairs) == len(groups[group]):
+            found = unfinished.hashes(group) if unfinished else None
+            if found is not None and [len(texts) for texts in found] == [3] * len(groups[group]):
                 rows[group] = [
-                    Row(entry.path, sha256, entry.label, entry.patient, entry.subtype, entry.split, reason=reason)
-                    for entry, (sha256, reason) in zip(groups[group], pairs, strict=True)
+                    Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
+                    for entry, (sha256, reason, patient) in zip(groups[group], found, strict=True)
                 ]
-                bar.update(len(pairs))
+                bar.update(len(found))
                 continue
             rows[group] = hash_files(source, groups[group], on_done=bar.update)
             if unfinished:
-                unfinished.store_hashes(group, [(row.sha256, row.reason) for row in rows[group]])
+                unfinished.store_hashes(group, [(row.sha256, row.reason, row.patient) for row in rows[group]])
     return [row for group in range(len(groups)) for row in rows[group]]
 
 
@@ -293,7 +295,7 @@ class Builder:
         images = np.empty((len(shard.rows), self._images.size, self._images.size), np.uint8)
         histogram = np.zeros(256, np.int64)
         kept: list[Row] = []
-        hashes, reasons = [], {}
+        hashes, sizes, reasons = [], [], {}
         for row, picture in zip(shard.rows, pictures, strict=True):
             bar.update()
             if isinstance(picture, str):
@@ -302,16 +304,19 @@ class Builder:
             images[len(kept)] = picture.pixels
             histogram += np.bincount(picture.pixels.ravel(), minlength=256)
             hashes.append(picture.perceptual_hash)
+            sizes.append(picture.size)
             kept.append(row)
-        info = self._store_shard(shard, images[: len(kept)], kept) if kept else None
+        info = self._store_shard(shard, images[: len(kept)], kept, sizes) if kept else None
         part = Part(self._plan.sha256, info, reasons, histogram.tolist(), hashes)
         self._unfinished.store_part(shard, part)
         return part
 
-    def _store_shard(self, shard: PlannedShard, images: NDArray[np.uint8], rows: Sequence[Row]) -> ShardInfo:
+    def _store_shard(
+        self, shard: PlannedShard, images: NDArray[np.uint8], rows: Sequence[Row], sizes: Sequence[tuple[int, int]]
+    ) -> ShardInfo:
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
             path = Path(folder) / shard.name
-            write_rows(path, rows, images)
+            write_rows(path, rows, images, sizes=sizes)
             digest = self._store.upload(shard.name, path)
             size_bytes = path.stat().st_size
         counts = tuple(sum(row.label == label for row in rows) for label in range(len(CLASSES)))
@@ -339,7 +344,8 @@ class Builder:
             )
 
 
-def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8]) -> None:
+def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, sizes: Sequence[tuple[int, int]]) -> None:
+    """Write the shard of some rows; `sizes` are (width, height) of their source pictures."""
     try:
         write_shard(
             path,
@@ -349,6 +355,8 @@ def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8]) -> No
             patient=[row.patient for row in rows],
             subtype=[row.subtype for row in rows],
             sha256=[row.sha256 for row in rows],
+            width=[width for width, _ in sizes],
+            height=[height for _, height in sizes],
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: what h5py makes of a full disk when it closes a file
         raise XraiError(
@@ -516,7 +524,7 @@ def _decode_row(source: Source, images: Images, row: Row) -> Decoded | str:
         data = source.read(row.path)
         if hash_of(data) != row.sha256:
             raise SourceError(f"{row.path} in source {source.name} was changed while it was read; start again")
-        pixels = decode(data, size=images.size, fit=images.fit, max_pixels=images.max_pixels)
+        pixels, size = decode_sized(data, size=images.size, fit=images.fit, max_pixels=images.max_pixels)
     except ImageError as error:
         return str(error)
-    return Decoded(pixels, perceptual_hash(pixels))
+    return Decoded(pixels, size, perceptual_hash(pixels))

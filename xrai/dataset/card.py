@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.dataset.build import NearDuplicate
-from xrai.dataset.manifest import CLASSES, Row
+from xrai.dataset.manifest import CLASSES, Row, is_file_patient
 from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
 from xrai.store import Store
 
@@ -122,12 +122,12 @@ def write_card(
     subtypes = Counter(row.subtype for row in used if row.subtype)
     if subtypes:
         named = ", ".join(f"{count} {name}" for name, count in sorted(subtypes.items()))
-        lines += ["", f"Kinds of pneumonia that file names state: {named}."]
-    num_named = sum(not row.patient.startswith("file:") for row in used)
+        lines += ["", f"Kinds of pneumonia that file names or labels state: {named}."]
+    num_named = sum(not is_file_patient(row.patient) for row in used)
     lines += [
         "",
-        f"Patients are known by file name for {num_named} of {len(used)} images; every other file counts as a patient "
-        "of its own.",
+        f"Patients are known for {num_named} of {len(used)} images, by file name, labels or DICOM header; every other "
+        "file counts as a patient of its own.",
         *(f"Note: {_text(note)}." for note in notes),
     ]
     for caption, name in sheets:

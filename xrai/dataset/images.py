@@ -23,6 +23,7 @@ from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from xrai.dataset.dicom import is_dicom, open_radiograph
 from xrai.errors import ImageError
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one picture, grey levels of 255
@@ -40,34 +41,50 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPS_SIDES = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
 # What Pillow's readers raise on damaged files, found by feeding them such files
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error, zlib.error)
 
 
 def decode(data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int) -> NDArray[np.uint8]:
-    """The picture in a JPEG or PNG file, or in an array (H, W) uint8, as (size, size) uint8 grey levels, 0 black.
+    """The picture in a JPEG, PNG or DICOM file, or in an array (H, W) uint8: (size, size) uint8 grey levels, 0 black.
 
     Colours become luma (ITU-R 601), what is transparent black. Samples of 16 bits are divided by the range that they
     are of: 4095 when the largest fits into 12 bits (scanners write them so), else 65535; nothing else is stretched,
-    for stretching each image by its own contrast can strengthen shortcuts. EXIF orientation is applied.
+    for stretching each image by its own contrast can strengthen shortcuts. EXIF orientation is applied. DICOM comes out
+    as a viewer first shows it (`xrai.dataset.dicom`), its pixels as square ones.
     `fit`: "crop" cuts the middle of the long side away, "squash" scales both sides to `size`, "pad" adds black.
 
     Raises `ImageError` with a short reason when the data is empty, cut short, damaged, of another format, or declares
-    more than `max_pixels` pixels, which is checked before anything is decoded.
+    more than `max_pixels` pixels, which is checked before anything is decoded; `SourceError` for DICOM without pydicom.
     """
+    return decode_sized(data, size=size, fit=fit, max_pixels=max_pixels)[0]
+
+
+def decode_sized(
+    data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """What `decode` gives, and (width, height) of the whole picture, upright and before it is fitted, in pixels."""
     if isinstance(data, np.ndarray):
         if data.ndim != 2 or data.dtype != np.uint8 or data.size == 0:
             raise ImageError(f"is an array of shape {data.shape} and type {data.dtype}, not a grey picture")
         _check_num_pixels(data.shape[1], data.shape[0], max_pixels=max_pixels)
-        return np.asarray(_fit(Image.fromarray(data), data.shape[1], data.shape[0], size=size, fit=fit))  # (size, size)
+        height, width = data.shape
+        return np.asarray(_fit(Image.fromarray(data), width, height, size=size, fit=fit)), (width, height)
+    if is_dicom(data):
+        film = open_radiograph(data)
+        _check_num_pixels(film.width, film.height, max_pixels=max_pixels)
+        grey, true_height = Image.fromarray(film.to_grey()), film.height * film.aspect
+        fitted = _fit(grey, film.width, true_height, size=size, fit=fit, factors=(1, film.aspect))
+        return np.asarray(fitted), (film.width, film.height)
     with _open(data) as picture:
         width, height = picture.size
         _check_num_pixels(width, height, max_pixels=max_pixels)
         factor = _reduce_on_load(picture, size=size, fit=fit) if isinstance(picture, JpegImageFile) else 1
         picture.load()
         turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION_TAG, 1))
-        fitted = _fit(_to_grey(picture), width, height, size=size, fit=fit, factor=factor, turn=turn)
-        return np.asarray(fitted)  # (size, size)
+        fitted = _fit(_to_grey(picture), width, height, size=size, fit=fit, factors=(factor, factor), turn=turn)
+        return np.asarray(fitted), (height, width) if turn in _SWAPS_SIDES else (width, height)
 
 
 @contextmanager
@@ -84,7 +101,7 @@ def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
         elif data.startswith(b"\x89PNG\r\n\x1a\n"):
             picture = PngImageFile(io.BytesIO(data))
         else:
-            raise ImageError("is not a JPEG or PNG file")
+            raise ImageError("is not a JPEG, PNG or DICOM file")
         with picture:
             yield picture
     except _DECODER_ERRORS as error:
@@ -100,7 +117,7 @@ def _check_num_pixels(width: int, height: int, *, max_pixels: int) -> None:
 
 
 def _geometry(
-    width: int, height: int, *, size: int, fit: str
+    width: float, height: float, *, size: int, fit: str
 ) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     """The box (left, top, right, bottom) of the picture that is kept, and the (width, height) it is scaled to."""
     if fit == "crop":
@@ -142,21 +159,21 @@ def _to_grey(picture: Image.Image) -> Image.Image:
 
 def _fit(
     grey: Image.Image,
-    width: int,
-    height: int,
+    width: float,
+    height: float,
     *,
     size: int,
     fit: str,
-    factor: int = 1,
+    factors: tuple[float, float] = (1, 1),
     turn: Image.Transpose | None = None,
 ) -> Image.Image:
-    """Fit a picture to the square; mode L. It is `factor` times smaller than (`width`, `height`), the true size.
+    """Fit a picture to the square; mode L. It is `factors` times smaller than (`width`, `height`), the true size.
 
     The box follows from the true size: a reduced picture covers whole blocks, so up to 7 pixels more than there are.
     `turn` comes before the black of "pad", so that a file stored turned comes out as an upright one.
     """
     (left, top, right, bottom), scaled = _geometry(width, height, size=size, fit=fit)
-    box = (left / factor, top / factor, right / factor, bottom / factor)
+    box = (left / factors[0], top / factors[1], right / factors[0], bottom / factors[1])
     fitted = grey.resize(scaled, _FILTER, box=box)
     if fitted.mode == "F":
         fitted = Image.fromarray(np.rint(np.asarray(fitted)).clip(0, 255).astype(np.uint8))

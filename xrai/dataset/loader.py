@@ -30,6 +30,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ from xrai.store import Store, open_store
 
 _POLL_S = 0.1
 _NUM_INDEX_READS = 3
+_COLUMNS = ("labels", "source", "patient", "subtype", "width", "height")
 
 
 @dataclass(frozen=True)
@@ -134,23 +136,33 @@ class Loader:
 
     @property
     def labels(self) -> NDArray[np.uint8]:
-        """(N,) classes of all rows of the split. Like the next three, it opens every shard when first asked for."""
-        return self._columns[0]
+        """(N,) classes of all rows of the split. Like the next five, it opens every shard when first asked for."""
+        return self._columns["labels"]
 
     @property
     def source(self) -> NDArray[np.object_]:
         """(N,) str, paths of the source files."""
-        return self._columns[1]
+        return self._columns["source"]
 
     @property
     def patient(self) -> NDArray[np.object_]:
         """(N,) str, keys of the patients."""
-        return self._columns[2]
+        return self._columns["patient"]
 
     @property
     def subtype(self) -> NDArray[np.object_]:
         """(N,) str, such as bacterial or viral; empty where there is none."""
-        return self._columns[3]
+        return self._columns["subtype"]
+
+    @property
+    def width(self) -> NDArray[np.uint32]:
+        """(N,) widths of the source pictures, upright and before they were fitted, pixels."""
+        return self._columns["width"]
+
+    @property
+    def height(self) -> NDArray[np.uint32]:
+        """(N,) heights of the source pictures, pixels."""
+        return self._columns["height"]
 
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch, beginning with epoch 0."""
@@ -270,14 +282,13 @@ class Loader:
             yield Batch(images, labels, rows, step=step, num_global=len(all_rows))
 
     @cached_property
-    def _columns(self) -> tuple[NDArray[np.uint8], NDArray[np.object_], NDArray[np.object_], NDArray[np.object_]]:
-        columns = []
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _COLUMNS}
         for info in self._shards:
             with closing(self._cache.open(info)) as opened:
-                shard = opened.shard
-                columns.append((shard.labels, shard.source, shard.patient, shard.subtype))
-        labels, source, patient, subtype = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-        return labels, source, patient, subtype
+                for name, column in parts.items():
+                    column.append(getattr(opened.shard, name))
+        return {name: np.concatenate(column) for name, column in parts.items()}
 
 
 class _ShardFeed:

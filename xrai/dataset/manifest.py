@@ -4,6 +4,7 @@ Also the rules that turn paths into rows: the layout of folders, and the file na
 here is pure; `xrai.dataset.plan` and `xrai.verify` use it.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter, defaultdict
@@ -16,6 +17,7 @@ from xrai.dataset.shards import SPLITS
 from xrai.errors import CorruptError, SourceError
 
 CLASSES: Final = ("NORMAL", "PNEUMONIA")  # a label is a position in this tuple
+SUBTYPES: Final = {"bacteria": "bacterial", "virus": "viral"}  # as file names and tables write them -> as it is kept
 
 _LAYOUT = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA}/* or {NORMAL,PNEUMONIA}/*"
 _JUNK_FOLDERS = frozenset({"__macosx"})
@@ -26,7 +28,6 @@ _PUBLIC_NAME = re.compile(
     r"(?:(?:(?P<normal>NORMAL2)-)?IM-(?P<film>\d+)(?:-\d+)+|person(?P<person>\d+)_(?P<germ>bacteria|virus)(?:_\d+)+)"
     r"\.\w+"
 )
-_SUBTYPES = {"bacteria": "bacterial", "virus": "viral"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Row:
     path: str  # in the source, forward slashes
     sha256: str  # hex; "" where the file could not be read
     label: int  # position in the data set's classes
-    patient: str  # "IM:0115", "bacteria:1000", or "file:…" where the name says nothing
+    patient: str  # "IM:0115", "bacteria:1000", "dicom:" and a hash, or "file:…" where nothing says who; group first
     subtype: str  # "bacterial", "viral" or ""
     split: str  # "" where the file was set aside before it had one
     shard: str | None = None  # name of the shard that holds it, None if set aside
@@ -189,7 +190,7 @@ def _entry(place: _Place) -> Entry:
         path=place.path,
         split=place.split or "train",
         label=label,
-        patient=patient or f"file:{place.below}",
+        patient=patient or file_patient(place.below),
         subtype=subtype if CLASSES[label] == "PNEUMONIA" else "",
     )
 
@@ -204,8 +205,26 @@ def parse_name(name: str) -> tuple[str, str]:
         return "", ""
     prefix, germ = match["prefix"] or "", match["germ"]
     if germ:
-        return f"{prefix}{germ}:{match['person']}", _SUBTYPES[germ]
+        return f"{prefix}{germ}:{match['person']}", SUBTYPES[germ]
     return f"{prefix}{match['normal'] or 'IM'}:{match['film']}", ""
+
+
+_OWN = "file:"  # in the key of a patient who is known by nothing but one file
+
+
+def file_patient(path: str, *, group: str = "") -> str:
+    """The key of a patient of whom nothing is known: each such file counts as a patient of its own."""
+    return f"{group}:{_OWN}{path}" if group else f"{_OWN}{path}"
+
+
+def hashed_patient(identifier: str, *, group: str) -> str:
+    """The key of a patient whom a table or a header names: the same wherever it is made, without the name."""
+    return f"{group}:{hashlib.sha256(identifier.encode()).hexdigest()[:16]}"
+
+
+def is_file_patient(patient: str) -> bool:
+    """Whether a key is one of `file_patient`."""
+    return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
 
 
 def _example(outside: Sequence[str]) -> str:

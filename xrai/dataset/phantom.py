@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from xrai.dataset.dicom import write_radiograph
 from xrai.errors import UserError, XraiError, run_command
 from xrai.log import get_logger, progress, setup_logging
 
@@ -43,7 +44,9 @@ Array = npt.NDArray[np.floating]  # float32 wherever a picture is meant
 
 _README_TITLE = "xrai chest phantoms, version 1"
 _SUFFIXES = {"png": ".png", "jpeg": ".jpeg", "dicom": ".dcm"}
-_LABELS_HEADER = "path,label,patient,split"
+_LABELS_HEADER = "path,label,patient,split,subtype"
+_DICOM_BITS = (12, 12, 14, 16)
+_CHEST_MM = 350.0  # a picture's width, for the spacing of pixels
 # Forty normal patients to sixty with pneumonia. The order is fixed, so that any two neighbours hold both classes.
 _KINDS: tuple[Kind, ...] = (
     "normal", "bacteria", "normal", "virus", "bacteria", "normal", "bacteria", "virus", "normal", "bacteria",
@@ -705,52 +708,50 @@ def draw_film(seed: int, phantom: Phantom, *, full_size: bool = False) -> Array:
 
 
 def _encode_dicom(seed: int, phantom: Phantom, film: Array) -> bytes:
-    """A minimal secondary-capture file: 12 bits in 16, one of two photometric interpretations, with a window."""
-    import pydicom
-    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
-
+    """A file as a digital detector writes it for viewing: 12 to 16 bits in 16, a window, a quarter of them inverted."""
     rng = _generator(seed, 3, phantom.patient, phantom.image)
-    black, white = int(rng.integers(0, 300)), int(rng.integers(2500, 4096))
+    bits = int(rng.choice(_DICOM_BITS))
+    largest = 2**bits - 1
+    black, white = (int(rng.uniform(low, high) * largest) for low, high in ((0, 0.07), (0.6, 1)))
     inverted = bool(rng.random() < 0.25)
     stored = np.rint(black + film * np.float32(white - black)).astype(np.uint16)
     centre, width = (black + white + 1) / 2, white - black + 1
     if inverted:
-        stored = 4095 - stored
-        centre = 4096 - centre
-    identity = [str(seed), str(phantom.patient)]
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["phantom image", *identity, str(phantom.image)])
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    file = pydicom.Dataset()
-    file.file_meta = meta
-    file.SOPClassUID = meta.MediaStorageSOPClassUID
-    file.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    file.StudyInstanceUID = generate_uid(entropy_srcs=["phantom study", *identity])
-    file.SeriesInstanceUID = generate_uid(entropy_srcs=["phantom series", *identity])
-    file.PatientID = phantom.patient_id
-    file.PatientName = f"PHANTOM^{phantom.patient:06d}"
-    file.PatientBirthDate = file.PatientSex = file.StudyDate = file.StudyTime = ""
-    file.StudyID = file.AccessionNumber = file.ReferringPhysicianName = ""
-    file.Modality = "DX"
-    file.BodyPartExamined = "CHEST"
-    file.ConversionType = "SYN"
-    file.SeriesNumber = 1
-    file.InstanceNumber = phantom.image + 1
-    file.ImageComments = "Procedurally drawn phantom: no patient"
-    file.SamplesPerPixel = 1
-    file.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
-    file.Rows, file.Columns = stored.shape
-    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 12, 11, 0
-    file.WindowCenter, file.WindowWidth = centre, width
-    file.PixelData = stored.astype("<u2").tobytes()
-    buffer = io.BytesIO()
-    file.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
+        stored = largest - stored
+        centre = largest + 1 - centre
+    tags = {
+        "PatientID": phantom.patient_id,
+        "PatientName": f"PHANTOM^{phantom.patient:06d}",
+        **dict.fromkeys(("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime"), ""),
+        **dict.fromkeys(("StudyID", "AccessionNumber", "ReferringPhysicianName"), ""),
+        "Manufacturer": "xrai phantoms",
+        "Modality": "DX",
+        "BodyPartExamined": "CHEST",
+        "ViewPosition": "PA",
+        "PatientOrientation": ["L", "F"],
+        "PresentationIntentType": "FOR PRESENTATION",
+        "SeriesNumber": 1,
+        "InstanceNumber": phantom.image + 1,
+        "ImageComments": "Procedurally drawn phantom: no patient",
+        "PhotometricInterpretation": "MONOCHROME1" if inverted else "MONOCHROME2",
+        "PresentationLUTShape": "INVERSE" if inverted else "IDENTITY",
+        "ImagerPixelSpacing": [f"{_CHEST_MM / stored.shape[1]:.4f}"] * 2,
+        "BitsStored": bits,
+        "PixelIntensityRelationship": "LOG",
+        "PixelIntensityRelationshipSign": 1 if inverted else -1,
+        "RescaleIntercept": 0,
+        "RescaleSlope": 1,
+        "RescaleType": "US",
+        "WindowCenter": centre,
+        "WindowWidth": width,
+        "VOILUTFunction": "LINEAR",
+        "LossyImageCompression": "00",
+    }
+    return write_radiograph(stored, tags, identity=["phantom", str(seed), str(phantom.patient), str(phantom.image)])
 
 
 def encode(seed: int, phantom: Phantom, film: Array, *, image_format: str) -> bytes:
-    """The bytes of a picture's file: `png` (8 bit), `jpeg` (8 bit, quality 90) or `dicom` (12 bit)."""
+    """The bytes of a picture's file: `png` (8 bit), `jpeg` (8 bit, quality 90) or `dicom` (12 to 16 bit)."""
     if image_format == "dicom":
         return _encode_dicom(seed, phantom, film)
     picture = Image.fromarray(np.rint(film * np.float32(255)).astype(np.uint8))
@@ -885,7 +886,8 @@ def _clear(out: Path) -> None:
 def _labels_csv(job: _Job, phantoms: Iterable[Phantom]) -> Iterator[str]:
     yield f"{_LABELS_HEADER}\n"
     for phantom in phantoms:
-        yield f"{job.path(phantom)},{phantom.label},{phantom.patient_id},\n"
+        subtype = "" if phantom.kind == "normal" else phantom.kind
+        yield f"{job.path(phantom)},{phantom.label},{phantom.patient_id},,{subtype}\n"
 
 
 def _readme(job: _Job, *, num_images: int) -> str:
@@ -913,7 +915,7 @@ def make_phantoms(
     """Draw `num_images` phantoms into OUT/train/{NORMAL,PNEUMONIA}/ and write OUT/README.txt last.
 
     The first N pictures of a seed are byte for byte the same whatever `num_images` and `workers` (0: all cores). About
-    40 of 100 are normal. DICOM files come with OUT/labels.csv (path, label, patient, an empty split). Phantoms that OUT
+    40 of 100 are normal. DICOM files come with OUT/labels.csv, for `xrai.preprocess --labels`. Phantoms that OUT
     already holds are replaced.
 
     Raises UserError for a value out of range, a folder that holds anything else, one that can not be written, or DICOM

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.config import Config
-from xrai.dataset.manifest import CLASSES, Entry, Layout, Row, lay_out
+from xrai.dataset.dicom import is_dicom, read_patient_id
+from xrai.dataset.labels import LabelTable, lay_out_by_labels
+from xrai.dataset.manifest import CLASSES, Entry, Layout, Row, hashed_patient, is_file_patient, lay_out
 from xrai.dataset.shards import SCHEMA_VERSION, SPLITS, shard_name
 from xrai.dataset.sources import Source
 from xrai.dataset.splits import assign_splits, refuse_missing_class
@@ -34,7 +36,7 @@ class Listing:
 
     source: str  # for people
     layout: Layout
-    sha256: str  # of the paths and sizes
+    sha256: str  # of the paths and sizes, and of what a table says about them
 
 
 @dataclass(frozen=True)
@@ -61,29 +63,42 @@ class Plan:
     sha256: str  # of everything above that decides the contents
 
 
-def list_source(source: Source) -> Listing:
-    """List a source and find its data files.
+def list_source(source: Source, table: LabelTable | None = None) -> Listing:
+    """List a source and find its data files, by their folders or by a table.
 
-    Raises `SourceError` when it is empty, lacks a class or has an unknown one.
+    Raises `SourceError` when it is empty, lacks a class or has an unknown one, or the table does not fit it.
     """
     files = source.files()
-    layout = lay_out((file.path for file in files), source=source.name)
+    paths = (file.path for file in files)
+    if table is None:
+        layout = lay_out(paths, source=source.name)
+    else:
+        layout = lay_out_by_labels(paths, table, source=source.name)
     refuse_missing_class((entry.label for entry in layout.entries), where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
     listed = "".join(f"{file.path}\0{file.size_bytes}\n" for file in files)
+    if table is not None:
+        listed += json.dumps([asdict(entry) for entry in layout.entries])
     return Listing(source.name, layout, hashlib.sha256(listed.encode()).hexdigest())
 
 
 def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[], object]) -> list[Row]:
-    """One row an entry, with the hash of its file, or the reason why it can not be read."""
+    """One row an entry, with the hash of its file, or the reason why it can not be read.
+
+    Where neither name nor table say whose picture it is, a DICOM file does, by PatientID: it must not be in two splits.
+    Raises `SourceError` for such a file where pydicom is not installed.
+    """
 
     def hashed(entry: Entry) -> Row:
         row = Row(entry.path, "", entry.label, entry.patient, entry.subtype, entry.split)
         try:
-            return replace(row, sha256=hash_of(source.read(entry.path)))
+            data = source.read(entry.path)
         except ImageError as error:
             return replace(row, reason=str(error))
+        if is_file_patient(row.patient) and isinstance(data, bytes) and is_dicom(data):
+            row = replace(row, patient=_patient_in(data, row.patient))
+        return replace(row, sha256=hash_of(data))
 
     rows = []
     with ThreadPoolExecutor(max(_HASH_THREADS, source.num_parallel_reads)) as pool:
@@ -91,6 +106,13 @@ def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[]
             rows.append(row)
             on_done()
     return rows
+
+
+def _patient_in(data: bytes, patient: str) -> str:
+    """The key of a DICOM file's patient; `patient`, the one of its path, where it states none."""
+    group = patient.partition(":")[0]
+    identifier = read_patient_id(data)
+    return hashed_patient(identifier, group="dicom" if group == "file" else group) if identifier else patient
 
 
 def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:

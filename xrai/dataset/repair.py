@@ -32,7 +32,7 @@ def repair(
     made anew is not the one that the index lists; nothing wrong is stored then.
     """
     if plan.sha256 != index.plan_sha256:
-        raise DatasetError(f"source {source.name} is not what {store.uri} was made of: files or config differ")
+        raise DatasetError(f"source {source.name} is not what {store.uri} was made of: files, labels or config differ")
     images = Images(**plan.config["images"])
     infos = {info.name: info for shards in index.splits.values() for info in shards}
     for shard in plan.shards:
@@ -64,7 +64,8 @@ def _repair_shard(
     pairs = [(row, picture) for row, picture in zip(shard.rows, pictures, strict=True) if isinstance(picture, Decoded)]
     with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
         path = Path(folder) / shard.name
-        write_rows(path, [row for row, _ in pairs], np.stack([picture.pixels for _, picture in pairs]))
+        stacked = np.stack([picture.pixels for _, picture in pairs])
+        write_rows(path, [row for row, _ in pairs], stacked, sizes=[picture.size for _, picture in pairs])
         if hash_of(path.read_bytes()) != info.sha256:
             raise _differs(store, shard.name, index)
         store.upload(shard.name, path)
@@ -97,5 +98,5 @@ def _recover_part(
 def _differs(store: Store, key: str, index: DatasetIndex) -> CorruptError:
     return CorruptError(
         f"{key} made anew is not the one that {store.uri} lists: it was made by xrai {index.tool_version}, perhaps "
-        "with other versions of Pillow or HDF5; `python -m xrai.preprocess --overwrite` makes the whole data set anew"
+        "with other versions of Pillow, pydicom or HDF5; `python -m xrai.preprocess --overwrite` makes all of it anew"
     )

@@ -54,6 +54,8 @@ class Shard:
     patient: NDArray[np.object_]  # (N,) str, patient key
     subtype: NDArray[np.object_]  # (N,) str, "bacterial", "viral" or ""
     sha256: NDArray[np.object_]  # (N,) str, hex digest of the source file
+    width: NDArray[np.uint32]  # (N,), of the source picture, upright and before it was fitted, pixels
+    height: NDArray[np.uint32]  # (N,)
 
 
 def write_shard(
@@ -65,17 +67,21 @@ def write_shard(
     patient: Sequence[str],
     subtype: Sequence[str],
     sha256: Sequence[str],
+    width: Sequence[int],
+    height: Sequence[int],
 ) -> None:
     """Write one shard, byte-identical for the same input and version of HDF5.
 
-    `images` is (N, H, W), `labels` and the others (N,), N at least 1; `sha256` holds hex digests. The file appears
-    under `path` only when it is whole. Raises OSError when the disk is full or `path` can not be written.
+    `images` is (N, H, W), `labels` and the others (N,), N at least 1; `sha256` holds hex digests, `width` and `height`
+    the pixels of the source picture. The file appears under `path` only when it is whole. Raises OSError when the disk
+    is full or `path` can not be written.
     """
     num_rows = len(images)
     assert num_rows > 0
     assert images.ndim == 3
     assert images.dtype == labels.dtype == np.uint8
     assert num_rows == len(labels) == len(source) == len(patient) == len(subtype) == len(sha256)
+    assert num_rows == len(width) == len(height)
     partial = path.with_name(f"{path.name}.partial")
     # One fixed range of format versions; v110 also puts a checksum on all of HDF5's own metadata. Large objects start
     # on a page, so that `images` can be mapped well. In memory first: HDF5 can not close a file on a full disk, and
@@ -90,6 +96,8 @@ def write_shard(
         for name, texts in (("source", source), ("patient", patient), ("subtype", subtype)):
             file.create_dataset(name, data=list(texts), dtype=h5py.string_dtype("utf-8"), track_times=False)  # (N,)
         file.create_dataset("sha256", data=np.array(sha256, dtype="S64"), track_times=False)  # (N,)
+        for name, sides in (("width", width), ("height", height)):
+            file.create_dataset(name, data=np.array(sides, np.uint32), track_times=False)  # (N,)
         file.flush()
         data = file.id.get_file_image()
     try:
@@ -102,7 +110,8 @@ def write_shard(
 def open_shard(path: Path) -> Shard:
     """Map a shard. The caller has checked its hash: pixels carry no check sum of their own.
 
-    Raises `CorruptError` when the file is no shard of this schema version, or is cut short.
+    Raises `CorruptError` when the file is no shard of this schema version, or is cut short, `DatasetError` when it
+    lacks what a version of xrai before the first release did not write.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -113,15 +122,22 @@ def open_shard(path: Path) -> Shard:
             labels = file["labels"][:]
             texts = {name: file[name].asstr()[:] for name in ("source", "patient", "subtype")}
             texts["sha256"] = file["sha256"].asstr()[:].astype(object)
+            absent = [name for name in ("width", "height") if name not in file]
+            if absent:
+                raise DatasetError(
+                    f"{path} lacks {' and '.join(absent)}: an xrai before the first release wrote it; "
+                    "`python -m xrai.preprocess --overwrite` makes the data set anew"
+                )
+            sides = {name: file[name][:].astype(np.uint32) for name in ("width", "height")}
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # what h5py raises on damaged files
         raise CorruptError(f"{path} can not be read as a shard: {error}") from error
-    lengths = {len(labels), *(len(text) for text in texts.values())}
+    lengths = {len(labels), *(len(text) for text in texts.values()), *(len(side) for side in sides.values())}
     if dtype != np.uint8 or len(shape) != 3 or offset is None or lengths != {shape[0]}:
         raise CorruptError(f"{path} is not laid out as a shard: images are {shape} {dtype}, rows {sorted(lengths)}")
     if path.stat().st_size < offset + int(np.prod(shape)):
         raise CorruptError(f"{path} is cut short: {path.stat().st_size} bytes do not hold images of {shape}")
     images = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-    return Shard(images=images.view(np.ndarray), labels=labels, **texts)
+    return Shard(images=images.view(np.ndarray), labels=labels, **texts, **sides)
 
 
 # --------------------------------------------------------------------------------------------------------------- index

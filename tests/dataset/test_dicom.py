@@ -1,0 +1,543 @@
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.dataset.pictures import PATIENT_ID, PATIENT_NAME, dicom_file, encoded, gradient
+from xrai.dataset import dicom, images
+from xrai.dataset.images import decode, decode_sized
+from xrai.dataset.phantom import draw_film, encode, plan
+from xrai.errors import ImageError, SourceError
+
+pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
+
+JPEG_TOLERANCE = 2.0  # mean absolute difference of a film as DICOM and as JPEG of quality 90, grey levels
+PNG_TOLERANCE = 1  # largest difference of a film as DICOM and as PNG of 8 bits, grey levels
+
+
+def decoded(data: bytes, *, size: int = 32, fit: str = "squash") -> NDArray[np.uint8]:
+    return decode(data, size=size, fit=fit, max_pixels=10_000_000)
+
+
+def ramp(low: int, high: int, dtype: str = "<u2") -> NDArray[np.integer]:
+    """(32, 32) samples from `low` to `high`."""
+    return np.linspace(low, high, 32 * 32).round().astype(dtype).reshape(32, 32)
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(ImageError) as caught:
+        decoded(data)
+    return str(caught.value)
+
+
+def assert_levels(data: bytes, expected: NDArray[np.floating], *, tolerance: float = 0.501) -> None:
+    """The picture of a (32, 32) file is `expected`, in 0 to 1, to the rounding."""
+    np.testing.assert_allclose(decoded(data), np.clip(expected, 0, 1) * 255, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------ what comes out
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_a_phantom_as_dicom_agrees_with_the_same_phantom_as_png_and_jpeg(size: int) -> None:
+    inverted = 0
+    for _, phantom in zip(range(12), plan(3), strict=False):
+        film = draw_film(3, phantom)
+        files = {kind: encode(3, phantom, film, image_format=kind) for kind in ("dicom", "png", "jpeg")}
+        inverted += b"MONOCHROME1" in files["dicom"]
+        found = {kind: decode_sized(data, size=size, fit="crop", max_pixels=10**6) for kind, data in files.items()}
+        levels = {kind: picture.astype(int) for kind, (picture, _) in found.items()}
+        assert found["dicom"][1] == found["png"][1] == film.shape[::-1]
+        assert np.abs(levels["dicom"] - levels["png"]).max() <= PNG_TOLERANCE
+        assert np.abs(levels["dicom"] - levels["jpeg"]).mean() < JPEG_TOLERANCE
+    assert 0 < inverted < 12
+
+
+def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
+    levels = np.full((64, 64), 100.4)
+    levels[1::2, 1::2] = 100.9  # on average 100.525; rounded first it would be 100.25
+    stored = np.round(levels * 257).astype("<u2")
+    assert set(decoded(dicom_file(stored), size=32)[2:-2, 2:-2].ravel()) == {101}
+
+
+@pytest.mark.parametrize(
+    ("stored", "tags", "shown"),
+    [
+        (ramp(0, 255, "u1"), {}, lambda x: x / 255),
+        (ramp(0, 4095), {"BitsStored": 12}, lambda x: x / 4095),
+        (ramp(0, 1000), {"BitsStored": 14}, lambda x: x / 16383),
+        (ramp(0, 65535), {}, lambda x: x / 65535),
+        (ramp(0, 4000), {}, lambda x: x / 4095),  # 16 bits declared, 12 used
+        (ramp(-32768, 32767, "<i2"), {}, lambda x: (x + 32768) / 65535),
+        (ramp(-2048, 2047, "<i2"), {"BitsStored": 12}, lambda x: (x + 2048) / 4095),
+        (ramp(0, 4095), {"BitsStored": 12, "PhotometricInterpretation": "MONOCHROME1"}, lambda x: 1 - x / 4095),
+        (ramp(0, 1023), {"BitsStored": 10, "RescaleSlope": -1, "RescaleIntercept": 1023}, lambda x: 1 - x / 1023),
+    ],
+)  # fmt: skip
+def test_without_a_window_the_range_of_the_stored_bits_is_shown(stored, tags, shown) -> None:
+    assert_levels(dicom_file(stored, **tags), shown(stored.astype(float)))
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("slope", [1, 2.5])
+@pytest.mark.parametrize("dtype", ["<u2", "<i2"])
+def test_a_window_is_applied_as_pydicom_does_it(function: str, slope: float, dtype: str) -> None:
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+    stored = ramp(0 if dtype == "<u2" else -2000, 2000, dtype)
+    file = dicom_file(
+        stored, BitsStored=12, WindowCenter=600, WindowWidth=900, VOILUTFunction=function, RescaleSlope=slope,
+        RescaleIntercept=20,
+    )  # fmt: skip
+    dataset = pydicom.dcmread(io.BytesIO(file))
+    windowed = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    low, high = (edge * slope + 20 for edge in ((0, 4095) if dtype == "<u2" else (-2048, 2047)))
+    low, high = min(low, high), max(low, high)
+    assert_levels(file, (windowed - low) / (high - low))
+
+
+def test_of_several_windows_the_first_is_applied() -> None:
+    stored = ramp(0, 4095)
+    several = dicom_file(stored, BitsStored=12, WindowCenter=[1000, 3000], WindowWidth=[500, 100])
+    one = dicom_file(stored, BitsStored=12, WindowCenter=1000, WindowWidth=500)
+    np.testing.assert_array_equal(decoded(several), decoded(one))
+    assert_levels(one, (stored - 999.5) / 499 + 0.5)
+
+
+def test_a_negative_slope_comes_before_the_window() -> None:
+    file = dicom_file(
+        ramp(0, 4095), BitsStored=12, RescaleSlope=-1, RescaleIntercept=4095, WindowCenter=1000, WindowWidth=501
+    )
+    assert_levels(file, (4095.0 - ramp(0, 4095) - 999.5) / 500 + 0.5)
+
+
+def test_a_window_of_one_grey_level_is_a_step() -> None:
+    file = dicom_file(ramp(0, 4095), BitsStored=12, WindowCenter=2000, WindowWidth=1)
+    np.testing.assert_array_equal(decoded(file), 255 * (ramp(0, 4095) >= 2000))
+
+
+def table(entries: list[int], *, first: int = 0, bits: int = 16) -> list[object]:
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "US", [len(entries), first, bits])
+    item.add_new("LUTData", "US", entries)
+    return [item]
+
+
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_a_voi_table_takes_the_place_of_the_window_and_its_own_range_is_shown(top: int) -> None:
+    entries = [round(top * (k / 1023) ** 2) for k in range(1024)]
+    file = dicom_file(
+        ramp(0, 1023), BitsStored=10, VOILUTSequence=table(entries), WindowCenter=[1, 2], WindowWidth=[1, 2]
+    )
+    assert_levels(file, (ramp(0, 1023) / 1023.0) ** 2, tolerance=1.01 if top == 255 else 0.54)  # entries are whole
+
+
+def test_a_modality_table_comes_before_the_window() -> None:
+    entries = [4095 - 4 * k for k in range(1024)]
+    tags = {"BitsStored": 10, "ModalityLUTSequence": table(entries)}
+    assert_levels(dicom_file(ramp(0, 1023), **tags), (4095 - 4.0 * ramp(0, 1023)) / 4095)
+    windowed = dicom_file(ramp(0, 1023), WindowCenter=2000, WindowWidth=1001, **tags)
+    assert_levels(windowed, (4095 - 4.0 * ramp(0, 1023) - 1999.5) / 1000 + 0.5)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_around_a_picture_is_black_and_does_not_change_its_range(photometric: str) -> None:
+    stored = ramp(0, 4000)
+    stored[:, :8], stored[:, 24:] = 65535, 65000
+    tags = {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": 65000, "PhotometricInterpretation": photometric}
+    square = decoded(dicom_file(stored, **tags))
+    assert not square[:, :8].any() and not square[:, 24:].any()
+    shown = stored[:, 8:24] / 4095.0
+    shown = shown if photometric == "MONOCHROME2" else 1 - shown
+    np.testing.assert_allclose(square[:, 8:24], shown * 255, atol=0.501)
+
+
+@pytest.mark.parametrize(("shift", "high_bit"), [(0, 11), (4, 15)])
+def test_bits_that_hold_no_sample_are_left_out(shift: int, high_bit: int) -> None:
+    stored = ramp(0, 4095)
+    other = np.uint16(0xF000 if shift == 0 else 0x000F)  # an overlay, say
+    file = dicom_file((stored << shift) | other, BitsStored=12, HighBit=high_bit)
+    assert_levels(file, stored / 4095.0)
+
+
+def test_signed_samples_shorter_than_their_words_keep_their_sign() -> None:
+    stored = ramp(-2048, 2047, "<i2")
+    words = (stored.view("<u2") & 0x0FFF) | 0x5000
+    file = dicom_file(words, BitsStored=12, PixelRepresentation=1)
+    assert_levels(file, (stored + 2048.0) / 4095)
+
+
+COLOURS = {"RGB": (200, 30, 90), "YBR_FULL": (90, 120, 170)}
+
+
+@pytest.mark.parametrize("photometric", COLOURS)
+def test_colours_become_luma(photometric: str) -> None:
+    colour = COLOURS[photometric]
+    samples = np.zeros((32, 32, 3), np.uint8) + np.array(colour, np.uint8)
+    square = decoded(dicom_file(samples, PhotometricInterpretation=photometric))
+    expected = 0.299 * 200 + 0.587 * 30 + 0.114 * 90 if photometric == "RGB" else 90
+    assert np.abs(square.astype(int) - expected).max() <= 1.5
+
+
+# --------------------------------------------------------------------------------------------- orientation and aspect
+
+UPRIGHT = gradient(48, 32)
+TURNS = {
+    ("L", "F"): UPRIGHT,
+    ("R", "F"): UPRIGHT[:, ::-1],
+    ("L", "H"): UPRIGHT[::-1],
+    ("R", "H"): UPRIGHT[::-1, ::-1],
+    ("F", "L"): UPRIGHT.T,
+    ("F", "R"): UPRIGHT[:, ::-1].T,
+    ("H", "L"): UPRIGHT[::-1].T,
+    ("H", "R"): UPRIGHT[::-1, ::-1].T,
+    ("LP", "FA"): UPRIGHT,
+}
+
+
+@pytest.mark.parametrize("directions", TURNS)
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+def test_a_film_is_turned_upright_by_its_patient_orientation(directions: tuple[str, str], fit: str) -> None:
+    file = dicom_file(TURNS[directions], PatientOrientation=list(directions))
+    square, size = decode_sized(file, size=32, fit=fit, max_pixels=10**6)
+    assert size == (48, 32)
+    assert np.abs(square.astype(int) - decoded(encoded(UPRIGHT), fit=fit)).max() <= 1
+
+
+@pytest.mark.parametrize("stated", [None, "", ["L"], ["L", "L"], ["X", "Y"], ["", "F"]])
+def test_an_orientation_that_says_nothing_is_no_reason_to_turn(stated: object) -> None:
+    np.testing.assert_array_equal(decoded(dicom_file(UPRIGHT, PatientOrientation=stated)), decoded(dicom_file(UPRIGHT)))
+
+
+@pytest.mark.parametrize("tags", [{"PixelAspectRatio": [2, 1]}, {"PixelSpacing": [0.4, 0.2]}])
+@pytest.mark.parametrize("directions", [("L", "F"), ("F", "L")])
+def test_pixels_that_are_not_square_become_so(tags: dict[str, object], directions: tuple[str, str]) -> None:
+    tall = np.repeat(gradient(40, 80), 2, axis=1)  # (80, 80), of which every second row is kept: pixels 2 high, 1 wide
+    stored = tall[::2]  # (40, 80)
+    if directions == ("F", "L"):
+        stored, tags = stored.T, {name: value[::-1] for name, value in tags.items()}
+    for fit in ("crop", "pad", "squash"):
+        file = dicom_file(stored, PatientOrientation=list(directions), **tags)
+        square, size = decode_sized(file, size=20, fit=fit, max_pixels=10**6)
+        assert size == (80, 40)
+        assert np.abs(square.astype(int) - decoded(encoded(tall), size=20, fit=fit)).mean() < 2, fit
+    unknown = dicom_file(stored, PatientOrientation=list(directions), PixelSpacing=[0, 0])
+    np.testing.assert_array_equal(decoded(unknown), decoded(dicom_file(stored, PatientOrientation=list(directions))))
+    padded = decode(dicom_file(stored, PatientOrientation=list(directions)), size=20, fit="pad", max_pixels=10**6)
+    assert not padded[:5].any()  # without the tag it would be wide
+
+
+# ---------------------------------------------------------------------------------------------------------- compressed
+
+FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+
+
+def published(name: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
+    monkeypatch.setattr(dicom, "_OTHER_MODALITIES", frozenset())  # these are of MR and CT
+    return decoded((FILES / name).read_bytes(), size=64)
+
+
+@pytest.mark.parametrize("name", ["RLE", "bigendian", "expb", "implicit", "padded", "jp2klossless", "jpeg_ls_lossless"])
+def test_pydicoms_own_files_give_the_same_picture_however_they_are_packed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "jpeg_ls_lossless":
+        pytest.importorskip("gdcm", reason="python-gdcm is not installed (the extra `dicom`)")
+    plain = published("MR_small.dcm", monkeypatch)
+    assert plain.std() > 10
+    np.testing.assert_array_equal(published(f"MR_small_{name}.dcm", monkeypatch), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("SC_rgb_rle.dcm", 0), ("SC_rgb_rle_16bit.dcm", 1), ("SC_rgb_jpeg_gdcm.dcm", 0), ("SC_rgb_jpeg_dcmtk.dcm", 3),
+        ("SC_rgb_dcmtk_+eb+cy+np.dcm", 3), ("SC_ybr_full_422_uncompressed.dcm", 3), ("SC_rgb_jls_lossy_line.dcm", 3),
+    ],
+)  # fmt: skip
+def test_pydicoms_own_colour_files_give_the_same_picture(
+    name: str, tolerance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_jls_lossy_line.dcm"):
+        pytest.importorskip("gdcm", reason="python-gdcm is not installed (the extra `dicom`)")
+    plain, packed = (published(file, monkeypatch).astype(int) for file in ("SC_rgb_gdcm_KY.dcm", name))
+    assert np.abs(plain - packed).mean() <= tolerance
+
+
+def packed(stream: bytes, samples: NDArray[np.uint8], syntax: str, **tags: object) -> bytes:
+    """A DICOM file of a compressed stream."""
+    from pydicom.encaps import encapsulate
+
+    dataset = pydicom.dcmread(io.BytesIO(dicom_file(samples, **tags)))
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([stream])
+    dataset["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_a_jpeg_inside_dicom_is_the_picture_of_the_jpeg() -> None:
+    pixels = gradient(64, 64)
+    jpeg = encoded(pixels, "JPEG", quality=90)
+    file = packed(jpeg, pixels, pydicom.uid.JPEGBaseline8Bit)
+    assert np.abs(decoded(file).astype(int) - decoded(jpeg)).max() <= 1
+
+
+def test_a_compressed_picture_of_another_size_than_declared_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pydicom.pixels.decoders.base.Decoder.as_array", lambda *_, **__: pytest.fail("unpacked"))
+    huge = Image.new("L", (5000, 4000))
+    for image_format, syntax in (("JPEG", pydicom.uid.JPEGBaseline8Bit), ("JPEG2000", pydicom.uid.JPEG2000)):
+        file = packed(encoded(huge, image_format), gradient(16, 16), syntax)
+        assert "is not of the size that its header states" in refusal(file)
+
+
+def test_boxes_that_never_end_before_a_jpeg_2000_stream_do_not_keep_the_reader() -> None:
+    jp2 = bytearray(encoded(Image.fromarray(gradient(16, 16)), "JPEG2000", no_jp2=False))
+    assert bytes(jp2[:12]) == dicom._JP2_SIGNATURE
+    assert decoded(packed(bytes(jp2), gradient(16, 16), pydicom.uid.JPEG2000)).std() > 10
+    jp2[12:16] = bytes(4)
+    assert "is not of the size" in refusal(packed(bytes(jp2), gradient(16, 16), pydicom.uid.JPEG2000))
+
+
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
+def test_a_compression_that_nothing_here_unpacks_is_named(name: str) -> None:
+    reason = refusal(
+        (FILES / name).read_bytes().replace(b"\x08\x00\x60\x00CS\x02\x00NM", b"\x08\x00\x60\x00CS\x02\x00DX")
+    )
+    assert reason == "is DICOM compressed as JPEG Extended (Process 2 and 4), which no installed package unpacks"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[dicom._Elsewhere]:
+    """A fresh other process for GDCM."""
+    pytest.importorskip("gdcm", reason="python-gdcm is not installed (the extra `dicom`)")
+    monkeypatch.setattr(dicom, "_OTHER_MODALITIES", frozenset())
+    fresh = dicom._Elsewhere()
+    monkeypatch.setattr(dicom, "_elsewhere", fresh)
+    yield fresh
+    fresh.end()
+
+
+def test_a_file_that_kills_gdcm_is_set_aside_and_the_next_is_read(
+    elsewhere: dicom._Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = (FILES / "SC_rgb_jpeg_gdcm.dcm").read_bytes()
+    plain = decoded(good)
+    first = elsewhere._process
+    assert first is not None
+    os.kill(first.pid, signal.SIGKILL)
+    assert refusal(good) == "is DICOM whose compressed picture can not be unpacked"
+    np.testing.assert_array_equal(decoded(good), plain)
+    second = elsewhere._process
+    assert second is not None and second.pid != first.pid
+    monkeypatch.setattr(dicom, "_UNPACK_TIMEOUT_S", 0.2)
+    os.kill(second.pid, signal.SIGSTOP)  # it comes to no end
+    assert refusal(good) == "is DICOM whose compressed picture can not be unpacked"
+
+
+def test_an_interrupted_file_does_not_leave_its_picture_to_the_next(
+    elsewhere: dicom._Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = ((FILES / name).read_bytes() for name in ("SC_rgb_jpeg_gdcm.dcm", "JPEGLSNearLossless_16.dcm"))
+    plain = decoded(other)
+
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.connection.Connection.poll", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            decoded(one)
+    np.testing.assert_array_equal(decoded(other), plain)
+
+
+def test_the_process_of_gdcm_ends_with_its_owner(elsewhere: dicom._Elsewhere) -> None:
+    code = (
+        "import sys; from pathlib import Path; from xrai.dataset import dicom\n"
+        f"dicom._elsewhere.unpack(Path({str(FILES / 'SC_rgb_jpeg_gdcm.dcm')!r}).read_bytes())\n"
+        "print(dicom._elsewhere._process.pid, flush=True); sys.stdin.read()"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None and owner.stdin is not None
+    helper = Path("/proc") / owner.stdout.readline().strip()
+    assert helper.exists()
+    owner.kill()
+    owner.wait()
+    owner.stdout.close(), owner.stdin.close()
+    deadline = time.monotonic() + 30
+    while helper.exists() and "State:\tZ" not in (helper / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad files
+
+SMALL = gradient(20, 16)
+BAD = {
+    "two frames": (
+        lambda: dicom_file(SMALL, NumberOfFrames=2, PixelData=SMALL.tobytes() * 2),
+        "is DICOM of 2 frames; one picture a file is read",
+    ),
+    "no pixels": (lambda: dicom_file(SMALL, leave_out=("PixelData",)), "is DICOM without a picture"),
+    "too few pixels": (lambda: dicom_file(SMALL, PixelData=bytes(100)), "is DICOM that is cut short or damaged"),
+    "no rows": (lambda: dicom_file(SMALL, leave_out=("Rows",)), "is DICOM that is cut short or damaged"),
+    "zero rows": (lambda: dicom_file(SMALL, Rows=0), "declares 20 x 0 pixels"),
+    "a bomb": (lambda: dicom_file(SMALL, Rows=60000, Columns=60000), "declares 60000 x 60000 pixels, more than"),
+    "32 bits": (lambda: dicom_file(SMALL.astype("<u4")), "is DICOM of 32 bits in 32"),
+    "more bits than there are": (lambda: dicom_file(SMALL, BitsStored=12), "is DICOM of 12 bits in 8"),
+    "a palette": (
+        lambda: dicom_file(SMALL, PhotometricInterpretation="PALETTE COLOR"),
+        "is DICOM whose PhotometricInterpretation is not one of",
+    ),
+    "a slice": (lambda: dicom_file(SMALL, Modality="CT"), "is DICOM of modality CT; radiographs (CR, DX, RG) are read"),
+    "raw detector data": (
+        lambda: dicom_file(SMALL, PresentationIntentType="FOR PROCESSING"),
+        "is DICOM of raw detector data (FOR PROCESSING)",
+    ),
+    "a side view": (lambda: dicom_file(SMALL, ViewPosition="LL"), "is DICOM of a chest from the side (ViewPosition)"),
+    "an orientation from the side": (
+        lambda: dicom_file(SMALL, PatientOrientation=["P", "F"]),
+        "is DICOM of a chest from the side (PatientOrientation)",
+    ),
+    "a window without width": (
+        lambda: dicom_file(SMALL, WindowCenter=100, WindowWidth=0),
+        "is DICOM of a window of centre 100 and width 0",
+    ),
+    "an unknown window": (
+        lambda: dicom_file(SMALL, WindowCenter=100, WindowWidth=9, VOILUTFunction="CUBIC"),
+        "is DICOM whose VOILUTFunction is not one of",
+    ),
+    "no slope": (lambda: dicom_file(SMALL, RescaleSlope=0, RescaleIntercept=5), "is DICOM whose RescaleSlope or table"),
+    "thin pixels": (lambda: dicom_file(SMALL, PixelAspectRatio=[1, 100]), "is DICOM of pixels that are 0.01 times"),
+    "a preamble alone": (lambda: bytes(128) + b"DICM", "is DICOM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_radiograph_is_refused_with_its_reason(name: str) -> None:
+    make, reason = BAD[name]
+    found = refusal(make())
+    assert found.startswith(reason)
+    assert "\n" not in found
+
+
+def test_a_file_that_declares_too_much_is_refused_before_anything_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dicom, "_displayed", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ImageError, match="more than"):
+        decode(dicom_file(SMALL, Rows=20_000, Columns=20_000), size=32, fit="crop", max_pixels=100_000_000)
+
+
+def test_a_deflated_file_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = pydicom.dcmread(io.BytesIO(dicom_file(np.zeros((2000, 2000), np.uint8))))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    assert len(buffer.getvalue()) < 20_000
+    assert not decoded(buffer.getvalue()).any()
+    monkeypatch.setattr(dicom, "_MAX_INFLATED_BYTES", 1_000_000)
+    assert refusal(buffer.getvalue()) == "is DICOM that unpacks to more than 1000000 bytes"
+
+
+def test_without_pydicom_a_dicom_file_stops_the_work_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dicom_file(SMALL)
+    monkeypatch.setitem(sys.modules, "pydicom.errors", None)
+    for read in (decoded, dicom.read_patient_id):
+        with pytest.raises(SourceError, match=r"pip install 'xrai\[dicom\]'"):
+            read(data)
+    assert decoded(encoded(SMALL)).shape == (32, 32)  # other files need none
+
+
+def test_pydicom_is_imported_by_the_first_dicom_file_alone() -> None:
+    code = "import sys, xrai.dataset.build; assert not {'pydicom', 'gdcm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_patient_id_is_read_and_a_damaged_file_has_none() -> None:
+    data = dicom_file(SMALL)
+    assert dicom.read_patient_id(data) == PATIENT_ID
+    assert dicom.read_patient_id(dicom_file(SMALL, leave_out=("PatientID",))) == ""
+    assert dicom.read_patient_id(data[:150]) == ""
+
+
+def damaged_files() -> list[bytes]:
+    """Files of each way of packing, all small, to be damaged."""
+    tall = gradient(40, 40)
+    plain = dicom_file(
+        tall.astype("<u2") * 16, BitsStored=12, WindowCenter=2000, WindowWidth=3000, PatientOrientation=["R", "F"],
+        VOILUTSequence=table([k * 4 for k in range(64)]), ImagerPixelSpacing=[0.2, 0.1],
+    )  # fmt: skip
+    jpeg = packed(encoded(tall, "JPEG"), tall, pydicom.uid.JPEGBaseline8Bit)
+    jp2 = packed(encoded(Image.fromarray(tall), "JPEG2000"), tall, pydicom.uid.JPEG2000)
+    rle = pydicom.dcmread(io.BytesIO(dicom_file(tall)))
+    rle.compress(pydicom.uid.RLELossless)
+    buffer = io.BytesIO()
+    rle.save_as(buffer)
+    return [plain, jpeg, jp2, buffer.getvalue()]
+
+
+DAMAGED = damaged_files()
+
+
+def test_a_file_cut_short_anywhere_is_refused() -> None:
+    for data in DAMAGED:
+        assert decoded(data).std() > 10
+        for cut in {*range(0, len(data) - 16, max(1, len(data) // 60)), len(data) - 100, len(data) - 16}:
+            with pytest.raises(ImageError):
+                decoded(data[:cut])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_without_the_patient(
+    draw: st.DataObject, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = bytearray(draw.draw(st.sampled_from(DAMAGED)))
+    end = draw.draw(st.sampled_from([1000, len(file)]))  # in the header as often as in the pixels
+    for _ in range(draw.draw(st.integers(1, 8))):
+        file[draw.draw(st.integers(132, min(end, len(file)) - 1))] = draw.draw(st.integers(0, 255))
+    text = ""
+    with warnings.catch_warnings(record=True) as told, caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("always")
+        try:
+            assert decoded(bytes(file)).shape == (32, 32)
+        except ImageError as error:
+            text = str(error)
+            assert text
+    out = capfd.readouterr()
+    said = " ".join([text, caplog.text, out.out, out.err, *(str(warning.message) for warning in told)])
+    caplog.clear()
+    for secret in (*PATIENT_NAME.split("^"), PATIENT_ID):
+        assert secret not in said
+
+
+def test_what_pydicom_warns_of_is_not_told(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    data = dicom_file(SMALL, WindowCenter=1000, WindowWidth=500).replace(b"1000", b"Zanz")
+    assert b"Zanz" in data
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert "Zanz" not in refusal(data)
+        with pytest.raises(ValueError, match="Zanz"):  # pydicom itself would
+            float(pydicom.dcmread(io.BytesIO(data)).WindowCenter)
+    assert not any("Zanz" in str(warning.message) for warning in told)
+    assert "Zanz" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_images_knows_dicom_by_its_contents_whatever_else_it_looks_like() -> None:
+    data = bytearray(dicom_file(SMALL))
+    data[:3] = b"\xff\xd8\xff"  # the preamble is anyone's
+    assert images.is_dicom(bytes(data))
+    np.testing.assert_array_equal(decoded(bytes(data)), decoded(dicom_file(SMALL)))

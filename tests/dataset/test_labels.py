@@ -1,0 +1,208 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xrai.dataset import labels
+from xrai.dataset.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
+from xrai.dataset.manifest import Entry, is_file_patient
+from xrai.errors import SourceError
+from xrai.store import open_store
+
+PATHS = ("a.dcm", "b.dcm", "c.dcm", "d/e.png", "notes.txt")
+GOOD = "path,label,patient,split\na.dcm,NORMAL,p1,train\nb.dcm,PNEUMONIA,p2,val\nc.dcm,Pneumonia,p2,val\n"
+
+
+def entries(text: str, *, paths: Sequence[str] = PATHS) -> tuple[Entry, ...]:
+    return lay_out_by_labels(paths, parse_labels(text, name="t.csv"), source="films").entries
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(SourceError) as caught:
+        entries(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------- what comes out
+
+
+def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
+    text = (
+        "path,label,patient,split,subtype,group\n"
+        "a.dcm,NORMAL,p1,train,,north\nb.dcm,pneumonia,p1,TRAIN,virus,south\nc.dcm,Pneumonia,p2,test,Bacterial,north\n"
+    )
+    layout = lay_out_by_labels(PATHS, parse_labels(text, name="t.csv"), source="films")
+    assert [(e.path, e.label, e.split, e.subtype) for e in layout.entries] == [
+        ("a.dcm", 0, "train", ""), ("b.dcm", 1, "train", "viral"), ("c.dcm", 1, "test", "bacterial"),
+    ]  # fmt: skip
+    assert [entry.patient.partition(":")[0] for entry in layout.entries] == ["north", "south", "north"]
+    assert len({entry.patient for entry in layout.entries}) == 3  # p1 of north and p1 of south are two people
+    assert layout.has_splits
+    assert layout.not_data == {"not named by t.csv": 2}
+
+
+def test_a_patients_identifier_is_kept_as_a_hash_alone() -> None:
+    first, second, third = entries("path,label,patient\na.dcm,NORMAL,Ann\nb.dcm,NORMAL,Ann\nc.dcm,NORMAL,Bob\n")
+    assert first.patient == second.patient != third.patient
+    assert first.patient.startswith("patient:") and "Ann" not in first.patient
+
+
+def test_without_patients_each_file_is_one_and_without_splits_all_is_train() -> None:
+    found = entries("label,path\nNORMAL,d/e.png\nPNEUMONIA,a.dcm\n")
+    assert [entry.patient for entry in found] == ["file:a.dcm", "file:d/e.png"]
+    assert {entry.split for entry in found} == {"train"}
+    (grouped,) = entries("label,path,group\nNORMAL,d/e.png,north\n")
+    assert grouped.patient == "north:file:d/e.png"
+    assert is_file_patient(grouped.patient) and is_file_patient(found[0].patient)
+
+
+def test_a_column_without_any_cell_counts_as_absent() -> None:
+    text = "path,label,patient,split,group\na.dcm,NORMAL,,,\nb.dcm,PNEUMONIA,,,\n"
+    assert [entry.patient for entry in entries(text)] == ["file:a.dcm", "file:b.dcm"]
+
+
+VARIANTS = {
+    "semicolons": GOOD.replace(",", ";"),
+    "tabs": GOOD.replace(",", "\t"),
+    "windows line ends": GOOD.replace("\n", "\r\n"),
+    "empty lines": GOOD.replace("\n", "\n\n"),
+    "quotes": "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in GOOD.splitlines()),
+    "spaces and case": GOOD.replace("path,label", "Path, LABEL ").replace(",NORMAL", ", normal "),
+    "another order": "\n".join(",".join(reversed(line.split(","))) for line in GOOD.splitlines()),
+    "another column": "\n".join(f"{line},{word}" for line, word in zip(GOOD.splitlines(), "kxyz", strict=True)),
+    "no last line end": GOOD.rstrip("\n"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_same_table_is_read_however_it_is_written(name: str) -> None:
+    assert entries(VARIANTS[name]) == entries(GOOD)
+
+
+@settings(max_examples=50, deadline=None)
+@given(order=st.permutations(GOOD.splitlines()[1:]))
+def test_the_order_of_rows_does_not_matter(order: list[str]) -> None:
+    assert entries("\n".join([GOOD.splitlines()[0], *order])) == entries(GOOD)
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+FAULTS = {
+    "an absent file": ("a.dcm,NORMAL,p,train\nx.dcm,NORMAL,p,train", "line 3: there is no file 'x.dcm' in films"),
+    "an unknown label": ("a.dcm,healthy,p,train", "line 2: unknown label 'healthy', allowed are NORMAL and PNEUMONIA"),
+    "an unknown split": ("a.dcm,NORMAL,p,dev", "line 2: unknown split 'dev', allowed are train, val, test"),
+    "a patient in two splits": (
+        "a.dcm,NORMAL,Ann,train\nb.dcm,NORMAL,Ann,train\nc.dcm,PNEUMONIA,Ann,test",
+        "line 4: a patient in test who is in train in line 2",
+    ),
+    "a path twice": (
+        "a.dcm,NORMAL,p,train\nb.dcm,NORMAL,p,train\na.dcm,NORMAL,p,train",
+        "line 4: path 'a.dcm' stands in line 2, too",
+    ),
+    "an empty path": (",NORMAL,p,train", "line 2: path is empty"),
+    "an empty label": ("a.dcm,,p,train", "line 2: label is empty"),
+    "a patient missing": ("a.dcm,NORMAL,p,train\nb.dcm,NORMAL,,train", "line 3: patient is empty"),
+    "a split missing": ("a.dcm,NORMAL,p,train\nb.dcm,NORMAL,p,", "line 3: split is empty"),
+    "a path above": ("../a.dcm,NORMAL,p,train", "line 2: path '../a.dcm' leaves the source"),
+    "a path of another machine": ("C:\\a.dcm,NORMAL,p,train", r"line 2: path 'C:\\a.dcm' leaves the source"),
+    "a whole path": ("/etc/passwd,NORMAL,p,train", "line 2: path '/etc/passwd' leaves the source"),
+    "too few cells": ("a.dcm,NORMAL", "line 2: has 2 cells, the first line 4"),
+    "too many cells": ("a.dcm,NORMAL,p,train,x", "line 2: has 5 cells, the first line 4"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_by_its_line(name: str) -> None:
+    rows, words = FAULTS[name]
+    found = refusal(f"path,label,patient,split\n{rows}\n")
+    assert found.startswith("1 row of t.csv can not be used: ")
+    assert words in found
+    assert "Ann" not in found
+
+
+def test_the_line_is_that_of_the_file_where_cells_span_several_and_lines_are_empty() -> None:
+    text = 'path,label,note\n\na.dcm,NORMAL,"two\nlines"\nx.dcm,NORMAL,\n'
+    assert "line 5: there is no file 'x.dcm'" in refusal(text)
+
+
+def test_all_faults_are_told_but_not_hundreds() -> None:
+    rows = "".join(f"x{k}.dcm,NORMAL\n" for k in range(40))
+    found = refusal(f"path,label\n{rows}")
+    assert found.startswith("40 rows of t.csv can not be used: line 2: ")
+    assert found.count("there is no file") == 10
+    assert found.endswith("; and 30 more")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the first line of t.csv has no columns path and label"),
+        ("path,labels\na.dcm,NORMAL\n", "separated by commas, semicolons or tabs, but 'path,labels'"),
+        ("path|label\na.dcm|NORMAL\n", "has no columns path and label"),
+        ("path,label,label\na.dcm,NORMAL,NORMAL\n", "t.csv has two columns 'label'; leave one"),
+        ("path,label\n", "t.csv has no rows below its first line"),
+        ('path,label\n"a.dcm,NORMAL\n', "t.csv, line 2, is not CSV"),
+        ("path,label,subtype\na.dcm,NORMAL,virus\n", "line 2: a subtype is given to a NORMAL image"),
+        ("path,label,group\na.dcm,NORMAL,a:b\n", "line 2: group 'a:b' is not 1 to 40 letters"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(text: str, words: str) -> None:
+    assert words in refusal(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from('path,label;\t\n\r"\0 NORMAL.dcm'), max_size=60))
+def test_any_text_is_a_table_or_refused_in_one_line(text: str) -> None:
+    for start in ("", "path,label\n"):
+        try:
+            assert entries(start + text)
+        except SourceError as error:
+            assert "\n" not in str(error)
+
+
+def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        parse_labels("path,label,age,Sex\na.dcm,NORMAL,4,f\n", name="t.csv")
+    assert "t.csv: columns 'age', 'Sex' are not used" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def table_of(path: Path, data: bytes) -> LabelTable:
+    path.write_bytes(data)
+    return read_labels(str(path))
+
+
+def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
+    plain = table_of(tmp_path / "t.csv", GOOD.encode())
+    assert plain.labels == table_of(tmp_path / "t.csv", b"\xef\xbb\xbf" + GOOD.encode()).labels
+    assert plain.name == "t.csv"
+
+
+def test_a_file_in_a_bucket_is_read_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+    asked: list[str] = []
+    monkeypatch.setattr(labels, "open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path)))
+    assert len(read_labels("s3://bucket/some/t.csv").labels) == 3
+    assert asked == ["s3://bucket/some"]
+
+
+def test_a_file_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for data in (GOOD.encode("utf-16"), GOOD.replace("p1", "Jérôme").encode("latin-1")):
+        with pytest.raises(SourceError, match=r"t\.csv is not UTF-8 \(byte \d+\); save it as 'CSV UTF-8'"):
+            table_of(tmp_path / "t.csv", data)
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for uri in ("labels.csv", str(tmp_path / "no" / "labels.csv"), f"file://{tmp_path}/labels.csv"):
+        with pytest.raises(SourceError, match=r"there is no file --labels .*labels\.csv"):
+            read_labels(uri)
+    with pytest.raises(SourceError, match="is no file"):
+        read_labels(f"{tmp_path}/")
+    (tmp_path / "labels.csv").write_text(GOOD)
+    assert len(read_labels("labels.csv").labels) == len(read_labels(f"file://{tmp_path}/labels.csv").labels) == 3

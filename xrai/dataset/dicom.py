@@ -1,0 +1,491 @@
+"""A DICOM file to grey levels: the one home of pydicom, imported when the first such file comes (extra `dicom`).
+
+`xrai.dataset.images` calls it, for preprocessing and prediction alike. A radiograph passes through the stages of the
+standard (PS3.3 C.11): modality transformation, the first VOI LUT or window, MONOCHROME1 inverted; and it is turned as
+PatientOrientation says. All of it in floating point: rounding comes after scaling, in `images`.
+
+Nothing of a header ever gets into a message: reasons consist of words written here and of numbers. Only the tags named
+below are read, and of the patient the ID alone, of which the data set keeps a hash.
+
+Pillow unpacks JPEG and JPEG 2000, pydicom itself RLE. JPEG lossless and JPEG-LS need GDCM, which ends the whole process
+on some damaged files (3.2.6, uncaught C++ exceptions); so it works in a process of its own, `python -m` this module.
+"""
+
+import atexit
+import io
+import logging
+import math
+import os
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xrai.errors import ImageError, SourceError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_TAGS = [
+    "BitsAllocated", "BitsStored", "Columns", "HighBit", "ImagerPixelSpacing", "Modality", "ModalityLUTSequence",
+    "NumberOfFrames", "PatientOrientation", "PhotometricInterpretation", "PixelAspectRatio", "PixelData",
+    "PixelPaddingRangeLimit", "PixelPaddingValue", "PixelRepresentation", "PixelSpacing", "PlanarConfiguration",
+    "PresentationIntentType", "RescaleIntercept", "RescaleSlope", "Rows", "SamplesPerPixel", "VOILUTFunction",
+    "VOILUTSequence", "ViewPosition", "WindowCenter", "WindowWidth",
+]  # fmt: skip
+# What no chest radiograph is: the defined terms of Modality (PS3.3 C.7.3.1.1.1)
+_OTHER_MODALITIES = frozenset({"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XC"})
+_SIDE_VIEWS = frozenset({"LL", "RL", "LAT", "LATERAL"})  # ViewPosition
+_MAX_INFLATED_BYTES = 1 << 29  # of a file that is deflated as a whole
+_META_START = 132  # the file's own header, behind preamble and "DICM"
+_MAX_ASPECT = 8.0  # of a pixel
+_JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
+# Start of frame in JPEG and JPEG-LS; between these 0xC4, 0xC8 and 0xCC mean other things
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601
+# What pydicom and the decoders below it raise on damaged files, found by feeding them such files
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+    MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+_UNPACK_TIMEOUT_S = 60.0  # of one picture in the other process, for GDCM may also not come to an end
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file's bytes are those of a DICOM file, by its preamble: its name says nothing."""
+    return data[128:132] == b"DICM"
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what reads DICOM, empty where it is not: others may give other pixels."""
+    found = {}
+    for package in ("pydicom", "python-gdcm"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def read_patient_id(data: bytes) -> str:
+    """PatientID of a DICOM file, never to be shown; empty where it has none, or is damaged, as decoding it will say.
+
+    Raises `SourceError` where pydicom is not installed.
+    """
+    try:
+        with _damage():
+            return str(_read(data, ["PatientID"], stop_before_pixels=True).get("PatientID") or "").strip()
+    except ImageError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """A file whose header is read and says that it is one picture from the front; its pixels are still packed."""
+
+    width: int  # upright, pixels
+    height: int
+    aspect: float  # height of a pixel over its width, upright
+    _data: bytes
+    _dataset: "Dataset"
+    _directions: tuple[str, str]  # of the patient that a stored row and a stored column run to
+
+    def to_grey(self) -> NDArray[np.float32]:
+        """Unpack: (H, W), upright, 0 black to 255 white, not rounded.
+
+        Raises `ImageError` when the pixels are damaged, or compressed in a way that no installed package knows.
+        """
+        with _damage():
+            grey = _turned(_displayed(self._data, self._dataset), self._directions)
+        assert grey.shape == (self.height, self.width)
+        return grey
+
+
+def open_radiograph(data: bytes) -> Radiograph:
+    """Read a DICOM file's header.
+
+    Raises `ImageError` with a short reason when it is damaged or no single picture of a chest from the front,
+    `SourceError` where pydicom is not installed.
+    """
+    with _damage():
+        dataset = _read(data, _TAGS)
+        if "PixelData" not in dataset:
+            raise ImageError("is DICOM without a picture, or cut short before it")
+        width, height = int(dataset.Columns), int(dataset.Rows)
+        num_frames = int(dataset.get("NumberOfFrames") or 1)
+        if num_frames > 1:
+            raise ImageError(f"is DICOM of {num_frames} frames; one picture a file is read")
+        _refuse_other_kinds(dataset)
+        directions = _directions(dataset)
+        aspect = _aspect(dataset)
+    if directions[0] in "HF":
+        width, height, aspect = height, width, 1 / aspect
+    return Radiograph(width, height, aspect, data, dataset, directions)
+
+
+def write_radiograph(samples: NDArray[np.uint16], tags: Mapping[str, Any], *, identity: Sequence[str]) -> bytes:
+    """A DICOM file of a digital radiograph of up to 16 bits, (H, W), for those that are drawn.
+
+    `tags` are set by their keywords. `identity` names the picture, from the whole down to itself: its parts but the
+    last name the study, so that the same names give the same bytes.
+    """
+    import pydicom
+    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = DigitalXRayImageStorageForPresentation
+    dataset.SOPInstanceUID = generate_uid(entropy_srcs=["image", *identity])
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.StudyInstanceUID = generate_uid(entropy_srcs=["study", *identity[:-1]])
+    dataset.SeriesInstanceUID = generate_uid(entropy_srcs=["series", *identity[:-1]])
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+    dataset.BitsAllocated, dataset.HighBit = 16, dataset.BitsStored - 1
+    dataset.Rows, dataset.Columns = samples.shape
+    dataset.PixelData = samples.astype("<u2").tobytes()
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- headers
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """What pydicom raises inside the block becomes an `ImageError` that names its kind alone.
+
+    Raises `SourceError` where pydicom is not installed.
+    """
+    try:
+        from pydicom.errors import BytesLengthException, InvalidDicomError
+    except ImportError as error:
+        raise SourceError("reading DICOM needs pydicom, which is not installed: pip install 'xrai[dicom]'") from error
+    # pydicom's warnings quote header text. Set each time, for both belong to the whole program
+    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+    logging.getLogger("pydicom").disabled = True
+    try:
+        yield
+    except (*_DAMAGE, BytesLengthException, InvalidDicomError) as error:
+        raise ImageError(f"is DICOM that is cut short or damaged ({type(error).__name__})") from None
+
+
+def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False) -> "Dataset":
+    import pydicom
+
+    file = io.BytesIO(data)
+    file.seek(_META_START)
+    meta = pydicom.filereader.read_dataset(
+        file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag.group != 2
+    )
+    if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        if len(unpacker.decompress(data[file.tell() :], _MAX_INFLATED_BYTES + 1)) > _MAX_INFLATED_BYTES:
+            raise ImageError(f"is DICOM that unpacks to more than {_MAX_INFLATED_BYTES} bytes")
+    file.seek(0)
+    return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
+
+
+def _refuse_other_kinds(dataset: "Dataset") -> None:
+    modality, view = (str(dataset.get(name) or "").strip().upper() for name in ("Modality", "ViewPosition"))
+    if modality in _OTHER_MODALITIES:
+        raise ImageError(f"is DICOM of modality {modality}; radiographs (CR, DX, RG) are read")
+    if str(dataset.get("PresentationIntentType") or "").strip().upper() == "FOR PROCESSING":
+        raise ImageError("is DICOM of raw detector data (FOR PROCESSING), not a picture to look at")
+    if view in _SIDE_VIEWS:
+        raise ImageError("is DICOM of a chest from the side (ViewPosition)")
+
+
+def _directions(dataset: "Dataset") -> tuple[str, str]:
+    """Where rows and columns run to: L, R, H (head) or F (feet), one of each axis; what is not stated is upright."""
+    stated = dataset.get("PatientOrientation") or ()
+    along_row, along_column = (str(text)[:1].upper() for text in stated) if len(stated) == 2 else ("", "")
+    if {along_row, along_column} & {"A", "P"}:
+        raise ImageError("is DICOM of a chest from the side (PatientOrientation)")
+    is_frontal = (along_row in "LR" and along_column in "HF") or (along_row in "HF" and along_column in "LR")
+    return (along_row, along_column) if along_row and along_column and is_frontal else ("L", "F")
+
+
+def _aspect(dataset: "Dataset") -> float:
+    """Height of a stored pixel over its width."""
+    for name in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing"):
+        stated = dataset.get(name)
+        if stated:
+            vertical, horizontal = (float(number) for number in stated)
+            if vertical == horizontal:  # 0, too, which some write for what they do not know
+                return 1.0
+            aspect = vertical / horizontal
+            if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
+                raise ImageError(f"is DICOM of pixels that are {aspect:g} times as high as wide")
+            return aspect
+    return 1.0
+
+
+# -------------------------------------------------------------------------------------------------------------- pixels
+
+
+def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
+    """The picture as a viewer shows it: (H, W), 0 to 255."""
+    from pydicom.uid import RLELossless
+
+    photometric = str(dataset.PhotometricInterpretation).strip().upper()
+    is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
+    if not is_grey and not photometric.startswith(("RGB", "YBR")):
+        raise ImageError("is DICOM whose PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB and YBR")
+    allocated, stored, high = int(dataset.BitsAllocated), int(dataset.BitsStored), int(dataset.HighBit)
+    if allocated not in (8, 16) or not stored <= high + 1 <= allocated or stored < 1:
+        raise ImageError(f"is DICOM of {stored} bits in {allocated}, the highest {high}; 8 to 16 bits are read")
+    samples = _unpack(data, dataset)
+    if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
+        raise ImageError("is DICOM whose pixels have not one sample, or three as its PhotometricInterpretation has it")
+    if not is_grey:
+        luma: NDArray[np.float32] = samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
+        return luma
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax == RLELossless:
+        samples = (samples << (allocated - 1 - high)) >> (allocated - stored)  # other bits may hold overlays
+    lowest, highest = int(samples.min()), int(samples.max())
+    values = np.arange(lowest, highest + 1, dtype=np.int32)  # each one is looked up once, not once a pixel
+    is_padding = _padding(values, dataset)
+    if is_padding[-1] and stored == 16:
+        highest = int(samples[~_padding(samples, dataset)].max(initial=0))
+    shown = _look_up(values, dataset, stored=stored, highest=highest)
+    if photometric == "MONOCHROME1":
+        shown = 1 - shown
+    shown[is_padding] = 0
+    return np.take(np.asarray(shown * 255, np.float32), samples.astype(np.int32) - lowest)
+
+
+def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
+    """Whole samples, (H, W) or (H, W, 3), colours as RGB."""
+    from pydicom.encaps import get_frame
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.uid import JPEGExtended12Bit, RLELossless
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        decoder: Any = get_decoder(syntax)  # any: pydicom 3.0 states the types of its options wrongly
+    except NotImplementedError:
+        raise ImageError("is DICOM compressed in a way that no installed package unpacks") from None
+    plugins = decoder.available_plugins
+    if syntax.is_encapsulated and (not plugins or (syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8)):
+        raise ImageError(f"is DICOM compressed as {syntax.name}, which no installed package unpacks")
+    if not syntax.is_encapsulated or syntax == RLELossless:
+        return np.asarray(decoder.as_array(dataset, index=0, correct_unused_bits=False)[0])
+    stated = _size_in_frame(get_frame(dataset.PixelData, 0, number_of_frames=1))
+    if stated != (dataset.Columns, dataset.Rows):
+        raise ImageError("is DICOM whose compressed picture is not of the size that its header states")
+    if "pillow" not in plugins:
+        return _elsewhere.unpack(data)
+    return np.asarray(decoder.as_array(dataset, index=0, decoding_plugin="pillow")[0])
+
+
+def _size_in_frame(frame: bytes) -> tuple[int, int] | None:
+    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 stream declares: decoders go by it, not by the header."""
+    start = 0
+    if frame.startswith(_JP2_SIGNATURE):  # boxes before the stream; one of length 0 would keep pydicom 3.0.2 for ever
+        start = len(_JP2_SIGNATURE)
+        while (kind := frame[start + 4 : start + 8]) != b"jp2c":
+            length = int.from_bytes(frame[start : start + 4], "big")
+            if length < 8 or not kind:
+                return None
+            start += length
+        start += 8
+    if frame[start : start + 4] == b"\xff\x4f\xff\x51":  # SOC, SIZ: ISO/IEC 15444-1 A.5.1
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        return right - left, bottom - top
+    place = 2
+    while frame.startswith(b"\xff\xd8") and place + 9 <= len(frame) and frame[place] == 0xFF:
+        marker = frame[place + 1]
+        if marker in _FRAME_MARKERS:
+            height, width = struct.unpack_from(">2H", frame, place + 5)
+            return width, height
+        place += 1 if marker == 0xFF else 2 + max(2, int.from_bytes(frame[place + 2 : place + 4], "big"))
+    return None
+
+
+def _padding(samples: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
+    """Which samples are of pixels around the picture, which show nothing: PS3.3 C.7.5.1.1.2."""
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(samples.shape, np.bool_)
+    last = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((int(first), int(first if last is None else last)))
+    return (samples >= low) & (samples <= high)
+
+
+def _look_up(samples: NDArray[np.int32], dataset: "Dataset", *, stored: int, highest: int) -> NDArray[np.float32]:
+    """Samples (N,) through modality transformation and VOI LUT or window: (N,), 0 to 1.
+
+    Without either of the latter the whole range of the stored bits is shown; that of 12 bits where 16 are declared and
+    12 hold the picture's `highest` sample, as `images` has it for PNG.
+    """
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi
+
+    if int(dataset.get("PixelRepresentation") or 0):
+        ends = np.array([-(2 ** (stored - 1)), 2 ** (stored - 1) - 1], np.int32)
+    else:
+        ends = np.array([0, 4095 if stored == 16 and highest <= 4095 else 2**stored - 1], np.int32)
+    values = apply_modality_lut(samples, dataset)
+    if dataset.get("ModalityLUTSequence"):
+        ends = np.array([0, _top_of(dataset.ModalityLUTSequence[0])])
+    elif "RescaleSlope" in dataset and "RescaleIntercept" in dataset:
+        ends = np.sort(ends * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept))
+    if dataset.get("VOILUTSequence"):
+        looked_up = apply_voi(np.rint(values).astype(np.int32), dataset, index=0)
+        return np.asarray(looked_up / _top_of(dataset.VOILUTSequence[0]), np.float32)
+    values = np.asarray(values, np.float32)
+    centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
+    if centre is not None and width is not None:
+        return _window(values, centre, width, function=str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper())
+    low, high = (float(end) for end in ends)
+    if not math.isfinite(high - low) or high <= low:
+        raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
+    return np.asarray(np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1), np.float32)
+
+
+def _first(value: Any) -> float | None:
+    """The first of one or several numbers."""
+    if value is None or value == "":
+        return None
+    several = [value] if isinstance(value, str | int | float) else list(value)
+    return float(several[0]) if several else None
+
+
+def _top_of(table: "Dataset") -> int:
+    """The value that a table shows as white: all bits that its largest entry needs, for many declare more than that."""
+    bits = int(table.LUTDescriptor[2])
+    data = table.LUTData
+    entries = np.frombuffer(data, np.uint8 if bits <= 8 else "<u2") if isinstance(data, bytes) else np.asarray(data)
+    return int(2 ** max(1, int(entries.max()).bit_length()) - 1)
+
+
+def _window(values: NDArray[np.float32], centre: float, width: float, *, function: str) -> NDArray[np.float32]:
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 and 1."""
+    if not (math.isfinite(centre) and math.isfinite(width)) or width < (1 if function == "LINEAR" else 1e-6):
+        raise ImageError(f"is DICOM of a window of centre {centre:g} and width {width:g}")
+    if function == "LINEAR":
+        if width == 1:
+            return (values > centre - 0.5).astype(np.float32)
+        shown = (values - np.float32(centre - 0.5)) / np.float32(width - 1) + np.float32(0.5)
+    elif function == "LINEAR_EXACT":
+        shown = (values - np.float32(centre)) / np.float32(width) + np.float32(0.5)
+    elif function == "SIGMOID":
+        steps = np.clip((values - np.float32(centre)) * np.float32(-4 / width), -80, 80)  # beyond it float32 overflows
+        shown = 1 / (1 + np.exp(steps))
+    else:
+        raise ImageError("is DICOM whose VOILUTFunction is not one of LINEAR, LINEAR_EXACT and SIGMOID")
+    return np.asarray(np.clip(shown, 0, 1), np.float32)
+
+
+def _turned(stored: NDArray[np.float32], directions: tuple[str, str]) -> NDArray[np.float32]:
+    """Rows to the patient's left, columns to the feet: as from in front of the patient. Contiguous."""
+    along_row, along_column = directions
+    if along_row in "HF":
+        stored, along_row, along_column = stored.T, along_column, along_row
+    if along_row == "R":
+        stored = stored[:, ::-1]
+    if along_column == "H":
+        stored = stored[::-1]
+    return np.ascontiguousarray(stored)
+
+
+# ---------------------------------------------------------------------------------------------------- the other process
+
+
+class _Elsewhere:
+    """A process that unpacks files and may die of it; started when it is needed, one at a time. Threads take turns."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._owner = 0
+
+    def unpack(self, data: bytes) -> NDArray[Any]:
+        """The samples of a file. Raises `ImageError` where it can not be unpacked, or ends the process."""
+        with self._lock:
+            pipe = self._pipe
+            if pipe is None or self._owner != os.getpid():  # a child after fork may not share its parent's
+                pipe = self._start()
+            try:
+                pipe.send_bytes(data)
+                answer = pipe.recv_bytes() if pipe.poll(_UNPACK_TIMEOUT_S) else b""
+            except (EOFError, OSError):
+                answer = b""
+            except BaseException:  # interrupted: the answer under way must not be taken for the next file's
+                self.end()
+                raise
+            if not answer:
+                self.end()
+                raise ImageError("is DICOM whose compressed picture can not be unpacked")
+        if answer == _REFUSED:
+            raise ImageError("is DICOM whose compressed picture is cut short or damaged")
+        samples: NDArray[Any] = np.load(io.BytesIO(answer), allow_pickle=False)
+        return samples
+
+    def _start(self) -> Connection:
+        ours, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "xrai.dataset.dicom", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # GDCM writes there what it thinks of a file
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        self._pipe, self._owner = ours, os.getpid()
+        atexit.register(self.end)
+        return ours
+
+    def end(self) -> None:
+        """End the process, if it is ours."""
+        if self._pipe is None or self._process is None or self._owner != os.getpid():
+            return
+        atexit.unregister(self.end)
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+        self._pipe = self._process = None
+
+
+_REFUSED = b"refused"
+_elsewhere = _Elsewhere()
+
+
+def _serve(pipe: Connection) -> None:
+    """Unpack what comes until nobody is there any more."""
+    from pydicom.pixels.utils import pixel_array
+
+    while True:
+        try:
+            data = pipe.recv_bytes()
+        except EOFError:
+            return
+        answer = io.BytesIO()
+        try:
+            with _damage():
+                np.save(answer, pixel_array(_read(data, _TAGS), index=0), allow_pickle=False)
+        except ImageError:
+            pipe.send_bytes(_REFUSED)
+        else:
+            pipe.send_bytes(answer.getvalue())
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,205 @@
+"""Labels from a table: `--labels FILE.csv` says of each file of a source what it shows, in place of class folders.
+
+Columns `path` and `label`; `patient`, `split`, `subtype` and `group` where they are known, each filled in every row or
+in none (but for `subtype`). Every fault of the table is found and named by its line before any picture is read. A
+patient is kept as a hash, for tables name patients as hospitals do.
+"""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from xrai.dataset.manifest import CLASSES, SUBTYPES, Entry, Layout, file_patient, hashed_patient
+from xrai.dataset.shards import SPLITS
+from xrai.errors import NotFoundError, SourceError
+from xrai.log import get_logger
+from xrai.store import open_store
+
+REQUIRED: Final[Sequence[str]] = ("path", "label")
+OPTIONAL: Final[Sequence[str]] = ("patient", "split", "subtype", "group")
+
+_DELIMITERS = ",;\t"
+_MAX_BYTES = 1 << 28
+_MAX_CELL = 60  # characters of a cell that a message shows
+_MAX_FAULTS = 10  # that one message lists
+_GROUP = re.compile(r"[\w.-]{1,40}")
+_SUBTYPE = re.compile(r"[\w .-]{1,40}")
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Label:
+    """One row of the table, as it is written there."""
+
+    line: int
+    cells: Mapping[str, str]  # of the known columns that the table has
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """The whole table; not yet compared with a source."""
+
+    name: str  # for people
+    labels: tuple[Label, ...]
+
+
+def read_labels(uri: str) -> LabelTable:
+    """Read a CSV file, at a path or s3:// address.
+
+    UTF-8, with or without a byte order mark; commas, semicolons (as Excel writes them in many countries) or tabs
+    between cells; columns in any order, whatever the case of their names; unknown ones are passed over with a note.
+    Raises `SourceError` where there is no such file or it is no such table.
+    """
+    folder, _, name = uri.rpartition("/")
+    if not name:
+        raise SourceError(f"--labels {uri!r} is no file; it takes a CSV file with the columns {', '.join(REQUIRED)}")
+    try:
+        store = open_store(folder or ("/" if uri.startswith("/") else "."))
+        size_bytes = store.size(name)
+        if size_bytes is not None and size_bytes > _MAX_BYTES:
+            raise SourceError(f"--labels {uri} has {size_bytes} bytes; a table of labels has at most {_MAX_BYTES}")
+        data = store.read(name)
+    except NotFoundError:
+        raise SourceError(f"there is no file --labels {uri}; it takes a CSV file with {', '.join(REQUIRED)}") from None
+    try:
+        return parse_labels(data.decode("utf-8-sig"), name=name)
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{name} is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8' and give it again"
+        ) from error
+
+
+def parse_labels(text: str, *, name: str) -> LabelTable:
+    """The rows of a table's text; `name` is for messages. Raises `SourceError` naming lines."""
+    records = _records(text, name=name)
+    _, header = next(records, (0, []))
+    columns = [cell.strip().lower() for cell in header]
+    known = {column: columns.index(column) for column in (*REQUIRED, *OPTIONAL) if column in columns}
+    twice = sorted(column for column in known if columns.count(column) > 1)
+    if twice:
+        raise SourceError(f"{name} has two columns {twice[0]!r}; leave one")
+    unknown = [cell.strip() for cell, column in zip(header, columns, strict=True) if column not in known]
+    if unknown:
+        _logger.info("%s: columns %s are not used", name, ", ".join(_shown(cell) for cell in unknown))
+    faults, labels = [], []
+    for line, record in records:
+        if len(record) != len(header):
+            faults.append((line, f"has {len(record)} cells, the first line {len(header)}"))
+        else:
+            cells = {column: record[k] if column == "path" else record[k].strip() for column, k in known.items()}
+            labels.append(Label(line, cells))
+    _refuse(faults, name=name)
+    if not labels:
+        raise SourceError(f"{name} has no rows below its first line")
+    return LabelTable(name, tuple(labels))
+
+
+def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -> Layout:
+    """The layout that a table gives to a source's paths; `source` names it in messages.
+
+    Files that the table does not name are not data; they are counted. Raises `SourceError` naming the lines of the
+    table that name no file, a file twice or one outside of the source, an unknown label, split or subtype, a patient in
+    two splits, or leave a cell empty.
+    """
+    held = set(paths)
+    labels = table.labels
+    filled = {column for column in OPTIONAL if any(label.cells.get(column) for label in labels)}
+    faults = [(label.line, words) for label in labels for words in _faults(label, filled, held, source=source)]
+    faults += _repeated(labels)
+    _refuse(sorted(faults), name=table.name)
+    entries = tuple(sorted((_entry(label.cells) for label in labels), key=lambda entry: entry.path))
+    num_others = len(held) - len(entries)
+    not_data = {f"not named by {table.name}": num_others} if num_others else {}
+    return Layout(entries, "split" in filled, not_data)
+
+
+def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of all rows that are not empty; the first is the header."""
+    first = text.splitlines()[0] if text.strip() else ""
+    known = {mark: {cell.strip(' "').lower() for cell in first.split(mark)} for mark in _DELIMITERS}
+    delimiter = next((mark for mark, columns in known.items() if columns.issuperset(REQUIRED)), "")
+    if not delimiter:
+        raise SourceError(
+            f"the first line of {name} has no columns {' and '.join(REQUIRED)}, separated by commas, semicolons or "
+            f"tabs, but {_shown(first)}; optional are {', '.join(OPTIONAL)}"
+        )
+    line = 1
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        for record in reader:
+            if any(cell.strip() for cell in record):
+                yield line, record
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SourceError(f"{name}, line {line}, is not CSV: {error}") from error
+
+
+def _faults(label: Label, filled: Collection[str], held: Collection[str], *, source: str) -> Iterator[str]:
+    cells = label.cells
+    path = cells["path"]
+    for column in (*REQUIRED, *(column for column in OPTIONAL if column in filled and column != "subtype")):
+        if not cells[column].strip():
+            yield f"{column} is empty"
+    if path.strip() and path not in held:
+        inside = not path.startswith(("/", "\\")) and ":" not in path and ".." not in re.split(r"[/\\]", path)
+        yield f"there is no file {_shown(path)} in {source}" if inside else f"path {_shown(path)} leaves the source"
+    if cells["label"] and cells["label"].upper() not in CLASSES:
+        yield f"unknown label {_shown(cells['label'])}, allowed are {' and '.join(CLASSES)}"
+    if cells.get("split") and cells["split"].lower() not in SPLITS:
+        yield f"unknown split {_shown(cells['split'])}, allowed are {', '.join(SPLITS)}"
+    if cells.get("subtype") and cells["label"].upper() == CLASSES[0]:
+        yield f"a subtype is given to a {CLASSES[0]} image"
+    for column, pattern in (("group", _GROUP), ("subtype", _SUBTYPE)):
+        if cells.get(column) and not pattern.fullmatch(cells[column]):
+            yield f"{column} {_shown(cells[column])} is not 1 to 40 letters, digits, dots, hyphens or underscores"
+
+
+def _repeated(labels: Sequence[Label]) -> Iterator[tuple[int, str]]:
+    """Paths that stand there twice, and patients in two splits; a patient is not named."""
+    lines: dict[str, int] = {}
+    places: dict[str, dict[str, int]] = defaultdict(dict)
+    for label in labels:
+        first = lines.setdefault(label.cells["path"], label.line)
+        if first != label.line:
+            yield label.line, f"path {_shown(label.cells['path'])} stands in line {first}, too"
+        patient, split = _patient_of(label.cells), label.cells.get("split", "").lower()
+        if patient and split:
+            splits = places[patient]
+            if split not in splits and splits:
+                other, line = next(iter(splits.items()))
+                yield label.line, f"a patient in {split} who is in {other} in line {line}"
+            splits.setdefault(split, label.line)
+
+
+def _refuse(faults: Sequence[tuple[int, str]], *, name: str) -> None:
+    if not faults:
+        return
+    shown = "; ".join(f"line {line}: {words}" for line, words in faults[:_MAX_FAULTS])
+    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    num_lines = len({line for line, _ in faults})
+    raise SourceError(f"{num_lines} {'row' if num_lines == 1 else 'rows'} of {name} can not be used: {shown}{more}")
+
+
+def _entry(cells: Mapping[str, str]) -> Entry:
+    subtype = cells.get("subtype", "").lower()
+    return Entry(
+        path=cells["path"],
+        split=cells.get("split", "").lower() or "train",
+        label=CLASSES.index(cells["label"].upper()),
+        patient=_patient_of(cells) or file_patient(cells["path"], group=cells.get("group", "")),
+        subtype=SUBTYPES.get(subtype, subtype),
+    )
+
+
+def _patient_of(cells: Mapping[str, str]) -> str:
+    """The patient's key, empty where the table names no patient."""
+    patient = cells.get("patient", "")
+    return hashed_patient(patient, group=cells.get("group") or "patient") if patient else ""
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…")
