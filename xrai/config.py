@@ -132,7 +132,7 @@ class Augment:
     rotation_deg: float = _key(10.0, "largest rotation either way, degrees", minimum=0, maximum=180)
     scale: float = _key(0.12, "largest relative change of size", minimum=0, below=1)
     shift: float = _key(0.10, "largest shift either way, share of the side", minimum=0, maximum=1)
-    aspect: float = _key(0.08, "largest relative change of width over height", minimum=0, below=1)
+    aspect: float = _key(0.25, "largest relative change of width over height", minimum=0, below=1)
     shear: float = _key(0.06, "largest horizontal shear, share of the height", minimum=0, maximum=1)
     gamma: float = _key(0.4, "largest change of the logarithm of gamma", minimum=0, maximum=3)
     contrast: float = _key(0.3, "largest relative change of contrast", minimum=0, below=1)

@@ -87,6 +87,12 @@ def test_shift_moves_by_at_most_its_share_of_the_side():
     assert float(offsets.abs().max()) > 0.07 * size  # and 80 draws come near it
 
 
+def test_no_black_border_comes_in_where_a_picture_is_moved():
+    image = torch.full((40, 1, 32, 32), 0.6)
+    strength = still(rotation_deg=20, scale=0.3, shift=0.2, aspect=0.4, shear=0.2)
+    assert torch.allclose(augment(image, torch.arange(40), seed=1, epoch=0, strength=strength), image, atol=1e-5)
+
+
 def test_rotation_by_up_to_180_degrees_keeps_a_round_picture():
     size = 48
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")

@@ -32,7 +32,11 @@ def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Au
 
 
 def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
-    """One affine resampling, bilinear, black outside. draws (B, 6) in [-1, 1)."""
+    """One affine resampling, bilinear. draws (B, 6) in [-1, 1).
+
+    Outside of the picture its edge goes on: black there is a border that only training pictures would have, and the
+    network came to count on it (docs/decisions/0005-recipe.md).
+    """
     angle = draws[:, 0] * math.radians(strength.rotation_deg)
     scale = 1 + draws[:, 1] * strength.scale
     stretch = torch.sqrt(1 + draws[:, 2] * strength.aspect)
@@ -48,7 +52,7 @@ def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
         dim=1,
     )  # (B, 2, 3)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
-    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
