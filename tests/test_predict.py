@@ -1,30 +1,31 @@
-"""Prediction gives every file a row, scores as training's own evaluation does, and refuses what can not work."""
+"""The command `xrai.predict`: a table and overlays that hold every file, in places near and far, safe to open."""
 
 import csv
+import io
 import json
-import os
-import shutil
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import yaml
 from PIL import Image
 
+from tests.faults.buckets import moto_server, new_bucket, use_endpoint
+from tests.models import FINGERPRINT, phantoms, save_run
+from tests.training import call_main
 from xrai import predict
-from xrai.config import Config, Images
-from xrai.dataset.phantom import make_phantoms
-from xrai.errors import CorruptError, RunError, SourceError, UserError
-from xrai.learning.predictor import TrainedModel, build_model, load_model, save_model
-from xrai.predict import BATCH_SIZE, Prediction, classify, find_files, fit_to_run, format_table, score
-from xrai.store import open_store
+from xrai.config import Images
+from xrai.dataset.phantom import draw_film, encode, make_phantoms, plan
+from xrai.errors import CorruptError, RunError, StoreError, UserError
+from xrai.pipeline import Explained, Prediction, load_pipeline
+from xrai.predict import Drawing, draw_panel, fit_to_run, format_table, overlay_name
+from xrai.store import FileStore, open_store
 
-CPU = torch.device("cpu")
-MAX_PIXELS = 20_000
+MAX_PIXELS = 200_000
+COLUMNS = ["path", "probability", "threshold", "decision", "reason", "model"]
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(folder / "phantoms", folder / "submit/tiny")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run of fresh weights, whose model.pt alone is there."""
-    folder = tmp_path / "runs" / "fresh"
-    folder.mkdir(parents=True)
-    torch.manual_seed(7)
-    config = Config(images=Images(max_pixels=MAX_PIXELS))
-    network = build_model(config.model)
-    save_model(
-        folder / "model.pt", network, config=config, classes=("NORMAL", "PNEUMONIA"), threshold=0.5, run_id="fresh",
-        fingerprint="f" * 64,
-    )  # fmt: skip
-    return folder
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model.pt alone is there."""
+    return save_run(tmp_path_factory.mktemp("runs"), max_pixels=MAX_PIXELS)
 
 
 @pytest.fixture
 def films(tmp_path: Path) -> Path:
-    """Two good files, one of them deeper, and five that are none."""
+    """Three good files, one of them deeper and one of noise, and five that are none."""
     folder = tmp_path / "films"
     (folder / "more").mkdir(parents=True)
-    noise = np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)
-    Image.fromarray(noise).save(folder / "a, film.png")
-    Image.fromarray(noise[:, ::-1]).save(folder / "more" / "b.jpeg")
+    first, second = phantoms(2)[0]
+    Image.fromarray(first).save(folder / "a, film.png")
+    Image.fromarray(second).save(folder / "more" / "b.jpeg", quality=95)
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)).save(folder / "noise.png")
     (folder / "cut.png").write_bytes((folder / "a, film.png").read_bytes()[:700])
     (folder / "empty.jpg").touch()
     (folder / "gone.png").symlink_to("nowhere")
     (folder / "more" / "notes.txt").write_text("seen by Dr. Who")
-    Image.new("L", (200, 101)).save(folder / "vast.png")
+    Image.new("L", (2000, 101)).save(folder / "vast.png")
     return folder
 
 
@@ -91,8 +84,8 @@ def read_table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def model_of(run: Path) -> TrainedModel:
-    return load_model(open_store(str(run)), folder=run)
+def row(path: str, probability: float | None = 0.25, decision: str = "normal", reason: str = "") -> Prediction:
+    return Prediction(path, probability, 0.5, decision, reason, "tiny")
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
@@ -104,100 +97,75 @@ def test_files_score_as_they_did_in_the_evaluation_at_the_end_of_training(
 ) -> None:
     evaluated = {row["source"]: row for row in read_table(finished.run)}
     paths = [finished.source / source for source in evaluated]
-    call("--run", finished.run, *paths, "--out", tmp_path, monkeypatch=monkeypatch)
+    call("--run", finished.run, *paths, "--out", tmp_path, "--no_overlays", monkeypatch=monkeypatch)
     predicted = {row["path"]: row for row in read_table(tmp_path)}
     assert len(predicted) == len(evaluated) >= 5
     for path, source in zip(paths, evaluated, strict=True):
-        row = predicted[str(path)]
-        assert float(row["probability"]) == pytest.approx(float(evaluated[source]["score"]), abs=1e-5)
-        assert row["call"] == evaluated[source]["call"]
+        found = predicted[str(path)]
+        assert float(found["probability"]) == pytest.approx(float(evaluated[source]["score"]), abs=1e-5)
+        assert found["decision"] == evaluated[source]["decision"]
     threshold = json.loads((finished.run / "summary.json").read_text())["threshold"]
     assert {float(row["threshold"]) for row in predicted.values()} == {threshold}
-
-
-def test_rows_keep_their_files_across_batches_and_unreadable_ones_between(run: Path, tmp_path: Path) -> None:
-    num_files = 2 * BATCH_SIZE + 3
-    for number in range(num_files):
-        path = tmp_path / "many" / f"{number:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        if number % 5 == 2:
-            path.write_bytes(b"no picture")
-        else:
-            Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 64), np.uint8)).save(path)
-    model = model_of(run)
-    files = find_files([str(tmp_path / "many")])
-    rows = list(classify(model, files, images=fit_to_run(Config().images, model), device=CPU))
-    assert [row.path for row in rows] == [str(tmp_path / "many" / f"{number:03d}.png") for number in range(num_files)]
-    usable = [number for number in range(num_files) if number % 5 != 2]
-    pictures = np.stack([np.random.default_rng(n).integers(0, 256, (1, 64, 64), np.uint8) for n in usable])
-    expected = dict(zip(usable, score(model.network, pictures, device=CPU), strict=True))
-    for number, row in enumerate(rows):
-        if number in expected:
-            assert row.probability == pytest.approx(expected[number], abs=1e-6) and row.reason == ""
-        else:
-            assert row == Prediction(row.path, None, 0.5, "", "is not a JPEG or PNG file")
-    assert len(set(expected.values())) > len(usable) / 2
-
-
-def test_the_threshold_itself_is_called_pneumonia(run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "film.png"
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64), np.uint8)).save(path)
-    model = model_of(run)
-    images = fit_to_run(Config().images, model)
-    [row] = classify(model, find_files([str(path)]), images=images, device=CPU)
-    assert row.probability is not None
-    for threshold, expected in ((row.probability, "PNEUMONIA"), (np.nextafter(row.probability, 1), "NORMAL")):
-        changed = TrainedModel(**{**model.__dict__, "threshold": float(threshold)})
-        [row] = classify(changed, find_files([str(path)]), images=images, device=CPU)
-        assert (row.call, row.threshold) == (expected, threshold)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def test_every_file_is_a_row_and_an_unreadable_one_has_its_reason(
+def test_every_file_is_a_row_and_one_for_review_has_its_reason(
     run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (films / ".hidden.png").touch()
     call("--run", run, films, "--out", tmp_path / "new" / "out", monkeypatch=monkeypatch)
     rows = read_table(tmp_path / "new" / "out")
-    assert list(rows[0]) == ["path", "probability", "threshold", "call", "reason"]
+    assert list(rows[0]) == COLUMNS
     reasons = {row["path"].removeprefix(f"{films}/"): row["reason"] for row in rows}
     assert reasons.pop("a, film.png") == "" and reasons.pop("more/b.jpeg") == ""
     assert reasons.pop("cut.png").startswith("is cut short or damaged")
+    assert reasons.pop("noise.png").startswith("does not look like the training images: atypicality ")
     assert reasons == {
         "empty.jpg": "is empty (0 bytes)",
         "gone.png": "can not be read (No such file or directory)",
-        "more/notes.txt": "is not a JPEG or PNG file",
-        "vast.png": f"declares 200 x 101 pixels, more than images.max_pixels = {MAX_PIXELS}",
+        "more/notes.txt": "is not a JPEG, PNG or DICOM file",
+        "vast.png": f"declares 2000 x 101 pixels, more than images.max_pixels = {MAX_PIXELS}",
     }
-    for row in rows:
-        assert bool(row["reason"]) == (row["probability"] == "") == (row["call"] == "")
-        assert row["threshold"] == "0.5"
+    for found in rows:
+        assert bool(found["reason"]) == (found["decision"] == "review")
+        is_readable = Path(found["path"]).name in ("a, film.png", "b.jpeg", "noise.png")
+        assert bool(found["probability"]) == is_readable
+        assert (found["threshold"], found["model"]) == ("0.5", "tiny")
     printed = capsys.readouterr()
     assert "1 hidden files" in printed.err
     lines = printed.out.splitlines()
-    assert len([line for line in lines if line.startswith(f"{films}/")]) == 7
-    assert f"{films}/empty.jpg" in printed.out and "none: is empty (0 bytes)" in printed.out
-    assert "+ 5 that could not be read" in printed.out
+    assert len([line for line in lines if line.startswith(f"{films}/")]) == 8
+    assert f"{films}/empty.jpg" in printed.out and "review: is empty (0 bytes)" in printed.out
+    assert "files: 8 = 1 normal + 1 pneumonia + 6 review, 5 of which could not be read" in lines
     assert f"table: {tmp_path}/new/out/predictions.csv  {tmp_path}/new/out/predictions.json" in lines
+    assert f"overlays: 3 in {tmp_path}/new/out/overlays/, numbered as the rows of the table" in lines
     assert "No medical device" in lines[-1]
 
 
-def test_json_holds_the_same_rows_and_what_classified(
+def test_json_holds_the_same_rows_with_their_overlays_and_what_classified(
     run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call("--run", run, films, "--out", tmp_path / "out", monkeypatch=monkeypatch)
-    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    out = tmp_path / "out"
+    call("--run", run, films, "--out", out, monkeypatch=monkeypatch)
+    content = json.loads((out / "predictions.json").read_text())
     rows = content.pop("predictions")
+    overlays = [row.pop("overlay") for row in rows]
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-    assert as_text == read_table(tmp_path / "out")
+    assert as_text == read_table(out)
+    assert overlays == [
+        "overlays/00001-a_film.png", None, None, None, "overlays/00005-b.png", None, "overlays/00007-noise.png", None,
+    ]  # fmt: skip
     assert content == {
-        "schema_version": 1, "tool_version": content["tool_version"], "note": content["note"], "run_id": "fresh",
-        "dataset_fingerprint": "f" * 64, "classes": ["NORMAL", "PNEUMONIA"], "threshold": 0.5, "image_size": 64,
-        "fit": "crop", "num_files": 7, "num_unreadable": 5,
+        "schema_version": 2, "tool_version": content["tool_version"], "note": content["note"], "run_id": "tiny",
+        "dataset_fingerprint": FINGERPRINT, "classes": ["NORMAL", "PNEUMONIA"], "threshold": 0.5, "temperature": 1.5,
+        "image_size": 64, "fit": "crop", "num_files": 8, "num_review": 6, "num_unreadable": 5,
     }  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.json"]
+    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert written == ["config.yaml", *filter(None, overlays), "predictions.csv", "predictions.json"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["images"] | {"size": 64, "fit": "crop", "max_pixels": MAX_PIXELS} == config["images"]
 
 
 def test_without_out_all_rows_are_printed_and_nothing_is_written(
@@ -205,50 +173,171 @@ def test_without_out_all_rows_are_printed_and_nothing_is_written(
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    call("--run", "runs/fresh", "films", monkeypatch=monkeypatch)
+    call("--run", run, "films", monkeypatch=monkeypatch)
     assert sorted(tmp_path.rglob("*")) == before
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith("films/")]) == 7
-    assert not any("predictions.csv" in line for line in lines)
+    assert len([line for line in lines if line.startswith("films/")]) == 8
+    assert not any("predictions.csv" in line or "overlays" in line for line in lines)
 
 
 def test_a_long_table_is_printed_in_part_where_files_hold_all_of_it(run: Path) -> None:
-    rows = [Prediction(f"{number}.png", 0.25, 0.5, "NORMAL", "") for number in range(60)]
-    lines = format_table(rows, model_of(run), out=open_store("/nowhere"))
-    assert len([line for line in lines if line.endswith("NORMAL")]) == 50
+    model = load_pipeline(str(run)).model
+    rows = [row(f"{number}.png") for number in range(60)]
+    lines = format_table(rows, model, out=open_store("/nowhere"))
+    assert len([line for line in lines if line.endswith("normal")]) == 50
     assert "... and 10 more in predictions.csv" in lines
-    assert "files: 60 = 60 NORMAL + 0 PNEUMONIA + 0 that could not be read" in lines
-    assert len([line for line in format_table(rows, model_of(run), out=None) if line.endswith("NORMAL")]) == 60
+    assert "files: 60 = 60 normal + 0 pneumonia + 0 review, 0 of which could not be read" in lines
+    assert len([line for line in format_table(rows, model, out=None) if line.endswith("normal")]) == 60
 
 
-def test_names_can_not_steer_the_terminal(run: Path) -> None:
-    lines = format_table(
-        [Prediction("\x1b[2Jfilm\n.png", None, 0.5, "", "is \x07 odd")], model_of(run), out=None
-    )  # fmt: skip
-    assert lines[1].startswith("\ufffd[2Jfilm\ufffd.png") and lines[1].endswith("none: is \ufffd odd")
+def test_names_can_not_steer_the_terminal_or_a_spreadsheet(
+    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_pipeline(str(run)).model
+    lines = format_table([row("\x1b[2Jfilm\n.png", None, "review", "is \x07 odd")], model, out=None)
+    assert lines[1].startswith("\ufffd[2Jfilm\ufffd.png") and lines[1].endswith("review: is \ufffd odd")
+    monkeypatch.chdir(films)
+    (films / "=cmd|' calc'!A0.png").write_bytes((films / "a, film.png").read_bytes())
+    call("--run", run, "=cmd|' calc'!A0.png", "--out", tmp_path / "out", monkeypatch=monkeypatch)
+    [found] = read_table(tmp_path / "out")
+    assert found["path"] == "./=cmd|' calc'!A0.png"
 
 
-def test_files_folders_and_zips_keep_their_order_and_a_file_named_twice_is_one_row(films: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
-        archive.write(films / "a, film.png", "train/x.png")
-    named = [str(films / "more" / "b.jpeg"), str(tmp_path / "packed.zip"), f"{films}/"]
-    paths = [file.path for file in find_files(named)]
-    assert paths[:3] == [f"{films}/more/b.jpeg", f"{tmp_path}/packed.zip/train/x.png", f"{films}/a, film.png"]
-    assert len(paths) == 8
-
-
-def test_a_hidden_file_that_is_named_is_classified(films: Path) -> None:
-    shutil.copy(films / "a, film.png", films / ".hidden.png")
-    [file] = find_files([str(films / ".hidden.png")])
-    assert file.path.endswith(".hidden.png")
-
-
-def test_the_limit_of_pixels_is_the_runs_unless_another_is_given(run: Path, films: Path) -> None:
-    model = model_of(run)
+def test_the_limit_of_pixels_is_the_runs_unless_another_is_given(
+    run: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_pipeline(str(run)).model
     assert fit_to_run(Images(), model).max_pixels == MAX_PIXELS
-    raised = fit_to_run(Images(max_pixels=MAX_PIXELS + 200), model)
-    [row] = classify(model, find_files([str(films / "vast.png")]), images=raised, device=CPU)
-    assert row.reason == ""
+    call("--run", run, films / "vast.png", f"--images.max_pixels={MAX_PIXELS + 2000}", monkeypatch=monkeypatch)
+    assert "1 review, 0 of which could not be read" in capsys.readouterr().out  # flat black, but read
+
+
+def test_nothing_of_a_dicom_header_is_shown_or_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pydicom")
+    phantom = next(plan(4))
+    whole = encode(4, phantom, draw_film(4, phantom), image_format="dicom").replace(
+        b"PHANTOM^000001", b"Jones^Indiana "
+    )
+    assert b"Jones" in whole
+    (tmp_path / "in").mkdir()
+    for name, data in (
+        ("good", whole),
+        ("cut", whole[: len(whole) // 2]),
+        ("odd", whole.replace(b"MONOCHR", b"POLYCHR")),
+    ):
+        (tmp_path / "in" / f"{name}.dcm").write_bytes(data)
+    call("--run", run, tmp_path / "in", "--out", tmp_path / "out", monkeypatch=monkeypatch)
+    printed = capsys.readouterr()
+    assert {Path(row["path"]).stem: bool(row["probability"]) for row in read_table(tmp_path / "out")} == {
+        "cut": False, "good": True, "odd": False,
+    }  # fmt: skip
+    texts = [printed.out, printed.err, *(p.read_bytes().decode("latin-1") for p in (tmp_path / "out").rglob("*.*"))]
+    assert not any(word in text for text in texts for word in ("Jones", "Indiana", "PHANTOM-0"))
+
+
+# ----------------------------------------------------------------------------------------------------------- overlays
+
+
+def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text_chunks(run: Path, films: Path) -> None:
+    pipeline = load_pipeline(str(run))
+    from xrai.pipeline import find_files
+
+    [explained] = pipeline.classify(find_files([str(films / "more" / "b.jpeg")]), explain_side=512)
+    data = draw_panel(explained)
+    with Image.open(io.BytesIO(data)) as panel:
+        assert panel.format == "PNG" and panel.mode == "RGB" and not panel.info
+        pixels = np.asarray(panel).astype(int)
+    left, right = pixels[40:552, 12:524], pixels[40:552, 536:1048]
+    assert np.array_equal(left, np.repeat(explained.picture[..., None], 3, axis=2))
+    changed = np.abs(right - left).max(axis=2)
+    heat = np.asarray(Image.fromarray(explained.heat).resize((512, 512), Image.Resampling.BILINEAR))
+    assert changed[heat > 0.6].min() > changed[heat < 0.02].max() - 1
+    assert not changed[heat == 0].any()
+    assert pixels[:40].max() > 200 and pixels[552:].max() > 200, "there are words above and below"
+
+
+def test_the_heat_of_a_film_called_normal_fades_with_its_probability() -> None:
+    picture, heat = np.full((512, 512), 100, np.uint8), np.ones((64, 64), np.float32)
+
+    def strength(probability: float) -> float:
+        with Image.open(io.BytesIO(draw_panel(Explained(row("x", probability), picture, heat)))) as panel:
+            return float(np.abs(np.asarray(panel).astype(int)[40:552, 536:1048] - 100).mean())
+
+    assert strength(0.9) == strength(0.5) > strength(0.25) > strength(0.01) > 0 == strength(0.0)
+
+
+def test_overlays_have_safe_names_of_their_own(
+    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (films / "a, film.png").read_bytes()
+    odd = tmp_path / "odd"
+    (odd / "x").mkdir(parents=True)
+    for name in (
+        "x/film.png",
+        "film.png",
+        "..png",
+        "日本.png",
+        "-rf; `id` $HOME.png",
+        "a\nb\x1b[2J.png",
+        "<img src=q>.png",
+    ):
+        (odd / name).write_bytes(data)
+    (odd / ("long" * 60 + ".png")).write_bytes(data)
+    call("--run", run, odd, "--out", tmp_path / "out", monkeypatch=monkeypatch)
+    names = sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())
+    assert len(names) == 7 and len({name[:5] for name in names}) == 7  # "..png" is hidden
+    assert all(name.isascii() and set(name) <= set(safe_letters()) and len(name) < 80 for name in names)
+    assert overlay_name(7, "C:\\films\\Ärger.dcm") == "overlays/00007-rger.png"
+    assert overlay_name(123456, "日本.png") == "overlays/123456.png"
+    assert overlay_name(8, "s3://b/../../etc/passwd") == "overlays/00008-passwd.png"
+
+
+def safe_letters() -> str:
+    return "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
+
+
+def test_overlays_of_an_earlier_table_are_removed_and_other_files_stay(
+    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    call("--run", run, films, "--out", out, monkeypatch=monkeypatch)
+    (out / "overlays" / "mine.png").touch()
+    call("--run", run, films / "noise.png", "--out", out, monkeypatch=monkeypatch)
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["00001-noise.png", "mine.png"]
+    call("--run", run, films / "noise.png", "--out", out, "--no_overlays", monkeypatch=monkeypatch)
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["mine.png"]
+    assert json.loads((out / "predictions.json").read_text())["predictions"][0]["overlay"] is None
+
+
+def test_an_overlay_that_can_not_be_stored_ends_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(FileStore, "write", refuse)
+    explained = Explained(row("x"), np.zeros((8, 8), np.uint8), np.zeros((4, 4), np.float32))
+    with pytest.raises(StoreError, match="the disk is full"), Drawing(open_store(str(tmp_path))) as drawing:
+        assert drawing.draw(explained, number=1) == "overlays/00001-x.png"
+
+
+def test_a_bucket_takes_table_and_overlays_and_gives_the_films(
+    run: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with moto_server() as url, new_bucket(url) as bucket:
+        use_endpoint(monkeypatch, url)
+        open_store(f"s3://{bucket}/runs/tiny").upload("model.pt", run / "model.pt")
+        open_store(f"s3://{bucket}/films").upload("a.png", films / "a, film.png")
+        call(
+            "--run", f"s3://{bucket}/runs/tiny", f"s3://{bucket}/films/*.png", films / "empty.jpg",
+            "--out", f"s3://{bucket}/out", monkeypatch=monkeypatch,
+        )  # fmt: skip
+        out = open_store(f"s3://{bucket}/out")
+        keys = [entry.key for entry in out.list()]
+        content = json.loads(out.read("predictions.json"))
+    assert keys == ["config.yaml", "overlays/00001-a.png", "predictions.csv", "predictions.json"]
+    assert [row["path"] for row in content["predictions"]] == [f"s3://{bucket}/films/a.png", f"{films}/empty.jpg"]
+    assert f"overlays: 1 in s3://{bucket}/out/overlays/" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -257,24 +346,8 @@ def test_the_limit_of_pixels_is_the_runs_unless_another_is_given(run: Path, film
 def test_no_run_and_no_path_are_refused(run: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--run is missing: give the address of a finished run"):
         call(films, monkeypatch=monkeypatch)
-    with pytest.raises(UserError, match="no PATH given: name JPEG or PNG files or folders of them"):
+    with pytest.raises(UserError, match="no PATH given: name JPEG, PNG or DICOM files or folders of them"):
         call("--run", run, monkeypatch=monkeypatch)
-
-
-def test_a_path_that_is_missing_or_no_file_is_refused_before_any_work(films: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "bare").mkdir()
-    for path, message in (
-        (tmp_path / "typo.png", "there is no file or folder"),
-        (tmp_path / "pipe", "is neither a file nor a folder"),
-        (tmp_path / "bare", "holds no files to classify"),
-        (tmp_path / "\udcff.png", "is not UTF-8; rename it"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_files([str(films), str(path)])
-    (tmp_path / "no.zip").write_text("no archive")
-    with pytest.raises(SourceError, match=r"no\.zip can not be read as a zip archive"):
-        find_files([str(tmp_path / "no.zip")])
 
 
 def test_a_folder_without_a_model_and_a_damaged_one_are_refused(
@@ -282,15 +355,15 @@ def test_a_folder_without_a_model_and_a_damaged_one_are_refused(
 ) -> None:
     with pytest.raises(RunError, match=r"holds no model\.pt: no such run, or its training has not ended"):
         call("--run", tmp_path / "runs" / "other", films, monkeypatch=monkeypatch)
-    (run / "model.pt").write_bytes((run / "model.pt").read_bytes()[:1000])
+    (tmp_path / "model.pt").write_bytes((run / "model.pt").read_bytes()[:1000])
     with pytest.raises(CorruptError, match=r"model\.pt"):
-        call("--run", run, films, monkeypatch=monkeypatch)
+        call("--run", tmp_path, films, monkeypatch=monkeypatch)
 
 
 def test_another_size_or_fit_than_the_runs_is_refused(run: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option, message in (
-        ("--images.size=128", "images.size = 128, but run fresh was trained with 64: leave the key out"),
-        ("--images.fit=pad", "images.fit = 'pad', but run fresh was trained with 'crop': leave the key out"),
+        ("--images.size=128", "images.size = 128, but run tiny was trained with 64: leave the key out"),
+        ("--images.fit=pad", "images.fit = 'pad', but run tiny was trained with 'crop': leave the key out"),
     ):
         with pytest.raises(RunError, match=message):
             call("--run", run, films, option, monkeypatch=monkeypatch)
@@ -305,13 +378,16 @@ def test_an_unwritable_place_is_refused_before_any_work(
     assert capsys.readouterr().out == ""
 
 
-def test_when_no_file_can_be_read_the_table_says_why_and_the_status_is_2(run: Path, films: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "xrai.predict", "--run", run, films / "empty.jpg", films / "cut.png"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "none: is empty (0 bytes)" in done.stdout
-    assert done.stderr.splitlines()[-1] == (
+def test_when_no_file_can_be_read_the_table_says_why_and_the_status_is_2(
+    run: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (f"--run={run}", str(films / "empty.jpg"), str(films / "cut.png"), f"--out={tmp_path}/out")
+    status, lines = call_main(predict, *arguments, capsys=capsys)
+    assert status == 2
+    assert lines == [
         f"xrai: error: none of the 2 files could be read as an image: {films}/empty.jpg is empty (0 bytes)"
-    )
+    ]
+    assert [row["decision"] for row in read_table(tmp_path / "out")] == ["review", "review"]
+    # a picture that is read but not like the others is an answer
+    status, _ = call_main(predict, f"--run={run}", str(films / "noise.png"), capsys=capsys)
+    assert status == 0

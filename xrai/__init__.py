@@ -1,3 +1,24 @@
-"""Chest X-rays in, a trained pneumonia classifier and readable results out."""
+"""Chest X-rays in, a trained pneumonia classifier and readable results out.
+
+import xrai
+
+for row in xrai.load("submit/20261123-031500-a1b2c3").predict(["films/", "more/*.dcm"]):
+    print(row.path, row.decision, row.probability, row.reason)
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xrai.pipeline import Pipeline
 
 __version__ = "0.1.0"
+
+
+def load(run: str) -> "Pipeline":
+    """The pipeline of a finished run, ready to predict. `run` is its address: a folder or s3://bucket/prefix/ID.
+
+    Raises `RunError` where there is no finished run, and the `StoreError` kinds where it can not be read.
+    """
+    from xrai.pipeline import load_pipeline  # here, for it loads torch, which preprocessing does without
+
+    return load_pipeline(run)

@@ -1,0 +1,139 @@
+"""Write a finished run as a file for other programs: `python -m xrai.export --run URI/ID [--out DIR]`.
+
+model.onnx (any ONNX runtime) and model.pt2 (torch.export) hold all that happens to a picture: grey pictures of 8 bits
+and any size go in, the calibrated probability and the atypicality come out; see `xrai.learning.export`. Each file is
+run beside torch on random pictures and drawn phantoms of several sizes before it is kept. export.json, written last,
+says how well they agree with each other and with the program's own path from files.
+"""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xrai import __version__
+from xrai import config as configuration
+from xrai.config import Flag
+from xrai.dataset.images import decode
+from xrai.dataset.phantom import draw_film, plan
+from xrai.errors import UserError, run_command
+from xrai.learning.export import (
+    ONNX_FILE,
+    TOLERANCE,
+    TORCH_FILE,
+    Serving,
+    describe_model,
+    require_onnx,
+    serve,
+    trace,
+    write_onnx,
+    write_torch,
+)
+from xrai.log import get_logger, setup_logging
+from xrai.pipeline import Pipeline, load_pipeline
+from xrai.results.artifacts import RunFolder, to_json
+from xrai.store import open_store
+
+FLAGS = (
+    Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
+    Flag("out", "", "folder or s3://bucket/prefix for the files; empty: export/ of the run"),
+    Flag("formats", "onnx,torch", "what to write: onnx, torch, or both with a comma between"),
+)
+WRITERS = {"onnx": (write_onnx, ONNX_FILE), "torch": (write_torch, TORCH_FILE)}
+SHAPES = ((1, 64, 64), (3, 130, 97), (2, 60, 200), (5, 256, 256), (1, 1000, 801))  # of random pictures to check with
+_NUM_PHANTOMS = 6
+_SEED = 20_261_123
+_logger = get_logger("xrai.export")
+
+
+def main() -> None:
+    """Read the command line, write, check and store the files, and say how well they agree."""
+    config, flags = configuration.parse("export", description="Write a run for other programs.", flags=FLAGS)
+    setup_logging()
+    if not flags["run"]:
+        raise UserError("--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3")
+    formats = parse_formats(flags["formats"])
+    out_uri = flags["out"] or f"{flags['run'].rstrip('/')}/export"
+    pipeline = load_pipeline(flags["run"])
+    RunFolder.check_writable(out_uri, flag="--out")
+    out = open_store(out_uri)
+    serving = Serving(pipeline.model)
+    phantoms = draw_phantoms()
+    batches = [*random_pictures(), *(phantom[None] for phantom in phantoms)]
+    metadata = describe_model(pipeline.model, version=__version__)
+    program = trace(serving)
+    _logger.info("traced; writing and checking %s", " and ".join(formats))
+    lines, agreements = [], {}
+    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        for kind in formats:
+            write, name = WRITERS[kind]
+            path = Path(folder) / name
+            agreement = write(program, serving, path, metadata=metadata, batches=batches)
+            out.upload(name, path)
+            agreements[name] = asdict(agreement)
+            lines.append(
+                f"{out.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within {agreement.probability:.0e} of torch "
+                f"on {agreement.num_pictures} pictures of {agreement.num_shapes} shapes ({TOLERANCE:.0e} is allowed)"
+            )
+    files = compare_with_files(pipeline, serving, phantoms)
+    out.write("config.yaml", config.to_yaml().encode())
+    out.write("export.json", to_json({**metadata, "agreement": agreements, "beside_own_path": files}).encode())
+    lines.append(
+        f"beside xrai.predict, on {len(phantoms)} phantoms: PNG within {files['png_probability']:.0e} in probability "
+        f"({files['num_other_pixels']} of {files['num_pixels']} pixels differ), JPEG, which xrai.predict decodes at "
+        f"reduced size, within {files['jpeg_probability']:.0e}"
+    )
+    print("\n".join([*lines, metadata["note"]]), flush=True)
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """The formats of a list with commas. Raises `UserError` where one is not known, or lacks its packages."""
+    formats = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not WRITERS.keys() >= set(formats):
+        raise UserError(f"--formats = {text!r} is not allowed: it takes onnx, torch or onnx,torch")
+    if "onnx" in formats:
+        require_onnx()
+    return formats
+
+
+def random_pictures() -> list[NDArray[np.uint8]]:
+    """Noise in batches of `SHAPES`, the same each time."""
+    generator = np.random.default_rng(_SEED)
+    return [generator.integers(0, 256, shape, np.uint8) for shape in SHAPES]
+
+
+def draw_phantoms() -> list[NDArray[np.uint8]]:
+    """Drawn films (H, W), each of a size of its own, the same each time."""
+    films = (draw_film(_SEED, phantom, full_size=True) for phantom in islice(plan(_SEED), _NUM_PHANTOMS))
+    return [np.rint(film * 255).astype(np.uint8) for film in films]
+
+
+def compare_with_files(pipeline: Pipeline, serving: Serving, pictures: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
+    """How the graph differs from the program's own path on pictures (H, W) saved as PNG and as JPEG files."""
+    model = pipeline.model
+    found: dict[str, Any] = {"num_pictures": len(pictures), "num_pixels": 0, "num_other_pixels": 0}
+    for kind, options in (("PNG", {"compress_level": 1}), ("JPEG", {"quality": 90})):
+        worst = 0.0
+        for picture in pictures:
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, kind, **options)
+            with Image.open(buffer) as whole:
+                pixels = np.array(whole)[None]  # (1, H, W)
+            own = decode(buffer.getvalue(), size=model.image_size, fit=model.fit, max_pixels=picture.size)[None]
+            worst = max(worst, abs(float(pipeline.score(own.copy())[0][0]) - float(serve(serving, pixels)[0][0])))
+            if kind == "PNG":
+                found["num_pixels"] += own.size
+                found["num_other_pixels"] += int((serving.fit(pixels) != own).sum())
+        found[f"{kind.lower()}_probability"] = worst
+    return found
+
+
+if __name__ == "__main__":
+    run_command(main)

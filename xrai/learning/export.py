@@ -1,0 +1,291 @@
+"""A run's network as one file for other programs: ONNX, and torch.export's own format. Called by `xrai.export`.
+
+All that happens to a picture is in the graph, so that a program that serves it can not treat pictures otherwise than
+training did: grey pictures of 8 bits and any height and width go in, probability and atypicality come out.
+
+Pillow scales 8-bit pictures in whole numbers: each output pixel is a sum of input pixels, weighted by a triangle in
+steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits after each. The graph does the same by
+two matrix products in float64, which holds such sums without rounding, so that it gives the same pixels everywhere.
+Pillow gives these very pixels, but Pillow 13 scales the columns of some pictures that are higher than wide first, and
+a pixel may then differ by one grey level. A JPEG that is larger than needed is another matter: the program's own path
+decodes it at reduced size (xrai/dataset/images.py).
+
+Graphs are traced with dynamic batch, height and width; torch 2.13's exporter (dynamo) handles all three.
+"""
+
+import copy
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from xrai.errors import UserError, XraiError
+from xrai.learning.predictor import TrainedModel
+
+ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"
+METADATA_FILE = "metadata.json"  # inside of TORCH_FILE
+OUTPUTS = ("probability", "atypicality")
+TOLERANCE = 1e-5  # largest difference of a probability
+TOLERANCE_ATYPICALITY = 1e-4  # relative to the larger of 1 and the value; its whitening magnifies rounding
+SCHEMA_VERSION = 1
+NOTE = "No medical device: for research, not for diagnosis."
+
+_WEIGHT_BITS = 22  # of Pillow's weights
+_DIMENSIONS = ("batch", "height", "width")
+_LARGEST = 1 << 16  # of a dimension; the exporter asks for a bound
+
+Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # OUTPUTS, each (B,)
+
+
+class Fitting(nn.Module):
+    """Pictures of any size to squares, as `xrai.dataset.images.decode` fits arrays."""
+
+    def __init__(self, *, size: int, fit: str) -> None:
+        super().__init__()
+        assert fit in ("crop", "squash", "pad"), fit
+        self._size, self._fit = size, fit
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B, H, W) uint8 to (B, size, size) float64 of whole numbers from 0 to 255."""
+        rows, columns = (torch.arange(side, device=pictures.device).double() for side in pictures.shape[1:])
+        height, width = rows[-1] + 1, columns[-1] + 1  # tensors, for they differ from call to call
+        short, long = torch.minimum(height, width), torch.maximum(height, width)
+        across = _rounded(pictures.double() @ self._weights(columns, width, short, long).T)  # (B, H, size)
+        return _rounded(self._weights(rows, height, short, long) @ across)
+
+    def _weights(self, places: Tensor, side: Tensor, short: Tensor, long: Tensor) -> Tensor:
+        """What each of `side` pixels adds to each of `size`, (size, side), whole numbers of 2^-22."""
+        number = torch.arange(self._size, device=places.device).double()
+        if self._fit == "pad":  # black before and after the picture
+            filled = torch.round(side * (self._size / long)).clamp(min=1)
+            number = number - torch.floor((self._size - filled) / 2)
+            first, kept = torch.zeros_like(side), side
+        else:
+            filled = torch.full_like(side, self._size)
+            kept = short if self._fit == "crop" else side
+            first = (side - kept) / 2
+        scale = kept / filled
+        centre = (first + (number + 0.5) * scale)[:, None]  # (size, 1)
+        weights = (1 - (places + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # (size, side)
+        is_filled = ((number >= 0) & (number < filled))[:, None]
+        weights = torch.where(is_filled, weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9), 0.0)
+        return torch.floor(weights * 2**_WEIGHT_BITS + 0.5)
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    """Sums of pixels and weights to whole grey levels, halves up."""
+    return torch.floor((sums + 2 ** (_WEIGHT_BITS - 1)) * 2.0**-_WEIGHT_BITS).clamp(0, 255)
+
+
+class Serving(nn.Module):
+    """All that happens to a picture, from its pixels to what is said of it."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        super().__init__()
+        self.fitting = Fitting(size=model.image_size, fit=model.fit)
+        # tensors of their own in the plain layout: the exporter warns of others
+        self.network = copy.deepcopy(model.network).cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.typicality = copy.deepcopy(model.typicality).cpu().float()
+        self._temperature = model.temperature
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W) uint8 to calibrated probabilities of the second class and atypicality, (B,) each."""
+        grey = self.fitting(images).float()[:, None] / 255  # (B, 1, size, size)
+        logits, atypicality = self.typicality.atypicality(self.network, grey)
+        return torch.sigmoid(logits / self._temperature), atypicality
+
+    def fit(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The squares (B, size, size) uint8 that pictures (B, H, W) become."""
+        squares: NDArray[np.uint8] = self.fitting(torch.from_numpy(images)).to(torch.uint8).numpy()
+        return squares
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a written file is from torch on the pictures that it was checked with."""
+
+    num_pictures: int
+    num_shapes: int
+    probability: float  # largest absolute difference
+    atypicality: float  # largest difference, relative to the larger of 1 and the value
+
+
+def serve(serving: Serving, images: NDArray[np.uint8]) -> Scores:
+    """Probabilities and atypicality, (B,) each, of pictures (B, H, W), by torch."""
+    with torch.inference_mode():
+        probability, atypicality = serving(torch.from_numpy(images))
+    return probability.numpy(), atypicality.numpy()
+
+
+def require_onnx() -> None:
+    """Raise `UserError` where the packages that write and run ONNX are not installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'xrai[export]', or leave it out with "
+            "--formats=torch"
+        )
+
+
+def trace(serving: Serving) -> torch.export.ExportedProgram:
+    """The graph of a model, with dynamic batch, height and width."""
+    example = torch.zeros(2, 70, 90, dtype=torch.uint8)  # no side of 1, which would be taken for a constant
+    shapes = {number: torch.export.Dim(name, min=1, max=_LARGEST) for number, name in enumerate(_DIMENSIONS)}
+    program = torch.export.export(serving, (example,), dynamic_shapes=(shapes,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return program
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    serving: Serving,
+    path: Path,
+    *,
+    metadata: dict[str, Any],
+    batches: Sequence[NDArray[np.uint8]],
+) -> Agreement:
+    """Write a traced graph with its metadata as ONNX; keep it if onnxruntime agrees with torch on `batches`.
+
+    Those are (B, H, W) uint8 each. Raises `XraiError` where it does not, and `UserError` where a package is missing.
+    """
+    require_onnx()
+    import onnx
+    import onnxruntime  # type: ignore[import-untyped]
+
+    with _quiet():
+        written = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    assert written is not None
+    proto = written.model_proto
+    _tidy(proto)
+    onnx.helper.set_model_props(proto, {key: _as_text(value) for key, value in metadata.items()})
+    onnx.checker.check_model(proto, full_check=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(proto.SerializeToString(deterministic=True))
+    session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+
+    def run(images: NDArray[np.uint8]) -> Scores:
+        probability, atypicality = session.run(list(OUTPUTS), {"images": images})
+        return probability, atypicality
+
+    return _keep(temporary, path, _compare(serving, run, batches))
+
+
+def write_torch(
+    program: torch.export.ExportedProgram,
+    serving: Serving,
+    path: Path,
+    *,
+    metadata: dict[str, Any],
+    batches: Sequence[NDArray[np.uint8]],
+) -> Agreement:
+    """Write the graph with its metadata as torch.export does; checked and kept as by `write_onnx`."""
+    temporary = path.with_name(f".{path.stem}.tmp.pt2")  # torch asks for the suffix
+    with _quiet():
+        torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+        loaded = torch.export.load(temporary).module()
+
+    def run(images: NDArray[np.uint8]) -> Scores:
+        with torch.inference_mode():
+            probability, atypicality = loaded(torch.from_numpy(images))
+        return probability.numpy(), atypicality.numpy()
+
+    return _keep(temporary, path, _compare(serving, run, batches))
+
+
+def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
+    """What a program that serves the file needs to know, and what it must say."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": version,
+        "note": NOTE,
+        "run_id": model.run_id,
+        "dataset_fingerprint": model.fingerprint,
+        "classes": list(model.classes),
+        "threshold": model.threshold,
+        "decision": f"review where atypicality is above 1; else {model.classes[1].lower()} where probability is at "
+        f"least the threshold; else {model.classes[0].lower()}",
+        "temperature": model.temperature,
+        "image_size": model.image_size,
+        "fit": model.fit,
+        "input": "images (batch, height, width) uint8, grey, upright, 0 is black",
+        "outputs": {
+            "probability": f"(batch,) float32, calibrated, of {model.classes[1]}",
+            "atypicality": "(batch,) float32, how unlike the training images; above 1 asks for review",
+        },
+    }
+
+
+def _tidy(proto: Any) -> None:
+    """Give inputs, outputs and dimensions their names, and leave out what tells of the machine that traced."""
+    names = {value.name: name for value, name in zip(proto.graph.output, OUTPUTS, strict=True)}
+    names[proto.graph.input[0].name] = "images"
+    sides = [side.dim_param for side in proto.graph.input[0].type.tensor_type.shape.dim]
+    dimensions = dict(zip(sides, _DIMENSIONS, strict=True))
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.name = names[value.name]
+        for side in value.type.tensor_type.shape.dim:
+            if side.dim_param:
+                side.dim_param = dimensions[side.dim_param]
+    for entry in (proto, proto.graph, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del entry.metadata_props[:]
+    del proto.graph.value_info[:], proto.functions[:]
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _compare(
+    serving: Serving, run: Callable[[NDArray[np.uint8]], Scores], batches: Sequence[NDArray[np.uint8]]
+) -> Agreement:
+    worst = [0.0, 0.0]
+    for images in batches:
+        for number, (ours, theirs) in enumerate(zip(serve(serving, images), run(images), strict=True)):
+            scale = np.maximum(1, np.abs(ours))  # a probability is at most 1
+            found = float(np.max(np.abs(ours.astype(np.float64) - theirs) / scale))
+            worst[number] = max(worst[number], found if np.isfinite(found) else np.inf)
+    return Agreement(sum(len(images) for images in batches), len({images.shape for images in batches}), *worst)
+
+
+def _keep(temporary: Path, path: Path, agreement: Agreement) -> Agreement:
+    if agreement.probability > TOLERANCE or agreement.atypicality > TOLERANCE_ATYPICALITY:
+        temporary.unlink()
+        raise XraiError(
+            f"{path.name} is not kept: it differs from torch by {agreement.probability:.1e} in probability, where "
+            f"{TOLERANCE:.0e} is allowed, and by {agreement.atypicality:.1e} in atypicality, where "
+            f"{TOLERANCE_ATYPICALITY:.0e} is; other versions of torch, onnx or onnxruntime may do better"
+        )
+    temporary.replace(path)
+    return agreement
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings of its own old functions and its notes that torchvision is missing."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        logger.setLevel(level)
