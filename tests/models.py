@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.learning.fakes import FakeLoader
-from xrai.config import Augment, Config, Images
+from xrai.config import Config, Images
 from xrai.config import Model as ModelConfig
 from xrai.dataset.images import decode
 from xrai.dataset.phantom import draw_film, plan
@@ -59,7 +59,7 @@ def save_run(
     train(network, images, np.array(labels, np.uint8), num_steps=num_steps)
     loader = FakeLoader(images, np.array(labels, np.uint8), batch_size=16)
     with join(timeout_s=60) as ranks:
-        typicality = fit_typicality(network, loader, loader, ranks=ranks, shift=Augment())
+        typicality = fit_typicality(network, loader, loader, ranks=ranks)
     run = folder / run_id
     run.mkdir(parents=True)
     save_model(

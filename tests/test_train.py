@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_that_the_readme_lists(finished: tuple[Path, sub
     assert any(name.startswith("tensorboard/") for name in names)
     lines = done.stdout.splitlines()
     for word in ("accuracy", "sensitivity", "specificity", "pictures"):
-        assert any(line.startswith(word) for line in lines[-8:])
+        assert any(line.startswith(word) for line in lines[-10:])
     assert "phantoms, not patients" in done.stdout
 
 
@@ -118,10 +118,12 @@ def test_the_model_file_alone_gives_the_same_scores(
     assert (model.image_size, model.fit, model.classes) == (32, "crop", ("NORMAL", "PNEUMONIA"))
     batch = next(Loader(str(dataset), split="test", batch_size=1000).epoch(0))
     with torch.inference_mode():
-        scores = torch.sigmoid(model.network(torch.from_numpy(batch.images) / 255)).numpy()
+        scores = model.probabilities(model.network(torch.from_numpy(batch.images) / 255).double().numpy())
     with (folder / "predictions.csv").open(newline="") as file:
         written = [float(row["score"]) for row in csv.DictReader(file)]
     assert scores == pytest.approx(np.array(written), abs=1e-5)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (model.threshold, model.temperature) == (metrics["threshold"], metrics["calibration"]["temperature"])
 
 
 def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(

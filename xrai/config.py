@@ -164,7 +164,7 @@ class Optim:
 class Train:
     """The training job."""
 
-    epochs: int = _key(24, "passes over the training split", minimum=1, maximum=100_000)
+    epochs: int = _key(40, "passes over the training split", minimum=1, maximum=100_000)
     seed: int = _key(0, "seed of weights, order and augmentation", minimum=0, maximum=2**31 - 1)
     global_batch_size: int = _key(64, "images a step, over all ranks together", minimum=1)
     accumulation_steps: int = _key(1, "parts that a rank's share of a batch is computed in, to save memory", minimum=1)

@@ -1,75 +1,100 @@
-"""Measure a finished run on a split of any data set: `python -m xrai.evaluate --run URI/ID --dataset URI`.
+"""Measure a finished run on any split of any data set: `python -m xrai.evaluate --run URI/ID --dataset URI`.
 
-The threshold is the run's own, chosen on its validation images; nothing is fitted here. One process; the results go
-into the run's folder under evaluate/, and the lines printed are those of training.
+The threshold, the temperature and the limit of review are the run's own, chosen on its validation images; nothing is
+fitted here but the two baselines, to the data set's own training split. One process; the results of each split go into
+the run's folder under evaluate/, the same files as training writes, and the lines printed are those of training.
 """
 
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
+import xrai
 from xrai import config as configuration
-from xrai.config import Flag
+from xrai.config import Config, Flag
 from xrai.dataset.loader import Loader
 from xrai.errors import DatasetError, UserError, run_command
+from xrai.job import describe_dataset, is_phantom, read_looks, record_split
 from xrai.learning.distributed import join
 from xrai.learning.predictor import TrainedModel, load_model, predict_split
-from xrai.log import setup_logging
-from xrai.results.artifacts import RunFolder, format_metrics_lines
-from xrai.results.record import record_scores
+from xrai.log import get_logger, setup_logging
+from xrai.results.artifacts import SUMMARY, RunFolder, format_metrics_lines
+from xrai.results.baselines import MAX_TRAIN
+from xrai.results.report import render_report
 from xrai.store import open_store
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
-    Flag("split", "test", "the split to measure: test, val or train"),
+    Flag("split", "test", "the splits to measure, with commas between: test, val or train"),
 )
+_logger = get_logger("xrai.evaluate")
 
 
 def main() -> None:
-    """Read the command line, score the split, write and print the results."""
+    """Read the command line, score each split, write and print the results."""
     config, flags = configuration.parse("evaluate", description="Measure a run on a data set.", flags=FLAGS)
     setup_logging()
     artifacts, _, run_id = flags["run"].rstrip("/").rpartition("/")
     if not run_id:
         raise UserError("--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3")
-    loader = Loader(
-        flags["dataset"], split=flags["split"], batch_size=config.evaluate.batch_size,
-        cache_dir=config.cache.dir or None, cache_max_gib=config.cache.max_gib,
-    )  # fmt: skip
+    loaders = [open_split(config, flags["dataset"], split=split) for split in parse_splits(flags["split"])]
     with tempfile.TemporaryDirectory() as folder, join(timeout_s=config.train.timeout_s) as ranks:
         model = load_model(open_store(flags["run"]), folder=Path(folder))
-        refuse_other_pixels(model, loader)
+        refuse_other_pixels(model, loaders[0])
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         network = model.network.to(ranks.device)
-        predictions = predict_split(network, loader, ranks=ranks)
+        typicality = model.typicality.to(ranks.device)
+        scored = [predict_split(network, loader, ranks=ranks, typicality=typicality) for loader in loaders]
+    index = loaders[0].index
+    known = None
+    if "train" in index.splits:
+        known = read_looks(open_split(config, flags["dataset"], split="train"), limit=MAX_TRAIN)
     run = RunFolder(artifacts or ".", run_id)
-    folder_name = f"evaluate/{flags['split']}-{loader.index.fingerprint[:12]}"
-    is_phantom = all(Path(source).name.startswith("phantom-") for source in loader.source)
     try:
         run.attach()
-        run.write_text(f"{folder_name}/config.yaml", config.to_yaml())
-        metrics = record_scores(
-            run,
-            split=flags["split"],
-            labels=loader.labels,
-            scores=predictions.probabilities[0],
-            sources=loader.source.tolist(),
-            patients=loader.patient.tolist(),
-            subtypes=loader.subtype.tolist(),
-            threshold=model.threshold,
-            threshold_source="that of the run",
-            classes=model.classes,
-            num_bootstrap=config.evaluate.num_bootstrap,
-            is_phantom=is_phantom,
-            folder=folder_name,
-        )
+        for loader, predictions in zip(loaders, scored, strict=True):
+            folder_name = f"evaluate/{loader.split}-{index.fingerprint[:12]}"
+            run.write_text(f"{folder_name}/config.yaml", config.to_yaml())
+            metrics = record_split(
+                run,
+                loader,
+                network,
+                predictions,
+                temperature=model.temperature,
+                threshold=model.threshold,
+                threshold_source="that of the run",
+                num_bootstrap=config.evaluate.num_bootstrap,
+                known=known,
+                folder=folder_name,
+            )
+            write_report(run, folder_name, metrics, loader, dataset=flags["dataset"])
+            lines = format_metrics_lines(metrics, f"{run.address}/{folder_name}", is_phantom=is_phantom(loader))
+            print("\n".join(lines), flush=True)
         run.flush_or_raise()
     finally:
         run.close()
-    print("\n".join(format_metrics_lines(metrics, f"{run.address}/{folder_name}", is_phantom=is_phantom)))
+
+
+def parse_splits(text: str) -> list[str]:
+    """The splits that `--split` names, each once, in their order."""
+    splits = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not splits:
+        raise UserError(f"--split = {text!r} names no split: it takes test, val or train, with commas between")
+    return splits
+
+
+def open_split(config: Config, dataset: str, *, split: str) -> Loader:
+    """All images of one split, in the order of its rows."""
+    return Loader(
+        dataset, split=split, batch_size=config.evaluate.batch_size, cache_dir=config.cache.dir or None,
+        cache_max_gib=config.cache.max_gib,
+    )  # fmt: skip
 
 
 def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
@@ -86,6 +111,25 @@ def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
             f"run {model.run_id} knows the classes {', '.join(model.classes)}, this data set has "
             f"{', '.join(loader.index.classes)}"
         )
+
+
+def write_report(run: RunFolder, folder: str, metrics: dict[str, Any], loader: Loader, *, dataset: str) -> None:
+    """Write report.html about these results beside them; it takes the training's facts from the run's own files."""
+    if run.store.size(SUMMARY) is None:
+        _logger.warning("run %s holds no %s, its training has not ended: no report is written", run.address, SUMMARY)
+        return
+    page = render_report(
+        run.path / folder,
+        metrics=metrics,
+        summary=json.loads(run.store.read(SUMMARY)),
+        history=[],
+        dataset=describe_dataset(dataset, loader.index, is_phantom=is_phantom(loader)),
+        config=yaml.safe_load(run.store.read("config.yaml")),
+        environment=json.loads(run.store.read("environment.json")),
+        version=xrai.__version__,
+        is_evaluation=True,
+    )
+    run.write_text(f"{folder}/report.html", page)
 
 
 if __name__ == "__main__":

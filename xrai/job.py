@@ -6,7 +6,10 @@ the others' are empty shells.
 
 import functools
 import json
+import math
 import time
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,29 @@ import xrai
 from xrai.config import Config
 from xrai.dataset.loader import Loader
 from xrai.dataset.manifest import read_manifest
-from xrai.dataset.shards import DatasetIndex
+from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.errors import RunError
+from xrai.learning.batch import to_grey
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
+from xrai.learning.explain import grad_cam
 from xrai.learning.loop import EpochResult, resolve_precision
+from xrai.learning.model import ResNet
 from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
+from xrai.learning.typicality import Typicality
 from xrai.log import get_logger
 from xrai.results.artifacts import SUMMARY, RunFolder, describe_environment, format_result_lines, make_summary
-from xrai.results.metrics import auroc, choose_threshold
+from xrai.results.baselines import (
+    MAX_IMAGES,
+    MAX_TRAIN,
+    Looks,
+    border_features,
+    geometry_features,
+    measure_baselines,
+)
+from xrai.results.metrics import auroc, calibrated, choose_threshold, fit_temperature
 from xrai.results.plots import draw_curves
-from xrai.results.record import record_scores
+from xrai.results.record import group_of, record_scores
 from xrai.results.report import DatasetFacts, render_report
 from xrai.store import open_store
 
@@ -134,38 +149,37 @@ class Job:
         scored: dict[str, Predictions],
         shifted: Predictions,
         *,
+        typicality: Typicality,
         best_epoch: int,
         began: float,
     ) -> list[str]:
         """Write model.pt and all results, summary.json last; return the lines to end with."""
         run, config, index = self.run, self.config, self.index
-        labels = self.loaders["val"].labels
-        threshold = choose_threshold(np.tile(labels, len(shifted.logits)), shifted.probabilities.ravel())
+        labels = np.tile(self.loaders["val"].labels, len(shifted.logits))
+        temperature = fit_temperature(labels, shifted.logits.ravel())
+        threshold = choose_threshold(labels, calibrated(shifted.logits.ravel(), temperature))
         main_split = "test" if "test" in scored else "val"
         step = run.history()[-1]["step"] + 1  # past all epochs, so that an end that is repeated replaces this one
+        known = read_looks(self._whole("train"), limit=MAX_TRAIN)
         measured = {
-            split: record_scores(
+            split: record_split(
                 run,
-                split=split,
-                labels=self.loaders[split].labels,
-                scores=predictions.probabilities[0],
-                sources=self.loaders[split].source.tolist(),
-                patients=self.loaders[split].patient.tolist(),
-                subtypes=self.loaders[split].subtype.tolist(),
+                self._whole(split),
+                network,
+                predictions,
+                temperature=temperature,
                 threshold=threshold,
                 threshold_source="chosen on augmented validation images",
-                classes=index.classes,
                 num_bootstrap=config.evaluate.num_bootstrap,
-                is_phantom=self.is_phantom,
+                known=known,
                 folder="" if split == main_split else split,
-                read_images=functools.partial(read_images, self._whole(split)),
                 step=step,
             )
             for split, predictions in scored.items()
         }
         save_model(
             run.path / MODEL_FILE, network, config=config, classes=index.classes, threshold=threshold,
-            run_id=run.run_id, fingerprint=index.fingerprint,
+            temperature=temperature, typicality=typicality, run_id=run.run_id, fingerprint=index.fingerprint,
         )  # fmt: skip
         run.publish([MODEL_FILE])
         run.add_results(step, measured[main_split])
@@ -183,16 +197,21 @@ class Job:
             name: measured["val"]["metrics"][name]["value"]
             for name in ("accuracy", "sensitivity", "specificity", "auroc")
         }
+        dataset = describe_dataset(self._dataset, index, is_phantom=self.is_phantom)
+        summary["trained_on"] = {
+            "source": dataset.source, "image_size": dataset.image_size, "fit": dataset.fit, "splits": dataset.splits,
+        }  # fmt: skip
         draw_curves(run.history(), run.path, best_epoch=best_epoch, is_phantom=self.is_phantom)
         page = render_report(
             run.path,
             metrics=measured[main_split],
             summary=summary,
             history=run.history(),
-            dataset=self.dataset_facts(),
+            dataset=dataset,
             config=config.to_mapping(),
             environment=self._environment(),
             version=xrai.__version__,
+            others={split: found for split, found in measured.items() if split != main_split},
         )
         run.write_text("report.html", page)
         return format_result_lines(run.finish(summary), run.address)
@@ -211,26 +230,106 @@ class Job:
     @property
     def is_phantom(self) -> bool:
         """Whether the validation images are drawn ones, which results must say."""
-        return all(Path(source).name.startswith("phantom-") for source in self.loaders["val"].source)
+        return is_phantom(self.loaders["val"])
 
-    def dataset_facts(self) -> DatasetFacts:
-        """What the report says of the data set."""
-        index = self.index
-        store = open_store(self._dataset)
-        set_aside: dict[str, int] = {}
-        for row in read_manifest(store.read("manifest.jsonl"), where=store.uri):
-            if row.reason:
-                set_aside[row.reason] = set_aside.get(row.reason, 0) + 1
-        return DatasetFacts(
-            source=index.source,
-            fingerprint=index.fingerprint,
-            image_size=index.image_size,
-            fit=index.config["images"]["fit"],
-            splits={split: index.num_images_per_class(split) for split in index.splits},
-            num_found=index.counts.num_found,
-            set_aside=set_aside,
-            is_phantom=self.is_phantom,
-        )
+
+def record_split(
+    run: RunFolder,
+    loader: Loader,
+    network: torch.nn.Module,
+    predictions: Predictions,
+    *,
+    temperature: float,
+    threshold: float,
+    threshold_source: str,
+    num_bootstrap: int,
+    known: Looks | None,
+    folder: str,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Write all results of one split under `folder` of the run and return its metrics.
+
+    `loader` is one of the whole split that does not shuffle; `known` is what the baselines learn from, images of the
+    training split of the same data set, or None where there are none.
+    """
+    looks = read_looks(loader, limit=MAX_IMAGES)
+    return record_scores(
+        run,
+        split=loader.split,
+        labels=loader.labels,
+        logits=predictions.logits[0],
+        temperature=temperature,
+        atypicality=None if predictions.atypicality is None else predictions.atypicality[0],
+        sources=loader.source.tolist(),
+        patients=loader.patient.tolist(),
+        subtypes=loader.subtype.tolist(),
+        threshold=threshold,
+        threshold_source=threshold_source,
+        classes=loader.index.classes,
+        num_bootstrap=num_bootstrap,
+        baselines=measure_baselines(known, looks, split=loader.split, num_bootstrap=num_bootstrap),
+        is_phantom=is_phantom(loader),
+        folder=folder,
+        read_images=functools.partial(read_images, loader),
+        explain=functools.partial(explain, network),
+        step=step,
+    )
+
+
+def explain(network: torch.nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The heat maps (n, H, W) in [0, 1] of pictures (n, H, W)."""
+    assert isinstance(network, ResNet)
+    weight = next(network.parameters())
+    grey = to_grey(np.ascontiguousarray(images[:, None]), weight.device, weight.dtype)  # (n, 1, H, W)
+    heats: NDArray[np.float32] = grad_cam(network, grey).float().cpu().numpy()
+    return heats
+
+
+def read_looks(loader: Loader, *, limit: int) -> Looks:
+    """What the baselines see of the first `limit` images of a split, which are a random sample of it.
+
+    `loader` is one of the whole split that does not shuffle; rows stand in the order of their files' hashes.
+    """
+    batches = islice(loader.epoch(0), math.ceil(limit / loader.batch_size))
+    border = [border_features(batch.images[:, 0]) for batch in batches]
+    num = min(limit, loader.num_images)
+    return Looks(
+        labels=loader.labels[:num],
+        patients=loader.patient[:num].tolist(),
+        geometry=geometry_features(loader.width[:num], loader.height[:num]),
+        border=np.concatenate(border)[:num],
+    )
+
+
+def is_phantom(loader: Loader) -> bool:
+    """Whether the images of a split are drawn ones, which results must say."""
+    return all(Path(source).name.startswith("phantom-") for source in loader.source)
+
+
+def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> DatasetFacts:
+    """What a report says of a data set, from its index and its manifest."""
+    store = open_store(dataset)
+    set_aside: Counter[str] = Counter()
+    patients: dict[str, set[str]] = {split: set() for split in index.splits}
+    groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
+    for row in read_manifest(store.read(MANIFEST_KEY), where=store.uri):
+        if row.reason:
+            set_aside[row.reason] += 1
+        elif row.split in patients:
+            patients[row.split].add(row.patient)
+            groups[row.split][group_of(row.patient)] += 1
+    return DatasetFacts(
+        source=index.source,
+        fingerprint=index.fingerprint,
+        image_size=index.image_size,
+        fit=index.config["images"]["fit"],
+        splits={split: index.num_images_per_class(split) for split in index.splits},
+        num_found=index.counts.num_found,
+        set_aside=dict(set_aside),
+        is_phantom=is_phantom,
+        num_patients={split: len(found) for split, found in patients.items()},
+        groups={split: dict(found) for split, found in groups.items()},
+    )
 
 
 def is_finished(run: RunFolder | None, *, resume: str) -> bool:

@@ -1,33 +1,87 @@
-"""Plain log lines and progress, for all rooms and commands.
+"""Plain log lines, progress and a sign of life, for all rooms and commands.
 
-On a terminal long work shows a bar; elsewhere (a file, a container's log) it prints a plain line now and then.
+On a terminal long work shows a bar; elsewhere (a file, a container's log) it prints a plain line now and then. Lines
+and steps also touch the file that XRAI_HEARTBEAT names, if it names one: while that file is young the job lives, which
+a container's health check can see.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol
+
+from xrai.errors import ConfigError
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _LINE_EVERY_S = 10.0
+_BEAT_EVERY_S = 1.0
 
 
 def setup_logging(*, rank: int = 0) -> None:
-    """Send xrai's log lines to stderr. Ranks other than 0 speak only of warnings, with their rank in front."""
+    """Send xrai's log lines to stderr. Ranks other than 0 speak only of warnings, with their rank in front.
+
+    Raises `ConfigError` where XRAI_HEARTBEAT names a file that can not be written.
+    """
+    heartbeat = Heartbeat()
+    heartbeat.start()
     logger = logging.getLogger("xrai")
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
     logger.addHandler(handler)
+    logger.addHandler(_BeatHandler(heartbeat))
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of one module: `get_logger(__name__)`."""
     return logging.getLogger(name)
+
+
+class Heartbeat:
+    """Touches the file that XRAI_HEARTBEAT names, at most once a second; does nothing where it names none."""
+
+    def __init__(self) -> None:
+        name = os.environ.get("XRAI_HEARTBEAT", "")
+        self._path = Path(name) if name else None
+        self._last = float("-inf")
+
+    def start(self) -> None:
+        """Touch the file for the first time. Raises `ConfigError` where that is impossible."""
+        try:
+            self._touch()
+        except OSError as error:
+            raise ConfigError(
+                f"XRAI_HEARTBEAT = {self._path} can not be written ({error.strerror}): name a file in a writable "
+                "folder, or leave it empty"
+            ) from error
+
+    def beat(self) -> None:
+        """Say that the job lives. A beat that fails is missing, which is what the file is looked at for."""
+        if self._path is not None and time.monotonic() - self._last >= _BEAT_EVERY_S:
+            with suppress(OSError):
+                self._touch()
+
+    def _touch(self) -> None:
+        self._last = time.monotonic()
+        if self._path is not None:
+            self._path.touch()
+
+
+class _BeatHandler(logging.Handler):
+    """One beat for each log line."""
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        super().__init__()
+        self._heartbeat = heartbeat
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._heartbeat.beat()
 
 
 class Progress(Protocol):
@@ -66,6 +120,17 @@ class _Lines:
         )  # fmt: skip
 
 
+class _Beating:
+    """Progress that also beats."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown, self._heartbeat = shown, Heartbeat()
+
+    def update(self, amount: int = 1) -> None:
+        self._heartbeat.beat()
+        self._shown.update(amount)
+
+
 @contextmanager
 def progress(description: str, *, total: int | None, unit: str, closing_line: bool = True) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal, plain lines elsewhere.
@@ -77,9 +142,9 @@ def progress(description: str, *, total: int | None, unit: str, closing_line: bo
         from tqdm import tqdm
 
         with tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=closing_line) as bar:
-            yield bar
+            yield _Beating(bar)
         return
     lines = _Lines(description, total, unit)
-    yield lines
+    yield _Beating(lines)
     if closing_line:
         lines.say()

@@ -37,6 +37,7 @@ from xrai.learning.predictor import (
     load_model,
     predict_split,
 )
+from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
 from xrai.results.artifacts import (
     RunFolder,
@@ -116,14 +117,18 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
         network = build_model(config.model)
         network.load_state_dict(weights)
         network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
         scored = {
-            split: predict_split(network, loader, ranks=ranks) for split, loader in loaders.items() if split != "train"
+            split: predict_split(network, loader, ranks=ranks, typicality=typicality)
+            for split, loader in loaders.items()
+            if split != "train"
         }
         shifted = predict_split(
-            network, loaders["val"], ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws
-        )
+            network, loaders["val"], ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws,
+            typicality=typicality,
+        )  # fmt: skip
         if run is not None:
-            lines = job.conclude(network, scored, shifted, best_epoch=best_epoch, began=began)
+            lines = job.conclude(network, scored, shifted, typicality=typicality, best_epoch=best_epoch, began=began)
             print("\n".join(lines), flush=True)
     finally:
         if run is not None:

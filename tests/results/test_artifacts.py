@@ -45,7 +45,7 @@ from xrai.results.artifacts import (
     to_json,
 )
 from xrai.results.events import count_calls
-from xrai.results.metrics import evaluate_scores
+from xrai.results.metrics import calibrated, evaluate_scores
 from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import DatasetFacts, render_report
 from xrai.store import FileStore
@@ -118,7 +118,7 @@ def metrics() -> dict[str, Any]:
     labels = generator.integers(0, 2, 120)
     scores = np.clip(0.25 + 0.5 * labels + 0.25 * generator.standard_normal(120), 0, 1)
     return evaluate_scores(
-        labels, scores, threshold=0.47, groups=np.arange(120) // 2, subtypes=[""] * 120, split="val",
+        labels, scores, threshold=0.47, patients=np.arange(120) // 2, subtypes=[""] * 120, split="val",
         threshold_source="given", num_bootstrap=50,
     )  # fmt: skip
 
@@ -391,6 +391,41 @@ def test_examples_are_of_both_classes_and_mistakes_begin_with_the_most_wrong() -
     assert pick_mistakes(labels, scores, threshold=0.4, num=6).tolist()[4:] == [2, 0]  # the rest are called right
 
 
+def record(run: RunFolder, labels: Any, logits: Any, **options: Any) -> dict[str, Any]:
+    number = len(labels)
+    return record_scores(
+        run,
+        **{
+            "split": "val", "labels": np.asarray(labels, np.uint8), "logits": np.asarray(logits), "temperature": 1.0,
+            "sources": [f"a/{n}.png" for n in range(number)], "patients": [str(n) for n in range(number)],
+            "subtypes": [""] * number, "threshold": 0.5, "threshold_source": "given",
+            "classes": ("NORMAL", "PNEUMONIA"), "num_bootstrap": 10, "is_phantom": False, **options,
+        },
+    )  # fmt: skip
+
+
+def test_predictions_say_what_is_left_to_a_person_and_what_metrics_say(run: RunFolder) -> None:
+    logits, atypicality = [-4.0, 1.0, 3.0, 0.9, 2.0], [0.2, 1.0, 1.01, math.nan, 0.1]
+    patients = ["IM:1", "file:a/1.png", "virus:2", "virus:3", "lonely"]
+    metrics = record(
+        run, [0, 0, 1, 1, 1], logits, temperature=2.0, atypicality=np.array(atypicality), patients=patients
+    )  # fmt: skip
+    with (run.path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["decision"] for row in rows] == ["normal", "pneumonia", "review", "review", "pneumonia"]
+    assert [row["call"] for row in rows] == ["NORMAL", *["PNEUMONIA"] * 4]
+    assert [row["atypicality"] for row in rows] == ["0.2", "1.0", "1.01", "", "0.1"]
+    assert [row["group"] for row in rows] == ["IM", "", "virus", "virus", ""]
+    assert [float(row["score"]) for row in rows] == pytest.approx([1 / (1 + math.exp(-z / 2)) for z in logits])
+    assert metrics["abstention"]["num_review"] == sum(row["decision"] == "review" for row in rows)
+    assert metrics["calibration"]["before"]["brier"]["value"] != metrics["metrics"]["brier"]["value"]
+    assert json.loads((run.path / "metrics.json").read_text()) == json.loads(to_json(metrics))
+    record(run, [0, 1], [-1.0, 1.0], folder="plain")  # a run that knows no typicality
+    with (run.path / "plain/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["atypicality"], row["decision"]) for row in rows] == [("", "normal"), ("", "pneumonia")]
+
+
 def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> None:
     generator = np.random.default_rng(3)
     labels = (np.arange(30) % 3 == 0).astype(np.uint8)
@@ -401,18 +436,17 @@ def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) ->
         asked.append(rows.tolist())
         return pictures[rows]
 
-    scores = generator.random(30)
-    record_scores(
-        run, split="val", labels=labels, scores=scores, sources=[f"a/{n}.png" for n in range(30)],
-        patients=[str(n) for n in range(30)], subtypes=[""] * 30, threshold=0.5, threshold_source="given",
-        classes=("NORMAL", "PNEUMONIA"), num_bootstrap=10, is_phantom=False, folder="val", read_images=read_images,
-        step=7,
-    )  # fmt: skip
+    def explain(images: np.ndarray) -> np.ndarray:
+        assert (images.shape, images.dtype) == ((12, 16, 16), np.uint8)
+        return np.linspace(0, 1, images.size, dtype=np.float32).reshape(images.shape)
+
+    logits = generator.normal(0, 2, 30)
+    record(run, labels, logits, folder="val", read_images=read_images, explain=explain, step=7)
     run.close_segment()
-    assert asked == [pick_examples(labels).tolist(), pick_mistakes(labels, scores, threshold=0.5).tolist()]
+    assert asked == [pick_examples(labels).tolist(), pick_mistakes(labels, calibrated(logits), threshold=0.5).tolist()]
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
-    for name in ("examples", "mistakes"):
+    for name in ("examples", "mistakes", "overlays"):
         (shown,) = events.Images(f"predictions/{name}_val")
         path = run.path / "val" / "plots" / f"{name}.png"
         assert (shown.step, shown.encoded_image_string) == (7, path.read_bytes())
@@ -713,10 +747,21 @@ def test_the_last_lines_say_where_the_pictures_are_and_when_they_are_of_phantoms
     assert "phantoms, not patients" in format_result_lines(summary_of(metrics, is_phantom=True), "x")[0]
 
 
+def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(metrics: dict[str, Any]) -> None:
+    entry = {"metrics": {"auroc": {"value": 0.8125}}, "reason": ""}
+    metrics["baselines"] = {"geometry": entry, "border": {**entry, "metrics": {"auroc": {"value": math.nan}}}}
+    metrics["abstention"] |= {"num_review": 6, "metrics": {"accuracy": {"value": 0.9}}}
+    lines = format_result_lines(json.loads(to_json(summary_of(metrics))), "x")
+    assert any(line.startswith("review      6 of 120 images") and "90.0 %" in line for line in lines)
+    assert "shortcuts   AUROC of picture size alone 0.812, outer border alone –" in lines
+    older = {key: value for key, value in summary_of(metrics).items() if key not in ("review", "baselines")}
+    assert not any(line.startswith(("review", "shortcuts")) for line in format_result_lines(older, "x"))
+
+
 def test_an_undefined_result_is_a_dash_on_the_terminal_and_null_in_the_summary() -> None:
     metrics = evaluate_scores(
-        [1, 1], [0.2, 0.9], threshold=0.5, groups=["a", "b"], subtypes=["", ""], split="val", threshold_source="given",
-        num_bootstrap=10,
+        [1, 1], [0.2, 0.9], threshold=0.5, patients=["a", "b"], subtypes=["", ""], split="val",
+        threshold_source="given", num_bootstrap=10,
     )  # fmt: skip
     summary = summary_of(metrics)
     assert json.loads(to_json(summary))["specificity"] is None

@@ -23,7 +23,7 @@ HISTORY = [{**row, "shifted_accuracy": row["val_accuracy"] and row["val_accuracy
 
 def results(labels: list[int], scores: list[float]) -> dict[str, Any]:
     return evaluate_scores(
-        labels, scores, threshold=0.5, groups=np.arange(len(labels)), subtypes=[""] * len(labels), split="val",
+        labels, scores, threshold=0.5, patients=np.arange(len(labels)), subtypes=[""] * len(labels), split="val",
         threshold_source="given", num_bootstrap=10,
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_every_plot_is_drawn_for_any_scores_the_same_each_time(
     metrics = results(labels, scores)
     for folder in ("a", "b"):
         plots.draw_plots(labels, scores, metrics, tmp_path / folder)
-    names = ["calibration.png", "confusion.png", "precision_recall.png", "roc.png", "scores.png"]
+    names = ["abstention.png", "calibration.png", "confusion.png", "precision_recall.png", "roc.png", "scores.png"]
     assert sorted(path.name for path in (tmp_path / "a/plots").iterdir()) == names
     for name in names:
         data = (tmp_path / "a/plots" / name).read_bytes()
@@ -81,9 +81,40 @@ def test_phantoms_are_named_as_phantoms_in_every_picture(tmp_path: Path) -> None
         plots.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", is_phantom=is_phantom)
         plots.draw_class_counts({"train": {"normal": 1}}, folder / "counts.png", is_phantom=is_phantom)
     paths = [path.relative_to(tmp_path / "True") for path in (tmp_path / "True").rglob("*.png")]
-    assert len(paths) == 9
+    assert len(paths) == 10
     for path in paths:
         assert (tmp_path / "True" / path).read_bytes() != (tmp_path / "False" / path).read_bytes(), path
+
+
+def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_changed_them(tmp_path: Path) -> None:
+    labels, before, after = [0, 0, 1, 1] * 9, [0.1, 0.9, 0.2, 0.95] * 9, [0.3, 0.6, 0.4, 0.7] * 9
+    metrics = results(labels, after)
+    plots.draw_calibration(labels, after, metrics, tmp_path / "same.png", uncalibrated=before)
+    metrics["calibration"]["temperature"] = 2.0
+    plots.draw_calibration(labels, after, metrics, tmp_path / "other.png", uncalibrated=before)
+    assert (tmp_path / "same.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    assert has_colour(tmp_path / "other.png", "#848e9e")  # TRAIN, let through a little
+    assert not has_colour(tmp_path / "same.png", "#848e9e")
+
+
+def test_the_abstention_plot_marks_what_the_run_left_to_a_person(tmp_path: Path) -> None:
+    labels, scores = [0, 0, 1, 1] * 9, [0.1, 0.9, 0.2, 0.95] * 9
+    for name, atypicality in (("with", np.linspace(0, 1.2, 36)), ("without", None)):
+        metrics = evaluate_scores(
+            labels, scores, threshold=0.5, patients=np.arange(36), subtypes=[""] * 36, split="val",
+            threshold_source="given", num_bootstrap=10, atypicality=atypicality,
+        )  # fmt: skip
+        plots.draw_abstention(metrics, tmp_path / f"{name}.png")
+        assert has_colour(tmp_path / f"{name}.png", plots.CURVE)
+        for colour in (plots.SHIFTED, plots.PNEUMONIA):
+            assert has_colour(tmp_path / f"{name}.png", colour) == (name == "with")
+
+
+def test_a_sheet_shows_coloured_pictures_beside_grey_ones(tmp_path: Path) -> None:
+    grey = np.full((32, 32), 77, np.uint8)
+    plots.draw_sheet([grey, np.full((32, 32, 3), (200, 30, 60), np.uint8)], ["a", "b"], tmp_path / "sheet.png")
+    assert has_colour(tmp_path / "sheet.png", "#4d4d4d")
+    assert has_colour(tmp_path / "sheet.png", "#c81e3c")
 
 
 def test_a_sheet_shows_the_grey_values_of_its_images_and_any_name(tmp_path: Path) -> None:

@@ -1,7 +1,13 @@
-"""The page is one file, asks for nothing, escapes all text, and says what a reader must know."""
+"""The page is one file, asks for nothing, escapes all text, and says what a reader must know; a browser reads it."""
 
+import functools
 import html
+import json
 import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,9 @@ import pytest
 
 from xrai.config import Config
 from xrai.results import plots
+from xrai.results import report as report_module
 from xrai.results.artifacts import describe_environment, make_summary
+from xrai.results.baselines import Looks, measure_baselines
 from xrai.results.metrics import METRICS, evaluate_scores, format_value
 from xrai.results.report import DatasetFacts, render_report
 
@@ -26,6 +34,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.addresses: list[str] = []
         self.images: list[dict[str, str | None]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.text = ""
         self.ids: set[str] = set()
         self.tags: set[str] = set()
@@ -39,28 +48,59 @@ class Page(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
         if tag == "img":
             self.images.append(dict(attrs))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
         if tag not in VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)  # of the drawing
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif self.open and self.open[-1] != "style":
             self.text += data
 
 
-def render(folder: Path, *, split: str = "val", is_phantom: bool = False, **facts: Any) -> str:
+HISTORY = [{"epoch": 1, "step": 10, "train_loss": 0.5, "val_loss": None, "train_accuracy": 0.7}]
+
+
+@functools.cache
+def measure(*, split: str = "val") -> tuple[Any, Any, dict[str, Any]]:
     generator = np.random.default_rng(2)
     labels = generator.integers(0, 2, 90)
     scores = np.clip(0.3 + 0.4 * labels + 0.25 * generator.standard_normal(90), 0, 1)
     metrics = evaluate_scores(
-        labels, scores, threshold=0.5, groups=np.arange(90), subtypes=np.where(labels == 1, "virus", ""), split=split,
-        threshold_source="chosen on validation", num_bootstrap=20,
+        labels, scores, threshold=0.5123, patients=np.arange(90), subtypes=np.where(labels == 1, "virus", ""),
+        groups=np.where(labels == 1, "virus", np.where(np.arange(90) % 2, "IM", "NORMAL2")), split=split,
+        threshold_source="chosen on validation", num_bootstrap=20, atypicality=np.linspace(0, 1.1, 90),
     )  # fmt: skip
-    history = [{"epoch": 1, "step": 10, "train_loss": 0.5, "val_loss": None, "train_accuracy": 0.7}]
-    plots.draw_curves(history, folder, is_phantom=is_phantom)
-    plots.draw_plots(labels, scores, metrics, folder, is_phantom=is_phantom)
+    seen = Looks(labels, list("ab" * 45), generator.random((90, 4)), generator.random((90, 104)) + labels[:, None] / 9)
+    metrics["baselines"] = measure_baselines(seen, seen, split=split, num_bootstrap=20)
+    return labels, scores, metrics
+
+
+@functools.cache
+def draw(*, split: str, is_phantom: bool) -> dict[str, bytes]:
+    """All pictures of a page, by name; they take the most time."""
+    labels, scores, metrics = measure(split=split)
+    with tempfile.TemporaryDirectory() as folder:
+        plots.draw_curves(HISTORY, Path(folder), is_phantom=is_phantom)
+        plots.draw_plots(labels, scores, metrics, Path(folder), is_phantom=is_phantom)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).glob("*/*.png")}
+
+
+def render(
+    folder: Path, *, split: str = "val", is_phantom: bool = False, is_evaluation: bool = False, **facts: Any
+) -> str:
+    metrics = measure(split=split)[2]
+    for name, data in draw(split=split, is_phantom=is_phantom).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
     dataset = {
         "source": "data/chest_xray", "fingerprint": "0123abcd", "image_size": 64, "fit": "crop", "num_found": 103,
         "splits": {"train": {"normal": 40, "pneumonia": 60}}, "set_aside": {"truncated": 3}, "is_phantom": is_phantom,
@@ -72,32 +112,61 @@ def render(folder: Path, *, split: str = "val", is_phantom: bool = False, **fact
             metrics, run_id="r1", status="done", epochs=24, best_epoch=22, fingerprint="0123abcd", duration_s=95,
             is_phantom=is_phantom,
         ),
-        history=history,
+        history=HISTORY,
         dataset=DatasetFacts(**{**dataset, **facts}),
         config=Config().to_mapping(),
         environment={**describe_environment(), "device": "cpu"},
         version="9.8.7",
+        others={"val": measure(split="val")[2]} if split == "test" else None,
+        is_evaluation=is_evaluation,
     )  # fmt: skip
 
 
 def test_the_page_is_one_file_that_asks_no_network_for_anything(tmp_path: Path) -> None:
     text = render(tmp_path)
     page = Page(text)
-    assert len(page.images) == 7
+    assert len(page.images) == 8
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     assert {f"#{name}" for name in page.ids} >= {address for address in page.addresses if address.startswith("#")}
     without_data = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|//|url\(|@import|<script|<link", without_data.partition("</style>")[0][100:])
-    assert not re.search(r"https?://|<script|<iframe|<link", without_data)
+    assert not re.search(r"https?://|<iframe|<link", without_data)
     assert "default-src 'none'" in text
+
+
+def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> None:
+    text = render(tmp_path, source="</script><script>alert(1)</script>")
+    scripts = Page(text).scripts
+    assert [attributes for attributes, _ in scripts] == [
+        {"type": "application/json", "id": "explorer-data"}, {}
+    ]  # fmt: skip
+    (policy,) = re.findall(r"script-src ([^;\"]*)", html.unescape(text))
+    assert policy == report_module._source_hash(scripts[1][1])
+    assert json.loads(scripts[0][1])["threshold"] == 0.5123
+
+
+def test_the_explorer_holds_the_counts_of_metrics_and_draws_each_image_once(tmp_path: Path) -> None:
+    labels, scores, metrics = measure()
+    data = json.loads(Page(render(tmp_path)).scripts[0][1])
+    assert data["counts"] == metrics["counts"]
+    for step in (0, 37, 120, 200):
+        calls = scores >= step / 200
+        assert (data["tp"][step], data["fp"][step]) == ((calls & (labels == 1)).sum(), (calls & (labels == 0)).sum())
+    explorer = report_module._explorer(metrics)
+    tallest = max(height for bars in explorer["bars"].values() for _, height in bars)
+    biggest = max(np.histogram(scores[labels == label], np.linspace(0, 1, 51))[0].max() for label in (0, 1))
+    for name, label in (("normal", 0), ("pneumonia", 1)):
+        counts = [round(float(np.expm1(height / tallest * np.log1p(biggest)))) for _, height in explorer["bars"][name]]
+        assert sum(counts) == (labels == label).sum()
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     name = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
     text = render(tmp_path, source=name, splits={name: {name: 1, "b": 2}}, set_aside={name: 1}, fit=name)
     page = Page(text)
-    assert "script" not in page.tags
-    assert len(page.images) == 7
+    assert len(page.scripts) == 2
+    assert not any("alert" in script for _, script in page.scripts)
+    assert len(page.images) == 8
     assert page.text.count(name) >= 5
 
 
@@ -110,11 +179,53 @@ def test_the_page_says_all_that_a_reader_must_know(tmp_path: Path) -> None:
     for part in (
         "Not a medical device", "data/chest_xray", "0123abcd", "64 × 64", "24 epochs in 1 min 35 s", "of epoch 22",
         "chosen on validation", "virus", "truncated", "103 files were found", "3 were set aside", "xrai 9.8.7", "cpu",
-        "logit_adjustment", "The weights and the threshold were chosen on the same images",
+        "logit_adjustment", "The weights, the threshold and the temperature were chosen on the same images",
+        "What it is for", "not for diagnosis", "NORMAL2", "all pneumonia", "CLAIM 2024", "Model card", "temperature of",
+        "9 of 90 images (10.0 %)", "the outer border of the stored picture alone", "fitted to 90 images",
         *(info.title for info in METRICS.values()),
     ):  # fmt: skip
         assert part in text, part
     assert "phantom" not in text
+
+
+def test_every_link_of_the_page_leads_to_a_place_on_it(tmp_path: Path) -> None:
+    render(tmp_path)
+    plots.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/overlays.png")
+    plots.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/mistakes.png")
+    page = Page(render(tmp_path))
+    links = {address for address in page.addresses if address.startswith("#")}
+    assert {"#mistakes", "#explorer", "#limits", "#checklists"} <= links <= {f"#{name}" for name in page.ids}
+    (shown,) = [image for image in page.images if "mistakes" in (image["alt"] or "")]
+    assert "no localiser" in (shown["alt"] or "")  # with heat maps, where there are some
+    assert "chart" not in (shown.get("class") or ""), "X-rays keep their grey values in the dark"
+
+
+def test_the_public_data_set_is_described_where_its_names_are_found_and_else_not(tmp_path: Path) -> None:
+    groups = {"train": {"IM": 3, "NORMAL2": 4, "bacteria": 5, "virus": 6}}
+    public = render(tmp_path, groups=groups, num_patients={"train": 17})
+    assert "Guangzhou" in public and "CC BY 4.0" in public and "bacteria 5" in public
+    assert "Guangzhou" not in render(tmp_path, groups={"train": {"IM": 3, "clinic": 1}})
+    assert "Guangzhou" not in render(tmp_path)
+    assert "Guangzhou" not in render(tmp_path, groups=groups, is_phantom=True)
+
+
+def test_an_evaluation_says_so_and_names_both_data_sets(tmp_path: Path) -> None:
+    text = " ".join(Page(render(tmp_path, split="test", is_evaluation=True)).text.split())
+    for part in ("evaluation report", "On the test split of data/chest_xray", "Trained on", "Measured on", "0123abcd"):
+        assert part in text, part
+    assert "training report" in Page(render(tmp_path)).text
+    beside = " ".join(Page(render(tmp_path, split="test")).text.split())
+    assert "Beside the other splits" in beside and "Beside the other splits" not in Page(render(tmp_path)).text
+
+
+def test_a_run_that_knows_no_typicality_or_baselines_has_a_page_too(tmp_path: Path) -> None:
+    metrics = evaluate_scores(
+        [0, 1], [0.2, 0.7], threshold=0.5, patients=["a", "b"], subtypes=["", ""], split="test",
+        threshold_source="given", num_bootstrap=10,
+    )  # fmt: skip
+    assert report_module._abstention(metrics) is None
+    page = Page(render_bare(tmp_path, metrics))
+    assert "shortcuts" not in page.ids and "names neither kinds" in page.text
 
 
 def test_phantoms_are_named_at_the_top_and_at_the_end(tmp_path: Path) -> None:
@@ -129,16 +240,9 @@ def test_limits_fit_the_split_and_the_way_pictures_were_fitted(tmp_path: Path) -
     assert "read a picture's proportions" in html.unescape(render(tmp_path, fit="squash"))
 
 
-@pytest.mark.parametrize("missing", ["curves", "plots"])
-def test_a_page_without_its_pictures_is_a_page(tmp_path: Path, missing: str) -> None:
-    render(tmp_path)
-    for path in (tmp_path / missing).iterdir():
-        path.unlink()
-    metrics = evaluate_scores(
-        [1], [0.7], threshold=0.5, groups=["a"], subtypes=[""], split="test", threshold_source="given", num_bootstrap=10
-    )
-    text = render_report(
-        tmp_path,
+def render_bare(folder: Path, metrics: dict[str, Any]) -> str:
+    return render_report(
+        folder,
         metrics=metrics,
         summary=make_summary(
             metrics, run_id="r", status="done", epochs=1, best_epoch=1, fingerprint="f", duration_s=0.5,
@@ -150,7 +254,157 @@ def test_a_page_without_its_pictures_is_a_page(tmp_path: Path, missing: str) -> 
         environment=describe_environment(),
         version="1",
     )  # fmt: skip
-    page = Page(text)
-    assert len(page.images) == (5 if missing == "curves" else 2)
+
+
+@pytest.mark.parametrize("missing", ["curves", "plots"])
+def test_a_page_without_its_pictures_is_a_page(tmp_path: Path, missing: str) -> None:
+    render(tmp_path)
+    for path in (tmp_path / missing).iterdir():
+        path.unlink()
+    metrics = evaluate_scores(
+        [1],
+        [0.7],
+        threshold=0.5,
+        patients=["a"],
+        subtypes=[""],
+        split="test",
+        threshold_source="given",
+        num_bootstrap=10,
+    )
+    page = Page(render_bare(tmp_path, metrics))
+    assert len(page.images) == (6 if missing == "curves" else 2)
     assert format_value("specificity", None) in page.text
     assert "not defined, there are no normal images" in page.text
+
+
+# ------------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[Path, str], tuple[str, list[str]]]:
+    """Opens a page in a headless Chromium; gives the document after its script, and what the console said."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium: none of chromium, chromium-browser and google-chrome is in PATH")
+
+    def open_page(page: Path, fragment: str) -> tuple[str, list[str]]:
+        done = subprocess.run(
+            [
+                found, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                "--disable-extensions", "--disable-component-update", "--disable-background-networking",
+                "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                f"{page.as_uri()}{fragment}",
+            ],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page
+
+
+def shown_by(document: str) -> dict[str, str]:
+    """What the explorer shows, by name."""
+    return {
+        name: html.unescape(text)
+        for name, text in re.findall(r'id="explorer-([a-z]+)"[^>]*>([^<]*)<', document)
+        if name != "data"
+    }
+
+
+def expected(metrics: dict[str, Any], *, step: int, prevalence: float | None = None) -> dict[str, str]:
+    """The same numbers, by hand, at a step of the slider."""
+    counts, by_threshold = metrics["counts"], metrics["by_threshold"]
+    tp, fp = by_threshold["tp"][step], by_threshold["fp"][step]
+    fn, tn = counts["tp"] + counts["fn"] - tp, counts["fp"] + counts["tn"] - fp
+    sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+    share = (tp + fn) / (tp + fn + fp + tn) if prevalence is None else prevalence
+    called = share * sensitivity + (1 - share) * (1 - specificity)
+    left = share * (1 - sensitivity) + (1 - share) * specificity
+    values = {
+        "sensitivity": sensitivity, "specificity": specificity,
+        "ppv": share * sensitivity / called if called else None,
+        "npv": (1 - share) * specificity / left if left else None,
+    }  # fmt: skip
+    numbers = {"tp": tp, "fp": fp, "fn": fn, "tn": tn}
+    return {
+        "threshold": f"{step / 200:.3f}",
+        **{name: format_value(name, value) for name, value in values.items()},
+        **{name: f"{number:,}" for name, number in numbers.items()},
+    }
+
+
+@pytest.mark.browser
+def test_the_explorer_agrees_with_metrics_at_the_runs_threshold_and_the_console_is_silent(
+    tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]]
+) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(render(tmp_path), encoding="utf-8")
+    metrics = measure()[2]
+    document, console = browse(page, "")
+    assert console == []
+    shown = shown_by(document)
+    assert (shown["threshold"], shown["whose"]) == ("0.512", "the run's own")
+    for name in ("sensitivity", "specificity", "ppv", "npv"):
+        assert shown[name] == format_value(name, metrics["metrics"][name]["value"])
+    assert {name: int(shown[name]) for name in metrics["counts"]} == metrics["counts"]
+    assert 'translate(512.3 0)"' in document
+    assert re.search(r'id="explorer-controls"[^>]*>', document)[0].count("hidden") == 0  # type: ignore[index]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("fragment", "step", "prevalence"), [
+    ("#threshold=0.8", 160, None), ("#threshold=0.301&prevalence=0.05", 60, 0.05), ("#threshold=1", 200, None),
+    ("#threshold=0&prevalence=0.01", 0, 0.01),
+])  # fmt: skip
+def test_the_explorer_shows_the_threshold_and_the_prevalence_that_the_address_names(
+    tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]], fragment: str, step: int,
+    prevalence: float | None,
+) -> None:  # fmt: skip
+    page = tmp_path / "report.html"
+    page.write_text(render(tmp_path), encoding="utf-8")
+    document, console = browse(page, fragment)
+    assert console == []
+    shown = shown_by(document)
+    assert {name: shown[name] for name in expected(measure()[2], step=step, prevalence=prevalence)} == expected(
+        measure()[2], step=step, prevalence=prevalence
+    )
+    assert shown["whose"] == "tried out"
+    assert f'translate({5 * step} 0)"' in document
+
+
+@pytest.mark.browser
+def test_the_slider_moves_the_numbers_and_the_address_and_the_button_brings_them_back(
+    tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]]
+) -> None:
+    text = render(tmp_path)
+    (_, script) = Page(text).scripts[1]
+    for number, (steps, wanted) in enumerate([
+        ("s.dispatchEvent(new Event('change'));", "0.250"),
+        ("document.getElementById('explorer-reset').click();", "0.512"),
+    ]):  # fmt: skip
+        steps = f"s.value = '50'; s.dispatchEvent(new Event('input')); {steps}"
+        acting = script + f"{{ const s = document.getElementById('explorer-slider'); {steps}\n"
+        acting += "document.title = location.hash; }"
+        hashes = [
+            html.escape(report_module._source_hash(source)).replace("&#x27;", "&#39;") for source in (script, acting)
+        ]
+        assert hashes[0] in text
+        page = tmp_path / f"{number}.html"
+        page.write_text(text.replace(hashes[0], hashes[1]).replace(script, acting), encoding="utf-8")
+        document, console = browse(page, "")
+        assert console == []
+        assert shown_by(document)["threshold"] == wanted
+        assert f"<title>#threshold={'0.25' if number == 0 else 'run'}</title>" in document
+
+
+@pytest.mark.browser
+def test_a_script_or_a_picture_that_is_not_the_pages_own_is_refused_by_the_browser_and_seen_here(
+    tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]]
+) -> None:
+    page = tmp_path / "report.html"
+    changed = '<img src="http://127.0.0.1:9/x.png"><script>document.title = "taken"</script></main>'
+    page.write_text(render(tmp_path).replace("</main>", changed), encoding="utf-8")
+    document, console = browse(page, "#threshold=0.8")
+    assert "<title>taken" not in document
+    assert sum("Content Security Policy" in line for line in console) == 2, console
+    assert shown_by(document)["threshold"] == "0.800"

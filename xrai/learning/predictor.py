@@ -1,61 +1,28 @@
 """From weights to scores: evaluation over all ranks, and the inference model of a finished run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from xrai.config import Augment, Config, Model
 from xrai.errors import RunError
 from xrai.learning.augment import augment
+from xrai.learning.batch import Batch as Batch  # loop and commands take these from here
+from xrai.learning.batch import Loader as Loader
+from xrai.learning.batch import to_grey as to_grey
 from xrai.learning.checkpoint import read_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.model import ResNet
+from xrai.learning.typicality import SHIFT_SEED, Typicality
 from xrai.store import Store
 
 MODEL_FILE = "model.pt"
-SCHEMA_VERSION = 1
-_SHIFT_SEED = 20_180_222  # the draws that stand for other hospitals are the same in every run
-
-
-class Batch(Protocol):
-    """What a loader hands out: this rank's part of a global batch. It may be empty at a ragged end."""
-
-    @property
-    def images(self) -> NDArray[np.uint8]:
-        """(n, 1, H, W)."""
-
-    @property
-    def labels(self) -> NDArray[np.uint8]:
-        """(n,), 1 for pneumonia."""
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """(n,), positions in the split."""
-
-    @property
-    def num_global(self) -> int:
-        """Images of the global batch, all ranks together."""
-
-
-class Loader(Protocol):
-    """The batches of one split, for one rank."""
-
-    @property
-    def num_images(self) -> int:
-        """Of the split, all ranks together."""
-
-    @property
-    def num_batches(self) -> int:
-        """Global batches of an epoch."""
-
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch from batch `start` on."""
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +31,7 @@ class Predictions:
 
     rows: NDArray[np.int64]
     logits: NDArray[np.float64]
+    atypicality: NDArray[np.float64] | None = None  # above 1 asks for review; None where it was not asked for
 
     @property
     def probabilities(self) -> NDArray[np.float64]:
@@ -71,27 +39,21 @@ class Predictions:
         return 1 / (1 + np.exp(-self.logits))
 
 
-def to_grey(images: NDArray[np.uint8], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(n, 1, H, W) uint8 to grey values in [0, 1] on the device."""
-    tensor = torch.from_numpy(images)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(dtype) / 255
-
-
 @torch.inference_mode()
 def predict_split(
-    model: nn.Module, loader: Loader, *, ranks: Ranks, shift: Augment | None = None, draws: int = 1
-) -> Predictions:
+    model: nn.Module, loader: Loader, *, ranks: Ranks, shift: Augment | None = None, draws: int = 1,
+    typicality: Typicality | None = None,
+) -> Predictions:  # fmt: skip
     """Score every image of a split exactly once over all ranks, in fp32 (or the model's own fp64).
 
     With `shift`, each image is scored `draws` times, each time changed by a draw of its own that is the same in every
-    run: images from elsewhere, for want of images from elsewhere.
+    run: images from elsewhere, for want of images from elsewhere. With `typicality`, which needs a `ResNet`, the
+    predictions also say how unlike the training images each image is.
     """
     model.eval()
     dtype = next(model.parameters()).dtype
     rows: list[NDArray[np.int64]] = []
-    logits: list[NDArray[np.float64]] = []
+    scores: list[NDArray[np.float64]] = []
     for batch in loader.epoch(0):
         if len(batch.rows) == 0:
             continue
@@ -99,21 +61,28 @@ def predict_split(
         positions = torch.from_numpy(batch.rows).to(ranks.device)
         scored = []
         for draw in range(draws):
-            seen = images if shift is None else augment(images, positions, seed=_SHIFT_SEED, epoch=draw, strength=shift)
-            scored.append(model(seen.contiguous(memory_format=torch.channels_last)).double().cpu().numpy())
+            seen = images if shift is None else augment(images, positions, seed=SHIFT_SEED, epoch=draw, strength=shift)
+            seen = seen.contiguous(memory_format=torch.channels_last)
+            if typicality is None:
+                found = model(seen)[None]  # (1, n)
+            else:
+                assert isinstance(model, ResNet), "atypicality is a matter of the network's own features"
+                found = torch.stack(typicality.atypicality(model, seen))  # (2, n)
+            scored.append(found.double().cpu().numpy())
         rows.append(batch.rows)
-        logits.append(np.stack(scored))  # (draws, n)
+        scores.append(np.stack(scored, axis=1))  # (1 or 2, draws, n)
     mine = (
         np.concatenate(rows) if rows else np.empty(0, np.int64),
-        np.concatenate(logits, axis=1) if logits else np.empty((draws, 0)),
+        np.concatenate(scores, axis=2) if scores else np.empty((1 if typicality is None else 2, draws, 0)),
     )
     all_parts = ranks.gather(mine)
     all_rows = np.concatenate([part[0] for part in all_parts])
-    all_logits = np.concatenate([part[1] for part in all_parts], axis=1)
+    all_scores = np.concatenate([part[1] for part in all_parts], axis=2)
     order = np.argsort(all_rows, kind="stable")
-    all_rows = all_rows[order]
+    all_rows, all_scores = all_rows[order], all_scores[:, :, order]
     assert np.array_equal(all_rows, np.arange(loader.num_images)), "each image is counted exactly once"
-    return Predictions(np.broadcast_to(all_rows, all_logits.shape), all_logits[:, order])
+    logits = all_scores[0]
+    return Predictions(np.broadcast_to(all_rows, logits.shape), logits, None if typicality is None else all_scores[1])
 
 
 def build_model(config: Model) -> ResNet:
@@ -122,10 +91,13 @@ def build_model(config: Model) -> ResNet:
 
 
 def save_model(
-    path: Path, network: nn.Module, *, config: Config, classes: Sequence[str], threshold: float, run_id: str,
-    fingerprint: str,
+    path: Path, network: nn.Module, *, config: Config, classes: Sequence[str], threshold: float, temperature: float,
+    typicality: Typicality, run_id: str, fingerprint: str,
 ) -> None:  # fmt: skip
-    """Write model.pt: weights for inference with all that serving needs to treat a picture as training did."""
+    """Write model.pt: weights for inference with all that serving needs to treat a picture as training did.
+
+    `threshold` is on the scale of probabilities, which are sigmoid(logit / `temperature`).
+    """
     content = {
         "schema_version": SCHEMA_VERSION,
         "weights": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
@@ -133,6 +105,8 @@ def save_model(
         "images": asdict(config.images),
         "classes": list(classes),
         "threshold": float(threshold),
+        "temperature": float(temperature),
+        "typicality": typicality.to_state(),
         "run_id": run_id,
         "fingerprint": fingerprint,
     }
@@ -143,16 +117,26 @@ def save_model(
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network ready for inference with its preprocessing and operating threshold."""
+    """A network ready for inference with its preprocessing, calibration, operating threshold and rule of review."""
 
     network: ResNet
     image_size: int
     fit: str
     max_pixels: int
     classes: tuple[str, str]
-    threshold: float
+    threshold: float  # on the scale of `probabilities`
+    temperature: float
+    typicality: Typicality
     run_id: str
     fingerprint: str
+
+    def probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Calibrated probabilities of the second class, of the logits' shape: sigmoid(logit / temperature).
+
+        Guo et al. 2017, https://arxiv.org/abs/1706.04599.
+        """
+        probabilities: NDArray[np.float64] = np.exp(-np.logaddexp(0, -logits / self.temperature))
+        return probabilities
 
 
 def load_model(store: Store, *, folder: Path) -> TrainedModel:
@@ -179,6 +163,8 @@ def load_model(store: Store, *, folder: Path) -> TrainedModel:
         int(content["images"]["max_pixels"]),
         (first, second),
         float(content["threshold"]),
+        float(content["temperature"]),
+        Typicality.from_state(content["typicality"]),
         str(content["run_id"]),
         str(content["fingerprint"]),
     )

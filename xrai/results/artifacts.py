@@ -77,7 +77,9 @@ TENSORBOARD_TAGS = {
     "peak_memory_mib": "memory/peak_mib",
 }
 FINAL_TAGS = {name: f"final/{name}" for name in ("accuracy", "sensitivity", "specificity", "auroc")}
-PREDICTION_COLUMNS = ("split", "source", "patient", "subtype", "label", "score", "call")
+PREDICTION_COLUMNS = (
+    "split", "source", "patient", "group", "subtype", "label", "score", "call", "atypicality", "decision",
+)  # fmt: skip
 
 _PACKAGES = ("torch", "numpy", "h5py", "pillow", "scikit-learn", "matplotlib", "tensorboard", "boto3", "pydicom")
 _FETCHED_WHEN_NEEDED = ("checkpoints/",)  # large; the learning room fetches the one it wants
@@ -156,6 +158,7 @@ def format_result_lines(summary: Mapping[str, Any], folder: str | Path) -> list[
     return [
         *_format_main_results(summary, is_phantom=summary["is_phantom"]),
         *([f"validation  {', '.join(values)}"] if values else []),
+        *_format_side_results(summary),
         f"pictures    {folder}/curves/loss.png  {folder}/curves/accuracy.png  {folder}/plots/",
         f"report      {folder}/report.html",
     ]
@@ -163,7 +166,13 @@ def format_result_lines(summary: Mapping[str, Any], folder: str | Path) -> list[
 
 def format_metrics_lines(metrics: Mapping[str, Any], folder: str | Path, *, is_phantom: bool = False) -> list[str]:
     """The same lines for one split measured alone: from the metrics.json dictionary, with the folder of its files."""
-    return [*_format_main_results(_main_results(metrics), is_phantom=is_phantom), f"pictures    {folder}/plots/"]
+    results = _main_results(metrics)
+    return [
+        *_format_main_results(results, is_phantom=is_phantom),
+        *_format_side_results(results),
+        f"pictures    {folder}/plots/",
+        f"report      {folder}/report.html",
+    ]
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -629,7 +638,37 @@ def _main_results(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "counts": dict(metrics["counts"]),
         "threshold": metrics["threshold"],
         "threshold_source": metrics["threshold_source"],
+        "temperature": metrics["calibration"]["temperature"],
+        "review": {
+            "num_images": metrics["abstention"]["num_review"],
+            "share": metrics["abstention"]["share_review"],
+            "accuracy_of_the_rest": metrics["abstention"]["metrics"].get("accuracy", {}).get("value"),
+        },
+        "baselines": {
+            name: {"auroc": entry["metrics"]["auroc"]["value"], "reason": entry["reason"]}
+            for name, entry in metrics.get("baselines", {}).items()
+        },
     }
+
+
+def _format_side_results(results: Mapping[str, Any]) -> list[str]:
+    """What is left to a person, and what shortcuts alone can do."""
+    lines = []
+    review = results.get("review") or {}  # a run of an earlier version has neither
+    if review.get("num_images") is not None:
+        rest = format_value("accuracy", review["accuracy_of_the_rest"])
+        lines.append(
+            f"review      {review['num_images']:,} of {results['num_images']:,} images are unlike the training images; "
+            f"accuracy on the others {rest}"
+        )
+    if results.get("baselines"):
+        geometry, border = (results["baselines"][name] for name in ("geometry", "border"))
+        parts = [
+            f"picture size alone {format_value('auroc', geometry['auroc'])}",
+            f"outer border alone {format_value('auroc', border['auroc'])}",
+        ]
+        lines.append(f"shortcuts   AUROC of {', '.join(parts)}")
+    return lines
 
 
 def _title(name: str) -> str:

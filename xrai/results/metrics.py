@@ -1,16 +1,19 @@
-"""How good the scores are: metrics with patient-level bootstrap intervals, and the operating threshold.
+"""How good the scores are: metrics with patient-level intervals, calibration, and the operating threshold.
 
 Called by `xrai.train` and `xrai.evaluate` with arrays. The dictionary that `evaluate_scores` returns is metrics.json;
 the summary, the report and the last lines on the terminal take their numbers from it and from nowhere else.
 
-A score is the probability of pneumonia in [0, 1]; an image is called pneumonia where score >= threshold; labels are 1
+A score is the calibrated probability of pneumonia in [0, 1], the logistic function of logit / temperature; an image is
+called pneumonia where score >= threshold, and left to a person (review) where its atypicality is above 1; labels are 1
 for pneumonia and 0 for normal. Values are scikit-learn's where it has the metric. Intervals are percentiles over
-resamples of patients (not of images: one patient's images are alike), computed from weights, many resamples at once.
+resamples of patients (not of images: one patient's images are alike), computed from weights, many resamples at once;
+where there are too few errors to resample, a proportion has Wilson's interval and a perfect AUROC has Newcombe's.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -28,11 +31,17 @@ from sklearn.metrics import (
 
 from xrai.errors import XraiError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NUM_CALIBRATION_BINS = 10
 PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # shares of pneumonia for which PPV and NPV are worked out
 FIXED_RATE = 0.90  # the specificity at which sensitivity is read off the ROC curve, and the reverse
+NUM_THRESHOLDS = 200  # equal steps from 0 to 1, for which metrics.json counts the calls
+COVERAGES = tuple(share / 100 for share in range(100, 45, -5))  # shares of images kept, on the abstention curve
+NUM_GROUPS = 12  # source groups that are measured, the largest ones
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 _CONFIDENCE = 0.95
+_Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
+_MIN_EVENTS = 5  # patients right, or wrong; with fewer, resamples of a proportion tell little
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
 _MIN_DEFINED_SHARE = 0.9  # fewer resamples in which a metric is defined make no interval
 
@@ -110,6 +119,16 @@ METRICS: Mapping[str, MetricInfo] = {
     ),
 }
 
+# the images that a proportion is a share of
+_DENOMINATORS: Mapping[str, Callable[["_Subset"], npt.NDArray[np.bool_]]] = {
+    "accuracy": lambda subset: np.ones(len(subset.labels), dtype=bool),
+    "sensitivity": lambda subset: subset.labels == 1,
+    "specificity": lambda subset: subset.labels == 0,
+    "ppv": lambda subset: subset.calls == 1,
+    "npv": lambda subset: subset.calls == 0,
+    "sensitivity_at_specificity_90": lambda subset: subset.labels == 1,
+    "specificity_at_sensitivity_90": lambda subset: subset.labels == 0,
+}
 _SCIKIT_ON_CALLS: Mapping[str, Callable[..., Any]] = {
     "accuracy": accuracy_score,
     "sensitivity": recall_score,
@@ -131,41 +150,64 @@ def evaluate_scores(
     scores: npt.ArrayLike,
     *,
     threshold: float,
-    groups: npt.ArrayLike,
+    patients: npt.ArrayLike,
     subtypes: npt.ArrayLike,
     split: str,
     threshold_source: str,
+    groups: npt.ArrayLike | None = None,
+    uncalibrated: npt.ArrayLike | None = None,
+    temperature: float = 1.0,
+    atypicality: npt.ArrayLike | None = None,
     num_bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All metrics of one split, as the dictionary that metrics.json holds.
 
-    `labels` (N,) 0 or 1; `scores` (N,) in [0, 1]; `groups` (N,) patient keys, resampled as a whole; `subtypes` (N,)
-    text, empty where unknown: each subtype's pneumonia images are measured against all normal images.
+    `labels` (N,) 0 or 1; `scores` (N,) in [0, 1]; `patients` (N,) keys, resampled as a whole; `subtypes` (N,) text,
+    empty where unknown: each subtype's pneumonia images are measured against all normal images. `groups` (N,) text,
+    where an image comes from: a group of normal images is measured against all pneumonia images, one of pneumonia
+    images against all normal ones, one of both by itself. `uncalibrated` (N,) are the scores at temperature 1, by
+    default `scores`; `atypicality` (N,), where known, is above 1 for an image that is left to a person.
     `threshold_source` says in words where the threshold comes from. Intervals are 95 % percentile intervals over
-    `num_bootstrap` resamples of patients (Efron and Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters).
+    `num_bootstrap` resamples of patients (Efron and Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). A
+    proportion with fewer than 5 patients' worth right or wrong has Wilson's interval instead, and an AUROC of which all
+    resamples agree has Newcombe's, both counted in patients; `method` says which one a metric has.
 
-    A metric that is undefined is NaN (null in JSON), and `reasons` says why, under the metric's name; a missing or
-    doubtful interval has its reason under `NAME.interval`; a subtype has its own `reasons`. Raises `XraiError` for a
-    score that is not a number in [0, 1].
+    A metric that is undefined is NaN (null in JSON), and `reasons` says why, under the metric's name; a missing
+    interval has its reason under `NAME.interval`; a subtype and a group have their own `reasons`. Raises `XraiError`
+    for a score that is not a number in [0, 1].
     """
     labels, scores = _checked(labels, scores)
-    names, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    names, patient_of = np.unique(np.asarray(patients), return_inverse=True)
     subtype_of = np.asarray(subtypes).astype(str)
-    if not (len(labels) == len(group_of) == len(subtype_of)):
-        raise ValueError(f"{len(labels)} labels, {len(group_of)} groups and {len(subtype_of)} subtypes must be equal")
-    normal = labels == 0
-    selections = {"": np.ones(len(labels), dtype=bool)}
+    group_of = np.full(len(labels), "") if groups is None else np.asarray(groups).astype(str)
+    if not (len(labels) == len(patient_of) == len(subtype_of) == len(group_of)):
+        raise ValueError(
+            f"{len(labels)} labels, {len(patient_of)} patients, {len(subtype_of)} subtypes and {len(group_of)} groups "
+            "must be equal in number"
+        )
+    typical = None if atypicality is None else np.asarray(atypicality, dtype=np.float64) <= 1
+    everything, normal = np.ones(len(labels), dtype=bool), labels == 0
+    selections = {("whole", ""): everything}
     for subtype in sorted({str(name) for name in subtype_of[~normal]} - {""}):
-        selections[subtype] = normal | (subtype_of == subtype)
+        selections["subtype", subtype] = normal | (subtype_of == subtype)
+    largest, against = _largest_groups(group_of), {}
+    for group in largest:
+        own = group_of == group
+        is_mixed = 0 < labels[own].sum() < own.sum()
+        against[group] = "itself" if is_mixed else "all normal" if labels[own].all() else "all pneumonia"
+        selections["group", group] = own if is_mixed else own | (labels != labels[own][0])
+    if typical is not None and not typical.all():
+        selections["kept", ""] = typical
     subsets = {
-        name: _Subset(labels[chosen], scores[chosen], threshold, group_of[chosen])
-        for name, chosen in selections.items()
+        key: _Subset(labels[chosen], scores[chosen], threshold, patient_of[chosen])
+        for key, chosen in selections.items()
     }
-    resampled = _bootstrap(subsets, num_groups=len(names), num_bootstrap=num_bootstrap, seed=seed)
-    measured = {name: _summarise(subset, resampled[name]) for name, subset in subsets.items()}
-    whole = measured.pop("")
-    whole_metrics = whole["metrics"]
+    if uncalibrated is not None:
+        subsets["before", ""] = _Subset(*_checked(labels, uncalibrated), threshold, patient_of)
+    resampled = _bootstrap(subsets, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed)
+    measured = {key: _summarise(subset, resampled[key]) for key, subset in subsets.items()}
+    whole = measured["whole", ""]
     return {
         "schema_version": SCHEMA_VERSION,
         "split": split,
@@ -174,8 +216,29 @@ def evaluate_scores(
         "threshold": float(threshold),
         "threshold_source": threshold_source,
         **whole,
-        "subtypes": measured,
-        "by_prevalence": _by_prevalence(whole_metrics["sensitivity"]["value"], whole_metrics["specificity"]["value"]),
+        "calibration": {
+            "temperature": float(temperature),
+            **{
+                name: {metric: found["metrics"][metric] for metric in ("brier", "ece")}
+                for name, found in (("before", measured.get(("before", ""), whole)), ("after", whole))
+            },
+        },
+        "subtypes": {name: entry for (kind, name), entry in measured.items() if kind == "subtype"},
+        "groups": {
+            group: {
+                "num_normal": int((normal & (group_of == group)).sum()),
+                "num_pneumonia": int((~normal & (group_of == group)).sum()),
+                "against": against[group],
+                **measured["group", group],
+            }
+            for group in largest
+        },
+        "num_groups": len(set(group_of.tolist()) - {""}),
+        "abstention": _measure_abstention(
+            labels, scores, threshold, atypicality, kept=measured.get(("kept", ""), whole)["metrics"]
+        ),
+        "by_threshold": count_calls_by_threshold(labels, scores),
+        "by_prevalence": _by_prevalence(whole["metrics"]["sensitivity"], whole["metrics"]["specificity"]),
         "bootstrap": {"num_resamples": num_bootstrap, "unit": "patient", "confidence": _CONFIDENCE, "seed": seed},
     }
 
@@ -196,13 +259,9 @@ def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     `labels` (N,) 0 or 1, `scores` (N,) in [0, 1]. Raises `XraiError` unless both classes are there.
     """
     labels, scores = _checked(labels, scores)
+    _refuse_one_class(labels, "threshold")
     num_positive = int(labels.sum())
     num_negative = len(labels) - num_positive
-    if num_positive == 0 or num_negative == 0:
-        missing = "normal" if num_negative == 0 else "pneumonia"
-        raise XraiError(
-            f"no threshold can be chosen on {len(labels)} images: none of them is {missing}; it needs both classes"
-        )
     cuts, level_of = np.unique(scores, return_inverse=True)
     positives = np.bincount(level_of, weights=labels, minlength=len(cuts)).astype(np.int64)
     negatives = np.bincount(level_of, minlength=len(cuts)) - positives
@@ -218,6 +277,69 @@ def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     low, high = float(edges[starts[widest]]), float(edges[ends[widest]])
     middle = (low + high) / 2
     return middle if low < middle else high  # neighbouring floats have no middle
+
+
+def calibrated(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """The scores (N,) of logits (N,): the logistic function of logit / temperature."""
+    scores: Floats = 1 / (1 + np.exp(np.clip(-np.asarray(logits, dtype=np.float64) / temperature, -700, 700)))
+    return scores
+
+
+def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
+    """The temperature whose scores have the largest likelihood (Guo et al. 2017), within 0.05 and 20.
+
+    The negative log likelihood is convex in 1 / temperature; its slope is bisected until the two ends meet. Where the
+    logits part the classes without error it falls for ever, and the temperature is the smallest allowed. `labels` (N,)
+    0 or 1, `logits` (N,). Raises `XraiError` unless both classes are there.
+    """
+    labels, logits = _checked(labels, logits, in_unit_range=False)
+    _refuse_one_class(labels, "temperature")
+
+    def slope(sharpness: float) -> float:
+        return float(np.mean((calibrated(logits, 1 / sharpness) - labels) * logits))
+
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return 2 / (low + high)
+
+
+def wilson_interval(share: float, number: float) -> tuple[float, float]:
+    """The 95 % score interval of a proportion out of `number` (Wilson 1927); it does not collapse at 0 or 1."""
+    centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
+    half = _Z / (1 + _Z**2 / number) * math.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2))
+    return 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half
+
+
+def newcombe_interval(area: float, num_positive: int, num_negative: int) -> tuple[float, float]:
+    """The 95 % score interval of an AUROC (Newcombe 2006, part 2, method 5); it does not collapse at 0 or 1."""
+
+    def excess(theta: float) -> float:
+        """Above 0 where theta is further from the area than its own standard error allows."""
+        half = (num_positive + num_negative) / 2 - 1
+        spread = theta * (1 - theta) * (1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta))
+        return (theta - area) ** 2 - _Z**2 * spread / (num_positive * num_negative)
+
+    edges = []
+    for far in (0.0, 1.0):
+        outside, inside = far, area
+        for _ in range(60):
+            middle = (outside + inside) / 2
+            outside, inside = (middle, inside) if excess(middle) > 0 else (outside, middle)
+        edges.append(inside)
+    return edges[0], edges[1]
+
+
+def count_calls_by_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, Any]:
+    """What other thresholds would call: tp and fp at each of `num_steps` + 1 thresholds, evenly from 0 to 1."""
+    labels, scores = _checked(labels, scores)
+    thresholds = np.arange(NUM_THRESHOLDS + 1) / NUM_THRESHOLDS
+    called = {
+        name: len(own) - np.searchsorted(np.sort(own), thresholds, side="left")
+        for name, own in (("tp", scores[labels == 1]), ("fp", scores[labels == 0]))
+    }
+    return {"num_steps": NUM_THRESHOLDS, **{name: counts.tolist() for name, counts in called.items()}}
 
 
 @dataclass(frozen=True)
@@ -289,6 +411,22 @@ def _checked(
     return labels, scores
 
 
+def _refuse_one_class(labels: npt.NDArray[np.int64], what: str) -> None:
+    if labels.all() or not labels.any():
+        missing = "normal" if labels.all() and len(labels) else "pneumonia"
+        raise XraiError(
+            f"no {what} can be chosen on {len(labels)} images: none of them is {missing}; it needs both classes"
+        )
+
+
+def _largest_groups(group_of: npt.NDArray[np.str_]) -> list[str]:
+    """The names of the largest groups in alphabetical order; none where all images are of one."""
+    names, sizes = np.unique(group_of[group_of != ""], return_counts=True)
+    if len(names) < 2:
+        return []
+    return sorted(str(name) for name in names[np.argsort(-sizes, kind="stable")[:NUM_GROUPS]])
+
+
 def _bin_of(scores: Floats) -> npt.NDArray[np.int64]:
     return np.minimum((scores * NUM_CALIBRATION_BINS).astype(np.int64), NUM_CALIBRATION_BINS - 1)
 
@@ -296,15 +434,17 @@ def _bin_of(scores: Floats) -> npt.NDArray[np.int64]:
 class _Subset:
     """The images of one selection, laid out so that weights for many resamples turn into metrics by matrix products.
 
-    `group_of` (N,) holds the number of each image's patient among all patients of the split.
+    `patient_of` (N,) holds the number of each image's patient among all patients of the split.
     """
 
     def __init__(
-        self, labels: npt.NDArray[np.int64], scores: Floats, threshold: float, group_of: npt.NDArray[np.intp]
+        self, labels: npt.NDArray[np.int64], scores: Floats, threshold: float, patient_of: npt.NDArray[np.intp]
     ) -> None:
         order = np.argsort(-scores, kind="stable")
-        self.labels, self.scores, self.group_of = labels[order], scores[order], group_of[order]
-        self.calls = (self.scores >= threshold).astype(np.int64)
+        self.labels: npt.NDArray[np.int64] = labels[order]
+        self.scores: Floats = scores[order]
+        self.patient_of: npt.NDArray[np.intp] = patient_of[order]
+        self.calls: npt.NDArray[np.int64] = (self.scores >= threshold).astype(np.int64)
         self.positive = (self.labels == 1).astype(np.float64)
         # the last image of each run of equal scores: only there does a threshold cut
         self.cuts = np.flatnonzero(np.append(np.diff(self.scores) != 0, True)) if len(scores) else np.zeros(0, np.intp)
@@ -324,9 +464,9 @@ class _Subset:
         tp, fp, tn, fn = (int(total) for total in self.features[:, :4].sum(axis=0))
         return {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
 
-    def measure(self, group_weights: Floats) -> dict[str, Floats]:
+    def measure(self, patient_weights: Floats) -> dict[str, Floats]:
         """Each metric (R,) for R resamples given by how often each patient was drawn, (R, G); NaN where undefined."""
-        weights = group_weights[:, self.group_of]  # (R, N)
+        weights = patient_weights[:, self.patient_of]  # (R, N)
         sums = weights @ self.features  # (R, 5 + bins)
         tp, fp, tn, fn, squares = sums[:, :5].T
         total = tp + fp + tn + fn
@@ -373,49 +513,42 @@ class _Subset:
 
 
 def _bootstrap(
-    subsets: Mapping[str, _Subset], *, num_groups: int, num_bootstrap: int, seed: int
-) -> dict[str, dict[str, Floats]]:
+    subsets: Mapping[tuple[str, str], _Subset], *, num_patients: int, num_bootstrap: int, seed: int
+) -> dict[tuple[str, str], dict[str, Floats]]:
     """Each subset's metrics (num_bootstrap,) over the same resamples of patients, drawn with replacement."""
     generator = np.random.default_rng(seed)
-    parts: dict[str, dict[str, list[Floats]]] = {name: {metric: [] for metric in METRICS} for name in subsets}
-    for start in range(0, num_bootstrap if num_groups else 0, _RESAMPLES_AT_ONCE):
+    parts: dict[tuple[str, str], dict[str, list[Floats]]] = {key: {name: [] for name in METRICS} for key in subsets}
+    for start in range(0, num_bootstrap if num_patients else 0, _RESAMPLES_AT_ONCE):
         num_rows = min(_RESAMPLES_AT_ONCE, num_bootstrap - start)
-        drawn = generator.integers(0, num_groups, size=(num_rows, num_groups))
-        drawn += np.arange(num_rows)[:, None] * num_groups
-        weights = np.bincount(drawn.ravel(), minlength=num_rows * num_groups).reshape(num_rows, num_groups)
-        for name, subset in subsets.items():
+        drawn = generator.integers(0, num_patients, size=(num_rows, num_patients))
+        drawn += np.arange(num_rows)[:, None] * num_patients
+        weights = np.bincount(drawn.ravel(), minlength=num_rows * num_patients).reshape(num_rows, num_patients)
+        for key, subset in subsets.items():
             for metric, values in subset.measure(weights.astype(np.float64)).items():
-                parts[name][metric].append(values)
+                parts[key][metric].append(values)
     return {
-        name: {metric: np.concatenate(values) if values else np.zeros(0) for metric, values in metrics.items()}
-        for name, metrics in parts.items()
+        key: {metric: np.concatenate(values) if values else np.zeros(0) for metric, values in metrics.items()}
+        for key, metrics in parts.items()
     }
 
 
 def _summarise(subset: _Subset, resampled: Mapping[str, Floats]) -> dict[str, Any]:
     """Values, intervals, counts and reasons of one subset."""
-    num_patients = len(np.unique(subset.group_of))
+    num_patients = len(np.unique(subset.patient_of))
     values = _values(subset)
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
     for name, info in METRICS.items():
-        low, high = math.nan, math.nan
-        samples = resampled[name]
-        defined = samples[np.isfinite(samples)]
+        low, high, method = math.nan, math.nan, ""
         if math.isnan(values[name]):
             reasons[name] = info.undefined
         elif num_patients < 2:
             reasons[f"{name}.interval"] = "one patient alone can not be resampled"
-        elif len(defined) < _MIN_DEFINED_SHARE * len(samples) or len(defined) == 0:
-            reasons[f"{name}.interval"] = f"it is defined in only {len(defined)} of {len(samples)} resamples"
         else:
-            tail = 100 * (1 - _CONFIDENCE) / 2
-            low, high = (float(edge) for edge in np.percentile(defined, [tail, 100 - tail]))
-            if low == high:
-                reasons[f"{name}.interval"] = (
-                    "all resamples agree: too few patients or errors to measure how far it may be off"
-                )
-        metrics[name] = {"value": values[name], "low": low, "high": high}
+            low, high, method = _interval(name, values[name], subset, resampled[name])
+            if not method:
+                reasons[f"{name}.interval"] = "too few resamples give it, or all give the same"
+        metrics[name] = {"value": values[name], "low": low, "high": high, "method": method}
     return {
         "num_images": len(subset.labels),
         "num_patients": num_patients,
@@ -425,26 +558,92 @@ def _summarise(subset: _Subset, resampled: Mapping[str, Floats]) -> dict[str, An
     }
 
 
-def _by_prevalence(sensitivity: float, specificity: float) -> list[dict[str, float]]:
-    """What a call is worth where pneumonia is as rare or common as each of `PREVALENCES` (Bayes)."""
+def _interval(name: str, value: float, subset: _Subset, samples: Floats) -> tuple[float, float, str]:
+    """The two ends and the method of a metric's interval; NaN and no method where none can be given."""
+    if name in _DENOMINATORS:
+        num_patients = len(np.unique(subset.patient_of[_DENOMINATORS[name](subset)]))
+        if min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5:  # whole numbers where each has one image
+            return *wilson_interval(value, num_patients), "wilson"
+    defined = samples[np.isfinite(samples)]
+    if len(defined) and len(defined) >= _MIN_DEFINED_SHARE * len(samples):
+        tail = 100 * (1 - _CONFIDENCE) / 2
+        low, high = (float(edge) for edge in np.percentile(defined, [tail, 100 - tail]))
+        if low < high:
+            return low, high, "bootstrap"
+    if name == "auroc":
+        sizes = [len(np.unique(subset.patient_of[subset.labels == label])) for label in (1, 0)]
+        return *newcombe_interval(value, *sizes), "newcombe"
+    return math.nan, math.nan, ""
+
+
+def _measure_abstention(
+    labels: npt.NDArray[np.int64],
+    scores: Floats,
+    threshold: float,
+    atypicality: npt.ArrayLike | None,
+    *,
+    kept: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What is left to a person, the metrics of the rest, and the accuracy where more and more images are left out.
+
+    The curve leaves out the least sure images first, whose logit is nearest to that of the threshold, and, where
+    `atypicality` is known, the least typical ones first. NaN with a reason where it is not known.
+    """
+    right = (scores >= threshold) == labels
+    tiny = np.finfo(np.float64).tiny
+    logits = np.log(np.maximum(scores, tiny)) - np.log(np.maximum(1 - scores, tiny))
+    doubt = -np.abs(logits - math.log(max(threshold, tiny)) + math.log(max(1 - threshold, tiny)))
+    orders = {"by_doubt": np.argsort(doubt, kind="stable")}
+    found: dict[str, Any] = {}
+    if atypicality is None:
+        reason = "the run knows no typicality"
+        found = {"num_review": None, "share_review": math.nan, "by_class": {}, "metrics": {}, "reason": reason}
+    else:
+        unlike = np.asarray(atypicality, dtype=np.float64)
+        orders["by_atypicality"] = np.argsort(unlike, kind="stable")
+        review = ~(unlike <= 1)  # what is no number is no typical image
+        classes = {"normal": labels == 0, "pneumonia": labels == 1}
+        found = {
+            "num_review": int(review.sum()),
+            "share_review": float(review.mean()) if len(review) else math.nan,
+            "by_class": {
+                name: {"num_images": int(own.sum()), "num_review": int(review[own].sum())}
+                for name, own in classes.items()
+            },
+            "metrics": dict(kept),
+            "reason": "" if len(review) else "there are no images",
+        }
+    curve = []
+    for coverage in COVERAGES if len(labels) else ():
+        num_kept = max(1, round(coverage * len(labels)))
+        accuracies = {name: float(right[order[:num_kept]].mean()) for name, order in orders.items()}
+        curve.append({"coverage": coverage, "num_images": num_kept, **accuracies})
+    return {**found, "curve": curve}
+
+
+def _by_prevalence(sensitivity: Mapping[str, Any], specificity: Mapping[str, Any]) -> list[dict[str, float]]:
+    """What a call is worth where pneumonia is as rare or common as each of `PREVALENCES` (Bayes).
+
+    `ppv` and `npv` follow from the values, `ppv_low` and `npv_low` from the lower ends of both intervals: where no
+    false alarm was seen, the first says that there never is one.
+    """
     rows = []
     for prevalence in PREVALENCES:
-        true_positive, false_negative = prevalence * sensitivity, prevalence * (1 - sensitivity)
-        true_negative, false_positive = (1 - prevalence) * specificity, (1 - prevalence) * (1 - specificity)
-        called, left = true_positive + false_positive, true_negative + false_negative
-        rows.append(
-            {
-                "prevalence": prevalence,
-                "ppv": true_positive / called if called else math.nan,
-                "npv": true_negative / left if left else math.nan,
-            }
-        )
+        row = {"prevalence": prevalence}
+        for end, suffix in (("value", ""), ("low", "_low")):
+            found, left_alone = sensitivity[end], specificity[end]
+            true_positive, false_negative = prevalence * found, prevalence * (1 - found)
+            true_negative, false_positive = (1 - prevalence) * left_alone, (1 - prevalence) * (1 - left_alone)
+            called, left = true_positive + false_positive, true_negative + false_negative
+            row[f"ppv{suffix}"] = true_positive / called if called else math.nan
+            row[f"npv{suffix}"] = true_negative / left if left else math.nan
+        rows.append(row)
     return rows
 
 
 def _values(subset: _Subset) -> dict[str, float]:
     """The point values: scikit-learn's where it has the metric and it is defined."""
-    ones = np.ones((1, int(subset.group_of.max()) + 1 if len(subset.group_of) else 0))
+    ones = np.ones((1, int(subset.patient_of.max()) + 1 if len(subset.patient_of) else 0))
     values = {name: float(value[0]) for name, value in subset.measure(ones).items()}
     for name, function in _SCIKIT_ON_CALLS.items():
         if not math.isnan(values[name]):

@@ -24,9 +24,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from xrai.results.metrics import calibration_bins, format_interval, format_value
+from xrai.results.metrics import calibration_bins, format_interval, format_value, wilson_interval
 
 INK, MUTED, RULE, PAPER = "#1b2330", "#667085", "#e4e7ec", "#ffffff"
 NORMAL, PNEUMONIA = "#0072b2", "#d55e00"
@@ -58,6 +59,8 @@ _STYLE = {
     "legend.frameon": False,
 }
 _PHANTOM_NOTE = "drawn phantoms, not patients"
+_BILINEAR = Image.Resampling.BILINEAR
+_OPACITY = 0.65  # of a heat map where it is 1
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 
 
@@ -160,23 +163,39 @@ def draw_confusion(metrics: Mapping[str, Any], path: Path, *, is_phantom: bool =
 
 
 def draw_calibration(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], path: Path, *, is_phantom: bool = False
-) -> None:
-    """Write the reliability plot: observed share of pneumonia against mean score in ten bins, with their counts."""
+    labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], path: Path, *,
+    uncalibrated: npt.ArrayLike | None = None, is_phantom: bool = False,
+) -> None:  # fmt: skip
+    """Write the reliability plot: observed share of pneumonia against mean score in ten bins, with their counts.
+
+    With `uncalibrated` (N,), the scores at temperature 1, their line is drawn too, thin.
+    """
     bins = calibration_bins(labels, scores)
     full = [entry for entry in bins if entry.num_images]
     with _figure(path, "Calibration", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom) as figure:
         axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))
         below = figure.add_axes((0.13, 0.105, 0.81, 0.17), sharex=axes)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-        # Wilson 1927, per bin, to show how little a bin of few images says
+        if uncalibrated is not None and metrics["calibration"]["temperature"] != 1:
+            earlier = [entry for entry in calibration_bins(labels, uncalibrated) if entry.num_images]
+            axes.plot(
+                [entry.mean_score for entry in earlier], [entry.share_pneumonia for entry in earlier], color=TRAIN,
+                linewidth=1.1, marker="o", markersize=3.5, alpha=0.85, zorder=1.5, label="before calibration",
+            )  # fmt: skip
+        # by bin, to show how little a bin of few images says
         for entry in full:
-            low, high = _wilson(entry.share_pneumonia, entry.num_images)
+            low, high = wilson_interval(entry.share_pneumonia, entry.num_images)
             axes.plot([entry.mean_score] * 2, [low, high], color=CURVE, linewidth=1.6, alpha=0.45)
         axes.plot(
             [entry.mean_score for entry in full], [entry.share_pneumonia for entry in full],
             color=CURVE, linewidth=1.4, marker="o", markersize=6, markeredgecolor=PAPER,
+            label=f"temperature {metrics['calibration']['temperature']:.2f}",
         )  # fmt: skip
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2, fontsize=8.5, labelcolor=MUTED,
+                columnspacing=1.2, handlelength=1.6,
+            )  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="observed share of pneumonia")
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.tick_params(labelbottom=False)
@@ -236,16 +255,55 @@ def draw_scores(
                 axes.set_xlabel("score: predicted probability of pneumonia")
 
 
+def draw_abstention(metrics: Mapping[str, Any], path: Path, *, is_phantom: bool = False) -> None:
+    """Write the accuracy of the images that are kept, where more and more are left to a person."""
+    abstention = metrics["abstention"]
+    lines = [("least sure first", CURVE, "by_doubt"), ("least typical first", SHIFTED, "by_atypicality")]
+    with _figure(path, "Leaving images to a person", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom) as (
+        figure
+    ):
+        axes = figure.add_axes((0.13, 0.105, 0.81, 0.74))
+        curve, lowest = abstention["curve"], 1.0
+        for name, colour, key in lines:
+            values = [entry[key] for entry in curve if key in entry]
+            if values:
+                lowest = min([lowest, *values])
+                shares = [1 - entry["coverage"] for entry in curve]
+                axes.plot(shares, values, color=colour, linewidth=2, marker="o", markersize=4, label=name)
+        kept = abstention["metrics"].get("accuracy", {}).get("value")
+        if _number(kept) is not None:
+            lowest = min(lowest, kept)
+            axes.plot(
+                [abstention["share_review"]], [kept], "o", color=PNEUMONIA, markersize=9, markeredgecolor=PAPER,
+                markeredgewidth=1.5, zorder=5, clip_on=False, label=f"this run's review: {abstention['num_review']:,}",
+            )  # fmt: skip
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower right", fontsize=8.5, labelcolor=MUTED)
+        axes.set(xlabel="share of images left to a person", ylabel="accuracy on the others")
+        axes.set_xlim(0, max(0.5, _number(abstention["share_review"]) or 0.0))
+        axes.set_ylim(max(0.0, math.floor(20 * lowest - 0.2) / 20), 1.002)
+        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.yaxis.set_major_formatter(_PERCENT)
+
+
 def draw_plots(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], folder: Path, *, is_phantom: bool = False
-) -> None:
-    """Write all plots of one split under `folder`/plots: roc, precision_recall, confusion, calibration, scores."""
+    labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], folder: Path, *,
+    uncalibrated: npt.ArrayLike | None = None, is_phantom: bool = False,
+) -> None:  # fmt: skip
+    """Write all plots of one split under `folder`/plots.
+
+    They are roc, precision_recall, confusion, calibration, scores and abstention.
+    """
     plots = folder / "plots"
     draw_roc(labels, scores, metrics, plots / "roc.png", is_phantom=is_phantom)
     draw_precision_recall(labels, scores, metrics, plots / "precision_recall.png", is_phantom=is_phantom)
     draw_confusion(metrics, plots / "confusion.png", is_phantom=is_phantom)
-    draw_calibration(labels, scores, metrics, plots / "calibration.png", is_phantom=is_phantom)
+    draw_calibration(
+        labels, scores, metrics, plots / "calibration.png", uncalibrated=uncalibrated, is_phantom=is_phantom
+    )
     draw_scores(labels, scores, metrics, plots / "scores.png", is_phantom=is_phantom)
+    draw_abstention(metrics, plots / "abstention.png", is_phantom=is_phantom)
 
 
 def draw_sheet(
@@ -259,7 +317,7 @@ def draw_sheet(
     columns: int = 6,
     is_phantom: bool = False,
 ) -> None:
-    """Write a sheet of grey images, each (H, W) uint8, with a short title under each.
+    """Write a sheet of images, each (H, W) uint8 grey or (H, W, 3) uint8, with a short title under each.
 
     `marks`, if given, are as many short lines that stand above the titles in ink, in colour where they end in "wrong".
     """
@@ -290,6 +348,20 @@ def draw_sheet(
                 )
                 line -= 0.09
             axes.text(0.5, line, short, transform=axes.transAxes, ha="center", va="top", fontsize=6.5, color=MUTED)
+
+
+def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """A picture (H, W) under its heat map in [0, 1], of any size, as (H, W, 3) uint8; where it is 0 the picture stays.
+
+    Colours are matplotlib's inferno without its dark end, so that they differ in brightness too; the heat map is scaled
+    to the picture by a triangle filter.
+    """
+    scaled = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(image.shape[::-1], _BILINEAR))  # (H, W)
+    level = np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
+    opacity = np.linspace(0, _OPACITY, 256, dtype=np.float32)[:, None]  # (256, 1), as in the colours
+    colours = opacity * 255 * mpl.colormaps["inferno"](np.linspace(0.35, 0.95, 256))[:, :3].astype(np.float32)
+    mixed: npt.NDArray[np.uint8] = np.rint((1 - opacity)[level] * image[..., None] + colours[level]).astype(np.uint8)
+    return mixed
 
 
 def draw_class_counts(
@@ -450,13 +522,6 @@ def _split_line(metrics: Mapping[str, Any]) -> str:
 def _lighter(colour: str) -> tuple[float, float, float]:
     red, green, blue = (1 - 0.4 * (1 - part) for part in to_rgb(colour))
     return red, green, blue
-
-
-def _wilson(share: float, number: int) -> tuple[float, float]:
-    z = 1.96
-    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    return centre - half, centre + half
 
 
 def _has_both(labels: npt.ArrayLike) -> bool:

@@ -1,0 +1,85 @@
+"""Scores of a split, and the file of a finished run: nothing is lost between them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.learning.fakes import FakeLoader, make_discs
+from xrai.config import Augment, Config, Images, Model
+from xrai.errors import RunError
+from xrai.learning.distributed import Ranks
+from xrai.learning.model import ResNet
+from xrai.learning.predictor import MODEL_FILE, build_model, load_model, predict_split, save_model
+from xrai.learning.typicality import Typicality, fit_typicality
+from xrai.store import open_store
+
+ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[ResNet, Typicality]:
+    """A network of fresh weights, and its typicality on discs."""
+    torch.manual_seed(3)
+    network = build_model(Model(width=8))
+    train, val = (FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30))
+    return network, fit_typicality(network, train, val, ranks=ONE)
+
+
+@pytest.fixture
+def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
+    config = Config(model=Model(width=8), images=Images(size=32))
+    save_model(
+        tmp_path / MODEL_FILE, fitted[0], config=config, classes=("NORMAL", "PNEUMONIA"), threshold=0.25,
+        temperature=1.5, typicality=fitted[1], run_id="discs", fingerprint="f" * 64,
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path):
+    model = load_model(open_store(str(run)), folder=run)
+    assert (model.threshold, model.temperature, model.run_id, model.image_size) == (0.25, 1.5, "discs", 32)
+    loader = FakeLoader(*make_discs(20, seed=9), batch_size=8)
+    before = predict_split(fitted[0], loader, ranks=ONE, typicality=fitted[1])
+    after = predict_split(model.network, loader, ranks=ONE, typicality=model.typicality)
+    assert after.logits == pytest.approx(before.logits, abs=1e-5)  # the memory format is another
+    assert before.atypicality is not None and after.atypicality is not None
+    assert after.atypicality == pytest.approx(before.atypicality, rel=1e-4)
+
+
+def test_probabilities_are_divided_by_the_temperature_and_saturate_without_a_warning(run: Path):
+    model = load_model(open_store(str(run)), folder=run)
+    logits = np.array([[-1e9, -3.0, 0.0], [1.5, 6.0, 1e9]])
+    expected = [[0, 1 / (1 + np.exp(2)), 0.5], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(-4)), 1]]
+    assert model.probabilities(logits) == pytest.approx(np.array(expected), abs=1e-15)
+
+
+def test_a_model_of_another_version_is_refused(run: Path):
+    content = torch.load(run / MODEL_FILE, weights_only=True)
+    torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
+    with pytest.raises(RunError, match="schema version 1, this xrai reads version 2"):
+        load_model(open_store(str(run)), folder=run)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_atypicality_comes_beside_the_same_logits_for_each_draw(fitted: tuple[ResNet, Typicality], draws: int):
+    network, typicality = fitted
+    loader = FakeLoader(*make_discs(21, seed=9), batch_size=8, shuffle=True)
+    alone = predict_split(network, loader, ranks=ONE, shift=Augment(), draws=draws)
+    both = predict_split(network, loader, ranks=ONE, shift=Augment(), draws=draws, typicality=typicality)
+    assert alone.atypicality is None and both.atypicality is not None
+    assert both.logits.shape == both.atypicality.shape == both.rows.shape == (draws, 21)
+    assert both.logits == pytest.approx(alone.logits, abs=1e-5)
+
+
+def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]):
+    network, typicality = fitted
+    discs = make_discs(21, seed=9)
+    plain, shuffled = (
+        predict_split(network, FakeLoader(*discs, batch_size=size, shuffle=size == 8), ranks=ONE, typicality=typicality)
+        for size in (21, 8)
+    )
+    assert plain.atypicality is not None and shuffled.atypicality is not None
+    assert shuffled.atypicality == pytest.approx(plain.atypicality, rel=1e-4)
+    assert shuffled.logits == pytest.approx(plain.logits, abs=1e-5)

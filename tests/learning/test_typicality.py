@@ -1,0 +1,233 @@
+"""The score of review: closed-form fits against plain references, invariants, and what it finds on phantoms."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.distributed.ranks import run_ranks
+from tests.learning.fakes import FakeLoader, make_discs
+from xrai.config import Config, Model, Optim, Train
+from xrai.dataset.images import decode
+from xrai.dataset.phantom import make_phantoms
+from xrai.learning import loop
+from xrai.learning.augment import augment
+from xrai.learning.distributed import Ranks
+from xrai.learning.model import ResNet
+from xrai.learning.predictor import build_model, predict_split
+from xrai.learning.typicality import SHIFT_SEED, SPOILED, VARIATION, Typicality, describe, fit_typicality
+
+Split = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # (N, H, W) and (N,)
+
+ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+FIT_ON_DISCS = """
+import json
+import torch
+from tests.learning.test_typicality import fit_numbers
+from xrai.learning.distributed import join
+torch.set_num_threads(1)
+with join(timeout_s=60) as ranks:
+    print(json.dumps(fit_numbers(ranks, batch_size=32)))
+"""
+
+
+def fit_numbers(ranks: Ranks, *, batch_size: int) -> dict[str, list[float]]:
+    """What a fit on discs comes to."""
+    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    train = FakeLoader(*make_discs(150), batch_size=batch_size, shuffle=True, **share)
+    val = FakeLoader(*make_discs(41, seed=1), batch_size=16, **share)
+    state = fit_typicality(small_network(), train, val, ranks=ranks).to_state()
+    return {name: state[name].flatten().tolist() for name in ("mean", "offset", "scale", "limit")}
+
+
+def small_network(seed: int = 0, *, name: str = "resnet10") -> ResNet:
+    torch.manual_seed(seed)
+    return build_model(Model(name=name, width=8)).double().eval()
+
+
+def fit_on_discs(network: ResNet, *, num_images: int = 150, num_val: int = 60, share: float = 0.05) -> Typicality:
+    train, val = (
+        FakeLoader(*make_discs(number, seed=seed), batch_size=32) for number, seed in ((num_images, 0), (num_val, 1))
+    )
+    return fit_typicality(network, train, val, ranks=ONE, share=share)
+
+
+def to_grey(images: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(images)[:, None].double() / 255
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18"])
+@pytest.mark.parametrize("size", [16, 33, 64])
+def test_the_logits_are_the_networks_own(name: str, size: int):
+    network = small_network(name=name)
+    images = torch.rand(5, 1, size, size, dtype=torch.float64)
+    logits, groups = describe(network, images)
+    assert torch.allclose(logits, network(images), atol=1e-12, rtol=0)
+    assert all(group.shape[0] == 5 and group.isfinite().all() for group in groups)
+
+
+def test_an_image_has_the_same_score_whatever_stands_beside_it():
+    network = small_network()
+    typicality = fit_on_discs(network)
+    images = torch.cat([to_grey(make_discs(4, seed=2)[0]), torch.rand(4, 1, 32, 32, dtype=torch.float64)])
+    together = typicality.atypicality(network, images)[1]
+    alone = torch.cat([typicality.atypicality(network, image[None])[1] for image in images])
+    assert torch.allclose(together, alone, atol=1e-10, rtol=1e-10)
+
+
+def test_any_picture_has_a_finite_score_that_is_not_negative():
+    network = small_network()
+    typicality = fit_on_discs(network).float()
+    network = network.float()
+    flat = [torch.full((1, 32, 32), value) for value in (0.0, 1 / 255, 0.5, 1.0)]
+    dot = torch.zeros(1, 32, 32)
+    dot[0, 7, 9] = 1.0
+    checks = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2)[None].float()
+    scores = typicality.atypicality(network, torch.stack([*flat, dot, checks, torch.rand(1, 32, 32)]))[1]
+    assert scores.isfinite().all() and (scores >= 0).all()
+
+
+def test_distances_are_those_of_mahalanobis():
+    network = small_network()
+    typicality = fit_on_discs(network)
+    train = to_grey(make_discs(150)[0])
+    changed = augment(train, torch.arange(150), seed=SHIFT_SEED, epoch=0, strength=VARIATION)
+    seen = torch.cat([describe(network, part)[1][-1] for part in (train, changed)]).detach().numpy()  # the picture's
+    covariance = np.cov(seen.T, bias=True)
+    covariance += np.diag(np.diag(covariance) * 0.01 + 1e-8)
+    groups = describe(network, torch.rand(3, 1, 32, 32, dtype=torch.float64))[1]
+    away = groups[-1].detach().numpy() - seen.mean(axis=0)
+    expected = np.sqrt(np.einsum("bi,ij,bj->b", away, np.linalg.inv(covariance), away) / away.shape[1])
+    assert typicality.measure(groups)[:, 1].detach().numpy() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_limit_leaves_the_share_that_was_asked_for():
+    network = small_network()
+    val = make_discs(60, seed=1)
+    for share in (0.02, 0.2):
+        typicality = fit_on_discs(network, share=share)
+        loader = FakeLoader(*val, batch_size=16)
+        plain = predict_split(network, loader, ranks=ONE, typicality=typicality)
+        shifted = predict_split(network, loader, ranks=ONE, typicality=typicality, shift=VARIATION, draws=2)
+        assert plain.atypicality is not None and shifted.atypicality is not None
+        scores = np.concatenate([plain.atypicality.ravel(), shifted.atypicality.ravel()])
+        assert np.mean(scores > 1) == pytest.approx(share, abs=1 / len(scores))
+
+
+def test_one_validation_image_is_enough_to_go_on():
+    network = small_network()
+    typicality = fit_on_discs(network, num_images=2, num_val=1)
+    scores = typicality.atypicality(network, to_grey(make_discs(3, seed=4)[0]))[1]
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_spoiled_pictures_are_other_pictures_and_each_is_spoiled_by_its_own_number(name: str):
+    images = to_grey(make_discs(6)[0])
+    draws = torch.rand(6, 56, dtype=torch.float64) * 2 - 1
+    spoiled = SPOILED[name](images, draws)
+    assert spoiled.shape == images.shape and spoiled.min() >= 0 and spoiled.max() <= 1
+    assert (spoiled - images).abs().mean(dim=(1, 2, 3)).min() > 0.01
+    assert torch.allclose(SPOILED[name](images[2:3], draws[2:3]), spoiled[2:3], atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [16, 32, 50])
+def test_a_shuffled_picture_has_the_same_tiles(size: int):
+    images = torch.arange(size * size, dtype=torch.float64).reshape(1, 1, size, size)
+    shuffled = SPOILED["shuffled"](images, torch.linspace(1, -1, 56, dtype=torch.float64)[None])
+    if size % 4 == 0:
+        assert torch.equal(shuffled.flatten().sort().values, images.flatten())
+        tile = size // 4  # these draws turn the order of the tiles round
+        assert torch.equal(shuffled[0, 0, :tile, :tile], images[0, 0, -tile:, -tile:])
+
+
+def test_a_state_gives_the_same_scores():
+    network = small_network()
+    typicality = fit_on_discs(network)
+    images = torch.rand(4, 1, 32, 32, dtype=torch.float64)
+    again = Typicality.from_state(typicality.to_state())
+    assert torch.equal(again.atypicality(network, images)[1], typicality.atypicality(network, images)[1])
+
+
+def test_the_state_of_the_reference_network_is_small():
+    torch.manual_seed(0)
+    typicality = fit_on_discs(build_model(Model()))
+    assert sum(tensor.numel() * tensor.element_size() for tensor in typicality.to_state().values()) < 1_000_000
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("distributed")
+def test_the_fit_does_not_depend_on_the_ranks_and_the_batches():
+    one = fit_numbers(ONE, batch_size=64)
+    for other in (fit_numbers(ONE, batch_size=10), *run_ranks(["-c", FIT_ON_DISCS], world_size=2)):
+        for name, values in one.items():
+            assert other[name] == pytest.approx(values, rel=1e-7, abs=1e-9), name
+
+
+# ------------------------------------------------------------------------------------------------------ what it finds
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
+    """Phantoms at 32 pixels, of other patients in each split."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_phantoms(folder, num_images=240, seed=5, workers=1)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpeg", ".jpg"))
+    images = np.stack([decode(path.read_bytes(), size=32, fit="crop", max_pixels=10**8) for path in paths])
+    labels = np.array(["PNEUMONIA" in str(path) for path in paths], np.uint8)
+    return {name: (images[part::6], labels[part::6]) for part, name in enumerate(("val", "test"))} | {
+        "train": tuple(np.concatenate([column[part::6] for part in range(2, 6)]) for column in (images, labels))  # type: ignore[dict-item]
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
+    torch.manual_seed(0)
+    config = Config(
+        model=Model(width=8), optim=Optim(ema_decay=0.9), train=Train(epochs=4, global_batch_size=32, precision="off")
+    )
+    network = build_model(config.model)
+    labels = phantoms["train"][1]
+    train, val = (FakeLoader(*phantoms[split], batch_size=32, shuffle=split == "train") for split in ("train", "val"))
+    loop.fit(
+        network, config, ranks=ONE, train=train, val=val, class_counts=(int((labels == 0).sum()), int(labels.sum())),
+        val_labels=phantoms["val"][1], name_of=str, observer=_NoScore(), checkpoints=None, facts={}, resumed=None,
+        asked_to_stop=lambda: False,
+    )  # fmt: skip
+    return network, fit_typicality(network, train, val, ranks=ONE)
+
+
+class _NoScore:
+    def after_epoch(self, result: loop.EpochResult) -> float:
+        return 0.0
+
+
+def share_to_review(trained: tuple[ResNet, Typicality], images: NDArray[np.uint8]) -> float:
+    loader = FakeLoader(images, np.zeros(len(images), np.uint8), batch_size=64)
+    scores = predict_split(trained[0], loader, ranks=ONE, typicality=trained[1]).atypicality
+    assert scores is not None
+    return float(np.mean(scores > 1))
+
+
+def test_held_out_phantoms_are_not_left_to_review(
+    trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
+) -> None:
+    assert share_to_review(trained, phantoms["test"][0]) <= 0.2
+
+
+@pytest.mark.parametrize("kind", ["inverted", "upside down", "turned", "noise", "gradient", "flat"])
+def test_what_is_no_upright_chest_film_is_left_to_review(
+    kind: str, trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
+) -> None:
+    films = phantoms["test"][0]
+    generator = np.random.default_rng(0)
+    slope = np.broadcast_to(np.arange(32, dtype=np.uint8) * 8, (8, 32, 32))
+    foreign = {
+        "inverted": 255 - films,
+        "upside down": films[:, ::-1],
+        "turned": np.rot90(films, axes=(1, 2)),
+        "noise": generator.integers(0, 256, (50, 32, 32), np.uint8),
+        "gradient": np.concatenate([slope, slope[:, :, ::-1], slope.swapaxes(1, 2), 255 - slope.swapaxes(1, 2)]),
+        "flat": np.repeat(np.array([0, 1, 128, 255], np.uint8), 32 * 32).reshape(4, 32, 32),
+    }
+    assert share_to_review(trained, np.ascontiguousarray(foreign[kind])) >= 0.9
