@@ -27,7 +27,8 @@ from xrai.dataset.loader import Loader
 from xrai.dataset.phantom import make_phantoms
 from xrai.errors import ImageError
 from xrai.learning.augment import augment
-from xrai.learning.predictor import TrainedModel, load_model, to_grey
+from xrai.learning.batch import to_grey
+from xrai.learning.predictor import TrainedModel, load_model
 from xrai.learning.typicality import VARIATION
 from xrai.store import open_store
 
@@ -55,7 +56,10 @@ def main() -> None:
         print_row(name, pictures, model)
     for pair in flags.folder:
         name, _, place = pair.partition("=")
-        print_row(name, read_folder(Path(place), model), model)
+        pictures, num_unreadable = read_folder(Path(place), model)
+        print_row(name, pictures, model)
+        if num_unreadable:
+            print(f"  {num_unreadable} more files in {place} are no pictures that can be read")
 
 
 def print_row(name: str, pictures: Pictures, model: TrainedModel, *, shift: Augment | None = None) -> None:
@@ -129,7 +133,7 @@ def made_pictures(model: TrainedModel) -> Iterator[tuple[str, Pictures]]:
     yield "flat", np.stack([np.full((size, size), level, np.uint8) for level in (0, 1, 64, 128, 255)])
     with tempfile.TemporaryDirectory() as folder:
         make_phantoms(Path(folder), num_images=NUM_MADE // 2, seed=1, workers=1)
-        yield "phantoms", read_folder(Path(folder), model)
+        yield "phantoms", read_folder(Path(folder), model)[0]
     digits = load_digits().images[:NUM_MADE]
     yield "handwritten digits", np.stack([resize((digit * 15).astype(np.uint8), (size, size)) for digit in digits])
     ours = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -139,17 +143,16 @@ def made_pictures(model: TrainedModel) -> Iterator[tuple[str, Pictures]]:
     yield f"pieces of {len(greys)} photographs", np.stack([resize(piece, (size, size)) for piece in pieces])
 
 
-def read_folder(folder: Path, model: TrainedModel) -> Pictures:
-    """The pictures of all files that can be read."""
+def read_folder(folder: Path, model: TrainedModel) -> tuple[Pictures, int]:
+    """The pictures of all files that can be read, and how many can not."""
     found, num_unreadable = [], 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             found.append(decode(path.read_bytes(), size=model.image_size, fit=model.fit, max_pixels=model.max_pixels))
         except ImageError:
             num_unreadable += 1
-    if num_unreadable:
-        print(f"{folder}: {num_unreadable} files are no pictures that can be read")
-    return np.stack(found) if found else np.empty((0, model.image_size, model.image_size), np.uint8)
+    blank = np.empty((0, model.image_size, model.image_size), np.uint8)
+    return np.stack(found) if found else blank, num_unreadable
 
 
 def resize(picture: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:

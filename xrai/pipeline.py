@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from xrai.dataset.images import decode
 from xrai.dataset.sources import FolderSource, Source, open_source
 from xrai.errors import ImageError, UserError
+from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
-from xrai.learning.predictor import TrainedModel, load_model, to_grey
+from xrai.learning.predictor import TrainedModel, load_model
 from xrai.log import get_logger
 from xrai.store import open_store
 

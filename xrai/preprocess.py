@@ -46,7 +46,7 @@ FLAGS = (
     Flag("partition", "0/1", "the share that this process makes, I/N with I from 0 to N-1", "XRAI_PARTITION"),
     Flag("overwrite", False, "replace a data set, or the beginning of one, that is there", type=bool),
 )
-_logger = get_logger(__name__)
+_logger = get_logger("xrai.preprocess")
 
 
 def main() -> None:

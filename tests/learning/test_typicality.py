@@ -231,3 +231,18 @@ def test_what_is_no_upright_chest_film_is_left_to_review(
         "flat": np.repeat(np.array([0, 1, 128, 255], np.uint8), 32 * 32).reshape(4, 32, 32),
     }
     assert share_to_review(trained, np.ascontiguousarray(foreign[kind])) >= 0.9
+
+
+def test_each_direction_finds_the_pictures_that_it_was_fitted_for(
+    trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
+) -> None:
+    network, typicality = trained
+    films = to_grey(phantoms["test"][0]).float()
+    draws = torch.rand(len(films), 56, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for place, change in enumerate(SPOILED.values(), start=2):
+        plain, spoiled = (
+            (typicality.measure(describe(network, seen)[1])[:, place] - typicality.offset[place])
+            / typicality.scale[place]
+            for seen in (films, change(films, draws))
+        )
+        assert spoiled.median() > plain.median() + 0.4  # 1 is from the median to the 99th percentile of typical films

@@ -25,7 +25,7 @@ def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Au
     """
     if len(rows) == 0:
         return images
-    draws = _uniform(rows, _DRAWS, seed=seed, epoch=epoch).to(images.dtype)  # (B, 10) in [-1, 1)
+    draws = uniform(rows, _DRAWS, seed=seed, epoch=epoch).to(images.dtype)  # (B, 10) in [-1, 1)
     changed = _warp(images, draws[:, :6], strength)
     changed = _expose(changed, draws[:, 6:9], strength)
     return _add_noise(changed, rows, draws[:, 9], seed=seed, epoch=epoch, strength=strength)
@@ -72,13 +72,13 @@ def _add_noise(images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch:
     if strength.noise == 0:
         return images.clamp(0, 1)
     height, width = images.shape[2:]
-    noise = _uniform(rows, height * width, seed=seed + 1, epoch=epoch).to(images.dtype)
+    noise = uniform(rows, height * width, seed=seed + 1, epoch=epoch).to(images.dtype)
     deviation = draws[:, None, None, None].clamp_min(0) * strength.noise
     # a uniform number on [-1, 1) has standard deviation 1 / sqrt(3)
     return (images + noise.view(-1, 1, height, width) * deviation * math.sqrt(3)).clamp(0, 1)
 
 
-def _uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
+def uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     """(B, count) float64 in [-1, 1), a pure function of (seed, epoch, row, column).
 
     Four 16-bit numbers are cut from each 64-bit output of SplitMix64 (Steele, Lea, Flood 2014), which is a bijective

@@ -25,9 +25,10 @@ from xrai.config import Config, Train
 from xrai.errors import ConfigError, StoppedError, TrainingError, UserError
 from xrai.learning import optim
 from xrai.learning.augment import augment
+from xrai.learning.batch import Batch, Loader, to_grey
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.learning.distributed import Ranks
-from xrai.learning.predictor import Batch, Loader, Predictions, predict_split, to_grey
+from xrai.learning.predictor import Predictions, predict_split
 from xrai.log import get_logger, progress
 
 _logger = get_logger(__name__)

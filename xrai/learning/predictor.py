@@ -12,9 +12,7 @@ from torch import nn
 from xrai.config import Augment, Config, Model
 from xrai.errors import RunError
 from xrai.learning.augment import augment
-from xrai.learning.batch import Batch as Batch  # loop and commands take these from here
-from xrai.learning.batch import Loader as Loader
-from xrai.learning.batch import to_grey as to_grey
+from xrai.learning.batch import Loader, to_grey
 from xrai.learning.checkpoint import read_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.model import ResNet

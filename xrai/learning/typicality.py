@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xrai.config import Augment
-from xrai.learning.augment import _uniform as uniform
-from xrai.learning.augment import augment
+from xrai.learning.augment import augment, uniform
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.distributed import Ranks
 from xrai.learning.model import ResNet
