@@ -646,7 +646,11 @@ def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> Xra
         return NoSuchBucketError(f"{what}: there is no bucket {bucket!r}; make it first, or mend the address")
     if code in _REGION_CODES:
         region = answer.get("Region")
-        hint = f"the bucket is in {region}, set AWS_REGION" if region else "see AWS_REGION and AWS_ENDPOINT_URL_S3"
+        hint = (
+            f"the bucket is in {region}, set AWS_DEFAULT_REGION"
+            if region
+            else "see AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3"
+        )
         return WrongEndpointError(f"{what}: wrong region or endpoint ({said}); {hint}")
     if code == "PreconditionFailed" and done == "read":
         return CorruptError(f"{what}: it was replaced while it was read; start again")

@@ -56,6 +56,7 @@ FLAGS = (
     Flag("check", False, "check config, data, devices, disk and permissions, and stop before training", type=bool),
 )
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
+_RESULTS_TIMEOUT_S = 3600.0  # how long the other ranks wait while rank 0 writes the results
 _logger = get_logger("xrai.train")
 
 
@@ -127,8 +128,12 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
             network, loaders["val"], ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws,
             typicality=typicality,
         )  # fmt: skip
-        if run is not None:
-            lines = job.conclude(network, scored, shifted, typicality=typicality, best_epoch=best_epoch, began=began)
+        # All ranks stay to the end: were rank 0 lost while they had left, it could not start again alone
+        ranks.set_timeout(_RESULTS_TIMEOUT_S)
+        lines = ranks.on_main(
+            lambda: job.conclude(network, scored, shifted, typicality=typicality, best_epoch=best_epoch, began=began)
+        )
+        if ranks.is_main:
             print("\n".join(lines), flush=True)
     finally:
         if run is not None:
