@@ -17,6 +17,7 @@ from xrai.learning.checkpoint import read_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.model import ResNet
 from xrai.learning.typicality import SHIFT_SEED, Typicality
+from xrai.log import progress
 from xrai.store import Store
 
 MODEL_FILE = "model.pt"
@@ -52,23 +53,27 @@ def predict_split(
     dtype = next(model.parameters()).dtype
     rows: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float64]] = []
-    for batch in loader.epoch(0):
-        if len(batch.rows) == 0:
-            continue
-        images = to_grey(batch.images, ranks.device, dtype)
-        positions = torch.from_numpy(batch.rows).to(ranks.device)
-        scored = []
-        for draw in range(draws):
-            seen = images if shift is None else augment(images, positions, seed=SHIFT_SEED, epoch=draw, strength=shift)
-            seen = seen.contiguous(memory_format=torch.channels_last)
-            if typicality is None:
-                found = model(seen)[None]  # (1, n)
-            else:
-                assert isinstance(model, ResNet), "atypicality is a matter of the network's own features"
-                found = torch.stack(typicality.atypicality(model, seen))  # (2, n)
-            scored.append(found.double().cpu().numpy())
-        rows.append(batch.rows)
-        scores.append(np.stack(scored, axis=1))  # (1 or 2, draws, n)
+    with progress("score", total=None, unit="batches", closing_line=False) as bar:
+        for batch in loader.epoch(0):
+            bar.update()
+            if len(batch.rows) == 0:
+                continue
+            images = to_grey(batch.images, ranks.device, dtype)
+            positions = torch.from_numpy(batch.rows).to(ranks.device)
+            scored = []
+            for draw in range(draws):
+                seen = (
+                    images if shift is None else augment(images, positions, seed=SHIFT_SEED, epoch=draw, strength=shift)
+                )
+                seen = seen.contiguous(memory_format=torch.channels_last)
+                if typicality is None:
+                    found = model(seen)[None]  # (1, n)
+                else:
+                    assert isinstance(model, ResNet), "atypicality is a matter of the network's own features"
+                    found = torch.stack(typicality.atypicality(model, seen))  # (2, n)
+                scored.append(found.double().cpu().numpy())
+            rows.append(batch.rows)
+            scores.append(np.stack(scored, axis=1))  # (1 or 2, draws, n)
     mine = (
         np.concatenate(rows) if rows else np.empty(0, np.int64),
         np.concatenate(scores, axis=2) if scores else np.empty((1 if typicality is None else 2, draws, 0)),

@@ -38,6 +38,7 @@ import numpy.typing as npt
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+import xrai
 from xrai.config import all_keys
 from xrai.errors import RunError, StoreAccessError, StoreError, UserError, XraiError
 from xrai.log import get_logger
@@ -108,8 +109,8 @@ def check_run_id(run_id: str) -> str:
 
 def describe_environment() -> dict[str, Any]:
     """What this machine and its software are, for environment.json; no names of people, hosts or keys."""
-    versions = {}
-    for package in ("xrai", *_PACKAGES):
+    versions = {"xrai": xrai.__version__}
+    for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

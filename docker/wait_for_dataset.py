@@ -1,0 +1,42 @@
+"""Wait until the data set at XRAI_DATASET is complete: until its dataset.json is there, which comes last.
+
+An init container or a start script runs it as `xrai wait`. A store that does not answer is waited for as well; wrong
+keys or a missing bucket end it at once, with status 2.
+"""
+
+import os
+import time
+
+from xrai.errors import ConfigError, UnreachableError, XraiError, run_command
+from xrai.log import get_logger, setup_logging
+from xrai.store import open_store
+
+ASK_EVERY_S = 5.0
+
+
+def main() -> None:
+    """Wait, at most XRAI_WAIT_S seconds; raise `XraiError` after them."""
+    setup_logging()
+    logger = get_logger("xrai.wait")
+    if not (address := os.environ.get("XRAI_DATASET", "")):
+        raise ConfigError("XRAI_DATASET is not set: it names the data set to wait for, a folder or s3://bucket/prefix")
+    wait_s = float(os.environ.get("XRAI_WAIT_S", "86400"))
+    store = open_store(address)
+    began, told = time.monotonic(), ""
+    while True:
+        try:
+            if store.size("dataset.json") is not None:
+                return
+            found = "it has no dataset.json yet; xrai.preprocess writes that last"
+        except UnreachableError as error:
+            found = str(error)
+        if time.monotonic() - began > wait_s:
+            raise XraiError(f"waited {wait_s:.0f} s (XRAI_WAIT_S) for the data set at {store.uri}: {found}")
+        if found != told:
+            logger.info("waiting for the data set at %s: %s", store.uri, found)
+            told = found
+        time.sleep(ASK_EVERY_S)
+
+
+if __name__ == "__main__":
+    run_command(main)

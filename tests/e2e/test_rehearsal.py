@@ -1,0 +1,328 @@
+"""A rehearsal of Kubernetes: the pods of k8s/train-job.yaml, run as containers on a Docker network.
+
+What a kubelet and the Job controller would do is done here, from the YAML itself: init containers first, in order;
+same image, arguments, environment, user, rights and mounts; each pod's own name, and its full name in DNS; a pod that
+failed is replaced by one of the same name. What is changed is what a user changes: addresses, keys and sizes in the
+ConfigMaps, and the name of the image. What is not rehearsed: scheduling, network policies, GPUs.
+"""
+
+import json
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.containers import Stack, docker, wait_until
+from tests.k8s.manifests import (
+    K8S,
+    Document,
+    Workload,
+    environment_of,
+    expand,
+    fields_of,
+    of_kind,
+    read_documents,
+    workloads,
+)
+from xrai.dataset.phantom import make_phantoms
+
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(900)]
+
+NAMESPACE = "films"
+PREFIX = "xrai-test-k8s-"  # of containers and volumes
+MESSAGE_BYTES = 2048  # of a log's end that FallbackToLogsOnError shows
+CONFIG = """
+images: {size: 32}
+splits: {val_fraction: 0.25}
+cache: {max_gib: 1}
+model: {width: 8}
+train: {epochs: 6, global_batch_size: 16, precision: 'off', step_timeout_s: 120}
+checkpoint: {every: 1}
+evaluate: {num_bootstrap: 50}
+"""
+
+
+@dataclass
+class Pod:
+    """One pod of an Indexed Job: containers of one host name, one after the other."""
+
+    cluster: "Cluster"
+    workload: Workload
+    job: str
+    index: int
+    name: str = field(default_factory=lambda: f"{PREFIX}{uuid.uuid4().hex[:8]}")
+    main: str = ""  # the container that does the work, once the others have ended
+
+    def begin(self) -> "Pod":
+        """Run what comes first to its end, then start the container that does the work."""
+        for container in self.workload.pod.get("initContainers", []):
+            name = self.start(container)
+            status = status_of(name)
+            assert status == 0, f"{container['name']} of pod {self.index} ended with {status}:\n{log_of(name)}"
+        (container,) = self.workload.pod["containers"]
+        self.main = self.start(container)
+        return self
+
+    def end(self) -> int:
+        """The exit status of the container that does the work."""
+        return status_of(self.main)
+
+    def kill(self) -> None:
+        """What a machine that goes away does: no signal, no word."""
+        docker("kill", "--signal=KILL", self.main)
+
+    def log(self) -> str:
+        return log_of(self.main)
+
+    def waits(self) -> bool:
+        """Whether it says that it waits for the data set."""
+        return "waiting for the data set" in docker("logs", f"{self.name}-wait", check=False).stdout
+
+    def start(self, container: Document) -> str:
+        """Start one container as a kubelet would; its name."""
+        pod, security = self.workload.pod, {**self.workload.pod["securityContext"], **container["securityContext"]}
+        injected = {"JOB_COMPLETION_INDEX": str(self.index)}
+        environment = environment_of(
+            container, self.cluster.documents, fields=fields_of(self.job, self.index, NAMESPACE), also=injected
+        )
+        domain = f"{pod['subdomain']}.{NAMESPACE}.svc.{environment['CLUSTER_DOMAIN']}" if "subdomain" in pod else ""
+        options = [
+            f"--network={self.cluster.network}", f"--hostname={self.job}-{self.index}",
+            *([f"--domainname={domain}", f"--network-alias={self.job}-{self.index}.{domain}"] if domain else []),
+            f"--user={security['runAsUser']}:{security['runAsGroup']}",
+            *(["--read-only"] if security["readOnlyRootFilesystem"] else []),
+            *(f"--cap-drop={capability}" for capability in security["capabilities"]["drop"]),
+            *([] if security["allowPrivilegeEscalation"] else ["--security-opt=no-new-privileges"]),
+            f"--memory={container['resources']['limits']['memory'].rstrip('i').lower()}",
+            *(f"--env={name}={value}" for name, value in environment.items()),
+            *self._mounts(container),
+        ]  # fmt: skip
+        assert "command" not in container
+        name = f"{self.name}-{container['name']}"
+        arguments = [expand(argument, environment) for argument in container.get("args", [])]
+        named = (f"--name={name}", f"--label={self.cluster.label}")
+        docker("run", "--detach", *named, *options, container["image"], *arguments)
+        return name
+
+    def _mounts(self, container: Document) -> Iterator[str]:
+        volumes = {volume["name"]: volume for volume in self.workload.pod["volumes"]}
+        for mount in container["volumeMounts"]:
+            volume, place = volumes[mount["name"]], mount["mountPath"]
+            if "configMap" in volume:
+                files = of_kind(self.cluster.documents, "ConfigMap")[volume["configMap"]["name"]]["data"]
+                folder = self.cluster.folder / volume["configMap"]["name"]
+                folder.mkdir(exist_ok=True)
+                for name, text in files.items():
+                    (folder / name).write_text(text)
+                yield f"--volume={folder}:{place}:ro"
+            elif place == "/dev/shm":
+                yield f"--shm-size={volume['emptyDir']['sizeLimit'].rstrip('i').lower()}"
+            else:
+                yield f"--volume={self.name}-{mount['name']}:{place}"
+
+
+@dataclass
+class Cluster:
+    """The documents as applied, and the network on which their pods run."""
+
+    documents: list[Document]
+    network: str
+    folder: Path
+    label: str
+
+    def pod(self, component: str, index: int) -> Pod:
+        """A pod of the Job of this component; its number says which."""
+        (workload,) = (workload for workload in workloads(self.documents) if workload.component == component)
+        return Pod(self, workload, workload.name.removeprefix("Job/"), index)
+
+    def change(self, config_map: str, **values: str) -> None:
+        """Set values of a ConfigMap, as somebody who edits the file."""
+        of_kind(self.documents, "ConfigMap")[config_map]["data"].update(values)
+
+
+def log_of(container: str) -> str:
+    return docker("logs", container).stdout
+
+
+def status_of(container: str, *, timeout_s: float = 300) -> int:
+    """What it exits with, when it has ended."""
+    try:
+        return int(docker("wait", container, timeout_s=timeout_s).stdout)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"{container} still runs after {timeout_s:.0f} s:\n{log_of(container)}") from None
+
+
+@dataclass
+class Runs:
+    """The bucket in which the runs are."""
+
+    client: Any
+    bucket: str
+
+    def read(self, run_id: str, name: str) -> bytes | None:
+        try:
+            content: bytes = self.client.get_object(Bucket=self.bucket, Key=f"submit/{run_id}/{name}")["Body"].read()
+        except self.client.exceptions.NoSuchKey:
+            return None
+        return content
+
+    def wait_for_step(self, run_id: str, step: int, pods: list[Pod]) -> None:
+        """Until a checkpoint of at least that step is in the bucket."""
+        deadline = time.monotonic() + 240
+        while True:
+            content = self.read(run_id, "checkpoints/latest.json")
+            if content is not None and json.loads(content)["step"] >= step:
+                return
+            running = [docker("inspect", "-f", "{{.State.Running}}", pod.main).stdout.strip() for pod in pods]
+            assert running == ["true"] * len(pods) and time.monotonic() < deadline, [pod.log() for pod in pods]
+            time.sleep(0.2)
+
+    def assert_finished(self, run_id: str, *, epochs: int = 6) -> None:
+        """All epochs once, in order, and the commit mark."""
+        summary, history = self.read(run_id, "summary.json"), self.read(run_id, "history.csv")
+        assert summary is not None and json.loads(summary)["status"] == "finished"
+        assert history is not None
+        assert [line.split(",")[0] for line in history.decode().splitlines()[1:]] == [str(e + 1) for e in range(epochs)]
+
+
+@pytest.fixture(scope="module")
+def runs(s3: Stack) -> Runs:
+    return Runs(s3.client(), s3.new_bucket(f"rehearsal-{uuid.uuid4().hex[:8]}"))
+
+
+@pytest.fixture(scope="module")
+def cluster(image: str, s3: Stack, runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """train-job.yaml and preprocess-job.yaml, applied with addresses and keys of this S3 server."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    documents = [*read_documents(K8S / "train-job.yaml"), *read_documents(K8S / "preprocess-job.yaml")]
+    documents = json.loads(json.dumps(documents).replace('"xrai:0.1.0"', json.dumps(image)))
+    keys = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret}
+    documents.append({"kind": "Secret", "metadata": {"name": "xrai-s3"}, "stringData": keys})
+    cluster = Cluster(documents, s3.network, folder, f"xrai.rehearsal={uuid.uuid4().hex}")
+    cluster.change(
+        "xrai", XRAI_SOURCE=f"s3://{runs.bucket}/films", XRAI_DATASET=f"s3://{runs.bucket}/dataset",
+        XRAI_ARTIFACTS=f"s3://{runs.bucket}/submit", AWS_ENDPOINT_URL_S3=s3.inside, NUM_THREADS="1", NUM_PARTITIONS="2",
+    )  # fmt: skip
+    cluster.change("xrai-config", **{"config.yaml": CONFIG})
+    make_phantoms(folder / "films", num_images=240, seed=0, workers=1)
+    for path in sorted((folder / "films").rglob("*")):
+        if path.is_file():
+            runs.client.upload_file(str(path), runs.bucket, f"films/{path.relative_to(folder / 'films')}")
+    yield cluster
+    containers = docker("ps", "--all", "--quiet", f"--filter=label={cluster.label}").stdout.split()
+    if containers:
+        docker("rm", "--force", *containers)
+    volumes = [v for v in docker("volume", "ls", "--quiet").stdout.split() if v.startswith(PREFIX)]
+    if volumes:
+        docker("volume", "rm", "--force", *volumes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, runs: Runs) -> list[Pod]:
+    """Both Jobs applied at once: training waits for the data set, that two partitions make. All have ended."""
+    cluster.change("xrai", XRAI_RUN_ID="undisturbed")
+    pods = [cluster.pod("train", index) for index in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(pod.begin) for pod in pods]
+        for pod in pods:
+            wait_until(lambda pod=pod: pod.waits(), what=f"pod {pod.index} to wait for the data set")
+        partitions = [cluster.pod("preprocess", index).begin() for index in range(2)]
+        assert [pod.end() for pod in partitions] == [0, 0], [pod.log() for pod in partitions]
+        for future in waiting:
+            future.result()
+    assert [pod.end() for pod in pods] == [0, 0], [pod.log() for pod in pods]
+    return pods
+
+
+def test_two_pods_wait_for_the_data_set_of_two_partitions_and_train_together(undisturbed: list[Pod], runs: Runs):
+    runs.assert_finished("undisturbed")
+    assert "all checks passed" in log_of(f"{undisturbed[1].name}-preflight")
+    assert any("batches of 16 = 2 x 8" in pod.log() for pod in undisturbed)
+
+
+def test_a_pod_that_is_killed_is_replaced_and_rejoins(cluster: Cluster, undisturbed: list[Pod], runs: Runs):
+    cluster.change("xrai", XRAI_RUN_ID="pod-1-killed")
+    with ThreadPoolExecutor(2) as threads:
+        pods = list(threads.map(Pod.begin, [cluster.pod("train", index) for index in range(2)]))
+    runs.wait_for_step("pod-1-killed", 3, pods)
+    pods[1].kill()
+    assert pods[1].end() == 137
+    replacement = cluster.pod("train", 1).begin()
+    assert [pods[0].end(), replacement.end()] == [0, 0], [pods[0].log(), replacement.log()]
+    runs.assert_finished("pod-1-killed")
+    assert "going on after step" in pods[0].log() + replacement.log()
+    same_as_undisturbed(runs, "pod-1-killed")
+
+
+def test_when_pod_0_is_killed_all_begin_again_and_go_on(cluster: Cluster, undisturbed: list[Pod], runs: Runs):
+    """It keeps the store at which all meet, so the others fail too, and the Job replaces them all."""
+    cluster.change("xrai", XRAI_RUN_ID="pod-0-killed")
+    with ThreadPoolExecutor(2) as threads:
+        pods = list(threads.map(Pod.begin, [cluster.pod("train", index) for index in range(2)]))
+        runs.wait_for_step("pod-0-killed", 3, pods)
+        pods[0].kill()
+        first = threads.submit(cluster.pod("train", 0).begin)
+        assert pods[1].end() == 1
+        second = threads.submit(cluster.pod("train", 1).begin)
+        replacements = [first.result(), second.result()]
+    assert [pod.end() for pod in replacements] == [0, 0], [pod.log() for pod in replacements]
+    runs.assert_finished("pod-0-killed")
+    same_as_undisturbed(runs, "pod-0-killed")
+
+
+def same_as_undisturbed(runs: Runs, run_id: str) -> None:
+    """The losses of all epochs are those of the run that nothing happened to."""
+    ours, theirs = (runs.read(name, "history.csv") for name in (run_id, "undisturbed"))
+    assert ours is not None and theirs is not None
+    for line, other in zip(ours.decode().splitlines(), theirs.decode().splitlines(), strict=True):
+        assert line.split(",")[:9] == other.split(",")[:9]  # epoch, step, losses, accuracies, AUROC
+
+
+def test_a_mistake_is_found_before_training_and_said_in_one_line_with_status_2(
+    cluster: Cluster, undisturbed: list[Pod]
+):
+    """The Job's podFailurePolicy ends it then; `kubectl describe pod` shows the line."""
+    documents = json.loads(json.dumps(cluster.documents))
+    mistaken = Cluster(documents, cluster.network, cluster.folder / "mistaken", cluster.label)
+    mistaken.folder.mkdir()
+    mistaken.change("xrai-config", **{"config.yaml": CONFIG.replace("epochs", "epoch")})
+    pod = mistaken.pod("train", 0)
+    with pytest.raises(AssertionError, match="preflight of pod 0 ended with 2"):
+        pod.begin()
+    (line,) = log_of(f"{pod.name}-preflight").splitlines()
+    assert line.startswith("xrai: error: ") and "train.epoch" in line
+
+
+def test_the_end_of_a_failed_pods_log_names_the_cause(cluster: Cluster, undisturbed: list[Pod], runs: Runs):
+    """torchrun repeats the error file of the rank that failed first; Kubernetes takes the end of the log as message."""
+    documents = json.loads(json.dumps(cluster.documents).replace("--max_restarts=3", "--max_restarts=0"))  # sooner
+    failing = Cluster(documents, cluster.network, cluster.folder / "failing", cluster.label)
+    failing.folder.mkdir()
+    failing.change("xrai", XRAI_RUN_ID="failing", NUM_NODES="1", XRAI_DATASET=f"s3://{runs.bucket}/damaged")
+    for entry in runs.client.list_objects_v2(Bucket=runs.bucket, Prefix="dataset/")["Contents"]:
+        body = runs.client.get_object(Bucket=runs.bucket, Key=entry["Key"])["Body"].read()
+        if entry["Key"].endswith(".h5"):
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        runs.client.put_object(Bucket=runs.bucket, Key=entry["Key"].replace("dataset/", "damaged/", 1), Body=body)
+    pod = failing.pod("train", 0).begin()
+    assert pod.end() == 1
+    assert "CorruptError" in pod.log()[-MESSAGE_BYTES:]
+
+
+def test_nothing_in_a_pod_is_writable_but_its_mounts_and_nobody_is_root(cluster: Cluster):
+    pod = cluster.pod("train", 0)
+    container = json.loads(json.dumps(pod.workload.pod["initContainers"][0]))
+    script = (
+        "id -u; for place in / /opt /etc/xrai /tmp /cache /dev/shm; do touch $place/x 2>/dev/null && echo $place; done"
+    )
+    container["args"] = ["bash", "-c", f"{script}; true"]
+    pod.workload.pod["initContainers"][0] = container
+    name = pod.start(container)
+    assert docker("wait", name).stdout.strip() == "0"
+    assert subprocess.list2cmdline(log_of(name).split()) == "10001 /tmp /cache /dev/shm"
