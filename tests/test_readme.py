@@ -10,8 +10,13 @@ from xrai.config import all_keys
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs/decisions").glob("*.md"))]
-COMMANDS = ("preprocess", "train", "evaluate", "predict", "verify")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "docs/running.md",
+    *sorted((ROOT / "docs/decisions").glob("*.md")),
+]
+COMMANDS = ("preprocess", "train", "evaluate", "predict", "export", "verify")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -30,7 +35,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_flag_and_key_exists() -> None:
     keys = {spec.name for spec in all_keys()}
     flags = {flag.name for command in COMMANDS for flag in importlib.import_module(f"xrai.{command}").FLAGS}
-    others = {"config", "help", "print_config", "nproc_per_node", "logdir", "num-images", "section.key"}
+    others = {"config", "help", "print_config", "nproc_per_node", "logdir", "num-images", "section.key", "rm"}
     named = set(re.findall(r"--([A-Za-z_][\w.-]*)", README))
     assert {"images.size", "run_id", "source"} <= named
     assert named <= keys | flags | others, named - keys - flags - others
