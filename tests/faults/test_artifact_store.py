@@ -171,7 +171,7 @@ def check_tensorboard(tensorboard: TensorBoard, rows: list[dict[str, str]], summ
     assert "precision_recall/final_test" in tensorboard.get("pr_curves/tags")["r/tensorboard"]
 
     assert set(tensorboard.get("images/tags")["r/tensorboard"]) == {
-        f"predictions/{name}_{split}" for name in ("examples", "mistakes") for split in ("val", "test")
+        f"predictions/{name}_{split}" for name in ("examples", "mistakes", "overlays") for split in ("val", "test")
     }
     (shown,) = tensorboard.get("images/images", run="r/tensorboard", tag="predictions/mistakes_test", sample="0")
     picture = tensorboard.get("images/individualImage", **dict(urllib.parse.parse_qsl(shown["query"])))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xrai.config import Augment
-from xrai.learning.augment import _splitmix64, _uniform, augment
+from xrai.learning.augment import _splitmix64, augment, uniform
 
 STILL = Augment(
     rotation_deg=0, scale=0, shift=0, aspect=0, shear=0, gamma=0, contrast=0, blur=0, noise=0,
@@ -31,7 +31,7 @@ def test_splitmix64_gives_the_published_first_outputs_of_seed_0():
 
 
 def test_uniform_numbers_have_the_mean_deviation_and_independence_of_uniform_numbers():
-    draws = _uniform(torch.arange(500), 64, seed=3, epoch=5)
+    draws = uniform(torch.arange(500), 64, seed=3, epoch=5)
     assert draws.min() >= -1 and draws.max() < 1
     assert abs(float(draws.mean())) < 0.02
     assert float(draws.std()) == pytest.approx(1 / math.sqrt(3), abs=0.01)

@@ -43,6 +43,7 @@ _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; with fewer, resamples of a proportion tell little
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
+_ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # fewer resamples in which a metric is defined make no interval
 
 Floats = npt.NDArray[np.float64]
@@ -568,7 +569,7 @@ def _interval(name: str, value: float, subset: _Subset, samples: Floats) -> tupl
     if len(defined) and len(defined) >= _MIN_DEFINED_SHARE * len(samples):
         tail = 100 * (1 - _CONFIDENCE) / 2
         low, high = (float(edge) for edge in np.percentile(defined, [tail, 100 - tail]))
-        if low < high:
+        if high - low > _ROUNDING:
             return low, high, "bootstrap"
     if name == "auroc":
         sizes = [len(np.unique(subset.patient_of[subset.labels == label])) for label in (1, 0)]
