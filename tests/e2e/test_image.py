@@ -96,7 +96,7 @@ def test_one_process_ends_with_its_own_status(image: str):
 
 def test_an_image_folder_becomes_a_trained_network_without_any_network(image: str):
     script = (
-        "xrai phantom --num-images=60 --out=/work/films && xrai preprocess --source=/work/films --images.size=32 "
+        "xrai phantom --num-images=60 --out=films && xrai preprocess --source=films --images.size=32 "
         "--splits.val_fraction=0.2 && xrai train --standalone --nproc_per_node=1 --train.epochs=1 --model.width=8 "
         "--train.global_batch_size=8 --run_id=own && ls submit/own && xrai verify"
     )
@@ -129,7 +129,7 @@ def test_waiting_for_a_data_set_ends_when_it_is_there_or_when_time_is_up(image: 
         "--rm",
         "--tmpfs=/tmp",
         "--tmpfs=/work:uid=10001,gid=10001",
-        "--env=XRAI_DATASET=/work/d",
+        "--env=XRAI_DATASET=d",
         "--env=XRAI_WAIT_S=3",
     )
     done = docker(*waiting, image, "wait", check=False)
