@@ -18,16 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    brier_score_loss,
-    f1_score,
-    matthews_corrcoef,
-    precision_score,
-    recall_score,
-    roc_auc_score,
-)
 
 from xrai.errors import XraiError
 
@@ -130,20 +120,27 @@ _DENOMINATORS: Mapping[str, Callable[["_Subset"], npt.NDArray[np.bool_]]] = {
     "sensitivity_at_specificity_90": lambda subset: subset.labels == 1,
     "specificity_at_sensitivity_90": lambda subset: subset.labels == 0,
 }
-_SCIKIT_ON_CALLS: Mapping[str, Callable[..., Any]] = {
-    "accuracy": accuracy_score,
-    "sensitivity": recall_score,
-    "specificity": lambda labels, calls: recall_score(labels, calls, pos_label=0),
-    "ppv": precision_score,
-    "npv": lambda labels, calls: precision_score(labels, calls, pos_label=0),
-    "f1": f1_score,
-    "mcc": matthews_corrcoef,
-}
-_SCIKIT_ON_SCORES: Mapping[str, Callable[..., Any]] = {
-    "auroc": roc_auc_score,
-    "average_precision": average_precision_score,
-    "brier": brier_score_loss,
-}
+
+
+def _scikit() -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Callable[..., Any]]]:
+    """scikit-learn's metrics of (labels, calls) and of (labels, scores), by name."""
+    from sklearn import metrics  # a second to import, which preprocessing need not spend
+
+    on_calls = {
+        "accuracy": metrics.accuracy_score,
+        "sensitivity": metrics.recall_score,
+        "specificity": lambda labels, calls: metrics.recall_score(labels, calls, pos_label=0),
+        "ppv": metrics.precision_score,
+        "npv": lambda labels, calls: metrics.precision_score(labels, calls, pos_label=0),
+        "f1": metrics.f1_score,
+        "mcc": metrics.matthews_corrcoef,
+    }
+    on_scores = {
+        "auroc": metrics.roc_auc_score,
+        "average_precision": metrics.average_precision_score,
+        "brier": metrics.brier_score_loss,
+    }
+    return on_calls, on_scores
 
 
 def evaluate_scores(
@@ -247,7 +244,11 @@ def evaluate_scores(
 def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """Area under the ROC curve of labels (N,) and scores (N,), ties counted half; NaN unless both classes are there."""
     labels, scores = _checked(labels, scores, in_unit_range=False)
-    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else math.nan
+    if not 0 < labels.sum() < len(labels):
+        return math.nan
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores))
 
 
 def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
@@ -646,10 +647,11 @@ def _values(subset: _Subset) -> dict[str, float]:
     """The point values: scikit-learn's where it has the metric and it is defined."""
     ones = np.ones((1, int(subset.patient_of.max()) + 1 if len(subset.patient_of) else 0))
     values = {name: float(value[0]) for name, value in subset.measure(ones).items()}
-    for name, function in _SCIKIT_ON_CALLS.items():
+    on_calls, on_scores = _scikit()
+    for name, function in on_calls.items():
         if not math.isnan(values[name]):
             values[name] = float(function(subset.labels, subset.calls))
-    for name, function in _SCIKIT_ON_SCORES.items():
+    for name, function in on_scores.items():
         if not math.isnan(values[name]):
             values[name] = float(function(subset.labels, subset.scores))
     return values

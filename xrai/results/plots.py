@@ -25,7 +25,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from xrai.results.metrics import calibration_bins, format_interval, format_value, wilson_interval
 
@@ -96,6 +95,8 @@ def draw_roc(
     labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], path: Path, *, is_phantom: bool = False
 ) -> None:
     """Write the ROC curve of labels (N,) and scores (N,), with the operating point of `metrics` (metrics.json)."""
+    from sklearn.metrics import roc_curve  # see `xrai.results.metrics`
+
     with _figure(path, "ROC curve", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom) as figure:
         axes = _square_axes(figure, "1 - specificity: normals called pneumonia", "sensitivity: pneumonia found")
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
@@ -113,6 +114,8 @@ def draw_precision_recall(
     labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], path: Path, *, is_phantom: bool = False
 ) -> None:
     """Write the precision-recall curve, with the share of pneumonia as the level of chance."""
+    from sklearn.metrics import precision_recall_curve
+
     with _figure(path, "Precision and recall", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom) as figure:
         axes = _square_axes(figure, "recall: pneumonia found", "precision: calls of pneumonia that are right")
         if _has_both(labels):
