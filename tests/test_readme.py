@@ -14,6 +14,8 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "docs/running.md",
+    ROOT / "docs/scale.md",
+    ROOT / "benchmarks/README.md",
     *sorted((ROOT / "docs/decisions").glob("*.md")),
 ]
 COMMANDS = ("preprocess", "train", "evaluate", "predict", "export", "verify")

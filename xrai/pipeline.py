@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -28,6 +28,7 @@ from xrai.dataset.sources import FolderSource, Source, open_source
 from xrai.errors import ImageError, UserError
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
+from xrai.learning.model import fold_filters
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.log import get_logger
 from xrai.store import open_store
@@ -79,7 +80,7 @@ class Pipeline:
         self.model = model
         self.max_pixels = max_pixels or model.max_pixels
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = model.network.to(self._device)
+        self._network = fold_filters(model.network).to(self._device)
         self._typicality = model.typicality.to(self._device)
 
     def predict(
@@ -105,6 +106,11 @@ class Pipeline:
         Files are read and decoded by all cores, up to two batches ahead; memory does not grow.
         """
         rest = iter(files)
+        first = list(islice(rest, 2))
+        if len(first) == 1:  # threads would take longer to start than the picture to read
+            yield from self._classify([(file.path, self._read(file, explain_side)) for file in first], explain_side)
+            return
+        rest = chain(first, rest)
         waiting: deque[tuple[File, Future[_Pixels | str]]] = deque()
         pool = ThreadPoolExecutor(max(_NUM_READERS, len(os.sched_getaffinity(0))))
         try:

@@ -1,9 +1,14 @@
 """Perceptual hashes find copies that were saved anew, and pairs are found as a plain loop finds them."""
 
 import io
+import math
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,12 +65,22 @@ near_hashes = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(train=near_hashes, val=near_hashes, test=near_hashes, block=st.integers(1, 5))
-def test_pairs_are_those_that_a_plain_loop_finds(train: list[str], val: list[str], test: list[str], block: int) -> None:
+@given(
+    train=near_hashes,
+    val=near_hashes,
+    test=near_hashes,
+    block=st.integers(1, 5),
+    max_exact=st.sampled_from([0, 50, 999]),
+)
+def test_pairs_are_those_that_a_plain_loop_finds(
+    train: list[str], val: list[str], test: list[str], block: int, max_exact: int
+) -> None:
     hashes = {"train": train, "val": val, "test": test}
     compared: list[int] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(leaks, "_BLOCK", block)
+        for name in ("_BLOCK", "_ROWS_A_LOOK", "_MAX_CANDIDATES"):
+            monkeypatch.setattr(leaks, name, block)
+        monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", max_exact)
         found = find_near_pairs(hashes, on_done=compared.append)
     for (split, other), pairs in found.items():
         expected = [
@@ -79,6 +94,68 @@ def test_pairs_are_those_that_a_plain_loop_finds(train: list[str], val: list[str
     assert sum(compared) == num_pairs(hashes)
 
 
+# ----------------------------------------------------------------------------------- more pairs than can be compared
+
+
+def hashes_apart(num: int, *, bits: int, seed: int) -> tuple[list[str], list[str]]:
+    """Two lists of random hashes; the k-th of one and the k-th of the other differ in `bits` bits."""
+    generator = np.random.default_rng(seed)
+    one = generator.integers(0, 2, (num, 256), dtype=np.uint8)
+    other = one.copy()
+    for row in other:
+        row[generator.permutation(256)[:bits]] ^= 1
+    return tuple([np.packbits(row).tobytes().hex() for row in rows] for rows in (one, other))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("recall", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sampled_bits_find_the_share_of_pairs_that_is_stated(
+    recall: float, swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
+    monkeypatch.setattr(leaks, "RECALL", recall)
+    one, other = hashes_apart(2000, bits=MAX_DISTANCE, seed=5)
+    rest = hashes_apart(500, bits=0, seed=6)[0]
+    hashes = {"one": one, "other": other + rest} if not swapped else {"one": other + rest, "other": one}
+    pairs = find_near_pairs(hashes)["one", "other"]
+    assert all((pair.distance, pair.one) == (MAX_DISTANCE, pair.other) for pair in pairs)
+    num_bits = len(other + rest).bit_length()
+    tables = leaks._num_tables(num_bits, distance=MAX_DISTANCE, recall=recall)
+    agreement = math.comb(256 - MAX_DISTANCE, num_bits) / math.comb(256, num_bits)
+    stated = 1 - (1 - agreement) ** tables
+    assert stated >= recall
+    assert abs(len(pairs) / len(one) - stated) < 4 * math.sqrt(stated * (1 - stated) / len(one))
+
+
+@pytest.mark.parametrize("bits", [0, 22, MAX_DISTANCE])
+def test_sampled_bits_miss_none_of_thousands_of_pairs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
+    one, other = hashes_apart(3000, bits=bits, seed=7)
+    pairs = find_near_pairs({"one": one, "other": other})["one", "other"]
+    assert pairs == [NearPair(bits, row, row) for row in range(3000)]
+
+
+def test_sampled_bits_find_no_pair_that_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
+    one, other = hashes_apart(1000, bits=MAX_DISTANCE + 1, seed=8)
+    assert find_near_pairs({"one": one, "other": other})["one", "other"] == []
+
+
+def test_a_bit_sample_has_different_bits_and_never_changes() -> None:
+    for table in range(50):
+        assert len(set(leaks._sample(24, table).tolist())) == 24
+    assert leaks._sample(8, 0).tolist() == [8, 134, 252, 119, 51, 94, 177, 39]
+
+
+def test_films_that_all_look_alike_are_found_as_by_comparing_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = ([f"{1 << bit:064x}" for bit in range(start, 256, 3)] for start in (0, 1))
+    whole = find_near_pairs({"one": one, "other": other})
+    assert len(whole["one", "other"]) == len(one) * len(other)
+    monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
+    monkeypatch.setattr(leaks, "_MAX_CANDIDATES", 64)
+    assert find_near_pairs({"one": one, "other": other}) == whole
+
+
 @pytest.mark.data
 def test_the_public_images_hold_no_near_pair_of_different_films(real_images: Path) -> None:
     paths = sorted(real_images.rglob("*.jpeg"))[::4]
@@ -88,3 +165,38 @@ def test_the_public_images_hold_no_near_pair_of_different_films(real_images: Pat
     for pair in find_near_pairs(hashes)["one", "other"]:
         same = pair.one == pair.other or np.array_equal(pictures[pair.one], pictures[pair.other])
         assert same, (paths[pair.one], paths[pair.other], pair.distance)
+
+
+@pytest.mark.data
+def test_sampled_bits_find_all_near_pairs_of_the_public_images(
+    real_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(real_images.rglob("*.jpeg"))[::2]
+    hashes = [perceptual_hash(decode(path.read_bytes(), size=64, fit="crop", max_pixels=10**8)) for path in paths]
+    splits = {"one": hashes[::2], "other": hashes}
+    whole = find_near_pairs(splits)
+    monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
+    assert find_near_pairs(splits) == whole
+
+
+def test_the_perceptual_hash_is_that_of_imagehash_bit_for_bit() -> None:
+    generator = np.random.default_rng(7)
+    pictures = [
+        generator.integers(0, 256, (side, side), np.uint8) for side in (16, 64, 64, 100, 224) for _ in range(20)
+    ]
+    pictures += [np.rint(draw_film(3, phantom) * 255).astype(np.uint8) for phantom in islice(plan(3), 20)]
+    pictures += [np.full((64, 64), level, np.uint8) for level in (0, 7, 255)]  # all coefficients but one are equal
+    pictures += [np.tile(np.arange(64, dtype=np.uint8), (64, 1)), np.eye(64, dtype=np.uint8) * 255]
+    for picture in pictures:
+        assert perceptual_hash(picture) == str(imagehash.phash(Image.fromarray(picture), hash_size=16))
+
+
+def test_a_worker_that_hashes_pictures_does_not_import_scipy() -> None:
+    code = """
+import sys
+import numpy as np
+from xrai.dataset.leaks import perceptual_hash
+perceptual_hash(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
+sys.exit(any(name.split(".")[0] in ("scipy", "imagehash") for name in sys.modules))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.dataset.remote import RemoteFolder, flip_byte
 from tests.dataset.small import place_of, write_dataset
-from xrai.dataset.loader import Batch, Loader
+from xrai.dataset.loader import Batch, Loader, _Buffers
 from xrai.dataset.order import EpochOrder, plan_windows
 from xrai.errors import ConfigError, CorruptError, DatasetError, NotFoundError, UnreachableError, XraiError
 
@@ -549,11 +550,21 @@ def gib_for(many: Path, num_shards: int) -> float:
     return num_shards * max(path.stat().st_size for path in many.glob("*.h5")) / 2**30
 
 
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes of files, some of which another thread may be removing."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_small_cache_gives_the_same_batches_within_its_limit(many: Path, tmp_path: Path, world_size: int):
     options = {"batch_size": 16, "shuffle": True, "window": 2, "threads": 2, "prefetch": 1}
     limit = gib_for(many, 4 if world_size == 1 else 7)
     store = RemoteFolder(many)
+    step = threading.Barrier(world_size, timeout=30)  # ranks that train wait for each other at every step
 
     def read(rank: int) -> list[list[int]]:
         loader = make_loader(
@@ -561,8 +572,9 @@ def test_a_small_cache_gives_the_same_batches_within_its_limit(many: Path, tmp_p
         )
         seen = []
         for batch in loader.epoch(0):
+            step.wait()
             assert place_of(batch.images).tolist() == batch.rows.tolist()
-            assert sum(path.stat().st_size for path in tmp_path.glob("*/*.h5") if path.exists()) <= limit * 2**30
+            assert size_of(tmp_path.glob("*/*.h5")) <= limit * 2**30
             seen.append(batch.rows.tolist())
         return seen
 
@@ -589,3 +601,40 @@ def test_a_cache_too_small_for_its_windows_is_refused_before_any_work(
 
 def test_a_folder_needs_no_cache_and_so_no_room(many: Path):
     assert len(list(make_loader(many, shuffle=True, cache_max_gib=1e-9).epoch(0))) == 100
+
+
+def test_memory_of_a_batch_is_used_again_only_when_no_view_of_it_is_held() -> None:
+    buffers = _Buffers(4)
+    first = buffers.take(3)
+    view = first[1:].reshape(-1)
+    address = first.ctypes.data
+    del first
+    assert buffers.take(3).ctypes.data != address
+    del view
+    assert address in {batch.ctypes.data for batch in [buffers.take(3), buffers.take(2)]}
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda images: images,
+        lambda images: images[:, 0],
+        lambda images: images.reshape(-1).view(np.int8),
+        memoryview,
+        torch.from_numpy,
+        lambda images: torch.from_numpy(images)[:, 0].unsqueeze(1).permute(0, 2, 3, 1),
+        torch.from_dlpack,
+    ],
+    ids=["itself", "view", "view of a view", "memoryview", "tensor", "view of a tensor", "dlpack"],
+)
+def test_pictures_stay_as_they_are_while_anything_of_their_batch_is_held(folder: Path, hold: Any) -> None:
+    loader = make_loader(folder, batch_size=2, shuffle=True)
+    held, expected = [], []
+    for epoch in range(3):
+        for batch in loader.epoch(epoch):
+            expected.append(batch.images.tobytes())
+            held.append(hold(batch.images))
+    assert len(held) > 3 * 8, "more than the memory that is kept for reuse"
+    flat = [np.ascontiguousarray(kept).tobytes() for kept in held]
+    assert [sorted(found) for found in flat] == [sorted(found) for found in expected]
+    assert len({np.asarray(kept).__array_interface__["data"][0] for kept in held}) == len(held)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from xrai.learning.model import ResNet, StandardizedConv2d
+from xrai.learning.model import ResNet, StandardizedConv2d, fold_filters
 
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
@@ -51,3 +51,19 @@ def test_variance_is_kept_through_a_relu_and_a_convolution():
     features = torch.relu(torch.randn(8, 32, 20, 20))
     out = convolution(features)[:, :, 2:-2, 2:-2].detach()
     assert float(out.var()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18"])
+@pytest.mark.parametrize("size", [64, 97])
+def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(name: str, size: int):
+    network = ResNet(name=name).eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folded = fold_filters(network)
+    images = torch.rand(3, 1, size, size).contiguous(memory_format=torch.channels_last)
+    assert not any(isinstance(module, StandardizedConv2d) for module in folded.modules())
+    with torch.inference_mode():
+        assert torch.equal(folded(images), network(images))
+        assert torch.equal(folded(images[:1]), network(images[:1]))
+    assert any(isinstance(module, StandardizedConv2d) for module in network.modules()), "the original stays as it was"

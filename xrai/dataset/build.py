@@ -275,7 +275,8 @@ class Builder:
         `CorruptError` naming the shards whose stored bytes are not those that were made; their parts are removed, so
         that the next start makes them anew.
         """
-        found = [self._unfinished.part(shard, self._plan) for shard in self._plan.shards]
+        with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
+            found = list(pool.map(lambda shard: self._unfinished.part(shard, self._plan), self._plan.shards))
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
             return None

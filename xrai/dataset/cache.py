@@ -28,6 +28,7 @@ from xrai.log import get_logger
 from xrai.store import Store
 
 _NUM_FETCHES = 3  # of one shard whose bytes arrive damaged, before the error that names it
+_NUM_KEPT = 64  # shards that stay mapped after their use; a new map costs as much as copying the images out of it
 _POLL_S = 0.02
 _SETTLE_S = 10.0
 
@@ -77,6 +78,7 @@ class ShardCache:
         self._store, self._index = store, index
         self._root, self._max_bytes, self._timeout_s = folder, max_bytes, timeout_s
         self._verified: set[tuple[str, int, int, int]] = set()
+        self._kept: dict[tuple[int, int, int, int], Shard] = {}  # the least recently used first
         self._mapping = (os.getpid(), threading.Lock())  # one thread at a time is in HDF5, which has such a lock anyway
 
     def settle(self) -> None:
@@ -144,7 +146,7 @@ class ShardCache:
             self._verify(file, path, info, in_cache=in_cache)
             verify_s = time.monotonic() - started
             with self._mapping_lock():
-                shard = open_shard(path)
+                shard = self._map(path, file)
             if _identity(path) != _identity_of(file):  # by another between the hash and the map
                 raise CorruptError(f"shard {path} was replaced while it was opened")
             size = self._index.image_size
@@ -156,6 +158,20 @@ class ShardCache:
         if not in_cache:
             file.close()
         return OpenShard(shard, verify_s=verify_s, _file=file)
+
+    def _map(self, path: Path, file: BufferedReader) -> Shard:
+        """The open file as a shard; mapped anew only if it changed, or others were used since.
+
+        A file that is mapped keeps its inode, and its place on the disk: nothing is kept where the cache has a limit.
+        """
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        shard = self._kept.pop(identity, None) or open_shard(path)
+        if not self._max_bytes:
+            self._kept[identity] = shard
+            while len(self._kept) > _NUM_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return shard
 
     def _mapping_lock(self) -> threading.Lock:
         process, lock = self._mapping

@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,7 @@ from xrai.store import Store, open_store
 
 _POLL_S = 0.1
 _NUM_INDEX_READS = 3
+_NUM_BUFFERS = 8  # of batches that are kept for reuse
 _COLUMNS = ("labels", "source", "patient", "subtype", "width", "height")
 
 
@@ -55,6 +56,9 @@ class Batch:
     rows: NDArray[np.int64]  # (n,), positions in the split
     step: int  # of this global batch in the epoch
     num_global: int  # images in the global batch, all ranks together
+
+
+_Outcomes = queue.SimpleQueue[Batch | BaseException | None]  # of the background: batches, then nothing or an error
 
 
 class Loader:
@@ -122,6 +126,7 @@ class Loader:
             timeout_s=timeout_s,
         )
         self._seconds = _Seconds()
+        self._buffers = _Buffers(self.index.image_size)
         self._next_epoch = 0
 
     @property
@@ -193,7 +198,10 @@ class Loader:
 
     def _prefetched(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches, assembled ahead in a thread of their own."""
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._prefetch)
+        ready: _Outcomes = queue.SimpleQueue()
+        room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each batch that may still be ready
+        for _ in range(self._prefetch):
+            room.put(None)
         stop = threading.Event()
         process = os.getpid()
         feed = _ShardFeed(self._cache, self._shards, num_threads=self._threads, stop=stop, seconds=self._seconds)
@@ -202,9 +210,10 @@ class Loader:
             outcome: BaseException | None = None
             try:
                 for batch in self._batches(feed, epoch, start):
-                    ready.put(batch)
+                    room.get()
                     if stop.is_set():
                         return
+                    ready.put(batch)
             except _Stopped:
                 return
             except BaseException as error:  # goes to the consumer
@@ -217,24 +226,22 @@ class Loader:
             if os.getpid() != process:  # a child after fork has none of the threads, and their locks as they were
                 return
             stop.set()
-            while thread.is_alive():
-                _drain(ready)  # the thread may wait for room in it
-                thread.join(timeout=_POLL_S / 10)  # not longer than take() looks away
+            room.put(None)  # the thread may wait for it
+            thread.join()
             feed.close()
 
         atexit.register(end)
         thread.start()
         try:
             while (batch := self._next(ready, thread, feed)) is not None:
+                room.put(None)
                 yield batch
         finally:
             if not sys.is_finalizing():  # then it has ended
                 atexit.unregister(end)
                 end()
 
-    def _next(
-        self, ready: "queue.Queue[Batch | BaseException | None]", thread: threading.Thread, feed: "_ShardFeed"
-    ) -> Batch | None:
+    def _next(self, ready: "_Outcomes", thread: threading.Thread, feed: "_ShardFeed") -> Batch | None:
         started = time.monotonic()
         found: Batch | BaseException | None = None
         while True:
@@ -262,10 +269,11 @@ class Loader:
         rows_of_shards = [shard.num_rows for shard in self._shards]
         order = EpochOrder(rows_of_shards, seed=self.seed, epoch=epoch, window=self._window, shuffle=self.shuffle)
         starts = np.cumsum([0, *rows_of_shards])
+        num_images = self.num_images
         held = range(0)
         for step in range(start, self.num_batches):
             first = step * self.batch_size
-            last = min(first + self.batch_size, self.num_images)
+            last = min(first + self.batch_size, num_images)
             windows = order.windows_of(first, last)
             if step == start:  # nothing ahead of its turn: the first batch has the network to itself
                 feed.hold([shard for window in windows for shard in order.windows[window]])
@@ -277,7 +285,7 @@ class Loader:
             shards = np.searchsorted(starts, rows, side="right") - 1
             opened = {int(shard): feed.take(int(shard)) for shard in np.unique(shards)}
             started = time.monotonic()
-            images, labels = _gather(opened, shards, rows - starts[shards], self.index.image_size)
+            images, labels = _gather(opened, shards, rows - starts[shards], self._buffers.take(len(rows)))
             self._seconds.add("assemble", time.monotonic() - started)
             yield Batch(images, labels, rows, step=step, num_global=len(all_rows))
 
@@ -372,6 +380,33 @@ def _release(opening: "Future[OpenShard]") -> None:
         opening.add_done_callback(lambda done: done.result().close() if done.exception() is None else None)
 
 
+class _Buffers:
+    """Memory for the images of batches, used again as soon as nobody holds a batch that is in it, or a view of one.
+
+    Fresh memory costs a fifth of the time of a batch: the kernel clears each of its pages when it is first touched.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self._shape = (1, image_size, image_size)
+        self._owners: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+        (self._unused,) = _count_references([np.empty(0, np.uint8)])  # what the list and the counting take
+
+    def take(self, num: int) -> NDArray[np.uint8]:
+        """(num, 1, H, W), contents undefined."""
+        with self._lock:  # iterators of two epochs may be in use
+            # all views of an array, and views of these, refer to the array that owns the memory, not to each other
+            for owner, references in zip(self._owners, _count_references(self._owners), strict=True):
+                if references == self._unused and len(owner) >= num:
+                    return owner[:num]
+            self._owners = [np.empty((num, *self._shape), np.uint8), *self._owners[: _NUM_BUFFERS - 1]]
+            return self._owners[0][:num]
+
+
+def _count_references(arrays: Sequence[NDArray[np.uint8]]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
 class _Stopped(Exception):  # noqa: N818, it is no error: the consumer has left
     pass
 
@@ -420,22 +455,15 @@ def _check_room(shards: Sequence[ShardInfo], *, num_held: int, max_gib: float, w
 
 
 def _gather(
-    shards: Mapping[int, Shard], shard_of: NDArray[np.int64], row_of: NDArray[np.int64], size: int
+    shards: Mapping[int, Shard], shard_of: NDArray[np.int64], row_of: NDArray[np.int64], images: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images (n, 1, size, size) and labels (n,) of rows that stand in several shards; each is copied once.
+    """`images` (n, 1, H, W), filled, and labels (n,) of rows that stand in several shards; each is copied once.
 
     A plain loop: indexing by arrays copies twice, and is 2 to 4 times slower for rows of 64 shards (n = 64, 64 and 224
     pixels, numpy 2.4, 2 cores, best of three).
     """
-    images = np.empty((len(row_of), 1, size, size), np.uint8)
     labels = np.empty(len(row_of), np.uint8)
     for place, (shard, row) in enumerate(zip(shard_of.tolist(), row_of.tolist(), strict=True)):
         images[place, 0] = shards[shard].images[row]
         labels[place] = shards[shard].labels[row]
     return images, labels
-
-
-def _drain(ready: "queue.Queue[Batch | BaseException | None]") -> None:
-    with suppress(queue.Empty):
-        while True:
-            ready.get_nowait()

@@ -7,9 +7,11 @@ here is pure; `xrai.dataset.plan` and `xrai.verify` use it.
 import hashlib
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -47,7 +49,10 @@ class Row:
 
 def write_manifest(rows: Iterable[Row]) -> bytes:
     """`manifest.jsonl`: one line of JSON a row."""
-    return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
+    lines = BytesIO()  # not a list of lines, which holds them twice
+    for row in rows:
+        lines.write(json.dumps(asdict(row)).encode() + b"\n")
+    return lines.getvalue()
 
 
 def read_manifest(data: bytes, *, where: str) -> list[Row]:
@@ -112,7 +117,7 @@ def lay_out(paths: Iterable[str], *, source: str) -> Layout:
         raise SourceError(f"{source} holds no images laid out as {_LAYOUT}{_example(outside)}")
     has_splits = _check_folders([place for tree in trees.values() for place in tree], outside, source=source)
     top, *others = sorted(trees, key=lambda above: (above.count("/"), above))
-    inside = {place.below for place in trees[top]}
+    inside = {place.below for place in trees[top]} if others else set()
     for above in others:
         if not above.startswith(top) or not inside.issuperset(place.below for place in trees[above]):
             raise SourceError(
@@ -127,13 +132,17 @@ def lay_out(paths: Iterable[str], *, source: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a file stands. `path` is `above` + `below`; `below` begins with the split or class folder."""
+    """Where a file stands. Its strings but for `path` are held once for all files."""
 
     path: str
     above: str  # "" or "chest_xray/"
-    below: str  # "train/NORMAL/IM-0115-0001.jpeg"
     split: str  # "" where there is no split folder
     class_folder: str  # as it is written
+
+    @property
+    def below(self) -> str:
+        """The rest of the path, which begins with the split or class folder: "train/NORMAL/IM-0115-0001.jpeg"."""
+        return self.path.removeprefix(self.above)
 
 
 def _find_place(path: str) -> _Place | None:
@@ -142,13 +151,15 @@ def _find_place(path: str) -> _Place | None:
     folders = parts[:-1]
     for k, folder in enumerate(folders[:-1]):
         if folder.lower() in SPLITS:
-            return _Place(
-                path, "".join(f"{part}/" for part in parts[:k]), "/".join(parts[k:]), folder.lower(), parts[k + 1]
-            )
+            return _place(path, parts[:k], folder.lower(), parts[k + 1])
     for k, folder in enumerate(folders):
         if folder.upper() in CLASSES:
-            return _Place(path, "".join(f"{part}/" for part in parts[:k]), "/".join(parts[k:]), "", folder)
+            return _place(path, parts[:k], "", folder)
     return None
+
+
+def _place(path: str, above: Sequence[str], split: str, class_folder: str) -> _Place:
+    return _Place(path, sys.intern("".join(f"{part}/" for part in above)), sys.intern(split), sys.intern(class_folder))
 
 
 def _check_folders(places: Sequence[_Place], outside: Sequence[str], *, source: str) -> bool:

@@ -6,9 +6,10 @@ worker or machine (`xrai.dataset.build`), and ends in the same bytes.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -77,10 +78,9 @@ def list_source(source: Source, table: LabelTable | None = None) -> Listing:
     refuse_missing_class((entry.label for entry in layout.entries), where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
-    listed = "".join(f"{file.path}\0{file.size_bytes}\n" for file in files)
-    if table is not None:
-        listed += json.dumps([asdict(entry) for entry in layout.entries])
-    return Listing(source.name, layout, hashlib.sha256(listed.encode()).hexdigest())
+    listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)
+    said = [] if table is None else _in_list(json.dumps(asdict(entry)) for entry in layout.entries)
+    return Listing(source.name, layout, _hash_of_texts(chain(listed, said)))
 
 
 def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[], object]) -> list[Row]:
@@ -125,7 +125,8 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
     unusable = [row for row in assignment.rows if row.reason and row.path not in assignment.dropped]
     check_set_aside(unusable, num_files=len(rows), limit=config.images.max_set_aside)
     shaping = shaping_config(config)
-    contents = [SCHEMA_VERSION, CLASSES, shaping, [asdict(row) for row in assignment.rows]]
+    decided = json.dumps([SCHEMA_VERSION, CLASSES, shaping], sort_keys=True).removesuffix("]") + ", "
+    contents = chain([decided], _in_list(json.dumps(asdict(row), sort_keys=True) for row in assignment.rows), ["]"])
     return Plan(
         source=listing.source,
         rows=assignment.rows,
@@ -135,8 +136,23 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
         num_not_data=sum(listing.layout.not_data.values()),
         notes=assignment.notes,
         config=shaping,
-        sha256=hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
+        sha256=_hash_of_texts(contents),
     )
+
+
+def _in_list(texts: Iterable[str]) -> Iterator[str]:
+    """A list in JSON of values in JSON, in pieces: whole, that of a large source would be the most memory of all."""
+    yield "["
+    for number, text in enumerate(texts):
+        yield f", {text}" if number else text
+    yield "]"
+
+
+def _hash_of_texts(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def shaping_config(config: Config) -> dict[str, Any]:

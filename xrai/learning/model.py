@@ -8,6 +8,8 @@ standardised instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692), 
 word between ranks; the measurements are in docs/decisions/0002-no-batch-statistics.md.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,12 +39,16 @@ class StandardizedConv2d(nn.Conv2d):
         nn.init.zeros_(self.bias)
         self.gain = nn.Parameter(torch.ones(channels_out))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C_in, h, w) to (B, C_out, h / stride, w / stride)."""
+    def filters(self) -> Tensor:
+        """The standardised filters, (C_out, C_in, size, size)."""
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)  # (C_out, 1, 1, 1)
         fan_in = self.weight[0].numel()
         scale = torch.rsqrt(variance * fan_in + 1e-6) * (self.gain * _RELU_GAIN)[:, None, None, None]
-        return functional.conv2d(features, (self.weight - mean) * scale, self.bias, self.stride, self.padding)
+        return (self.weight - mean) * scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C_in, h, w) to (B, C_out, h / stride, w / stride)."""
+        return functional.conv2d(features, self.filters(), self.bias, self.stride, self.padding)
 
 
 class BasicBlock(nn.Module):
@@ -92,3 +98,19 @@ class ResNet(nn.Module):
         pooled = self.features(images).mean(dim=(2, 3))  # (B, 8 x width)
         logits: Tensor = self.head(pooled)  # (B, 1)
         return logits.squeeze(1)
+
+
+def fold_filters(network: ResNet) -> ResNet:
+    """A copy for inference alone, with filters that were standardised once, not at each call; the same outputs."""
+    folded = copy.deepcopy(network)
+    for parent in list(folded.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, StandardizedConv2d):
+                plain = nn.Conv2d(
+                    child.in_channels, child.out_channels, child.weight.shape[2], stride=child.stride[0],
+                    padding=int(child.padding[0]), device="meta",
+                )  # fmt: skip
+                plain.weight = nn.Parameter(child.filters().detach(), requires_grad=False)
+                plain.bias = child.bias
+                setattr(parent, name, plain)
+    return folded

@@ -1,0 +1,1 @@
+"""The benchmarks, beside each other and beside peers."""
