@@ -3,6 +3,7 @@
     python -m benchmarks.load                                # needs XRAI_TEST_DATA, or draws phantoms
     python -m benchmarks.load --rounds 1 --parts warm
 
+An S3 server that runs on the same machine disturbs what is measured warm: stop it, or begin with `--parts warm two`.
 All read the same images of 224 pixels, in shards of 1,024 (51 MB), shuffled, and give batches of 64 as torch tensors
 (64, 1, 224, 224) uint8 with their labels. Imports are done before a clock starts.
 
@@ -63,7 +64,7 @@ MEMORY = Figure("peak_memory_mib", "memory, MiB", "lower")
 
 
 def main() -> None:
-    """Prepare the data, measure and save."""
+    """Prepare the data, measure and save: load_warm, load_two and load_cold."""
     parser = argparse.ArgumentParser(description="Loading beside the peers.")
     parser.add_argument("--source", default=find_public(PUBLIC), help="folder of images in folders of classes")
     parser.add_argument("--rounds", type=int, default=5)
@@ -76,26 +77,28 @@ def main() -> None:
         folder = Path(name)
         source, described = source_or_phantoms(flags.source, folder / "phantoms", num_phantoms=flags.phantoms)
         num_images = prepare(Path(source), folder)
-        report = Report(
-            "load",
-            settings={
-                "source": described, "images": num_images, "size": SIZE, "batch_size": BATCH_SIZE,
-                "shard_rows": peers.SHARD_ROWS, "shard_mib": SIZE * SIZE * peers.SHARD_ROWS / 2**20,
-                "rounds": flags.rounds, "seconds": flags.seconds, "latency_s": LATENCY_S,
-            },
-        )  # fmt: skip
+        settings = {
+            "source": described, "images": num_images, "size": SIZE, "batch_size": BATCH_SIZE,
+            "shard_rows": peers.SHARD_ROWS, "shard_mib": SIZE * SIZE * peers.SHARD_ROWS / 2**20,
+            "rounds": flags.rounds,
+        }  # fmt: skip
         best = {name: 0 for name in peers.READERS}
         warm_flags = {"batch_size": BATCH_SIZE, "seconds": flags.seconds, "batches": flags.batches}
         if "warm" in flags.parts:
+            report = Report("load_warm", settings={**settings, "seconds": flags.seconds})
             best = compare_warm(report, folder, warm_flags, rounds=flags.rounds)
+            report.save()
         if "two" in flags.parts:
+            report = Report("load_two", settings={**settings, "seconds": flags.seconds})
             compare_two(report, folder, warm_flags, best, rounds=flags.rounds)
+            report.save()
         if "cold" in flags.parts:
             if os.environ.get("AWS_ENDPOINT_URL"):
+                report = Report("load_cold", settings={**settings, "latency_s": LATENCY_S})
                 compare_cold(report, folder, rounds=flags.rounds)
+                report.save()
             else:
                 say("cold is left out: AWS_ENDPOINT_URL names no S3 server")
-        report.save()
 
 
 # --------------------------------------------------------------------------------------------------------- preparing
