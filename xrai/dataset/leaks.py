@@ -41,7 +41,7 @@ def perceptual_hash(picture: NDArray[np.uint8]) -> str:
     """The pHash of a picture (H, W) uint8: 64 hex digits. Equal or near where pictures look the same.
 
     Bit for bit ImageHash's `phash`: which of the lowest 16 x 16 coefficients of the cosine transform (DCT-II) of the
-    picture at 64 x 64 are above their median. Two products of matrices give them without scipy, which a worker then need
+    picture at 64 x 64 are above their median. Two products of matrices give them without scipy, which workers then need
     not import. Where rounding could turn a bit, which it can beside the median alone, ImageHash decides.
     """
     from PIL import Image
