@@ -17,7 +17,6 @@ mapped files, which the system may drop at any time and which grow with what was
 """
 
 import argparse
-import contextlib
 import csv
 import math
 import os
@@ -25,9 +24,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +34,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.harness import RESULTS, ROOT, Contender, Figure, Report, Run, run_in_turn, say, summarise, values_of
+from benchmarks.harness import (
+    OWN_PAGES,
+    RESULTS,
+    ROOT,
+    Contender,
+    Figure,
+    Report,
+    Run,
+    run_in_turn,
+    say,
+    summarise,
+    values_of,
+    watch_memory,
+)
 from xrai.dataset.phantom import Phantom, draw_film, plan
 
 SIZES = (1_000, 10_000, 100_000)
@@ -85,7 +95,6 @@ _QUALITY = 85
 _MAX_TURN_DEG, _MAX_CUT, _MAX_GAMMA = 6.0, 0.12, 0.25
 _FILTER = Image.Resampling.BILINEAR
 _LOAD_S = 5.0  # epochs are loaded for so long, and at least three of them
-_LOOK_S = 0.1  # between two looks at the memory
 
 
 def main() -> None:
@@ -231,7 +240,7 @@ def measure_load(*, scratch: Path, dataset: str) -> dict[str, float]:
     """Shuffled epochs of the train split in batches of 64, each shard's hash checked in the first."""
     from xrai.dataset.loader import Loader
 
-    with watch_anonymous(os.getpid()) as memory:
+    with watch_memory(os.getpid(), pages=OWN_PAGES) as memory:
         began = time.perf_counter()
         loader = Loader(dataset, split="train", batch_size=64, shuffle=True, cache_dir=scratch)
         first: list[float] = []  # seconds to the first batch, by epoch
@@ -283,50 +292,13 @@ def run_command(module: str, *options: str, scratch: Path) -> tuple[float, float
     with (scratch / "words").open("w+b") as words:
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", module, *options], cwd=ROOT, stdout=words, stderr=words)
-        with watch_anonymous(process.pid) as memory:
+        with watch_memory(process.pid, pages=OWN_PAGES) as memory:
             status = process.wait()
         seconds = time.perf_counter() - began
         words.seek(0)
         if status:
             raise RuntimeError(f"{module} ended with {status}: {words.read()[-300:].decode(errors='replace')}")
     return seconds, memory.peak_mib
-
-
-class Anonymous:
-    """The largest sum of what a process and its descendants held for themselves, MiB; shared pages count once."""
-
-    peak_mib = 0.0
-
-
-@contextlib.contextmanager
-def watch_anonymous(pid: int) -> Iterator[Anonymous]:
-    """Look at the memory of a process tree every `_LOOK_S` seconds inside the block."""
-    found, stop = Anonymous(), threading.Event()
-
-    def look() -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(pid)
-            while not stop.wait(_LOOK_S):
-                total = 0
-                for process in [root, *root.children(recursive=True)]:
-                    with contextlib.suppress(psutil.Error, OSError):
-                        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                        total += anonymous_kib(rollup) * 1024
-                found.peak_mib = max(found.peak_mib, total / 2**20)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
-
-
-def anonymous_kib(rollup: str) -> int:
-    """What no file holds, of a process: its share of anonymous and of shared memory, from `smaps_rollup`."""
-    names = ("Pss_Anon:", "Pss_Shmem:")
-    return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(names))
 
 
 # ------------------------------------------------------------------------------------------------------------- growing

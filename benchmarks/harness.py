@@ -146,18 +146,19 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> tuple[int | N
     return None if was_late else process.returncode, usage.ru_utime + usage.ru_stime
 
 
-class Memory:
-    """The largest sum of the proportional set sizes of a process and its descendants, MiB, looked at every 0.1 s.
+ALL_PAGES = ("Pss:",)  # pages of mapped files count while they are resident
+OWN_PAGES = ("Pss_Anon:", "Pss_Shmem:")  # what no file holds
 
-    Shared pages count once, divided among those who share them; pages of mapped files count while they are resident.
-    """
+
+class Memory:
+    """The largest sum over a process and its descendants, MiB, looked at every 0.1 s; shared pages count once."""
 
     peak_mib = 0.0
 
 
 @contextlib.contextmanager
-def watch_memory(pid: int) -> Iterator[Memory]:
-    """Watch the memory of a process tree inside the block."""
+def watch_memory(pid: int, *, pages: tuple[str, ...] = ALL_PAGES) -> Iterator[Memory]:
+    """Watch the memory of a process tree inside the block; `pages` are the lines of smaps_rollup that count."""
     found, stop = Memory(), threading.Event()
 
     def look() -> None:
@@ -166,8 +167,8 @@ def watch_memory(pid: int) -> Iterator[Memory]:
             while not stop.wait(_SAMPLE_S):
                 total = 0
                 for process in [root, *root.children(recursive=True)]:
-                    with contextlib.suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
-                        total += _pss_bytes(process.pid)
+                    with contextlib.suppress(psutil.Error, OSError):
+                        total += count_kib(Path(f"/proc/{process.pid}/smaps_rollup").read_text(), pages) * 1024
                 found.peak_mib = max(found.peak_mib, total / 2**20)
 
     thread = threading.Thread(target=look, daemon=True)
@@ -179,11 +180,9 @@ def watch_memory(pid: int) -> Iterator[Memory]:
         thread.join()
 
 
-def _pss_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def count_kib(rollup: str, pages: tuple[str, ...]) -> int:
+    """The sum of some lines of a process's smaps_rollup, KiB."""
+    return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(pages))
 
 
 # ------------------------------------------------------------------------------------------------------------- results

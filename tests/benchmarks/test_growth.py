@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.growth import MIN_SIZE, SIDE, anonymous_kib, exponent_of, growth_of, make_pictures, name_of, prepare
-from benchmarks.harness import Run
+from benchmarks.growth import MIN_SIZE, SIDE, exponent_of, growth_of, make_pictures, name_of, prepare
+from benchmarks.harness import OWN_PAGES, Run, count_kib
 from xrai.dataset.manifest import lay_out, parse_name
 from xrai.dataset.phantom import plan
 
@@ -96,7 +96,7 @@ def make_names(folder: Path, num: int) -> None:
 
 def test_memory_that_a_file_holds_is_left_out() -> None:
     rollup = "Rss: 1800 kB\nPss: 245 kB\nPss_Anon: 120 kB\nPss_File: 125 kB\nPss_Shmem: 3 kB\n"
-    assert anonymous_kib(rollup) == 123
+    assert count_kib(rollup, OWN_PAGES) == 123
 
 
 def test_pictures_look_alike_but_are_no_copies(tmp_path: Path) -> None:
