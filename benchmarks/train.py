@@ -12,7 +12,8 @@ Accelerator utilisation is compute time over total time, as MLPerf Storage defin
 checked against the ratio of its rates with both kinds of batches.
 
 Scaling: two ranks of one thread under torchrun, beside two processes of one thread that know nothing of each other and
-run at the same time with a rank's batch size, and beside one such process alone.
+run at the same time with a rank's batch size, and beside one such process alone. Once with half of the recipe's batch a
+rank, as a job of two ranks has it, and once with the whole of it, as where the batch grows with the ranks.
 """
 
 import argparse
@@ -57,10 +58,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind in a round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the single process")
-    parser.add_argument("--as-rank", nargs=3, metavar=("DATASET", "TURNS", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--as-rank", nargs=4, metavar=("DATASET", "BATCH", "TURNS", "FILE"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.as_rank:
-        return train_rank(flags.as_rank[0], int(flags.as_rank[1]), Path(flags.as_rank[2]))
+        place, batch_size, turns_told, told = flags.as_rank
+        return train_rank(place, int(batch_size), int(turns_told), Path(told))
+    batch = Config().train.global_batch_size
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         source, what = source_or_phantoms(flags.source, Path(folder) / "source", num_phantoms=NUM_PHANTOMS)
         dataset = str(Path(folder) / "dataset")
@@ -72,13 +75,17 @@ def main() -> None:
         turns = run_in_turn(
             [Contender("epochs in turn", "benchmarks.train:measure_turns", arguments)], rounds=flags.rounds
         )
-        ranks = run_in_turn(
-            [Contender(name, "benchmarks.train:measure_ranks", {"dataset": dataset, "kind": kind, "turns": flags.turns})
-             for kind, name in KINDS.items()],
-            rounds=flags.rounds,
-        )  # fmt: skip
+        ranks = {
+            size: run_in_turn(
+                [Contender(name, "benchmarks.train:measure_ranks",
+                           {"dataset": dataset, "kind": kind, "batch_size": size, "turns": flags.turns})
+                 for kind, name in KINDS.items()],
+                rounds=flags.rounds,
+            )
+            for size in (batch // 2, batch)
+        }  # fmt: skip
     report = Report("train", settings={
-        "images": what, "size": flags.size, "batch_size": Config().train.global_batch_size, "rounds": flags.rounds,
+        "images": what, "size": flags.size, "batch_size": batch, "rounds": flags.rounds,
         "epochs_of_each_kind_in_a_round": flags.turns, "threads": flags.threads,
     })  # fmt: skip
     loops = split_turns(turns)
@@ -86,15 +93,19 @@ def main() -> None:
         "loop", f"One process of {flags.threads} threads, {flags.size} pixels", loops, ours=LOADED,
         figures=[RATE, Figure("utilisation", "accelerator utilisation", digits=4)],
     )  # fmt: skip
-    report.add_table("ranks", "Ranks of one thread", ranks, ours=KINDS["ranks"], figures=[RATE])
+    for size, runs in ranks.items():
+        title = f"Ranks of one thread, {size} images a rank"
+        report.add_table(f"ranks-{size}", title, runs, ours=KINDS["ranks"], figures=[RATE])
     stated = statistics.median(run.figures["utilisation"] for run in loops if run.contender == LOADED)
     report.demand("accelerator utilisation, as the loop states it", stated, at_least=0.98, digits=4)
     report.demand("rate with the loader over rate from memory", ratio(loops, LOADED, IN_MEMORY, RATE.key)["median"],
                   at_least=0.98, digits=3)  # fmt: skip
     overhead = 1 - ratio(loops, IN_MEMORY, BARE, RATE.key)["median"]
     report.demand("overhead of the loop over a bare one, %", 100 * overhead, at_most=3)
-    both = ratio(ranks, KINDS["ranks"], KINDS["apart"], RATE.key)["median"]
-    report.demand("two ranks over two independent processes", both, at_least=0.95, digits=3)
+    for size, runs in ranks.items():
+        both = ratio(runs, KINDS["ranks"], KINDS["apart"], RATE.key)["median"]
+        text = f"two ranks over two independent processes, {size} images a rank"
+        report.demand(text, both, at_least=0.95, digits=3)
     report.save()
 
 
@@ -211,11 +222,12 @@ def split_turns(runs: list[Run]) -> list[Run]:
 KINDS = {"ranks": "two ranks, torchrun", "apart": "two independent processes", "one": "one process alone"}
 
 
-def measure_ranks(*, scratch: Path, dataset: str, kind: str, turns: int) -> dict[str, float]:
-    """Images/s of all processes of a kind together; each has one thread and half of the global batch."""
+def measure_ranks(*, scratch: Path, dataset: str, kind: str, batch_size: int, turns: int) -> dict[str, float]:
+    """Images/s of all processes of a kind together; each has one thread and takes `batch_size` images a step."""
 
     def command(number: int) -> list[str]:
-        return ["benchmarks.train", "--as-rank", dataset, str(turns), str(scratch / f"{number}.json")]
+        told = scratch / f"{number}.json"
+        return ["benchmarks.train", "--as-rank", dataset, str(batch_size), str(turns), str(told)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if kind == "ranks":
@@ -243,11 +255,11 @@ class Rates:
         return float("nan")
 
 
-def train_rank(dataset: str, turns: int, told: Path) -> None:
-    """One rank, or one process by itself: half of the reference batch a process; rank 0 tells the rate."""
+def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
+    """One rank, or one process by itself, of `batch_size` images a step; rank 0 tells the rate."""
     torch.set_num_threads(1)
     with join(timeout_s=60) as ranks:
-        size = Config().train.global_batch_size // 2 * ranks.world_size
+        size = batch_size * ranks.world_size
         config = replace(Config(), train=replace(Config().train, epochs=turns + 1, global_batch_size=size))
         config = replace(config, evaluate=replace(config.evaluate, shift_draws=1))
         options: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}

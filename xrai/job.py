@@ -7,7 +7,9 @@ the others' are empty shells.
 import functools
 import json
 import math
+import tempfile
 import time
+from array import array
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 import xrai
 from xrai.config import Config
 from xrai.dataset.loader import Loader
-from xrai.dataset.manifest import read_manifest
+from xrai.dataset.manifest import parse_manifest
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.errors import RunError
 from xrai.learning.batch import to_grey
@@ -45,8 +47,9 @@ from xrai.results.metrics import auroc, calibrated, choose_threshold, fit_temper
 from xrai.results.plots import draw_curves
 from xrai.results.record import group_of, record_scores
 from xrai.results.report import DatasetFacts, render_report
-from xrai.store import open_store
+from xrai.store import Store, open_store
 
+_ROWS_AT_ONCE = 4096  # of a column of texts, where each is looked at once
 _logger = get_logger(__name__)
 
 
@@ -227,7 +230,7 @@ class Job:
     def _environment(self) -> dict[str, Any]:
         return {**describe_environment(), **describe_devices(self.config, self.ranks)}
 
-    @property
+    @functools.cached_property
     def is_phantom(self) -> bool:
         """Whether the validation images are drawn ones, which results must say."""
         return is_phantom(self.loaders["val"])
@@ -253,16 +256,17 @@ def record_split(
     training split of the same data set, or None where there are none.
     """
     looks = read_looks(loader, limit=MAX_IMAGES)
+    columns = loader.columns("labels", "source", "patient", "subtype")
     return record_scores(
         run,
         split=loader.split,
-        labels=loader.labels,
+        labels=columns["labels"],
         logits=predictions.logits[0],
         temperature=temperature,
         atypicality=None if predictions.atypicality is None else predictions.atypicality[0],
-        sources=loader.source.tolist(),
-        patients=loader.patient.tolist(),
-        subtypes=loader.subtype.tolist(),
+        sources=columns["source"].tolist(),
+        patients=columns["patient"].tolist(),
+        subtypes=columns["subtype"].tolist(),
         threshold=threshold,
         threshold_source=threshold_source,
         classes=loader.index.classes,
@@ -293,31 +297,40 @@ def read_looks(loader: Loader, *, limit: int) -> Looks:
     batches = islice(loader.epoch(0), math.ceil(limit / loader.batch_size))
     border = [border_features(batch.images[:, 0]) for batch in batches]
     num = min(limit, loader.num_images)
+    columns = loader.columns("labels", "patient", "width", "height", stop=num)
     return Looks(
-        labels=loader.labels[:num],
-        patients=loader.patient[:num].tolist(),
-        geometry=geometry_features(loader.width[:num], loader.height[:num]),
+        labels=columns["labels"],
+        patients=columns["patient"].tolist(),
+        geometry=geometry_features(columns["width"], columns["height"]),
         border=np.concatenate(border)[:num],
     )
 
 
 def is_phantom(loader: Loader) -> bool:
     """Whether the images of a split are drawn ones, which results must say."""
-    return all(Path(source).name.startswith("phantom-") for source in loader.source)
+    return all(
+        Path(source).name.startswith("phantom-")
+        for start in range(0, loader.num_images, _ROWS_AT_ONCE)
+        for source in loader.columns("source", start=start, stop=start + _ROWS_AT_ONCE)["source"]
+    )
 
 
 def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> DatasetFacts:
     """What a report says of a data set, from its index and its manifest."""
     store = open_store(dataset)
     set_aside: Counter[str] = Counter()
-    patients: dict[str, set[str]] = {split: set() for split in index.splits}
+    patients = {split: array("q") for split in index.splits}  # a hash an image, for names take ten times the memory
     groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
-    for row in read_manifest(store.read(MANIFEST_KEY), where=store.uri):
-        if row.reason:
-            set_aside[row.reason] += 1
-        elif row.split in patients:
-            patients[row.split].add(row.patient)
-            groups[row.split][group_of(row.patient)] += 1
+    with (
+        tempfile.TemporaryDirectory(prefix="xrai-") as folder,
+        _manifest_file(store, Path(folder)).open("rb") as lines,
+    ):
+        for row in parse_manifest(lines, where=store.uri):
+            if row.reason:
+                set_aside[row.reason] += 1
+            elif row.split in patients:
+                patients[row.split].append(hash(row.patient))
+                groups[row.split][group_of(row.patient)] += 1
     return DatasetFacts(
         source=index.source,
         fingerprint=index.fingerprint,
@@ -327,9 +340,18 @@ def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> 
         num_found=index.counts.num_found,
         set_aside=dict(set_aside),
         is_phantom=is_phantom,
-        num_patients={split: len(found) for split, found in patients.items()},
+        num_patients={split: len(np.unique(np.asarray(found))) for split, found in patients.items()},
         groups={split: dict(found) for split, found in groups.items()},
     )
+
+
+def _manifest_file(store: Store, folder: Path) -> Path:
+    """The manifest as a file: the store's own, or a copy in `folder`."""
+    path = store.local_path(MANIFEST_KEY)
+    if path is None or not path.exists():  # the copy says what is wrong
+        path = folder / MANIFEST_KEY
+        store.download(MANIFEST_KEY, path)
+    return path
 
 
 def is_finished(run: RunFolder | None, *, resume: str) -> bool:

@@ -9,10 +9,12 @@ other: whichever ends last commits.
 """
 
 import contextlib
+import importlib
 import os
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence, Set
 from types import FrameType
@@ -20,7 +22,7 @@ from typing import NoReturn
 
 from xrai import config as configuration
 from xrai.config import Config, Flag
-from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source
+from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source, start_workers_soon
 from xrai.dataset.card import REPORT_KEYS, make_report
 from xrai.dataset.labels import read_labels
 from xrai.dataset.manifest import Row
@@ -72,13 +74,15 @@ def main() -> None:
         )
     if flags["overwrite"] and num_partitions > 1:
         raise ConfigError("--overwrite and --partition exclude each other: each would discard what the others made")
-    listing = list_source(source, read_labels(flags["labels"]) if flags["labels"] else None)
+    table = read_labels(flags["labels"]) if flags["labels"] else None
     if flags["overwrite"]:
+        listing = list_source(source, table)
         if store.size(INDEX_KEY) is not None:  # a source that will be refused must not cost the data set that is there
             make_plan(listing, hash_source(source, listing, None), config)
+        del listing
         remove_dataset(store)
     preprocess(
-        config, source, listing, store, num_workers=flags["workers"] or len(os.sched_getaffinity(0)),
+        config, source, list_source(source, table), store, num_workers=flags["workers"] or len(os.sched_getaffinity(0)),
         number=number, num_partitions=num_partitions,
     )  # fmt: skip
 
@@ -101,10 +105,16 @@ def preprocess(
     unfinished = Unfinished(store, listing, shaping_config(config))
     unfinished.claim()
     try:
-        rows = hash_source(source, listing, unfinished, number=number, num_partitions=num_partitions)
-        plan = make_plan(listing, rows, config)
+        if num_workers > 1:
+            start_workers_soon()
+        plan = make_plan(  # its rows take the place of those that were hashed, which are held nowhere else
+            listing, hash_source(source, listing, unfinished, number=number, num_partitions=num_partitions), config
+        )
+        del listing  # its entries: nobody else holds them
         for note in plan.notes:
             _logger.warning("%s", note)
+        if num_partitions == 1:  # this process draws the report: a third of a second of imports, beside decoding
+            threading.Thread(target=importlib.import_module, args=["xrai.results.plots"]).start()
         builder = Builder(plan, source, store, unfinished, num_workers=num_workers)
         builder.build(plan.shards[number::num_partitions])
 

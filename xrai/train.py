@@ -106,7 +106,7 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
             val=loaders["val"],
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
-            name_of=lambda row: str(loaders["train"].source[row]),
+            name_of=lambda row: str(loaders["train"].columns("source", start=row, stop=row + 1)["source"][0]),
             observer=job if ranks.is_main else None,
             checkpoints=job.checkpoints,
             facts=facts_of(config, index),

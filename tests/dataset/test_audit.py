@@ -41,3 +41,12 @@ def test_a_shard_without_the_sizes_of_its_sources_is_a_fault_and_no_crash(
     (words,) = faults(shard)
     assert "lacks width" in words and "makes the data set anew" in words
     assert hashlib.sha256(shard[0].read_bytes()).hexdigest() != shard[1].sha256
+
+
+def test_a_column_of_texts_that_can_not_be_read_is_a_fault_and_no_crash(
+    shard: tuple[Path, ShardInfo, list[Row], DatasetIndex],
+) -> None:
+    with h5py.File(shard[0], "r+") as file:
+        del file["patient"]
+    (words,) = faults(shard)
+    assert "can not be read as a shard" in words and "patient" in words

@@ -77,6 +77,26 @@ def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(job: 
         assert picture.perceptual_hash == again.perceptual_hash
 
 
+def test_a_picture_that_is_kept_stays_as_it_was_when_workers_use_its_memory_again(job: Job) -> None:
+    rows = job.rows() * 8
+    assert len(rows) > 2 * build._IMAGES_A_TASK * (2 * build._TASKS_AHEAD + 1)
+    found = list(decode_rows(job.source, CONFIG.images, rows, num_workers=2))
+    alone = list(decode_rows(job.source, CONFIG.images, rows, num_workers=1))
+    for picture, other in zip(found, alone, strict=True):
+        if isinstance(picture, str):
+            assert picture == other
+            continue
+        assert isinstance(other, Decoded)
+        np.testing.assert_array_equal(picture.pixels, other.pixels)
+        assert (picture.size, picture.perceptual_hash) == (other.size, other.perceptual_hash)
+
+
+@pytest.mark.parametrize("num", [0, 1, 5])
+def test_grey_levels_are_counted_as_numpy_counts_them(num: int) -> None:
+    images = np.random.default_rng(num).integers(0, 256, (num, 8, 8), np.uint8)
+    assert build.histogram_of(images) == np.bincount(images.ravel(), minlength=256).tolist()
+
+
 def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
     rows = job.rows() * 40  # 1,800 rows
     pictures = decode_rows(job.source, CONFIG.images, rows, num_workers=2)

@@ -24,7 +24,7 @@ import pytest
 from tests.dataset.remote import RemoteFolder, flip_byte
 from tests.dataset.small import place_of, write_dataset
 from xrai.dataset.cache import ShardCache, default_cache_folder
-from xrai.dataset.shards import DatasetIndex, Shard, open_shard
+from xrai.dataset.shards import DatasetIndex, Layout, Shard, map_shard, open_shard
 from xrai.errors import CorruptError, DatasetError, StoreError, UnreachableError, UserError
 from xrai.store import Store, open_store
 
@@ -114,6 +114,63 @@ def test_of_many_threads_one_fetches_a_shard(bucket: RemoteFolder, index: Datase
     for one in opened:
         assert np.array_equal(one.shard.images, opened[0].shard.images)
         one.close()
+
+
+def test_of_more_shards_than_stay_mapped_those_that_stay_are_used_in_each_epoch(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the least recently used one let go, none would be there when its turn comes."""
+    found: list[str] = []
+
+    def note_open(path: Path) -> Shard:
+        found.append(f"open {path.name[6:11]}")
+        return open_shard(path)
+
+    def note_map(path: Path, layout: Layout) -> Shard:
+        found.append(f"map {path.name[6:11]}")
+        return map_shard(path, layout)
+
+    monkeypatch.setattr("xrai.dataset.cache._MAX_KEPT", 3)
+    monkeypatch.setattr("xrai.dataset.cache.open_shard", note_open)
+    monkeypatch.setattr("xrai.dataset.cache.map_shard", note_map)
+    cache = ShardCache(bucket, index, folder=folder)
+    for _ in range(3):
+        open_and_close(cache, index, *range(5))
+    assert found == [f"open {number:05d}" for number in range(5)] + ["map 00003", "map 00004"] * 2
+    assert len(mapped_now(folder)) == 3
+
+
+def test_shards_stay_mapped_only_as_the_limits_of_files_and_of_the_cache_allow(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = ShardCache(bucket, index, folder=folder, max_bytes=10**9)
+    open_and_close(limited, index, *range(5), *range(5))
+    assert mapped_now(folder) == set()
+    monkeypatch.setattr("resource.getrlimit", lambda _: (16, 16))
+    cache = ShardCache(bucket, index, folder=folder)
+    open_and_close(cache, index, *range(5), *range(5))
+    assert len(mapped_now(folder)) == 2
+
+
+def test_a_file_that_was_replaced_is_mapped_anew_and_takes_no_further_room(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xrai.dataset.cache._MAX_KEPT", 2)
+    cache = ShardCache(bucket, index, folder=folder)
+    open_and_close(cache, index, 0)
+    for _ in range(3):
+        file = next(folder.rglob("train-00000*.h5"))
+        file.unlink()
+        with closing(cache.open(index.splits["train"][0])) as opened:
+            assert place_of(opened.shard.images[:, None]).tolist() == list(range(20))
+    open_and_close(cache, index, 1)
+    assert mapped_now(folder) == {str(path) for path in folder.rglob("*.h5")}
+
+
+def mapped_now(folder: Path) -> set[str]:
+    """Files below a folder that this process has mapped."""
+    found = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return {path for path in found if path.startswith(str(folder))}
 
 
 def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:

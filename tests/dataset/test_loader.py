@@ -197,6 +197,33 @@ def test_columns_belong_to_the_rows(folder: Path):
     assert loader.width.dtype == loader.height.dtype == np.uint32
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 5), (7, 31), (NUM - 1, NUM), (NUM - 3, NUM + 10)])
+def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_nothing(
+    tmp_path: Path, start: int, stop: int | None
+):
+    write_dataset(tmp_path / "data", {"train": ROWS})
+    bucket = RemoteFolder(tmp_path / "data")
+    loader = make_loader(bucket, cache_dir=tmp_path / "cache")
+    columns = loader.columns("labels", "source", "width", start=start, stop=stop)
+    places = range(NUM)[start:stop]
+    assert columns["labels"].tolist() == [row % 2 for row in places]
+    assert columns["source"].tolist() == [f"train/{row}.png" for row in places]
+    assert columns["width"].tolist() == [1000 + row for row in places]
+    firsts = np.cumsum([0, *ROWS[:-1]])
+    used = [first < places.stop and first + rows > start for first, rows in zip(firsts, ROWS, strict=True)]
+    names = [shard.name for shard, is_used in zip(loader.index.splits["train"], used, strict=True) if is_used]
+    assert bucket.downloads() == names
+    assert not {"labels", "source", "width"} & set(vars(loader))
+
+
+def test_labels_are_read_without_texts(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("no text is needed")
+
+    monkeypatch.setattr(h5py.Dataset, "asstr", refuse)
+    assert make_loader(folder).labels.tolist() == [row % 2 for row in range(NUM)]
+
+
 # ------------------------------------------------------------------------------------------------------ ahead, in time
 
 

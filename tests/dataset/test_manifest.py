@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,11 @@ def test_a_manifest_reads_back_as_it_was_written() -> None:
     data = write_manifest(ROWS)
     assert read_manifest(data, where="m") == ROWS
     assert [json.loads(line)["path"] for line in data.splitlines()] == [row.path for row in ROWS]
+
+
+def test_a_row_becomes_the_mapping_that_dataclasses_would_give() -> None:
+    for row in ROWS:
+        assert list(row.to_mapping().items()) == list(dataclasses.asdict(row).items())
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b'{"path": "x"}', b"\xff", b'{"path": "x", "more": 1}'])

@@ -34,7 +34,7 @@ class Held(Source):
 def plan_of(files: dict[str, bytes], config: Config = CONFIG) -> Plan:
     source = Held(files)
     listing = list_source(source)
-    return make_plan(listing, hash_files(source, listing.layout.entries, on_done=lambda: None), config)
+    return make_plan(listing, hash_files(source, listing.layout.entries, on_done=lambda _: None), config)
 
 
 FILES = source_files()

@@ -19,6 +19,7 @@ from xrai.dataset.shards import (
     ObjectInfo,
     ShardInfo,
     is_shard_name,
+    map_shard,
     open_shard,
     read_index,
     shard_name,
@@ -158,6 +159,54 @@ def test_a_shard_without_the_size_of_its_sources_is_refused_with_what_to_do(tmp_
         open_shard(path)
 
 
+def test_opening_reads_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x.h5")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("texts are read when they are asked for")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(h5py.Dataset, "asstr", refuse)
+        shard = open_shard(tmp_path / "x.h5")
+        with pytest.raises(AssertionError, match="when they are asked for"):
+            _ = shard.source
+    assert shard.source[2] == "train/NORMAL/ä 2.png"
+
+
+def test_columns_are_those_of_the_file_that_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    rows = write(path)
+    shard = open_shard(path)
+    write(path, num_rows=3)  # another file under its name
+    for name in ("source", "patient", "subtype", "sha256", "width", "height"):
+        assert getattr(shard, name).tolist() == rows[name]
+    path.unlink()
+    assert shard.patient.tolist() == rows["patient"]
+
+
+def test_a_column_of_other_length_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write(path)
+    with h5py.File(path, "r+") as file:
+        del file["patient"]
+        file.create_dataset("patient", data=["one", "two"], dtype=h5py.string_dtype("utf-8"))
+    with pytest.raises(CorruptError, match=r"x\.h5 is not laid out as a shard: patient has 2 rows"):
+        _ = open_shard(path).patient
+
+
+def test_a_shard_is_mapped_by_a_known_layout_unless_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    rows = write(path, num_rows=50, size=32)
+    shard = map_shard(path, open_shard(path).layout)
+    np.testing.assert_array_equal(shard.images, np.asarray(rows["images"]))
+    np.testing.assert_array_equal(shard.labels, np.asarray(rows["labels"]))
+    assert shard.source.tolist() == rows["source"]
+    layout = shard.layout
+    os.truncate(path, layout.offset + 100)
+    with pytest.raises(CorruptError, match=r"x\.h5 is cut short"):
+        map_shard(path, layout)
+
+
 @settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_flipped_byte_never_crashes_a_reader(
@@ -170,6 +219,8 @@ def test_a_flipped_byte_never_crashes_a_reader(
     path.write_bytes(data)
     try:
         shard = open_shard(path)
+        for name in ("source", "patient", "subtype", "sha256", "width", "height"):
+            assert len(getattr(shard, name)) == 5
     except CorruptError:
         return
     assert shard.images.shape == (5, 8, 8)  # a pixel or a text changed, which the hash of the file tells

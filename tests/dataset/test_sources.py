@@ -122,6 +122,19 @@ def test_a_file_larger_than_any_x_ray_is_set_aside(tmp_path: Path, monkeypatch: 
         source.read("a.png")
 
 
+def test_a_file_that_does_not_state_its_size_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_files(tmp_path / "f", FILES)
+    (folder / "version").symlink_to("/proc/version")
+    source = open_source(str(folder))
+    assert (folder / "version").stat().st_size == 0
+    assert source.read("version") == Path("/proc/version").read_bytes()
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
+    with pytest.raises(ImageError, match="larger than any X-ray"):
+        source.read("version")
+
+
 # ------------------------------------------------------------------------------------------------------------- archives
 
 

@@ -1,5 +1,9 @@
 """Scores of a split, and the file of a finished run: nothing is lost between them."""
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +87,35 @@ def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]
     assert plain.atypicality is not None and shuffled.atypicality is not None
     assert shuffled.atypicality == pytest.approx(plain.atypicality, rel=1e-4)
     assert shuffled.logits == pytest.approx(plain.logits, abs=1e-5)
+
+
+def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(fitted: tuple[ResNet, Typicality]):
+    network, _ = fitted
+    loader = FakeLoader(*make_discs(8, seed=5), batch_size=8)
+    found = predict_split(network, loader, ranks=ONE)
+    batch = next(iter(loader.epoch(0)))
+    with torch.inference_mode():
+        images = torch.from_numpy(batch.images).float() / 255
+        logits = network(images.contiguous(memory_format=torch.channels_last))
+    assert np.array_equal(found.logits[0], logits.double().numpy()[np.argsort(batch.rows)])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_freed_memory_is_used_again_without_page_faults(keeps: bool):
+    program = f"""
+import resource, torch
+from xrai.learning.predictor import _keep_freed_memory
+if {keeps}:
+    _keep_freed_memory()
+def batch():
+    return sum(float(block.sum()) for block in [torch.ones(1 << 20) for _ in range(4)])
+batch(); batch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    batch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    done = subprocess.run([sys.executable, "-c", program], env=plain, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) == keeps  # of 4,096 pages a batch

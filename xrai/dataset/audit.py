@@ -130,6 +130,8 @@ def _check_shards(
 def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: DatasetIndex, *, split: str) -> Iterator[str]:
     try:
         shard = open_shard(path)
+        texts = (shard.source, shard.patient, shard.subtype, shard.sha256)
+        sides = (shard.width, shard.height)
     except (CorruptError, DatasetError) as error:
         yield str(error)
         return
@@ -140,15 +142,15 @@ def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: Datase
     counts = tuple(int(np.count_nonzero(shard.labels == label)) for label in range(len(index.classes)))
     if counts != info.num_rows_per_class:
         yield f"holds {counts} images of each class; dataset.json says {info.num_rows_per_class}"
-    inside = list(zip(shard.source, shard.labels.tolist(), shard.patient, shard.subtype, shard.sha256, strict=True))
-    stated = [(row.path, row.label, row.patient, row.subtype, row.sha256) for row in rows]
+    inside = list(zip(*texts, shard.labels.tolist(), strict=True))
+    stated = [(row.path, row.patient, row.subtype, row.sha256, row.label) for row in rows]
     if (
         inside != stated
         or [row.row for row in rows] != list(range(len(rows)))
         or {row.split for row in rows} != {split}
     ):
         yield "does not hold the rows that manifest.jsonl lists for it"
-    if not (shard.width.all() and shard.height.all()):
+    if not all(side.all() for side in sides):
         yield "holds pictures whose source has no width or no height"
     if list(rows) != in_shard_order(rows):
         yield "does not hold its rows in the order of their hashes"

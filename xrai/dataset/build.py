@@ -7,25 +7,29 @@ that was killed goes on from what is stored, machines can share the work, two jo
 whoever finishes last commits, with the same bytes.
 """
 
+import ctypes
 import json
+import math
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
+from PIL import Image
 
 from xrai import __version__
 from xrai.config import Images
@@ -115,6 +119,8 @@ class NearDuplicate:
     other: Row
 
 
+_File = tuple[str, str]  # path and sha256 of a source file
+_Found = tuple[tuple[int, int], str]  # size of a source picture and perceptual hash: of `Decoded` all but the pixels
 Report = Callable[[DatasetIndex, Sequence[Row], Sequence[NearDuplicate]], dict[str, bytes]]
 
 
@@ -237,6 +243,17 @@ def hash_source(
 # ------------------------------------------------------------------------------------------------------------- building
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """The decoded pictures of one planned shard, and its files that have none."""
+
+    images: NDArray[np.uint8]  # (N, H, W)
+    rows: list[Row]  # (N,), as all but `reasons`
+    sizes: list[tuple[int, int]]  # (width, height) of the source pictures
+    hashes: list[str]
+    reasons: dict[str, str]  # path -> why it was set aside
+
+
 class Builder:
     """Makes the data set of a plan at an address, or a share of it."""
 
@@ -257,16 +274,23 @@ class Builder:
         unusable = [*self._plan.unusable]
         for shard in shards:
             if shard.name in stored:
-                unusable += _set_aside(shard, stored[shard.name])
+                unusable += _set_aside(shard, stored[shard.name].reasons)
         rows = [row for shard in missing for row in shard.rows]
         with (
             progress("preprocess", total=len(rows), unit="images") as bar,
             closing(decode_rows(self._source, self._images, rows, num_workers=self._num_workers)) as pictures,
+            ThreadPoolExecutor(1) as pool,  # a shard is stored while the next one's pictures are decoded
         ):
+            storing: Future[None] | None = None
             for shard in missing:
-                part = self._make(shard, islice(pictures, len(shard.rows)), bar)
-                unusable += _set_aside(shard, part)
+                taken = self._take(shard, islice(pictures, len(shard.rows)), bar)
+                unusable += _set_aside(shard, taken.reasons)
                 check_set_aside(unusable, num_files=len(self._plan.rows), limit=self._images.max_set_aside)
+                if storing is not None:
+                    storing.result()
+                storing = pool.submit(self._store_taken, shard, taken)
+            if storing is not None:
+                storing.result()
 
     def commit(self, report: Report) -> DatasetIndex | None:
         """Write manifest, report and `dataset.json` and remove the unfinished objects, if all parts are there.
@@ -292,36 +316,34 @@ class Builder:
         remove_unfinished(self._store)
         return index
 
-    def _make(self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress) -> Part:
+    def _take(self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress) -> "_Taken":
         images = np.empty((len(shard.rows), self._images.size, self._images.size), np.uint8)
-        histogram = np.zeros(256, np.int64)
-        kept: list[Row] = []
+        rows: list[Row] = []
         hashes, sizes, reasons = [], [], {}
         for row, picture in zip(shard.rows, pictures, strict=True):
             bar.update()
             if isinstance(picture, str):
                 reasons[row.path] = picture
                 continue
-            images[len(kept)] = picture.pixels
-            histogram += np.bincount(picture.pixels.ravel(), minlength=256)
+            images[len(rows)] = picture.pixels
             hashes.append(picture.perceptual_hash)
             sizes.append(picture.size)
-            kept.append(row)
-        info = self._store_shard(shard, images[: len(kept)], kept, sizes) if kept else None
-        part = Part(self._plan.sha256, info, reasons, histogram.tolist(), hashes)
-        self._unfinished.store_part(shard, part)
-        return part
+            rows.append(row)
+        return _Taken(images[: len(rows)], rows, sizes, hashes, reasons)
 
-    def _store_shard(
-        self, shard: PlannedShard, images: NDArray[np.uint8], rows: Sequence[Row], sizes: Sequence[tuple[int, int]]
-    ) -> ShardInfo:
+    def _store_taken(self, shard: PlannedShard, taken: "_Taken") -> None:
+        info = self._store_shard(shard, taken) if taken.rows else None
+        part = Part(self._plan.sha256, info, taken.reasons, histogram_of(taken.images), taken.hashes)
+        self._unfinished.store_part(shard, part)
+
+    def _store_shard(self, shard: PlannedShard, taken: "_Taken") -> ShardInfo:
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
             path = Path(folder) / shard.name
-            write_rows(path, rows, images, sizes=sizes)
+            write_rows(path, taken.rows, taken.images, sizes=taken.sizes)
             digest = self._store.upload(shard.name, path)
             size_bytes = path.stat().st_size
-        counts = tuple(sum(row.label == label for row in rows) for label in range(len(CLASSES)))
-        return ShardInfo(shard.name, len(rows), size_bytes, digest, counts)
+        counts = tuple(sum(row.label == label for row in taken.rows) for label in range(len(CLASSES)))
+        return ShardInfo(shard.name, len(taken.rows), size_bytes, digest, counts)
 
     def _stored_part(self, shard: PlannedShard) -> Part | None:
         """A shard's part, where the shard's stored bytes are those that it names."""
@@ -343,6 +365,11 @@ class Builder:
                 f"at {self._store.uri} {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not what was stored there; "
                 "start again, and only these are made anew"
             )
+
+
+def histogram_of(images: NDArray[np.uint8]) -> list[int]:
+    """Pixels of each grey level, (256,), of images (N, H, W), N perhaps 0. Pillow counts faster than numpy."""
+    return Image.fromarray(images.reshape(-1, images.shape[-1])).histogram() if len(images) else [0] * 256
 
 
 def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, sizes: Sequence[tuple[int, int]]) -> None:
@@ -368,15 +395,18 @@ def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, si
 def assemble(plan: Plan, parts: Sequence[Part], report: Report) -> tuple[DatasetIndex, dict[str, bytes]]:
     """What a commit writes: the index, and by key the manifest and the report.
 
-    Raises `SourceError` when too many files are set aside, or a class or val has none left.
+    The parts give up their perceptual hashes. Raises `SourceError` when too many files are set aside, or a class or val
+    has none left.
     """
     rows = _finished_rows(plan, parts)
     unusable = [*plan.unusable]
     for shard, part in zip(plan.shards, parts, strict=True):
-        unusable += _set_aside(shard, part)
+        unusable += _set_aside(shard, part.reasons)
     check_set_aside(unusable, num_files=len(rows), limit=plan.config["images"]["max_set_aside"])
     index = _make_index(plan, parts, rows)
     near = _near_duplicates(plan, parts, rows)
+    for part in parts:
+        part.perceptual_hashes.clear()  # as much memory as a third of the manifest, which comes next
     if near:
         _logger.warning(
             "%d pairs of images in two splits look the same, such as %s and %s",
@@ -384,37 +414,46 @@ def assemble(plan: Plan, parts: Sequence[Part], report: Report) -> tuple[Dataset
             near[0].one.path,
             near[0].other.path,
         )
-    objects = {MANIFEST_KEY: write_manifest(rows), **report(index, rows, near)}
+    files = report(index, rows, near)
+    objects = {MANIFEST_KEY: write_manifest(rows), **files}
     infos = tuple(ObjectInfo(key, len(data), hash_of(data)) for key, data in objects.items())
     return replace(index, objects=infos), objects
 
 
-def _set_aside(shard: PlannedShard, part: Part) -> list[Row]:
-    return [replace(row, reason=part.reasons[row.path]) for row in shard.rows if row.path in part.reasons]
+def _set_aside(shard: PlannedShard, reasons: Mapping[str, str]) -> list[Row]:
+    if not reasons:
+        return []
+    return [replace(row, reason=reasons[row.path]) for row in shard.rows if row.path in reasons]
 
 
 def _finished_rows(plan: Plan, parts: Sequence[Part]) -> list[Row]:
     """The manifest: the plan's rows with shard, place and what was set aside in decoding."""
     finished: dict[str, Row] = {}
+    places = list(range(max((len(shard.rows) for shard in plan.shards), default=0)))  # held once for all shards
     for shard, part in zip(plan.shards, parts, strict=True):
         kept = [row for row in shard.rows if row.path not in part.reasons]
-        finished.update((row.path, replace(row, shard=shard.name, row=place)) for place, row in enumerate(kept))
-        finished.update((row.path, row) for row in _set_aside(shard, part))
+        finished.update((row.path, replace(row, shard=shard.name, row=places[k])) for k, row in enumerate(kept))
+        finished.update((row.path, row) for row in _set_aside(shard, part.reasons))
     return [finished.get(row.path, row) for row in plan.rows]
 
 
 def _near_duplicates(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> list[NearDuplicate]:
-    by_place = {(row.shard, row.row): row for row in rows}
     hashes: dict[str, list[str]] = {}
-    written: dict[str, list[Row]] = {}
+    starts: dict[str, int] = {}  # of a shard -> how many hashes of its split come before its own
     for shard, part in zip(plan.shards, parts, strict=True):
-        hashes.setdefault(shard.split, []).extend(part.perceptual_hashes)
-        places = range(len(part.perceptual_hashes))
-        written.setdefault(shard.split, []).extend(by_place[shard.name, place] for place in places)
+        of_split = hashes.setdefault(shard.split, [])
+        starts[shard.name] = len(of_split)
+        of_split.extend(part.perceptual_hashes)
     with progress("near-duplicates", total=num_pairs(hashes), unit="pairs") as bar:
         found = find_near_pairs(hashes, on_done=bar.update)
+    wanted = {(split, pair.one) for (split, _), pairs in found.items() for pair in pairs}
+    wanted |= {(other, pair.other) for (_, other), pairs in found.items() for pair in pairs}
+    written = {}
+    for row in rows:
+        if row.shard is not None and (place := (row.split, starts[row.shard] + (row.row or 0))) in wanted:
+            written[place] = row
     near = [
-        NearDuplicate(pair.distance, written[split][pair.one], written[other][pair.other])
+        NearDuplicate(pair.distance, written[split, pair.one], written[other, pair.other])
         for (split, other), pairs in found.items()
         for pair in pairs
     ]
@@ -465,23 +504,36 @@ def decode_rows(
     Holds a bounded number of pictures, whatever the number of rows. Who may stop before the last row closes it, which
     ends the processes. Raises `SourceError` when a file is no longer the one that was hashed.
     """
-    tasks = [rows[start : start + _IMAGES_A_TASK] for start in range(0, len(rows), _IMAGES_A_TASK)]
-    num_workers = min(num_workers, len(tasks))
+    starts = range(0, len(rows), _IMAGES_A_TASK)
+    num_workers = min(num_workers, len(starts))
     if num_workers <= 1:
-        for task in tasks:
-            yield from _decode_task(source, images, task)
+        for start in starts:
+            yield from _decode_files(source, images, _files_of(rows[start : start + _IMAGES_A_TASK]))
         return
+    num_places = _TASKS_AHEAD * num_workers + 1
+    shape = (num_places, _IMAGES_A_TASK, images.size, images.size)
+    start_workers_soon()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once, not once a worker
-    executor = ProcessPoolExecutor(num_workers, context, initializer=_begin_work, initargs=(source, images))
-    ahead: deque[Future[list[Decoded | str]]] = deque()
+    shared = context.RawArray(ctypes.c_uint8, math.prod(shape))  # pixels go through memory, all else through pipes
+    pictures = np.ctypeslib.as_array(shared).reshape(shape)
+    executor = ProcessPoolExecutor(num_workers, context, initializer=_begin_work, initargs=(source, images, shared))
+    ahead: deque[Future[list[_Found | str]]] = deque()
+    taken = 0  # tasks whose pictures were handed on, so that their places are free again
+
+    def take() -> Iterator[Decoded | str]:
+        nonlocal taken
+        for found, pixels in zip(ahead.popleft().result(), pictures[taken % num_places], strict=False):
+            yield found if isinstance(found, str) else Decoded(pixels.copy(), *found)
+        taken += 1
+
     try:
-        for task in tasks:
-            ahead.append(executor.submit(_work, task))
+        for number, start in enumerate(starts):
+            files = _files_of(rows[start : start + _IMAGES_A_TASK])
+            ahead.append(executor.submit(_work, files, number % num_places))
             if len(ahead) > _TASKS_AHEAD * num_workers:
-                yield from ahead.popleft().result()
+                yield from take()
         while ahead:
-            yield from ahead.popleft().result()
+            yield from take()
     except BrokenProcessPool as error:
         raise XraiError(
             "a worker process ended abruptly, perhaps killed for want of memory; start again with fewer --workers, "
@@ -491,12 +543,19 @@ def decode_rows(
         executor.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Source, Images] | None = None  # of a worker process, which opens its source once; set when it begins
+def start_workers_soon() -> None:
+    """Let the server that workers are forked from import its modules, beside other work; again, it does nothing."""
+    forkserver.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
 
 
-def _begin_work(source: Source, images: Images) -> None:
+_worker: tuple[Source, Images, NDArray[np.uint8]] | None = None  # of a worker process, which opens its source once
+
+
+def _begin_work(source: Source, images: Images, shared: Any) -> None:
     global _worker
-    _worker = (source, images)
+    places = np.ctypeslib.as_array(shared).reshape(-1, _IMAGES_A_TASK, images.size, images.size)
+    _worker = (source, images, places)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business, who ends the workers
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -508,23 +567,37 @@ def _begin_work(source: Source, images: Images) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(rows: Sequence[Row]) -> list[Decoded | str]:
+def _work(files: Sequence[_File], place: int) -> list[_Found | str]:
+    """Put the pictures into their place; return what else there is to say about each."""
     assert _worker is not None
-    return _decode_task(*_worker, rows)
+    source, images, places = _worker
+    results: list[_Found | str] = []
+    for pixels, decoded in zip(places[place], _decode_files(source, images, files), strict=False):
+        if isinstance(decoded, str):
+            results.append(decoded)
+        else:
+            pixels[:] = decoded.pixels
+            results.append((decoded.size, decoded.perceptual_hash))
+    return results
 
 
-def _decode_task(source: Source, images: Images, rows: Sequence[Row]) -> list[Decoded | str]:
+def _files_of(rows: Iterable[Row]) -> list[_File]:
+    return [(row.path, row.sha256) for row in rows]
+
+
+def _decode_files(source: Source, images: Images, files: Sequence[_File]) -> list[Decoded | str]:
     if source.num_parallel_reads == 1:
-        return [_decode_row(source, images, row) for row in rows]
+        return [_decode_file(source, images, file) for file in files]
     with ThreadPoolExecutor(source.num_parallel_reads) as pool:
-        return list(pool.map(lambda row: _decode_row(source, images, row), rows))
+        return list(pool.map(lambda file: _decode_file(source, images, file), files))
 
 
-def _decode_row(source: Source, images: Images, row: Row) -> Decoded | str:
+def _decode_file(source: Source, images: Images, file: _File) -> Decoded | str:
+    path, sha256 = file
     try:
-        data = source.read(row.path)
-        if hash_of(data) != row.sha256:
-            raise SourceError(f"{row.path} in source {source.name} was changed while it was read; start again")
+        data = source.read(path)
+        if hash_of(data) != sha256:
+            raise SourceError(f"{path} in source {source.name} was changed while it was read; start again")
         pixels, size = decode_sized(data, size=images.size, fit=images.fit, max_pixels=images.max_pixels)
     except ImageError as error:
         return str(error)

@@ -13,6 +13,7 @@ The least recently used shards go when the folder would grow beyond its limit, n
 import fcntl
 import hashlib
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -22,13 +23,14 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, open_shard, read_index
+from xrai.dataset.shards import DatasetIndex, Layout, Shard, ShardInfo, map_shard, open_shard, read_index
 from xrai.errors import CorruptError, DatasetError, ForbiddenError, NotFoundError, StoreError, UserError
 from xrai.log import get_logger
 from xrai.store import Store
 
 _NUM_FETCHES = 3  # of one shard whose bytes arrive damaged, before the error that names it
-_NUM_KEPT = 64  # shards that stay mapped after their use; a new map costs as much as copying the images out of it
+_MAX_KEPT = 1024  # shards that stay mapped after their use: a mapped page takes 8 bytes of the kernel's memory
+_FILES_KEPT = 1 / 8  # of the files that a process may have open; each map takes one, and there is a cache a split
 _POLL_S = 0.02
 _SETTLE_S = 10.0
 
@@ -65,6 +67,15 @@ class OpenShard:
             self._file.close()  # after a fork the lock is the parent's too, who may still need it
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A shard that was open before."""
+
+    identity: tuple[int, int, int, int]  # of its file: device, inode, bytes, time of the last change
+    layout: Layout
+    shard: Shard | None  # where it is still mapped
+
+
 class ShardCache:
     """The shards of one data set. Threads may share it.
 
@@ -78,7 +89,8 @@ class ShardCache:
         self._store, self._index = store, index
         self._root, self._max_bytes, self._timeout_s = folder, max_bytes, timeout_s
         self._verified: set[tuple[str, int, int, int]] = set()
-        self._kept: dict[tuple[int, int, int, int], Shard] = {}  # the least recently used first
+        self._known: dict[str, _Known] = {}  # by the shard's name
+        self._num_kept, self._max_kept = 0, 0 if max_bytes else _most_kept()
         self._mapping = (os.getpid(), threading.Lock())  # one thread at a time is in HDF5, which has such a lock anyway
 
     def settle(self) -> None:
@@ -146,7 +158,7 @@ class ShardCache:
             self._verify(file, path, info, in_cache=in_cache)
             verify_s = time.monotonic() - started
             with self._mapping_lock():
-                shard = self._map(path, file)
+                shard = self._map(path, file, info)
             if _identity(path) != _identity_of(file):  # by another between the hash and the map
                 raise CorruptError(f"shard {path} was replaced while it was opened")
             size = self._index.image_size
@@ -159,18 +171,24 @@ class ShardCache:
             file.close()
         return OpenShard(shard, verify_s=verify_s, _file=file)
 
-    def _map(self, path: Path, file: BufferedReader) -> Shard:
-        """The open file as a shard; mapped anew only if it changed, or others were used since.
+    def _map(self, path: Path, file: BufferedReader, info: ShardInfo) -> Shard:
+        """The open file as a shard, which stays mapped after its use where there is room for it.
 
-        A file that is mapped keeps its inode, and its place on the disk: nothing is kept where the cache has a limit.
+        A file that is mapped keeps its inode, and its place on the disk: none stays where the cache has a limit. Those
+        that came first stay: an epoch uses each shard once, so the one whose use is longest ago is needed soonest.
         """
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        shard = self._kept.pop(identity, None) or open_shard(path)
-        if not self._max_bytes:
-            self._kept[identity] = shard
-            while len(self._kept) > _NUM_KEPT:
-                del self._kept[next(iter(self._kept))]
+        known = self._known.get(info.name)
+        if known is not None and known.identity != identity:  # another file now
+            self._num_kept -= known.shard is not None
+            known = None
+        if known is not None and known.shard is not None:
+            return known.shard
+        shard = open_shard(path) if known is None else map_shard(path, known.layout)
+        is_kept = self._num_kept < self._max_kept
+        self._num_kept += is_kept
+        self._known[info.name] = _Known(identity, shard.layout, shard if is_kept else None)
         return shard
 
     def _mapping_lock(self) -> threading.Lock:
@@ -280,6 +298,12 @@ class ShardCache:
             f"the data set at {self._store.uri} was replaced while it was read (its fingerprint was "
             f"{self._index.fingerprint[:16]}…, now it is {found[:16]}…); start again"
         )
+
+
+def _most_kept() -> int:
+    """How many shards of a data set may stay mapped in this process."""
+    num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_KEPT if num_files == resource.RLIM_INFINITY else min(_MAX_KEPT, int(num_files * _FILES_KEPT))
 
 
 def _evict(root: Path, most_bytes: int) -> bool:

@@ -8,6 +8,7 @@ import io
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from heapq import nsmallest
 from pathlib import Path
 from typing import Final
 
@@ -54,14 +55,15 @@ def make_report(
     sheets: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
         path = Path(folder) / "sheet.png"
-        train = sorted((row for row in rows if row.split == "train" and row.shard is not None), key=_by_place)
+        train = [row for row in rows if row.split == "train" and row.shard is not None]
 
         def keep(name: str, caption: str) -> None:
             files[REPORT_PREFIX + name] = path.read_bytes()
             sheets.append((caption, name))
 
         for label, class_name in enumerate(index.classes):
-            samples = [row for row in train if row.label == label][:_SAMPLES]  # of the first shard, if it has as many
+            of_class = (row for row in train if row.label == label)
+            samples = nsmallest(_SAMPLES, of_class, key=_by_place)  # of the first shard, if it has as many
             caption = f"Samples of train: {class_name}"
             pictures = _read_pictures(store, samples, Path(folder))
             draw_sheet(pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom)

@@ -3,11 +3,12 @@
 Filter: Pillow's antialiased triangle (BILINEAR). Unlike LANCZOS and BICUBIC it can not overshoot at the edges of lead
 markers, it is twice as fast, and it leaves the smallest trace of a JPEG decoded at reduced size (below); BOX aliases.
 
-JPEG at reduced size: libjpeg can leave out the fine DCT coefficients, which is 1.5 to 2 times as fast. `decode` asks
-for it only while both sides stay at least `_REDUCED_MARGIN` times what is needed, and then antialiases. On 300 full
-size films of the public data set each fitted picture then differs from the one decoded in full by less than
-`REDUCED_TOLERANCE` grey levels on average, at 32 to 224 pixels (tests/dataset/test_images.py): the median film by 0.16,
-the worst, a grainy one at 224, by 0.56.
+JPEG at reduced size: libjpeg can leave out the fine DCT coefficients, though not the Huffman code that they are in: of
+300 full-size films of the public data set one takes 2.17 ms at an eighth of the size, 2.65 ms in full (Pillow 13.0.0,
+one core of an AMD EPYC), and less is left to scale down. `decode` asks for it only while both sides stay at least
+`_REDUCED_MARGIN` times what is needed, and then antialiases. Each of those films, fitted, then differs from itself
+decoded in full by less than `REDUCED_TOLERANCE` grey levels on average, at 32 to 224 pixels
+(tests/dataset/test_images.py): the median film by 0.16, the worst, a grainy one at 224, by 0.56.
 """
 
 import io

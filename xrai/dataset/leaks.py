@@ -20,10 +20,11 @@ RECALL: Final = 1 - 1e-6  # at least, of pairs that far apart, where there are t
 _HASH_SIDE = 16  # bits of the hash are its square
 _SURELY_APART = 1e-6  # coefficients, which rounding moves by 1e-8 at most: they are below 2^22
 _NUM_BITS = _HASH_SIDE**2
-_BLOCK = 2048  # hashes compared with as many at a time: 20 MiB
+_BLOCK = 2048  # hashes compared at a time
+_OTHERS = 512  # with as many of the other split: 12 MiB in all
 _MAX_EXACT_PAIRS = 10**8  # of two splits: 0.4 s on 2 cores
-_ROWS_A_LOOK = 1 << 18  # hashes looked up in a table at a time
-_MAX_CANDIDATES = 1 << 18  # pairs compared in full at a time: 30 MiB
+_ROWS_A_LOOK = 1 << 16  # hashes looked up in a table at a time
+_MAX_CANDIDATES = 1 << 16  # pairs compared in full at a time: 8 MiB
 
 Words = NDArray[np.uint64]  # (N, 4), the hashes
 
@@ -108,9 +109,10 @@ def _compare_all(one: Words, other: Words, on_done: Callable[[int], object]) -> 
     """As a product of matrices of +1 and -1."""
     for i in range(0, len(one), _BLOCK):
         left = _signs(one[i : i + _BLOCK])  # (B, 256)
-        for j in range(0, len(other), _BLOCK):
-            right = _signs(other[j : j + _BLOCK])  # (C, 256)
-            products = left @ right.T  # (B, C), 256 - 2 * distance, exact in float32
+        memory = np.empty((len(left), _OTHERS), np.float32)
+        for j in range(0, len(other), _OTHERS):
+            right = _signs(other[j : j + _OTHERS])  # (C, 256)
+            products = np.matmul(left, right.T, out=memory[:, : len(right)])  # 256 - 2 * distance, exact in float32
             for a, b in np.argwhere(products >= _NUM_BITS - 2 * MAX_DISTANCE).tolist():
                 yield NearPair(round((_NUM_BITS - float(products[a, b])) / 2), i + a, j + b)
             on_done(len(left) * len(right))

@@ -139,35 +139,52 @@ class Loader:
         """Global batches of an epoch, the smaller last one included."""
         return -(-self.num_images // self.batch_size)
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.uint8]:
         """(N,) classes of all rows of the split. Like the next five, it opens every shard when first asked for."""
-        return self._columns["labels"]
+        return self.columns("labels")["labels"]
 
-    @property
+    @cached_property
     def source(self) -> NDArray[np.object_]:
         """(N,) str, paths of the source files."""
-        return self._columns["source"]
+        return self.columns("source")["source"]
 
-    @property
+    @cached_property
     def patient(self) -> NDArray[np.object_]:
         """(N,) str, keys of the patients."""
-        return self._columns["patient"]
+        return self.columns("patient")["patient"]
 
-    @property
+    @cached_property
     def subtype(self) -> NDArray[np.object_]:
         """(N,) str, such as bacterial or viral; empty where there is none."""
-        return self._columns["subtype"]
+        return self.columns("subtype")["subtype"]
 
-    @property
+    @cached_property
     def width(self) -> NDArray[np.uint32]:
         """(N,) widths of the source pictures, upright and before they were fitted, pixels."""
-        return self._columns["width"]
+        return self.columns("width")["width"]
 
-    @property
+    @cached_property
     def height(self) -> NDArray[np.uint32]:
         """(N,) heights of the source pictures, pixels."""
-        return self._columns["height"]
+        return self.columns("height")["height"]
+
+    def columns(self, *names: str, start: int = 0, stop: int | None = None) -> dict[str, NDArray[Any]]:
+        """The columns of these names, of rows `start` to `stop`; opens the shards that hold them, and keeps nothing.
+
+        What `labels` and the others give is kept with the loader, which for texts is 100 bytes a row and column.
+        """
+        assert set(names) <= set(_COLUMNS), names
+        parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+        first = 0
+        for info in self._shards:
+            low, high = start - first, (self.num_images if stop is None else stop) - first
+            first += info.num_rows
+            if low < info.num_rows and high > 0:
+                with closing(self._cache.open(info)) as opened:
+                    for name, column in parts.items():
+                        column.append(getattr(opened.shard, name)[max(low, 0) : high])
+        return {name: np.concatenate(column) for name, column in parts.items()}
 
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch, beginning with epoch 0."""
@@ -288,15 +305,6 @@ class Loader:
             images, labels = _gather(opened, shards, rows - starts[shards], self._buffers.take(len(rows)))
             self._seconds.add("assemble", time.monotonic() - started)
             yield Batch(images, labels, rows, step=step, num_global=len(all_rows))
-
-    @cached_property
-    def _columns(self) -> dict[str, NDArray[Any]]:
-        parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _COLUMNS}
-        for info in self._shards:
-            with closing(self._cache.open(info)) as opened:
-                for name, column in parts.items():
-                    column.append(getattr(opened.shard, name))
-        return {name: np.concatenate(column) for name, column in parts.items()}
 
 
 class _ShardFeed:

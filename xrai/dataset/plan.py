@@ -28,6 +28,7 @@ from xrai.log import get_logger
 SHAPING_SECTIONS: Final = ("images", "splits", "shards")  # of the config: those that decide what a data set holds
 
 _HASH_THREADS = 4
+_FILES_A_TASK = 8  # that a thread takes at a time: small ones cost less to hash than to hand over
 _logger = get_logger(__name__)
 
 
@@ -83,7 +84,7 @@ def list_source(source: Source, table: LabelTable | None = None) -> Listing:
     return Listing(source.name, layout, _hash_of_texts(chain(listed, said)))
 
 
-def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[], object]) -> list[Row]:
+def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[int], object]) -> list[Row]:
     """One row an entry, with the hash of its file, or the reason why it can not be read.
 
     Where neither name nor table say whose picture it is, a DICOM file does, by PatientID: it must not be in two splits.
@@ -101,10 +102,11 @@ def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[]
         return replace(row, sha256=hash_of(data))
 
     rows = []
+    tasks = [entries[start : start + _FILES_A_TASK] for start in range(0, len(entries), _FILES_A_TASK)]
     with ThreadPoolExecutor(max(_HASH_THREADS, source.num_parallel_reads)) as pool:
-        for row in pool.map(hashed, entries):
-            rows.append(row)
-            on_done()
+        for found in pool.map(lambda task: [hashed(entry) for entry in task], tasks):
+            rows += found
+            on_done(len(found))
     return rows
 
 
@@ -126,7 +128,8 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
     check_set_aside(unusable, num_files=len(rows), limit=config.images.max_set_aside)
     shaping = shaping_config(config)
     decided = json.dumps([SCHEMA_VERSION, CLASSES, shaping], sort_keys=True).removesuffix("]") + ", "
-    contents = chain([decided], _in_list(json.dumps(asdict(row), sort_keys=True) for row in assignment.rows), ["]"])
+    told = (json.dumps(row.to_mapping(), sort_keys=True) for row in assignment.rows)
+    contents = chain([decided], _in_list(told), ["]"])
     return Plan(
         source=listing.source,
         rows=assignment.rows,

@@ -6,9 +6,12 @@ reader maps the file and never goes through h5py for them. The same rows give th
 
 import hashlib
 import json
+import math
+import mmap
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -45,17 +48,67 @@ def is_shard_name(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What opening a shard finds out: whoever keeps it maps the same file again without going through HDF5."""
+
+    shape: tuple[int, int, int]  # of `images`, (N, H, W)
+    offset: int  # of `images` in the file, bytes
+    labels: NDArray[np.uint8]  # (N,)
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One open shard. `images` is a view on the mapped file: pages are read when they are touched."""
+    """One open shard. `images` is a view on the mapped file: pages are read when they are touched.
+
+    The columns below, which training does not need, are read from the mapped file each time that they are asked for:
+    as Python objects they would take 300 bytes a row, and most of the time of opening. They raise `CorruptError`.
+    """
 
     images: NDArray[np.uint8]  # (N, H, W), read-only
     labels: NDArray[np.uint8]  # (N,), positions in `DatasetIndex.classes`
-    source: NDArray[np.object_]  # (N,) str, path of the source file
-    patient: NDArray[np.object_]  # (N,) str, patient key
-    subtype: NDArray[np.object_]  # (N,) str, "bacterial", "viral" or ""
-    sha256: NDArray[np.object_]  # (N,) str, hex digest of the source file
-    width: NDArray[np.uint32]  # (N,), of the source picture, upright and before it was fitted, pixels
-    height: NDArray[np.uint32]  # (N,)
+    layout: Layout = field(repr=False)
+    _path: Path = field(repr=False)  # for messages: the file may have gone
+    _mapped: mmap.mmap = field(repr=False)
+
+    @property
+    def source(self) -> NDArray[np.object_]:
+        """(N,) str, paths of the source files."""
+        return self._read_texts("source")
+
+    @property
+    def patient(self) -> NDArray[np.object_]:
+        """(N,) str, keys of the patients."""
+        return self._read_texts("patient")
+
+    @property
+    def subtype(self) -> NDArray[np.object_]:
+        """(N,) str, "bacterial", "viral" or ""."""
+        return self._read_texts("subtype")
+
+    @property
+    def sha256(self) -> NDArray[np.object_]:
+        """(N,) str, hex digests of the source files."""
+        return self._read_texts("sha256")
+
+    @property
+    def width(self) -> NDArray[np.uint32]:
+        """(N,), of the source pictures, upright and before they were fitted, pixels."""
+        return self._read("width").astype(np.uint32)
+
+    @property
+    def height(self) -> NDArray[np.uint32]:
+        """(N,), of the source pictures, pixels."""
+        return self._read("height").astype(np.uint32)
+
+    def _read_texts(self, name: str) -> NDArray[np.object_]:
+        return self._read(name, is_text=True).astype(object)
+
+    def _read(self, name: str, *, is_text: bool = False) -> NDArray[Any]:
+        with _explained(self._path), h5py.File(self._mapped, "r") as file:
+            values: NDArray[Any] = file[name].asstr()[:] if is_text else file[name][:]
+        if len(values) != len(self.labels):
+            raise CorruptError(f"{self._path} is not laid out as a shard: {name} has {len(values)} rows")
+        return values
 
 
 def write_shard(
@@ -113,31 +166,44 @@ def open_shard(path: Path) -> Shard:
     Raises `CorruptError` when the file is no shard of this schema version, or is cut short, `DatasetError` when it
     lacks what a version of xrai before the first release did not write.
     """
+    return map_shard(path, _read_layout(path))
+
+
+def map_shard(path: Path, layout: Layout) -> Shard:
+    """Map a shard whose layout is known, as `open_shard` does. Raises `CorruptError` when the file is cut short."""
+    with _explained(path), path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    num_pixels = math.prod(layout.shape)
+    if len(mapped) < layout.offset + num_pixels:
+        raise CorruptError(f"{path} is cut short: {len(mapped)} bytes do not hold images of {layout.shape}")
+    images = np.frombuffer(mapped, np.uint8, count=num_pixels, offset=layout.offset).reshape(layout.shape)
+    return Shard(images, layout.labels, layout, path, mapped)
+
+
+def _read_layout(path: Path) -> Layout:
+    with _explained(path), h5py.File(path, "r", locking=False) as file:
+        version = int(file.attrs["schema_version"])
+        if version != SCHEMA_VERSION:
+            raise CorruptError(f"{path} is a shard of schema version {version}; this xrai reads {SCHEMA_VERSION}")
+        shape, dtype, offset = file["images"].shape, file["images"].dtype, file["images"].id.get_offset()
+        labels = file["labels"][:]
+        absent = [name for name in ("width", "height") if name not in file]
+    if absent:
+        raise DatasetError(
+            f"{path} lacks {' and '.join(absent)}: an xrai before the first release wrote it; "
+            "`python -m xrai.preprocess --overwrite` makes the data set anew"
+        )
+    if dtype != np.uint8 or len(shape) != 3 or offset is None or labels.shape != shape[:1]:
+        raise CorruptError(f"{path} is not laid out as a shard: images are {shape} {dtype}, labels {labels.shape}")
+    return Layout(shape, offset, labels)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            version = int(file.attrs["schema_version"])
-            if version != SCHEMA_VERSION:
-                raise CorruptError(f"{path} is a shard of schema version {version}; this xrai reads {SCHEMA_VERSION}")
-            shape, dtype, offset = file["images"].shape, file["images"].dtype, file["images"].id.get_offset()
-            labels = file["labels"][:]
-            texts = {name: file[name].asstr()[:] for name in ("source", "patient", "subtype")}
-            texts["sha256"] = file["sha256"].asstr()[:].astype(object)
-            absent = [name for name in ("width", "height") if name not in file]
-            if absent:
-                raise DatasetError(
-                    f"{path} lacks {' and '.join(absent)}: an xrai before the first release wrote it; "
-                    "`python -m xrai.preprocess --overwrite` makes the data set anew"
-                )
-            sides = {name: file[name][:].astype(np.uint32) for name in ("width", "height")}
+        yield
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # what h5py raises on damaged files
         raise CorruptError(f"{path} can not be read as a shard: {error}") from error
-    lengths = {len(labels), *(len(text) for text in texts.values()), *(len(side) for side in sides.values())}
-    if dtype != np.uint8 or len(shape) != 3 or offset is None or lengths != {shape[0]}:
-        raise CorruptError(f"{path} is not laid out as a shard: images are {shape} {dtype}, rows {sorted(lengths)}")
-    if path.stat().st_size < offset + int(np.prod(shape)):
-        raise CorruptError(f"{path} is cut short: {path.stat().st_size} bytes do not hold images of {shape}")
-    images = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-    return Shard(images=images.view(np.ndarray), labels=labels, **texts, **sides)
 
 
 # --------------------------------------------------------------------------------------------------------------- index

@@ -133,7 +133,11 @@ class FolderSource(Source):
     def read(self, path: str) -> bytes:
         try:
             with (self._folder / path).open("rb") as file:
-                return _limited(file.read(MAX_FILE_BYTES + 1))
+                size_bytes = os.fstat(file.fileno()).st_size
+                data = file.read(min(size_bytes, MAX_FILE_BYTES) + 1)  # as much memory as that takes is asked for
+                if len(data) > size_bytes:  # it grows, or does not state its size
+                    data += file.read(MAX_FILE_BYTES + 1 - len(data))
+                return _limited(data)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EIO):
                 raise ImageError(f"can not be read ({error.strerror})") from error

@@ -78,8 +78,9 @@ def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[
     """Move patients of train (or of the carved splits, so that it can be repeated) to where their hashes say."""
     pool = ("train", *carved)
     owners = _owners(row for row in rows if row.split in pool and not row.reason)
+    splits = {row.path: _split_of(owners[row.path], carved, config) for row in rows if row.path in owners}
     return [
-        replace(row, split=_split_of(owners[row.path], carved, config)) if row.path in owners else row for row in rows
+        replace(row, split=splits[row.path]) if splits.get(row.path, row.split) != row.split else row for row in rows
     ]
 
 

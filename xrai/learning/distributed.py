@@ -47,12 +47,22 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' values: any rank can ask all to stop."""
+        return self.find_largest(value)()
+
+    def find_largest(self, value: int) -> Callable[[], int]:
+        """Begin to find the largest of all ranks' values; call what it returns, on every rank, to wait for it."""
         if self.world_size == 1:
-            return value
+            return lambda: value
         tensor = torch.tensor(value, dtype=torch.int64)
         with self.explaining("to agree on going on"):
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
-        return int(tensor)
+            under_way = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+
+        def wait() -> int:
+            with self.explaining("to agree on going on"):
+                under_way.wait()
+            return int(tensor)
+
+        return wait
 
     def sum(self, values: Tensor) -> Tensor:
         """The sums over ranks of a small float64 tensor on the CPU, the same on every rank."""

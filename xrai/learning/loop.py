@@ -157,16 +157,18 @@ def fit(
 
                 # Gradients of the mean loss over the global batch, in parts where memory is short
                 losses, logits = [], []
+                stop_of_all: Callable[[], int] | None = None
                 parts = _parts(batch, config.train.accumulation_steps)
                 for number, (pixels, part_labels, part_rows) in enumerate(parts):
                     with clock.transfers():
                         images = to_grey(pixels, ranks.device, precision.weights)  # (b, 1, H, W)
                         targets = torch.from_numpy(part_labels).to(ranks.device)  # (b,)
                         rows = torch.from_numpy(part_rows).to(ranks.device)  # (b,)
+                    last = number == len(parts) - 1
                     images = augment(
                         images, rows, seed=config.train.seed, epoch=done.epoch, strength=config.augment
                     ).contiguous(memory_format=torch.channels_last)
-                    with ranks.synchronized(wrapped, last=number == len(parts) - 1):
+                    with ranks.synchronized(wrapped, last=last):
                         with precision.autocast():
                             part_logits = network(images)  # (b,)
                         part_losses = optim.image_losses(
@@ -175,6 +177,10 @@ def fit(
                         )  # fmt: skip
                         # DistributedDataParallel divides by the number of ranks, and the sum must not be
                         mean = part_losses.sum() * (ranks.world_size / batch.num_global)
+                        if last:  # ranks agree on stopping while they compute the gradients
+                            elapsed_s = time.monotonic() - started
+                            stop = _stop_reason(config.train, done.step + 1, asked_to_stop(), elapsed_s=elapsed_s)
+                            stop_of_all = ranks.find_largest(stop)
                         precision.scaler.scale(mean).backward()
                     losses.append(part_losses.detach())
                     logits.append(part_logits.detach())
@@ -201,8 +207,8 @@ def fit(
                     ranks.set_timeout(config.train.step_timeout_s)
                 steps_here += 1
                 profiler.after_step(done.step)
-                elapsed_s = time.monotonic() - started
-                stop = ranks.largest(_stop_reason(config.train, done.step, asked_to_stop(), elapsed_s=elapsed_s))
+                assert stop_of_all is not None  # there is a last part
+                stop = stop_of_all()
                 if stop == _STOP_ASKED:
                     save(None)
                     raise _stopped(done, train.num_batches)
@@ -403,7 +409,7 @@ def _ended(config: Train, done: Progress) -> str:
 
 
 def _stop_reason(config: Train, step: int, asked: bool, *, elapsed_s: float) -> int:
-    """0 to go on; the largest of all ranks' reasons counts."""
+    """Why to stop after step number `step`, from 1; 0 to go on. The largest of all ranks' reasons counts."""
     if asked:
         return _STOP_ASKED
     if config.max_steps and step >= config.max_steps:

@@ -33,6 +33,7 @@ _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; with fewer, resamples of a proportion tell little
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
+_WEIGHTS_AT_ONCE = 2**18  # of resamples times images, of splits above 5,000: ten arrays of 2 MiB, however many images
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # fewer resamples in which a metric is defined make no interval
 
@@ -520,8 +521,10 @@ def _bootstrap(
     """Each subset's metrics (num_bootstrap,) over the same resamples of patients, drawn with replacement."""
     generator = np.random.default_rng(seed)
     parts: dict[tuple[str, str], dict[str, list[Floats]]] = {key: {name: [] for name in METRICS} for key in subsets}
-    for start in range(0, num_bootstrap if num_patients else 0, _RESAMPLES_AT_ONCE):
-        num_rows = min(_RESAMPLES_AT_ONCE, num_bootstrap - start)
+    num_images = max(len(subset.labels) for subset in subsets.values())
+    at_once = max(1, min(_RESAMPLES_AT_ONCE, _WEIGHTS_AT_ONCE // max(num_images, num_patients, 1)))
+    for start in range(0, num_bootstrap if num_patients else 0, at_once):
+        num_rows = min(at_once, num_bootstrap - start)
         drawn = generator.integers(0, num_patients, size=(num_rows, num_patients))
         drawn += np.arange(num_rows)[:, None] * num_patients
         weights = np.bincount(drawn.ravel(), minlength=num_rows * num_patients).reshape(num_rows, num_patients)

@@ -80,7 +80,7 @@ def record_scores(
     if read_images is not None:
         drawn = _draw_sheets(
             plots, split=split, labels=labels, scores=scores, threshold=threshold, classes=classes,
-            names=[PurePosixPath(source).name for source in sources], read_images=read_images, explain=explain,
+            sources=sources, read_images=read_images, explain=explain,
             is_phantom=is_phantom,
         )  # fmt: skip
         if step is not None:
@@ -130,7 +130,7 @@ def _draw_sheets(
     scores: NDArray[np.float64],
     threshold: float,
     classes: Sequence[str],
-    names: Sequence[str],
+    sources: Sequence[str],
     read_images: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
     explain: Callable[[NDArray[np.uint8]], NDArray[np.floating]] | None,
     is_phantom: bool,
@@ -157,7 +157,7 @@ def _draw_sheets(
         ("mistakes", pick_mistakes(labels, scores, threshold=threshold)),
     ):
         pictures = read_images(rows)
-        titles = [names[row] for row in rows]
+        titles = [PurePosixPath(sources[row]).name for row in rows]
         marks = [
             f"{classes[int(labels[row])]}  {scores[row]:.3f}" + ("" if is_right[row] else "  wrong") for row in rows
         ]
