@@ -101,12 +101,11 @@ def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(fitted: t
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way")
-@pytest.mark.parametrize("keeps", [True, False])
-def test_freed_memory_is_used_again_without_page_faults(keeps: bool):
-    program = f"""
-import resource, torch
+def test_freed_memory_is_used_again_without_page_faults():
+    program = """
+import resource, sys, torch
 from xrai.learning.predictor import _keep_freed_memory
-if {keeps}:
+if sys.argv[1] == "keep":
     _keep_freed_memory()
 def batch():
     return sum(float(block.sum()) for block in [torch.ones(1 << 20) for _ in range(4)])
@@ -117,5 +116,11 @@ for _ in range(10):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
-    done = subprocess.run([sys.executable, "-c", program], env=plain, capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 1000) == keeps  # of 4,096 pages a batch
+
+    def num_faults(how: str) -> int:
+        command = [sys.executable, "-c", program, how]
+        return int(subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout)
+
+    if (without := num_faults("as it is")) < 1000:  # of 4,096 pages a batch
+        pytest.skip(f"{without} faults without it, as where all memory is in huge pages: nothing to see")
+    assert num_faults("keep") < 1000
