@@ -25,6 +25,9 @@ from xrai.errors import TrainingError, UserError, XraiError
 
 T = TypeVar("T")
 
+# "pair closure" is all that gloo says in a collective whose connection another one's timeout has closed
+_COLLECTIVE_WORDS = ("gloo", "NCCL", "ProcessGroup", "pair closure")
+
 record_failures = record  # torchrun's: a rank's traceback goes to the file that TORCHELASTIC_ERROR_FILE names
 
 
@@ -214,4 +217,4 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
 
 
 def _is_collective(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _COLLECTIVE_WORDS)
