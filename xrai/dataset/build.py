@@ -316,7 +316,7 @@ class Builder:
         remove_unfinished(self._store)
         return index
 
-    def _take(self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress) -> "_Taken":
+    def _take(self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress) -> _Taken:
         images = np.empty((len(shard.rows), self._images.size, self._images.size), np.uint8)
         rows: list[Row] = []
         hashes, sizes, reasons = [], [], {}
@@ -331,12 +331,12 @@ class Builder:
             rows.append(row)
         return _Taken(images[: len(rows)], rows, sizes, hashes, reasons)
 
-    def _store_taken(self, shard: PlannedShard, taken: "_Taken") -> None:
+    def _store_taken(self, shard: PlannedShard, taken: _Taken) -> None:
         info = self._store_shard(shard, taken) if taken.rows else None
         part = Part(self._plan.sha256, info, taken.reasons, histogram_of(taken.images), taken.hashes)
         self._unfinished.store_part(shard, part)
 
-    def _store_shard(self, shard: PlannedShard, taken: "_Taken") -> ShardInfo:
+    def _store_shard(self, shard: PlannedShard, taken: _Taken) -> ShardInfo:
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
             path = Path(folder) / shard.name
             write_rows(path, taken.rows, taken.images, sizes=taken.sizes)
