@@ -216,6 +216,22 @@ def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_
     assert not {"labels", "source", "width"} & set(vars(loader))
 
 
+@pytest.mark.parametrize(
+    ("names", "start", "stop", "words"),
+    [
+        (["labels", "images"], 0, None, "no column 'images'; the columns are labels, source, patient"),
+        (["labels"], NUM, None, f"no rows {NUM} to {NUM} in a split of {NUM} images"),
+        (["labels"], 3, 3, "no rows 3 to 3"),
+        (["labels"], -1, 3, "no rows -1 to 3"),
+    ],
+)
+def test_columns_and_rows_that_are_not_there_are_refused(
+    folder: Path, names: list[str], start: int, stop: int | None, words: str
+):
+    with pytest.raises(ConfigError, match=words):
+        make_loader(folder).columns(*names, start=start, stop=stop)
+
+
 def test_labels_are_read_without_texts(folder: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("no text is needed")

@@ -39,7 +39,7 @@ def start_ranks(
         }  # fmt: skip
         processes.append(
             subprocess.Popen(
-                [sys.executable, *arguments, *(more or {}).get(rank, [])], env={**os.environ, **own, **wiring},
+                [sys.executable, *arguments, *(more or {}).get(rank, [])], env={**os.environ, **wiring, **own},
                 cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
@@ -56,9 +56,12 @@ def finish_ranks(processes: list[subprocess.Popen[str]], *, timeout_s: float = 1
     return [(process.returncode, stdout, stderr) for process, (stdout, stderr) in zip(processes, outputs, strict=True)]
 
 
-def run_ranks(arguments: list[str], *, world_size: int, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    arguments: list[str], *, world_size: int, environment: dict[str, str] | None = None, timeout_s: float = 120
+) -> list[Any]:
     """What each rank printed as one line of JSON; a rank that failed fails the test with its stderr."""
-    results = finish_ranks(start_ranks(arguments, world_size=world_size), timeout_s=timeout_s)
+    processes = start_ranks(arguments, world_size=world_size, environment=environment)
+    results = finish_ranks(processes, timeout_s=timeout_s)
     for rank, (status, _, stderr) in enumerate(results):
         assert status == 0, f"rank {rank} of {world_size} ended with {status}:\n{stderr}"
     return [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in results]

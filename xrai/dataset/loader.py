@@ -172,13 +172,18 @@ class Loader:
     def columns(self, *names: str, start: int = 0, stop: int | None = None) -> dict[str, NDArray[Any]]:
         """The columns of these names, of rows `start` to `stop`; opens the shards that hold them, and keeps nothing.
 
-        What `labels` and the others give is kept with the loader, which for texts is 100 bytes a row and column.
+        What `labels` and the others give is kept with the loader, which for texts is 100 bytes a row and column. `stop`
+        may lie behind the last row, as in a slice. Raises `ConfigError` where there is no such column, or no such row.
         """
-        assert set(names) <= set(_COLUMNS), names
+        stop = self.num_images if stop is None else min(stop, self.num_images)
+        if not 0 <= start < stop:
+            raise ConfigError(f"there are no rows {start} to {stop} in a split of {self.num_images} images")
+        if unknown := sorted(set(names) - set(_COLUMNS)):
+            raise ConfigError(f"there is no column {unknown[0]!r}; the columns are {', '.join(_COLUMNS)}")
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
         first = 0
         for info in self._shards:
-            low, high = start - first, (self.num_images if stop is None else stop) - first
+            low, high = start - first, stop - first
             first += info.num_rows
             if low < info.num_rows and high > 0:
                 with closing(self._cache.open(info)) as opened:
