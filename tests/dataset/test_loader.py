@@ -284,6 +284,35 @@ def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(t
     assert store.num_downloads() == 12
 
 
+def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(folder: Path, tmp_path: Path):
+    store = RemoteFolder(folder)
+    for limit, expected in ((0.0, False), (1.0, True)):
+        loader = make_loader(store, shuffle=True, batch_size=4, cache_dir=tmp_path / str(limit), cache_max_gib=limit)
+        list(loader.epoch(0))
+        with closing(loader.epoch(1)) as batches:
+            next(batches)
+            names = [thread.name for thread in threading.enumerate()]
+            assert "xrai-assemble" in names
+            assert any(name.startswith("xrai-fetch") for name in names) is expected
+
+
+def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fetches(folder: Path, tmp_path: Path):
+    store = RemoteFolder(folder)
+    loader = make_loader(store, cache_dir=tmp_path / "cache")
+    expected = [batch.images.tolist() for batch in loader.epoch(0)]
+    store.log.unlink()
+    lost = next((tmp_path / "cache").rglob("train-00001*.h5"))
+    lost.unlink()
+    fetchers = set()
+    found = []
+    for batch in loader.epoch(0):
+        fetchers |= {thread.name for thread in threading.enumerate() if thread.name.startswith("xrai-fetch")}
+        found.append(batch.images.tolist())
+    assert found == expected
+    assert [name.split("-of-")[0] for name in store.downloads()] == ["train-00001"]
+    assert fetchers
+
+
 def test_no_more_batches_are_made_ahead_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[int] = []
     original = Loader._batches

@@ -100,6 +100,16 @@ class ShardCache:
         """
         self._mapping_lock().acquire(timeout=_SETTLE_S)
 
+    def keeps(self, info: ShardInfo) -> bool:
+        """Whether the shard is mapped since it was open before, and its file is the same: to open it takes no time."""
+        known = self._known.get(info.name)
+        if known is None or known.shard is None:
+            return False
+        try:
+            return known.identity == _version((self._store.local_path(info.name) or self._path(info)).stat())
+        except OSError:
+            return False
+
     def open(self, info: ShardInfo) -> OpenShard:
         """One shard, its hash checked.
 
@@ -177,8 +187,7 @@ class ShardCache:
         A file that is mapped keeps its inode, and its place on the disk: none stays where the cache has a limit. Those
         that came first stay: an epoch uses each shard once, so the one whose use is longest ago is needed soonest.
         """
-        status = os.fstat(file.fileno())
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        identity = _version(os.fstat(file.fileno()))
         known = self._known.get(info.name)
         if known is not None and known.identity != identity:  # another file now
             self._num_kept -= known.shard is not None
@@ -382,6 +391,10 @@ def _touch(path: Path) -> None:
     """Note the time of use. A cache that is read-only needs none."""
     with suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

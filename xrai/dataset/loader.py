@@ -333,9 +333,8 @@ class _ShardFeed:
             threading.Thread(target=self._work, name=f"xrai-fetch-{k}", daemon=True)
             for k in range(min(num_threads, len(shards)))
         ]
+        self._has_begun = False
         atexit.register(self._settle)
-        for thread in self._threads:
-            thread.start()
 
     def hold(self, needed: Sequence[int]) -> None:
         """Open these shards, in this order, and close all others."""
@@ -344,7 +343,17 @@ class _ShardFeed:
         for shard in needed:
             if shard not in self._opening:
                 self._opening[shard] = Future()
-                self._asked.put((self._shards[shard], self._opening[shard]))
+                self._begin_to_open(self._shards[shard], self._opening[shard])
+
+    def _begin_to_open(self, info: ShardInfo, opening: "Future[OpenShard]") -> None:
+        if self._cache.keeps(info):  # starting threads would take longer: most of the wait for an epoch's first batch
+            self._open(info, opening)
+            return
+        self._asked.put((info, opening))
+        if not self._has_begun:
+            self._has_begun = True
+            for thread in self._threads:
+                thread.start()
 
     def take(self, shard: int) -> Shard:
         """A shard that is held; waits for it. Raises what its opening met."""
@@ -362,10 +371,11 @@ class _ShardFeed:
         for opening in self._opening.values():
             _release(opening)
         self._opening.clear()
-        for _ in self._threads:
-            self._asked.put(None)
-        for thread in self._threads:
-            thread.join(timeout=_POLL_S)
+        if self._has_begun:
+            for _ in self._threads:
+                self._asked.put(None)
+            for thread in self._threads:
+                thread.join(timeout=_POLL_S)
         if not any(thread.is_alive() for thread in self._threads):
             atexit.unregister(self._settle)
 
@@ -374,17 +384,19 @@ class _ShardFeed:
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:
-            info, opening = asked
-            if not opening.set_running_or_notify_cancel():
-                continue
-            try:
-                opened = self._cache.open(info)
-            except BaseException as error:  # goes to whoever takes the shard
-                opening.set_exception(error)
-                continue
-            self._seconds.add("fetch", opened.fetch_s)
-            self._seconds.add("verify", opened.verify_s)
-            opening.set_result(opened)
+            self._open(*asked)
+
+    def _open(self, info: ShardInfo, opening: "Future[OpenShard]") -> None:
+        if not opening.set_running_or_notify_cancel():
+            return
+        try:
+            opened = self._cache.open(info)
+        except BaseException as error:  # goes to whoever takes the shard
+            opening.set_exception(error)
+            return
+        self._seconds.add("fetch", opened.fetch_s)
+        self._seconds.add("verify", opened.verify_s)
+        opening.set_result(opened)
 
 
 def _release(opening: "Future[OpenShard]") -> None:

@@ -333,7 +333,7 @@ def draw_sheet(
     height = rows * (cell + below) + top
     width = columns * cell + 0.3
     with _figure(path, heading, note, size=(width, height), is_phantom=is_phantom) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: one a picture takes three times as long
+        axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: with one a picture it took two thirds longer
         for number, (image, title) in enumerate(zip(images, titles, strict=True)):
             row, column = divmod(number, columns)
             middle = 0.15 + (column + 0.5) * cell
