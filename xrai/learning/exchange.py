@@ -115,7 +115,7 @@ class Neighbours:
                 for rank in late:
                     if not self.is_there(rank) and counts[rank] < number:
                         raise MissingRankError(f"rank {rank} has ended")
-                if now - began > self.timeout_s:
+                if late and now - began > self.timeout_s:
                     raise MissingRankError(f"no word from rank {late[0]} for {now - began:.0f} s")
         return int(self._words[purpose, number % _WORDS_KEPT].max())
 
