@@ -343,6 +343,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     tables = content["tables"]
     heights = [0.9 + 0.32 * len(table["rows"]) for table in tables]
@@ -362,6 +363,9 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         wide = medians and min(medians) > 0 and max(medians) > 30 * min(medians)
         if wide:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_locator(NullLocator())
         panel.set_title(table["title"], loc="left", fontsize=10)
         panel.set_xlabel(
             f"{column['label']}{', logarithmic' if wide else ''} ({column['better']} is better)", fontsize=8

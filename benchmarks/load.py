@@ -11,7 +11,7 @@ All read the same images of 224 pixels, in shards of 1,024 (51 MB), shuffled, an
            time from making the loader to its first batch. `numpy` is the limit: rows in random order, gathered from
            one mapped array. Peers read with no worker process and with two.
     two    two consumers at once, each with its half of a global batch of 128, as two ranks of a job: the sum of their
-           rates. Peers as they were best alone.
+           rates. Peers as they were best alone, in this run or in the last one that had `warm`.
     cold   an empty cache, an S3 server at AWS_ENDPOINT_URL (with the AWS_* keys), as it is and with 20 ms for each
            round trip: see benchmarks/latency.py. Both ways lead through its relay, which counts what came. Left out
            where AWS_ENDPOINT_URL is not set.
@@ -21,6 +21,7 @@ Memory counts the pages of mapped files while they are resident, which is all of
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 
 from benchmarks import peers
 from benchmarks.data import PUBLIC, find_public, source_or_phantoms
-from benchmarks.harness import ROOT, Contender, Figure, Report, Run, best_of, ratio, run_in_turn, say, values_of
+from benchmarks.harness import RESULTS, ROOT, Contender, Figure, Report, best_of, ratio, run_in_turn, say, values_of
 from benchmarks.latency import Relay, read_counts
 
 SIZE, BATCH_SIZE = 224, 64
@@ -82,13 +83,13 @@ def main() -> None:
             "shard_rows": peers.SHARD_ROWS, "shard_mib": SIZE * SIZE * peers.SHARD_ROWS / 2**20,
             "rounds": flags.rounds,
         }  # fmt: skip
-        best = {name: 0 for name in peers.READERS}
         warm_flags = {"batch_size": BATCH_SIZE, "seconds": flags.seconds, "batches": flags.batches}
         if "warm" in flags.parts:
             report = Report("load_warm", settings={**settings, "seconds": flags.seconds})
-            best = compare_warm(report, folder, warm_flags, rounds=flags.rounds)
+            compare_warm(report, folder, warm_flags, rounds=flags.rounds)
             report.save()
         if "two" in flags.parts:
+            best = read_best(RESULTS / "load_warm.json")  # of this run, or of the last that had it
             report = Report("load_two", settings={**settings, "seconds": flags.seconds})
             compare_two(report, folder, warm_flags, best, rounds=flags.rounds)
             report.save()
@@ -141,8 +142,8 @@ def read_row(folder: str, row: str) -> tuple[NDArray[np.uint8], int]:
 # --------------------------------------------------------------------------------------------------------- comparing
 
 
-def compare_warm(report: Report, folder: Path, flags: Mapping[str, Any], *, rounds: int) -> dict[str, int]:
-    """Measure one consumer. The number of workers with which each peer was fastest."""
+def compare_warm(report: Report, folder: Path, flags: Mapping[str, Any], *, rounds: int) -> None:
+    """Measure one consumer."""
     contenders = [_warm("xrai", folder, 0, flags), _warm("numpy", folder, 0, flags)]
     contenders += [_warm(name, folder, workers, flags) for name in peers.READERS for workers in (0, 2)]
     runs = run_in_turn(contenders, rounds=rounds)
@@ -155,7 +156,6 @@ def compare_warm(report: Report, folder: Path, flags: Mapping[str, Any], *, roun
     report.demand(
         "warm: images/s, share of numpy's own copy", ratio(runs, "xrai", "numpy", RATE.key)["median"], at_least=0.5
     )
-    return {name: _best_workers(runs, name) for name in peers.READERS}
 
 
 def _warm(name: str, folder: Path, workers: int, flags: Mapping[str, Any], call: str = "measure_warm") -> Contender:
@@ -164,10 +164,13 @@ def _warm(name: str, folder: Path, workers: int, flags: Mapping[str, Any], call:
     return Contender(shown, f"benchmarks.load:{call}", arguments, NOTES[name])
 
 
-def _best_workers(runs: list[Run], name: str) -> int:
-    rates = {w: values_of(runs, f"{name}, {w} workers", RATE.key) for w in (0, 2)}
-    names = [f"{name}, {w} workers" for w, found in rates.items() if found]
-    return int(best_of(runs, names, RATE) == f"{name}, 2 workers") * 2 if names else 0
+def read_best(path: Path) -> dict[str, int]:
+    """The number of workers with which each peer was fastest, by the results of `warm`; 0 where a peer has none."""
+    (table,) = json.loads(path.read_text())["tables"]
+    rates = {row["contender"]: row["figures"].get(RATE.key, {"median": 0.0})["median"] for row in table["rows"]}
+    return {
+        name: max((0, 2), key=lambda workers: rates.get(f"{name}, {workers} workers", 0.0)) for name in peers.READERS
+    }
 
 
 def compare_two(
