@@ -294,6 +294,8 @@ def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(folder: 
             names = [thread.name for thread in threading.enumerate()]
             assert "xrai-assemble" in names
             assert any(name.startswith("xrai-fetch") for name in names) is expected
+        del loader, batches
+        assert opened_now() == set()  # nothing waits for the garbage collector
 
 
 def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fetches(folder: Path, tmp_path: Path):

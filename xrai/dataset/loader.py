@@ -328,12 +328,8 @@ class _ShardFeed:
         self._cache, self._shards, self._stop, self._seconds = cache, shards, stop, seconds
         self._asked: queue.SimpleQueue[tuple[ShardInfo, Future[OpenShard]] | None] = queue.SimpleQueue()
         self._opening: dict[int, Future[OpenShard]] = {}
-        # daemons, unlike a ThreadPoolExecutor's: a store that does not answer may not keep a process from ending
-        self._threads = [
-            threading.Thread(target=self._work, name=f"xrai-fetch-{k}", daemon=True)
-            for k in range(min(num_threads, len(shards)))
-        ]
-        self._has_begun = False
+        self._num_threads = min(num_threads, len(shards))
+        self._threads: list[threading.Thread] = []  # none before they are needed
         atexit.register(self._settle)
 
     def hold(self, needed: Sequence[int]) -> None:
@@ -350,8 +346,12 @@ class _ShardFeed:
             self._open(info, opening)
             return
         self._asked.put((info, opening))
-        if not self._has_begun:
-            self._has_begun = True
+        if not self._threads:
+            # daemons, unlike a ThreadPoolExecutor's: a store that does not answer may not keep a process from ending
+            self._threads = [
+                threading.Thread(target=self._work, name=f"xrai-fetch-{k}", daemon=True)
+                for k in range(self._num_threads)
+            ]
             for thread in self._threads:
                 thread.start()
 
@@ -371,11 +371,10 @@ class _ShardFeed:
         for opening in self._opening.values():
             _release(opening)
         self._opening.clear()
-        if self._has_begun:
-            for _ in self._threads:
-                self._asked.put(None)
-            for thread in self._threads:
-                thread.join(timeout=_POLL_S)
+        for _ in self._threads:
+            self._asked.put(None)
+        for thread in self._threads:
+            thread.join(timeout=_POLL_S)
         if not any(thread.is_alive() for thread in self._threads):
             atexit.unregister(self._settle)
 
