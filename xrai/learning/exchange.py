@@ -28,7 +28,7 @@ GRADIENTS: Final = 1  # what ranks meet for, see `Neighbours`
 
 _MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 _PURPOSES = 2
-_WORDS_KEPT = 4  # of each rank and purpose
+_WORDS_KEPT = 4  # of each rank and purpose: two that are under way, and two that others may have begun since
 _HALVES = 2
 _YIELDS = 20  # while it waits a rank first gives way, then sleeps, then sleeps longer and looks who is still there
 _SHORT_SLEEPS = 200
