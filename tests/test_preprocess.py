@@ -17,7 +17,6 @@ from tests.dataset.pictures import (
     PATIENT_ID,
     PATIENT_NAME,
     dicom_file,
-    draw_no_plots,
     encoded,
     gradient,
     huge_png,
@@ -64,12 +63,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
         return Done(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "card" not in request.node.name:
-        draw_no_plots(monkeypatch)
 
 
 def make(run: Callable[..., Done], source: Path, dataset: Path, *more: str, workers: int = 1) -> DatasetIndex:

@@ -10,12 +10,10 @@ other: whichever ends last commits.
 
 import contextlib
 import gc
-import importlib
 import os
 import re
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Sequence, Set
 from types import FrameType
@@ -39,6 +37,7 @@ from xrai.dataset.shards import (
 from xrai.dataset.sources import Source, open_source
 from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError, run_command
 from xrai.log import get_logger, setup_logging
+from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
@@ -118,17 +117,10 @@ def preprocess(
         del listing  # its entries: nobody else holds them
         for note in plan.notes:
             _logger.warning("%s", note)
-        if num_partitions == 1:  # this process draws the report: a third of a second of imports, beside decoding
-            threading.Thread(target=importlib.import_module, args=["xrai.results.plots"]).start()
         builder = Builder(plan, source, store, unfinished, num_workers=num_workers)
         builder.build(plan.shards[number::num_partitions])
 
         def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:
-            from xrai.results.plots import (
-                draw_class_counts,
-                draw_sheet,
-            )  # a second to import, which others need not spend
-
             return make_report(
                 store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
             )

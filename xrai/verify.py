@@ -22,6 +22,7 @@ from xrai.dataset.shards import DatasetIndex, read_index
 from xrai.dataset.sources import open_source
 from xrai.errors import CorruptError, run_command
 from xrai.log import setup_logging
+from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
@@ -70,8 +71,6 @@ def repair_from(
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
     def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:
-        from xrai.results.plots import draw_class_counts, draw_sheet  # a second to import, needed for pictures alone
-
         return make_report(
             store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
         )

@@ -81,18 +81,6 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def draw_no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the report's pictures be made at once, without matplotlib, for tests that make many data sets."""
-    from xrai.results import plots
-
-    def draw(*arguments: object, **_: object) -> None:
-        path = next(argument for argument in arguments if isinstance(argument, Path))
-        path.write_bytes(b"a picture")
-
-    monkeypatch.setattr(plots, "draw_sheet", draw)
-    monkeypatch.setattr(plots, "draw_class_counts", draw)
-
-
 def dicom_file(samples: NDArray[np.integer], *, leave_out: tuple[str, ...] = (), **tags: object) -> bytes:
     """A DICOM file of samples (H, W) or (H, W, 3) as they stand; `tags` are set after those that the samples need."""
     pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")

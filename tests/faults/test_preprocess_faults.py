@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.dataset.pictures import draw_no_plots, source_files, write_files
+from tests.dataset.pictures import source_files, write_files
 from xrai import preprocess
 from xrai.dataset.sources import FolderSource
 from xrai.errors import run_command
@@ -43,15 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_report() -> Iterator[None]:
-    """No matplotlib: these tests make many data sets."""
-    with pytest.MonkeyPatch.context() as patch:
-        draw_no_plots(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def expected(source: Path, quick_report: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files of the data set, made without a fault."""
     dataset = tmp_path_factory.mktemp("expected") / "dataset"
     assert wait(start(source, dataset)) == 0
@@ -404,7 +396,7 @@ def test_what_was_damaged_between_two_starts_is_made_anew(
 
 
 def test_a_source_that_changes_between_two_starts_is_noticed_and_the_next_start_takes_it_as_it_is(
-    tmp_path: Path, quick_report: None
+    tmp_path: Path,
 ) -> None:
     source = write_files(tmp_path / "source", source_files())
     dataset = tmp_path / "dataset"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xrai.results import plots
+from xrai.results import plots, sheets, style
 from xrai.results.metrics import evaluate_scores
 
 HISTORY: list[dict[str, Any]] = [
@@ -39,9 +39,9 @@ def test_curves_show_train_and_validation_and_are_redrawn_in_place(tmp_path: Pat
             assert image.format == "PNG"
             assert min(image.size) > 400
         assert path.read_bytes() != before
-    for colour in (plots.TRAIN, plots.VALIDATION, plots.SHIFTED):
+    for colour in (style.TRAIN, style.VALIDATION, style.SHIFTED):
         assert has_colour(tmp_path / "curves/accuracy.png", colour)
-    assert not has_colour(tmp_path / "curves/loss.png", plots.SHIFTED)
+    assert not has_colour(tmp_path / "curves/loss.png", style.SHIFTED)
     assert sorted(path.name for path in (tmp_path / "curves").iterdir()) == ["accuracy.png", "loss.png"]
 
 
@@ -78,8 +78,8 @@ def test_phantoms_are_named_as_phantoms_in_every_picture(tmp_path: Path) -> None
         folder = tmp_path / str(is_phantom)
         plots.draw_curves(HISTORY, folder, is_phantom=is_phantom)
         plots.draw_plots(labels, scores, metrics, folder, is_phantom=is_phantom)
-        plots.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", is_phantom=is_phantom)
-        plots.draw_class_counts({"train": {"normal": 1}}, folder / "counts.png", is_phantom=is_phantom)
+        sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", is_phantom=is_phantom)
+        sheets.draw_class_counts({"train": {"normal": 1}}, folder / "counts.png", is_phantom=is_phantom)
     paths = [path.relative_to(tmp_path / "True") for path in (tmp_path / "True").rglob("*.png")]
     assert len(paths) == 10
     for path in paths:
@@ -105,45 +105,16 @@ def test_the_abstention_plot_marks_what_the_run_left_to_a_person(tmp_path: Path)
             threshold_source="given", num_bootstrap=10, atypicality=atypicality,
         )  # fmt: skip
         plots.draw_abstention(metrics, tmp_path / f"{name}.png")
-        assert has_colour(tmp_path / f"{name}.png", plots.CURVE)
-        for colour in (plots.SHIFTED, plots.PNEUMONIA):
+        assert has_colour(tmp_path / f"{name}.png", style.CURVE)
+        for colour in (style.SHIFTED, style.PNEUMONIA):
             assert has_colour(tmp_path / f"{name}.png", colour) == (name == "with")
-
-
-def test_a_sheet_shows_coloured_pictures_beside_grey_ones(tmp_path: Path) -> None:
-    grey = np.full((32, 32), 77, np.uint8)
-    plots.draw_sheet([grey, np.full((32, 32, 3), (200, 30, 60), np.uint8)], ["a", "b"], tmp_path / "sheet.png")
-    assert has_colour(tmp_path / "sheet.png", "#4d4d4d")
-    assert has_colour(tmp_path / "sheet.png", "#c81e3c")
-
-
-def test_a_sheet_shows_the_grey_values_of_its_images_and_any_name(tmp_path: Path) -> None:
-    images = [np.full((32, 32), grey, np.uint8) for grey in (0, 77, 255, 77, 77, 77, 77)]
-    titles = ["a.png", "$\\frac{b$_{.png", "x" * 200, "日本.png", "line\nbreak\x00", "", "ok"]
-    plots.draw_sheet(images, titles, tmp_path / "deep/er/sheet.png", heading="$h_", note="n$")
-    assert has_colour(tmp_path / "deep/er/sheet.png", "#4d4d4d")
-    plots.draw_sheet([], [], tmp_path / "empty.png")
-    with pytest.raises(ValueError, match="7 images and 1 titles"):
-        plots.draw_sheet(images, ["a"], tmp_path / "wrong.png")
-    assert not (tmp_path / "wrong.png").exists()
-
-
-def test_class_counts_are_drawn_in_the_colours_of_their_classes(tmp_path: Path) -> None:
-    counts = {"train": {"normal": 1341, "pneumonia": 3875}, "val": {"normal": 0, "pneumonia": 0}}
-    plots.draw_class_counts(counts, tmp_path / "counts.png")
-    with Image.open(tmp_path / "counts.png") as image:
-        pixels = np.asarray(image.convert("RGB"))
-    blue = (pixels[..., 2].astype(int) - pixels[..., 0] > 100).sum()
-    orange = (pixels[..., 0].astype(int) - pixels[..., 2] > 150).sum()
-    assert orange / blue == pytest.approx(3875 / 1341, rel=0.1)
-    plots.draw_class_counts({}, tmp_path / "none.png")
 
 
 def test_drawing_leaves_matplotlib_as_it_was_and_opens_no_display() -> None:
     program = (
         "import sys, pathlib, tempfile, matplotlib as mpl; from xrai.results import plots\n"
         "before = mpl.rcParams.copy()\n"
-        "plots.draw_class_counts({'train': {'a': 1}}, pathlib.Path(tempfile.mkdtemp()) / 'x.png')\n"
+        "plots.draw_curves([], pathlib.Path(tempfile.mkdtemp()))\n"
         "assert mpl.rcParams.copy() == before\n"
         "assert not {'matplotlib.pyplot', 'tkinter', 'torch', 'tensorboard'} & set(sys.modules)\n"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from xrai.config import Config
-from xrai.results import plots
+from xrai.results import plots, sheets
 from xrai.results import report as report_module
 from xrai.results.artifacts import describe_environment, make_summary
 from xrai.results.baselines import Looks, measure_baselines
@@ -190,8 +190,8 @@ def test_the_page_says_all_that_a_reader_must_know(tmp_path: Path) -> None:
 
 def test_every_link_of_the_page_leads_to_a_place_on_it(tmp_path: Path) -> None:
     render(tmp_path)
-    plots.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/overlays.png")
-    plots.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/mistakes.png")
+    sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/overlays.png")
+    sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/mistakes.png")
     page = Page(render(tmp_path))
     links = {address for address in page.addresses if address.startswith("#")}
     assert {"#mistakes", "#explorer", "#limits", "#checklists"} <= links <= {f"#{name}" for name in page.ids}

@@ -1,9 +1,9 @@
-"""Pictures of results and of data: curves, ROC, precision-recall, confusion, calibration, scores, sheets of images.
+"""Pictures of results: curves, ROC, precision-recall, confusion, calibration, scores, heat maps over images.
 
 The one home of matplotlib, by its object-oriented API on the Agg canvas: no pyplot, no global figure, no display.
-Called by `xrai.train`, `xrai.evaluate` and `xrai.preprocess`. Each function writes a PNG whole or not at all, the same
-bytes for the same input and version of matplotlib (no dates inside). Numbers in a picture come from the metrics.json
-dictionary. Colours are safe for colour-blind eyes (Okabe and Ito 2008), one meaning each, here and in the report.
+Called by `xrai.train` and `xrai.evaluate`; sheets of images are drawn in `xrai.results.sheets`. Each function writes a
+PNG whole or not at all, the same bytes for the same input and version of matplotlib (no dates inside). Numbers in a
+picture come from the metrics.json dictionary. Colours: `xrai.results.style`.
 """
 
 import gc
@@ -27,13 +27,26 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from PIL import Image
 
 from xrai.results.metrics import calibration_bins, format_interval, format_value, wilson_interval
+from xrai.results.style import (
+    CURVE,
+    DPI,
+    INK,
+    MUTED,
+    NORMAL,
+    PAPER,
+    PNEUMONIA,
+    RULE,
+    SHIFTED,
+    SUBTITLE_DOWN,
+    SUBTITLE_SIZE,
+    TITLE_DOWN,
+    TITLE_SIZE,
+    TRAIN,
+    VALIDATION,
+    subtitle_of,
+    write_picture,
+)
 
-INK, MUTED, RULE, PAPER = "#1b2330", "#667085", "#e4e7ec", "#ffffff"
-NORMAL, PNEUMONIA = "#0072b2", "#d55e00"
-TRAIN, VALIDATION, SHIFTED = "#6f7a8d", "#00876c", "#b5468b"
-CURVE = "#3b4a8f"
-
-_DPI = 160
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so pictures do not depend on the machine's fonts
     "font.size": 9.5,
@@ -57,7 +70,6 @@ _STYLE = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
-_PHANTOM_NOTE = "drawn phantoms, not patients"
 _BILINEAR = Image.Resampling.BILINEAR
 _OPACITY = 0.65  # of a heat map where it is 1
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
@@ -309,54 +321,6 @@ def draw_plots(
     draw_abstention(metrics, plots / "abstention.png", is_phantom=is_phantom)
 
 
-def draw_sheet(
-    images: Sequence[npt.NDArray[np.uint8]],
-    titles: Sequence[str],
-    path: Path,
-    *,
-    marks: Sequence[str] = (),
-    heading: str = "",
-    note: str = "",
-    columns: int = 6,
-    is_phantom: bool = False,
-) -> None:
-    """Write a sheet of images, each (H, W) uint8 grey or (H, W, 3) uint8, with a short title under each.
-
-    `marks`, if given, are as many short lines that stand above the titles in ink, in colour where they end in "wrong".
-    """
-    if len(images) != len(titles):
-        raise ValueError(f"{len(images)} images and {len(titles)} titles must be equal in number")
-    if marks and len(images) != len(marks):
-        raise ValueError(f"{len(images)} images and {len(marks)} marks must be equal in number")
-    rows = max(1, math.ceil(len(images) / columns))
-    cell, top, below = 1.45, 0.75, 0.34 if marks else 0.22
-    height = rows * (cell + below) + top
-    width = columns * cell + 0.3
-    with _figure(path, heading, note, size=(width, height), is_phantom=is_phantom) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: with one a picture it took two thirds longer
-        for number, (image, title) in enumerate(zip(images, titles, strict=True)):
-            row, column = divmod(number, columns)
-            middle = 0.15 + (column + 0.5) * cell
-            bottom = height - top - (row + 1) * (cell + below) + below
-            side = cell - 0.08
-            high, wide = side * np.array(image.shape[:2]) / max(image.shape[:2])
-            low = bottom + (side - high) / 2
-            axes.imshow(
-                image, cmap="gray", vmin=0, vmax=255, interpolation="antialiased", aspect="auto",
-                extent=(middle - wide / 2, middle + wide / 2, low, low + high),
-            )  # fmt: skip
-            plain = "".join(letter if letter.isprintable() else "?" for letter in title)
-            short = plain if len(plain) <= 24 else plain[:11] + "…" + plain[-12:]
-            line = bottom - 0.03 * side
-            if marks:
-                colour = PNEUMONIA if marks[number].endswith("wrong") else INK
-                axes.text(middle, line, marks[number], ha="center", va="top", fontsize=7, color=colour)
-                line -= 0.09 * side
-            axes.text(middle, line, short, ha="center", va="top", fontsize=6.5, color=MUTED)
-        axes.set(xlim=(0, width), ylim=(0, height))
-        axes.set_axis_off()
-
-
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """A picture (H, W) under its heat map in [0, 1], of any size, as (H, W, 3) uint8; where it is 0 the picture stays.
 
@@ -371,55 +335,18 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt
     return mixed
 
 
-def draw_class_counts(
-    counts: Mapping[str, Mapping[str, int]], path: Path, *, heading: str = "Images by split", is_phantom: bool = False
-) -> None:
-    """Write one bar a split, cut by class; `counts` is {split: {class: number of images}}, classes in their order."""
-    classes = list(dict.fromkeys(name for split in counts.values() for name in split))
-    colours = dict(zip(classes, [NORMAL, PNEUMONIA, VALIDATION, SHIFTED, TRAIN], strict=False))
-    totals = {split: sum(by_class.values()) for split, by_class in counts.items()}
-    largest = max([1, *totals.values()])
-    size = (7.2, 1.35 + 0.55 * max(1, len(counts)))
-    with _figure(path, heading, f"{sum(totals.values()):,} images", size=size, is_phantom=is_phantom) as figure:
-        axes = figure.add_axes((0.09, 0.12, 0.68, 1 - 1.05 / size[1] - 0.12))
-        for row, (split, by_class) in enumerate(counts.items()):
-            left = 0
-            for name in classes:
-                number = by_class.get(name, 0)
-                axes.barh(row, number, left=left, height=0.62, color=colours[name], alpha=0.85, linewidth=0)
-                if number > 0.08 * largest:
-                    axes.text(left + number / 2, row, f"{number:,}", ha="center", va="center", color=PAPER, fontsize=9)
-                left += number
-            share = by_class.get(classes[-1], 0) / totals[split] if totals[split] else 0.0
-            axes.text(
-                left + 0.012 * largest, row, f"{totals[split]:,} · {100 * share:.0f} % {classes[-1]}", va="center",
-                color=MUTED, fontsize=8.5,
-            )  # fmt: skip
-        axes.set(yticks=range(len(counts)), xlim=(0, largest))
-        axes.set_yticklabels(list(counts), color=INK)
-        axes.invert_yaxis()
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.set_xticks([])
-        for number, name in enumerate(classes):
-            figure.text(
-                0.985 - 0.14 * (len(classes) - 1 - number), 1 - 0.33 / size[1], f"■ {name}", color=colours[name],
-                ha="right", va="center",
-            )  # fmt: skip
-
-
 @contextmanager
 def _figure(
     path: Path, title: str, subtitle: str, *, size: tuple[float, float] = (6.2, 4.3), is_phantom: bool
 ) -> Iterator[Figure]:
     """A figure with its title and subtitle, written to `path` when the block ends without an error."""
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # plain values are what matplotlib documents
-        figure = Figure(figsize=size, dpi=_DPI)
+        figure = Figure(figsize=size, dpi=DPI)
         FigureCanvasAgg(figure)
-        inch = 1 / size[1]
-        figure.text(0.15 / size[0] + 0.015, 1 - 0.33 * inch, title, fontsize=13, fontweight="bold", va="center")
-        line = " · ".join(filter(None, [subtitle, _PHANTOM_NOTE if is_phantom else ""]))
-        figure.text(0.15 / size[0] + 0.015, 1 - 0.58 * inch, line, fontsize=8.5, color=MUTED, va="center")
+        left = 0.15 / size[0] + 0.015
+        figure.text(left, 1 - TITLE_DOWN / size[1], title, fontsize=TITLE_SIZE, fontweight="bold", va="center")
+        line = subtitle_of(subtitle, is_phantom=is_phantom)
+        figure.text(left, 1 - SUBTITLE_DOWN / size[1], line, fontsize=SUBTITLE_SIZE, color=MUTED, va="center")
         yield figure
         buffer = io.BytesIO()
         with warnings.catch_warnings():
@@ -428,10 +355,7 @@ def _figure(
         figure.clear()
         del figure
         gc.collect()  # figures are full of cycles: without this a training grew by 5 MiB an epoch
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    write_picture(path, buffer.getvalue())
 
 
 def _draw_lines(

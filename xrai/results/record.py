@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from xrai.results.artifacts import RunFolder
 from xrai.results.metrics import calibrated, evaluate_scores
-from xrai.results.plots import draw_plots, draw_sheet, overlay
+from xrai.results.plots import draw_plots, overlay
+from xrai.results.sheets import draw_sheet
 
 NUM_PICTURES = 12  # on a sheet
 

@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from xrai.results import metrics as metrics_module
-from xrai.results import plots
+from xrai.results import style
 from xrai.results.metrics import METRICS, format_interval, format_value
 
 HEADLINES = ("accuracy", "sensitivity", "specificity", "auroc")
@@ -135,7 +135,7 @@ def render_report(
             if path.exists()
         ],
         splits=_splits(dataset),
-        colours={"normal": plots.NORMAL, "pneumonia": plots.PNEUMONIA},
+        colours={"normal": style.NORMAL, "pneumonia": style.PNEUMONIA},
         fixed_rate=metrics_module.FIXED_RATE,
     )
 
