@@ -6,9 +6,10 @@ worker or machine (`xrai.dataset.build`), and ends in the same bytes.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Final
 
@@ -27,8 +28,9 @@ from xrai.log import get_logger
 
 SHAPING_SECTIONS: Final = ("images", "splits", "shards")  # of the config: those that decide what a data set holds
 
-_HASH_THREADS = 4
 _FILES_A_TASK = 8  # that a thread takes at a time: small ones cost less to hash than to hand over
+_LARGE_BYTES = 1 << 16  # of a file; threads that read smaller ones from a disk take longer than one that does it all
+_MAX_HASH_THREADS = 8
 _logger = get_logger(__name__)
 
 
@@ -92,18 +94,28 @@ def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[i
     """
 
     def hashed(entry: Entry) -> Row:
-        row = Row(entry.path, "", entry.label, entry.patient, entry.subtype, entry.split)
+        patient, sha256, reason = entry.patient, "", ""
         try:
             data = source.read(entry.path)
         except ImageError as error:
-            return replace(row, reason=str(error))
-        if is_file_patient(row.patient) and isinstance(data, bytes) and is_dicom(data):
-            row = replace(row, patient=_patient_in(data, row.patient))
-        return replace(row, sha256=hash_of(data))
+            reason = str(error)
+        else:
+            if isinstance(data, bytes):
+                sizes.append(len(data))
+                if is_file_patient(patient) and is_dicom(data):
+                    patient = _patient_in(data, patient)
+            sha256 = hash_of(data)
+        return Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
 
-    rows = []
-    tasks = [entries[start : start + _FILES_A_TASK] for start in range(0, len(entries), _FILES_A_TASK)]
-    with ThreadPoolExecutor(max(_HASH_THREADS, source.num_parallel_reads)) as pool:
+    sizes: list[int] = []  # bytes
+    rows = [hashed(entry) for entry in entries[:_FILES_A_TASK]]
+    on_done(len(rows))
+    rest = entries[_FILES_A_TASK:]
+    num_threads = source.num_parallel_reads
+    if num_threads == 1 and sum(sizes) > _LARGE_BYTES * len(sizes):  # the lock of Python is free while one is hashed
+        num_threads = min(len(os.sched_getaffinity(0)), _MAX_HASH_THREADS)
+    tasks = [rest[start : start + _FILES_A_TASK] for start in range(0, len(rest), _FILES_A_TASK)]
+    with ThreadPoolExecutor(num_threads) as pool:
         for found in pool.map(lambda task: [hashed(entry) for entry in task], tasks):
             rows += found
             on_done(len(found))

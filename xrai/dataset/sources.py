@@ -27,6 +27,7 @@ from xrai.errors import ImageError, NotFoundError, SourceError, StoreError
 from xrai.store import Store, check_key, open_store
 
 MAX_FILE_BYTES: Final = 1 << 30  # no X-ray is larger; a zip member that says so is a bomb
+_READ_BYTES = 1 << 16  # at a time, of what a file does not say that it holds
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
 
 _KINDS = "a folder, a .zip, a MedMNIST .npz or s3://bucket/prefix"
@@ -132,12 +133,22 @@ class FolderSource(Source):
 
     def read(self, path: str) -> bytes:
         try:
-            with (self._folder / path).open("rb") as file:
-                size_bytes = os.fstat(file.fileno()).st_size
-                data = file.read(min(size_bytes, MAX_FILE_BYTES) + 1)  # as much memory as that takes is asked for
-                if len(data) > size_bytes:  # it grows, or does not state its size
-                    data += file.read(MAX_FILE_BYTES + 1 - len(data))
-                return _limited(data)
+            descriptor = os.open(
+                f"{self._folder}/{path}", os.O_RDONLY | os.O_CLOEXEC
+            )  # `open` takes longer than the reading
+            try:
+                size_bytes = os.fstat(descriptor).st_size
+                parts = [os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)]  # as much memory as that takes
+                num_bytes = len(parts[0])
+                # it may grow, not state its size, or come in pieces
+                while more := os.read(
+                    descriptor, min(max(size_bytes - num_bytes, _READ_BYTES), MAX_FILE_BYTES + 1 - num_bytes)
+                ):
+                    parts.append(more)
+                    num_bytes += len(more)
+                return _limited(b"".join(parts))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EIO):
                 raise ImageError(f"can not be read ({error.strerror})") from error
