@@ -14,7 +14,7 @@ import pytest
 from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai import preprocess, verify
 from xrai.dataset.audit import find_faults
-from xrai.dataset.manifest import Row, read_manifest, write_manifest
+from xrai.dataset.manifest import Row, manifest_lines, read_manifest
 from xrai.dataset.shards import DatasetIndex, ObjectInfo, compute_fingerprint, read_index
 from xrai.errors import run_command
 from xrai.store import open_store
@@ -145,7 +145,7 @@ def rewrite(dataset: Path, change_rows: Callable[[list[Row]], list[Row]]) -> Non
     """Change the manifest and make dataset.json agree with its new hash."""
     index = read_index(open_store(str(dataset)))
     rows = read_manifest((dataset / "manifest.jsonl").read_bytes(), where="manifest")
-    data = write_manifest(change_rows(rows))
+    data = b"".join(manifest_lines(change_rows(rows)))
     (dataset / "manifest.jsonl").write_bytes(data)
     info = ObjectInfo("manifest.jsonl", len(data), hashlib.sha256(data).hexdigest())
     objects = tuple(info if entry.name == info.name else entry for entry in index.objects)

@@ -1,9 +1,12 @@
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -221,6 +224,25 @@ def test_nothing_is_committed_while_a_part_is_missing(job: Job) -> None:
     index = builder.commit(no_report)
     assert index is not None and read_index(job.store) == index
     assert not [entry.key for entry in job.store.list(build.UNFINISHED)]
+
+
+def test_a_manifest_that_has_no_room_is_told_in_one_line(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.builder().build(job.plan.shards)
+
+    def full(rows: object) -> Iterator[bytes]:
+        yield b"{}"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "manifest_lines", full)
+        with pytest.raises(XraiError, match=r"manifest\.jsonl can not be written in .*No space.* make room there"):
+            job.builder().commit(no_report)
+    assert job.store.size("dataset.json") is None
+    index = job.builder().commit(no_report)
+    assert index is not None, "what was stored is kept"
+    assert {info.name: info.sha256 for info in index.objects} == {
+        "manifest.jsonl": hashlib.sha256(job.store.read("manifest.jsonl")).hexdigest()
+    }
 
 
 def test_a_shard_that_is_stored_is_not_made_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from tests.dataset.pictures import public_names
-from xrai.dataset.manifest import Row, lay_out, parse_name, read_manifest, write_manifest
+from xrai.dataset.manifest import Row, lay_out, manifest_lines, parse_name, read_manifest
 from xrai.errors import CorruptError, SourceError
 
 ROWS = [
@@ -14,7 +14,7 @@ ROWS = [
 
 
 def test_a_manifest_reads_back_as_it_was_written() -> None:
-    data = write_manifest(ROWS)
+    data = b"".join(manifest_lines(ROWS))
     assert read_manifest(data, where="m") == ROWS
     assert [json.loads(line)["path"] for line in data.splitlines()] == [row.path for row in ROWS]
 
@@ -27,7 +27,7 @@ def test_a_row_becomes_the_mapping_that_dataclasses_would_give() -> None:
 @pytest.mark.parametrize("line", [b"{", b"[]", b'{"path": "x"}', b"\xff", b'{"path": "x", "more": 1}'])
 def test_a_damaged_manifest_is_refused_by_line(line: bytes) -> None:
     with pytest.raises(CorruptError, match=r"manifest\.jsonl, line 3, is not a row"):
-        read_manifest(write_manifest(ROWS) + line + b"\n", where="manifest.jsonl")
+        read_manifest(b"".join(manifest_lines(ROWS)) + line + b"\n", where="manifest.jsonl")
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts

@@ -1,3 +1,7 @@
+import hashlib
+import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +91,31 @@ def test_files_that_can_not_be_read_are_set_aside_and_counted() -> None:
     ]
     assert all(row.path != "train/NORMAL/unreadable.png" for shard in plan.shards for row in shard.rows)
     assert len(plan.rows) == len(FILES) + 1
+
+
+@pytest.mark.parametrize(("num_bytes", "several"), [(100, False), (100_000, True)])
+def test_large_files_are_hashed_by_several_threads_and_small_ones_by_one_in_order(
+    num_bytes: int, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    files = {f"train/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k:03d}.png": bytes([k]) * num_bytes for k in range(100)}
+    threads = set()
+
+    class Watched(Held):
+        def read(self, path: str) -> bytes:
+            threads.add(threading.get_ident())
+            time.sleep(0.001)
+            return super().read(path)
+
+    source = Watched(files)
+    entries = list_source(source).layout.entries
+    counted: list[int] = []
+    rows = hash_files(source, entries, on_done=counted.append)
+    assert [(row.path, row.sha256) for row in rows] == [
+        (path, hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())
+    ]
+    assert sum(counted) == 100
+    assert (len(threads - {threading.get_ident()}) > 1) == several
 
 
 def test_too_many_of_them_are_refused_naming_some() -> None:

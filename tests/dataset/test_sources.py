@@ -135,6 +135,26 @@ def test_a_file_that_does_not_state_its_size_is_read_to_its_end(
         source.read("version")
 
 
+def test_a_file_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(250)) * 1000
+    source = open_source(str(write_files(tmp_path / "f", {"a.png": data})))
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, number: read(descriptor, min(number, 7001)))
+    assert source.read("a.png") == data
+
+
+def test_reading_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(write_files(tmp_path / "f", {"a.png": bytes(10), "b/c.png": b""})))
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    assert source.read("a.png") == bytes(10)
+    with pytest.raises(OSError, match="directory"):
+        source.read("b")
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 5)
+    with pytest.raises(ImageError):
+        source.read("a.png")
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+
+
 # ------------------------------------------------------------------------------------------------------------- archives
 
 

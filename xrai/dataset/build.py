@@ -8,6 +8,7 @@ whoever finishes last commits, with the same bytes.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import multiprocessing
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from multiprocessing import forkserver
@@ -37,7 +38,7 @@ from xrai.config import Images
 from xrai.dataset import dicom
 from xrai.dataset.images import decode_sized
 from xrai.dataset.leaks import find_near_pairs, num_pairs, perceptual_hash
-from xrai.dataset.manifest import CLASSES, Row, write_manifest
+from xrai.dataset.manifest import CLASSES, Row, manifest_lines
 from xrai.dataset.plan import Listing, Plan, PlannedShard, check_set_aside, hash_files, hash_of
 from xrai.dataset.shards import (
     HDF5_VERSION,
@@ -306,9 +307,10 @@ class Builder:
         if len(parts) < len(found):
             return None
         self._check_stored(parts)
-        index, objects = assemble(self._plan, parts, report)
-        for key, data in objects.items():
-            self._store.write(key, data)
+        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            index, objects = assemble(self._plan, parts, report, Path(folder))
+            for key, path in objects.items():
+                self._store.upload(key, path)
         try:
             self._store.write(INDEX_KEY, index.to_json().encode(), only_if_absent=True)
         except AlreadyExistsError:  # another process was faster; both mean the same
@@ -375,7 +377,7 @@ def histogram_of(images: NDArray[np.uint8]) -> list[int]:
 
 def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, sizes: Sequence[tuple[int, int]]) -> None:
     """Write the shard of some rows; `sizes` are (width, height) of their source pictures."""
-    try:
+    with _explained(path, path.name):
         write_shard(
             path,
             images=images,
@@ -387,14 +389,10 @@ def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, si
             width=[width for width, _ in sizes],
             height=[height for _, height in sizes],
         )
-    except (OSError, RuntimeError) as error:  # RuntimeError: what h5py makes of a full disk when it closes a file
-        raise XraiError(
-            f"{path.name} can not be written in {path.parent}: {error}; make room there, or set TMPDIR to another disk"
-        ) from error
 
 
-def assemble(plan: Plan, parts: Sequence[Part], report: Report) -> tuple[DatasetIndex, dict[str, bytes]]:
-    """What a commit writes: the index, and by key the manifest and the report.
+def assemble(plan: Plan, parts: Sequence[Part], report: Report, folder: Path) -> tuple[DatasetIndex, dict[str, Path]]:
+    """What a commit writes: the index, and by key the manifest and the report, as files below `folder`.
 
     The parts give up their perceptual hashes. Raises `SourceError` when too many files are set aside, or a class or val
     has none left.
@@ -407,7 +405,7 @@ def assemble(plan: Plan, parts: Sequence[Part], report: Report) -> tuple[Dataset
     index = _make_index(plan, parts, rows)
     near = _near_duplicates(plan, parts, rows)
     for part in parts:
-        part.perceptual_hashes.clear()  # as much memory as a third of the manifest, which comes next
+        part.perceptual_hashes.clear()  # a tenth of all memory
     if near:
         _logger.warning(
             "%d pairs of images in two splits look the same, such as %s and %s",
@@ -415,10 +413,32 @@ def assemble(plan: Plan, parts: Sequence[Part], report: Report) -> tuple[Dataset
             near[0].one.path,
             near[0].other.path,
         )
-    files = report(index, rows, near)
-    objects = {MANIFEST_KEY: write_manifest(rows), **files}
-    infos = tuple(ObjectInfo(key, len(data), hash_of(data)) for key, data in objects.items())
-    return replace(index, objects=infos), objects
+    contents: dict[str, Iterable[bytes]] = {MANIFEST_KEY: manifest_lines(rows)}
+    contents.update((key, [data]) for key, data in report(index, rows, near).items())
+    paths = {key: folder / str(number) for number, key in enumerate(contents)}
+    infos = tuple(_write_object(paths[key], key, pieces) for key, pieces in contents.items())
+    return replace(index, objects=infos), paths
+
+
+def _write_object(path: Path, key: str, pieces: Iterable[bytes]) -> ObjectInfo:
+    digest, size_bytes = hashlib.sha256(), 0
+    with _explained(path, key), path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size_bytes += len(piece)
+    return ObjectInfo(key, size_bytes, digest.hexdigest())
+
+
+@contextmanager
+def _explained(path: Path, name: str) -> Iterator[None]:
+    """Say what to do where a file can not be written before it is stored."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: what h5py makes of a full disk when it closes a file
+        raise XraiError(
+            f"{name} can not be written in {path.parent}: {error}; make room there, or set TMPDIR to another disk"
+        ) from error
 
 
 def _set_aside(shard: PlannedShard, reasons: Mapping[str, str]) -> list[Row]:

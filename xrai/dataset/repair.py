@@ -42,12 +42,14 @@ def repair(
     if not others:
         return
     parts = [_recover_part(store, infos.get(shard.name), shard, plan, source, images) for shard in plan.shards]
-    _, objects = assemble(plan, parts, report)
     stated = {info.name: info.sha256 for info in index.objects}
-    for key in others:
-        if key not in objects or hash_of(objects[key]) != stated.get(key):
-            raise _differs(store, key, index)
-        store.write(key, objects[key])
+    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        made, paths = assemble(plan, parts, report, Path(folder))
+        digests = {info.name: info.sha256 for info in made.objects}
+        for key in others:
+            if key not in digests or digests[key] != stated.get(key):
+                raise _differs(store, key, index)
+            store.upload(key, paths[key])
 
 
 def _repair_shard(
