@@ -293,6 +293,7 @@ class Loader:
         starts = np.cumsum([0, *rows_of_shards])
         num_images = self.num_images
         held = range(0)
+        opened: dict[int, Shard] = {}  # of those that are held
         for step in range(start, self.num_batches):
             first = step * self.batch_size
             last = min(first + self.batch_size, num_images)
@@ -301,11 +302,13 @@ class Loader:
                 feed.hold([shard for window in windows for shard in order.windows[window]])
             elif windows != held:
                 held = windows
+                opened.clear()
                 feed.hold(shards_to_hold(order.windows, windows, num_ahead=self._threads))
             all_rows = order.rows(first, last)
             rows = all_rows[rank_slice(len(all_rows), rank=self.rank, world_size=self.world_size)]
             shards = np.searchsorted(starts, rows, side="right") - 1
-            opened = {int(shard): feed.take(int(shard)) for shard in np.unique(shards)}
+            for shard in sorted(set(shards.tolist()).difference(opened)):
+                opened[shard] = feed.take(shard)
             started = time.monotonic()
             images, labels = _gather(opened, shards, rows - starts[shards], self._buffers.take(len(rows)))
             self._seconds.add("assemble", time.monotonic() - started)
