@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
+from xrai.dataset import plan as plan_module
 from xrai.dataset.plan import Listing, Plan, hash_files, list_source, make_plan
 from xrai.dataset.sources import Source, SourceFile
 from xrai.errors import ImageError, SourceError
@@ -93,10 +94,14 @@ def test_files_that_can_not_be_read_are_set_aside_and_counted() -> None:
     assert len(plan.rows) == len(FILES) + 1
 
 
-@pytest.mark.parametrize(("num_bytes", "several"), [(100, False), (100_000, True)])
-def test_large_files_are_hashed_by_several_threads_and_small_ones_by_one_in_order(
-    num_bytes: int, several: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_bytes", "wait_s", "several"), [(100, 0.0, False), (100_000, 0.0, True), (100, 0.002, True)]
+)
+def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_others_by_one_all_in_order(
+    num_bytes: int, wait_s: float, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not wait_s:  # a busy machine may let a test wait, too
+        monkeypatch.setattr(plan_module, "_WAITS_S", 60)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     files = {f"train/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k:03d}.png": bytes([k]) * num_bytes for k in range(100)}
     threads = set()
@@ -104,7 +109,7 @@ def test_large_files_are_hashed_by_several_threads_and_small_ones_by_one_in_orde
     class Watched(Held):
         def read(self, path: str) -> bytes:
             threads.add(threading.get_ident())
-            time.sleep(0.001)
+            time.sleep(wait_s or 0.001)
             return super().read(path)
 
     source = Watched(files)

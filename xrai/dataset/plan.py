@@ -7,6 +7,7 @@ worker or machine (`xrai.dataset.build`), and ends in the same bytes.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,7 +30,8 @@ from xrai.log import get_logger
 SHAPING_SECTIONS: Final = ("images", "splits", "shards")  # of the config: those that decide what a data set holds
 
 _FILES_A_TASK = 8  # that a thread takes at a time: small ones cost less to hash than to hand over
-_LARGE_BYTES = 1 << 16  # of a file; threads that read smaller ones from a disk take longer than one that does it all
+_LARGE_BYTES = 1 << 16  # of a file; threads that read smaller ones from memory take longer than one that does it all
+_WAITS_S = 0.0005  # a file; one in memory takes a tenth of it
 _MAX_HASH_THREADS = 8
 _logger = get_logger(__name__)
 
@@ -108,11 +110,15 @@ def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[i
         return Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
 
     sizes: list[int] = []  # bytes
+    began, began_busy = time.perf_counter(), time.thread_time()
     rows = [hashed(entry) for entry in entries[:_FILES_A_TASK]]
+    took_s, busy_s = time.perf_counter() - began, time.thread_time() - began_busy
     on_done(len(rows))
     rest = entries[_FILES_A_TASK:]
     num_threads = source.num_parallel_reads
-    if num_threads == 1 and sum(sizes) > _LARGE_BYTES * len(sizes):  # the lock of Python is free while one is hashed
+    if took_s > _WAITS_S * len(rows) and took_s > 2 * busy_s:  # for a network, or a disk that turns
+        num_threads = max(num_threads, _MAX_HASH_THREADS)
+    elif num_threads == 1 and sum(sizes) > _LARGE_BYTES * len(sizes):  # Python's lock is free while one is hashed
         num_threads = min(len(os.sched_getaffinity(0)), _MAX_HASH_THREADS)
     tasks = [rest[start : start + _FILES_A_TASK] for start in range(0, len(rest), _FILES_A_TASK)]
     with ThreadPoolExecutor(num_threads) as pool:
