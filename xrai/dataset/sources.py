@@ -133,9 +133,8 @@ class FolderSource(Source):
 
     def read(self, path: str) -> bytes:
         try:
-            descriptor = os.open(
-                f"{self._folder}/{path}", os.O_RDONLY | os.O_CLOEXEC
-            )  # `open` takes longer than the reading
+            # not `open`, which takes longer than the reading
+            descriptor = os.open(f"{self._folder}/{path}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size_bytes = os.fstat(descriptor).st_size
                 parts = [os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)]  # as much memory as that takes
