@@ -1,9 +1,11 @@
-"""The pictures that benchmarks measure on: the public data set where it is at hand, else phantoms."""
+"""The pictures that benchmarks measure on: the public data set where it is at hand, else
+phantoms.
+"""
 
 import os
 from pathlib import Path
 
-from xrai.dataset.phantom import make_phantoms
+from xrai.phantom.draw import make_phantoms
 
 PUBLIC = "chest_xray"  # 5,216 JPEG files
 FULL_SIZE = "chest_xray_originals"  # films as they came from the scanner
@@ -16,7 +18,9 @@ def find_public(name: str) -> str:
 
 
 def source_or_phantoms(source: str, folder: Path, *, num_phantoms: int) -> tuple[str, str]:
-    """The source to measure on, and in words what it is: the one given, or phantoms drawn into `folder`."""
+    """The source to measure on, and in words what it is: the one given, or phantoms drawn into
+    `folder`.
+    """
     if source:
         return source, Path(source).name
     make_phantoms(folder, num_images=num_phantoms)

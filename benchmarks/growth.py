@@ -1,19 +1,22 @@
-"""What a data set of 1,000, 10,000 and 100,000 images costs: seconds and memory to make, to load and to train on.
+"""What a data set of 1,000, 10,000 and 100,000 images costs: seconds and memory to make, to load
+and to train on.
 
     python -m benchmarks.growth                                   # 1,000, 10,000 and 100,000 phantoms: some 25 minutes
     python -m benchmarks.growth --sizes 500 1000 2000 --rounds 1  # a trial
 
-Time should grow as the number of images does, and memory hardly at all. Seconds are taken as a + b n^p: what starting
-costs, a, cancels in the differences between three sizes, and p is their exponent; 1 is linear. docs/scale.md takes it
-from here to 100 million.
+Time should grow as the number of images does, and memory hardly at all. Seconds are taken as a + b
+n^p: what starting costs, a, cancels in the differences between three sizes, and p is their
+exponent; 1 is linear. docs/scale.md takes it from here to 100 million.
 
-The images are phantoms, each file another one. `NUM_DRAWN` are drawn (`xrai.dataset.phantom`), which takes 17 ms of one
-core each; the others are those again, turned, cut, exposed and grained in another way, which takes 2 ms. All pictures
-from one drawing carry its patient's name, so they are in one split, as a patient's films are; a large set has thus more
-films of each patient, not more patients. Files are JPEG of 224 x 224 pixels, as those of the public copy.
+The images are phantoms, each file another one. `NUM_DRAWN` are drawn (`xrai.phantom`), which takes
+17 ms of one core each; the others are those again, turned, cut, exposed and grained in another way,
+which takes 2 ms. All pictures from one drawing carry its patient's name, so they are in one split,
+as a patient's films are; a large set has thus more films of each patient, not more patients. Files
+are JPEG of 224 x 224 pixels, as those of the public copy.
 
-Memory is counted over all processes together. `anonymous` is what the program holds for itself; it leaves out pages of
-mapped files, which the system may drop at any time and which grow with what was read, up to the size of the data set.
+Memory is counted over all processes together. `anonymous` is what the program holds for itself; it
+leaves out pages of mapped files, which the system may drop at any time and which grow with what was
+read, up to the size of the data set.
 """
 
 import argparse
@@ -51,7 +54,7 @@ from benchmarks.harness import (
     values_of,
     watch_memory,
 )
-from xrai.dataset.phantom import Phantom, draw_film, plan
+from xrai.phantom.draw import Phantom, draw_film, plan
 
 SIZES = (1_000, 10_000, 100_000)
 NUM_DRAWN = 4_000
@@ -99,13 +102,25 @@ _LOAD_S = 5.0  # epochs are loaded for so long, and at least three of them
 def main() -> None:
     """Draw the phantoms, measure, print, and write growth.json and growth.png."""
     parser = argparse.ArgumentParser(description="Seconds and memory by the number of images.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of images, at least three")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=list(SIZES),
+        help="numbers of images, at least three",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="preprocess makes what others need"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="preprocess makes what others need",
     )
-    parser.add_argument("--scratch", type=Path, help="folder with room for twice the images, 2.5 GB by default")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder with room for twice the images, 2.5 GB by default"
+    )
     parser.add_argument("--timeout_s", type=float, default=1800.0, help="of one run")
     flags = parser.parse_args()
     sizes = sorted(set(flags.sizes))
@@ -142,7 +157,10 @@ def main() -> None:
         steps = f"{sizes[-2]:,} to {sizes[-1]:,} over {sizes[-3]:,} to {sizes[-2]:,}"
         report.demand(f"{kind}: seconds an image more, {steps}", growth.last_ratio, at_most=1.2)
         report.demand(
-            f"{kind}: memory, bytes an image more", growth.bytes_an_image, at_most=MAX_BYTES_AN_IMAGE, digits=0
+            f"{kind}: memory, bytes an image more",
+            growth.bytes_an_image,
+            at_most=MAX_BYTES_AN_IMAGE,
+            digits=0,
         )
     report.save()
     draw(growths, RESULTS / "growth.png")
@@ -164,20 +182,28 @@ def prepare(folder: Path, sizes: Sequence[int], *, num_workers: int) -> None:
 def contender_of(kind: str, folder: Path, size: int, num_workers: int) -> Contender:
     dataset = str(folder / f"dataset-{size}")
     arguments: dict[str, dict[str, Any]] = {
-        "preprocess": {"source": str(folder / f"images-{size}"), "dataset": dataset, "num_workers": num_workers},
+        "preprocess": {
+            "source": str(folder / f"images-{size}"),
+            "dataset": dataset,
+            "num_workers": num_workers,
+        },
         "load": {"dataset": dataset},
         "train": {"dataset": dataset},
     }
-    return Contender(f"{kind} {size:,}", f"benchmarks.growth:measure_{kind}", arguments[kind], note=NOTES[kind])
+    return Contender(
+        f"{kind} {size:,}", f"benchmarks.growth:measure_{kind}", arguments[kind], note=NOTES[kind]
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ phantoms
+# ----------------------------------------------------------------------------------------- phantoms
 
 
 def make_pictures(folder: Path, num: int, *, num_drawn: int = NUM_DRAWN, num_workers: int) -> None:
-    """Write pictures 0 to `num` - 1 to FOLDER/{NORMAL,PNEUMONIA}. A picture is the same whatever `num`.
+    """Write pictures 0 to `num` - 1 to FOLDER/{NORMAL,PNEUMONIA}. A picture is the same whatever
+    `num`.
 
-    Picture i shows drawing i % `num_drawn` in its variation i // `num_drawn`; no drawing is shown as it was drawn.
+    Picture i shows drawing i % `num_drawn` in its variation i // `num_drawn`; no drawing is shown
+    as it was drawn.
     """
     for label in ("NORMAL", "PNEUMONIA"):
         (folder / label).mkdir(parents=True, exist_ok=True)
@@ -188,7 +214,9 @@ def make_pictures(folder: Path, num: int, *, num_drawn: int = NUM_DRAWN, num_wor
             pass
 
 
-def _write_variations(folder: Path, num: int, num_drawn: int, numbered: tuple[int, Phantom]) -> None:
+def _write_variations(
+    folder: Path, num: int, num_drawn: int, numbered: tuple[int, Phantom]
+) -> None:
     first, phantom = numbered
     film = np.rint(draw_film(0, phantom) * np.float32(255)).astype(np.uint8)  # (H, W)
     for number in range(first, num, num_drawn):
@@ -198,41 +226,74 @@ def _write_variations(folder: Path, num: int, num_drawn: int, numbered: tuple[in
 
 
 def name_of(phantom: Phantom, variation: int) -> str:
-    """The file name of a variation: another picture of the same patient, by the public data set's rules."""
+    """The file name of a variation: another picture of the same patient, by the public data
+    set's rules.
+    """
     return f"{phantom.stem}{'-' if phantom.kind == 'normal' else '_'}{variation + 1:04d}.jpeg"
 
 
 def vary(film: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """(SIDE, SIDE) uint8: a film (H, W) turned, cut to a part of it, exposed and grained as the generator says."""
+    """(SIDE, SIDE) uint8: a film (H, W) turned, cut to a part of it, exposed and grained as the
+    generator says.
+    """
     height, width = film.shape
     turn = math.radians(generator.uniform(-_MAX_TURN_DEG, _MAX_TURN_DEG))
     left, right = width * generator.uniform((0, 1 - _MAX_CUT), (_MAX_CUT, 1))
     top, bottom = height * generator.uniform((0, 1 - _MAX_CUT), (_MAX_CUT, 1))
-    along, across = math.cos(turn) / SIDE, math.sin(turn) / SIDE  # pixel (x, y) shows (a x + b y + c, d x + e y + f)
-    a, b, d, e = (right - left) * along, -(bottom - top) * across, (right - left) * across, (bottom - top) * along
+    along, across = (
+        math.cos(turn) / SIDE,
+        math.sin(turn) / SIDE,
+    )  # pixel (x, y) shows (a x + b y + c, d x + e y + f)
+    a, b, d, e = (
+        (right - left) * along,
+        -(bottom - top) * across,
+        (right - left) * across,
+        (bottom - top) * along,
+    )
     c, f = (left + right - (a + b) * SIDE) / 2, (top + bottom - (d + e) * SIDE) / 2
-    picture = Image.fromarray(film).transform((SIDE, SIDE), Image.Transform.AFFINE, (a, b, c, d, e, f), _FILTER)
+    picture = Image.fromarray(film).transform(
+        (SIDE, SIDE), Image.Transform.AFFINE, (a, b, c, d, e, f), _FILTER
+    )
     levels = 255 * np.linspace(0, 1, 256) ** math.exp(generator.uniform(-_MAX_GAMMA, _MAX_GAMMA))
     exposed = np.asarray(picture.point(np.rint(levels).astype(int).tolist()))
-    draws = np.frombuffer(generator.bytes(SIDE * SIDE), np.int8).reshape(SIDE, SIDE)  # uniform, -128 to 127
+    draws = np.frombuffer(generator.bytes(SIDE * SIDE), np.int8).reshape(
+        SIDE, SIDE
+    )  # uniform, -128 to 127
     grain = draws // np.int8(generator.integers(12, 100))
     return np.clip(exposed.astype(np.int16) + grain, 0, 255).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
-def measure_preprocess(*, scratch: Path, source: str, dataset: str, num_workers: int) -> dict[str, float]:
-    """`xrai.preprocess` from start to end. The data set stays, for `measure_load` and `measure_train`."""
+def measure_preprocess(
+    *, scratch: Path, source: str, dataset: str, num_workers: int
+) -> dict[str, float]:
+    """`xrai.preprocess` from start to end. The data set stays, for `measure_load` and
+    `measure_train`.
+    """
     shutil.rmtree(dataset, ignore_errors=True)
     seconds, anonymous_mib = run_command(
-        "xrai.preprocess", "--source", source, "--dataset", dataset, "--workers", str(num_workers), scratch=scratch
+        "xrai.preprocess",
+        "--source",
+        source,
+        "--dataset",
+        dataset,
+        "--workers",
+        str(num_workers),
+        scratch=scratch,
     )
-    return {"seconds": seconds, "anonymous_mib": anonymous_mib, "images_per_s": num_stored(dataset) / seconds}
+    return {
+        "seconds": seconds,
+        "anonymous_mib": anonymous_mib,
+        "images_per_s": num_stored(dataset) / seconds,
+    }
 
 
 def measure_load(*, scratch: Path, dataset: str) -> dict[str, float]:
-    """Shuffled epochs of the train split in batches of 64, each shard's hash checked in the first."""
+    """Shuffled epochs of the train split in batches of 64, each shard's hash checked in the
+    first.
+    """
     from xrai.dataset.loader import Loader
 
     with watch_memory(os.getpid(), pages=OWN_PAGES) as memory:
@@ -257,7 +318,9 @@ def measure_load(*, scratch: Path, dataset: str) -> dict[str, float]:
 
 
 def measure_train(*, scratch: Path, dataset: str) -> dict[str, float]:
-    """`xrai.train` for one epoch in one process, of one thread; `seconds` are those of the epoch alone."""
+    """`xrai.train` for one epoch in one process, of one thread; `seconds` are those of the epoch
+    alone.
+    """
     command_s, anonymous_mib = run_command(
         "xrai.train", "--dataset", dataset, "--artifacts", str(scratch), "--run_id", "growth", "--train.epochs=1",
         "--train.threads=1",
@@ -283,20 +346,26 @@ def num_stored(dataset: str) -> int:
 
 
 def run_command(module: str, *options: str, scratch: Path) -> tuple[float, float]:
-    """Seconds of a command of xrai, and the most memory that it and its children held for themselves, MiB."""
+    """Seconds of a command of xrai, and the most memory that it and its children held for
+    themselves, MiB.
+    """
     with (scratch / "words").open("w+b") as words:
         began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", module, *options], cwd=ROOT, stdout=words, stderr=words)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *options], cwd=ROOT, stdout=words, stderr=words
+        )
         with watch_memory(process.pid, pages=OWN_PAGES) as memory:
             status = process.wait()
         seconds = time.perf_counter() - began
         words.seek(0)
         if status:
-            raise RuntimeError(f"{module} ended with {status}: {words.read()[-300:].decode(errors='replace')}")
+            raise RuntimeError(
+                f"{module} ended with {status}: {words.read()[-300:].decode(errors='replace')}"
+            )
     return seconds, memory.peak_mib
 
 
-# ------------------------------------------------------------------------------------------------------------- growing
+# ------------------------------------------------------------------------------------------ growing
 
 
 @dataclass(frozen=True)
@@ -312,7 +381,9 @@ class Growth:
 
 
 def growth_of(runs: Sequence[Run], kind: str, sizes: Sequence[int]) -> Growth:
-    """What the runs of a kind say. Raises `ValueError` where a size has none, or seconds do not rise."""
+    """What the runs of a kind say. Raises `ValueError` where a size has none, or seconds do not
+    rise.
+    """
 
     def medians(key: str) -> list[float]:
         found = [list(values_of(runs, f"{kind} {size:,}", key).values()) for size in sizes]
@@ -321,7 +392,10 @@ def growth_of(runs: Sequence[Run], kind: str, sizes: Sequence[int]) -> Growth:
         return [summarise(values)["median"] for values in found]
 
     seconds, memory_mib = medians("seconds"), medians("anonymous_mib")
-    before, last = ((seconds[k] - seconds[k - 1]) / (sizes[k] - sizes[k - 1]) for k in (len(sizes) - 2, len(sizes) - 1))
+    before, last = (
+        (seconds[k] - seconds[k - 1]) / (sizes[k] - sizes[k - 1])
+        for k in (len(sizes) - 2, len(sizes) - 1)
+    )
     return Growth(
         images=list(sizes),
         seconds=seconds,
@@ -333,16 +407,24 @@ def growth_of(runs: Sequence[Run], kind: str, sizes: Sequence[int]) -> Growth:
 
 
 def exponent_of(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The p, from 0 to 4, of the curve a + b n^p through three points. Raises `ValueError` where they do not rise."""
+    """The p, from 0 to 4, of the curve a + b n^p through three points. Raises `ValueError` where
+    they do not rise.
+    """
     (small, middle, large), (first, second, third) = np.log(sizes), seconds
     if not first < second < third:
-        raise ValueError(f"{first:g}, {second:g} and {third:g} s do not rise with the size: take larger sizes")
+        raise ValueError(
+            f"{first:g}, {second:g} and {third:g} s do not rise with the size: take larger sizes"
+        )
     wanted = (third - second) / (second - first)
     low, high = 1e-6, 4.0
     while high - low > 1e-6:
         exponent = (low + high) / 2
-        steps = np.exp(exponent * (np.array([large, middle]) - small)) - 1  # n^p over the smallest one's, less 1
-        low, high = (low, exponent) if (steps[0] - steps[1]) / steps[1] > wanted else (exponent, high)
+        steps = (
+            np.exp(exponent * (np.array([large, middle]) - small)) - 1
+        )  # n^p over the smallest one's, less 1
+        low, high = (
+            (low, exponent) if (steps[0] - steps[1]) / steps[1] > wanted else (exponent, high)
+        )
     return low
 
 
@@ -354,7 +436,9 @@ def draw(growths: Mapping[str, Growth], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    for (kind, growth), colour in zip(growths.items(), ("#b5402a", "#2f6690", "#5b8c5a"), strict=False):
+    for (kind, growth), colour in zip(
+        growths.items(), ("#b5402a", "#2f6690", "#5b8c5a"), strict=False
+    ):
         label = f"{WORDS[kind]}: exponent {growth.exponent:.2f}"
         left.loglog(growth.images, growth.seconds, "o-", color=colour, label=label)
         slope = (growth.seconds[-2] - growth.seconds[0]) / (growth.images[-2] - growth.images[0])

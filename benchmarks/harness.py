@@ -1,9 +1,11 @@
-"""Runs contenders in turn, each run in a process of its own, and keeps what they measured. All benchmarks use it.
+"""Runs contenders in turn, each run in a process of its own, and keeps what they measured. All
+benchmarks use it.
 
-A contender is a function that measures once and returns its figures. A round runs each contender once; the next round
-begins with another one, so that a machine whose speed drifts favours nobody. Ratios are formed inside a round and then
-summarised, like everything here, by the median with the smallest and the largest. The harness adds what it sees from
-outside: seconds by the clock and of processor time, and the memory of all processes of the run together.
+A contender is a function that measures once and returns its figures. A round runs each contender
+once; the next round begins with another one, so that a machine whose speed drifts favours nobody.
+Ratios are formed inside a round and then summarised, like everything here, by the median with the
+smallest and the largest. The harness adds what it sees from outside: seconds by the clock and of
+processor time, and the memory of all processes of the run together.
 
     runs = run_in_turn([Contender("xrai", "benchmarks.load:measure_xrai", {"workers": 2}), ...], rounds=5)
     report = Report("load", settings={"batch_size": 64})
@@ -47,7 +49,8 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing to measure: `call` is "module:function", called with `arguments` and `scratch`, a new empty folder.
+    """One thing to measure: `call` is "module:function", called with `arguments` and `scratch`, a
+    new empty folder.
 
     It returns a mapping of figures (numbers). `note` says how it is configured, and who advises it.
     """
@@ -80,13 +83,18 @@ class Figure:
     digits: int = 0
 
 
-# ------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 def run_in_turn(
-    contenders: Sequence[Contender], *, rounds: int, timeout_s: float = 600.0, scratch: Path | None = None
+    contenders: Sequence[Contender],
+    *,
+    rounds: int,
+    timeout_s: float = 600.0,
+    scratch: Path | None = None,
 ) -> list[Run]:
-    """Run all contenders once a round, beginning each round with another one. `scratch` holds the runs' folders.
+    """Run all contenders once a round, beginning each round with another one. `scratch` holds the
+    runs' folders.
 
     A run that fails or takes longer than `timeout_s` is kept as a failure, with its last words.
     """
@@ -95,7 +103,9 @@ def run_in_turn(
         start = number % len(contenders)
         for contender in [*contenders[start:], *contenders[:start]]:
             run = _run(contender, number, timeout_s=timeout_s, scratch=scratch)
-            shown = run.failure or "  ".join(f"{key} {value:,.4g}" for key, value in run.figures.items())
+            shown = run.failure or "  ".join(
+                f"{key} {value:,.4g}" for key, value in run.figures.items()
+            )
             say(f"round {number + 1}/{rounds}  {contender.name:28}  {shown}")
             runs.append(run)
     return runs
@@ -107,11 +117,19 @@ def say(line: str) -> None:
 
 
 def _run(contender: Contender, number: int, *, timeout_s: float, scratch: Path | None) -> Run:
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=scratch, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="bench-", dir=scratch, ignore_cleanup_errors=True
+    ) as folder:
         told, words = Path(folder) / "figures.json", Path(folder) / "output"
         work = Path(folder) / "scratch"
         work.mkdir()
-        command = [sys.executable, "-m", "benchmarks.harness", contender.call, json.dumps(dict(contender.arguments))]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.harness",
+            contender.call,
+            json.dumps(dict(contender.arguments)),
+        ]
         with words.open("wb") as output:
             began = time.perf_counter()
             process = subprocess.Popen(
@@ -125,14 +143,18 @@ def _run(contender: Contender, number: int, *, timeout_s: float, scratch: Path |
             return Run(contender.name, number, {}, f"no end within {timeout_s:g} s", contender.note)
         if status != 0 or not told.exists():
             last = words.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
-            return Run(contender.name, number, {}, f"exit status {status}: {last[0][:300]}", contender.note)
+            return Run(
+                contender.name, number, {}, f"exit status {status}: {last[0][:300]}", contender.note
+            )
         figures = json.loads(told.read_text())
         outside = {"wall_s": wall_s, "cpu_s": usage, "peak_memory_mib": memory.peak_mib}
         return Run(contender.name, number, {**outside, **figures}, note=contender.note)
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> tuple[int | None, float]:
-    """Exit status (None: it had to be killed) and processor seconds of the process and its ended children."""
+    """Exit status (None: it had to be killed) and processor seconds of the process and its ended
+    children.
+    """
     late = threading.Timer(timeout_s, lambda: os.killpg(process.pid, signal.SIGKILL))
     late.start()
     try:
@@ -151,14 +173,18 @@ OWN_PAGES = ("Pss_Anon:", "Pss_Shmem:")  # what no file holds
 
 
 class Memory:
-    """The largest sum over a process and its descendants, MiB, looked at every 0.1 s; shared pages count once."""
+    """The largest sum over a process and its descendants, MiB, looked at every 0.1 s; shared
+    pages count once.
+    """
 
     peak_mib = 0.0
 
 
 @contextlib.contextmanager
 def watch_memory(pid: int, *, pages: tuple[str, ...] = ALL_PAGES) -> Iterator[Memory]:
-    """Watch the memory of a process tree inside the block; `pages` are the lines of smaps_rollup that count."""
+    """Watch the memory of a process tree inside the block; `pages` are the lines of smaps_rollup
+    that count.
+    """
     found, stop = Memory(), threading.Event()
 
     def look() -> None:
@@ -168,7 +194,10 @@ def watch_memory(pid: int, *, pages: tuple[str, ...] = ALL_PAGES) -> Iterator[Me
                 total = 0
                 for process in [root, *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error, OSError):
-                        total += count_kib(Path(f"/proc/{process.pid}/smaps_rollup").read_text(), pages) * 1024
+                        total += (
+                            count_kib(Path(f"/proc/{process.pid}/smaps_rollup").read_text(), pages)
+                            * 1024
+                        )
                 found.peak_mib = max(found.peak_mib, total / 2**20)
 
     thread = threading.Thread(target=look, daemon=True)
@@ -185,21 +214,32 @@ def count_kib(rollup: str, pages: tuple[str, ...]) -> int:
     return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(pages))
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def summarise(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest, largest and number of some values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def values_of(runs: Sequence[Run], contender: str, key: str) -> dict[int, float]:
     """A figure of a contender by round; rounds in which it failed are missing."""
-    return {run.round: run.figures[key] for run in runs if run.contender == contender and key in run.figures}
+    return {
+        run.round: run.figures[key]
+        for run in runs
+        if run.contender == contender and key in run.figures
+    }
 
 
 def ratio(runs: Sequence[Run], one: str, other: str, key: str) -> dict[str, float]:
-    """`one` over `other`, formed inside each round and summarised. Raises `ValueError` where they share no round."""
+    """`one` over `other`, formed inside each round and summarised. Raises `ValueError` where
+    they share no round.
+    """
     ones, others = values_of(runs, one, key), values_of(runs, other, key)
     shared = [ones[number] / others[number] for number in ones if number in others]
     if not shared:
@@ -208,15 +248,21 @@ def ratio(runs: Sequence[Run], one: str, other: str, key: str) -> dict[str, floa
 
 
 def best_of(runs: Sequence[Run], names: Sequence[str], figure: Figure) -> str:
-    """The name among `names` whose median of a figure is best; those that never succeeded do not count."""
+    """The name among `names` whose median of a figure is best; those that never succeeded do not
+    count.
+    """
     medians = {
-        name: statistics.median(found) for name in names if (found := values_of(runs, name, figure.key).values())
+        name: statistics.median(found)
+        for name in names
+        if (found := values_of(runs, name, figure.key).values())
     }
     return (max if figure.better == "higher" else min)(medians, key=lambda name: medians[name])
 
 
 class Report:
-    """What a benchmark found: tables, and the demands made on them. Written as JSON and as a plot."""
+    """What a benchmark found: tables, and the demands made on them. Written as JSON and as a
+    plot.
+    """
 
     def __init__(self, name: str, *, settings: Mapping[str, Any]) -> None:
         self.name = name
@@ -226,9 +272,17 @@ class Report:
         self._load_before = os.getloadavg()[0]
 
     def add_table(
-        self, name: str, title: str, runs: Sequence[Run], *, figures: Sequence[Figure], ours: str | None = None
+        self,
+        name: str,
+        title: str,
+        runs: Sequence[Run],
+        *,
+        figures: Sequence[Figure],
+        ours: str | None = None,
     ) -> None:
-        """A row a contender: each figure's median and range; with `ours` its first figure over each other's."""
+        """A row a contender: each figure's median and range; with `ours` its first figure over
+        each other's.
+        """
         rows = []
         for contender in dict.fromkeys(run.contender for run in runs):
             own = [run for run in runs if run.contender == contender]
@@ -237,7 +291,11 @@ class Report:
                 if found := values_of(runs, contender, figure.key):
                     row["figures"][figure.key] = summarise(list(found.values()))
             row["failures"] = [run.failure for run in own if run.failure]
-            if ours is not None and row["figures"].get(figures[0].key) and values_of(runs, ours, figures[0].key):
+            if (
+                ours is not None
+                and row["figures"].get(figures[0].key)
+                and values_of(runs, ours, figures[0].key)
+            ):
                 row["ours_over_it"] = ratio(runs, ours, contender, figures[0].key)
             rows.append(row)
         self.tables.append({
@@ -247,7 +305,13 @@ class Report:
         print(f"\n{title}\n\n" + "\n".join(format_table(self.tables[-1])), flush=True)
 
     def demand(
-        self, text: str, value: float, *, at_least: float | None = None, at_most: float | None = None, digits: int = 2
+        self,
+        text: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        digits: int = 2,
     ) -> None:
         """Note what was demanded of a figure and whether it was reached."""
         reached = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
@@ -276,7 +340,11 @@ def format_table(table: Mapping[str, Any]) -> list[str]:
     """A table in Markdown: medians, and (smallest to largest)."""
     figures = table["figures"]
     has_ratio = table["ours"] is not None
-    head = ["", *[figure["label"] for figure in figures], *([f"{table['ours']} over it"] if has_ratio else [])]
+    head = [
+        "",
+        *[figure["label"] for figure in figures],
+        *([f"{table['ours']} over it"] if has_ratio else []),
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in table["rows"]:
         cells = [row["contender"]]
@@ -295,7 +363,11 @@ def format_demands(demands: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| demanded | limit | measured | |", "|---|---:|---:|---|"]
     for demand in demands:
         digits = demand["digits"]
-        limit = f"≥ {demand['at_least']:g}" if demand["at_least"] is not None else f"≤ {demand['at_most']:g}"
+        limit = (
+            f"≥ {demand['at_least']:g}"
+            if demand["at_least"] is not None
+            else f"≤ {demand['at_most']:g}"
+        )
         state = "reached" if demand["reached"] else "**not reached**"
         lines.append(f"| {demand['text']} | {limit} | {demand['value']:,.{digits}f} | {state} |")
     return lines
@@ -313,7 +385,9 @@ def describe_machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        model = next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     return {
         "processor": model, "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform(terse=True),
@@ -329,16 +403,24 @@ def describe_versions() -> dict[str, str]:
     if shutil.which("git"):
 
         def git(*command: str) -> str:
-            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
+            )
             return done.stdout.strip()
 
-        changed = " and changes" if git("status", "--porcelain", "--", "xrai", "benchmarks/*.py", "configs") else ""
+        changed = (
+            " and changes"
+            if git("status", "--porcelain", "--", "xrai", "benchmarks/*.py", "configs")
+            else ""
+        )
         found["xrai"] = (git("rev-parse", "--short", "HEAD") or "unknown") + changed
     return found
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """A panel a table: the first figure of each contender, median as a bar, smallest and largest as a line."""
+    """A panel a table: the first figure of each contender, median as a bar, smallest and largest
+    as a line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -348,17 +430,30 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     tables = content["tables"]
     heights = [0.9 + 0.32 * len(table["rows"]) for table in tables]
     figure, panels = pyplot.subplots(
-        len(tables), 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+        len(tables),
+        1,
+        figsize=(8, sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     for panel, table in zip(panels[:, 0], tables, strict=True):
         column = table["figures"][0]
         rows = [row for row in table["rows"] if column["key"] in row["figures"]][::-1]
         found = [row["figures"][column["key"]] for row in rows]
         medians = [item["median"] for item in found]
-        spread = [[item["median"] - item["min"] for item in found], [item["max"] - item["median"] for item in found]]
+        spread = [
+            [item["median"] - item["min"] for item in found],
+            [item["max"] - item["median"] for item in found],
+        ]
         colours = ["#b5402a" if row["contender"] == table["ours"] else "#7d8a99" for row in rows]
         panel.barh(
-            [row["contender"] for row in rows], medians, xerr=spread, color=colours, ecolor="#222222", height=0.7
+            [row["contender"] for row in rows],
+            medians,
+            xerr=spread,
+            color=colours,
+            ecolor="#222222",
+            height=0.7,
         )
         wide = medians and min(medians) > 0 and max(medians) > 30 * min(medians)
         if wide:
@@ -368,7 +463,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
             panel.xaxis.set_minor_locator(NullLocator())
         panel.set_title(table["title"], loc="left", fontsize=10)
         panel.set_xlabel(
-            f"{column['label']}{', logarithmic' if wide else ''} ({column['better']} is better)", fontsize=8
+            f"{column['label']}{', logarithmic' if wide else ''} ({column['better']} is better)",
+            fontsize=8,
         )
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
@@ -376,14 +472,17 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------- inside of a run
+# ---------------------------------------------------------------------------------- inside of a run
 
 
 def main(call: str, arguments: str, scratch: str, told: str) -> None:
     """Call a contender's function and write its figures."""
     module, _, name = call.partition(":")
     function = getattr(importlib.import_module(module), name)
-    figures = {key: float(value) for key, value in function(scratch=Path(scratch), **json.loads(arguments)).items()}
+    figures = {
+        key: float(value)
+        for key, value in function(scratch=Path(scratch), **json.loads(arguments)).items()
+    }
     Path(told).write_text(json.dumps(figures, allow_nan=False))
 
 

@@ -1,14 +1,16 @@
-"""A TCP relay that stands between a client and a server: it adds a latency and counts what the server sends.
+"""A TCP relay that stands between a client and a server: it adds a latency and counts what the
+server sends.
 
     with Relay("http://127.0.0.1:7480", latency_s=0.02) as relay:
         relay.url                     # what the client is told
         read_counts(relay.counts)     # bytes from the server and requests so far; from any process
 
-The latency is that of one round trip, and is added where a client waits for one: to each new connection, for the
-handshake, and to each request, before its first byte goes on to the server. A request begins with the first bytes that
-a client sends after an answer (HTTP/1.1 without pipelining). Nothing limits the rate, and there is no slow start: what
-is measured is the cost of round trips alone. The relay is a process of its own, which moves the bytes of answers inside
-the kernel (`splice`), so that it takes little of the processor from what is measured.
+The latency is that of one round trip, and is added where a client waits for one: to each new
+connection, for the handshake, and to each request, before its first byte goes on to the server. A
+request begins with the first bytes that a client sends after an answer (HTTP/1.1 without
+pipelining). Nothing limits the rate, and there is no slow start: what is measured is the cost of
+round trips alone. The relay is a process of its own, which moves the bytes of answers inside the
+kernel (`splice`), so that it takes little of the processor from what is measured.
 """
 
 import contextlib
@@ -43,7 +45,9 @@ def read_counts(path: str | Path) -> Counts:
 
 
 class Relay:
-    """Runs until the block ends. `url` stands for `upstream`, and `counts` is the file for `read_counts`."""
+    """Runs until the block ends. `url` stands for `upstream`, and `counts` is the file for
+    `read_counts`.
+    """
 
     def __init__(self, upstream: str, *, latency_s: float) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-")
@@ -59,13 +63,18 @@ class Relay:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         with self._process:  # closes its pipe
             self._process.kill()
         self._folder.cleanup()
 
 
-# -------------------------------------------------------------------------------------------- inside of the process
+# ---------------------------------------------------------------------------- inside of the process
 
 
 class _Counter:
@@ -93,8 +102,15 @@ def serve(upstream: str, latency_s: float, counts: str) -> None:
 
 
 class _Connection:
-    def __init__(self, client: socket.socket, upstream: tuple[str, int], latency_s: float, counter: _Counter) -> None:
-        self._client, self._upstream, self._latency_s, self._counter = client, upstream, latency_s, counter
+    def __init__(
+        self, client: socket.socket, upstream: tuple[str, int], latency_s: float, counter: _Counter
+    ) -> None:
+        self._client, self._upstream, self._latency_s, self._counter = (
+            client,
+            upstream,
+            latency_s,
+            counter,
+        )
         self._answered = True  # whether the next bytes of the client begin a request
 
     def relay(self) -> None:

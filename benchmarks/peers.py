@@ -1,7 +1,9 @@
-"""The peers' formats, written and read as each one's documentation says is fastest. Pixels are stored raw, not as JPEG.
+"""The peers' formats, written and read as each one's documentation says is fastest. Pixels are
+stored raw, not as JPEG.
 
-`preprocess` uses the writers, `load` the readers, so that both measure the same bytes. A shard of each format holds as
-many images as ours, `SHARD_ROWS`; h5py's is one file, as most people write it. How each peer is set up:
+`preprocess` uses the writers, `load` the readers, so that both measure the same bytes. A shard of
+each format holds as many images as ours, `SHARD_ROWS`; h5py's is one file, as most people write it.
+How each peer is set up:
 
     streaming   static `ndarray:uint8:H,W` and `uint8` columns, no compression; a writer per process, then `merge_index`
     litdata     `optimize` with torch tensors, which its reader maps without a copy
@@ -21,12 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Read = Callable[[str], tuple[NDArray[np.uint8], int]]  # of a path: pixels (H, W) and label; picklable
+Read = Callable[
+    [str], tuple[NDArray[np.uint8], int]
+]  # of a path: pixels (H, W) and label; picklable
 
 SHARD_ROWS = 1024
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_streaming(read: Read, paths: Sequence[str], folder: Path, *, num_workers: int) -> None:
@@ -50,7 +54,10 @@ def _write_mds(read: Read, folder: Path, part: Sequence[str]) -> None:
     pixels, _ = read(part[0])
     columns = {"image": f"ndarray:uint8:{pixels.shape[0]},{pixels.shape[1]}", "label": "uint8"}
     with MDSWriter(
-        columns=columns, out=str(folder), size_limit=SHARD_ROWS * (pixels.size + 9), progress_bar=False
+        columns=columns,
+        out=str(folder),
+        size_limit=SHARD_ROWS * (pixels.size + 9),
+        progress_bar=False,
     ) as out:
         for path in part:
             pixels, label = read(path)
@@ -88,10 +95,18 @@ def write_webdataset(read: Read, paths: Sequence[str], folder: Path, *, num_work
 def _write_tars(read: Read, folder: Path, worker: int, part: Sequence[str]) -> None:
     import webdataset
 
-    with webdataset.ShardWriter(str(folder / f"{worker:02d}-%05d.tar"), maxcount=SHARD_ROWS, verbose=0) as out:
+    with webdataset.ShardWriter(
+        str(folder / f"{worker:02d}-%05d.tar"), maxcount=SHARD_ROWS, verbose=0
+    ) as out:
         for number, path in enumerate(part):
             pixels, label = read(path)
-            out.write({"__key__": f"{worker:02d}-{number:07d}", "ten": np.ascontiguousarray(pixels), "cls": label})
+            out.write(
+                {
+                    "__key__": f"{worker:02d}-{number:07d}",
+                    "ten": np.ascontiguousarray(pixels),
+                    "cls": label,
+                }
+            )
 
 
 def write_h5py(read: Read, paths: Sequence[str], folder: Path, *, num_workers: int) -> None:
@@ -102,12 +117,16 @@ def write_h5py(read: Read, paths: Sequence[str], folder: Path, *, num_workers: i
     with h5py.File(folder / "images.h5", "w") as file:
         for number, (pixels, label) in enumerate(_read_all(read, paths, num_workers)):
             if number == 0:
-                images = file.create_dataset("images", (len(paths), *pixels.shape), np.uint8)  # (N, H, W)
+                images = file.create_dataset(
+                    "images", (len(paths), *pixels.shape), np.uint8
+                )  # (N, H, W)
                 labels = file.create_dataset("labels", (len(paths),), np.uint8)  # (N,)
             images[number], labels[number] = pixels, label
 
 
-def _read_all(read: Read, paths: Sequence[str], num_workers: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
+def _read_all(
+    read: Read, paths: Sequence[str], num_workers: int
+) -> Iterator[tuple[NDArray[np.uint8], int]]:
     if num_workers <= 1:
         yield from map(read, paths)
         return
@@ -126,11 +145,13 @@ WRITERS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 class Batches:
-    """Iterated again and again, an epoch a time: images (B, 1, H, W) uint8 and labels (B,), torch tensors."""
+    """Iterated again and again, an epoch a time: images (B, 1, H, W) uint8 and labels (B,),
+    torch tensors.
+    """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self._loader = loader
@@ -145,11 +166,19 @@ class Batches:
 
 
 def read_streaming(
-    address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, cache: Path | None = None
+    address: str,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    cache: Path | None = None,
 ) -> Batches:
-    """`StreamingDataset` on a folder, or on a bucket by way of the folder `cache`; `S3_ENDPOINT_URL` names the S3.
+    """`StreamingDataset` on a folder, or on a bucket by way of the folder `cache`;
+    `S3_ENDPOINT_URL` names the S3.
 
-    The size of the batch is told to both the data set and the `DataLoader`, as the documentation asks.
+    The size of the batch is told to both the data set and the `DataLoader`, as the documentation
+    asks.
     """
     from streaming import StreamingDataset
 
@@ -162,14 +191,24 @@ def read_streaming(
 
 
 def read_litdata(
-    address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, cache: Path | None = None
+    address: str,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    cache: Path | None = None,
 ) -> Batches:
-    """`StreamingDataset` and `StreamingDataLoader`; a folder is mapped in place, a bucket's chunks come to `cache`."""
+    """`StreamingDataset` and `StreamingDataLoader`; a folder is mapped in place, a bucket's
+    chunks come to `cache`.
+    """
     import litdata
 
     os.environ.update({"GLOBAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if cache else {}
-    if options.get("endpoint_url", "").startswith("http://"):  # it has no setting for a server without TLS
+    if options.get("endpoint_url", "").startswith(
+        "http://"
+    ):  # it has no setting for a server without TLS
         from litdata.streaming import downloader
 
         downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
@@ -177,23 +216,42 @@ def read_litdata(
         address, cache_dir=str(cache) if cache else None, shuffle=True, storage_options=options
     )
     workers = {"persistent_workers": True} if num_workers else {}
-    return Batches(litdata.StreamingDataLoader(dataset, batch_size=batch_size, num_workers=num_workers, **workers))
+    return Batches(
+        litdata.StreamingDataLoader(
+            dataset, batch_size=batch_size, num_workers=num_workers, **workers
+        )
+    )
 
 
 def read_webdataset(
-    address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1, cache: Path | None = None
+    address: str,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    cache: Path | None = None,
 ) -> Batches:
-    """Tar files, shards shuffled and images in a buffer of 1,000, batched in the pipeline as its documentation says.
+    """Tar files, shards shuffled and images in a buffer of 1,000, batched in the pipeline as its
+    documentation says.
 
-    `address` is a folder, or a text of one `pipe:` command a line; with `cache` each shard is copied there first.
+    `address` is a folder, or a text of one `pipe:` command a line; with `cache` each shard is
+    copied there first.
     """
     import webdataset
 
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size)})
-    urls = address.splitlines() if address.startswith("pipe:") else sorted(map(str, Path(address).glob("*.tar")))
+    urls = (
+        address.splitlines()
+        if address.startswith("pipe:")
+        else sorted(map(str, Path(address).glob("*.tar")))
+    )
     dataset = (
         webdataset.WebDataset(
-            urls, shardshuffle=len(urls), nodesplitter=webdataset.split_by_node, cache_dir=str(cache) if cache else None
+            urls,
+            shardshuffle=len(urls),
+            nodesplitter=webdataset.split_by_node,
+            cache_dir=str(cache) if cache else None,
         )
         .shuffle(1000)
         .decode()
@@ -211,18 +269,29 @@ def _first_of_tensor(sample: tuple[list[NDArray[np.uint8]], int]) -> tuple[NDArr
     return tensors[0], label
 
 
-def read_h5py(address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> Batches:
-    """`DataLoader` over a `Dataset` that opens the file when first asked and reads one image at a time."""
+def read_h5py(
+    address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+) -> Batches:
+    """`DataLoader` over a `Dataset` that opens the file when first asked and reads one image at
+    a time.
+    """
     dataset = _Hdf5Images(f"{address}/images.h5")
     return Batches(
         _data_loader(
-            dataset, batch_size=batch_size, num_workers=num_workers, shuffle=True, rank=rank, world_size=world_size
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            shuffle=True,
+            rank=rank,
+            world_size=world_size,
         )
     )
 
 
 class _Hdf5Images:
-    """The usual map-style data set: the file is opened lazily, so that each worker has a handle of its own."""
+    """The usual map-style data set: the file is opened lazily, so that each worker has a handle
+    of its own.
+    """
 
     def __init__(self, path: str) -> None:
         import h5py
@@ -245,7 +314,9 @@ class _Hdf5Images:
         return torch.from_numpy(images[row]), int(labels[row])
 
 
-def read_files(address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> Batches:
+def read_files(
+    address: str, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+) -> Batches:
     """torchvision's `ImageFolder` over image files, one grey channel, through a `DataLoader`."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import Compose, Grayscale, PILToTensor
@@ -253,13 +324,24 @@ def read_files(address: str, *, batch_size: int, num_workers: int, rank: int = 0
     dataset = ImageFolder(address, transform=Compose([Grayscale(), PILToTensor()]))
     return Batches(
         _data_loader(
-            dataset, batch_size=batch_size, num_workers=num_workers, shuffle=True, rank=rank, world_size=world_size
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            shuffle=True,
+            rank=rank,
+            world_size=world_size,
         )
     )
 
 
 def _data_loader(
-    dataset: Any, *, batch_size: int, num_workers: int, shuffle: bool = False, rank: int = 0, world_size: int = 1
+    dataset: Any,
+    *,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Any:
     from torch.utils.data import DataLoader, DistributedSampler
 

@@ -1,24 +1,26 @@
-"""How fast a folder of JPEG files becomes a data set, beside the peers' writers and the limit of decoding alone.
+"""How fast a folder of JPEG files becomes a data set, beside the peers' writers and the limit of
+decoding alone.
 
     python -m benchmarks.preprocess                                             # 5 rounds
     python -m benchmarks.preprocess --rounds 1 --copies 1 --num-small 500       # a look
 
-Every contender is a whole job in a process of its own, start-up and imports included, from the same folder on a warm
-local disk to a finished data set on that disk:
+Every contender is a whole job in a process of its own, start-up and imports included, from the same
+folder on a warm local disk to a finished data set on that disk:
 
     xrai         `python -m xrai.preprocess`, the command as it is. Beside the pictures it makes what peers have not:
                  SHA-256 of each source file, splits by patient, perceptual hashes and the search for near-duplicates
                  over splits, shards that are hashed, read back and compared, manifest, data card with sheets.
     peers        their writers (`benchmarks.peers`), which get each picture as their users write it: PIL opens it,
                  decodes all of it, makes it grey, cuts the middle square, scales it with the filter that xrai takes.
-    xrai decode  the same writers, but the picture comes from `xrai.dataset.images.decode`, which lets libjpeg decode a
+    xrai decode  the same writers, but the picture comes from `xrai.ingest.images.decode`, which lets libjpeg decode a
                  large film at reduced size. Shown so that format and decoding can be told apart.
     the limit    each file read and decoded at the size that xrai asks for, by processes that do nothing else.
 
-Two sources: real full-size films, repeated (each copy has another hash, and is of the same patient, so that it lands in
-the same split) until there are about as many as in the public training set, to 64 px (the reference recipe's size) and,
-fewer of them, to 224 px; and the public set at 224 px, to 224 px. Phantoms of the same kinds where there are no real
-pictures. A last table shows what is spent on a job of a few pictures, which is start-up.
+Two sources: real full-size films, repeated (each copy has another hash, and is of the same patient,
+so that it lands in the same split) until there are about as many as in the public training set, to
+64 px (the reference recipe's size) and, fewer of them, to 224 px; and the public set at 224 px, to
+224 px. Phantoms of the same kinds where there are no real pictures. A last table shows what is
+spent on a job of a few pictures, which is start-up.
 """
 
 import argparse
@@ -56,15 +58,28 @@ START_FIGURES = [
 
 def main() -> None:
     """Prepare the sources, run the contenders in turn, and save the report."""
-    parser = argparse.ArgumentParser(description="Preprocessing beside the peers' writers and the limit.")
+    parser = argparse.ArgumentParser(
+        description="Preprocessing beside the peers' writers and the limit."
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--originals", default=find_public(FULL_SIZE), help="folder of full-size JPEG files")
+    parser.add_argument(
+        "--originals", default=find_public(FULL_SIZE), help="folder of full-size JPEG files"
+    )
     parser.add_argument("--source", default=find_public(PUBLIC), help="folder of small JPEG files")
-    parser.add_argument("--copies", type=int, default=17, help="of each full-size picture; a third of it for 224 px")
+    parser.add_argument(
+        "--copies", type=int, default=17, help="of each full-size picture; a third of it for 224 px"
+    )
     parser.add_argument("--num-small", type=int, default=0, help="pictures of 224 px; 0: all")
-    parser.add_argument("--phantoms", type=int, default=300, help="how many are drawn where there is no real picture")
-    parser.add_argument("--only", nargs="+", choices=("full", "small", "few"), default=("full", "small", "few"))
+    parser.add_argument(
+        "--phantoms",
+        type=int,
+        default=300,
+        help="how many are drawn where there is no real picture",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=("full", "small", "few"), default=("full", "small", "few")
+    )
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -79,7 +94,12 @@ def main() -> None:
 
         def compare(name: str, source: Path, size: int, kind: str, *, variants: bool) -> list[Run]:
             runs = measure(
-                source, size, rounds=flags.rounds, num_workers=flags.workers, scratch=folder, variants=variants
+                source,
+                size,
+                rounds=flags.rounds,
+                num_workers=flags.workers,
+                scratch=folder,
+                variants=variants,
             )
             title = f"{len(list_pictures(source)):,} {kind} to {size} px, {flags.workers} workers"
             add(report, name, title, runs, FIGURES, num_workers=flags.workers)
@@ -89,11 +109,18 @@ def main() -> None:
             if "full" not in flags.only:
                 break
             source = repeat(pictures["full"], folder / f"full-{size}", copies=copies)
-            runs = compare(f"full-{size}", source, size, "full-size JPEG files", variants=size == SIZE)
+            runs = compare(
+                f"full-{size}", source, size, "full-size JPEG files", variants=size == SIZE
+            )
             figure, ours = FIGURES[0], f"xrai, {flags.workers} workers"
             best = best_of(runs, PEERS, figure)
-            times, share = ratio(runs, ours, best, figure.key), ratio(runs, ours, "the limit", figure.key)
-            report.demand(f"full-size to {size} px: times the best peer ({best})", times["median"], at_least=2)
+            times, share = (
+                ratio(runs, ours, best, figure.key),
+                ratio(runs, ours, "the limit", figure.key),
+            )
+            report.demand(
+                f"full-size to {size} px: times the best peer ({best})", times["median"], at_least=2
+            )
             report.demand(f"full-size to {size} px: share of the limit, {flags.workers} workers", share["median"],
                           at_least=0.8)  # fmt: skip
         if "small" in flags.only:
@@ -101,7 +128,14 @@ def main() -> None:
             compare("small", source, LARGE, "JPEG files of 224 px", variants=True)
         if "few" in flags.only:
             source = repeat(spread(pictures["small"], NUM_FEW), folder / "few", copies=1)
-            runs = measure(source, SIZE, rounds=flags.rounds, num_workers=flags.workers, scratch=folder, variants=False)
+            runs = measure(
+                source,
+                SIZE,
+                rounds=flags.rounds,
+                num_workers=flags.workers,
+                scratch=folder,
+                variants=False,
+            )
             title = f"Start-up: whole jobs of {NUM_FEW} pictures, {flags.workers} workers"
             add(report, "start", title, runs, START_FIGURES, num_workers=flags.workers)
         report.save()
@@ -110,7 +144,9 @@ def main() -> None:
 def measure(
     source: Path, size: int, *, rounds: int, num_workers: int, scratch: Path, variants: bool = True
 ) -> list[Run]:
-    """Run all contenders on one source; without `variants` those alone that the demands speak of."""
+    """Run all contenders on one source; without `variants` those alone that the demands speak
+    of.
+    """
     place = "benchmarks.preprocess"
     ours = f"the command, `--images.size={size}` and all else as it comes"
     common = {"source": str(source), "num_workers": num_workers, "size": size}
@@ -128,7 +164,7 @@ def measure(
             Contender("xrai, 1 worker", f"{place}:measure_xrai", {**common, "num_workers": 1}, ours),
             *[Contender(f"{peer}, xrai decode", f"{place}:measure_peer",
                         {**common, "peer": peer, "read": "read_as_xrai_does"},
-                        "its writer; `xrai.dataset.images.decode`") for peer in WITH_OUR_DECODE],
+                        "its writer; `xrai.ingest.images.decode`") for peer in WITH_OUR_DECODE],
         ]  # fmt: skip
     runs = run_in_turn(contenders, rounds=rounds, scratch=scratch)
     num_images = len(list_pictures(source))
@@ -139,7 +175,15 @@ def measure(
     return runs
 
 
-def add(report: Report, name: str, title: str, runs: Sequence[Run], figures: list[Figure], *, num_workers: int) -> None:
+def add(
+    report: Report,
+    name: str,
+    title: str,
+    runs: Sequence[Run],
+    figures: list[Figure],
+    *,
+    num_workers: int,
+) -> None:
     """Add a table in the order xrai, peers, limit."""
     others = [*PEERS, *(f"{peer}, xrai decode" for peer in WITH_OUR_DECODE), "the limit"]
     order = ["xrai, 1 worker", f"xrai, {num_workers} workers", *others]
@@ -147,7 +191,7 @@ def add(report: Report, name: str, title: str, runs: Sequence[Run], figures: lis
     report.add_table(name, title, ordered, figures=figures, ours=f"xrai, {num_workers} workers")
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -162,13 +206,17 @@ def spread(paths: Sequence[Path], number: int) -> list[Path]:
 
 
 def repeat(paths: Sequence[Path], folder: Path, *, copies: int) -> Path:
-    """Write `copies` of each file to class folders below `folder`: other bytes after the picture, the same patient."""
+    """Write `copies` of each file to class folders below `folder`: other bytes after the
+    picture, the same patient.
+    """
     for path in paths:
         data = path.read_bytes()
         place = folder / path.parent.name
         place.mkdir(parents=True, exist_ok=True)
         for copy in range(copies):
-            (place / name_copy(path.name, copy)).write_bytes(data + copy.to_bytes(2, "big") * (copy > 0))
+            (place / name_copy(path.name, copy)).write_bytes(
+                data + copy.to_bytes(2, "big") * (copy > 0)
+            )
     return folder
 
 
@@ -180,14 +228,14 @@ def name_copy(name: str, copy: int) -> str:
 
 def draw(folder: Path, kind: str, number: int) -> Path:
     """Phantoms, for a machine without real pictures."""
-    from xrai.dataset.phantom import make_phantoms
+    from xrai.phantom.draw import make_phantoms
 
     say(f"XRAI_TEST_DATA is not set: drawing {number} phantoms")
     make_phantoms(folder, num_images=number, image_format="jpeg", full_size=kind == "full")
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------- contenders
 
 
 def measure_xrai(*, scratch: Path, source: str, num_workers: int, size: int) -> dict[str, float]:
@@ -195,30 +243,43 @@ def measure_xrai(*, scratch: Path, source: str, num_workers: int, size: int) -> 
     import multiprocessing.forkserver
     import runpy
 
-    sys.argv[1:] = ["--source", source, "--dataset", str(scratch / "dataset"), f"--images.size={size}"]
+    sys.argv[1:] = [
+        "--source",
+        source,
+        "--dataset",
+        str(scratch / "dataset"),
+        f"--images.size={size}",
+    ]
     sys.argv += ["--workers", str(num_workers)]
     try:
         runpy.run_module("xrai.preprocess", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"xrai.preprocess ended with {end.code}") from end
-    # The server of worker processes would outlive this one, and its processor time be missing: wait for it
+    # The server of worker processes would outlive this one, and its processor time be missing: wait
+    # for it
     multiprocessing.forkserver._forkserver._stop()
     return {}
 
 
-def measure_peer(*, scratch: Path, source: str, num_workers: int, size: int, peer: str, read: str) -> dict[str, float]:
+def measure_peer(
+    *, scratch: Path, source: str, num_workers: int, size: int, peer: str, read: str
+) -> dict[str, float]:
     """A peer's writer; `read` names the function of this module that gives it pictures."""
     from benchmarks.peers import WRITERS
 
     readers = {"read_as_users_do": read_as_users_do, "read_as_xrai_does": read_as_xrai_does}
     paths = [str(path) for path in list_pictures(Path(source))]
-    WRITERS[peer](partial(readers[read], size=size), paths, scratch / "dataset", num_workers=num_workers)
+    WRITERS[peer](
+        partial(readers[read], size=size), paths, scratch / "dataset", num_workers=num_workers
+    )
     return {}
 
 
 def read_as_users_do(path: str, *, size: int) -> "tuple[NDArray[np.uint8], int]":
-    """Pixels (H, W) and label: all of the picture is decoded, then cut to the middle square and scaled."""
+    """Pixels (H, W) and label: all of the picture is decoded, then cut to the middle square and
+    scaled.
+    """
     import numpy as np
     from PIL import Image
 
@@ -232,7 +293,7 @@ def read_as_users_do(path: str, *, size: int) -> "tuple[NDArray[np.uint8], int]"
 def read_as_xrai_does(path: str, *, size: int) -> "tuple[NDArray[np.uint8], int]":
     """Pixels (H, W) and label, by the function that preprocessing and prediction share."""
     from xrai.config import Images
-    from xrai.dataset.images import decode
+    from xrai.ingest.images import decode
 
     data = Path(path).read_bytes()
     return decode(data, size=size, fit="crop", max_pixels=Images().max_pixels), label_of(path)

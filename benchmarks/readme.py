@@ -1,4 +1,5 @@
-"""Writes the tables of benchmarks/README.md from benchmarks/results/*.json, so that the page says what was measured.
+"""Writes the tables of benchmarks/README.md from benchmarks/results/*.json, so that the page says
+what was measured.
 
 python -m benchmarks.readme
 """
@@ -42,7 +43,9 @@ def describe(content: Mapping[str, Any]) -> list[str]:
         lines += ["", "; ".join(notes) + "."] if notes else []
     machine = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content["settings"].items())
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in content["settings"].items()
+    )
     load = f"load {machine['load_before']:.1f} before and {machine['load_after']:.1f} after"
     name = content["benchmark"]
     on = f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']:g} GiB, {load}; {versions}"

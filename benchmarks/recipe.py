@@ -1,20 +1,23 @@
-"""How well a recipe holds where pictures are not like those of training: cross-validation by patient, and under shift.
+"""How well a recipe holds where pictures are not like those of training: cross-validation by
+patient, and under shift.
 
     python -m benchmarks.recipe --source DIR                                   # configs/pneumonia.yaml, seeds 0, 1, 2
     python -m benchmarks.recipe --source DIR --config configs/fast.yaml --seeds 0 --trainings "fold 0"
 
-Each training runs as users run it: labels in a table, `xrai.preprocess`, `torchrun -m xrai.train`; validation images
-are carved from its training patients, and the threshold, temperature and review limit are those that it stored. Then
-the images that were held out are scored as they are, and in two framings (below). Trainings:
+Each training runs as users run it: labels in a table, `xrai.preprocess`, `torchrun -m xrai.train`;
+validation images are carved from its training patients, and the threshold, temperature and review
+limit are those that it stored. Then the images that were held out are scored as they are, and in
+two framings (below). Trainings:
 
     fold k             a fifth of the patients of each class is held out
     IM to NORMAL2      trained on the normals of stream IM, tested on those of NORMAL2 (and a fifth of the pneumonias)
     NORMAL2 to IM      the reverse
 
-Framings: the public copy at hand squashes films of any shape to squares. A normal of which the middle 86 % (80 %) of
-the height is kept and stretched to the square again looks as a wider film would. That alone reproduces, on held-out
-training patients, what a network without augmentation is reported to lose on the official test split: AUROC falls to
-0.937 and specificity to 0.45, there to 0.92 and 0.40 (docs/decisions/0005-recipe.md).
+Framings: the public copy at hand squashes films of any shape to squares. A normal of which the
+middle 86 % (80 %) of the height is kept and stretched to the square again looks as a wider film
+would. That alone reproduces, on held-out training patients, what a network without augmentation is
+reported to lose on the official test split: AUROC falls to 0.937 and specificity to 0.45, there to
+0.92 and 0.40 (docs/decisions/0005-recipe.md).
 """
 
 import argparse
@@ -39,9 +42,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from xrai.dataset.images import decode
 from xrai.dataset.manifest import Entry, lay_out
-from xrai.dataset.sources import Source, open_source
+from xrai.ingest.images import decode
+from xrai.ingest.sources import Source, open_source
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.store import open_store
 
@@ -53,7 +56,9 @@ MEASURES = ("auroc", "accuracy", "sensitivity", "specificity", "review")
 
 def main() -> None:
     """Train, score and print the table."""
-    parser = argparse.ArgumentParser(description="Cross-validation of a recipe by patient and under shift.")
+    parser = argparse.ArgumentParser(
+        description="Cross-validation of a recipe by patient and under shift."
+    )
     parser.add_argument("--source", required=True, help="the public data set: a folder or zip")
     parser.add_argument("--config", default="configs/pneumonia.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -62,8 +67,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("options", nargs="*", help="further options of xrai.train, after --")
     flags = parser.parse_args()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
-    print(f"{flags.config} {' '.join(flags.options)}; {os.cpu_count()} cores, {versions}", flush=True)
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    )
+    print(
+        f"{flags.config} {' '.join(flags.options)}; {os.cpu_count()} cores, {versions}", flush=True
+    )
     source = open_source(flags.source)
     entries = lay_out((file.path for file in source.files()), source=source.name).entries
     results: list[dict[str, Any]] = []
@@ -89,12 +98,20 @@ def main() -> None:
                 for framing, height in FRAMINGS.items():
                     measured = measure(model, source, held_out, normal_height=height)
                     results.append(
-                        {"training": training, "seed": seed, "images": framing, "seconds": seconds, **measured}
+                        {
+                            "training": training,
+                            "seed": seed,
+                            "images": framing,
+                            "seconds": seconds,
+                            **measured,
+                        }
                     )
                     show(results[-1])
     print("\n".join(["", *summarise(results)]))
     if flags.json:
-        flags.json.write_text(json.dumps({"config": flags.config, "versions": versions, "results": results}, indent=1))
+        flags.json.write_text(
+            json.dumps({"config": flags.config, "versions": versions, "results": results}, indent=1)
+        )
 
 
 def is_held_out(entry: Entry, training: str) -> bool:
@@ -103,43 +120,64 @@ def is_held_out(entry: Entry, training: str) -> bool:
     if training.startswith("fold "):
         return fold == int(training.removeprefix("fold "))
     if training not in SHIFTS:
-        raise SystemExit(f"unknown training {training!r}: it takes {', '.join(SHIFTS)} and fold 0 to {NUM_FOLDS - 1}")
+        raise SystemExit(
+            f"unknown training {training!r}: it takes {', '.join(SHIFTS)} and fold 0 to {NUM_FOLDS - 1}"
+        )
     if entry.label == 1:
         return fold == 0
     return entry.patient.startswith(training.split(" to ")[1] + ":")
 
 
 def write_labels(path: Path, entries: Iterable[Entry], held_out: Sequence[Entry]) -> None:
-    """The table for `xrai.preprocess --labels`; validation images are carved from those of training."""
+    """The table for `xrai.preprocess --labels`; validation images are carved from those of
+    training.
+    """
     tested = {entry.path for entry in held_out}
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["path", "label", "patient", "split"])
         for entry in entries:
             label = ("NORMAL", "PNEUMONIA")[entry.label]
-            table.writerow([entry.path, label, entry.patient, "test" if entry.path in tested else "train"])
+            table.writerow(
+                [entry.path, label, entry.patient, "test" if entry.path in tested else "train"]
+            )
 
 
 def run_module(module: str, *options: str | Path, processes: int = 0) -> None:
-    """Run a command of xrai, under torchrun where `processes` is given; its output is shown only if it fails."""
+    """Run a command of xrai, under torchrun where `processes` is given; its output is shown only
+    if it fails.
+    """
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes else []
     command = [sys.executable, *start, "-m", module, *map(str, options)]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-5000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-5000:]}"
+        )
 
 
 @torch.inference_mode()
-def measure(model: TrainedModel, source: Source, entries: Sequence[Entry], *, normal_height: float) -> dict[str, float]:
-    """Metrics at the model's own threshold, and the share of images that it would send to review."""
+def measure(
+    model: TrainedModel, source: Source, entries: Sequence[Entry], *, normal_height: float
+) -> dict[str, float]:
+    """Metrics at the model's own threshold, and the share of images that it would send to
+    review.
+    """
     labels = np.array([entry.label for entry in entries])
     scores, reviews = [], []
     for start in range(0, len(entries), 256):
         part = entries[start : start + 256]
         pictures = np.stack(
-            [read(model, source, entry.path, height=normal_height if entry.label == 0 else 1.0) for entry in part]
+            [
+                read(model, source, entry.path, height=normal_height if entry.label == 0 else 1.0)
+                for entry in part
+            ]
         )
         grey = torch.from_numpy(pictures)[:, None].float() / 255  # (B, 1, H, W)
         logits, atypicality = model.typicality.atypicality(model.network, grey)
@@ -158,7 +196,9 @@ def measure(model: TrainedModel, source: Source, entries: Sequence[Entry], *, no
 
 
 def read(model: TrainedModel, source: Source, path: str, *, height: float) -> NDArray[np.uint8]:
-    """A picture as the model sees it, of the middle share `height` of it, stretched to the shape that it had."""
+    """A picture as the model sees it, of the middle share `height` of it, stretched to the shape
+    that it had.
+    """
     data = source.read(path)
     if height < 1:
         assert isinstance(data, bytes)
@@ -172,12 +212,20 @@ def read(model: TrainedModel, source: Source, path: str, *, height: float) -> ND
 def show(row: dict[str, Any]) -> None:
     """One line of progress."""
     figures = "  ".join(f"{name} {row[name]:.4f}" for name in MEASURES)
-    print(f"{row['training']:14} seed {row['seed']}  {row['images']:18} {figures}  {row['seconds']:.0f} s", flush=True)
+    print(
+        f"{row['training']:14} seed {row['seed']}  {row['images']:18} {figures}  {row['seconds']:.0f} s",
+        flush=True,
+    )
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A table in Markdown: the mean over seeds, and the smallest and largest, of each training and framing."""
-    lines = [f"| trained and tested | images | n | {' | '.join(MEASURES)} |", "|---" * (3 + len(MEASURES)) + "|"]
+    """A table in Markdown: the mean over seeds, and the smallest and largest, of each training
+    and framing.
+    """
+    lines = [
+        f"| trained and tested | images | n | {' | '.join(MEASURES)} |",
+        "|---" * (3 + len(MEASURES)) + "|",
+    ]
     for training, framing in dict.fromkeys((row["training"], row["images"]) for row in results):
         rows = [row for row in results if (row["training"], row["images"]) == (training, framing)]
         cells = []

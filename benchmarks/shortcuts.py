@@ -26,25 +26,31 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
-from xrai.dataset.images import decode_sized
 from xrai.dataset.manifest import lay_out
-from xrai.dataset.sources import open_source
+from xrai.ingest.images import decode_sized
+from xrai.ingest.sources import open_source
 from xrai.results.baselines import border_features, fit_and_score, geometry_features
 
 FITS = ("crop", "squash", "pad")
 CELLS = 14
 
 Floats = NDArray[np.float64]
-Score = Callable[[NDArray[np.int64], NDArray[np.int64]], float]  # of the rows to learn from and the rows to measure
+Score = Callable[
+    [NDArray[np.int64], NDArray[np.int64]], float
+]  # of the rows to learn from and the rows to measure
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Shortcuts under each images.fit.")
-    parser.add_argument("--source", required=True, help="full-size films: whatever xrai.preprocess reads")
+    parser.add_argument(
+        "--source", required=True, help="full-size films: whatever xrai.preprocess reads"
+    )
     parser.add_argument("--size", type=int, default=64, help="side of the stored picture, pixels")
     parser.add_argument("--folds", type=int, default=5, help="parts of the cross-validation")
-    parser.add_argument("--seeds", type=int, default=5, help="cross-validations, each with other parts")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="cross-validations, each with other parts"
+    )
     flags = parser.parse_args()
     began = time.perf_counter()
     source = open_source(flags.source)
@@ -73,16 +79,23 @@ def main() -> None:
         border, whole = border_features(images[fit]), cells(images[fit])
         scores: list[Score] = [
             lambda train, test: float(
-                roc_auc_score(labels[test], fit_and_score(geometry[train], labels[train], geometry[test]))
+                roc_auc_score(
+                    labels[test], fit_and_score(geometry[train], labels[train], geometry[test])
+                )
             ),
             lambda train, test, border=border: float(  # type: ignore[misc]
-                roc_auc_score(labels[test], fit_and_score(border[train], labels[train], border[test]))
+                roc_auc_score(
+                    labels[test], fit_and_score(border[train], labels[train], border[test])
+                )
             ),
             lambda train, test, whole=whole: explained(  # type: ignore[misc]
                 whole[train], geometry[train, 2], whole[test], geometry[test, 2]
             ),
         ]
-        found = [cross_validate(score, labels, patients, num_folds=flags.folds, seeds=flags.seeds) for score in scores]
+        found = [
+            cross_validate(score, labels, patients, num_folds=flags.folds, seeds=flags.seeds)
+            for score in scores
+        ]
         print(f"{fit:<8}" + "".join(f"{describe(values):>24}" for values in found))
     print(
         f"{os.cpu_count()} cores, Python {platform.python_version()}, scikit-learn {sklearn.__version__}, "
@@ -100,19 +113,30 @@ def cells(images: NDArray[np.uint8]) -> Floats:
 
 
 def explained(train: Floats, targets: Floats, others: Floats, truth: Floats) -> float:
-    """R squared of a kernel regression of targets (n,) from train (n, F), on others (m, F) and their truth (m,)."""
+    """R squared of a kernel regression of targets (n,) from train (n, F), on others (m, F) and
+    their truth (m,).
+    """
     scale = targets.std() or 1.0
-    model = make_pipeline(StandardScaler(), SVR(C=3.0, gamma="auto", epsilon=0.05)).fit(train, targets / scale)
+    model = make_pipeline(StandardScaler(), SVR(C=3.0, gamma="auto", epsilon=0.05)).fit(
+        train, targets / scale
+    )
     return float(r2_score(truth / scale, model.predict(others)))
 
 
 def cross_validate(
-    score: Score, labels: NDArray[np.int64], patients: NDArray[np.str_], *, num_folds: int, seeds: int
+    score: Score,
+    labels: NDArray[np.int64],
+    patients: NDArray[np.str_],
+    *,
+    num_folds: int,
+    seeds: int,
 ) -> list[float]:
     """The mean score over the folds, for each seed; no patient is in two folds."""
     means = []
     for seed in range(seeds):
-        folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed).split(labels, labels, patients)
+        folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed).split(
+            labels, labels, patients
+        )
         means.append(statistics.mean(score(train, test) for train, test in folds))
     return means
 

@@ -1,16 +1,19 @@
-"""Seconds of training to 0.75, 0.90 and 0.94 accuracy on patients that were held out, under a shift of framing.
+"""Seconds of training to 0.75, 0.90 and 0.94 accuracy on patients that were held out, under a shift
+of framing.
 
     python -m benchmarks.time_to_accuracy --source data/chest_xray            # five seeds of each recipe
     python -m benchmarks.time_to_accuracy --source data/chest_xray --seeds 0 --only 0.75 0.90
 
-In the manner of airbench (https://github.com/KellerJordan/cifar10-airbench): each target has a recipe of fixed length,
-and is reached where the mean accuracy over all seeds is at least the target. Seconds are those of the training loop,
-all epochs; the evaluation after each epoch, start-up and results are in the second column. Each run is the command that
-users run, `torchrun -m xrai.train`, and is scored at the threshold that it stored, chosen on its validation images.
+In the manner of airbench (https://github.com/KellerJordan/cifar10-airbench): each target has a
+recipe of fixed length, and is reached where the mean accuracy over all seeds is at least the
+target. Seconds are those of the training loop, all epochs; the evaluation after each epoch,
+start-up and results are in the second column. Each run is the command that users run, `torchrun -m
+xrai.train`, and is scored at the threshold that it stored, chosen on its validation images.
 
-The held-out images are fold 0 of `benchmarks.recipe`, a fifth of the patients of each class, and the shift is its
-"normals 86 % high": the framing that reproduces what a plain network loses on the official test split. The accuracy on
-the same images as they are, and on augmented copies of the validation images, stands beside it.
+The held-out images are fold 0 of `benchmarks.recipe`, a fifth of the patients of each class, and
+the shift is its "normals 86 % high": the framing that reproduces what a plain network loses on the
+official test split. The accuracy on the same images as they are, and on augmented copies of the
+validation images, stands beside it.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from benchmarks.data import PUBLIC, find_public
 from benchmarks.harness import Contender, Figure, Report, run_in_turn, summarise, values_of
 from benchmarks.recipe import FRAMINGS, is_held_out, measure, run_module, write_labels
 from xrai.dataset.manifest import lay_out
-from xrai.dataset.sources import open_source
+from xrai.ingest.sources import open_source
 from xrai.learning.predictor import load_model
 from xrai.store import open_store
 
@@ -47,8 +50,12 @@ FIGURES = [
 def main() -> None:
     """Train each recipe once a seed, in turn, print the table and save it."""
     parser = argparse.ArgumentParser(description="Seconds of training to an accuracy under shift.")
-    parser.add_argument("--source", default=find_public(PUBLIC), help="the public data set: a folder or zip")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe, with seeds 0, 1, …")
+    parser.add_argument(
+        "--source", default=find_public(PUBLIC), help="the public data set: a folder or zip"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="runs of each recipe, with seeds 0, 1, …"
+    )
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--processes", type=int, default=2)
     flags = parser.parse_args()
@@ -78,25 +85,37 @@ def main() -> None:
                 arguments = {
                     "place": str(place), "seed": seed, "source": flags.source, "processes": flags.processes,
                 }  # fmt: skip
-                contenders.append(Contender(target, "benchmarks.time_to_accuracy:measure_run", arguments))
+                contenders.append(
+                    Contender(target, "benchmarks.time_to_accuracy:measure_run", arguments)
+                )
         by_seed = sorted(contenders, key=lambda contender: contender.arguments["seed"])
         runs = run_in_turn(by_seed, rounds=1)
     runs = [type(run)(run.contender, k, run.figures, run.failure) for k, run in enumerate(runs)]
     runs.sort(key=lambda run: run.contender)
     report.add_table(
-        "targets", f"{flags.seeds} seeds of each recipe, {flags.processes} processes", runs, figures=FIGURES
+        "targets",
+        f"{flags.seeds} seeds of each recipe, {flags.processes} processes",
+        runs,
+        figures=FIGURES,
     )
     for target in flags.only:
         reached = list(values_of(runs, target, "shifted_accuracy").values())
         mean = sum(reached) / len(reached)
-        report.demand(f"mean accuracy under shift of the recipe for {target}", mean, at_least=float(target), digits=4)
+        report.demand(
+            f"mean accuracy under shift of the recipe for {target}",
+            mean,
+            at_least=float(target),
+            digits=4,
+        )
         if target == "0.90":
             seconds = summarise(list(values_of(runs, target, "train_s").values()))["median"]
             report.demand("seconds of training to 0.90", seconds, at_most=10, digits=1)
     report.save()
 
 
-def measure_run(*, scratch: Path, place: str, seed: int, source: str, processes: int) -> dict[str, float]:
+def measure_run(
+    *, scratch: Path, place: str, seed: int, source: str, processes: int
+) -> dict[str, float]:
     """Train one seed and score what was held out."""
     run_module(
         "xrai.train", "--config", Path(place) / "config.yaml", "--dataset", Path(place) / "dataset",

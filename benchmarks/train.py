@@ -1,19 +1,22 @@
-"""What the training loop costs beside the network: waiting for data, the loop itself, and a second rank.
+"""What the training loop costs beside the network: waiting for data, the loop itself, and a second
+rank.
 
     python -m benchmarks.train                      # the public data set where XRAI_TEST_DATA says so, else phantoms
     python -m benchmarks.train --source DIR --rounds 5
 
-One process takes turns by epochs, so that all see the same machine: an epoch of `xrai.learning.loop.fit` with batches
-from the loader, an epoch of it with the same batches already in memory, and before each of them an epoch of a bare loop
-over tensors in memory: the same network, precision, batch size and augmentation, forward, backward, clipping, AdamW and
-the averaged weights, and nothing else. `plain` is that loop without augmentation, clipping and averaging.
+One process takes turns by epochs, so that all see the same machine: an epoch of
+`xrai.learning.loop.fit` with batches from the loader, an epoch of it with the same batches already
+in memory, and before each of them an epoch of a bare loop over tensors in memory: the same network,
+precision, batch size and augmentation, forward, backward, clipping, AdamW and the averaged weights,
+and nothing else. `plain` is that loop without augmentation, clipping and averaging.
 
-Accelerator utilisation is compute time over total time, as MLPerf Storage defines it; the share that `fit` states is
-checked against the ratio of its rates with both kinds of batches.
+Accelerator utilisation is compute time over total time, as MLPerf Storage defines it; the share
+that `fit` states is checked against the ratio of its rates with both kinds of batches.
 
-Scaling: two ranks of one thread under torchrun, beside two processes of one thread that know nothing of each other and
-run at the same time with a rank's batch size, and beside one such process alone. Once with half of the recipe's batch a
-rank, as a job of two ranks has it, and once with the whole of it, as where the batch grows with the ranks.
+Scaling: two ranks of one thread under torchrun, beside two processes of one thread that know
+nothing of each other and run at the same time with a rank's batch size, and beside one such process
+alone. Once with half of the recipe's batch a rank, as a job of two ranks has it, and once with the
+whole of it, as where the batch grows with the ranks.
 """
 
 import argparse
@@ -52,20 +55,30 @@ NUM_PHANTOMS = 3000
 
 def main() -> None:
     """Measure, print the tables and save them."""
-    parser = argparse.ArgumentParser(description="The training loop beside a bare one; two ranks beside two processes.")
-    parser.add_argument("--source", default=find_public(PUBLIC), help="images to train on; phantoms if not given")
+    parser = argparse.ArgumentParser(
+        description="The training loop beside a bare one; two ranks beside two processes."
+    )
+    parser.add_argument(
+        "--source", default=find_public(PUBLIC), help="images to train on; phantoms if not given"
+    )
     parser.add_argument("--size", type=int, default=64, help="side of the pictures, pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind in a round")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the single process")
-    parser.add_argument("--as-rank", nargs=4, metavar=("DATASET", "BATCH", "TURNS", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the single process"
+    )
+    parser.add_argument(
+        "--as-rank", nargs=4, metavar=("DATASET", "BATCH", "TURNS", "FILE"), help=argparse.SUPPRESS
+    )
     flags = parser.parse_args()
     if flags.as_rank:
         place, batch_size, turns_told, told = flags.as_rank
         return train_rank(place, int(batch_size), int(turns_told), Path(told))
     batch = Config().train.global_batch_size
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        source, what = source_or_phantoms(flags.source, Path(folder) / "source", num_phantoms=NUM_PHANTOMS)
+        source, what = source_or_phantoms(
+            flags.source, Path(folder) / "source", num_phantoms=NUM_PHANTOMS
+        )
         dataset = str(Path(folder) / "dataset")
         subprocess.run(
             [sys.executable, "-m", "xrai.preprocess", "--source", source, "--dataset", dataset,
@@ -73,7 +86,8 @@ def main() -> None:
         )  # fmt: skip
         arguments = {"dataset": dataset, "turns": flags.turns, "threads": flags.threads}
         turns = run_in_turn(
-            [Contender("epochs in turn", "benchmarks.train:measure_turns", arguments)], rounds=flags.rounds
+            [Contender("epochs in turn", "benchmarks.train:measure_turns", arguments)],
+            rounds=flags.rounds,
         )
         ranks = {
             size: run_in_turn(
@@ -96,7 +110,9 @@ def main() -> None:
     for size, runs in ranks.items():
         title = f"Ranks of one thread, {size} images a rank"
         report.add_table(f"ranks-{size}", title, runs, ours=KINDS["ranks"], figures=[RATE])
-    stated = statistics.median(run.figures["utilisation"] for run in loops if run.contender == LOADED)
+    stated = statistics.median(
+        run.figures["utilisation"] for run in loops if run.contender == LOADED
+    )
     report.demand("accelerator utilisation, as the loop states it", stated, at_least=0.98, digits=4)
     report.demand("rate with the loader over rate from memory", ratio(loops, LOADED, IN_MEMORY, RATE.key)["median"],
                   at_least=0.98, digits=3)  # fmt: skip
@@ -109,13 +125,15 @@ def main() -> None:
     report.save()
 
 
-# ---------------------------------------------------------------------------------------------------- epochs in turn
+# ----------------------------------------------------------------------------------- epochs in turn
 
 LOADED, IN_MEMORY, BARE, PLAIN = "fit, loader", "fit, batches in memory", "bare loop", "plain loop"
 
 
 class Alternating:
-    """A training split whose even epochs come from the loader and whose odd ones are batches in memory."""
+    """A training split whose even epochs come from the loader and whose odd ones are batches in
+    memory.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -124,7 +142,9 @@ class Alternating:
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
-        return self._loader.epoch(epoch, start=start) if epoch % 2 == 0 else iter(self.batches[start:])
+        return (
+            self._loader.epoch(epoch, start=start) if epoch % 2 == 0 else iter(self.batches[start:])
+        )
 
     def timings(self) -> Mapping[str, float]:
         """The loader's."""
@@ -132,7 +152,9 @@ class Alternating:
 
 
 class Between:
-    """An observer that runs an epoch of the bare loop after each epoch of `fit`, and keeps all rates."""
+    """An observer that runs an epoch of the bare loop after each epoch of `fit`, and keeps all
+    rates.
+    """
 
     def __init__(self, batches: list[Batch], config: Config, *, log_odds: float) -> None:
         self._batches, self._config, self._log_odds = batches, config, log_odds
@@ -146,7 +168,13 @@ class Between:
             if kind == LOADED:
                 self._note("utilisation", result.seconds["compute"] / result.seconds["epoch"])
         for name, plain in ((BARE, False), (PLAIN, True)):
-            rate = bare_epoch(self._batches, self._config, log_odds=self._log_odds, epoch=result.epoch, plain=plain)
+            rate = bare_epoch(
+                self._batches,
+                self._config,
+                log_odds=self._log_odds,
+                epoch=result.epoch,
+                plain=plain,
+            )
             if result.epoch >= 2:
                 self._note(name, rate)
         return float("nan")
@@ -175,7 +203,9 @@ def measure_turns(*, scratch: Path, dataset: str, turns: int, threads: int) -> d
     return {name: statistics.median(values) for name, values in observer.figures.items()}
 
 
-def bare_epoch(batches: list[Batch], config: Config, *, log_odds: float, epoch: int, plain: bool) -> float:
+def bare_epoch(
+    batches: list[Batch], config: Config, *, log_odds: float, epoch: int, plain: bool
+) -> float:
     """Images/s of the same training, written down without anything around it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = Precision(config.train, device)
@@ -217,13 +247,21 @@ def split_turns(runs: list[Run]) -> list[Run]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
-KINDS = {"ranks": "two ranks, torchrun", "apart": "two independent processes", "one": "one process alone"}
+KINDS = {
+    "ranks": "two ranks, torchrun",
+    "apart": "two independent processes",
+    "one": "one process alone",
+}
 
 
-def measure_ranks(*, scratch: Path, dataset: str, kind: str, batch_size: int, turns: int) -> dict[str, float]:
-    """Images/s of all processes of a kind together; each has one thread and takes `batch_size` images a step."""
+def measure_ranks(
+    *, scratch: Path, dataset: str, kind: str, batch_size: int, turns: int
+) -> dict[str, float]:
+    """Images/s of all processes of a kind together; each has one thread and takes `batch_size`
+    images a step.
+    """
 
     def command(number: int) -> list[str]:
         told = scratch / f"{number}.json"
@@ -231,15 +269,27 @@ def measure_ranks(*, scratch: Path, dataset: str, kind: str, batch_size: int, tu
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if kind == "ranks":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", *command(0)]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "-m",
+            *command(0),
+        ]
         commands = [launch]
     else:
-        commands = [[sys.executable, "-m", *command(number)] for number in range(2 if kind == "apart" else 1)]
+        commands = [
+            [sys.executable, "-m", *command(number)]
+            for number in range(2 if kind == "apart" else 1)
+        ]
     processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
     for process in processes:
         if process.wait():
             raise RuntimeError(f"{kind}: a process ended with {process.returncode}")
-    rates = [json.loads(path.read_text())["images_per_s"] for path in sorted(scratch.glob("*.json"))]
+    rates = [
+        json.loads(path.read_text())["images_per_s"] for path in sorted(scratch.glob("*.json"))
+    ]
     return {RATE.key: sum(rates)}
 
 
@@ -260,7 +310,9 @@ def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
     torch.set_num_threads(1)
     with join(timeout_s=60) as ranks:
         size = batch_size * ranks.world_size
-        config = replace(Config(), train=replace(Config().train, epochs=turns + 1, global_batch_size=size))
+        config = replace(
+            Config(), train=replace(Config().train, epochs=turns + 1, global_batch_size=size)
+        )
         config = replace(config, evaluate=replace(config.evaluate, shift_draws=1))
         options: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
         loader = Loader(dataset, split="train", batch_size=size, shuffle=True, **options)

@@ -1,7 +1,8 @@
-"""Wait until the data set at XRAI_DATASET is complete: until its dataset.json is there, which comes last.
+"""Wait until the data set at XRAI_DATASET is complete: until its dataset.json is there, which comes
+last.
 
-An init container or a start script runs it as `xrai wait`. A store that does not answer is waited for as well; wrong
-keys or a missing bucket end it at once, with status 2.
+An init container or a start script runs it as `xrai wait`. A store that does not answer is waited
+for as well; wrong keys or a missing bucket end it at once, with status 2.
 """
 
 import os
@@ -19,7 +20,9 @@ def main() -> None:
     setup_logging()
     logger = get_logger("xrai.wait")
     if not (address := os.environ.get("XRAI_DATASET", "")):
-        raise ConfigError("XRAI_DATASET is not set: it names the data set to wait for, a folder or s3://bucket/prefix")
+        raise ConfigError(
+            "XRAI_DATASET is not set: it names the data set to wait for, a folder or s3://bucket/prefix"
+        )
     wait_s = float(os.environ.get("XRAI_WAIT_S", "86400"))
     store = open_store(address)
     began, told = time.monotonic(), ""
@@ -31,7 +34,9 @@ def main() -> None:
         except UnreachableError as error:
             found = str(error)
         if time.monotonic() - began > wait_s:
-            raise XraiError(f"waited {wait_s:.0f} s (XRAI_WAIT_S) for the data set at {store.uri}: {found}")
+            raise XraiError(
+                f"waited {wait_s:.0f} s (XRAI_WAIT_S) for the data set at {store.uri}: {found}"
+            )
         if found != told:
             logger.info("waiting for the data set at %s: %s", store.uri, found)
             told = found

@@ -1,6 +1,8 @@
-"""Compose the picture at the top of README.md from a finished run, and print the sentences for the text below it.
+"""Compose the picture at the top of README.md from a finished run, and print the sentences for the
+text below it.
 
-`python docs/results.py submit/<run_id>`. To be repeated when the recipe, the plots or the measures change.
+`python docs/results.py submit/<run_id>`. To be repeated when the recipe, the plots or the measures
+change.
 """
 
 import json
@@ -34,7 +36,9 @@ def compose(run: Path) -> None:
     for number, row in enumerate(rows):
         for column, plot in enumerate(row):
             sheet.paste(plot, (column * cell, sum(heights[:number])))
-    sheet = sheet.resize((WIDTH, round(sheet.height * WIDTH / sheet.width)), Image.Resampling.LANCZOS)
+    sheet = sheet.resize(
+        (WIDTH, round(sheet.height * WIDTH / sheet.width)), Image.Resampling.LANCZOS
+    )
     sheet.save(TARGET, optimize=True)
 
 

@@ -1,7 +1,9 @@
-"""What all tests share: which tests need what is not always there, where that is found, and a clean environment.
+"""What all tests share: which tests need what is not always there, where that is found, and a clean
+environment.
 
-A test that needs the real images, an S3 server, a Docker Engine or a CUDA device is marked so and skips, with the
-reason, where there is none. Naming one by its variable asks for it: then its absence is a failure, not a skip.
+A test that needs the real images, an S3 server, a Docker Engine or a CUDA device is marked so and
+skips, with the reason, where there is none. Naming one by its variable asks for it: then its
+absence is a failure, not a skip.
 """
 
 import functools
@@ -14,7 +16,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-FIXTURE_MARKS = {"real_images": "data", "real_originals": "data", "s3_server": "s3"}  # a user of one has the mark
+FIXTURE_MARKS = {
+    "real_images": "data",
+    "real_originals": "data",
+    "s3_server": "s3",
+}  # a user of one has the mark
 
 
 class NotHereError(Exception):
@@ -25,21 +31,29 @@ def _find_real_data() -> Path:
     folder = Path(os.environ.get("XRAI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
     for name in ("chest_xray", "chest_xray_originals"):
         if not (folder / name).is_dir():
-            raise NotHereError(f"{folder} holds no {name}/; XRAI_TEST_DATA names the folder of the real images")
+            raise NotHereError(
+                f"{folder} holds no {name}/; XRAI_TEST_DATA names the folder of the real images"
+            )
     return folder.resolve()
 
 
 def _find_s3() -> str:
     if endpoint := os.environ.get("XRAI_TEST_S3_ENDPOINT"):
         return endpoint
-    raise NotHereError("no S3 server: XRAI_TEST_S3_ENDPOINT names one (and XRAI_TEST_S3_KEY, XRAI_TEST_S3_SECRET)")
+    raise NotHereError(
+        "no S3 server: XRAI_TEST_S3_ENDPOINT names one (and XRAI_TEST_S3_KEY, XRAI_TEST_S3_SECRET)"
+    )
 
 
 def _find_docker() -> None:
     if not os.environ.get("XRAI_TEST_CONTAINERS"):
-        raise NotHereError("container tests build images and take minutes: XRAI_TEST_CONTAINERS=1 asks for them")
+        raise NotHereError(
+            "container tests build images and take minutes: XRAI_TEST_CONTAINERS=1 asks for them"
+        )
     try:
-        done = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            ["docker", "info"], capture_output=True, text=True, timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotHereError(f"no Docker Engine: {error}") from error
     if done.returncode != 0:
@@ -54,7 +68,11 @@ def _find_gpu() -> None:
 
 
 FINDERS = {"data": _find_real_data, "s3": _find_s3, "containers": _find_docker, "gpu": _find_gpu}
-ASKED_BY = {"data": "XRAI_TEST_DATA", "s3": "XRAI_TEST_S3_ENDPOINT", "containers": "XRAI_TEST_CONTAINERS"}
+ASKED_BY = {
+    "data": "XRAI_TEST_DATA",
+    "s3": "XRAI_TEST_S3_ENDPOINT",
+    "containers": "XRAI_TEST_CONTAINERS",
+}
 
 
 @functools.cache
@@ -73,7 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixture in FIXTURE_MARKS:
                 item.add_marker(FIXTURE_MARKS[fixture])
         if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group("distributed"))  # one after the other: each fills several cores
+            item.add_marker(
+                pytest.mark.xdist_group("distributed")
+            )  # one after the other: each fills several cores
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -85,10 +105,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """No test sees the addresses, credentials or cache of the person who runs it."""
     for name in list(os.environ):
-        if name.startswith("AWS_") or (name.startswith("XRAI_") and not name.startswith("XRAI_TEST_")):
+        if name.startswith("AWS_") or (
+            name.startswith("XRAI_") and not name.startswith("XRAI_TEST_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
@@ -104,13 +128,17 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def real_images() -> Path:
-    """The public training images at 224 x 224 pixels: a folder with train/{NORMAL,PNEUMONIA}. Read only."""
+    """The public training images at 224 x 224 pixels: a folder with train/{NORMAL,PNEUMONIA}.
+    Read only.
+    """
     return _find_real_data() / "chest_xray"
 
 
 @pytest.fixture(scope="session")
 def real_originals() -> Path:
-    """300 of the same images as published, up to 2,900 pixels wide: train/{NORMAL,PNEUMONIA}. Read only."""
+    """300 of the same images as published, up to 2,900 pixels wide: train/{NORMAL,PNEUMONIA}.
+    Read only.
+    """
     return _find_real_data() / "chest_xray_originals"
 
 

@@ -1,4 +1,6 @@
-"""Finished runs for tests of what is done with one: a model.pt of a network that was trained in memory for seconds."""
+"""Finished runs for tests of what is done with one: a model.pt of a network that was trained in
+memory for seconds.
+"""
 
 import functools
 from itertools import islice
@@ -11,27 +13,33 @@ from numpy.typing import NDArray
 from tests.learning.fakes import FakeLoader
 from xrai.config import Config, Images
 from xrai.config import Model as ModelConfig
-from xrai.dataset.images import decode
-from xrai.dataset.phantom import draw_film, plan
+from xrai.ingest.images import decode
 from xrai.learning.distributed import join
 from xrai.learning.model import ResNet
 from xrai.learning.predictor import build_model, save_model
 from xrai.learning.typicality import fit_typicality
+from xrai.phantom.draw import draw_film, plan
 
 FINGERPRINT = "f" * 64
 MAX_PIXELS = 100_000_000
 
 
 @functools.cache
-def phantoms(num_images: int, *, seed: int = 0) -> tuple[tuple[NDArray[np.uint8], ...], tuple[int, ...]]:
+def phantoms(
+    num_images: int, *, seed: int = 0
+) -> tuple[tuple[NDArray[np.uint8], ...], tuple[int, ...]]:
     """Drawn films (H, W), each of a size of its own, and labels."""
     drawn = list(islice(plan(seed), num_images))
     films = tuple(np.rint(draw_film(seed, phantom) * 255).astype(np.uint8) for phantom in drawn)
     return films, tuple(int(phantom.label == "PNEUMONIA") for phantom in drawn)
 
 
-def train(network: ResNet, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, num_steps: int) -> None:
-    """A few steps on pictures (N, H, W), enough to tell the classes roughly apart; on one thread, being so little."""
+def train(
+    network: ResNet, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, num_steps: int
+) -> None:
+    """A few steps on pictures (N, H, W), enough to tell the classes roughly apart; on one
+    thread, being so little.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     grey, wanted = torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels).float()
@@ -39,7 +47,9 @@ def train(network: ResNet, images: NDArray[np.uint8], labels: NDArray[np.uint8],
     generator = torch.Generator().manual_seed(1)
     for _ in range(num_steps):
         chosen = torch.randint(len(grey), (32,), generator=generator)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(network(grey[chosen]), wanted[chosen])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            network(grey[chosen]), wanted[chosen]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -54,7 +64,9 @@ def save_run(
     films, labels = phantoms(num_images)
     images = np.stack([decode(film, size=size, fit=fit, max_pixels=MAX_PIXELS) for film in films])
     torch.manual_seed(7)
-    config = Config(images=Images(size=size, fit=fit, max_pixels=max_pixels), model=ModelConfig(width=8))
+    config = Config(
+        images=Images(size=size, fit=fit, max_pixels=max_pixels), model=ModelConfig(width=8)
+    )
     network = build_model(config.model)
     train(network, images, np.array(labels, np.uint8), num_steps=num_steps)
     loader = FakeLoader(images, np.array(labels, np.uint8), batch_size=16)

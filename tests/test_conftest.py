@@ -57,12 +57,18 @@ def test_images_that_were_asked_for_must_be_there(repository: Path, tmp_path: Pa
 def test_real_images_are_found_where_the_variable_says(repository: Path, tmp_path: Path) -> None:
     for name in ("chest_xray", "chest_xray_originals"):
         (tmp_path / "images" / name / "train").mkdir(parents=True)
-    output = run_pytest(repository, tmp_path, "-k", "of_images", XRAI_TEST_DATA=str(tmp_path / "images"))
+    output = run_pytest(
+        repository, tmp_path, "-k", "of_images", XRAI_TEST_DATA=str(tmp_path / "images")
+    )
     assert "1 passed, 1 skipped" in output
 
 
-def test_an_s3_server_that_was_named_is_used_with_its_credentials(repository: Path, tmp_path: Path) -> None:
-    output = run_pytest(repository, tmp_path, "-k", "buckets", XRAI_TEST_S3_ENDPOINT="http://127.0.0.1:7480")
+def test_an_s3_server_that_was_named_is_used_with_its_credentials(
+    repository: Path, tmp_path: Path
+) -> None:
+    output = run_pytest(
+        repository, tmp_path, "-k", "buckets", XRAI_TEST_S3_ENDPOINT="http://127.0.0.1:7480"
+    )
     assert "1 passed" in output
 
 

@@ -11,7 +11,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder of programs that write down how they were started; CHECK_STATUS is the exit status of a check."""
+    """A folder of programs that write down how they were started; CHECK_STATUS is the exit
+    status of a check.
+    """
     for name in ("python", "torchrun", "tensorboard"):
         program = tmp_path / name
         program.write_text(
@@ -35,22 +37,29 @@ def test_a_command_is_started_with_its_arguments(programs: Path, word: str):
 
 
 def test_other_words_start_what_they_name(programs: Path):
-    assert enter(programs, "phantom", "--out=x").stdout == "python -m xrai.dataset.phantom --out=x\n"
+    assert enter(programs, "phantom", "--out=x").stdout == "python -m xrai.phantom --out=x\n"
     assert enter(programs, "wait").stdout == "python -m wait_for_dataset\n"
     assert enter(programs, "python", "-c", "1").stdout == "python -c 1\n"
-    assert enter(programs, "tensorboard", "--reload_interval=5", XRAI_ARTIFACTS="s3://b/runs").stdout == (
+    assert enter(
+        programs, "tensorboard", "--reload_interval=5", XRAI_ARTIFACTS="s3://b/runs"
+    ).stdout == (
         "tensorboard --logdir s3://b/runs --host 0.0.0.0 --port 6006 --reload_interval=5\n"
     )
 
 
 @pytest.mark.parametrize("address", ["s3://bucket", "s3://bucket/"])
-def test_a_whole_bucket_is_refused_where_tensorboard_would_show_nothing(programs: Path, address: str):
+def test_a_whole_bucket_is_refused_where_tensorboard_would_show_nothing(
+    programs: Path, address: str
+):
     done = enter(programs, "tensorboard", XRAI_ARTIFACTS=address)
     assert done.returncode == 2 and "must be s3://bucket/prefix" in done.stderr and not done.stdout
 
 
 def test_training_without_flags_of_torchrun_is_one_process(programs: Path):
-    assert enter(programs, "train", "--train.epochs=3").stdout == "python -m xrai.train --train.epochs=3\n"
+    assert (
+        enter(programs, "train", "--train.epochs=3").stdout
+        == "python -m xrai.train --train.epochs=3\n"
+    )
 
 
 def test_flags_of_torchrun_are_told_from_those_of_training_wherever_they_stand(programs: Path):
@@ -77,7 +86,9 @@ def test_variables_of_torchrun_start_it_too(programs: Path):
 
 
 def test_a_check_needs_no_torchrun(programs: Path):
-    said = enter(programs, "train", "--nproc_per_node=4", "--check", "--config=c", PET_NNODES="2").stdout
+    said = enter(
+        programs, "train", "--nproc_per_node=4", "--check", "--config=c", PET_NNODES="2"
+    ).stdout
     assert said == "python -m xrai.train --check --config=c\n"
 
 
@@ -95,7 +106,9 @@ def test_a_flag_without_its_value_is_refused(programs: Path, flag: str):
 
 def test_an_unknown_word_is_refused_and_none_is_a_question(programs: Path):
     done = enter(programs, "trian")
-    assert done.returncode == 2 and "unknown word 'trian'; allowed: preprocess, train" in done.stderr
+    assert (
+        done.returncode == 2 and "unknown word 'trian'; allowed: preprocess, train" in done.stderr
+    )
     assert enter(programs).stdout == enter(programs, "--help").stdout
     assert enter(programs).stdout.startswith("What a container runs")
 
@@ -108,4 +121,6 @@ def test_it_is_alive_from_its_start_and_while_the_file_is_young(programs: Path, 
     assert enter(programs, "healthy", **name).returncode == 0
     os.utime(heartbeat, (1e9, 1e9))
     assert enter(programs, "healthy", **name).returncode == 1
-    assert enter(programs, "healthy", XRAI_HEARTBEAT_MAX_AGE_S="99999999999", **name).returncode == 0
+    assert (
+        enter(programs, "healthy", XRAI_HEARTBEAT_MAX_AGE_S="99999999999", **name).returncode == 0
+    )

@@ -1,4 +1,6 @@
-"""Evaluation as people use it: a finished run, any split of any data set, the same files as training writes."""
+"""Evaluation as people use it: a finished run, any split of any data set, the same files as
+training writes.
+"""
 
 import csv
 import dataclasses
@@ -11,7 +13,7 @@ import pytest
 
 from tests.dataset.small import write_dataset
 from tests.training import SMALL, call_main, make_dataset, run_module
-from xrai import evaluate, job
+from xrai import evaluate, run
 from xrai.dataset.loader import Loader
 from xrai.errors import UserError
 
@@ -27,13 +29,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(dataset: Path) -> Path:
     artifacts = dataset.parent / "submit"
-    done = run_module("xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}", "--run_id=whole", *SMALL)
+    done = run_module(
+        "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}", "--run_id=whole", *SMALL
+    )
     assert done.returncode == 0, done.stderr
     return artifacts / "whole"
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    return shutil.copytree(run, folder / "submit" / run.name, ignore=shutil.ignore_patterns("evaluate"))
+    return shutil.copytree(
+        run, folder / "submit" / run.name, ignore=shutil.ignore_patterns("evaluate")
+    )
 
 
 def names_in(folder: Path) -> set[str]:
@@ -43,19 +49,44 @@ def names_in(folder: Path) -> set[str]:
 def test_several_splits_are_measured_at_once_with_the_files_and_numbers_of_training(
     run: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    done = run_module("xrai.evaluate", f"--run={run}", f"--dataset={dataset}", "--split=test, val,test", FEW)
+    done = run_module(
+        "xrai.evaluate", f"--run={run}", f"--dataset={dataset}", "--split=test, val,test", FEW
+    )
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if " split: " in line]
     assert [line.split()[0] for line in heads] == ["test", "val"]  # each once, in their order
     for split, place in (("test", run), ("val", run / "val")):
         (folder,) = (run / "evaluate").glob(f"{split}-*")
-        ours, theirs = (json.loads((where / "metrics.json").read_text()) for where in (folder, place))
+        ours, theirs = (
+            json.loads((where / "metrics.json").read_text()) for where in (folder, place)
+        )
         assert (ours["split"], ours["threshold_source"]) == (split, "that of the run")
-        for part in ("metrics", "counts", "threshold", "calibration", "subtypes", "groups", "abstention", "baselines"):
-            assert flat(ours[part]) == pytest.approx(flat(theirs[part]), abs=1e-6, nan_ok=True), part
+        for part in (
+            "metrics",
+            "counts",
+            "threshold",
+            "calibration",
+            "subtypes",
+            "groups",
+            "abstention",
+            "baselines",
+        ):
+            assert flat(ours[part]) == pytest.approx(flat(theirs[part]), abs=1e-6, nan_ok=True), (
+                part
+            )
         trained = {name for name in names_in(place) if name.startswith("plots/")}
-        assert {"plots/mistakes.png", "plots/overlays.png", "plots/examples.png", "plots/abstention.png"} <= trained
-        assert names_in(folder) == trained | {"config.yaml", "metrics.json", "predictions.csv", "report.html"}
+        assert {
+            "plots/mistakes.png",
+            "plots/overlays.png",
+            "plots/examples.png",
+            "plots/abstention.png",
+        } <= trained
+        assert names_in(folder) == trained | {
+            "config.yaml",
+            "metrics.json",
+            "predictions.csv",
+            "report.html",
+        }
         page = (folder / "report.html").read_text()
         assert "evaluation report" in page and f"On the {split} split of" in page
 
@@ -82,7 +113,9 @@ def test_training_and_evaluation_state_review_and_shortcuts(run: Path, dataset: 
         assert entry["num_train"] == Loader(str(dataset), split="train", batch_size=8).num_images
         assert entry["metrics"]["auroc"]["value"] == summary["baselines"][name]["auroc"]
     counts = np.bincount(Loader(str(dataset), split="test", batch_size=8).labels).tolist()
-    assert summary["trained_on"]["splits"]["test"] == dict(zip(("NORMAL", "PNEUMONIA"), counts, strict=True))
+    assert summary["trained_on"]["splits"]["test"] == dict(
+        zip(("NORMAL", "PNEUMONIA"), counts, strict=True)
+    )
 
 
 def test_a_data_set_without_a_training_split_is_measured_and_its_shortcuts_are_not(
@@ -93,7 +126,9 @@ def test_a_data_set_without_a_training_split_is_measured_and_its_shortcuts_are_n
     index = dataclasses.replace(index, config={"images": {"size": 32, "fit": "crop"}})
     (other / "dataset.json").write_text(index.to_json())
     (other / "manifest.jsonl").write_text("")
-    status, lines = call_main(evaluate, f"--run={run}", f"--dataset={other}", "--split=test", FEW, capsys=capsys)
+    status, lines = call_main(
+        evaluate, f"--run={run}", f"--dataset={other}", "--split=test", FEW, capsys=capsys
+    )
     assert (status, lines) == (0, [])
     (written,) = (run / "evaluate").glob("test-*/metrics.json")
     baselines = json.loads(written.read_text())["baselines"]
@@ -106,7 +141,9 @@ def test_a_run_whose_training_has_not_ended_is_measured_without_a_page(
 ) -> None:
     run = copy_of(run, tmp_path)
     (run / "summary.json").unlink()
-    status, _ = call_main(evaluate, f"--run={run}", f"--dataset={dataset}", "--split=val", FEW, capsys=capsys)
+    status, _ = call_main(
+        evaluate, f"--run={run}", f"--dataset={dataset}", "--split=val", FEW, capsys=capsys
+    )
     assert status == 0
     (folder,) = (run / "evaluate").iterdir()
     assert "metrics.json" in names_in(folder) and "report.html" not in names_in(folder)
@@ -114,7 +151,12 @@ def test_a_run_whose_training_has_not_ended_is_measured_without_a_page(
 
 @pytest.mark.parametrize(
     ("split", "message"),
-    [("", "names no split"), (" , ", "names no split"), ("exam", "has no split 'exam'"), ("val,exam", "'exam'")],
+    [
+        ("", "names no split"),
+        (" , ", "names no split"),
+        ("exam", "has no split 'exam'"),
+        ("val,exam", "'exam'"),
+    ],
 )
 def test_a_split_that_is_not_there_is_one_clear_line(
     run: Path, dataset: Path, split: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -133,10 +175,12 @@ def test_the_baselines_look_at_no_more_images_than_they_may_and_in_the_order_of_
     dataset: Path, limit: int
 ) -> None:
     loader = Loader(str(dataset), split="train", batch_size=8)
-    whole = job.read_looks(loader, limit=10_000)
-    looks = job.read_looks(loader, limit=limit)
+    whole = run.read_looks(loader, limit=10_000)
+    looks = run.read_looks(loader, limit=limit)
     num = min(limit, loader.num_images)
-    assert len(looks.labels) == len(looks.patients) == len(looks.geometry) == len(looks.border) == num
+    assert (
+        len(looks.labels) == len(looks.patients) == len(looks.geometry) == len(looks.border) == num
+    )
     assert np.array_equal(looks.border, whole.border[:num])
     assert np.array_equal(whole.labels, loader.labels) and whole.patients == loader.patient.tolist()
     assert np.allclose(np.exp(whole.geometry[:, 0]), loader.width)

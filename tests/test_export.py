@@ -1,4 +1,6 @@
-"""What `xrai.export` writes says what the program itself says, for pictures of any size; else it is not kept."""
+"""What `xrai.export` writes says what the program itself says, for pictures of any size; else it
+is not kept.
+"""
 
 import importlib.util
 import json
@@ -18,14 +20,16 @@ from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import FINGERPRINT, MAX_PIXELS, phantoms, save_run
 from tests.training import call_main
 from xrai import export
-from xrai.dataset.images import decode
 from xrai.errors import RunError, UserError, XraiError
+from xrai.ingest.images import decode
 from xrai.learning import export as writing
 from xrai.learning.export import TOLERANCE, TOLERANCE_ATYPICALITY, Fitting, Serving
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.store import open_store
 
-needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="the extra `export` is missing")
+needs_onnx = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None, reason="the extra `export` is missing"
+)
 
 
 def call(*arguments: str | Path) -> None:
@@ -60,16 +64,21 @@ def exported(run: Path) -> Exported:
     with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace", trace)  # which takes seconds: other tests use it too
         call("--run", run)
-    return Exported(run, run / "export", load_pipeline(str(run)), programs[0], printed.getvalue().splitlines())
+    return Exported(
+        run, run / "export", load_pipeline(str(run)), programs[0], printed.getvalue().splitlines()
+    )
 
 
 def own_scores(pipeline: Pipeline, pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     model = pipeline.model
-    fitted = [decode(picture, size=model.image_size, fit=model.fit, max_pixels=MAX_PIXELS) for picture in pictures]
+    fitted = [
+        decode(picture, size=model.image_size, fit=model.fit, max_pixels=MAX_PIXELS)
+        for picture in pictures
+    ]
     return pipeline.score(np.stack(fitted))
 
 
-# ------------------------------------------------------------------------------------------------------------- fitting
+# ------------------------------------------------------------------------------------------ fitting
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
@@ -90,7 +99,10 @@ def test_the_graph_fits_pictures_as_pillow_does(fit: str, size: int) -> None:
     ]:
         noise = generator.integers(0, 256, (height, width), np.uint8)
         found = fitting(torch.from_numpy(noise)[None])[0].numpy()
-        assert np.array_equal(found, decode(noise, size=size, fit=fit, max_pixels=MAX_PIXELS)), (height, width)
+        assert np.array_equal(found, decode(noise, size=size, fit=fit, max_pixels=MAX_PIXELS)), (
+            height,
+            width,
+        )
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
@@ -100,17 +112,22 @@ def test_pictures_higher_than_wide_differ_by_one_grey_level_at_most(fit: str) ->
     for height, width in [(130, 110), (700, 300), (300, 3), (5, 1)]:
         noise = np.random.default_rng(1).integers(0, 256, (height, width), np.uint8)
         found = fitting(torch.from_numpy(noise)[None])[0].numpy()
-        assert np.abs(found - decode(noise, size=64, fit=fit, max_pixels=MAX_PIXELS)).max() <= 1, (height, width)
+        assert np.abs(found - decode(noise, size=64, fit=fit, max_pixels=MAX_PIXELS)).max() <= 1, (
+            height,
+            width,
+        )
 
 
 def test_pictures_of_a_batch_are_fitted_each_by_itself() -> None:
     films = np.random.default_rng(2).integers(0, 256, (3, 90, 120), np.uint8)
     fitting = Fitting(size=64, fit="crop")
     together = fitting(torch.from_numpy(films))
-    assert all(torch.equal(together[k], fitting(torch.from_numpy(films[k : k + 1]))[0]) for k in range(3))
+    assert all(
+        torch.equal(together[k], fitting(torch.from_numpy(films[k : k + 1]))[0]) for k in range(3)
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @needs_onnx
@@ -118,17 +135,25 @@ def test_pictures_of_a_batch_are_fitted_each_by_itself() -> None:
 def test_onnx_says_of_any_picture_what_the_program_says(exported: Exported) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(exported.out / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        exported.out / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     assert [value.name for value in session.get_outputs()] == ["probability", "atypicality"]
     [images] = session.get_inputs()
-    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", "height", "width"])
+    assert (images.name, images.type, images.shape) == (
+        "images",
+        "tensor(uint8)",
+        ["batch", "height", "width"],
+    )
     films = phantoms(10)[0]
     noise = np.random.default_rng(3).integers(0, 256, (7, 80, 111), np.uint8)
     for batch in (noise, *(film[None] for film in films)):
         probability, atypicality = session.run(None, {"images": batch})
         expected = own_scores(exported.pipeline, list(batch))
         np.testing.assert_allclose(probability, expected[0], atol=TOLERANCE, rtol=0)
-        np.testing.assert_allclose(atypicality, expected[1], atol=TOLERANCE_ATYPICALITY, rtol=TOLERANCE_ATYPICALITY)
+        np.testing.assert_allclose(
+            atypicality, expected[1], atol=TOLERANCE_ATYPICALITY, rtol=TOLERANCE_ATYPICALITY
+        )
         assert probability.shape == (len(batch),)
 
 
@@ -142,19 +167,26 @@ def test_torch_loads_its_file_without_xrais_classes_and_says_the_same(exported: 
         probability, atypicality = network(torch.from_numpy(film)[None])
         expected = own_scores(exported.pipeline, [film])
         assert float(probability) == pytest.approx(expected[0][0], abs=TOLERANCE)
-        assert float(atypicality) == pytest.approx(expected[1][0], rel=TOLERANCE_ATYPICALITY, abs=TOLERANCE_ATYPICALITY)
+        assert float(atypicality) == pytest.approx(
+            expected[1][0], rel=TOLERANCE_ATYPICALITY, abs=TOLERANCE_ATYPICALITY
+        )
     assert json.loads(extra["metadata.json"])["threshold"] == 0.375
 
 
 @needs_onnx
 @pytest.mark.slow
-def test_the_files_say_what_they_are_and_nothing_of_the_machine(exported: Exported, repository: Path) -> None:
+def test_the_files_say_what_they_are_and_nothing_of_the_machine(
+    exported: Exported, repository: Path
+) -> None:
     import onnx
 
     proto = onnx.load(exported.out / "model.onnx")
     stated = {entry.key: entry.value for entry in proto.metadata_props}
     assert stated["run_id"] == "tiny" and stated["dataset_fingerprint"] == FINGERPRINT
-    assert float(stated["threshold"]) == 0.375 and json.loads(stated["classes"]) == ["NORMAL", "PNEUMONIA"]
+    assert float(stated["threshold"]) == 0.375 and json.loads(stated["classes"]) == [
+        "NORMAL",
+        "PNEUMONIA",
+    ]
     assert "No medical device" in stated["note"]
     for name in ("model.onnx", "model.pt2"):
         content = (exported.out / name).read_bytes()
@@ -171,16 +203,24 @@ def test_the_command_says_how_well_the_files_agree_and_keeps_it(exported: Export
     content = json.loads((exported.out / "export.json").read_text())
     for name in ("model.onnx", "model.pt2"):
         agreement = content["agreement"][name]
-        assert agreement["probability"] <= TOLERANCE and agreement["atypicality"] <= TOLERANCE_ATYPICALITY
+        assert (
+            agreement["probability"] <= TOLERANCE
+            and agreement["atypicality"] <= TOLERANCE_ATYPICALITY
+        )
         assert agreement["num_pictures"] >= 15 and agreement["num_shapes"] >= 8
         assert any(line.startswith(f"{exported.out}/{name}") for line in exported.printed)
     files = content["beside_own_path"]
-    assert files["num_other_pixels"] == 0 and files["png_probability"] < TOLERANCE < files["jpeg_probability"] < 0.2
+    assert (
+        files["num_other_pixels"] == 0
+        and files["png_probability"] < TOLERANCE < files["jpeg_probability"] < 0.2
+    )
     assert any("beside xrai.predict" in line for line in exported.printed)
     assert "No medical device" in exported.printed[-1]
 
 
-def test_a_run_in_a_bucket_is_written_back_to_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_a_bucket_is_written_back_to_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write(program: object, serving: Serving, path: Path, **_: object) -> writing.Agreement:
         path.write_bytes(b"graph")
         return writing.Agreement(1, 1, 0.0, 0.0)
@@ -195,22 +235,30 @@ def test_a_run_in_a_bucket_is_written_back_to_it(run: Path, monkeypatch: pytest.
         call("--run", store.uri, "--formats=torch")
         call("--run", store.uri, "--formats=torch", "--out", f"s3://{bucket}/other")
         files = ["config.yaml", "export.json", "model.pt2"]
-        assert [entry.key for entry in store.list("export/")] == [f"export/{name}" for name in files]
+        assert [entry.key for entry in store.list("export/")] == [
+            f"export/{name}" for name in files
+        ]
         assert [entry.key for entry in open_store(f"s3://{bucket}/other").list()] == files
         assert store.read("export/model.pt2") == b"graph"
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @needs_onnx
 @pytest.mark.slow
-def test_a_file_that_does_not_agree_with_torch_is_not_kept(exported: Exported, tmp_path: Path) -> None:
+def test_a_file_that_does_not_agree_with_torch_is_not_kept(
+    exported: Exported, tmp_path: Path
+) -> None:
     other = Serving(exported.pipeline.model)
     other._temperature *= 1.01
     with pytest.raises(XraiError, match=r"model\.pt2 is not kept: it differs from torch by \d"):
         writing.write_torch(
-            exported.program, other, tmp_path / "model.pt2", metadata={}, batches=[np.stack([phantoms(1)[0][0]])]
+            exported.program,
+            other,
+            tmp_path / "model.pt2",
+            metadata={},
+            batches=[np.stack([phantoms(1)[0][0]])],
         )
     assert not list(tmp_path.iterdir())
 
@@ -227,12 +275,16 @@ def test_what_can_not_be_exported_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(UserError, match="--run is missing: give the address of a finished run"):
         call()
-    with pytest.raises(UserError, match="--formats = 'onyx' is not allowed: it takes onnx, torch or onnx,torch"):
+    with pytest.raises(
+        UserError, match="--formats = 'onyx' is not allowed: it takes onnx, torch or onnx,torch"
+    ):
         call("--run", run, "--formats=onyx")
     with pytest.raises(RunError, match=r"holds no model\.pt"):
         call("--run", tmp_path / "none", "--formats=torch")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="it is not a folder; name another folder or bucket with --out"):
+    with pytest.raises(
+        UserError, match="it is not a folder; name another folder or bucket with --out"
+    ):
         call("--run", run, "--formats=torch", "--out", tmp_path / "file")
     found = importlib.util.find_spec
 

@@ -1,7 +1,8 @@
 """Imports go one way, and each heavy package has one home.
 
-The contracts of import-linter in pyproject.toml hold the layers. It sees external packages as wholes, so the home of
-torch.distributed is held here, by reading the source; what is imported only when needed is seen by importing it all.
+The contracts of import-linter in pyproject.toml hold the layers. It sees external packages as
+wholes, so the home of torch.distributed is held here, by reading the source; what is imported only
+when needed is seen by importing it all.
 """
 
 import ast
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ("dataset", "learning", "results")
+ROOMS = ("dataset", "ingest", "learning", "phantom", "results")
 
 
 def lint_imports(folder: Path, config: Path) -> subprocess.CompletedProcess[str]:
@@ -27,9 +28,9 @@ def lint_imports(folder: Path, config: Path) -> subprocess.CompletedProcess[str]
 
 
 def write_package(folder: Path, changes: dict[str, str]) -> None:
-    modules = ["preprocess", "train", "store", "config", "errors", "log"]
+    modules = ["preprocess", "train", "store.s3", "config", "errors", "files", "log"]
     modules += [
-        "dataset.images",
+        "ingest.images",
         "dataset.shards",
         "learning.loop",
         "results.metrics",
@@ -40,7 +41,8 @@ def write_package(folder: Path, changes: dict[str, str]) -> None:
         path = folder / "xrai" / f"{module.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(changes.get(module, ""))
-    for package in ("", *ROOMS):
+    for package in ("", "store", *ROOMS):
+        (folder / "xrai" / package).mkdir(exist_ok=True)
         (folder / "xrai" / package / "__init__.py").write_text("")
 
 
@@ -56,7 +58,7 @@ def test_a_package_that_keeps_the_rules_passes(repository: Path, tmp_path: Path)
         "dataset.shards": "import h5py\nfrom xrai.store import *",
         "learning.loop": "import torch\nfrom xrai import config",
         "results.plots": "import matplotlib.pyplot",
-        "store": "def connect():\n    import boto3.session\n    from botocore.config import Config",
+        "store.s3": "def connect():\n    import boto3.session\n    from botocore.config import Config",
     }
     write_package(tmp_path, rules_kept)
     done = lint_imports(tmp_path, repository / "pyproject.toml")
@@ -67,28 +69,34 @@ def test_a_package_that_keeps_the_rules_passes(repository: Path, tmp_path: Path)
     ("module", "source", "broken"),
     [
         ("learning.loop", "from xrai import train", "Imports go one way"),
-        ("learning.loop", "from xrai.dataset import images", "Imports go one way"),
-        ("dataset.images", "import xrai.results.plots", "Imports go one way"),
-        ("store", "from xrai.dataset import shards", "Imports go one way"),
+        ("learning.loop", "from xrai.ingest import images", "Imports go one way"),
+        ("ingest.images", "import xrai.results.plots", "Imports go one way"),
+        ("store.s3", "from xrai.dataset import shards", "Imports go one way"),
         ("errors", "import xrai.store", "Imports go one way"),
         ("train", "import xrai.preprocess", "Imports go one way"),
-        ("dataset.images", "def fetch():\n    import boto3", "boto3 is at home"),
+        ("ingest.images", "def fetch():\n    import boto3", "boto3 is at home"),
         ("preprocess", "from botocore.exceptions import ClientError", "boto3 is at home"),
-        ("dataset.images", "import h5py", "h5py is at home"),
+        ("ingest.images", "import h5py", "h5py is at home"),
         ("train", "from matplotlib import pyplot", "matplotlib is at home"),
-        ("dataset.images", "import torch.nn.functional as F", "need no torch"),
+        ("ingest.images", "import torch.nn.functional as F", "need no torch"),
         ("preprocess", "from xrai.learning import loop", "need no torch"),
     ],
 )
-def test_a_broken_layer_is_found(repository: Path, tmp_path: Path, module: str, source: str, broken: str) -> None:
+def test_a_broken_layer_is_found(
+    repository: Path, tmp_path: Path, module: str, source: str, broken: str
+) -> None:
     write_package(tmp_path, {"learning.loop": "import torch", module: source})
     done = lint_imports(tmp_path, repository / "pyproject.toml")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert any(broken in line and line.rstrip().endswith("BROKEN") for line in done.stdout.splitlines()), done.stdout
+    assert any(
+        broken in line and line.rstrip().endswith("BROKEN") for line in done.stdout.splitlines()
+    ), done.stdout
 
 
 def uses_of_torch_distributed(source: str) -> list[int]:
-    """Lines that import or reach torch.distributed, or the wrappers of torch.nn.parallel that work through it."""
+    """Lines that import or reach torch.distributed, or the wrappers of torch.nn.parallel that
+    work through it.
+    """
     homes = ("torch.distributed", "torch.nn.parallel")
 
     def is_one(name: str) -> bool:
@@ -99,10 +107,14 @@ def uses_of_torch_distributed(source: str) -> list[int]:
         if isinstance(node, ast.Import):
             found = any(is_one(alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found = any(is_one(name) for name in (node.module or "", *(f"{node.module}.{a.name}" for a in node.names)))
+            found = any(
+                is_one(name)
+                for name in (node.module or "", *(f"{node.module}.{a.name}" for a in node.names))
+            )
         elif isinstance(node, ast.Attribute):
             name, value = (
-                f"torch.{text}" if (text := ast.unparse(n)).startswith("nn.") else text for n in (node, node.value)
+                f"torch.{text}" if (text := ast.unparse(n)).startswith("nn.") else text
+                for n in (node, node.value)
             )
             found = is_one(name) and not is_one(value)
         else:
@@ -139,13 +151,19 @@ def test_a_use_of_torch_distributed_is_found(source: str) -> None:
 
 
 def test_a_module_of_ours_with_that_name_is_not_taken_for_it() -> None:
-    assert not uses_of_torch_distributed("from xrai.learning import distributed\nimport torch\ntorch.nn.Linear(1, 1)")
+    assert not uses_of_torch_distributed(
+        "from xrai.learning import distributed\nimport torch\ntorch.nn.Linear(1, 1)"
+    )
 
 
 def loaded_after(imports: str) -> set[str]:
     """The top-level packages that a fresh interpreter has loaded after these statements."""
-    script = f"{imports}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    script = (
+        f"{imports}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -55,7 +55,9 @@ def test_a_step_beats_on_every_rank_on_a_terminal_and_elsewhere(
             assert not is_old(heartbeat)
 
 
-def test_a_line_beats_a_second_after_the_last_beat(heartbeat: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_line_beats_a_second_after_the_last_beat(
+    heartbeat: Path, monkeypatch: pytest.MonkeyPatch
+):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     log.setup_logging()
@@ -83,7 +85,9 @@ def test_a_heartbeat_that_can_not_be_written_is_refused_at_the_start_and_missing
 ):
     path = tmp_path / "missing" / "heartbeat"
     monkeypatch.setenv("XRAI_HEARTBEAT", str(path))
-    with pytest.raises(ConfigError, match=r"XRAI_HEARTBEAT = .*missing/heartbeat can not be written"):
+    with pytest.raises(
+        ConfigError, match=r"XRAI_HEARTBEAT = .*missing/heartbeat cannot be written"
+    ):
         log.setup_logging()
     with log.progress("epoch", total=1, unit="steps", closing_line=False) as bar:
         bar.update()

@@ -1,4 +1,6 @@
-"""The command `xrai.predict`: a table and overlays that hold every file, in places near and far, safe to open."""
+"""The command `xrai.predict`: a table and overlays that hold every file, in places near and far,
+safe to open.
+"""
 
 import csv
 import io
@@ -18,11 +20,11 @@ from tests.models import FINGERPRINT, phantoms, save_run
 from tests.training import call_main
 from xrai import predict
 from xrai.config import Images
-from xrai.dataset.phantom import draw_film, encode, make_phantoms, plan
 from xrai.errors import CorruptError, RunError, StoreError, UserError
+from xrai.phantom.draw import draw_film, encode, make_phantoms, plan
 from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.predict import Drawing, draw_panel, fit_to_run, format_table, overlay_name
-from xrai.store import FileStore, open_store
+from xrai.store import FolderStore, open_store
 
 MAX_PIXELS = 200_000
 COLUMNS = ["path", "probability", "threshold", "decision", "reason", "model"]
@@ -42,11 +44,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     make_phantoms(folder / "phantoms", num_images=60, seed=3, workers=1)
     for command in (
-        ("preprocess", "--source=phantoms", "--dataset=dataset", "--workers=1", "--splits.test_fraction=0.3"),
-        ("train", "--dataset=dataset", "--artifacts=submit", "--run_id=tiny", "--train.epochs=1", "--train.threads=1"),
+        (
+            "preprocess",
+            "--source=phantoms",
+            "--dataset=dataset",
+            "--workers=1",
+            "--splits.test_fraction=0.3",
+        ),
+        (
+            "train",
+            "--dataset=dataset",
+            "--artifacts=submit",
+            "--run_id=tiny",
+            "--train.epochs=1",
+            "--train.threads=1",
+        ),
     ):
         command_line = [sys.executable, "-m", f"xrai.{command[0]}", *command[1:]]
-        done = subprocess.run(command_line, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(
+            command_line, cwd=folder, capture_output=True, text=True, timeout=200, check=False
+        )
         assert done.returncode == 0, done.stderr
     return Finished(folder / "phantoms", folder / "submit/tiny")
 
@@ -65,7 +82,9 @@ def films(tmp_path: Path) -> Path:
     first, second = phantoms(2)[0]
     Image.fromarray(first).save(folder / "a, film.png")
     Image.fromarray(second).save(folder / "more" / "b.jpeg", quality=95)
-    Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)).save(folder / "noise.png")
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)).save(
+        folder / "noise.png"
+    )
     (folder / "cut.png").write_bytes((folder / "a, film.png").read_bytes()[:700])
     (folder / "empty.jpg").touch()
     (folder / "gone.png").symlink_to("nowhere")
@@ -84,11 +103,13 @@ def read_table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def row(path: str, probability: float | None = 0.25, decision: str = "normal", reason: str = "") -> Prediction:
+def row(
+    path: str, probability: float | None = 0.25, decision: str = "normal", reason: str = ""
+) -> Prediction:
     return Prediction(path, probability, 0.5, decision, reason, "tiny")
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.slow
@@ -102,17 +123,23 @@ def test_files_score_as_they_did_in_the_evaluation_at_the_end_of_training(
     assert len(predicted) == len(evaluated) >= 5
     for path, source in zip(paths, evaluated, strict=True):
         found = predicted[str(path)]
-        assert float(found["probability"]) == pytest.approx(float(evaluated[source]["score"]), abs=1e-5)
+        assert float(found["probability"]) == pytest.approx(
+            float(evaluated[source]["score"]), abs=1e-5
+        )
         assert found["decision"] == evaluated[source]["decision"]
     threshold = json.loads((finished.run / "summary.json").read_text())["threshold"]
     assert {float(row["threshold"]) for row in predicted.values()} == {threshold}
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def test_every_file_is_a_row_and_one_for_review_has_its_reason(
-    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    films: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (films / ".hidden.png").touch()
     call("--run", run, films, "--out", tmp_path / "new" / "out", monkeypatch=monkeypatch)
@@ -121,10 +148,12 @@ def test_every_file_is_a_row_and_one_for_review_has_its_reason(
     reasons = {row["path"].removeprefix(f"{films}/"): row["reason"] for row in rows}
     assert reasons.pop("a, film.png") == "" and reasons.pop("more/b.jpeg") == ""
     assert reasons.pop("cut.png").startswith("is cut short or damaged")
-    assert reasons.pop("noise.png").startswith("does not look like the training images: atypicality ")
+    assert reasons.pop("noise.png").startswith(
+        "does not look like the training images: atypicality "
+    )
     assert reasons == {
         "empty.jpg": "is empty (0 bytes)",
-        "gone.png": "can not be read (No such file or directory)",
+        "gone.png": "cannot be read (No such file or directory)",
         "more/notes.txt": "is not a JPEG, PNG or DICOM file",
         "vast.png": f"declares 2000 x 101 pixels, more than images.max_pixels = {MAX_PIXELS}",
     }
@@ -139,8 +168,12 @@ def test_every_file_is_a_row_and_one_for_review_has_its_reason(
     assert len([line for line in lines if line.startswith(f"{films}/")]) == 8
     assert f"{films}/empty.jpg" in printed.out and "review: is empty (0 bytes)" in printed.out
     assert "files: 8 = 1 normal + 1 pneumonia + 6 review, 5 of which could not be read" in lines
-    assert f"table: {tmp_path}/new/out/predictions.csv  {tmp_path}/new/out/predictions.json" in lines
-    assert f"overlays: 3 in {tmp_path}/new/out/overlays/, numbered as the rows of the table" in lines
+    assert (
+        f"table: {tmp_path}/new/out/predictions.csv  {tmp_path}/new/out/predictions.json" in lines
+    )
+    assert (
+        f"overlays: 3 in {tmp_path}/new/out/overlays/, numbered as the rows of the table" in lines
+    )
     assert "No medical device" in lines[-1]
 
 
@@ -152,7 +185,9 @@ def test_json_holds_the_same_rows_with_their_overlays_and_what_classified(
     content = json.loads((out / "predictions.json").read_text())
     rows = content.pop("predictions")
     overlays = [row.pop("overlay") for row in rows]
-    as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    as_text = [
+        {key: "" if value is None else str(value) for key, value in row.items()} for row in rows
+    ]
     assert as_text == read_table(out)
     assert overlays == [
         "overlays/00001-a_film.png", None, None, None, "overlays/00005-b.png", None, "overlays/00007-noise.png", None,
@@ -163,13 +198,24 @@ def test_json_holds_the_same_rows_with_their_overlays_and_what_classified(
         "image_size": 64, "fit": "crop", "num_files": 8, "num_review": 6, "num_unreadable": 5,
     }  # fmt: skip
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert written == ["config.yaml", *filter(None, overlays), "predictions.csv", "predictions.json"]
+    assert written == [
+        "config.yaml",
+        *filter(None, overlays),
+        "predictions.csv",
+        "predictions.json",
+    ]
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["images"] | {"size": 64, "fit": "crop", "max_pixels": MAX_PIXELS} == config["images"]
+    assert (
+        config["images"] | {"size": 64, "fit": "crop", "max_pixels": MAX_PIXELS} == config["images"]
+    )
 
 
 def test_without_out_all_rows_are_printed_and_nothing_is_written(
-    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    films: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
@@ -187,7 +233,9 @@ def test_a_long_table_is_printed_in_part_where_files_hold_all_of_it(run: Path) -
     assert len([line for line in lines if line.endswith("normal")]) == 50
     assert "... and 10 more in predictions.csv" in lines
     assert "files: 60 = 60 normal + 0 pneumonia + 0 review, 0 of which could not be read" in lines
-    assert len([line for line in format_table(rows, model, out=None) if line.endswith("normal")]) == 60
+    assert (
+        len([line for line in format_table(rows, model, out=None) if line.endswith("normal")]) == 60
+    )
 
 
 def test_names_can_not_steer_the_terminal_or_a_spreadsheet(
@@ -195,7 +243,9 @@ def test_names_can_not_steer_the_terminal_or_a_spreadsheet(
 ) -> None:
     model = load_pipeline(str(run)).model
     lines = format_table([row("\x1b[2Jfilm\n.png", None, "review", "is \x07 odd")], model, out=None)
-    assert lines[1].startswith("\ufffd[2Jfilm\ufffd.png") and lines[1].endswith("review: is \ufffd odd")
+    assert lines[1].startswith("\ufffd[2Jfilm\ufffd.png") and lines[1].endswith(
+        "review: is \ufffd odd"
+    )
     monkeypatch.chdir(films)
     (films / "=cmd|' calc'!A0.png").write_bytes((films / "a, film.png").read_bytes())
     call("--run", run, "=cmd|' calc'!A0.png", "--out", tmp_path / "out", monkeypatch=monkeypatch)
@@ -208,8 +258,16 @@ def test_the_limit_of_pixels_is_the_runs_unless_another_is_given(
 ) -> None:
     model = load_pipeline(str(run)).model
     assert fit_to_run(Images(), model).max_pixels == MAX_PIXELS
-    call("--run", run, films / "vast.png", f"--images.max_pixels={MAX_PIXELS + 2000}", monkeypatch=monkeypatch)
-    assert "1 review, 0 of which could not be read" in capsys.readouterr().out  # flat black, but read
+    call(
+        "--run",
+        run,
+        films / "vast.png",
+        f"--images.max_pixels={MAX_PIXELS + 2000}",
+        monkeypatch=monkeypatch,
+    )
+    assert (
+        "1 review, 0 of which could not be read" in capsys.readouterr().out
+    )  # flat black, but read
 
 
 def test_nothing_of_a_dicom_header_is_shown_or_kept(
@@ -233,14 +291,20 @@ def test_nothing_of_a_dicom_header_is_shown_or_kept(
     assert {Path(row["path"]).stem: bool(row["probability"]) for row in read_table(tmp_path / "out")} == {
         "cut": False, "good": True, "odd": False,
     }  # fmt: skip
-    texts = [printed.out, printed.err, *(p.read_bytes().decode("latin-1") for p in (tmp_path / "out").rglob("*.*"))]
+    texts = [
+        printed.out,
+        printed.err,
+        *(p.read_bytes().decode("latin-1") for p in (tmp_path / "out").rglob("*.*")),
+    ]
     assert not any(word in text for text in texts for word in ("Jones", "Indiana", "PHANTOM-0"))
 
 
-# ----------------------------------------------------------------------------------------------------------- overlays
+# ----------------------------------------------------------------------------------------- overlays
 
 
-def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text_chunks(run: Path, films: Path) -> None:
+def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text_chunks(
+    run: Path, films: Path
+) -> None:
     pipeline = load_pipeline(str(run))
     from xrai.pipeline import find_files
 
@@ -262,7 +326,9 @@ def test_the_heat_of_a_film_called_normal_fades_with_its_probability() -> None:
     picture, heat = np.full((512, 512), 100, np.uint8), np.ones((64, 64), np.float32)
 
     def strength(probability: float) -> float:
-        with Image.open(io.BytesIO(draw_panel(Explained(row("x", probability), picture, heat)))) as panel:
+        with Image.open(
+            io.BytesIO(draw_panel(Explained(row("x", probability), picture, heat)))
+        ) as panel:
             return float(np.abs(np.asarray(panel).astype(int)[40:552, 536:1048] - 100).mean())
 
     assert strength(0.9) == strength(0.5) > strength(0.25) > strength(0.01) > 0 == strength(0.0)
@@ -288,7 +354,9 @@ def test_overlays_have_safe_names_of_their_own(
     call("--run", run, odd, "--out", tmp_path / "out", monkeypatch=monkeypatch)
     names = sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())
     assert len(names) == 7 and len({name[:5] for name in names}) == 7  # "..png" is hidden
-    assert all(name.isascii() and set(name) <= set(safe_letters()) and len(name) < 80 for name in names)
+    assert all(
+        name.isascii() and set(name) <= set(safe_letters()) and len(name) < 80 for name in names
+    )
     assert overlay_name(7, "C:\\films\\Ärger.dcm") == "overlays/00007-rger.png"
     assert overlay_name(123456, "日本.png") == "overlays/123456.png"
     assert overlay_name(8, "s3://b/../../etc/passwd") == "overlays/00008-passwd.png"
@@ -305,19 +373,27 @@ def test_overlays_of_an_earlier_table_are_removed_and_other_files_stay(
     call("--run", run, films, "--out", out, monkeypatch=monkeypatch)
     (out / "overlays" / "mine.png").touch()
     call("--run", run, films / "noise.png", "--out", out, monkeypatch=monkeypatch)
-    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["00001-noise.png", "mine.png"]
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == [
+        "00001-noise.png",
+        "mine.png",
+    ]
     call("--run", run, films / "noise.png", "--out", out, "--no_overlays", monkeypatch=monkeypatch)
     assert sorted(path.name for path in (out / "overlays").iterdir()) == ["mine.png"]
     assert json.loads((out / "predictions.json").read_text())["predictions"][0]["overlay"] is None
 
 
-def test_an_overlay_that_can_not_be_stored_ends_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_overlay_that_can_not_be_stored_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise StoreError("the disk is full")
 
-    monkeypatch.setattr(FileStore, "write", refuse)
+    monkeypatch.setattr(FolderStore, "write", refuse)
     explained = Explained(row("x"), np.zeros((8, 8), np.uint8), np.zeros((4, 4), np.float32))
-    with pytest.raises(StoreError, match="the disk is full"), Drawing(open_store(str(tmp_path))) as drawing:
+    with (
+        pytest.raises(StoreError, match="the disk is full"),
+        Drawing(open_store(str(tmp_path))) as drawing,
+    ):
         assert drawing.draw(explained, number=1) == "overlays/00001-x.png"
 
 
@@ -336,44 +412,67 @@ def test_a_bucket_takes_table_and_overlays_and_gives_the_films(
         keys = [entry.key for entry in out.list()]
         content = json.loads(out.read("predictions.json"))
     assert keys == ["config.yaml", "overlays/00001-a.png", "predictions.csv", "predictions.json"]
-    assert [row["path"] for row in content["predictions"]] == [f"s3://{bucket}/films/a.png", f"{films}/empty.jpg"]
+    assert [row["path"] for row in content["predictions"]] == [
+        f"s3://{bucket}/films/a.png",
+        f"{films}/empty.jpg",
+    ]
     assert f"overlays: 1 in s3://{bucket}/out/overlays/" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
-def test_no_run_and_no_path_are_refused(run: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_run_and_no_path_are_refused(
+    run: Path, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="--run is missing: give the address of a finished run"):
         call(films, monkeypatch=monkeypatch)
-    with pytest.raises(UserError, match="no PATH given: name JPEG, PNG or DICOM files or folders of them"):
+    with pytest.raises(
+        UserError, match="no PATH given: name JPEG, PNG or DICOM files or folders of them"
+    ):
         call("--run", run, monkeypatch=monkeypatch)
 
 
 def test_a_folder_without_a_model_and_a_damaged_one_are_refused(
     run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RunError, match=r"holds no model\.pt: no such run, or its training has not ended"):
+    with pytest.raises(
+        RunError, match=r"holds no model\.pt: no such run, or its training has not ended"
+    ):
         call("--run", tmp_path / "runs" / "other", films, monkeypatch=monkeypatch)
     (tmp_path / "model.pt").write_bytes((run / "model.pt").read_bytes()[:1000])
     with pytest.raises(CorruptError, match=r"model\.pt"):
         call("--run", tmp_path, films, monkeypatch=monkeypatch)
 
 
-def test_another_size_or_fit_than_the_runs_is_refused(run: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_size_or_fit_than_the_runs_is_refused(
+    run: Path, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for option, message in (
-        ("--images.size=128", "images.size = 128, but run tiny was trained with 64: leave the key out"),
-        ("--images.fit=pad", "images.fit = 'pad', but run tiny was trained with 'crop': leave the key out"),
+        (
+            "--images.size=128",
+            "images.size = 128, but run tiny was trained with 64: leave the key out",
+        ),
+        (
+            "--images.fit=pad",
+            "images.fit = 'pad', but run tiny was trained with 'crop': leave the key out",
+        ),
     ):
         with pytest.raises(RunError, match=message):
             call("--run", run, films, option, monkeypatch=monkeypatch)
 
 
 def test_an_unwritable_place_is_refused_before_any_work(
-    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    films: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="it is not a folder; name another folder or bucket with --out"):
+    with pytest.raises(
+        UserError, match="it is not a folder; name another folder or bucket with --out"
+    ):
         call("--run", run, films, "--out", tmp_path / "file", monkeypatch=monkeypatch)
     assert capsys.readouterr().out == ""
 
@@ -381,7 +480,12 @@ def test_an_unwritable_place_is_refused_before_any_work(
 def test_when_no_file_can_be_read_the_table_says_why_and_the_status_is_2(
     run: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (f"--run={run}", str(films / "empty.jpg"), str(films / "cut.png"), f"--out={tmp_path}/out")
+    arguments = (
+        f"--run={run}",
+        str(films / "empty.jpg"),
+        str(films / "cut.png"),
+        f"--out={tmp_path}/out",
+    )
     status, lines = call_main(predict, *arguments, capsys=capsys)
     assert status == 2
     assert lines == [

@@ -27,13 +27,18 @@ from tests.dataset.pictures import (
 )
 from xrai import preprocess, verify
 from xrai.dataset.manifest import Row, read_manifest
-from xrai.dataset.phantom import make_phantoms
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
-from xrai.dataset.sources import FolderSource
 from xrai.errors import run_command
+from xrai.ingest.sources import FolderSource
+from xrai.phantom.draw import make_phantoms
 from xrai.store import open_store
 
-SMALL = ("--images.size=16", "--shards.rows=10", "--splits.val_fraction=0.3", "--splits.test_fraction=0.2")
+SMALL = (
+    "--images.size=16",
+    "--shards.rows=10",
+    "--splits.val_fraction=0.3",
+    "--splits.test_fraction=0.2",
+)
 
 
 class Done:
@@ -48,7 +53,9 @@ class Done:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Done]:
     """Run the command as `python -m xrai.preprocess` does, in this process, in an empty folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -65,7 +72,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     return run
 
 
-def make(run: Callable[..., Done], source: Path, dataset: Path, *more: str, workers: int = 1) -> DatasetIndex:
+def make(
+    run: Callable[..., Done], source: Path, dataset: Path, *more: str, workers: int = 1
+) -> DatasetIndex:
     done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, *more, workers=workers)
     assert done.status == 0, done.err
     return read_index(open_store(str(dataset)))
@@ -91,10 +100,12 @@ def refused(done: Done, message: str) -> None:
     assert "Traceback" not in done.err
 
 
-# ----------------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------- what comes out
 
 
-def test_a_folder_becomes_a_data_set_whose_parts_agree(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_folder_becomes_a_data_set_whose_parts_agree(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     files = source_files()
     source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
     index = make(run, source, dataset)
@@ -122,7 +133,7 @@ def test_a_folder_becomes_a_data_set_whose_parts_agree(run: Callable[..., Done],
 
 
 def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_path: Path) -> None:
-    from xrai.dataset.images import decode
+    from xrai.ingest.images import decode
 
     files = source_files()
     source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
@@ -132,7 +143,9 @@ def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_pat
         for info in shards:
             shard = open_shard(dataset / info.name)
             for path, image in zip(shard.source, shard.images, strict=True):
-                np.testing.assert_array_equal(image, decode(files[path], size=16, fit="pad", max_pixels=10**6))
+                np.testing.assert_array_equal(
+                    image, decode(files[path], size=16, fit="pad", max_pixels=10**6)
+                )
             if split == "train":
                 pixels.append(shard.images)
     train = np.concatenate(pixels).astype(np.float64)
@@ -140,7 +153,9 @@ def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_pat
     assert index.pixel_std == pytest.approx(train.std(), rel=1e-9)
 
 
-def test_the_shards_say_how_large_each_source_picture_was(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_the_shards_say_how_large_each_source_picture_was(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     files = source_files()
     source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
     index = make(run, source, dataset)
@@ -166,7 +181,9 @@ def test_what_is_left_at_the_address_is_listed_in_dataset_json_and_nothing_else(
 ) -> None:
     dataset = tmp_path / "dataset"
     index = make(run, write_files(tmp_path / "chest", source_files()), dataset)
-    listed = {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+    listed = {info.name for shards in index.splits.values() for info in shards} | {
+        info.name for info in index.objects
+    }
     assert set(all_files(dataset)) == listed | {"dataset.json"}
     assert {path.name for path in dataset.iterdir() if path.is_dir()} == {"report"}
     hashes = all_files(dataset)
@@ -184,7 +201,9 @@ def test_the_last_lines_say_where_and_how_many(run: Callable[..., Done], tmp_pat
     assert str(tmp_path / "dataset") in done.out.splitlines()[-1]
 
 
-def test_the_card_shows_samples_counts_and_what_was_set_aside(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_the_card_shows_samples_counts_and_what_was_set_aside(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     files = {**source_files(), "train/NORMAL/empty|.png": b""}
     make(run, write_files(tmp_path / "chest", files), tmp_path / "dataset")
     report = tmp_path / "dataset" / "report"
@@ -197,10 +216,12 @@ def test_the_card_shows_samples_counts_and_what_was_set_aside(run: Callable[...,
             assert picture.width > 100
 
 
-# ---------------------------------------------------------------------------------- the same bytes, however it is made
+# --------------------------------------------------------------- the same bytes, however it is made
 
 
-def test_the_objects_are_the_same_for_any_number_of_workers(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_the_objects_are_the_same_for_any_number_of_workers(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     files = {**source_files(), "train/NORMAL/bad.png": b"no picture"}
     source = write_files(tmp_path / "chest", files)
     for workers in (1, 2, 3):
@@ -215,7 +236,9 @@ def test_the_objects_are_the_same_for_any_order_of_listing(
     make(run, source, tmp_path / "one")
     walk = FolderSource._walk
     monkeypatch.setattr(
-        FolderSource, "_walk", lambda *args, **kwargs: iter(sorted(walk(*args, **kwargs), reverse=True))
+        FolderSource,
+        "_walk",
+        lambda *args, **kwargs: iter(sorted(walk(*args, **kwargs), reverse=True)),
     )
     make(run, source, tmp_path / "two")
     monkeypatch.undo()
@@ -235,7 +258,10 @@ def test_a_folder_a_nested_folder_and_zips_of_them_hold_the_same_images(
         write_zip(tmp_path / "plain.zip", dict(reversed(files.items()))),
         write_zip(tmp_path / "public.zip", public),
     ]
-    indexes = [make(run, source, tmp_path / f"of-{source.name}", workers=1 + k % 2) for k, source in enumerate(sources)]
+    indexes = [
+        make(run, source, tmp_path / f"of-{source.name}", workers=1 + k % 2)
+        for k, source in enumerate(sources)
+    ]
     first = indexes[0].splits["train"][0].name
     shards = [open_shard(tmp_path / f"of-{source.name}" / first) for source in sources]
     for index, shard in zip(indexes, shards, strict=True):
@@ -254,7 +280,11 @@ def test_a_medmnist_file_becomes_a_data_set(run: Callable[..., Done], tmp_path: 
         arrays[f"{split}_labels"] = (np.arange(num) % 2).reshape(-1, 1).astype(np.uint8)
     np.savez(tmp_path / "mnist.npz", **arrays)
     index = make(run, tmp_path / "mnist.npz", tmp_path / "dataset", "--images.size=28", workers=2)
-    assert {split: index.num_images(split) for split in index.splits} == {"train": 60, "val": 40, "test": 20}
+    assert {split: index.num_images(split) for split in index.splits} == {
+        "train": 60,
+        "val": 40,
+        "test": 20,
+    }
     assert index.carved == ()
     shard = open_shard(tmp_path / "dataset" / index.splits["val"][0].name)
     for path, image, label in zip(shard.source, shard.images, shard.labels, strict=True):
@@ -263,7 +293,9 @@ def test_a_medmnist_file_becomes_a_data_set(run: Callable[..., Done], tmp_path: 
         assert label == arrays["val_labels"][number, 0]
 
 
-def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     upright = gradient(40, 40, seed=77)
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -284,14 +316,18 @@ def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(run: Callable[..
             images.update(zip(shard.source, shard.images, strict=True))
     plain = images["train/NORMAL/a-l.png"].astype(int)
     for path in kinds:
-        assert np.abs(images[path].astype(int) - plain).max() <= (4 if path.endswith("jpeg") else 1), path
+        assert np.abs(images[path].astype(int) - plain).max() <= (
+            4 if path.endswith("jpeg") else 1
+        ), path
 
 
-# ---------------------------------------------------------------------------------------------------------------- DICOM
+# -------------------------------------------------------------------------------------------- DICOM
 
 
 def dicom_source(num_patients: int = 24) -> dict[str, bytes]:
-    """DICOM files under every kind of name, two of each patient, who is known by the header alone."""
+    """DICOM files under every kind of name, two of each patient, who is known by the header
+    alone.
+    """
     files = {}
     for patient, image in itertools.product(range(num_patients), range(2)):
         samples = gradient(40 + patient, 36, seed=2 * patient + image).astype("<u2") * 16
@@ -315,7 +351,9 @@ def test_a_folder_of_dicom_files_becomes_a_data_set_that_names_no_patient(
         patient = row.path.rpartition("/")[2].partition(".")[0]
         splits.setdefault(patient, set()).add(row.split)
         assert row.patient.startswith("dicom:")
-    assert {len(found) for found in splits.values()} == {1}  # both images of a patient are in one split
+    assert {len(found) for found in splits.values()} == {
+        1
+    }  # both images of a patient are in one split
     assert set.union(*splits.values()) == {"train", "val", "test"}
     for info in index.splits["train"]:
         shard = open_shard(dataset / info.name)
@@ -327,24 +365,32 @@ def test_a_folder_of_dicom_files_becomes_a_data_set_that_names_no_patient(
         assert not any(secret in data for data in [*written, done.out.encode(), done.err.encode()])
 
 
-def test_dicom_and_png_of_the_same_phantoms_become_the_same_data_set(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_dicom_and_png_of_the_same_phantoms_become_the_same_data_set(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
     images = {}
     for image_format in ("dicom", "png"):
-        make_phantoms(tmp_path / image_format, num_images=40, seed=5, image_format=image_format, workers=1)
+        make_phantoms(
+            tmp_path / image_format, num_images=40, seed=5, image_format=image_format, workers=1
+        )
         make(run, tmp_path / image_format, tmp_path / f"{image_format}-set")
         for row in rows_of(tmp_path / f"{image_format}-set"):
             assert row.shard is not None
             name = row.path.rpartition(".")[0]
             pixels = open_shard(tmp_path / f"{image_format}-set" / row.shard).images[row.row]
-            images.setdefault(name, []).append((row.split, row.patient, row.subtype, pixels.astype(int)))
+            images.setdefault(name, []).append(
+                (row.split, row.patient, row.subtype, pixels.astype(int))
+            )
     assert len(images) == 40
     for one, other in images.values():
         assert one[:3] == other[:3]
         assert np.abs(one[3] - other[3]).max() <= 1
 
 
-def test_damaged_dicom_files_are_set_aside_with_their_reasons(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_damaged_dicom_files_are_set_aside_with_their_reasons(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     files = {f"train/{path}": data for path, data in dicom_source().items()}
     whole = dicom_file(gradient(40, 40))
     bad = {
@@ -354,7 +400,10 @@ def test_damaged_dicom_files_are_set_aside_with_their_reasons(run: Callable[...,
         "train/NORMAL/header.dcm": whole[:150],
     }
     index = make(
-        run, write_files(tmp_path / "films", {**files, **bad}), tmp_path / "dataset", "--images.max_set_aside=0.2"
+        run,
+        write_files(tmp_path / "films", {**files, **bad}),
+        tmp_path / "dataset",
+        "--images.max_set_aside=0.2",
     )
     assert index.counts.num_set_aside == len(bad)
     reasons = {row.path: row.reason for row in rows_of(tmp_path / "dataset") if row.reason}
@@ -372,12 +421,16 @@ def test_without_pydicom_a_dicom_source_is_refused_with_what_to_install_and_noth
     assert not (tmp_path / "dataset").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def labelled(folder: Path) -> tuple[Path, list[str]]:
-    """A source without any order, and the rows of its table: val is given, patients have two images."""
-    files = {f"films/{k:02d}.png": picture_file(k) for k in range(40)} | {"films/readme.txt": b"no film"}
+    """A source without any order, and the rows of its table: val is given, patients have two
+    images.
+    """
+    files = {f"films/{k:02d}.png": picture_file(k) for k in range(40)} | {
+        "films/readme.txt": b"no film"
+    }
     splits = {0: "val", 1: "val", 2: "test", 3: "test"}
     rows = [
         f"films/{k:02d}.png,{('normal', 'PNEUMONIA')[k // 2 % 2]},Ann {k // 2},{splits.get(k // 2, 'train')}"
@@ -394,18 +447,29 @@ def table(path: Path, rows: Sequence[str]) -> str:
 NO_VAL_LIMIT = "--splits.min_val_images=1"
 
 
-def test_a_table_of_labels_stands_in_for_class_folders(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_table_of_labels_stands_in_for_class_folders(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     source, rows = labelled(tmp_path / "chest")
     index = make(run, source, tmp_path / "dataset", table(tmp_path / "t.csv", rows), NO_VAL_LIMIT)
     assert index.carved == ()
-    assert {split: index.num_images(split) for split in index.splits} == {"train": 32, "val": 4, "test": 4}
+    assert {split: index.num_images(split) for split in index.splits} == {
+        "train": 32,
+        "val": 4,
+        "test": 4,
+    }
     assert index.counts.num_not_data == 1
     found = {row.path: row for row in rows_of(tmp_path / "dataset")}
     for line in rows:
         path, label, _, split = line.split(",")
-        assert (found[path].label, found[path].split) == (("NORMAL", "PNEUMONIA").index(label.upper()), split)
+        assert (found[path].label, found[path].split) == (
+            ("NORMAL", "PNEUMONIA").index(label.upper()),
+            split,
+        )
     assert len({row.patient for row in found.values()}) == 20
-    assert not any(b"Ann" in path.read_bytes() for path in (tmp_path / "dataset").rglob("*") if path.is_file())
+    assert not any(
+        b"Ann" in path.read_bytes() for path in (tmp_path / "dataset").rglob("*") if path.is_file()
+    )
 
 
 def test_the_objects_are_the_same_for_any_order_of_the_table_and_any_partition(
@@ -415,7 +479,13 @@ def test_the_objects_are_the_same_for_any_order_of_the_table_and_any_partition(
     make(run, source, tmp_path / "one", table(tmp_path / "t.csv", rows), NO_VAL_LIMIT)
     labels = table(tmp_path / "u.csv", rows[::-1])
     for number in (1, 0):
-        flags = [f"--source={source}", f"--dataset={tmp_path / 'two'}", labels, f"--partition={number}/2", NO_VAL_LIMIT]
+        flags = [
+            f"--source={source}",
+            f"--dataset={tmp_path / 'two'}",
+            labels,
+            f"--partition={number}/2",
+            NO_VAL_LIMIT,
+        ]
         done = run(*flags, *SMALL)
         assert done.status == 0, done.err
     one, two = all_files(tmp_path / "one"), all_files(tmp_path / "two")
@@ -423,7 +493,9 @@ def test_the_objects_are_the_same_for_any_order_of_the_table_and_any_partition(
 
 
 @pytest.mark.parametrize("moment", ["begun", "finished"])
-def test_another_table_is_another_data_set(run: Callable[..., Done], tmp_path: Path, moment: str) -> None:
+def test_another_table_is_another_data_set(
+    run: Callable[..., Done], tmp_path: Path, moment: str
+) -> None:
     source, rows = labelled(tmp_path / "chest")
     labels = table(tmp_path / "t.csv", rows)
     flags = [f"--source={source}", f"--dataset={tmp_path / 'dataset'}", NO_VAL_LIMIT, *SMALL]
@@ -431,8 +503,12 @@ def test_another_table_is_another_data_set(run: Callable[..., Done], tmp_path: P
     assert done.status == 0, done.err
     before = all_files(tmp_path / "dataset")
     assert ("dataset.json" in before) == (moment == "finished")
-    table(tmp_path / "t.csv", [*rows[:-2], *(row.replace("PNEUMONIA", "NORMAL") for row in rows[-2:])])
-    refused(run(*flags, labels), "another source" if moment == "begun" else "other images or labels")
+    table(
+        tmp_path / "t.csv", [*rows[:-2], *(row.replace("PNEUMONIA", "NORMAL") for row in rows[-2:])]
+    )
+    refused(
+        run(*flags, labels), "another source" if moment == "begun" else "other images or labels"
+    )
     refused(run(*flags), "holds no images laid out as")
     assert all_files(tmp_path / "dataset") == before
     table(tmp_path / "t.csv", rows)
@@ -462,7 +538,10 @@ def test_a_table_that_does_not_fit_is_refused_by_its_lines_and_nothing_is_writte
 
 
 def test_a_data_set_of_a_table_is_verified_and_repaired_with_it(
-    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., Done],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     source, rows = labelled(tmp_path / "chest")
     labels = table(tmp_path / "t.csv", rows)
@@ -472,7 +551,9 @@ def test_a_data_set_of_a_table_is_verified_and_repaired_with_it(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
 
     def check(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["verify", f"--dataset={tmp_path / 'dataset'}", *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["verify", f"--dataset={tmp_path / 'dataset'}", *arguments]
+        )
         with pytest.raises(SystemExit) as exit_:
             run_command(verify.main)
         return int(exit_.value.code or 0)
@@ -483,7 +564,7 @@ def test_a_data_set_of_a_table_is_verified_and_repaired_with_it(
     assert all_files(tmp_path / "dataset") == whole
 
 
-# ------------------------------------------------------------------------------------------------------------ once more
+# ---------------------------------------------------------------------------------------- once more
 
 
 def test_once_more_is_nothing_to_do(run: Callable[..., Done], tmp_path: Path) -> None:
@@ -497,7 +578,9 @@ def test_once_more_is_nothing_to_do(run: Callable[..., Done], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("change", ["config", "images"])
-def test_another_data_set_is_refused_and_left_alone(run: Callable[..., Done], tmp_path: Path, change: str) -> None:
+def test_another_data_set_is_refused_and_left_alone(
+    run: Callable[..., Done], tmp_path: Path, change: str
+) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
     make(run, source, dataset)
     before = all_files(dataset)
@@ -509,7 +592,9 @@ def test_another_data_set_is_refused_and_left_alone(run: Callable[..., Done], tm
     assert all_files(dataset) == before
 
 
-def test_overwrite_replaces_it_as_if_nothing_had_been_there(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_overwrite_replaces_it_as_if_nothing_had_been_there(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     source = write_files(tmp_path / "chest", source_files())
     make(run, source, tmp_path / "one", "--shards.rows=3")
     make(run, source, tmp_path / "one", "--overwrite")
@@ -521,10 +606,16 @@ def test_what_an_older_data_set_left_at_the_address_is_gone_when_the_new_one_is_
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
-    left = {"report/near-duplicates.csv": b"old", "train-00000-of-00099.h5": b"old", "unfinished-part-x": b"old"}
+    left = {
+        "report/near-duplicates.csv": b"old",
+        "train-00000-of-00099.h5": b"old",
+        "unfinished-part-x": b"old",
+    }
     write_files(dataset, left)
     index = make(run, source, dataset)
-    listed = {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+    listed = {info.name for shards in index.splits.values() for info in shards} | {
+        info.name for info in index.objects
+    }
     assert set(all_files(dataset)) == listed | {"dataset.json"}
 
 
@@ -540,22 +631,34 @@ def test_a_source_that_is_refused_does_not_cost_the_data_set_that_it_was_to_repl
         assert all_files(dataset) == before, name
 
 
-def test_a_file_of_somebody_else_at_the_destination_is_left_alone(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_file_of_somebody_else_at_the_destination_is_left_alone(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
     write_files(dataset, {"notes.txt": b"mine", "report/mine.txt": b"mine"})
     make(run, source, dataset)
     make(run, source, dataset, "--overwrite", "--shards.rows=3")
-    assert (dataset / "notes.txt").read_bytes() == (dataset / "report" / "mine.txt").read_bytes() == b"mine"
+    assert (
+        (dataset / "notes.txt").read_bytes()
+        == (dataset / "report" / "mine.txt").read_bytes()
+        == b"mine"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 
 BAD = {
-    "damaged.png": (picture_file(1)[:60] + b"XXXXXXXX" + picture_file(1)[68:], "is cut short or damaged"),
+    "damaged.png": (
+        picture_file(1)[:60] + b"XXXXXXXX" + picture_file(1)[68:],
+        "is cut short or damaged",
+    ),
     "truncated.jpeg": (picture_file(2, image_format="JPEG")[:400], "is cut short or damaged"),
     "zero.png": (b"", "is empty (0 bytes)"),
-    "huge.png": (huge_png(100_000, 100_000), "declares 100000 x 100000 pixels, more than images.max_pixels"),
+    "huge.png": (
+        huge_png(100_000, 100_000),
+        "declares 100000 x 100000 pixels, more than images.max_pixels",
+    ),
     "notes.txt": (b"not an image", "is not a JPEG, PNG or DICOM file"),
     "page.jpeg": (b"<html>404</html>", "is not a JPEG, PNG or DICOM file"),
 }
@@ -568,7 +671,11 @@ def test_each_bad_file_is_set_aside_with_its_reason_and_the_rest_goes_on(
     source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
     (source / "train" / "PNEUMONIA" / "dangling.png").symlink_to(tmp_path / "gone")
     index = make(run, source, dataset, "--images.max_set_aside=0.2")
-    assert (index.counts.num_found, index.counts.num_written, index.counts.num_set_aside) == (51, 44, 7)
+    assert (index.counts.num_found, index.counts.num_written, index.counts.num_set_aside) == (
+        51,
+        44,
+        7,
+    )
     aside = {row.path.rpartition("/")[2]: row for row in rows_of(dataset) if row.reason}
     assert set(aside) == {*BAD, "dangling.png"}
     for name, (_, reason) in BAD.items():
@@ -582,7 +689,11 @@ def test_each_bad_file_is_set_aside_with_its_reason_and_the_rest_goes_on(
 def test_a_shard_of_bad_files_alone_is_left_out(run: Callable[..., Done], tmp_path: Path) -> None:
     files = {**source_files(), **{f"train/NORMAL/{k}.txt": f"text {k}".encode() for k in range(4)}}
     index = make(
-        run, write_files(tmp_path / "chest", files), tmp_path / "d", "--images.max_set_aside=0.2", "--shards.rows=1"
+        run,
+        write_files(tmp_path / "chest", files),
+        tmp_path / "d",
+        "--images.max_set_aside=0.2",
+        "--shards.rows=1",
     )
     assert index.counts.num_written == 44
     assert sum(len(shards) for shards in index.splits.values()) == 44
@@ -593,14 +704,17 @@ def test_a_shard_of_bad_files_alone_is_left_out(run: Callable[..., Done], tmp_pa
 def test_too_many_bad_files_are_refused_and_nothing_is_left(
     run: Callable[..., Done], tmp_path: Path, workers: int
 ) -> None:
-    files = {**source_files(), **{f"train/NORMAL/{k}.png": b"damaged" + bytes([k]) for k in range(5)}}
+    files = {
+        **source_files(),
+        **{f"train/NORMAL/{k}.png": b"damaged" + bytes([k]) for k in range(5)},
+    }
     source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
     done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, workers=workers)
     refused(done, "more than images.max_set_aside = 0.05")
     assert all_files(tmp_path / "dataset") == {}
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def bad_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
@@ -623,7 +737,7 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "one class unusable": (
             write_files(tmp_path / "unusable", {**normal, "train/PNEUMONIA/x.png": b""}), "PNEUMONIA"),
         "unknown class": (write_files(tmp_path / "covid", {**good, "train/COVID/a.png": picture_file(1)}), "'COVID'"),
-        "broken zip": (tmp_path / "broken.zip", "can not be read as a zip"),
+        "broken zip": (tmp_path / "broken.zip", "cannot be read as a zip"),
         "unsafe zip": (write_zip(tmp_path / "unsafe.zip", {**good, "../x.png": b""}), "unsafe name"),
         "same image in two splits": (write_files(tmp_path / "both", both), "--splits.duplicates=drop"),
     }  # fmt: skip
@@ -650,7 +764,10 @@ def test_a_bad_source_is_refused_in_one_line_and_nothing_is_written(
     [
         ("--images.sice=64", "did you mean --images.size?"),
         ("--image.size=64", "did you mean --images.size?"),
-        ("--images.size=9", "images.size = 9 is not allowed: it takes a whole number at least 16 and at most 1024"),
+        (
+            "--images.size=9",
+            "images.size = 9 is not allowed: it takes a whole number at least 16 and at most 1024",
+        ),
         ("--images.size=big", "images.size = 'big'"),
         ("--images.fit=stretch", "one of crop, squash, pad"),
         ("--splits.val_fraction=1.5", "splits.val_fraction = 1.5"),
@@ -680,7 +797,9 @@ def test_a_destination_below_a_file_is_refused(run: Callable[..., Done], tmp_pat
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_destination_that_may_not_be_written_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_destination_that_may_not_be_written_is_refused(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     source = write_files(tmp_path / "chest", source_files())
     (tmp_path / "locked").mkdir(mode=0o555)
     if os.access(tmp_path / "locked", os.W_OK):
@@ -701,7 +820,9 @@ def test_a_machine_without_a_folder_for_temporary_files_is_told_so_at_once(
     assert not (tmp_path / "dataset").exists()
 
 
-def test_a_data_set_inside_its_own_source_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_data_set_inside_its_own_source_is_refused(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     source = write_files(tmp_path / "chest", source_files())
     before = all_files(source)
     done = run(f"--source={source}", f"--dataset={source / 'dataset'}", *SMALL)
@@ -709,18 +830,24 @@ def test_a_data_set_inside_its_own_source_is_refused(run: Callable[..., Done], t
     assert all_files(source) == before
 
 
-# ------------------------------------------------------------------------------------------------- as people start it
+# ------------------------------------------------------------------------------- as people start it
 
 
 def test_the_command_works_from_a_shell_with_its_default_addresses(tmp_path: Path) -> None:
     write_files(tmp_path / "data" / "chest_xray", source_files(40, 40))
     command = [sys.executable, "-m", "xrai.preprocess", "--images.size=16"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "dataset" / "dataset.json").is_file()
-    again = subprocess.run([*command, "--images.fit=pad"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    again = subprocess.run(
+        [*command, "--images.fit=pad"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith("xrai: error:") and "Traceback" not in again.stderr
+    assert (
+        again.stderr.splitlines()[-1].startswith("xrai: error:") and "Traceback" not in again.stderr
+    )
 
 
 def test_preprocessing_never_imports_torch() -> None:

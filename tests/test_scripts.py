@@ -1,4 +1,6 @@
-"""The two commands of a fresh clone refuse what can not work, in one line, before they change anything."""
+"""The two commands of a fresh clone refuse what cannot work, in one line, before they change
+anything.
+"""
 
 import os
 import shutil
@@ -36,9 +38,13 @@ def fake_python(folder: Path, *, version: str, has_venv: bool = True) -> Path:
     return path
 
 
-def run(command: list[str | Path], *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str | Path], *, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test", "scripts/check"])
@@ -46,11 +52,15 @@ def test_an_older_python_is_refused(clone: Path, tmp_path: Path, script: str) ->
     python = fake_python(tmp_path, version="3.10")
     done = run([clone / script], cwd=tmp_path, PYTHON=str(python))
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"install: PYTHON={python} is Python 3.10; xrai needs 3.11 or newer"]
+    assert done.stderr.splitlines() == [
+        f"install: PYTHON={python} is Python 3.10; xrai needs 3.11 or newer"
+    ]
     assert not (clone / ".venv").exists()
 
 
-def test_a_python_without_venv_is_refused_with_the_package_to_install(clone: Path, tmp_path: Path) -> None:
+def test_a_python_without_venv_is_refused_with_the_package_to_install(
+    clone: Path, tmp_path: Path
+) -> None:
     python = fake_python(tmp_path, version="3.12", has_venv=False)
     done = run([clone / "scripts/test"], cwd=tmp_path, PYTHON=str(python))
     assert done.returncode == 2
@@ -59,7 +69,9 @@ def test_a_python_without_venv_is_refused_with_the_package_to_install(clone: Pat
     assert not (clone / ".venv").exists()
 
 
-def test_a_machine_without_any_new_enough_python_is_told_what_to_install(clone: Path, tmp_path: Path) -> None:
+def test_a_machine_without_any_new_enough_python_is_told_what_to_install(
+    clone: Path, tmp_path: Path
+) -> None:
     old = fake_python(tmp_path, version="3.9")
     for tool in ("bash", "dirname", "env", "sed", "grep"):
         (old.parent / tool).symlink_to(shutil.which(tool, path="/usr/bin:/bin") or tool)
@@ -69,7 +81,9 @@ def test_a_machine_without_any_new_enough_python_is_told_what_to_install(clone: 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_source_that_does_not_exist_is_refused_before_anything_is_installed(clone: Path, tmp_path: Path) -> None:
+def test_a_source_that_does_not_exist_is_refused_before_anything_is_installed(
+    clone: Path, tmp_path: Path
+) -> None:
     done = run([clone / "scripts/quickstart", "no/such.zip"], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"quickstart: SOURCE {tmp_path}/no/such.zip does not exist;")
@@ -77,7 +91,9 @@ def test_a_source_that_does_not_exist_is_refused_before_anything_is_installed(cl
 
 
 @pytest.mark.parametrize("arguments", [["--fast"], ["one", "two"]])
-def test_quickstart_refuses_what_is_not_a_source(clone: Path, tmp_path: Path, arguments: list[str]) -> None:
+def test_quickstart_refuses_what_is_not_a_source(
+    clone: Path, tmp_path: Path, arguments: list[str]
+) -> None:
     done = run([clone / "scripts/quickstart", *arguments], cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
@@ -100,11 +116,15 @@ def locked_names(path: Path) -> dict[str, list[str]]:
 
 
 def test_all_locked_packages_have_hashes_and_the_two_locks_agree(repository: Path) -> None:
-    runtime, dev = (locked_names(repository / name) for name in ("requirements.lock", "requirements-dev.lock"))
+    runtime, dev = (
+        locked_names(repository / name) for name in ("requirements.lock", "requirements-dev.lock")
+    )
     assert runtime.items() <= dev.items()
     for name in ("requirements.lock", "requirements-dev.lock"):
         entries = (repository / name).read_text().split("\n\n")[-1].replace("\\\n", "").splitlines()
-        unhashed = [entry for entry in entries if entry[:1].isalpha() and "--hash=sha256:" not in entry]
+        unhashed = [
+            entry for entry in entries if entry[:1].isalpha() and "--hash=sha256:" not in entry
+        ]
         assert not unhashed
 
 
@@ -113,7 +133,10 @@ def test_the_lock_holds_every_dependency_but_torch(repository: Path) -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dicom"]]
     names = {requirement.partition(">=")[0].partition("[")[0].lower() for requirement in wanted}
     assert names - locked_names(repository / "requirements.lock").keys() == {"torch"}
-    names = {item.partition(">=")[0].partition("[")[0].lower() for item in project["optional-dependencies"]["dev"]}
+    names = {
+        item.partition(">=")[0].partition("[")[0].lower()
+        for item in project["optional-dependencies"]["dev"]
+    }
     assert names <= locked_names(repository / "requirements-dev.lock").keys()
 
 

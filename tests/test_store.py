@@ -1,4 +1,6 @@
-"""The store's promises, the same for a folder, for an S3 in this process (moto) and for a real one."""
+"""The store's promises, the same for a folder, for an S3 in this process (moto) and for a real
+one.
+"""
 
 import hashlib
 import multiprocessing
@@ -21,7 +23,6 @@ from hypothesis import strategies as st
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.faults.proxy import Proxy
-from xrai import store as store_module
 from xrai.errors import (
     AlreadyExistsError,
     ConfigError,
@@ -35,7 +36,7 @@ from xrai.errors import (
     UserError,
     WrongEndpointError,
 )
-from xrai.store import S3Store, Store, StoredObject, check_key, open_store
+from xrai.store import S3Store, Store, StoredObject, check_key, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -71,7 +72,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return open_store(f"s3://{bucket}/some/{uuid.uuid4().hex[:8]}", retry_s=5)
 
 
-# ------------------------------------------------------------------------------------------------- what all stores keep
+# ----------------------------------------------------------------------------- what all stores keep
 
 
 def test_what_is_written_is_read_back_and_may_be_replaced(store: Store) -> None:
@@ -87,7 +88,9 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
     assert store.size("empty") == 0
 
 
-def test_a_missing_object_has_no_size_and_says_its_address_when_read(store: Store, tmp_path: Path) -> None:
+def test_a_missing_object_has_no_size_and_says_its_address_when_read(
+    store: Store, tmp_path: Path
+) -> None:
     assert store.size("a/missing") is None
     with pytest.raises(NotFoundError, match=f"{store.uri}/a/missing"):
         store.read("a/missing")
@@ -119,7 +122,10 @@ def test_files_go_up_and_down_with_their_hash(store: Store, tmp_path: Path) -> N
     data = os.urandom(700_001)
     (tmp_path / "file").write_bytes(data)
     assert store.upload("deep/er/file", tmp_path / "file") == hashlib.sha256(data).hexdigest()
-    assert store.download("deep/er/file", tmp_path / "new" / "copy") == hashlib.sha256(data).hexdigest()
+    assert (
+        store.download("deep/er/file", tmp_path / "new" / "copy")
+        == hashlib.sha256(data).hexdigest()
+    )
     assert (tmp_path / "new" / "copy").read_bytes() == data
 
 
@@ -130,7 +136,9 @@ def test_a_commit_mark_is_written_once(store: Store) -> None:
     assert store.read("dataset.json") == b"first"
 
 
-def test_of_many_writers_of_one_commit_mark_one_wins(store: Store, request: pytest.FixtureRequest) -> None:
+def test_of_many_writers_of_one_commit_mark_one_wins(
+    store: Store, request: pytest.FixtureRequest
+) -> None:
     def claim(number: int) -> bool:
         try:
             store.write("mark", str(number).encode(), only_if_absent=True)
@@ -147,9 +155,13 @@ def test_of_many_writers_of_one_commit_mark_one_wins(store: Store, request: pyte
     assert store.read("mark") == str(won.index(True)).encode()
 
 
-@pytest.mark.parametrize("key", ["", "/etc/passwd", "../secret", "a/../../b", "a//b", "a/", ".", "a/.", "a\0b"])
+@pytest.mark.parametrize(
+    "key", ["", "/etc/passwd", "../secret", "a/../../b", "a//b", "a/", ".", "a/.", "a\0b"]
+)
 @pytest.mark.parametrize("address", ["/some/folder", "s3://bucket/prefix"])
-def test_a_key_that_could_leave_the_store_is_refused(address: str, key: str, tmp_path: Path) -> None:
+def test_a_key_that_could_leave_the_store_is_refused(
+    address: str, key: str, tmp_path: Path
+) -> None:
     store = open_store(address)
     calls: list[Callable[[], Any]] = [
         lambda: store.read(key), lambda: store.write(key, b""), lambda: store.size(key), lambda: store.delete(key),
@@ -185,7 +197,7 @@ def _read_in_child(store: Store) -> None:
     assert [store.read("key") for _ in range(10)] == [b"value"] * 10
 
 
-# ------------------------------------------------------------------------------------------------------------ addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
@@ -203,12 +215,16 @@ def test_an_address_has_one_normal_form(address: str, uri: str) -> None:
     assert open_store(address).uri == uri
 
 
-def test_a_relative_address_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_address_is_below_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert open_store("data/dataset").uri == str(tmp_path / "data" / "dataset")
 
 
-@pytest.mark.parametrize("address", ["", "s3://", "s3:///key", "s3://b ad/key", "gs://bucket/x", "file://host/x"])
+@pytest.mark.parametrize(
+    "address", ["", "s3://", "s3:///key", "s3://b ad/key", "gs://bucket/x", "file://host/x"]
+)
 def test_what_is_no_address_is_the_users_mistake(address: str) -> None:
     with pytest.raises(UserError, match="s3://bucket/prefix"):
         open_store(address)
@@ -220,7 +236,9 @@ def test_a_prefix_may_not_leave_its_bucket() -> None:
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
-def test_a_retry_budget_that_is_no_number_of_seconds_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retry_budget_that_is_no_number_of_seconds_is_refused(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XRAI_S3_RETRY_S", value)
     with pytest.raises(ConfigError, match=f"XRAI_S3_RETRY_S = '{value}'"):
         open_store("s3://bucket/prefix")
@@ -231,10 +249,15 @@ def test_a_folder_never_loads_the_s3_library(tmp_path: Path) -> None:
         "import sys; from xrai.store import open_store; s = open_store(sys.argv[1]); s.write('k', b'1'); s.read('k');"
         "sys.exit(any(name in sys.modules for name in ('boto3', 'botocore', 'torch')))"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=30, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], timeout=30, check=False
+        ).returncode
+        == 0
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_a_writer_that_is_killed_leaves_nothing_to_be_seen(tmp_path: Path) -> None:
@@ -285,7 +308,7 @@ def test_files_get_the_rights_that_the_user_gives_new_files(tmp_path: Path) -> N
 
 def test_a_folder_that_may_not_be_written_says_so_in_one_line() -> None:
     folder = Path("/proc/xrai")  # nobody, not even root, makes a folder there
-    with pytest.raises(StoreError, match="/proc/xrai/key can not be written: ") as caught:
+    with pytest.raises(StoreError, match="/proc/xrai/key cannot be written: ") as caught:
         open_store(str(folder)).write("key", b"")
     assert "\n" not in str(caught.value)
 
@@ -296,7 +319,7 @@ def test_a_commit_mark_is_written_once_on_a_file_system_without_links(
     def link(source: Path, target: Path) -> None:
         raise PermissionError(1, "Operation not permitted")  # as vfat says it
 
-    monkeypatch.setattr(store_module.os, "link", link)
+    monkeypatch.setattr(os, "link", link)
     store = open_store(str(tmp_path))
     store.write("mark", b"first", only_if_absent=True)
     with pytest.raises(AlreadyExistsError):
@@ -308,7 +331,7 @@ def test_a_commit_mark_is_written_once_on_a_file_system_without_links(
 def test_a_folder_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     store = open_store(str(tmp_path / "file" / "store"))
-    with pytest.raises(UserError, match="can not be written: it is below a file"):
+    with pytest.raises(UserError, match="cannot be written: it is below a file"):
         store.write("key", b"")
     with pytest.raises(NotFoundError):
         store.read("key")
@@ -319,14 +342,16 @@ def test_a_full_disk_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.Monk
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     store = open_store(str(tmp_path))
-    with pytest.raises(StoreError, match=r"can not be written: No space left on device; free some space"):
+    with pytest.raises(
+        StoreError, match=r"cannot be written: No space left on device; free some space"
+    ):
         store.write("key", b"data")
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------------------------------- buckets
+# ------------------------------------------------------------------------------------------ buckets
 
 
 @pytest.mark.parametrize(
@@ -355,8 +380,11 @@ def test_each_answer_of_a_server_has_its_own_error_or_is_tried_again(
 ) -> None:
     from botocore.exceptions import ClientError
 
-    answer: Any = {"Error": {"Code": code, "Message": "words"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    found = store_module._explain(
+    answer: Any = {
+        "Error": {"Code": code, "Message": "words"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    found = s3._explain(
         ClientError(answer, "GetObject"), done="read", where="s3://bucket/key", bucket="bucket"
     )
     assert (None if found is None else type(found)) is expected
@@ -395,14 +423,30 @@ def test_an_endpoint_that_is_no_url_is_the_users_mistake(monkeypatch: pytest.Mon
 
 
 def test_a_web_server_is_no_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "http.server",
+        "0",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
         assert server.stdout is not None
         port = server.stdout.readline().split("port ")[1].split()[0]
         use_endpoint(monkeypatch, f"http://127.0.0.1:{port}")
         store = open_store("s3://bucket/prefix", retry_s=1)
         try:
-            for call in (lambda: store.read("key"), lambda: store.write("key", b""), lambda: store.size("key")):
+            for call in (
+                lambda: store.read("key"),
+                lambda: store.write("key", b""),
+                lambda: store.size("key"),
+            ):
                 with pytest.raises(WrongEndpointError, match="does not speak S3"):
                     call()
         finally:
@@ -414,7 +458,10 @@ def test_an_endpoint_where_nobody_answers_ends_in_time(monkeypatch: pytest.Monke
         taken.bind(("127.0.0.1", 0))  # and does not listen
         use_endpoint(monkeypatch, f"http://127.0.0.1:{taken.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(UnreachableError, match=r"s3://bucket/prefix/key can not be read: no success .* within 1 s"):
+        with pytest.raises(
+            UnreachableError,
+            match=r"s3://bucket/prefix/key cannot be read: no success .* within 1 s",
+        ):
             open_store("s3://bucket/prefix", retry_s=1).read("key")
     assert 0.9 < time.monotonic() - started < 5
 
@@ -429,7 +476,7 @@ def test_the_retry_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyP
 def test_a_large_object_goes_up_in_parts(
     moto: tuple[str, str], moto_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)
     data = os.urandom(11 * 2**20)
     (tmp_path / "file").write_bytes(data)
     with Proxy(moto[0]) as proxy:
@@ -441,7 +488,9 @@ def test_a_large_object_goes_up_in_parts(
         assert proxy.count("large", "GET") == 0
 
 
-def test_a_server_without_conditional_writes_is_asked_first(moto_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_conditional_writes_is_asked_first(
+    moto_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from botocore.exceptions import ClientError
 
     store = open_store(moto_uri)
@@ -451,7 +500,10 @@ def test_a_server_without_conditional_writes_is_asked_first(moto_uri: str, monke
 
     def put_object(**request: Any) -> Any:
         if "IfNoneMatch" in request:
-            answer: Any = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            answer: Any = {
+                "Error": {"Code": "NotImplemented"},
+                "ResponseMetadata": {"HTTPStatusCode": 501},
+            }
             raise ClientError(answer, "PutObject")
         return real(**request)
 
@@ -488,7 +540,11 @@ def test_no_request_carries_a_checksum_that_other_servers_lack(moto_uri: str) ->
     store = open_store(moto_uri)
     assert isinstance(store, S3Store)
     config = store._client().meta.config
-    assert config.request_checksum_calculation == config.response_checksum_validation == "when_required"
+    assert (
+        config.request_checksum_calculation
+        == config.response_checksum_validation
+        == "when_required"
+    )
 
 
 def test_errors_of_access_are_the_users_mistakes_and_silence_is_not() -> None:

@@ -1,4 +1,6 @@
-"""The training command as people use it: on a real (small) data set, through its real command line."""
+"""The training command as people use it: on a real (small) data set, through its real command
+line.
+"""
 
 import csv
 import json
@@ -31,7 +33,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(dataset: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     artifacts = dataset.parent / "submit"
-    done = run_module("xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}", "--run_id=whole", *SMALL)
+    done = run_module(
+        "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}", "--run_id=whole", *SMALL
+    )
     assert done.returncode == 0, done.stderr
     return artifacts / "whole", done
 
@@ -49,7 +53,9 @@ def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list
     return call_main(train, *arguments, capsys=capsys)
 
 
-def test_a_run_leaves_everything_that_the_readme_lists(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+def test_a_run_leaves_everything_that_the_readme_lists(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+):
     folder, done = finished
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names >= {
@@ -64,7 +70,9 @@ def test_a_run_leaves_everything_that_the_readme_lists(finished: tuple[Path, sub
     assert "phantoms, not patients" in done.stdout
 
 
-def test_the_summary_names_every_file_with_its_hash(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+def test_the_summary_names_every_file_with_its_hash(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+):
     import hashlib
 
     folder, _ = finished
@@ -89,11 +97,15 @@ def test_metrics_are_those_of_the_predictions_by_scikit_learn(
         scores = np.array([float(row["score"]) for row in rows])
         calls = scores >= metrics["threshold"]
         assert [row["call"] == "PNEUMONIA" for row in rows] == calls.tolist()
-        assert metrics["metrics"]["accuracy"]["value"] == pytest.approx(accuracy_score(labels, calls))
+        assert metrics["metrics"]["accuracy"]["value"] == pytest.approx(
+            accuracy_score(labels, calls)
+        )
         assert metrics["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(labels, scores))
 
 
-def test_tensorboards_own_reader_finds_the_curves(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+def test_tensorboards_own_reader_finds_the_curves(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+):
     folder, _ = finished
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -107,7 +119,9 @@ def test_tensorboards_own_reader_finds_the_curves(finished: tuple[Path, subproce
     ):  # fmt: skip
         points = events.Scalars(tag)
         assert [point.step for point in points] == [int(row["step"]) for row in history]
-        assert [point.value for point in points] == pytest.approx([float(row[column]) for row in history], rel=1e-5)
+        assert [point.value for point in points] == pytest.approx(
+            [float(row[column]) for row in history], rel=1e-5
+        )
 
 
 def test_the_model_file_alone_gives_the_same_scores(
@@ -118,12 +132,17 @@ def test_the_model_file_alone_gives_the_same_scores(
     assert (model.image_size, model.fit, model.classes) == (32, "crop", ("NORMAL", "PNEUMONIA"))
     batch = next(Loader(str(dataset), split="test", batch_size=1000).epoch(0))
     with torch.inference_mode():
-        scores = model.probabilities(model.network(torch.from_numpy(batch.images) / 255).double().numpy())
+        scores = model.probabilities(
+            model.network(torch.from_numpy(batch.images) / 255).double().numpy()
+        )
     with (folder / "predictions.csv").open(newline="") as file:
         written = [float(row["score"]) for row in csv.DictReader(file)]
     assert scores == pytest.approx(np.array(written), abs=1e-5)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (model.threshold, model.temperature) == (metrics["threshold"], metrics["calibration"]["temperature"])
+    assert (model.threshold, model.temperature) == (
+        metrics["threshold"],
+        metrics["calibration"]["temperature"],
+    )
 
 
 def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(
@@ -131,22 +150,39 @@ def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(
 ):
     folder, done = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    again = run_module("xrai.train", f"--dataset={dataset}", f"--artifacts={folder.parent}", "--run_id=whole", *SMALL)
+    again = run_module(
+        "xrai.train",
+        f"--dataset={dataset}",
+        f"--artifacts={folder.parent}",
+        "--run_id=whole",
+        *SMALL,
+    )
     assert again.returncode == 0 and again.stdout == done.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_evaluate_measures_a_run_with_the_numbers_of_training(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     folder, _ = finished
     status, lines = call_main(
-        evaluate, f"--run={folder}", f"--dataset={dataset}", "--evaluate.num_bootstrap=50", capsys=capsys
+        evaluate,
+        f"--run={folder}",
+        f"--dataset={dataset}",
+        "--evaluate.num_bootstrap=50",
+        capsys=capsys,
     )
     assert (status, lines) == (0, [])
     (written,) = (folder / "evaluate").glob("test-*/metrics.json")
-    ours, theirs = json.loads(written.read_text()), json.loads((folder / "metrics.json").read_text())
-    assert ours["metrics"]["auroc"]["value"] == pytest.approx(theirs["metrics"]["auroc"]["value"], abs=1e-9)
+    ours, theirs = (
+        json.loads(written.read_text()),
+        json.loads((folder / "metrics.json").read_text()),
+    )
+    assert ours["metrics"]["auroc"]["value"] == pytest.approx(
+        theirs["metrics"]["auroc"]["value"], abs=1e-9
+    )
     assert ours["counts"] == theirs["counts"]
 
 
@@ -165,9 +201,18 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
         with (folder.parent / name / "history.csv").open(newline="") as file:
             rows.append(list(csv.DictReader(file)))
     for ours, theirs in zip(*rows, strict=True):
-        for column in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "shifted_auroc"):
+        for column in (
+            "train_loss",
+            "train_accuracy",
+            "val_loss",
+            "val_accuracy",
+            "val_auroc",
+            "shifted_auroc",
+        ):
             assert float(ours[column]) == pytest.approx(float(theirs[column]), abs=2e-4), column
-    metrics = [json.loads((folder.parent / name / "metrics.json").read_text()) for name in ("whole", "two")]
+    metrics = [
+        json.loads((folder.parent / name / "metrics.json").read_text()) for name in ("whole", "two")
+    ]
     assert metrics[0]["counts"] == metrics[1]["counts"]
 
 
@@ -175,9 +220,12 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
     ("arguments", "message"),
     [
         (["--dataset={tmp}/nothing"], "holds no dataset.json"),
-        (["--artifacts={tmp}/file/below"], "results can not be written to"),
+        (["--artifacts={tmp}/file/below"], "results cannot be written to"),
         (["--images.size=48"], "images.size = 48, but the data set was made with 32"),
-        (["--train.global_batch_size=16", "--train.accumulation_steps=32"], "the nearest that can is 32"),
+        (
+            ["--train.global_batch_size=16", "--train.accumulation_steps=32"],
+            "the nearest that can is 32",
+        ),
         (["--run_id=../up"], "--run_id '../up' is not allowed"),
         (["--resume=perhaps"], "it takes auto, must or never"),
         (["--resume=must", "--run_id=new"], "holds no checkpoint and --resume is must"),
@@ -187,11 +235,20 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
     ],
 )
 def test_a_mistake_is_one_clear_line_with_status_2_and_leaves_nothing(
-    dataset: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ):
     (tmp_path / "file").write_text("a file where a folder should be")
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    default = [f"--dataset={dataset}", f"--artifacts={tmp_path}/submit", "--model.width=8", "--train.epochs=1"]
+    default = [
+        f"--dataset={dataset}",
+        f"--artifacts={tmp_path}/submit",
+        "--model.width=8",
+        "--train.epochs=1",
+    ]
     status, lines = call(*default, *given, capsys=capsys)
     assert status == 2 and len(lines) == 1, lines
     assert lines[0].startswith("xrai: error: ") and message in lines[0]
@@ -201,7 +258,9 @@ def test_a_mistake_is_one_clear_line_with_status_2_and_leaves_nothing(
 def test_an_image_size_other_than_the_data_sets_is_taken_from_the_data_set_when_none_is_given(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    status, lines = call(f"--dataset={dataset}", f"--artifacts={tmp_path}", "--check", capsys=capsys)
+    status, lines = call(
+        f"--dataset={dataset}", f"--artifacts={tmp_path}", "--check", capsys=capsys
+    )
     assert (status, lines) == (0, []) and list(tmp_path.iterdir()) == []  # a dry run leaves nothing
 
 
@@ -213,7 +272,9 @@ def test_more_processes_than_images_are_refused(dataset: Path):
 
 
 def test_a_run_of_another_data_set_is_not_gone_on_with(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     folder, _ = finished
     other = make_dataset(tmp_path, num_images=40, seed=5, options=("--splits.test_fraction=0.1",))
@@ -221,13 +282,19 @@ def test_a_run_of_another_data_set_is_not_gone_on_with(
     for name in ("checkpoints",):
         (folder.parent / "other" / name).symlink_to(folder / name)
     status, lines = call(
-        f"--dataset={other}", f"--artifacts={folder.parent}", "--run_id=other", "--model.width=8", capsys=capsys
+        f"--dataset={other}",
+        f"--artifacts={folder.parent}",
+        "--run_id=other",
+        "--model.width=8",
+        capsys=capsys,
     )
     assert status == 2 and "was saved with data set fingerprint = " in lines[0]
 
 
 def test_a_run_that_exists_is_not_begun_again_with_resume_never(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     folder, _ = finished
     status, lines = call(
@@ -249,21 +316,31 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
     common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", f"--init_from={folder}"]
     status, lines = call(*common, "--model.width=16", capsys=capsys)
     assert status == 2 and "holds another network" in lines[0]
-    status, lines = call(*common, "--run_id=warm", *SMALL, "--train.epochs=1", "--optim.lr=1e-9", capsys=capsys)
+    status, lines = call(
+        *common, "--run_id=warm", *SMALL, "--train.epochs=1", "--optim.lr=1e-9", capsys=capsys
+    )
     assert (status, lines) == (0, [])
-    warm, first = (load_model(open_store(str(place)), folder=tmp_path) for place in (tmp_path / "warm", folder))
+    warm, first = (
+        load_model(open_store(str(place)), folder=tmp_path) for place in (tmp_path / "warm", folder)
+    )
     for name, tensor in first.network.state_dict().items():
         assert torch.allclose(warm.network.state_dict()[name], tensor, atol=1e-5), name
 
 
 def test_evaluate_refuses_pictures_of_another_size(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     folder, _ = finished
     other = make_dataset(tmp_path, num_images=40, options=("--images.size=48",))
-    status, lines = call_main(evaluate, f"--run={folder}", f"--dataset={other}", "--split=val", capsys=capsys)
+    status, lines = call_main(
+        evaluate, f"--run={folder}", f"--dataset={other}", "--split=val", capsys=capsys
+    )
     assert status == 2 and "images.size = 32, this data set has 48" in lines[0]
     status, lines = call_main(evaluate, f"--dataset={other}", capsys=capsys)
     assert status == 2 and "--run is missing" in lines[0]
-    status, lines = call_main(evaluate, f"--run={tmp_path}/none", f"--dataset={other}", "--split=val", capsys=capsys)
+    status, lines = call_main(
+        evaluate, f"--run={tmp_path}/none", f"--dataset={other}", "--split=val", capsys=capsys
+    )
     assert status == 2 and "holds no model.pt" in lines[0]

@@ -1,4 +1,6 @@
-"""The check of a stored data set, and its repair: each damage is found, named, and mended bit for bit."""
+"""The check of a stored data set, and its repair: each damage is found, named, and mended bit
+for bit.
+"""
 
 import hashlib
 import json
@@ -13,9 +15,9 @@ import pytest
 
 from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai import preprocess, verify
-from xrai.dataset.audit import find_faults
 from xrai.dataset.manifest import Row, manifest_lines, read_manifest
 from xrai.dataset.shards import DatasetIndex, ObjectInfo, compute_fingerprint, read_index
+from xrai.dataset.verify import find_faults
 from xrai.errors import run_command
 from xrai.store import open_store
 
@@ -33,7 +35,9 @@ def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: s
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source and the data set made of it, for reading alone; one file is set aside, and one pair looks alike."""
+    """A source and the data set made of it, for reading alone; one file is set aside, and one
+    pair looks alike.
+    """
     folder = tmp_path_factory.mktemp("verify")
     files = source_files(40, 40)
     files["train/NORMAL/broken.png"] = b"no picture"
@@ -56,7 +60,9 @@ def dataset(made: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], dataset: Path) -> Command:
+def check(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], dataset: Path
+) -> Command:
     """`python -m xrai.verify` on the copy: status, stdout, stderr."""
 
     def check(*arguments: str) -> tuple[int, str, str]:
@@ -68,7 +74,11 @@ def check(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], da
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def flip(path: Path, position: int) -> None:
@@ -93,7 +103,9 @@ def test_one_flipped_byte_in_any_object_is_found_and_named(
     store = open_store(str(dataset))
     index = read_index(store)
     keys = all_keys(made)
-    assert {"manifest.jsonl", "report/card.md"} < set(keys) and any(key.endswith(".h5") for key in keys)
+    assert {"manifest.jsonl", "report/card.md"} < set(keys) and any(
+        key.endswith(".h5") for key in keys
+    )
     for key in keys:
         size_bytes = (dataset / key).stat().st_size
         for position in (0, size_bytes // 2, size_bytes - 1):
@@ -134,11 +146,13 @@ def test_what_making_it_left_over_is_named_and_no_fault(check: Command, dataset:
     assert "unfinished-claim is left over" in out
 
 
-def test_an_address_without_a_data_set_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_address_without_a_data_set_is_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert run(monkeypatch, verify.main, f"--dataset={tmp_path}") == 2
 
 
-# --------------------------------------------------------------------- lies that are consistent with their own hashes
+# --------------------------------------------------- lies that are consistent with their own hashes
 
 
 def rewrite(dataset: Path, change_rows: Callable[[list[Row]], list[Row]]) -> None:
@@ -220,7 +234,7 @@ def test_counts_mean_and_fingerprint_are_recomputed(dataset: Path, tmp_path: Pat
     assert index.fingerprint == compute_fingerprint(index)
 
 
-# --------------------------------------------------------------------------------------------------------------- repair
+# ------------------------------------------------------------------------------------------- repair
 
 
 def test_repair_makes_every_damaged_object_anew_bit_for_bit(
@@ -232,18 +246,26 @@ def test_repair_makes_every_damaged_object_anew_bit_for_bit(
             (dataset / key).unlink()
         elif "train-00001" not in key:  # one shard is whole
             flip(dataset / key, (dataset / key).stat().st_size // 2)
-    untouched = (dataset / next(key for key in all_keys(made) if "train-00001" in key)).stat().st_mtime_ns
+    untouched = (
+        (dataset / next(key for key in all_keys(made) if "train-00001" in key)).stat().st_mtime_ns
+    )
     status, out, err = check("--repair", f"--source={source}")
     assert status == 0, out + err
     assert contents(dataset) == contents(original)
     assert next(dataset.glob("train-00001*")).stat().st_mtime_ns == untouched
 
 
-def test_repair_writes_the_damaged_shard_alone(made: tuple[Path, Path], check: Command, dataset: Path) -> None:
+def test_repair_writes_the_damaged_shard_alone(
+    made: tuple[Path, Path], check: Command, dataset: Path
+) -> None:
     source, original = made
     shard = next(dataset.glob("train-00000*"))
     flip(shard, 5000)
-    before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*") if path.is_file() and path != shard}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in dataset.rglob("*")
+        if path.is_file() and path != shard
+    }
     assert check("--repair", f"--source={source}")[0] == 0
     assert contents(dataset) == contents(original)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -265,7 +287,7 @@ def test_repair_from_another_source_is_refused_and_changes_nothing(
 def test_repair_that_can_not_give_the_same_bytes_stores_nothing(
     made: tuple[Path, Path], check: Command, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xrai.dataset import build
+    from xrai.ingest import build
 
     flip(next(dataset.glob("train-00000*")), 5000)
     before = contents(dataset)
@@ -291,6 +313,12 @@ def test_a_damaged_index_can_not_be_repaired_and_the_message_says_what_to_do(
     status, _, err = check("--repair", f"--source={made[0]}")
     assert status == 1
     assert "dataset.json is damaged" in err and "--overwrite" in err
-    arguments = (f"--source={made[0]}", f"--dataset={dataset}", "--images.size=16", "--shards.rows=20", "--workers=1")
+    arguments = (
+        f"--source={made[0]}",
+        f"--dataset={dataset}",
+        "--images.size=16",
+        "--shards.rows=20",
+        "--workers=1",
+    )
     assert run(monkeypatch, preprocess.main, *arguments, "--overwrite") == 0
     assert contents(dataset) == contents(made[1])

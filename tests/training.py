@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xrai import errors, preprocess
-from xrai.dataset.phantom import make_phantoms
+from xrai.phantom.draw import make_phantoms
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
@@ -17,7 +17,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def make_dataset(folder: Path, *, num_images: int = 80, seed: int = 0, options: tuple[str, ...] = ()) -> Path:
+def make_dataset(
+    folder: Path, *, num_images: int = 80, seed: int = 0, options: tuple[str, ...] = ()
+) -> Path:
     """A data set of phantoms in `folder`/dataset, 32 pixels wide."""
     make_phantoms(folder / "phantoms", num_images=num_images, seed=seed, workers=1)
     arguments = [
@@ -27,12 +29,16 @@ def make_dataset(folder: Path, *, num_images: int = 80, seed: int = 0, options: 
         "--images.size=32",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["xrai.preprocess", *arguments, "--splits.val_fraction=0.25", *options])
+        patch.setattr(
+            sys, "argv", ["xrai.preprocess", *arguments, "--splits.val_fraction=0.25", *options]
+        )
         preprocess.main()
     return folder / "dataset"
 
 
-def run_module(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_module(
+    module: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ARGUMENTS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -41,8 +47,12 @@ def run_module(module: str, *arguments: str, **environment: str) -> subprocess.C
     )  # fmt: skip
 
 
-def call_main(module: object, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    """A command in this process: its exit status and the lines of stderr that begin with `xrai:`."""
+def call_main(
+    module: object, *arguments: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, list[str]]:
+    """A command in this process: its exit status and the lines of stderr that begin with
+    `xrai:`.
+    """
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(module), *arguments])

@@ -15,10 +15,14 @@ __version__ = "0.1.0"
 
 
 def load(run: str) -> "Pipeline":
-    """The pipeline of a finished run, ready to predict. `run` is its address: a folder or s3://bucket/prefix/ID.
+    """The pipeline of a finished run, ready to predict. `run` is its address: a folder or
+    s3://bucket/prefix/ID.
 
-    Raises `RunError` where there is no finished run, and the `StoreError` kinds where it can not be read.
+    Raises `RunError` where there is no finished run, and the `StoreError` kinds where it cannot be
+    read.
     """
-    from xrai.pipeline import load_pipeline  # here, for it loads torch, which preprocessing does without
+    from xrai.pipeline import (
+        load_pipeline,
+    )  # here, for it loads torch, which preprocessing does without
 
     return load_pipeline(run)

@@ -1,9 +1,11 @@
-"""One typed config for all commands: dataclass defaults < `--config FILE.yaml` < `--section.key=value`.
+"""One typed config for all commands: dataclass defaults < `--config FILE.yaml` <
+`--section.key=value`.
 
-The defaults are the reference recipe. Each key is declared once, below, with its default, unit, meaning and allowed
-range; the command line, `--help`, the YAML reader and the checks all come from that declaration. jsonargparse does the
-reading and the types; this module adds ranges and the nearest valid key to its messages. Commands call `parse`; a
-saved config is read back with `from_mapping`.
+The defaults are the reference recipe. Each key is declared once, below, with its default, unit,
+meaning and allowed range; the command line, `--help`, the YAML reader and the checks all come from
+that declaration. jsonargparse does the reading and the types; this module adds ranges and the
+nearest valid key to its messages. Commands call `parse`; a saved config is read back with
+`from_mapping`.
 """
 
 import dataclasses
@@ -72,10 +74,15 @@ class Images:
         "crop", "how a picture meets the square: crop to the short side, squash, or pad with black"
     )
     max_pixels: int = _key(
-        100_000_000, "a file that declares more pixels is set aside undecoded (decompression bombs)", minimum=1024
+        100_000_000,
+        "a file that declares more pixels is set aside undecoded (decompression bombs)",
+        minimum=1024,
     )
     max_set_aside: float = _key(
-        0.05, "the share of source files that may be set aside before the job refuses", minimum=0, maximum=1
+        0.05,
+        "the share of source files that may be set aside before the job refuses",
+        minimum=0,
+        maximum=1,
     )
 
 
@@ -83,13 +90,18 @@ class Images:
 class Splits:
     """How patients are divided into train, val and test where the source does not say."""
 
-    val_fraction: float = _key(0.1, "share of patients carved for val when the source has none", above=0, below=1)
-    test_fraction: float = _key(0.1, "share of patients carved for test when the source has none", minimum=0, below=1)
+    val_fraction: float = _key(
+        0.1, "share of patients carved for val when the source has none", above=0, below=1
+    )
+    test_fraction: float = _key(
+        0.1, "share of patients carved for test when the source has none", minimum=0, below=1
+    )
     min_val_images: int = _key(
         32, "a val folder with fewer images is too small to measure with and joins train", minimum=0
     )
     duplicates: Literal["error", "drop"] = _key(
-        "error", "the same image in two splits of the source: refuse, or set aside all but the one in test, else val"
+        "error",
+        "the same image in two splits of the source: refuse, or set aside all but the one in test, else val",
     )
 
 
@@ -112,7 +124,9 @@ class Cache:
 class Loader:
     """How batches are put together."""
 
-    window: int = _key(64, "shards that are shuffled together; the cache must hold as many", minimum=1)
+    window: int = _key(
+        64, "shards that are shuffled together; the cache must hold as many", minimum=1
+    )
     prefetch: int = _key(2, "batches that are assembled ahead", minimum=1, maximum=1000)
     threads: int = _key(4, "shards that are fetched at once", minimum=1, maximum=256)
 
@@ -121,8 +135,12 @@ class Loader:
 class Model:
     """The network."""
 
-    name: Literal["resnet10", "resnet18"] = _key("resnet10", "residual network with one or two basic blocks a stage")
-    width: int = _key(16, "channels of the first of four stages; each later stage doubles", minimum=8, maximum=256)
+    name: Literal["resnet10", "resnet18"] = _key(
+        "resnet10", "residual network with one or two basic blocks a stage"
+    )
+    width: int = _key(
+        16, "channels of the first of four stages; each later stage doubles", minimum=8, maximum=256
+    )
 
 
 @dataclass(frozen=True)
@@ -136,8 +154,12 @@ class Augment:
     shear: float = _key(0.06, "largest horizontal shear, share of the height", minimum=0, maximum=1)
     gamma: float = _key(0.4, "largest change of the logarithm of gamma", minimum=0, maximum=3)
     contrast: float = _key(0.3, "largest relative change of contrast", minimum=0, below=1)
-    blur: float = _key(0.5, "largest share of a 3x3 binomial blur that is mixed in", minimum=0, maximum=1)
-    noise: float = _key(0.04, "largest standard deviation of added noise, grey range 1", minimum=0, maximum=1)
+    blur: float = _key(
+        0.5, "largest share of a 3x3 binomial blur that is mixed in", minimum=0, maximum=1
+    )
+    noise: float = _key(
+        0.04, "largest standard deviation of added noise, grey range 1", minimum=0, maximum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -146,17 +168,28 @@ class Optim:
 
     name: Literal["adamw", "sgd"] = _key("adamw", "AdamW, or SGD with Nesterov momentum")
     lr: float = _key(3e-3, "peak learning rate", above=0, maximum=100)
-    weight_decay: float = _key(0.05, "decoupled weight decay, not applied to norms and biases", minimum=0, maximum=10)
+    weight_decay: float = _key(
+        0.05, "decoupled weight decay, not applied to norms and biases", minimum=0, maximum=10
+    )
     momentum: float = _key(0.9, "momentum of sgd, beta1 of adamw", minimum=0, below=1)
-    warmup_fraction: float = _key(0.1, "share of all steps in linear warm-up, before the cosine", minimum=0, below=1)
+    warmup_fraction: float = _key(
+        0.1, "share of all steps in linear warm-up, before the cosine", minimum=0, below=1
+    )
     clip_norm: float = _key(1.0, "largest L2 norm of the gradient; 0: no clipping", minimum=0)
-    ema_decay: float = _key(0.998, "decay a step of the averaged weights that are saved", minimum=0, below=1)
+    ema_decay: float = _key(
+        0.998, "decay a step of the averaged weights that are saved", minimum=0, below=1
+    )
     label_smoothing: float = _key(0.0, "label smoothing", minimum=0, below=1)
     class_weighting: float = _key(
-        0.0, "how far the rarer class weighs more in the loss; 1: both classes weigh alike", minimum=0, maximum=1
+        0.0,
+        "how far the rarer class weighs more in the loss; 1: both classes weigh alike",
+        minimum=0,
+        maximum=1,
     )
     logit_adjustment: float = _key(
-        1.0, "weight of the log class prior added to the logits in training (Menon et al. 2021); 0: off", minimum=0
+        1.0,
+        "weight of the log class prior added to the logits in training (Menon et al. 2021); 0: off",
+        minimum=0,
     )
 
 
@@ -167,18 +200,34 @@ class Train:
     epochs: int = _key(40, "passes over the training split", minimum=1, maximum=100_000)
     seed: int = _key(0, "seed of weights, order and augmentation", minimum=0, maximum=2**31 - 1)
     global_batch_size: int = _key(64, "images a step, over all ranks together", minimum=1)
-    accumulation_steps: int = _key(1, "parts that a rank's share of a batch is computed in, to save memory", minimum=1)
+    accumulation_steps: int = _key(
+        1, "parts that a rank's share of a batch is computed in, to save memory", minimum=1
+    )
     precision: Literal["auto", "bf16", "fp16", "off", "fp64"] = _key(
-        "auto", "mixed precision: auto is bf16 where the device is fast at it; off is fp32; fp64 compares runs exactly"
+        "auto",
+        "mixed precision: auto is bf16 where the device is fast at it; off is fp32; fp64 compares runs exactly",
     )
     compile: bool = _key(False, "torch.compile the network")
-    threads: int = _key(0, "CPU threads a rank; 0: the machine's cores divided by its ranks", minimum=0, maximum=1024)
-    patience: int = _key(0, "stop after so many epochs without a better validation score; 0: never", minimum=0)
+    threads: int = _key(
+        0,
+        "CPU threads a rank; 0: the machine's cores divided by its ranks",
+        minimum=0,
+        maximum=1024,
+    )
+    patience: int = _key(
+        0, "stop after so many epochs without a better validation score; 0: never", minimum=0
+    )
     max_steps: int = _key(0, "stop after so many steps; 0: no limit", minimum=0)
     max_minutes: float = _key(0.0, "stop after so many minutes of training; 0: no limit", minimum=0)
-    profile: str = _key("", "steps A:B to profile into profile.json, a Chrome trace; counted from 1; empty: none")
-    timeout_s: float = _key(600.0, "how long a rank waits for the others up to the end of the first step", above=0)
-    step_timeout_s: float = _key(300.0, "how long a rank waits for the others after the first step, seconds", above=0)
+    profile: str = _key(
+        "", "steps A:B to profile into profile.json, a Chrome trace; counted from 1; empty: none"
+    )
+    timeout_s: float = _key(
+        600.0, "how long a rank waits for the others up to the end of the first step", above=0
+    )
+    step_timeout_s: float = _key(
+        300.0, "how long a rank waits for the others after the first step, seconds", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +236,9 @@ class Checkpoint:
 
     every: int = _key(0, "steps between checkpoints; 0: one at the end of each epoch", minimum=0)
     keep_last: int = _key(2, "how many of the newest checkpoints are kept", minimum=1)
-    keep_best: int = _key(1, "how many of the checkpoints with the best validation score are kept", minimum=1)
+    keep_best: int = _key(
+        1, "how many of the checkpoints with the best validation score are kept", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -196,9 +247,14 @@ class Evaluate:
 
     batch_size: int = _key(256, "images a step in evaluation, over all ranks together", minimum=1)
     shift_draws: int = _key(
-        2, "augmented copies of each val image that stand for other hospitals' images", minimum=1, maximum=100
+        2,
+        "augmented copies of each val image that stand for other hospitals' images",
+        minimum=1,
+        maximum=100,
     )
-    num_bootstrap: int = _key(1000, "bootstrap samples behind each 95 % interval", minimum=10, maximum=1_000_000)
+    num_bootstrap: int = _key(
+        1000, "bootstrap samples behind each 95 % interval", minimum=10, maximum=1_000_000
+    )
 
 
 @dataclass(frozen=True)
@@ -276,21 +332,29 @@ def all_keys() -> Iterator[KeySpec]:
 
 
 def parse(
-    command: str, arguments: Sequence[str] | None = None, *, description: str, flags: Sequence[Flag] = ()
+    command: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str,
+    flags: Sequence[Flag] = (),
 ) -> tuple[Config, dict[str, Any]]:
     """Read a command line into the config and the values of the command's own flags.
 
-    `--help` and `--print_config` print and exit with 0. Raises `ConfigError` for an unknown key, a wrong type, a value
-    out of range, or a config file that can not be read; nothing has been done by then.
+    `--help` and `--print_config` print and exit with 0. Raises `ConfigError` for an unknown key, a
+    wrong type, a value out of range, or a config file that cannot be read; nothing has been done
+    by then.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     keys = {spec.name: spec for spec in all_keys()}
-    _refuse_unknown_flags(command, arguments, [*keys, *(flag.name for flag in flags if flag.nargs is None)])
+    _refuse_unknown_flags(
+        command, arguments, [*keys, *(flag.name for flag in flags if flag.nargs is None)]
+    )
     parser = _parser(command, description, keys, flags)
     files, others = _separate_config_files(arguments)
     for path in files:
         _check_mapping(_read_yaml(Path(path)), where=f"in {path}")
-    # jsonargparse lets the later one win; files first, so that the command line wins wherever it stands
+    # jsonargparse lets the later one win; files first, so that the command line wins wherever it
+    # stands
     parsed = parser.parse_args([*(f"--config={path}" for path in files), *others])
     config = _build({name: parsed[name] for name in keys})
     if parsed["print_config"]:
@@ -300,7 +364,9 @@ def parse(
 
 
 def from_mapping(mapping: Mapping[str, Any], *, where: str) -> Config:
-    """A saved config, checked as a config file is. `where` names it in messages. Raises `ConfigError`."""
+    """A saved config, checked as a config file is. `where` names it in messages. Raises
+    `ConfigError`.
+    """
     values = {spec.name: spec.default for spec in all_keys()}
     values.update(_check_mapping(mapping, where=where))
     return _build(values)
@@ -340,21 +406,32 @@ def _reader(spec: KeySpec) -> Callable[[Any], Any]:
     return read
 
 
-def _parser(command: str, description: str, keys: Mapping[str, KeySpec], flags: Sequence[Flag]) -> _Parser:
+def _parser(
+    command: str, description: str, keys: Mapping[str, KeySpec], flags: Sequence[Flag]
+) -> _Parser:
     parser = _Parser(
-        prog=f"python -m xrai.{command}", description=description, print_config=None, formatter_class=HelpFormatter
+        prog=f"python -m xrai.{command}",
+        description=description,
+        print_config=None,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and exit")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved config as YAML and exit"
+    )
     for flag in flags:
-        text = _help(flag.meaning + (f"; environment: {flag.env}" if flag.env else ""), flag.default)
+        text = _help(
+            flag.meaning + (f"; environment: {flag.env}" if flag.env else ""), flag.default
+        )
         default = os.environ.get(flag.env, flag.default) if flag.env else flag.default
         if flag.nargs:
             parser.add_argument(flag.name, nargs=flag.nargs, type=flag.type, help=text)
         elif flag.type is bool:
             parser.add_argument(f"--{flag.name}", action="store_true", help=text)
         else:
-            parser.add_argument(f"--{flag.name}", type=flag.type, default=default or flag.default, help=text)
+            parser.add_argument(
+                f"--{flag.name}", type=flag.type, default=default or flag.default, help=text
+            )
     groups = {}
     for section in dataclasses.fields(Config):
         summary = (section.default_factory.__doc__ or "").splitlines()[0]
@@ -386,14 +463,18 @@ def _refuse_unknown_flags(command: str, arguments: Sequence[str], known: Sequenc
         name, equals, value = argument[2:].partition("=")
         if name not in valid:
             given = f" (value {value!r})" if equals else ""
-            raise ConfigError(f"unknown option --{name}{given} of xrai.{command}{_nearest(name, valid, prefix='--')}")
+            raise ConfigError(
+                f"unknown option --{name}{given} of xrai.{command}{_nearest(name, valid, prefix='--')}"
+            )
 
 
 def _nearest(name: str, valid: Sequence[str], *, prefix: str = "") -> str:
     last_parts = {key.rpartition(".")[2]: key for key in valid}
     found = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if not found:
-        same_last_part = difflib.get_close_matches(name.rpartition(".")[2], list(last_parts), n=1, cutoff=0.7)
+        same_last_part = difflib.get_close_matches(
+            name.rpartition(".")[2], list(last_parts), n=1, cutoff=0.7
+        )
         found = [last_parts[part] for part in same_last_part]
     return f"; did you mean {prefix}{found[0]}?" if found else "; --help lists all that are allowed"
 
@@ -416,15 +497,19 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}; --config takes the path of a YAML file") from None
+        raise ConfigError(
+            f"there is no config file {path}; --config takes the path of a YAML file"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"config file {path} can not be read: {error.strerror}") from error
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
 
 
 def _check_mapping(mapping: Any, *, where: str) -> dict[str, Any]:
-    """Flat {section.key: value} of nested sections; raises `ConfigError` naming the first key that is wrong."""
+    """Flat {section.key: value} of nested sections; raises `ConfigError` naming the first key
+    that is wrong.
+    """
     keys = {spec.name: spec for spec in all_keys()}
     sections = {name.partition(".")[0] for name in keys}
     if mapping is None:
@@ -434,20 +519,26 @@ def _check_mapping(mapping: Any, *, where: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for section, entries in mapping.items():
         if section not in sections:
-            raise ConfigError(f"unknown section {section!r} {where}{_nearest(str(section), sorted(sections))}")
+            raise ConfigError(
+                f"unknown section {section!r} {where}{_nearest(str(section), sorted(sections))}"
+            )
         if not isinstance(entries, Mapping):
             raise ConfigError(f"section {section!r} {where} must hold keys, not {entries!r}")
         for key, value in entries.items():
             name = f"{section}.{key}"
             if name not in keys:
-                raise ConfigError(f"unknown key {name!r} (value {value!r}) {where}{_nearest(name, list(keys))}")
+                raise ConfigError(
+                    f"unknown key {name!r} (value {value!r}) {where}{_nearest(name, list(keys))}"
+                )
             values[name] = _check_value(keys[name], value, where=where)
     return values
 
 
 def _check_value(spec: KeySpec, value: Any, *, where: str = "") -> Any:
     place = f" {where}" if where else ""
-    refused = ConfigError(f"{spec.name} = {value!r}{place} is not allowed: it takes {spec.allowed()}")
+    refused = ConfigError(
+        f"{spec.name} = {value!r}{place} is not allowed: it takes {spec.allowed()}"
+    )
     if get_origin(spec.type) is Literal:
         # YAML 1.1 reads a bare `off` as false
         value = "off" if value is False and "off" in get_args(spec.type) else value
@@ -461,19 +552,26 @@ def _check_value(spec: KeySpec, value: Any, *, where: str = "") -> Any:
             value = float(value)
         except ValueError:
             raise refused from None
-    if type(value) is not spec.type or (isinstance(value, int | float) and not spec.bounds.hold(value)):
+    if type(value) is not spec.type or (
+        isinstance(value, int | float) and not spec.bounds.hold(value)
+    ):
         raise refused
     return value
 
 
 def _build(values: Mapping[str, Any]) -> Config:
-    """The config of flat values, each checked once more (values of the command line have passed no range check)."""
+    """The config of flat values, each checked once more (values of the command line have passed
+    no range check).
+    """
     checked = {spec.name: _check_value(spec, values[spec.name]) for spec in all_keys()}
     sections: dict[str, Any] = {}
     for section in dataclasses.fields(Config):
         section_class = section.default_factory
         assert isinstance(section_class, type)
-        entries = {key.name: checked[f"{section.name}.{key.name}"] for key in dataclasses.fields(section_class)}
+        entries = {
+            key.name: checked[f"{section.name}.{key.name}"]
+            for key in dataclasses.fields(section_class)
+        }
         sections[section.name] = section_class(**entries)
     config = Config(**sections)
     if config.splits.val_fraction + config.splits.test_fraction >= 1:

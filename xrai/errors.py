@@ -1,7 +1,8 @@
-"""The one tree of errors, and how a command turns them into an exit status. Everyone may import this.
+"""The one tree of errors, and how a command turns them into an exit status. Everyone may import
+this.
 
-Exit status: 0 done; 2 the user's mistake (one clear line, no traceback); 1 anything else; 143 stopped by SIGTERM with
-its state saved.
+Exit status: 0 done; 2 the user's mistake (one clear line, no traceback); 1 anything else; 143
+stopped by SIGTERM with its state saved.
 """
 
 import os
@@ -10,7 +11,9 @@ from collections.abc import Callable
 
 
 class XraiError(Exception):
-    """Something went wrong in a way that one line can explain. The message says what, the value, and what to do."""
+    """Something went wrong in a way that one line can explain. The message says what, the value,
+    and what to do.
+    """
 
     exit_status = 1
 
@@ -22,7 +25,9 @@ class UserError(XraiError):
 
 
 class ConfigError(UserError):
-    """An unknown key, a wrong type or a value out of range in a config file or on the command line."""
+    """An unknown key, a wrong type or a value out of range in a config file or on the command
+    line.
+    """
 
 
 class SourceError(UserError):
@@ -38,7 +43,7 @@ class RunError(UserError):
 
 
 class ImageError(XraiError):
-    """One image can not be used. The message is the short reason that the manifest keeps."""
+    """One image cannot be used. The message is the short reason that the manifest keeps."""
 
 
 class CorruptError(XraiError):
@@ -46,7 +51,9 @@ class CorruptError(XraiError):
 
 
 class StoreError(XraiError):
-    """The object store could not do what was asked. The message names the address, the key and the cause."""
+    """The object store could not do what was asked. The message names the address, the key and
+    the cause.
+    """
 
 
 class NotFoundError(StoreError):
@@ -54,7 +61,9 @@ class NotFoundError(StoreError):
 
 
 class StoreAccessError(StoreError, UserError):
-    """The store's address or keys are wrong: forbidden, no credentials, no such bucket, wrong region or endpoint."""
+    """The store's address or keys are wrong: forbidden, no credentials, no such bucket, wrong
+    region or endpoint.
+    """
 
     exit_status = 2
 
@@ -84,7 +93,9 @@ class AlreadyExistsError(StoreError):
 
 
 class TrainingError(XraiError):
-    """Training can not go on: a loss that is not finite, a rank that is gone, a deadline that passed."""
+    """Training cannot go on: a loss that is not finite, a rank that is gone, a deadline that
+    passed.
+    """
 
 
 class StoppedError(XraiError):
@@ -96,24 +107,32 @@ class StoppedError(XraiError):
 def run_command(command: Callable[[], None]) -> None:
     """Run a command's body and leave the process with the exit status of its outcome.
 
-    An `XraiError` becomes one line on stderr. Any other exception keeps its traceback (and exit status 1). On a rank
-    other than 0 of a distributed job the user's mistakes, which all ranks see alike, are printed by rank 0 alone.
+    An `XraiError` becomes one line on stderr. Any other exception keeps its traceback (and exit
+    status 1). On a rank other than 0 of a distributed job the user's mistakes, which all ranks see
+    alike, are printed by rank 0 alone.
     """
     status = 0
     try:
         command()
     except XraiError as error:
-        told_by_rank_0 = isinstance(error, UserError | StoppedError) and os.environ.get("RANK", "0") != "0"
+        told_by_rank_0 = (
+            isinstance(error, UserError | StoppedError) and os.environ.get("RANK", "0") != "0"
+        )
         if not told_by_rank_0:
             text = " ".join(str(error).split())
-            print(f"xrai: {'' if isinstance(error, StoppedError) else 'error: '}{text}", file=sys.stderr, flush=True)
+            print(
+                f"xrai: {'' if isinstance(error, StoppedError) else 'error: '}{text}",
+                file=sys.stderr,
+                flush=True,
+            )
         status = error.exit_status
     except KeyboardInterrupt:
         print("xrai: interrupted", file=sys.stderr, flush=True)
         status = 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A rank leaves at once: in the interpreter's own end the threads of torch's process groups abort now and then
-        # (seen with torch 2.13.0), and torchrun takes that for a failure. All files are closed by now.
+        # A rank leaves at once: in the interpreter's own end the threads of torch's process groups
+        # abort now and then (seen with torch 2.13.0), and torchrun takes that for a failure. All
+        # files are closed by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,8 +1,10 @@
-"""Measure a finished run on any split of any data set: `python -m xrai.evaluate --run URI/ID --dataset URI`.
+"""Measure a finished run on any split of any data set: `python -m xrai.evaluate --run URI/ID
+--dataset URI`.
 
-The threshold, the temperature and the limit of review are the run's own, chosen on its validation images; nothing is
-fitted here but the two baselines, to the data set's own training split. One process; the results of each split go into
-the run's folder under evaluate/, the same files as training writes, and the lines printed are those of training.
+The threshold, the temperature and the limit of review are the run's own, chosen on its validation
+images; nothing is fitted here but the two baselines, to the data set's own training split. One
+process; the results of each split go into the run's folder under evaluate/, the same files as
+training writes, and the lines printed are those of training.
 """
 
 import json
@@ -18,13 +20,13 @@ from xrai import config as configuration
 from xrai.config import Config, Flag
 from xrai.dataset.loader import Loader
 from xrai.errors import DatasetError, UserError, run_command
-from xrai.job import describe_dataset, is_phantom, read_looks, record_split
 from xrai.learning.distributed import join
 from xrai.learning.predictor import TrainedModel, load_model, predict_split
 from xrai.log import get_logger, setup_logging
 from xrai.results.artifacts import SUMMARY, RunFolder, format_metrics_lines
 from xrai.results.baselines import MAX_TRAIN
 from xrai.results.report import render_report
+from xrai.run import describe_dataset, is_phantom, read_looks, record_split
 from xrai.store import open_store
 
 FLAGS = (
@@ -37,12 +39,18 @@ _logger = get_logger("xrai.evaluate")
 
 def main() -> None:
     """Read the command line, score each split, write and print the results."""
-    config, flags = configuration.parse("evaluate", description="Measure a run on a data set.", flags=FLAGS)
+    config, flags = configuration.parse(
+        "evaluate", description="Measure a run on a data set.", flags=FLAGS
+    )
     setup_logging()
     artifacts, _, run_id = flags["run"].rstrip("/").rpartition("/")
     if not run_id:
-        raise UserError("--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3")
-    loaders = [open_split(config, flags["dataset"], split=split) for split in parse_splits(flags["split"])]
+        raise UserError(
+            "--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3"
+        )
+    loaders = [
+        open_split(config, flags["dataset"], split=split) for split in parse_splits(flags["split"])
+    ]
     with tempfile.TemporaryDirectory() as folder, join(timeout_s=config.train.timeout_s) as ranks:
         model = load_model(open_store(flags["run"]), folder=Path(folder))
         refuse_other_pixels(model, loaders[0])
@@ -50,7 +58,9 @@ def main() -> None:
             torch.set_num_threads(config.train.threads)
         network = model.network.to(ranks.device)
         typicality = model.typicality.to(ranks.device)
-        scored = [predict_split(network, loader, ranks=ranks, typicality=typicality) for loader in loaders]
+        scored = [
+            predict_split(network, loader, ranks=ranks, typicality=typicality) for loader in loaders
+        ]
     index = loaders[0].index
     known = None
     if "train" in index.splits:
@@ -74,7 +84,9 @@ def main() -> None:
                 folder=folder_name,
             )
             write_report(run, folder_name, metrics, loader, dataset=flags["dataset"])
-            lines = format_metrics_lines(metrics, f"{run.address}/{folder_name}", is_phantom=is_phantom(loader))
+            lines = format_metrics_lines(
+                metrics, f"{run.address}/{folder_name}", is_phantom=is_phantom(loader)
+            )
             print("\n".join(lines), flush=True)
         run.flush_or_raise()
     finally:
@@ -85,7 +97,9 @@ def parse_splits(text: str) -> list[str]:
     """The splits that `--split` names, each once, in their order."""
     splits = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not splits:
-        raise UserError(f"--split = {text!r} names no split: it takes test, val or train, with commas between")
+        raise UserError(
+            f"--split = {text!r} names no split: it takes test, val or train, with commas between"
+        )
     return splits
 
 
@@ -98,7 +112,9 @@ def open_split(config: Config, dataset: str, *, split: str) -> Loader:
 
 
 def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
-    """Raise `DatasetError` where the data set's pictures were not made as the model's training pictures were."""
+    """Raise `DatasetError` where the data set's pictures were not made as the model's training
+    pictures were.
+    """
     stored = loader.index.config["images"]
     for key, own in (("size", model.image_size), ("fit", model.fit)):
         if stored[key] != own:
@@ -113,10 +129,18 @@ def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
         )
 
 
-def write_report(run: RunFolder, folder: str, metrics: dict[str, Any], loader: Loader, *, dataset: str) -> None:
-    """Write report.html about these results beside them; it takes the training's facts from the run's own files."""
+def write_report(
+    run: RunFolder, folder: str, metrics: dict[str, Any], loader: Loader, *, dataset: str
+) -> None:
+    """Write report.html about these results beside them; it takes the training's facts from the
+    run's own files.
+    """
     if run.store.size(SUMMARY) is None:
-        _logger.warning("run %s holds no %s, its training has not ended: no report is written", run.address, SUMMARY)
+        _logger.warning(
+            "run %s holds no %s, its training has not ended: no report is written",
+            run.address,
+            SUMMARY,
+        )
         return
     page = render_report(
         run.path / folder,

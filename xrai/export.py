@@ -1,9 +1,11 @@
-"""Write a finished run as a file for other programs: `python -m xrai.export --run URI/ID [--out DIR]`.
+"""Write a finished run as a file for other programs: `python -m xrai.export --run URI/ID [--out
+DIR]`.
 
-model.onnx (any ONNX runtime) and model.pt2 (torch.export) hold all that happens to a picture: grey pictures of 8 bits
-and any size go in, the calibrated probability and the atypicality come out; see `xrai.learning.export`. Each file is
-run beside torch on random pictures and drawn phantoms of several sizes before it is kept. export.json, written last,
-says how well they agree with each other and with the program's own path from files.
+model.onnx (any ONNX runtime) and model.pt2 (torch.export) hold all that happens to a picture: grey
+pictures of 8 bits and any size go in, the calibrated probability and the atypicality come out; see
+`xrai.learning.export`. Each file is run beside torch on random pictures and drawn phantoms of
+several sizes before it is kept. export.json, written last, says how well they agree with each other
+and with the program's own path from files.
 """
 
 import io
@@ -21,9 +23,8 @@ from PIL import Image
 from xrai import __version__
 from xrai import config as configuration
 from xrai.config import Flag
-from xrai.dataset.images import decode
-from xrai.dataset.phantom import draw_film, plan
 from xrai.errors import UserError, run_command
+from xrai.ingest.images import decode
 from xrai.learning.export import (
     ONNX_FILE,
     TOLERANCE,
@@ -37,6 +38,7 @@ from xrai.learning.export import (
     write_torch,
 )
 from xrai.log import get_logger, setup_logging
+from xrai.phantom.draw import draw_film, plan
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.artifacts import RunFolder, to_json
 from xrai.store import open_store
@@ -47,7 +49,13 @@ FLAGS = (
     Flag("formats", "onnx,torch", "what to write: onnx, torch, or both with a comma between"),
 )
 WRITERS = {"onnx": (write_onnx, ONNX_FILE), "torch": (write_torch, TORCH_FILE)}
-SHAPES = ((1, 64, 64), (3, 130, 97), (2, 60, 200), (5, 256, 256), (1, 1000, 801))  # of random pictures to check with
+SHAPES = (
+    (1, 64, 64),
+    (3, 130, 97),
+    (2, 60, 200),
+    (5, 256, 256),
+    (1, 1000, 801),
+)  # of random pictures to check with
 _NUM_PHANTOMS = 6
 _SEED = 20_261_123
 _logger = get_logger("xrai.export")
@@ -55,10 +63,14 @@ _logger = get_logger("xrai.export")
 
 def main() -> None:
     """Read the command line, write, check and store the files, and say how well they agree."""
-    config, flags = configuration.parse("export", description="Write a run for other programs.", flags=FLAGS)
+    config, flags = configuration.parse(
+        "export", description="Write a run for other programs.", flags=FLAGS
+    )
     setup_logging()
     if not flags["run"]:
-        raise UserError("--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3")
+        raise UserError(
+            "--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3"
+        )
     formats = parse_formats(flags["formats"])
     out_uri = flags["out"] or f"{flags['run'].rstrip('/')}/export"
     pipeline = load_pipeline(flags["run"])
@@ -84,7 +96,10 @@ def main() -> None:
             )
     files = compare_with_files(pipeline, serving, phantoms)
     out.write("config.yaml", config.to_yaml().encode())
-    out.write("export.json", to_json({**metadata, "agreement": agreements, "beside_own_path": files}).encode())
+    out.write(
+        "export.json",
+        to_json({**metadata, "agreement": agreements, "beside_own_path": files}).encode(),
+    )
     lines.append(
         f"beside xrai.predict, on {len(phantoms)} phantoms: PNG within {files['png_probability']:.0e} in probability "
         f"({files['num_other_pixels']} of {files['num_pixels']} pixels differ), JPEG, which xrai.predict decodes at "
@@ -94,7 +109,9 @@ def main() -> None:
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
-    """The formats of a list with commas. Raises `UserError` where one is not known, or lacks its packages."""
+    """The formats of a list with commas. Raises `UserError` where one is not known, or lacks its
+    packages.
+    """
     formats = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not WRITERS.keys() >= set(formats):
         raise UserError(f"--formats = {text!r} is not allowed: it takes onnx, torch or onnx,torch")
@@ -111,12 +128,18 @@ def random_pictures() -> list[NDArray[np.uint8]]:
 
 def draw_phantoms() -> list[NDArray[np.uint8]]:
     """Drawn films (H, W), each of a size of its own, the same each time."""
-    films = (draw_film(_SEED, phantom, full_size=True) for phantom in islice(plan(_SEED), _NUM_PHANTOMS))
+    films = (
+        draw_film(_SEED, phantom, full_size=True) for phantom in islice(plan(_SEED), _NUM_PHANTOMS)
+    )
     return [np.rint(film * 255).astype(np.uint8) for film in films]
 
 
-def compare_with_files(pipeline: Pipeline, serving: Serving, pictures: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
-    """How the graph differs from the program's own path on pictures (H, W) saved as PNG and as JPEG files."""
+def compare_with_files(
+    pipeline: Pipeline, serving: Serving, pictures: Sequence[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """How the graph differs from the program's own path on pictures (H, W) saved as PNG and as
+    JPEG files.
+    """
     model = pipeline.model
     found: dict[str, Any] = {"num_pictures": len(pictures), "num_pixels": 0, "num_other_pixels": 0}
     for kind, options in (("PNG", {"compress_level": 1}), ("JPEG", {"quality": 90})):
@@ -126,8 +149,13 @@ def compare_with_files(pipeline: Pipeline, serving: Serving, pictures: Sequence[
             Image.fromarray(picture).save(buffer, kind, **options)
             with Image.open(buffer) as whole:
                 pixels = np.array(whole)[None]  # (1, H, W)
-            own = decode(buffer.getvalue(), size=model.image_size, fit=model.fit, max_pixels=picture.size)[None]
-            worst = max(worst, abs(float(pipeline.score(own.copy())[0][0]) - float(serve(serving, pixels)[0][0])))
+            own = decode(
+                buffer.getvalue(), size=model.image_size, fit=model.fit, max_pixels=picture.size
+            )[None]
+            worst = max(
+                worst,
+                abs(float(pipeline.score(own.copy())[0][0]) - float(serve(serving, pixels)[0][0])),
+            )
             if kind == "PNG":
                 found["num_pixels"] += own.size
                 found["num_other_pixels"] += int((serving.fit(pixels) != own).sum())

@@ -1,8 +1,8 @@
 """Plain log lines, progress and a sign of life, for all rooms and commands.
 
-On a terminal long work shows a bar; elsewhere (a file, a container's log) it prints a plain line now and then. Lines
-and steps also touch the file that XRAI_HEARTBEAT names, if it names one: while that file is young the job lives, which
-a container's health check can see.
+On a terminal long work shows a bar; elsewhere (a file, a container's log) it prints a plain line
+now and then. Lines and steps also touch the file that XRAI_HEARTBEAT names, if it names one: while
+that file is young the job lives, which a container's health check can see.
 """
 
 import logging
@@ -22,9 +22,10 @@ _BEAT_EVERY_S = 1.0
 
 
 def setup_logging(*, rank: int = 0) -> None:
-    """Send xrai's log lines to stderr. Ranks other than 0 speak only of warnings, with their rank in front.
+    """Send xrai's log lines to stderr. Ranks other than 0 speak only of warnings, with their rank
+    in front.
 
-    Raises `ConfigError` where XRAI_HEARTBEAT names a file that can not be written.
+    Raises `ConfigError` where XRAI_HEARTBEAT names a file that cannot be written.
     """
     heartbeat = Heartbeat()
     heartbeat.start()
@@ -44,7 +45,9 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class Heartbeat:
-    """Touches the file that XRAI_HEARTBEAT names, at most once a second; does nothing where it names none."""
+    """Touches the file that XRAI_HEARTBEAT names, at most once a second; does nothing where it
+    names none.
+    """
 
     def __init__(self) -> None:
         name = os.environ.get("XRAI_HEARTBEAT", "")
@@ -57,12 +60,14 @@ class Heartbeat:
             self._touch()
         except OSError as error:
             raise ConfigError(
-                f"XRAI_HEARTBEAT = {self._path} can not be written ({error.strerror}): name a file in a writable "
+                f"XRAI_HEARTBEAT = {self._path} cannot be written ({error.strerror}): name a file in a writable "
                 "folder, or leave it empty"
             ) from error
 
     def beat(self) -> None:
-        """Say that the job lives. A beat that fails is missing, which is what the file is looked at for."""
+        """Say that the job lives. A beat that fails is missing, which is what the file is looked
+        at for.
+        """
         if self._path is not None and time.monotonic() - self._last >= _BEAT_EVERY_S:
             with suppress(OSError):
                 self._touch()
@@ -132,16 +137,20 @@ class _Beating:
 
 
 @contextmanager
-def progress(description: str, *, total: int | None, unit: str, closing_line: bool = True) -> Iterator[Progress]:
+def progress(
+    description: str, *, total: int | None, unit: str, closing_line: bool = True
+) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal, plain lines elsewhere.
 
-    `total` is the number of units of work, or None where it is not known beforehand. Without `closing_line` short work
-    says nothing, for a caller that says more itself.
+    `total` is the number of units of work, or None where it is not known beforehand. Without
+    `closing_line` short work says nothing, for a caller that says more itself.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=closing_line) as bar:
+        with tqdm(
+            total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=closing_line
+        ) as bar:
             yield _Beating(bar)
         return
     lines = _Lines(description, total, unit)

@@ -1,8 +1,9 @@
 """A finished run in one object: files, folders, buckets or arrays in, one row for each picture out.
 
-`xrai.load` gives one to Python programs; `xrai.predict` is the same behind a command line. Pictures are made by the
-function that made the training pictures. A picture that can not be read, or that is not of the kind that the model was
-trained on, is a row with the decision `review` and its reason, never a missing row.
+`xrai.load` gives one to Python programs; `xrai.predict` is the same behind a command line. Pictures
+are made by the function that made the training pictures. A picture that cannot be read, or that is
+not of the kind that the model was trained on, is a row with the decision `review` and its reason,
+never a missing row.
 """
 
 import functools
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xrai.dataset.images import decode
-from xrai.dataset.sources import FolderSource, Source, open_source
 from xrai.errors import ImageError, UserError
+from xrai.ingest.images import decode
+from xrai.ingest.sources import FolderSource, Source, open_source
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.model import fold_filters
@@ -44,7 +45,9 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class File:
-    """One picture to classify: its name for people, and what gives its bytes or its pixels (H, W) uint8."""
+    """One picture to classify: its name for people, and what gives its bytes or its pixels (H,
+    W) uint8.
+    """
 
     path: str
     read: Callable[[], bytes | NDArray[np.uint8]]
@@ -75,7 +78,11 @@ class Pipeline:
     """A trained model with all that turns files into rows. Made by `load_pipeline`."""
 
     def __init__(
-        self, model: TrainedModel, *, max_pixels: int | None = None, device: torch.device | None = None
+        self,
+        model: TrainedModel,
+        *,
+        max_pixels: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.max_pixels = max_pixels or model.max_pixels
@@ -88,8 +95,9 @@ class Pipeline:
     ) -> list[Prediction]:
         """One row for each picture, in order.
 
-        A picture is a path as in `find_files`, or an array of grey values (H, W) uint8, upright, 0 black, whose row is
-        named `array 1` and so on by its place. Raises `UserError` where a path is missing or holds no file.
+        A picture is a path as in `find_files`, or an array of grey values (H, W) uint8, upright, 0
+        black, whose row is named `array 1` and so on by its place. Raises `UserError` where a path
+        is missing or holds no file.
         """
         listed = [pictures] if isinstance(pictures, str | Path | np.ndarray) else list(pictures)
         files: list[File] = []
@@ -100,15 +108,20 @@ class Pipeline:
                 files += find_files([str(picture)])
         return [explained.prediction for explained in self.classify(files)]
 
-    def classify(self, files: Iterable[File], *, explain_side: int | None = None) -> Iterator[Explained]:
-        """One row for each file, in order; with `explain_side`, each readable picture of that side and its heat map.
+    def classify(
+        self, files: Iterable[File], *, explain_side: int | None = None
+    ) -> Iterator[Explained]:
+        """One row for each file, in order; with `explain_side`, each readable picture of that side
+        and its heat map.
 
         Files are read and decoded by all cores, up to two batches ahead; memory does not grow.
         """
         rest = iter(files)
         first = list(islice(rest, 2))
         if len(first) == 1:  # threads would take longer to start than the picture to read
-            yield from self._classify([(file.path, self._read(file, explain_side)) for file in first], explain_side)
+            yield from self._classify(
+                [(file.path, self._read(file, explain_side)) for file in first], explain_side
+            )
             return
         rest = chain(first, rest)
         waiting: deque[tuple[File, Future[_Pixels | str]]] = deque()
@@ -120,37 +133,55 @@ class Pipeline:
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(BATCH_SIZE, len(waiting)))]
-                yield from self._classify([(file.path, found.result()) for file, found in batch], explain_side)
+                yield from self._classify(
+                    [(file.path, found.result()) for file, found in batch], explain_side
+                )
         finally:
             pool.shutdown(cancel_futures=True)  # after an error what waits need not be read
 
     def score(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Probabilities of pneumonia and atypicality, (n,) each, of fitted pictures (n, size, size)."""
+        """Probabilities of pneumonia and atypicality, (n,) each, of fitted pictures (n, size,
+        size).
+        """
         with torch.inference_mode():
             logits, atypicality = self._typicality.atypicality(self._network, self._grey(pictures))
-        return self.model.probabilities(logits.double().cpu().numpy()), atypicality.double().cpu().numpy()
+        return self.model.probabilities(
+            logits.double().cpu().numpy()
+        ), atypicality.double().cpu().numpy()
 
     def explain(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Heat maps (n, size, size) in [0, 1] of fitted pictures (n, size, size); see `xrai.learning.explain`."""
-        heat: NDArray[np.float32] = grad_cam(self._network, self._grey(pictures)).float().cpu().numpy()
+        """Heat maps (n, size, size) in [0, 1] of fitted pictures (n, size, size); see
+        `xrai.learning.explain`.
+        """
+        heat: NDArray[np.float32] = (
+            grad_cam(self._network, self._grey(pictures)).float().cpu().numpy()
+        )
         return heat
 
     def _grey(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
         dtype = next(self._network.parameters()).dtype
-        return to_grey(pictures[:, None], self._device, dtype).contiguous(memory_format=torch.channels_last)
+        return to_grey(pictures[:, None], self._device, dtype).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def _read(self, file: File, explain_side: int | None) -> "_Pixels | str":
         """The pixels, or the reason why there are none."""
         try:
             data = file.read()
-            own = decode(data, size=self.model.image_size, fit=self.model.fit, max_pixels=self.max_pixels)
+            own = decode(
+                data, size=self.model.image_size, fit=self.model.fit, max_pixels=self.max_pixels
+            )
             if explain_side is None:
                 return _Pixels(own, None)
-            return _Pixels(own, decode(data, size=explain_side, fit=self.model.fit, max_pixels=self.max_pixels))
+            return _Pixels(
+                own, decode(data, size=explain_side, fit=self.model.fit, max_pixels=self.max_pixels)
+            )
         except ImageError as error:
             return str(error)
 
-    def _classify(self, batch: "Sequence[tuple[str, _Pixels | str]]", explain_side: int | None) -> Iterator[Explained]:
+    def _classify(
+        self, batch: "Sequence[tuple[str, _Pixels | str]]", explain_side: int | None
+    ) -> Iterator[Explained]:
         model = self.model
         scores: Iterator[tuple[float, float]] = iter(())
         heat: Iterator[NDArray[np.float32]] = iter(())
@@ -160,7 +191,9 @@ class Pipeline:
             heat = iter(self.explain(pictures) if explain_side is not None else ())
         for path, found in batch:
             if isinstance(found, str):
-                yield Explained(Prediction(path, None, model.threshold, REVIEW, found, model.run_id))
+                yield Explained(
+                    Prediction(path, None, model.threshold, REVIEW, found, model.run_id)
+                )
                 continue
             probability, atypicality = next(scores)
             decision, reason = self._decide(probability, atypicality)
@@ -190,15 +223,16 @@ def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:
     return Pipeline(model, max_pixels=max_pixels)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def find_files(paths: Sequence[str]) -> list[File]:
     """The files that the paths name, each once, in the order given.
 
-    A path is a file, a folder or zip or .npz with all that is in it, the same below s3://bucket, or a pattern of such
-    with `*`, `?`, `[abc]`, or `**` for any number of folders; a file of that very name comes before the pattern.
-    Hidden files inside folders are left out. Raises `UserError` where a path is missing or holds no file.
+    A path is a file, a folder or zip or .npz with all that is in it, the same below s3://bucket, or
+    a pattern of such with `*`, `?`, `[abc]`, or `**` for any number of folders; a file of that very
+    name comes before the pattern. Hidden files inside folders are left out. Raises `UserError`
+    where a path is missing or holds no file.
     """
     if not paths:
         raise UserError(f"no PATH given: {_KINDS}, as in `xrai.predict --run R films/`")
@@ -244,7 +278,9 @@ def _find_on_disk(path: str, *, is_match: bool = False) -> list[_Found]:
     place = Path(path)
     if place.is_dir() or (place.is_file() and place.suffix.lower() in (".zip", ".npz")):
         return _all_of(open_source(path), path)
-    if place.is_file() or (is_match and place.is_symlink()):  # one that leads nowhere is a row that says so
+    if place.is_file() or (
+        is_match and place.is_symlink()
+    ):  # one that leads nowhere is a row that says so
         return [_Found(_file(FolderSource(place.parent), place.name, path), is_hidden=False)]
     if place.exists():
         raise UserError(f"{path} is neither a file nor a folder; {_KINDS}")
@@ -252,7 +288,9 @@ def _find_on_disk(path: str, *, is_match: bool = False) -> list[_Found]:
 
 
 def _find_in_bucket(uri: str) -> list[_Found]:
-    """An object, a pattern of objects, or all below a prefix; with a prefix that a pattern matches, all below it."""
+    """An object, a pattern of objects, or all below a prefix; with a prefix that a pattern
+    matches, all below it.
+    """
     parent, _, name = uri.rpartition("/")
     if name and parent.count("/") > 1 and open_store(parent).size(name) is not None:
         return [_Found(_file(open_source(parent), name, uri), is_hidden=False)]
@@ -269,7 +307,9 @@ def _find_in_bucket(uri: str) -> list[_Found]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether names of folders and a file, or the first of them, fit a pattern; `**` is any number of folders."""
+    """Whether names of folders and a file, or the first of them, fit a pattern; `**` is any
+    number of folders.
+    """
     if not pattern:
         return True
     if pattern[0] == "**":

@@ -1,10 +1,11 @@
 """Classify X-rays with a finished run: `python -m xrai.predict --run URI/ID PATH... [--out DIR]`.
 
-A PATH is a JPEG, PNG or DICOM file, a folder of them, a pattern in quotes, or any other source that `xrai.preprocess`
-reads. Each file is one row of the table, in the order given: normal, pneumonia, or review with the reason why. The
-table is printed; with --out it is also written, as predictions.csv and predictions.json, with each readable picture
-beside its heat map in overlays/. Nothing from a DICOM header but its picture is shown or kept. The exit status is 2
-where no file at all could be read.
+A PATH is a JPEG, PNG or DICOM file, a folder of them, a pattern in quotes, or any other source that
+`xrai.preprocess` reads. Each file is one row of the table, in the order given: normal, pneumonia,
+or review with the reason why. The table is printed; with --out it is also written, as
+predictions.csv and predictions.json, with each readable picture beside its heat map in overlays/.
+Nothing from a DICOM header but its picture is shown or kept. The exit status is 2 where no file at
+all could be read.
 """
 
 import io
@@ -30,9 +31,21 @@ from xrai.store import Store, open_store
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
-    Flag("out", "", "folder or s3://bucket/prefix for the table and the overlays; empty: print only"),
-    Flag("no_overlays", False, "with --out: write the table alone, without a picture of each file", type=bool),
-    Flag("paths", [], "JPEG, PNG or DICOM files, folders, zips, s3://bucket/prefix, or patterns of them", nargs="*"),
+    Flag(
+        "out", "", "folder or s3://bucket/prefix for the table and the overlays; empty: print only"
+    ),
+    Flag(
+        "no_overlays",
+        False,
+        "with --out: write the table alone, without a picture of each file",
+        type=bool,
+    ),
+    Flag(
+        "paths",
+        [],
+        "JPEG, PNG or DICOM files, folders, zips, s3://bucket/prefix, or patterns of them",
+        nargs="*",
+    ),
 )
 NOTE = "No medical device: for research, not for diagnosis."
 SCHEMA_VERSION = 2
@@ -44,10 +57,14 @@ _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
 def main() -> None:
     """Read the command line, classify, print and write the table."""
-    config, flags = configuration.parse("predict", description="Classify X-rays with a finished run.", flags=FLAGS)
+    config, flags = configuration.parse(
+        "predict", description="Classify X-rays with a finished run.", flags=FLAGS
+    )
     setup_logging()
     if not flags["run"]:
-        raise UserError("--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3")
+        raise UserError(
+            "--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3"
+        )
     files = find_files(flags["paths"])
     pipeline = load_pipeline(flags["run"])
     images = fit_to_run(config.images, pipeline.model)
@@ -72,13 +89,18 @@ def main() -> None:
         remove_others(out, set(names.values()))
         out.write("config.yaml", replace(config, images=images).to_yaml().encode())
         write_table(out, rows, pipeline.model, overlays=names)
-    print("\n".join(format_table(rows, pipeline.model, out=out, num_overlays=len(names))), flush=True)
+    print(
+        "\n".join(format_table(rows, pipeline.model, out=out, num_overlays=len(names))), flush=True
+    )
     if all(row.probability is None for row in rows):
-        raise UserError(f"none of the {len(rows)} files could be read as an image: {rows[0].path} {rows[0].reason}")
+        raise UserError(
+            f"none of the {len(rows)} files could be read as an image: {rows[0].path} {rows[0].reason}"
+        )
 
 
 def fit_to_run(images: Images, model: TrainedModel) -> Images:
-    """How files become pixels for this run: as in its training, but `images.max_pixels` where the user gave one.
+    """How files become pixels for this run: as in its training, but `images.max_pixels` where the
+    user gave one.
 
     Raises `RunError` where the user asked for another size or fit than the run's.
     """
@@ -92,11 +114,15 @@ def fit_to_run(images: Images, model: TrainedModel) -> Images:
     return replace(images, size=model.image_size, fit=model.fit, max_pixels=max_pixels)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 
-def write_table(out: Store, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]) -> None:
-    """Write predictions.csv, then predictions.json, which also says what classified and which overlay is whose."""
+def write_table(
+    out: Store, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
+) -> None:
+    """Write predictions.csv, then predictions.json, which also says what classified and which
+    overlay is whose.
+    """
     cells = ({**asdict(row), "path": safe_path(row.path)} for row in rows)
     table = to_csv([field.name for field in fields(Prediction)], cells)
     content = {
@@ -113,7 +139,9 @@ def write_table(out: Store, rows: Sequence[Prediction], model: TrainedModel, *, 
         "num_files": len(rows),
         "num_review": sum(row.decision == REVIEW for row in rows),
         "num_unreadable": sum(row.probability is None for row in rows),
-        "predictions": [{**asdict(row), "overlay": overlays.get(number)} for number, row in enumerate(rows)],
+        "predictions": [
+            {**asdict(row), "overlay": overlays.get(number)} for number, row in enumerate(rows)
+        ],
     }
     out.write("predictions.csv", table.encode())
     out.write("predictions.json", to_json(content).encode())
@@ -122,7 +150,9 @@ def write_table(out: Store, rows: Sequence[Prediction], model: TrainedModel, *, 
 def format_table(
     rows: Sequence[Prediction], model: TrainedModel, *, out: Store | None, num_overlays: int = 0
 ) -> list[str]:
-    """The lines for people: the table and what it sums up to. Where files hold all rows, only the first are shown."""
+    """The lines for people: the table and what it sums up to. Where files hold all rows, only
+    the first are shown.
+    """
     shown = rows if out is None else rows[:_SHOWN]
     paths = [_printable(row.path) for row in shown]
     width = min(80, max(len(path) for path in ["file", *paths]))
@@ -134,7 +164,10 @@ def format_table(
     if len(shown) < len(rows):
         lines.append(f"... and {len(rows) - len(shown)} more in predictions.csv")
     decisions = [name.lower() for name in model.classes]
-    counts = [f"{sum(row.decision == decision for row in rows)} {decision}" for decision in (*decisions, REVIEW)]
+    counts = [
+        f"{sum(row.decision == decision for row in rows)} {decision}"
+        for decision in (*decisions, REVIEW)
+    ]
     num_unreadable = sum(row.probability is None for row in rows)
     lines += [
         "",
@@ -144,20 +177,24 @@ def format_table(
     if out is not None:
         lines.append(f"table: {out.uri}/predictions.csv  {out.uri}/predictions.json")
     if out is not None and num_overlays:
-        lines.append(f"overlays: {num_overlays} in {out.uri}/overlays/, numbered as the rows of the table")
+        lines.append(
+            f"overlays: {num_overlays} in {out.uri}/overlays/, numbered as the rows of the table"
+        )
     return [*lines, NOTE]
 
 
 def _printable(text: str) -> str:
-    """Text from outside as one line that can not steer a terminal."""
+    """Text from outside as one line that cannot steer a terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
-# ------------------------------------------------------------------------------------------------------------ overlays
+# ----------------------------------------------------------------------------------------- overlays
 
 
 class Drawing:
-    """Draws and stores overlays beside the classification. Does nothing where there is no place to store them."""
+    """Draws and stores overlays beside the classification. Does nothing where there is no place
+    to store them.
+    """
 
     def __init__(self, out: Store | None) -> None:
         self._out = out
@@ -177,7 +214,9 @@ class Drawing:
             self._settle(leave=0)
 
     def draw(self, explained: Explained, *, number: int) -> str | None:
-        """Begin to draw the overlay of a row, counted from 1; its name, or None where there is nothing to draw."""
+        """Begin to draw the overlay of a row, counted from 1; its name, or None where there is
+        nothing to draw.
+        """
         if self._out is None or explained.heat is None:
             return None
         name = overlay_name(number, explained.prediction.path)
@@ -196,14 +235,18 @@ class Drawing:
 
 
 def overlay_name(number: int, path: str) -> str:
-    """`overlays/00007-film.png`: the row's number makes it unique; of the file's name what is safe anywhere is kept."""
+    """`overlays/00007-film.png`: the row's number makes it unique; of the file's name what is
+    safe anywhere is kept.
+    """
     stem = path.replace("\\", "/").rpartition("/")[2].rpartition(".")
     kept = re.sub(r"[^A-Za-z0-9]+", "_", stem[0] or stem[2]).strip("_")[:60]
     return f"overlays/{number:05d}{'-' if kept else ''}{kept}.png"
 
 
 def remove_others(out: Store, names: set[str]) -> None:
-    """Remove what an earlier table left in overlays/, so that no picture is taken for a row of this one."""
+    """Remove what an earlier table left in overlays/, so that no picture is taken for a row of
+    this one.
+    """
     for entry in list(out.list("overlays/")):
         if _OVERLAY.fullmatch(entry.key) and entry.key not in names:
             out.delete(entry.key)
@@ -212,7 +255,8 @@ def remove_others(out: Store, names: set[str]) -> None:
 def draw_panel(explained: Explained) -> bytes:
     """A PNG: the picture, and beside it the same under its heat map. Its words are all our own.
 
-    Below the threshold the heat map fades with the probability, so that a normal film does not glow.
+    Below the threshold the heat map fades with the probability, so that a normal film does not
+    glow.
     """
     assert explained.picture is not None and explained.heat is not None
     row = explained.prediction
@@ -230,7 +274,8 @@ def draw_panel(explained: Explained) -> bytes:
     verdict = f"{row.decision}, probability {row.probability:.3f}, threshold {row.threshold:.3f}"
     draw.text((gap, side + above + 21), verdict, fill="#ffffff", font=large, anchor="lm")
     note = (
-        "Brightest where most of it was found, fainter below the threshold. It shows what the model used, not disease."
+        "Brightest where most of it was found, fainter below the threshold. "
+        "It shows what the model used, not disease."
     )
     draw.text((gap, side + above + 47), f"{note} {NOTE}", fill="#9aa4b2", font=small, anchor="lm")
     buffer = io.BytesIO()

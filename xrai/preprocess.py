@@ -1,11 +1,13 @@
-"""Turn raw chest X-rays into a data set: `python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://… --dataset URI`.
+"""Turn raw chest X-rays into a data set: `python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://…
+--dataset URI`.
 
-JPEG, PNG and DICOM files. What each shows is said by its folder, or by the table that `--labels FILE.csv` names.
+JPEG, PNG and DICOM files. What each shows is said by its folder, or by the table that `--labels
+FILE.csv` names.
 
-It lists, hashes, plans, decodes with all cores, stores HDF5 shards, and commits with dataset.json. Started again after
-a kill it goes on; started again on a finished data set of the same plan it says so and does nothing. A large job is
-shared out by `--partition I/N`, one process a partition, on as many machines as one likes, at once or one after the
-other: whichever ends last commits.
+It lists, hashes, plans, decodes with all cores, stores HDF5 shards, and commits with dataset.json.
+Started again after a kill it goes on; started again on a finished data set of the same plan it says
+so and does nothing. A large job is shared out by `--partition I/N`, one process a partition, on as
+many machines as one likes, at once or one after the other: whichever ends last commits.
 """
 
 import contextlib
@@ -21,11 +23,7 @@ from typing import NoReturn
 
 from xrai import config as configuration
 from xrai.config import Config, Flag
-from xrai.dataset.build import UNFINISHED, Builder, NearDuplicate, Unfinished, hash_source, start_workers_soon
-from xrai.dataset.card import REPORT_KEYS, make_report
-from xrai.dataset.labels import read_labels
 from xrai.dataset.manifest import Row
-from xrai.dataset.plan import Listing, list_source, make_plan, shaping_config
 from xrai.dataset.shards import (
     INDEX_KEY,
     MANIFEST_KEY,
@@ -34,31 +32,68 @@ from xrai.dataset.shards import (
     is_shard_name,
     read_index,
 )
-from xrai.dataset.sources import Source, open_source
 from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError, run_command
+from xrai.ingest.build import (
+    UNFINISHED,
+    Builder,
+    NearDuplicate,
+    Unfinished,
+    hash_source,
+    start_workers_soon,
+)
+from xrai.ingest.card import REPORT_KEYS, make_report
+from xrai.ingest.labels import read_labels
+from xrai.ingest.plan import Listing, list_source, make_plan, shaping_config
+from xrai.ingest.sources import Source, open_source
 from xrai.log import get_logger, setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
-    Flag("source", "data/chest_xray", "raw images: a folder, .zip, MedMNIST .npz or s3://bucket/prefix", "XRAI_SOURCE"),
-    Flag("labels", "", "CSV file: path, label, and patient, split where known; empty: class folders", "XRAI_LABELS"),
-    Flag("dataset", "data/dataset", "where the data set goes: a folder or s3://bucket/prefix", "XRAI_DATASET"),
+    Flag(
+        "source",
+        "data/chest_xray",
+        "raw images: a folder, .zip, MedMNIST .npz or s3://bucket/prefix",
+        "XRAI_SOURCE",
+    ),
+    Flag(
+        "labels",
+        "",
+        "CSV file: path, label, and patient, split where known; empty: class folders",
+        "XRAI_LABELS",
+    ),
+    Flag(
+        "dataset",
+        "data/dataset",
+        "where the data set goes: a folder or s3://bucket/prefix",
+        "XRAI_DATASET",
+    ),
     Flag("workers", 0, "processes that decode; 0: one a core", type=int),
-    Flag("partition", "0/1", "the share that this process makes, I/N with I from 0 to N-1", "XRAI_PARTITION"),
-    Flag("overwrite", False, "replace a data set, or the beginning of one, that is there", type=bool),
+    Flag(
+        "partition",
+        "0/1",
+        "the share that this process makes, I/N with I from 0 to N-1",
+        "XRAI_PARTITION",
+    ),
+    Flag(
+        "overwrite", False, "replace a data set, or the beginning of one, that is there", type=bool
+    ),
 )
-# Rows of a large source are many and hold no cycles: to look through all of them for some took an eighth of the time.
-# What is young is looked through as ever, for S3 clients leave cycles behind
+# Rows of a large source are many and hold no cycles: to look through all of them for some took an
+# eighth of the time. What is young is looked through as ever, for S3 clients leave cycles behind
 _GC_THRESHOLDS = (10_000, 10, 1_000)
 _logger = get_logger("xrai.preprocess")
 
 
 def main() -> None:
     """Read the command line and make the data set."""
-    config, flags = configuration.parse("preprocess", description="Turn raw X-rays into a data set.", flags=FLAGS)
+    config, flags = configuration.parse(
+        "preprocess", description="Turn raw X-rays into a data set.", flags=FLAGS
+    )
     if not 0 <= flags["workers"] <= 1024:
-        raise ConfigError(f"--workers = {flags['workers']} is not allowed: it takes a whole number from 0 to 1024")
+        raise ConfigError(
+            f"--workers = {flags['workers']} is not allowed: it takes a whole number from 0 to 1024"
+        )
     number, num_partitions = read_partition(flags["partition"])
     setup_logging()
     gc.set_threshold(*_GC_THRESHOLDS)
@@ -77,11 +112,15 @@ def main() -> None:
             f"--dataset {store.uri} is inside --source {flags['source']}, which would take up what is written; move one"
         )
     if flags["overwrite"] and num_partitions > 1:
-        raise ConfigError("--overwrite and --partition exclude each other: each would discard what the others made")
+        raise ConfigError(
+            "--overwrite and --partition exclude each other: each would discard what the others made"
+        )
     table = read_labels(flags["labels"]) if flags["labels"] else None
     if flags["overwrite"]:
         listing = list_source(source, table)
-        if store.size(INDEX_KEY) is not None:  # a source that will be refused must not cost the data set that is there
+        if (
+            store.size(INDEX_KEY) is not None
+        ):  # a source that will be refused must not cost the data set that is there
             make_plan(listing, hash_source(source, listing, None), config)
         del listing
         remove_dataset(store)
@@ -101,7 +140,9 @@ def preprocess(
     number: int,
     num_partitions: int,
 ) -> None:
-    """Hash, plan, build the shards of partition `number`, and commit if all are there; print what came of it."""
+    """Hash, plan, build the shards of partition `number`, and commit if all are there; print
+    what came of it.
+    """
     began = time.monotonic()
     if store.size(INDEX_KEY) is not None:
         show_existing(config, source, listing, store)
@@ -112,7 +153,9 @@ def preprocess(
         if num_workers > 1:
             start_workers_soon()
         plan = make_plan(  # its rows take the place of those that were hashed, which are held nowhere else
-            listing, hash_source(source, listing, unfinished, number=number, num_partitions=num_partitions), config
+            listing,
+            hash_source(source, listing, unfinished, number=number, num_partitions=num_partitions),
+            config,
         )
         del listing  # its entries: nobody else holds them
         for note in plan.notes:
@@ -120,9 +163,17 @@ def preprocess(
         builder = Builder(plan, source, store, unfinished, num_workers=num_workers)
         builder.build(plan.shards[number::num_partitions])
 
-        def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:
+        def report(
+            index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]
+        ) -> dict[str, bytes]:
             return make_report(
-                store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
+                store,
+                index,
+                rows,
+                near,
+                notes=plan.notes,
+                draw_sheet=draw_sheet,
+                draw_counts=draw_class_counts,
             )
 
         index = builder.commit(report)
@@ -138,9 +189,14 @@ def preprocess(
         remove_leftovers(store, index)  # what this process stored after another one had committed
         print("\n".join(describe(index, store)), flush=True)
     elif num_partitions > 1:
-        print(f"partition {number}/{num_partitions} is stored at {store.uri}; the last one to end commits", flush=True)
+        print(
+            f"partition {number}/{num_partitions} is stored at {store.uri}; the last one to end commits",
+            flush=True,
+        )
     else:
-        raise DatasetError(f"parts of the data set at {store.uri} were removed while it was made; start again")
+        raise DatasetError(
+            f"parts of the data set at {store.uri} were removed while it was made; start again"
+        )
 
 
 def read_partition(text: str) -> tuple[int, int]:
@@ -148,12 +204,16 @@ def read_partition(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     number, num_partitions = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 <= number < num_partitions:
-        raise ConfigError(f"--partition = {text!r} is not allowed: it takes I/N with I from 0 to N-1, such as 0/4")
+        raise ConfigError(
+            f"--partition = {text!r} is not allowed: it takes I/N with I from 0 to N-1, such as 0/4"
+        )
     return number, num_partitions
 
 
 def show_existing(config: Config, source: Source, listing: Listing, store: Store) -> None:
-    """Print the data set that is there, if it is of the same plan; raise `DatasetError` if it is another."""
+    """Print the data set that is there, if it is of the same plan; raise `DatasetError` if it is
+    another.
+    """
     index = read_index(store)
     advice = "give another --dataset, or --overwrite to replace it"
     wanted = shaping_config(config)
@@ -161,7 +221,9 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
         for key, value in keys.items():
             there = index.config.get(section, {}).get(key)
             if there != value:
-                raise DatasetError(f"{store.uri} holds a data set of {section}.{key} = {there}, not {value}: {advice}")
+                raise DatasetError(
+                    f"{store.uri} holds a data set of {section}.{key} = {there}, not {value}: {advice}"
+                )
     plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
         raise DatasetError(
@@ -173,7 +235,8 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
 
 
 def remove_dataset(store: Store) -> None:
-    """Remove a data set, or the beginning of one: first dataset.json, so that it is none any more, then all else.
+    """Remove a data set, or the beginning of one: first dataset.json, so that it is none any more,
+    then all else.
 
     Only keys that xrai writes are touched.
     """
@@ -187,14 +250,18 @@ def remove_dataset(store: Store) -> None:
 
 
 def remove_leftovers(store: Store, index: DatasetIndex) -> None:
-    """Remove what xrai has written beside a whole data set: work on it, or on one that it took the place of."""
+    """Remove what xrai has written beside a whole data set: work on it, or on one that it took
+    the place of.
+    """
     shards = {info.name for infos in index.splits.values() for info in infos}
     _remove(store, keep=shards | {info.name for info in index.objects})
 
 
 def _remove(store: Store, *, keep: Set[str]) -> None:
     for key in [entry.key for entry in store.list()]:
-        is_ours = is_shard_name(key) or key.startswith(UNFINISHED) or key in (MANIFEST_KEY, *REPORT_KEYS)
+        is_ours = (
+            is_shard_name(key) or key.startswith(UNFINISHED) or key in (MANIFEST_KEY, *REPORT_KEYS)
+        )
         if is_ours and key not in keep:
             store.delete(key)
 

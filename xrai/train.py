@@ -1,7 +1,9 @@
-"""Train a network: `torchrun --nproc_per_node=N -m xrai.train`, or `python -m xrai.train` for one process.
+"""Train a network: `torchrun --nproc_per_node=N -m xrai.train`, or `python -m xrai.train` for one
+process.
 
-All ranks open the data set and run the loop; rank 0 alone owns the run's folder. A run of a name that exists goes on
-from its newest checkpoint. In the end the best epoch's weights are measured on images that they have not seen.
+All ranks open the data set and run the loop; rank 0 alone owns the run's folder. A run of a name
+that exists goes on from its newest checkpoint. In the end the best epoch's weights are measured on
+images that they have not seen.
 """
 
 import dataclasses
@@ -23,7 +25,6 @@ from xrai.config import Config, Flag, Images
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError, run_command
-from xrai.job import Job, facts_of, is_finished
 from xrai.learning.distributed import Ranks, join, record_failures
 from xrai.learning.loop import (
     explaining_memory,
@@ -32,28 +33,38 @@ from xrai.learning.loop import (
     rank_batch_size,
     resolve_precision,
 )
-from xrai.learning.predictor import (
-    build_model,
-    load_model,
-    predict_split,
-)
+from xrai.learning.predictor import build_model, load_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
-from xrai.results.artifacts import (
-    RunFolder,
-    new_run_id,
-)
+from xrai.results.artifacts import RunFolder, new_run_id
+from xrai.run import Job, facts_of, is_finished
 from xrai.store import open_store
 
 FLAGS = (
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
-    Flag("artifacts", "submit", "where runs are kept: a folder or s3://bucket/prefix", "XRAI_ARTIFACTS"),
+    Flag(
+        "artifacts",
+        "submit",
+        "where runs are kept: a folder or s3://bucket/prefix",
+        "XRAI_ARTIFACTS",
+    ),
     Flag("run_id", "", "name of the run; default: the time and a short hash", "XRAI_RUN_ID"),
     Flag(
-        "resume", "auto", "auto: go on with a run of this name; must: refuse if there is none; never: if there is one"
+        "resume",
+        "auto",
+        "auto: go on with a run of this name; must: refuse if there is none; never: if there is one",
     ),
-    Flag("init_from", "", "take the first weights, and nothing else, from the finished run at this address, URI/ID"),
-    Flag("check", False, "check config, data, devices, disk and permissions, and stop before training", type=bool),
+    Flag(
+        "init_from",
+        "",
+        "take the first weights, and nothing else, from the finished run at this address, URI/ID",
+    ),
+    Flag(
+        "check",
+        False,
+        "check config, data, devices, disk and permissions, and stop before training",
+        type=bool,
+    ),
 )
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
 _RESULTS_TIMEOUT_S = 3600.0  # how long the other ranks wait while rank 0 writes the results
@@ -62,9 +73,13 @@ _logger = get_logger("xrai.train")
 
 def main() -> None:
     """Read the command line, join the job, and do this rank's part of it."""
-    config, flags = configuration.parse("train", description="Train a network on a data set.", flags=FLAGS)
+    config, flags = configuration.parse(
+        "train", description="Train a network on a data set.", flags=FLAGS
+    )
     if flags["resume"] not in ("auto", "must", "never"):
-        raise ConfigError(f"--resume = {flags['resume']!r} is not allowed: it takes auto, must or never")
+        raise ConfigError(
+            f"--resume = {flags['resume']!r} is not allowed: it takes auto, must or never"
+        )
     profile_steps(config.train.profile)
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     stop = StopRequest()
@@ -74,8 +89,12 @@ def main() -> None:
             train(config, flags, ranks=ranks, asked_to_stop=stop.is_set)
 
 
-def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop: Callable[[], bool]) -> None:
-    """One rank's part of the job, from the addresses to the last file. Raises `UserError` before any work."""
+def train(
+    config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop: Callable[[], bool]
+) -> None:
+    """One rank's part of the job, from the addresses to the last file. Raises `UserError` before
+    any work.
+    """
     began = time.monotonic()
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
     index = loaders["train"].index
@@ -96,7 +115,9 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
         torch.manual_seed(config.train.seed)
         network = build_model(config.model)
         if flags["init_from"] and resumed is None:
-            network.load_state_dict(ranks.on_main(lambda: first_weights(flags["init_from"], config)))
+            network.load_state_dict(
+                ranks.on_main(lambda: first_weights(flags["init_from"], config))
+            )
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
         fit(
             network,
@@ -106,7 +127,9 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
             val=loaders["val"],
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
-            name_of=lambda row: str(loaders["train"].columns("source", start=row, stop=row + 1)["source"][0]),
+            name_of=lambda row: str(
+                loaders["train"].columns("source", start=row, stop=row + 1)["source"][0]
+            ),
             observer=job if ranks.is_main else None,
             checkpoints=job.checkpoints,
             facts=facts_of(config, index),
@@ -128,10 +151,13 @@ def train(config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop:
             network, loaders["val"], ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws,
             typicality=typicality,
         )  # fmt: skip
-        # All ranks stay to the end: were rank 0 lost while they had left, it could not start again alone
+        # All ranks stay to the end: were rank 0 lost while they had left, it could not start again
+        # alone
         ranks.set_timeout(_RESULTS_TIMEOUT_S)
         lines = ranks.on_main(
-            lambda: job.conclude(network, scored, shifted, typicality=typicality, best_epoch=best_epoch, began=began)
+            lambda: job.conclude(
+                network, scored, shifted, typicality=typicality, best_epoch=best_epoch, began=began
+            )
         )
         if ranks.is_main:
             print("\n".join(lines), flush=True)
@@ -181,12 +207,17 @@ def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loa
     held_out = [split for split in ("val", "test") if split == "val" or split in train.index.splits]
     return {
         "train": train,
-        **{split: Loader(dataset, split=split, batch_size=config.evaluate.batch_size, **options) for split in held_out},
+        **{
+            split: Loader(dataset, split=split, batch_size=config.evaluate.batch_size, **options)
+            for split in held_out
+        },
     }
 
 
 def fit_to_dataset(config: Config, index: DatasetIndex, *, ranks: Ranks) -> Config:
-    """The config with the data set's own `images` section. Raises `UserError` where they, or the ranks, do not fit."""
+    """The config with the data set's own `images` section. Raises `UserError` where they, or the
+    ranks, do not fit.
+    """
     stored = Images(**index.config["images"])
     for key, value in dataclasses.asdict(config.images).items():
         if value not in (getattr(Images(), key), getattr(stored, key)):
@@ -200,7 +231,9 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, ranks: Ranks) -> Conf
             f"{ranks.world_size} processes, but only {num_images} training images: each process needs one at least"
         )
     if min(class_counts(index)) == 0:
-        raise DatasetError(f"the training split has {index.num_images_per_class('train')}: both classes are needed")
+        raise DatasetError(
+            f"the training split has {index.num_images_per_class('train')}: both classes are needed"
+        )
     rank_batch_size(config.train, world_size=ranks.world_size)
     return dataclasses.replace(config, images=stored)
 

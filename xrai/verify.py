@@ -1,7 +1,9 @@
-"""Re-check a data set: `python -m xrai.verify --dataset URI [--repair --source S [--labels FILE.csv]]`.
+"""Re-check a data set: `python -m xrai.verify --dataset URI [--repair --source S [--labels
+FILE.csv]]`.
 
-Every hash, count and split rule and the fingerprint. Exit 0 when all hold, 1 when something does not: one line an
-object says what. `--repair` writes what is damaged anew, bit for bit, from the source the data set was made of.
+Every hash, count and split rule and the fingerprint. Exit 0 when all hold, 1 when something does
+not: one line an object says what. `--repair` writes what is damaged anew, bit for bit, from the
+source the data set was made of.
 """
 
 import os
@@ -11,25 +13,40 @@ from pathlib import Path
 
 from xrai import config as configuration
 from xrai.config import Flag
-from xrai.dataset.audit import Fault, find_faults
-from xrai.dataset.build import UNFINISHED, NearDuplicate, hash_source
-from xrai.dataset.card import make_report
-from xrai.dataset.labels import read_labels
 from xrai.dataset.manifest import Row
-from xrai.dataset.plan import list_source, make_plan
-from xrai.dataset.repair import repair
 from xrai.dataset.shards import DatasetIndex, read_index
-from xrai.dataset.sources import open_source
+from xrai.dataset.verify import Fault, find_faults
 from xrai.errors import CorruptError, run_command
+from xrai.ingest.build import UNFINISHED, NearDuplicate, hash_source
+from xrai.ingest.card import make_report
+from xrai.ingest.labels import read_labels
+from xrai.ingest.plan import list_source, make_plan
+from xrai.ingest.repair import repair
+from xrai.ingest.sources import open_source
 from xrai.log import setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
-    Flag("dataset", "data/dataset", "the data set to check: a folder or s3://bucket/prefix", "XRAI_DATASET"),
+    Flag(
+        "dataset",
+        "data/dataset",
+        "the data set to check: a folder or s3://bucket/prefix",
+        "XRAI_DATASET",
+    ),
     Flag("repair", False, "write damaged objects anew from --source", type=bool),
-    Flag("source", "data/chest_xray", "the raw images that the data set was made of, for --repair", "XRAI_SOURCE"),
-    Flag("labels", "", "the CSV file of labels, where the data set was made with one, for --repair", "XRAI_LABELS"),
+    Flag(
+        "source",
+        "data/chest_xray",
+        "the raw images that the data set was made of, for --repair",
+        "XRAI_SOURCE",
+    ),
+    Flag(
+        "labels",
+        "",
+        "the CSV file of labels, where the data set was made with one, for --repair",
+        "XRAI_LABELS",
+    ),
 )
 
 
@@ -45,9 +62,14 @@ def main() -> None:
         faults = verify(store, index)
     if faults:
         number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise CorruptError(f"{store.uri} has {number}, as listed{_advice(index, faults, tried=flags['repair'])}")
+        raise CorruptError(
+            f"{store.uri} has {number}, as listed{_advice(index, faults, tried=flags['repair'])}"
+        )
     counts = index.counts
-    print(f"{store.uri} is whole: {counts.num_written} images, data set {index.fingerprint[:16]}", flush=True)
+    print(
+        f"{store.uri} is whole: {counts.num_written} images, data set {index.fingerprint[:16]}",
+        flush=True,
+    )
 
 
 def verify(store: Store, index: DatasetIndex) -> list[Fault]:
@@ -57,12 +79,20 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
     for fault in faults:
         print(f"{fault.key} {fault.words}", flush=True)
     for entry in store.list(UNFINISHED):
-        print(f"{entry.key} is left over from making it, which is no fault; preprocess removes it", flush=True)
+        print(
+            f"{entry.key} is left over from making it, which is no fault; preprocess removes it",
+            flush=True,
+        )
     return faults
 
 
 def repair_from(
-    store: Store, index: DatasetIndex, faults: Sequence[Fault], *, source_uri: str, labels_uri: str = ""
+    store: Store,
+    index: DatasetIndex,
+    faults: Sequence[Fault],
+    *,
+    source_uri: str,
+    labels_uri: str = "",
 ) -> None:
     """Write the objects of these faults anew. The config is the one that the data set states."""
     config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
@@ -70,9 +100,17 @@ def repair_from(
     listing = list_source(source, read_labels(labels_uri) if labels_uri else None)
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
-    def report(index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]) -> dict[str, bytes]:
+    def report(
+        index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]
+    ) -> dict[str, bytes]:
         return make_report(
-            store, index, rows, near, notes=plan.notes, draw_sheet=draw_sheet, draw_counts=draw_class_counts
+            store,
+            index,
+            rows,
+            near,
+            notes=plan.notes,
+            draw_sheet=draw_sheet,
+            draw_counts=draw_class_counts,
         )
 
     keys = {fault.key for fault in faults} & _listed(index)
@@ -84,7 +122,9 @@ def repair_from(
 
 def _listed(index: DatasetIndex) -> set[str]:
     """The keys of all objects that can be made anew."""
-    return {info.name for shards in index.splits.values() for info in shards} | {info.name for info in index.objects}
+    return {info.name for shards in index.splits.values() for info in shards} | {
+        info.name for info in index.objects
+    }
 
 
 def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str:

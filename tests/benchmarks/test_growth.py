@@ -1,4 +1,6 @@
-"""The phantoms of the growth benchmark differ and belong together, and its fit says what grew how."""
+"""The phantoms of the growth benchmark differ and belong together, and its fit says what grew
+how.
+"""
 
 import io
 from itertools import islice
@@ -8,10 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.growth import MIN_SIZE, SIDE, exponent_of, growth_of, make_pictures, name_of, prepare
+from benchmarks.growth import (
+    MIN_SIZE,
+    SIDE,
+    exponent_of,
+    growth_of,
+    make_pictures,
+    name_of,
+    prepare,
+)
 from benchmarks.harness import OWN_PAGES, Run, count_kib
 from xrai.dataset.manifest import lay_out, parse_name
-from xrai.dataset.phantom import plan
+from xrai.phantom.draw import plan
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.1, 2.0])
@@ -56,11 +66,16 @@ def test_a_size_without_figures_is_named_as_such() -> None:
         growth_of(runs_of({1000: [1.0], 10_000: [2.0]}), "load", [1000, 10_000, 100_000])
 
 
-def test_pictures_differ_belong_to_their_patient_and_do_not_depend_on_how_many_are_made(tmp_path: Path) -> None:
+def test_pictures_differ_belong_to_their_patient_and_do_not_depend_on_how_many_are_made(
+    tmp_path: Path,
+) -> None:
     make_pictures(tmp_path / "few", 5, num_drawn=3, num_workers=1)
     make_pictures(tmp_path / "more", 9, num_drawn=3, num_workers=2)
     few, more = (
-        {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in (tmp_path / name).rglob("*.jpeg")}
+        {
+            path.relative_to(tmp_path / name).as_posix(): path.read_bytes()
+            for path in (tmp_path / name).rglob("*.jpeg")
+        }
         for name in ("few", "more")
     )
     assert len(few) == 5
@@ -78,9 +93,14 @@ def test_a_variation_carries_the_name_of_its_patient() -> None:
 
 
 def test_each_size_has_its_first_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.growth.make_pictures", lambda folder, num, num_workers: make_names(folder, num))
+    monkeypatch.setattr(
+        "benchmarks.growth.make_pictures", lambda folder, num, num_workers: make_names(folder, num)
+    )
     prepare(tmp_path, [MIN_SIZE, 5000], num_workers=1)
-    found = {size: {path.name for path in (tmp_path / f"images-{size}").rglob("*.jpeg")} for size in (MIN_SIZE, 5000)}
+    found = {
+        size: {path.name for path in (tmp_path / f"images-{size}").rglob("*.jpeg")}
+        for size in (MIN_SIZE, 5000)
+    }
     assert {size: len(names) for size, names in found.items()} == {MIN_SIZE: MIN_SIZE, 5000: 5000}
     assert found[MIN_SIZE] < found[5000]
 
@@ -101,7 +121,9 @@ def test_memory_that_a_file_holds_is_left_out() -> None:
 
 def test_pictures_look_alike_but_are_no_copies(tmp_path: Path) -> None:
     make_pictures(tmp_path, 6, num_drawn=2, num_workers=1)
-    pictures = [np.asarray(Image.open(path), np.float32) for path in sorted(tmp_path.rglob("*.jpeg"))]
+    pictures = [
+        np.asarray(Image.open(path), np.float32) for path in sorted(tmp_path.rglob("*.jpeg"))
+    ]
     for k, one in enumerate(pictures):
         for other in pictures[k + 1 :]:
             assert np.abs(one - other).mean() > 2

@@ -1,4 +1,6 @@
-"""What the benchmarks' figures are made of: turns, failures, ratios inside a round, and the page that shows them."""
+"""What the benchmarks' figures are made of: turns, failures, ratios inside a round, and the page
+that shows them.
+"""
 
 import json
 import re
@@ -7,14 +9,28 @@ from pathlib import Path
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import RESULTS, Contender, Figure, Report, Run, best_of, ratio, run_in_turn, values_of
+from benchmarks.harness import (
+    RESULTS,
+    Contender,
+    Figure,
+    Report,
+    Run,
+    best_of,
+    ratio,
+    run_in_turn,
+    values_of,
+)
 from benchmarks.readme import PAGE, fill
 
 RATE = Figure("rate", "images/s")
 
 
 def runs_of(**rates: list[float]) -> list[Run]:
-    return [Run(name, k, {"rate": rate}) for name, found in rates.items() for k, rate in enumerate(found)]
+    return [
+        Run(name, k, {"rate": rate})
+        for name, found in rates.items()
+        for k, rate in enumerate(found)
+    ]
 
 
 def count_up(*, scratch: Path, value: float) -> dict[str, float]:
@@ -42,7 +58,9 @@ def hang(*, scratch: Path) -> dict[str, float]:
     return {}
 
 
-def test_each_round_begins_with_another_contender_and_each_run_is_measured_from_outside(tmp_path: Path) -> None:
+def test_each_round_begins_with_another_contender_and_each_run_is_measured_from_outside(
+    tmp_path: Path,
+) -> None:
     contenders = [
         Contender(name, f"{__name__}:count_up", {"value": k}, env={"PYTHONPATH": str(harness.ROOT)})
         for k, name in enumerate(("one", "two"))
@@ -55,12 +73,17 @@ def test_each_round_begins_with_another_contender_and_each_run_is_measured_from_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_contender_that_fails_or_hangs_is_kept_as_a_failure_with_its_last_words(tmp_path: Path) -> None:
+def test_a_contender_that_fails_or_hangs_is_kept_as_a_failure_with_its_last_words(
+    tmp_path: Path,
+) -> None:
     failed, late = run_in_turn(
         [Contender("bad", f"{__name__}:fail"), Contender("slow", f"{__name__}:hang")],
         rounds=1, timeout_s=4, scratch=tmp_path,
     )  # fmt: skip
-    assert failed.failure.startswith("exit status 1: OSError: [Errno 28] no room") and failed.figures == {}
+    assert (
+        failed.failure.startswith("exit status 1: OSError: [Errno 28] no room")
+        and failed.figures == {}
+    )
     assert late.failure == "no end within 4 s"
 
 
@@ -79,7 +102,9 @@ def test_the_best_is_by_the_median_and_in_the_direction_that_the_figure_says() -
 
 def test_a_demand_that_is_not_reached_says_so(tmp_path: Path) -> None:
     report = Report("try", settings={})
-    report.add_table("speed", "Speed", runs_of(ours=[10, 20], peer=[5, 10]), figures=[RATE], ours="ours")
+    report.add_table(
+        "speed", "Speed", runs_of(ours=[10, 20], peer=[5, 10]), figures=[RATE], ours="ours"
+    )
     report.demand("at least", 1.9, at_least=2)
     report.demand("at most", 1.9, at_most=2)
     report.save(tmp_path)

@@ -1,4 +1,6 @@
-"""The logic of benchmarks/load.py, benchmarks/latency.py and benchmarks/peers.py; no timing, and no peer."""
+"""The logic of benchmarks/load.py, benchmarks/latency.py and benchmarks/peers.py; no timing, and
+no peer.
+"""
 
 import http.server
 import threading
@@ -15,8 +17,12 @@ from benchmarks.load import RATE, rate_of, read_best
 from benchmarks.peers import _parts
 
 
-@pytest.mark.parametrize(("num", "parts", "expected"), [(5, 2, [2, 3]), (2, 4, [1, 1]), (3, 1, [3]), (3, 0, [3])])
-def test_paths_are_divided_among_writers_without_loss(num: int, parts: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("num", "parts", "expected"), [(5, 2, [2, 3]), (2, 4, [1, 1]), (3, 1, [3]), (3, 0, [3])]
+)
+def test_paths_are_divided_among_writers_without_loss(
+    num: int, parts: int, expected: list[int]
+) -> None:
     paths = [str(number) for number in range(num)]
     found = _parts(paths, parts)
     assert [len(part) for part in found] == expected
@@ -25,8 +31,14 @@ def test_paths_are_divided_among_writers_without_loss(num: int, parts: int, expe
 
 def test_a_peers_best_number_of_workers_is_that_of_its_larger_median(tmp_path: Path) -> None:
     runs = [Run("h5py, 0 workers", k, {"images_per_s": 10.0}) for k in range(3)]
-    runs += [Run("h5py, 2 workers", k, {"images_per_s": rate}) for k, rate in enumerate((5.0, 11.0, 12.0))]
-    runs += [Run("files, 0 workers", 0, {"images_per_s": 3.0}), Run("files, 2 workers", 0, {}, "broken")]
+    runs += [
+        Run("h5py, 2 workers", k, {"images_per_s": rate})
+        for k, rate in enumerate((5.0, 11.0, 12.0))
+    ]
+    runs += [
+        Run("files, 0 workers", 0, {"images_per_s": 3.0}),
+        Run("files, 2 workers", 0, {}, "broken"),
+    ]
     report = Report("load_warm", settings={})
     report.add_table("warm", "Warm", runs, figures=[RATE])
     report.save(tmp_path)

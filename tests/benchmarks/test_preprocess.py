@@ -8,9 +8,9 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from benchmarks.preprocess import label_of, list_pictures, name_copy, reduction, repeat, spread
-from xrai.dataset.images import _reduce_on_load, decode
 from xrai.dataset.manifest import parse_name
-from xrai.dataset.plan import hash_of
+from xrai.ingest.images import _reduce_on_load, decode
+from xrai.ingest.plan import hash_of
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -19,7 +19,9 @@ def jpeg(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["IM-0115-0001.jpeg", "NORMAL2-IM-0416-0001-0002.jpeg", "person7_virus_9.jpeg"])
+@pytest.mark.parametrize(
+    "name", ["IM-0115-0001.jpeg", "NORMAL2-IM-0416-0001-0002.jpeg", "person7_virus_9.jpeg"]
+)
 def test_copies_are_other_files_of_the_same_patient(name: str) -> None:
     names = [name_copy(name, copy) for copy in range(12)]
     assert names[0] == name
@@ -34,7 +36,10 @@ def test_copies_have_other_hashes_and_the_same_pixels(tmp_path: Path) -> None:
     found = list_pictures(repeat([original], tmp_path / "made", copies=3))
     contents = [path.read_bytes() for path in found]
     assert len({hash_of(data) for data in contents}) == 3
-    assert len({decode(data, size=64, fit="crop", max_pixels=10**6).tobytes() for data in contents}) == 1
+    assert (
+        len({decode(data, size=64, fit="crop", max_pixels=10**6).tobytes() for data in contents})
+        == 1
+    )
     assert [label_of(str(path)) for path in found] == [1, 1, 1]
 
 

@@ -1,4 +1,6 @@
-"""Small raw images for the tests of the writing side: files of every kind, good and bad, and source folders."""
+"""Small raw images for the tests of the writing side: files of every kind, good and bad, and
+source folders.
+"""
 
 import io
 import struct
@@ -21,7 +23,9 @@ def gradient(width: int, height: int, *, seed: int = 0) -> NDArray[np.uint8]:
     return np.rint((waves - waves.min()) / max(float(np.ptp(waves)), 1e-9) * 255).astype(np.uint8)
 
 
-def encoded(pixels: NDArray[np.uint8] | Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+def encoded(
+    pixels: NDArray[np.uint8] | Image.Image, image_format: str = "PNG", **options: object
+) -> bytes:
     """The bytes of an image file."""
     picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
@@ -29,7 +33,9 @@ def encoded(pixels: NDArray[np.uint8] | Image.Image, image_format: str = "PNG", 
     return buffer.getvalue()
 
 
-def picture_file(seed: int, *, image_format: str = "PNG", width: int = 40, height: int = 30) -> bytes:
+def picture_file(
+    seed: int, *, image_format: str = "PNG", width: int = 40, height: int = 30
+) -> bytes:
     """A small valid image file that differs from seed to seed."""
     return encoded(gradient(width, height, seed=seed), image_format)
 
@@ -38,15 +44,21 @@ def huge_png(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header declares `width` x `height` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def public_names(num_normal: int, num_pneumonia: int) -> list[tuple[str, str]]:
-    """(class, file name) pairs in the public data set's manner; every third patient has two images."""
+    """(class, file name) pairs in the public data set's manner; every third patient has two
+    images.
+    """
     names = []
     for k in range(num_normal):
         names.append(("NORMAL", f"IM-{1000 + k - (k % 3 == 2):04d}-{k:04d}.png"))
@@ -56,7 +68,9 @@ def public_names(num_normal: int, num_pneumonia: int) -> list[tuple[str, str]]:
     return names
 
 
-def source_files(num_normal: int = 20, num_pneumonia: int = 24, *, split: str = "train") -> dict[str, bytes]:
+def source_files(
+    num_normal: int = 20, num_pneumonia: int = 24, *, split: str = "train"
+) -> dict[str, bytes]:
     """Path -> bytes of a small source in the public layout."""
     return {
         f"{split}/{label}/{name}": picture_file(k, width=30 + k % 20, height=40)
@@ -81,8 +95,12 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def dicom_file(samples: NDArray[np.integer], *, leave_out: tuple[str, ...] = (), **tags: object) -> bytes:
-    """A DICOM file of samples (H, W) or (H, W, 3) as they stand; `tags` are set after those that the samples need."""
+def dicom_file(
+    samples: NDArray[np.integer], *, leave_out: tuple[str, ...] = (), **tags: object
+) -> bytes:
+    """A DICOM file of samples (H, W) or (H, W, 3) as they stand; `tags` are set after those that
+    the samples need.
+    """
     pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()

@@ -1,26 +1,40 @@
-"""A bucket without a network for the fast tests: a folder whose files a reader may not use in place."""
+"""A bucket without a network for the fast tests: a folder whose files a reader may not use in
+place.
+"""
 
 import hashlib
 import time
 from pathlib import Path
 
 from xrai.errors import UnreachableError
-from xrai.store import FileStore
+from xrai.store import FolderStore
 
 
-class RemoteFolder(FileStore):
+class RemoteFolder(FolderStore):
     """Counts its downloads in a file, so that those of other processes count too. Picklable.
 
-    Downloads of keys that contain `slow_key` wait until the file `<folder>.open` is there, those of `failing` keys
-    raise, those of `flipped` keys arrive with a wrong byte: the first `num_bad` times, all processes together.
+    Downloads of keys that contain `slow_key` wait until the file `<folder>.open` is there, those of
+    `failing` keys raise, those of `flipped` keys arrive with a wrong byte: the first `num_bad`
+    times, all processes together.
     """
 
     def __init__(
-        self, folder: Path, *, slow_key: str = "\0", failing: str = "\0", flipped: str = "\0", num_bad: int = 10**9
+        self,
+        folder: Path,
+        *,
+        slow_key: str = "\0",
+        failing: str = "\0",
+        flipped: str = "\0",
+        num_bad: int = 10**9,
     ) -> None:
         super().__init__(folder)
         self.log = folder.with_name(f"{folder.name}.downloads")
-        self._slow_key, self._failing, self._flipped, self._num_bad = slow_key, failing, flipped, num_bad
+        self._slow_key, self._failing, self._flipped, self._num_bad = (
+            slow_key,
+            failing,
+            flipped,
+            num_bad,
+        )
 
     def local_path(self, key: str) -> Path | None:
         return None
@@ -32,7 +46,7 @@ class RemoteFolder(FileStore):
         while self._slow_key in key and not self._gate.exists():
             time.sleep(0.01)
         if self._failing in key and bad:
-            raise UnreachableError(f"{self.uri}/{key} can not be read: nobody answers")
+            raise UnreachableError(f"{self.uri}/{key} cannot be read: nobody answers")
         digest = super().download(key, path)
         if self._flipped in key and bad:
             flip_byte(path)

@@ -1,4 +1,6 @@
-"""Small data sets for tests of the reading side, written by the real writer, without images to decode."""
+"""Small data sets for tests of the reading side, written by the real writer, without images to
+decode.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,15 +16,23 @@ CLASSES = ("NORMAL", "PNEUMONIA")
 
 
 def write_dataset(
-    folder: Path, rows: Mapping[str, Sequence[int]], *, seed: int = 0, size: int = SIZE, commit: bool = True
+    folder: Path,
+    rows: Mapping[str, Sequence[int]],
+    *,
+    seed: int = 0,
+    size: int = SIZE,
+    commit: bool = True,
 ) -> DatasetIndex:
     """A data set of random pixels in `folder`: `rows` gives the rows of each shard, split by split.
 
-    The first four pixels of an image hold its place in the split (`place_of`); labels alternate. `commit` writes
-    dataset.json. Another seed gives other shards under the same names.
+    The first four pixels of an image hold its place in the split (`place_of`); labels alternate.
+    `commit` writes dataset.json. Another seed gives other shards under the same names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    splits = {split: tuple(_write_split(folder, split, list(counts), seed, size)) for split, counts in rows.items()}
+    splits = {
+        split: tuple(_write_split(folder, split, list(counts), seed, size))
+        for split, counts in rows.items()
+    }
     num = sum(shard.num_rows for shards in splits.values() for shard in shards)
     index = DatasetIndex(
         classes=CLASSES,
@@ -48,12 +58,16 @@ def place_of(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.ascontiguousarray(images[:, 0, 0, :4]).view("<u4")[:, 0].astype(np.int64)
 
 
-def _write_split(folder: Path, split: str, rows: Sequence[int], seed: int, size: int) -> list[ShardInfo]:
+def _write_split(
+    folder: Path, split: str, rows: Sequence[int], seed: int, size: int
+) -> list[ShardInfo]:
     infos, start = [], 0
     for number, num_rows in enumerate(rows):
         name = shard_name(split, number, len(rows))
         places = np.arange(start, start + num_rows)
-        images = np.random.default_rng([seed, start]).integers(0, 256, (num_rows, size, size), dtype=np.uint8)
+        images = np.random.default_rng([seed, start]).integers(
+            0, 256, (num_rows, size, size), dtype=np.uint8
+        )
         images[:, 0, :4] = places.astype("<u4")[:, None].view(np.uint8)
         write_shard(
             folder / name,
@@ -69,7 +83,13 @@ def _write_split(folder: Path, split: str, rows: Sequence[int], seed: int, size:
         data = (folder / name).read_bytes()
         num_odd = int((places % 2).sum())
         infos.append(
-            ShardInfo(name, num_rows, len(data), hashlib.sha256(data).hexdigest(), (num_rows - num_odd, num_odd))
+            ShardInfo(
+                name,
+                num_rows,
+                len(data),
+                hashlib.sha256(data).hexdigest(),
+                (num_rows - num_odd, num_odd),
+            )
         )
         start += num_rows
     return infos

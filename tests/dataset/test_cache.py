@@ -1,4 +1,6 @@
-"""The cache: what it hands out is what the index says, whoever shares the folder and whatever befalls it."""
+"""The cache: what it hands out is what the index says, whoever shares the folder and whatever
+befalls it.
+"""
 
 import dataclasses
 import fcntl
@@ -68,17 +70,21 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(
+        path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- what it does
+# ------------------------------------------------------------------------------------- what it does
 
 
 def test_a_shard_is_fetched_once_and_found_by_later_runs(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
     for _ in range(2):
-        with closing(ShardCache(bucket, index, folder=folder).open(index.splits["train"][0])) as opened:
+        with closing(
+            ShardCache(bucket, index, folder=folder).open(index.splits["train"][0])
+        ) as opened:
             assert opened.shard.images.shape == (20, 16, 16)
             assert opened.shard.source[3] == "train/3.png"
     assert bucket.downloads() == ["train-00000-of-00005.h5"]
@@ -87,12 +93,16 @@ def test_a_shard_is_fetched_once_and_found_by_later_runs(
 
 def test_a_shard_of_a_folder_is_used_where_it_is(tmp_path: Path, folder: Path) -> None:
     index = write_dataset(tmp_path / "set", {"train": [20]})
-    opened = ShardCache(open_store(str(tmp_path / "set")), index, folder=folder).open(index.splits["train"][0])
+    opened = ShardCache(open_store(str(tmp_path / "set")), index, folder=folder).open(
+        index.splits["train"][0]
+    )
     assert opened.shard.images.shape == (20, 16, 16)
     assert not folder.exists()
 
 
-def test_of_many_processes_one_fetches_a_shard(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_of_many_processes_one_fetches_a_shard(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     start = _fork.Barrier(4)
 
     def work() -> None:
@@ -106,7 +116,9 @@ def test_of_many_processes_one_fetches_a_shard(bucket: RemoteFolder, index: Data
     assert sorted(bucket.downloads()) == [shard.name for shard in index.splits["train"][:3]]
 
 
-def test_of_many_threads_one_fetches_a_shard(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_of_many_threads_one_fetches_a_shard(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     cache = ShardCache(bucket, index, folder=folder)
     with ThreadPoolExecutor(8) as pool:
         opened = list(pool.map(cache.open, [index.splits["train"][0]] * 8))
@@ -169,7 +181,9 @@ def test_a_file_that_was_replaced_is_mapped_anew_and_takes_no_further_room(
 
 def mapped_now(folder: Path) -> set[str]:
     """Files below a folder that this process has mapped."""
-    found = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    found = {
+        line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+    }
     return {path for path in found if path.startswith(str(folder))}
 
 
@@ -181,14 +195,18 @@ def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) 
     assert default_cache_folder() == Path("/home/somebody/.cache/xrai")
 
 
-# ------------------------------------------------------------------------------------------------------ damaged shards
+# ----------------------------------------------------------------------------------- damaged shards
 
 
 @pytest.mark.parametrize("place", ["folder", "bucket"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_shard_is_refused_each_time_it_is_read(place: str, damage: str, tmp_path: Path, folder: Path) -> None:
+def test_a_damaged_shard_is_refused_each_time_it_is_read(
+    place: str, damage: str, tmp_path: Path, folder: Path
+) -> None:
     index = write_dataset(tmp_path / "set", {"train": [20, 20]})
-    store = RemoteFolder(tmp_path / "set") if place == "bucket" else open_store(str(tmp_path / "set"))
+    store = (
+        RemoteFolder(tmp_path / "set") if place == "bucket" else open_store(str(tmp_path / "set"))
+    )
     path = tmp_path / "set" / "train-00001-of-00002.h5"
     if damage == "flip":
         flip_byte(path)
@@ -196,10 +214,16 @@ def test_a_damaged_shard_is_refused_each_time_it_is_read(place: str, damage: str
         path.write_bytes(path.read_bytes()[: -100 if damage == "cut" else 0])
     cache = ShardCache(store, index, folder=folder)
     for _ in range(3):  # a reader that keeps what it has fetched reads it as good the second time
-        with pytest.raises(CorruptError, match=r"train-00001-of-00002\.h5 is damaged: .*xrai\.verify .* --repair"):
+        with pytest.raises(
+            CorruptError, match=r"train-00001-of-00002\.h5 is damaged: .*xrai\.verify .* --repair"
+        ):
             cache.open(index.splits["train"][1])
     open_and_close(cache, index, 0)
-    assert len(files_of(folder)) == (1 if place == "bucket" else 0) if folder.exists() else place == "folder"
+    assert (
+        len(files_of(folder)) == (1 if place == "bucket" else 0)
+        if folder.exists()
+        else place == "folder"
+    )
 
 
 def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(
@@ -227,7 +251,9 @@ def test_a_shard_that_was_damaged_in_the_cache_is_fetched_again(
     assert len(bucket.downloads()) == 2
 
 
-def test_a_file_that_changes_while_a_run_goes_on_is_checked_again(tmp_path: Path, folder: Path) -> None:
+def test_a_file_that_changes_while_a_run_goes_on_is_checked_again(
+    tmp_path: Path, folder: Path
+) -> None:
     index = write_dataset(tmp_path / "set", {"train": [20]})
     cache = ShardCache(open_store(str(tmp_path / "set")), index, folder=folder)
     open_and_close(cache, index, 0)
@@ -236,15 +262,21 @@ def test_a_file_that_changes_while_a_run_goes_on_is_checked_again(tmp_path: Path
         cache.open(index.splits["train"][0])
 
 
-# --------------------------------------------------------------------------------------------------- not the same shard
+# ------------------------------------------------------------------------------- not the same shard
 
 
-def test_two_data_sets_with_the_same_names_do_not_meet_in_the_cache(tmp_path: Path, folder: Path) -> None:
+def test_two_data_sets_with_the_same_names_do_not_meet_in_the_cache(
+    tmp_path: Path, folder: Path
+) -> None:
     buckets = [RemoteFolder(tmp_path / name / "chest") for name in ("one", "two")]
-    indices = [write_dataset(Path(store.uri), {"train": [20]}, seed=k) for k, store in enumerate(buckets)]
+    indices = [
+        write_dataset(Path(store.uri), {"train": [20]}, seed=k) for k, store in enumerate(buckets)
+    ]
     for _ in range(2):
         for store, index in zip(buckets, indices, strict=True):
-            with closing(ShardCache(store, index, folder=folder).open(index.splits["train"][0])) as opened:
+            with closing(
+                ShardCache(store, index, folder=folder).open(index.splits["train"][0])
+            ) as opened:
                 expected = index.splits["train"][0].sha256
                 assert opened.shard.sha256[0] == sha256_of_first_row(store)
                 assert any(expected[:16] in name for name in files_of(folder))
@@ -255,7 +287,9 @@ def sha256_of_first_row(store: RemoteFolder) -> str:
     return str(open_shard(Path(store.uri) / "train-00000-of-00001.h5").sha256[0])
 
 
-def test_a_data_set_that_was_replaced_is_not_read_from_the_old_cache(tmp_path: Path, folder: Path) -> None:
+def test_a_data_set_that_was_replaced_is_not_read_from_the_old_cache(
+    tmp_path: Path, folder: Path
+) -> None:
     bucket = RemoteFolder(tmp_path / "bucket")
     old = write_dataset(Path(bucket.uri), {"train": [20, 20]}, seed=0)
     cache = ShardCache(bucket, old, folder=folder)
@@ -265,14 +299,18 @@ def test_a_data_set_that_was_replaced_is_not_read_from_the_old_cache(tmp_path: P
     with closing(ShardCache(bucket, new, folder=folder).open(new.splits["train"][0])) as opened:
         assert opened.shard.sha256[0] != old.splits["train"][0].sha256
     assert len(bucket.downloads()) == 2
-    with pytest.raises(DatasetError, match=r"was replaced while it was read \(its fingerprint was .*start again"):
+    with pytest.raises(
+        DatasetError, match=r"was replaced while it was read \(its fingerprint was .*start again"
+    ):
         cache.open(old.splits["train"][1])
 
 
-# ------------------------------------------------------------------------------------------------------------ its limit
+# ---------------------------------------------------------------------------------------- its limit
 
 
-def test_the_least_recently_used_shard_goes_first(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_the_least_recently_used_shard_goes_first(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     size_bytes = index.splits["train"][0].size_bytes
     cache = ShardCache(bucket, index, folder=folder, max_bytes=3 * size_bytes)
     open_and_close(cache, index, 0, 1, 2, 0, 3)  # 1 has not been used for longest
@@ -281,8 +319,12 @@ def test_the_least_recently_used_shard_goes_first(bucket: RemoteFolder, index: D
     ]  # fmt: skip
 
 
-def test_a_shard_in_use_is_never_removed(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
-    cache = ShardCache(bucket, index, folder=folder, max_bytes=2 * index.splits["train"][0].size_bytes)
+def test_a_shard_in_use_is_never_removed(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
+    cache = ShardCache(
+        bucket, index, folder=folder, max_bytes=2 * index.splits["train"][0].size_bytes
+    )
     with closing(cache.open(index.splits["train"][0])) as held:
         before = held.shard.images.copy()
         open_and_close(cache, index, 1, 2, 3, 4)
@@ -319,7 +361,9 @@ def test_the_limit_holds_for_several_processes_together(
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all shards in a cache. Nothing is removed meanwhile, so that none is counted beside its successor."""
+    """Bytes of all shards in a cache. Nothing is removed meanwhile, so that none is counted
+    beside its successor.
+    """
     with (folder / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(path.stat().st_size for path in folder.glob("*/*.h5"))
@@ -332,7 +376,9 @@ def test_a_shard_in_use_by_another_process_is_never_removed(
     opened = _fork.Event()
 
     def hold() -> None:
-        with closing(ShardCache(bucket, index, folder=folder, max_bytes=limit).open(index.splits["train"][0])):
+        with closing(
+            ShardCache(bucket, index, folder=folder, max_bytes=limit).open(index.splits["train"][0])
+        ):
             opened.set()
             time.sleep(60)
 
@@ -348,7 +394,9 @@ def test_a_shard_in_use_by_another_process_is_never_removed(
     assert not files_of(folder)[0].startswith("train-00000")
 
 
-def test_room_is_taken_as_soon_as_another_lets_go(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_room_is_taken_as_soon_as_another_lets_go(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     cache = ShardCache(bucket, index, folder=folder, max_bytes=index.splits["train"][0].size_bytes)
     timer = threading.Timer(0.5, cache.open(index.splits["train"][0]).close)
     timer.start()
@@ -358,23 +406,33 @@ def test_room_is_taken_as_soon_as_another_lets_go(bucket: RemoteFolder, index: D
     timer.join()
 
 
-def test_a_cache_full_of_shards_in_use_says_so_in_time(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_a_cache_full_of_shards_in_use_says_so_in_time(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     cache = ShardCache(
-        bucket, index, folder=folder, max_bytes=int(1.5 * index.splits["train"][0].size_bytes), timeout_s=0.3
+        bucket,
+        index,
+        folder=folder,
+        max_bytes=int(1.5 * index.splits["train"][0].size_bytes),
+        timeout_s=0.3,
     )
     with (
         closing(cache.open(index.splits["train"][0])),
-        pytest.raises(StoreError, match=r"waited 0\.3 s for room for train-00001.*cache\.max_gib.*raise it"),
+        pytest.raises(
+            StoreError, match=r"waited 0\.3 s for room for train-00001.*cache\.max_gib.*raise it"
+        ),
     ):
         cache.open(index.splits["train"][1])
 
 
-def test_a_limit_below_one_shard_is_refused(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_a_limit_below_one_shard_is_refused(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     with pytest.raises(UserError, match=r"cache\.max_gib"):
         ShardCache(bucket, index, folder=folder, max_bytes=100).open(index.splits["train"][0])
 
 
-# ------------------------------------------------------------------------------------- when something dies or goes away
+# ----------------------------------------------------------------- when something dies or goes away
 
 
 class Slow(RemoteFolder):
@@ -382,14 +440,18 @@ class Slow(RemoteFolder):
 
     def download(self, key: str, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / f".{path.name}.0123456789ab.tmp").write_bytes(b"half")  # as the store's own temporary file
+        (path.parent / f".{path.name}.0123456789ab.tmp").write_bytes(
+            b"half"
+        )  # as the store's own temporary file
         with self.log.open("a") as log:
             log.write("begun\n")
         time.sleep(60)
         return super().download(key, path)
 
 
-def test_a_fetch_that_is_killed_leaves_the_others_free(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_a_fetch_that_is_killed_leaves_the_others_free(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     slow = Slow(Path(bucket.uri))
     first = in_child(lambda: open_and_close(ShardCache(slow, index, folder=folder), index, 0))
     wait_until(lambda: slow.downloads() == ["begun"], "the first process to begin")
@@ -404,11 +466,13 @@ def test_a_fetch_that_is_killed_leaves_the_others_free(bucket: RemoteFolder, ind
     first.join(10)
 
 
-def test_a_fetch_that_fails_leaves_the_others_free(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_a_fetch_that_fails_leaves_the_others_free(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     class Broken(RemoteFolder):
         def download(self, key: str, path: Path) -> str:
             time.sleep(0.2)
-            raise UnreachableError(f"{key} can not be read")
+            raise UnreachableError(f"{key} cannot be read")
 
     broken = ShardCache(Broken(Path(bucket.uri)), index, folder=folder)
     good = ShardCache(bucket, index, folder=folder)
@@ -431,7 +495,10 @@ def test_a_fetch_that_stands_still_is_waited_for_only_so_long(
     try:
         wait_until(lambda: slow.downloads() == ["begun"], "the first process to begin")
         started = time.monotonic()
-        with pytest.raises(StoreError, match=r"waited 0\.5 s for another process to fetch .*train-00000-of-00005\.h5"):
+        with pytest.raises(
+            StoreError,
+            match=r"waited 0\.5 s for another process to fetch .*train-00000-of-00005\.h5",
+        ):
             ShardCache(bucket, index, folder=folder, timeout_s=0.5).open(index.splits["train"][0])
         assert time.monotonic() - started < 5
     finally:
@@ -439,7 +506,9 @@ def test_a_fetch_that_stands_still_is_waited_for_only_so_long(
         first.join(10)
 
 
-def test_a_forked_child_keeps_no_lock_of_its_parent(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_a_forked_child_keeps_no_lock_of_its_parent(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     started, end = threading.Event(), _fork.Event()
 
     class Forking(RemoteFolder):
@@ -453,7 +522,9 @@ def test_a_forked_child_keeps_no_lock_of_its_parent(bucket: RemoteFolder, index:
     try:
         cache = ShardCache(forking, index, folder=folder, max_bytes=size_bytes)
         open_and_close(cache, index, 0)
-        open_and_close(ShardCache(bucket, index, folder=folder, max_bytes=size_bytes, timeout_s=1), index, 1, 0)
+        open_and_close(
+            ShardCache(bucket, index, folder=folder, max_bytes=size_bytes, timeout_s=1), index, 1, 0
+        )
     finally:
         end.set()
         forking.child.join(10)
@@ -462,7 +533,9 @@ def test_a_forked_child_keeps_no_lock_of_its_parent(bucket: RemoteFolder, index:
 def test_a_child_that_closes_a_shard_of_its_parent_leaves_it_to_the_parent(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
-    cache = ShardCache(bucket, index, folder=folder, max_bytes=2 * index.splits["train"][0].size_bytes)
+    cache = ShardCache(
+        bucket, index, folder=folder, max_bytes=2 * index.splits["train"][0].size_bytes
+    )
     with closing(cache.open(index.splits["train"][0])) as opened:
         child = in_child(opened.close)
         child.join(20)
@@ -475,7 +548,11 @@ def test_room_that_a_killed_fetch_had_taken_is_free_again(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
     slow, size_bytes = Slow(Path(bucket.uri)), index.splits["train"][0].size_bytes
-    first = in_child(lambda: open_and_close(ShardCache(slow, index, folder=folder, max_bytes=size_bytes), index, 0))
+    first = in_child(
+        lambda: open_and_close(
+            ShardCache(slow, index, folder=folder, max_bytes=size_bytes), index, 0
+        )
+    )
     wait_until(lambda: slow.downloads() == ["begun"], "the first process to begin")
     cache = ShardCache(bucket, index, folder=folder, max_bytes=size_bytes, timeout_s=0.3)
     with pytest.raises(StoreError, match=r"waited 0\.3 s for room"):  # two would not fit
@@ -520,7 +597,7 @@ def test_a_cache_folder_that_is_read_only_serves_what_it_has_and_names_itself(
         cache = ShardCache(bucket, index, folder=open_folder)
         open_and_close(cache, index, 0)
         with pytest.raises(
-            UserError, match=r"cache folder .*/cache can not be written: .* --cache\.dir=FOLDER"
+            UserError, match=r"cache folder .*/cache cannot be written: .* --cache\.dir=FOLDER"
         ) as caught:
             open_and_close(cache, index, 1)
         assert "\n" not in str(caught.value)
@@ -554,7 +631,10 @@ print([path.name for path in folder.glob("*/*") if path.suffix != ".h5"])
 def test_a_disk_that_is_full_names_the_shard_and_keeps_nothing_half_written(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path, repository: Path
 ) -> None:
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
+    ):
         pytest.skip("a small disk takes the right to mount one")
     folder.mkdir()
     done = subprocess.run(  # in a name space of its own, where nobody else sees the disk
@@ -564,7 +644,8 @@ def test_a_disk_that_is_full_names_the_shard_and_keeps_nothing_half_written(
     assert done.returncode == 0, done.stderr
     error, left = done.stdout.splitlines()
     assert re.match(
-        rf"StoreError {folder}/.*/train-00001-of-00005.* can not be written: No space left on device; free", error
+        rf"StoreError {folder}/.*/train-00001-of-00005.* cannot be written: No space left on device; free",
+        error,
     )
     assert left == "[]"
 
@@ -573,11 +654,16 @@ def test_a_cache_folder_that_can_not_be_made_is_the_users_mistake(
     bucket: RemoteFolder, index: DatasetIndex, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match=rf"cache folder {tmp_path}/file/cache can not be written.*--cache\.dir=FOLDER"):
+    with pytest.raises(
+        UserError,
+        match=rf"cache folder {tmp_path}/file/cache cannot be written.*--cache\.dir=FOLDER",
+    ):
         open_and_close(ShardCache(bucket, index, folder=tmp_path / "file" / "cache"), index, 0)
 
 
-def test_a_store_without_the_shard_says_which(bucket: RemoteFolder, index: DatasetIndex, folder: Path) -> None:
+def test_a_store_without_the_shard_says_which(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path
+) -> None:
     bucket.delete("train-00002-of-00005.h5")
     store: Store = bucket
     with pytest.raises(StoreError, match=r"there is no .*train-00002-of-00005\.h5"):
@@ -589,7 +675,9 @@ def test_a_folder_that_was_replaced_while_it_was_read_says_so(tmp_path: Path, fo
     cache = ShardCache(open_store(str(tmp_path / "set")), old, folder=folder)
     open_and_close(cache, old, 0)
     write_dataset(tmp_path / "set", {"train": [20, 20]}, seed=1)
-    with pytest.raises(DatasetError, match=rf"the data set at {tmp_path}/set was replaced while it was read"):
+    with pytest.raises(
+        DatasetError, match=rf"the data set at {tmp_path}/set was replaced while it was read"
+    ):
         cache.open(old.splits["train"][1])
 
 
@@ -609,7 +697,9 @@ def test_a_shard_that_does_not_have_the_rows_of_its_index_is_refused(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
     wrong = dataclasses.replace(index.splits["train"][0], num_rows=21)
-    with pytest.raises(CorruptError, match=r"train-00000.* holds images of \(20, 16, 16\), not the 21 of its index"):
+    with pytest.raises(
+        CorruptError, match=r"train-00000.* holds images of \(20, 16, 16\), not the 21 of its index"
+    ):
         ShardCache(bucket, index, folder=folder).open(wrong)
 
 
@@ -628,7 +718,10 @@ def test_settling_sees_the_last_thread_out_of_hdf5_and_lets_none_in(
         return open_shard(path)
 
     monkeypatch.setattr("xrai.dataset.cache.open_shard", slow_open_shard)
-    threads = [threading.Thread(target=open_and_close, args=(cache, index, number), daemon=True) for number in range(3)]
+    threads = [
+        threading.Thread(target=open_and_close, args=(cache, index, number), daemon=True)
+        for number in range(3)
+    ]
     threads[0].start()
     assert inside.wait(20)
     threading.Timer(0.3, leave.set).start()

@@ -9,10 +9,16 @@ import pytest
 from tests.dataset.small import write_dataset
 
 
-def test_the_examples_run_one_after_the_other(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    examples = re.findall(r"```python\n(.*?)```", (repository / "docs" / "dataset.md").read_text(), flags=re.DOTALL)
+def test_the_examples_run_one_after_the_other(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    examples = re.findall(
+        r"```python\n(.*?)```", (repository / "docs" / "dataset.md").read_text(), flags=re.DOTALL
+    )
     assert len(examples) == 4
-    write_dataset(tmp_path / "data" / "dataset", {"train": [120, 100], "val": [20, 9], "test": [10]})
+    write_dataset(
+        tmp_path / "data" / "dataset", {"train": [120, 100], "val": [20, 9], "test": [10]}
+    )
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for example in examples:

@@ -25,7 +25,14 @@ from tests.dataset.remote import RemoteFolder, flip_byte
 from tests.dataset.small import place_of, write_dataset
 from xrai.dataset.loader import Batch, Loader, _Buffers
 from xrai.dataset.order import EpochOrder, plan_windows
-from xrai.errors import ConfigError, CorruptError, DatasetError, NotFoundError, UnreachableError, XraiError
+from xrai.errors import (
+    ConfigError,
+    CorruptError,
+    DatasetError,
+    NotFoundError,
+    UnreachableError,
+    XraiError,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -42,8 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_loader(dataset: Any, *, split: str = "train", batch_size: int = 8, **options: Any) -> Loader:
-    return Loader(str(dataset) if isinstance(dataset, Path) else dataset, split=split, batch_size=batch_size, **options)
+def make_loader(
+    dataset: Any, *, split: str = "train", batch_size: int = 8, **options: Any
+) -> Loader:
+    return Loader(
+        str(dataset) if isinstance(dataset, Path) else dataset,
+        split=split,
+        batch_size=batch_size,
+        **options,
+    )
 
 
 def rows_of(batches: Iterator[Batch]) -> list[list[int]]:
@@ -51,10 +65,20 @@ def rows_of(batches: Iterator[Batch]) -> list[list[int]]:
 
 
 def expected_batches(
-    rows: list[int], batch_size: int, *, seed: int = 0, epoch: int = 0, window: int = 64, shuffle: bool = True
+    rows: list[int],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    window: int = 64,
+    shuffle: bool = True,
 ) -> list[list[int]]:
     """The reference: the order as a whole, cut by a plain loop."""
-    whole = EpochOrder(rows, seed=seed, epoch=epoch, window=window, shuffle=shuffle).rows(0, sum(rows)).tolist()
+    whole = (
+        EpochOrder(rows, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
+        .rows(0, sum(rows))
+        .tolist()
+    )
     return [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
 
 
@@ -69,10 +93,12 @@ def wait_until(condition: Any, *, timeout_s: float = 10) -> None:
         time.sleep(0.01)
 
 
-# ------------------------------------------------------------------------------------------------- the order of batches
+# ----------------------------------------------------------------------------- the order of batches
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     batch_size=st.integers(1, 45),
     window=st.integers(1, 8),
@@ -86,19 +112,28 @@ def wait_until(condition: Any, *, timeout_s: float = 10) -> None:
 def test_global_batch_k_is_the_same_for_every_world_size_threads_and_restart(
     folder, batch_size, window, seed, epoch, prefetch, threads, shuffle, data
 ):
-    expected = expected_batches(ROWS, batch_size, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
+    expected = expected_batches(
+        ROWS, batch_size, seed=seed, epoch=epoch, window=window, shuffle=shuffle
+    )
     world_size = data.draw(st.sampled_from(WORLD_SIZES))
     start = data.draw(st.integers(0, len(expected)))
     options = {"batch_size": batch_size, "window": window, "seed": seed, "shuffle": shuffle}
     ranks = [
         list(
-            make_loader(folder, rank=rank, world_size=world_size, prefetch=prefetch, threads=threads, **options).epoch(
-                epoch, start=start
-            )
+            make_loader(
+                folder,
+                rank=rank,
+                world_size=world_size,
+                prefetch=prefetch,
+                threads=threads,
+                **options,
+            ).epoch(epoch, start=start)
         )
         for rank in range(world_size)
     ]
-    assert {len(batches) for batches in ranks} == {len(expected) - start}  # DDP hangs where ranks differ
+    assert {len(batches) for batches in ranks} == {
+        len(expected) - start
+    }  # DDP hangs where ranks differ
     for k, parts in enumerate(zip(*ranks, strict=True), start=start):
         assert [row for part in parts for row in part.rows.tolist()] == expected[k]
         assert {part.step for part in parts} == {k}
@@ -112,7 +147,13 @@ def test_global_batch_k_is_the_same_for_every_world_size_threads_and_restart(
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world_size: int):
-    options = {"shuffle": True, "seed": 5, "window": 2, "rank": world_size - 1, "world_size": world_size}
+    options = {
+        "shuffle": True,
+        "seed": 5,
+        "window": 2,
+        "rank": world_size - 1,
+        "world_size": world_size,
+    }
     whole = rows_of(make_loader(folder, **options).epoch(3))
     assert len(whole) == 5
     for start in range(6):
@@ -135,7 +176,11 @@ def test_four_shards_on_three_ranks_give_every_rank_the_same_number_of_batches(t
     """WebDataset gives 7, 5 and 5, and training hangs."""
     write_dataset(tmp_path, {"train": [20] * 4})
     counts = [
-        len(list(make_loader(tmp_path, batch_size=12, shuffle=True, rank=rank, world_size=3).epoch(0)))
+        len(
+            list(
+                make_loader(tmp_path, batch_size=12, shuffle=True, rank=rank, world_size=3).epoch(0)
+            )
+        )
         for rank in range(3)
     ]
     assert counts == [7, 7, 7]
@@ -197,7 +242,9 @@ def test_columns_belong_to_the_rows(folder: Path):
     assert loader.width.dtype == loader.height.dtype == np.uint32
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 5), (7, 31), (NUM - 1, NUM), (NUM - 3, NUM + 10)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, None), (0, 5), (7, 31), (NUM - 1, NUM), (NUM - 3, NUM + 10)]
+)
 def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_nothing(
     tmp_path: Path, start: int, stop: int | None
 ):
@@ -210,8 +257,15 @@ def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_
     assert columns["source"].tolist() == [f"train/{row}.png" for row in places]
     assert columns["width"].tolist() == [1000 + row for row in places]
     firsts = np.cumsum([0, *ROWS[:-1]])
-    used = [first < places.stop and first + rows > start for first, rows in zip(firsts, ROWS, strict=True)]
-    names = [shard.name for shard, is_used in zip(loader.index.splits["train"], used, strict=True) if is_used]
+    used = [
+        first < places.stop and first + rows > start
+        for first, rows in zip(firsts, ROWS, strict=True)
+    ]
+    names = [
+        shard.name
+        for shard, is_used in zip(loader.index.splits["train"], used, strict=True)
+        if is_used
+    ]
     assert bucket.downloads() == names
     assert not {"labels", "source", "width"} & set(vars(loader))
 
@@ -219,7 +273,12 @@ def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_
 @pytest.mark.parametrize(
     ("names", "start", "stop", "words"),
     [
-        (["labels", "images"], 0, None, "no column 'images'; the columns are labels, source, patient"),
+        (
+            ["labels", "images"],
+            0,
+            None,
+            "no column 'images'; the columns are labels, source, patient",
+        ),
         (["labels"], NUM, None, f"no rows {NUM} to {NUM} in a split of {NUM} images"),
         (["labels"], 3, 3, "no rows 3 to 3"),
         (["labels"], -1, 3, "no rows -1 to 3"),
@@ -240,7 +299,7 @@ def test_labels_are_read_without_texts(folder: Path, monkeypatch: pytest.MonkeyP
     assert make_loader(folder).labels.tolist() == [row % 2 for row in range(NUM)]
 
 
-# ------------------------------------------------------------------------------------------------------ ahead, in time
+# ----------------------------------------------------------------------------------- ahead, in time
 
 
 def test_the_first_batch_needs_one_shard(tmp_path: Path):
@@ -255,9 +314,15 @@ def test_the_first_batch_needs_one_shard(tmp_path: Path):
 
 def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(tmp_path: Path):
     write_dataset(tmp_path / "data", {"train": [8] * 12})
-    seed = next(k for k in range(99) if plan_windows(12, seed=k, epoch=0, window=64, shuffle=True)[0] == (11,))
+    seed = next(
+        k
+        for k in range(99)
+        if plan_windows(12, seed=k, epoch=0, window=64, shuffle=True)[0] == (11,)
+    )
     store = RemoteFolder(tmp_path / "data", slow_key="train")
-    batches = make_loader(store, shuffle=True, seed=seed, threads=3, cache_dir=tmp_path / "cache").epoch(0)
+    batches = make_loader(
+        store, shuffle=True, seed=seed, threads=3, cache_dir=tmp_path / "cache"
+    ).epoch(0)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, batches)
         try:
@@ -272,7 +337,9 @@ def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(t
     store = RemoteFolder(tmp_path / "data", slow_key="train-0000")
     store.log.unlink()
     store.close_gate()
-    batches = make_loader(store, shuffle=True, seed=seed, threads=3, cache_dir=tmp_path / "other").epoch(0)
+    batches = make_loader(
+        store, shuffle=True, seed=seed, threads=3, cache_dir=tmp_path / "other"
+    ).epoch(0)
     next(batches)
     try:
         wait_until(lambda: store.num_downloads("train-0000") == 3)
@@ -284,10 +351,14 @@ def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(t
     assert store.num_downloads() == 12
 
 
-def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(folder: Path, tmp_path: Path):
+def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(
+    folder: Path, tmp_path: Path
+):
     store = RemoteFolder(folder)
     for limit, expected in ((0.0, False), (1.0, True)):
-        loader = make_loader(store, shuffle=True, batch_size=4, cache_dir=tmp_path / str(limit), cache_max_gib=limit)
+        loader = make_loader(
+            store, shuffle=True, batch_size=4, cache_dir=tmp_path / str(limit), cache_max_gib=limit
+        )
         list(loader.epoch(0))
         with closing(loader.epoch(1)) as batches:
             next(batches)
@@ -298,7 +369,9 @@ def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(folder: 
         assert opened_now() == set()  # nothing waits for the garbage collector
 
 
-def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fetches(folder: Path, tmp_path: Path):
+def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fetches(
+    folder: Path, tmp_path: Path
+):
     store = RemoteFolder(folder)
     loader = make_loader(store, cache_dir=tmp_path / "cache")
     expected = [batch.images.tolist() for batch in loader.epoch(0)]
@@ -308,14 +381,18 @@ def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fe
     fetchers = set()
     found = []
     for batch in loader.epoch(0):
-        fetchers |= {thread.name for thread in threading.enumerate() if thread.name.startswith("xrai-fetch")}
+        fetchers |= {
+            thread.name for thread in threading.enumerate() if thread.name.startswith("xrai-fetch")
+        }
         found.append(batch.images.tolist())
     assert found == expected
     assert [name.split("-of-")[0] for name in store.downloads()] == ["train-00001"]
     assert fetchers
 
 
-def test_no_more_batches_are_made_ahead_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_more_batches_are_made_ahead_than_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     made: list[int] = []
     original = Loader._batches
 
@@ -349,7 +426,11 @@ def test_the_pixels_do_not_go_through_h5py(folder: Path, monkeypatch: pytest.Mon
 
 def opened_now() -> set[str]:
     """Shards that this process has mapped."""
-    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".h5")}
+    return {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(".h5")
+    }
 
 
 def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path):
@@ -363,7 +444,7 @@ def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path):
     assert loader.timings() == dict.fromkeys(timings, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------ the end
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 3])
@@ -403,7 +484,9 @@ def test_a_child_after_fork_reads_the_same(folder: Path):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_child_forked_in_an_epoch_ends_and_leaves_the_epoch_to_its_parent(folder: Path, tmp_path: Path):
+def test_a_child_forked_in_an_epoch_ends_and_leaves_the_epoch_to_its_parent(
+    folder: Path, tmp_path: Path
+):
     size_bytes = max(path.stat().st_size for path in folder.glob("train*.h5"))
     options = {"cache_dir": tmp_path, "cache_max_gib": 5 * size_bytes / 2**30, "batch_size": 1}
     batches = make_loader(RemoteFolder(folder), prefetch=1, **options).epoch(0)
@@ -461,7 +544,9 @@ next(batches)
 """
 
 
-def test_a_process_that_leaves_while_shards_are_opened_neither_crashes_nor_hangs(tmp_path: Path, repository: Path):
+def test_a_process_that_leaves_while_shards_are_opened_neither_crashes_nor_hangs(
+    tmp_path: Path, repository: Path
+):
     for run in range(5):  # without care every second one hangs or crashes
         done = subprocess.run(
             [sys.executable, "-c", LEAVES_AT_ONCE, tmp_path / str(run)],
@@ -470,7 +555,7 @@ def test_a_process_that_leaves_while_shards_are_opened_neither_crashes_nor_hangs
         assert (done.returncode, done.stderr) == (0, "")
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 @pytest.fixture
@@ -490,7 +575,9 @@ def failure_of(batches: Iterator[Batch]) -> tuple[int, XraiError]:
     raise AssertionError("it did not fail")
 
 
-def test_an_error_in_the_background_comes_to_the_front_with_rank_split_shard_and_cause(spoiled: Path):
+def test_an_error_in_the_background_comes_to_the_front_with_rank_split_shard_and_cause(
+    spoiled: Path,
+):
     flip_byte(spoiled / "train-00002-of-00006.h5")
     loader = make_loader(spoiled, batch_size=5, rank=1, world_size=2)
     num, error = failure_of(loader.epoch(0))
@@ -507,7 +594,7 @@ def test_a_shard_that_can_not_be_fetched_is_named(folder: Path, tmp_path: Path):
     num, error = failure_of(make_loader(store, cache_dir=tmp_path).epoch(0))
     assert (num, type(error)) == (2, UnreachableError)
     assert "rank 0 of 1, train split" in str(error)
-    assert "train-00003-of-00006.h5 can not be read: nobody answers" in str(error)
+    assert "train-00003-of-00006.h5 cannot be read: nobody answers" in str(error)
 
 
 def test_an_error_of_a_shard_that_nobody_asks_for_is_none(folder: Path, tmp_path: Path):
@@ -557,7 +644,9 @@ def test_a_flipped_byte_in_the_index_is_refused(spoiled: Path, place: int):
 
 
 @pytest.mark.parametrize(("num_bad", "num_reads"), [(2, 3), (9, 3)])
-def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(folder: Path, num_bad: int, num_reads: int):
+def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(
+    folder: Path, num_bad: int, num_reads: int
+):
     reads = 0
 
     class Noisy(RemoteFolder):
@@ -577,7 +666,10 @@ def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(folder: Path, n
 
 def test_no_index_is_no_data_set(spoiled: Path):
     (spoiled / "dataset.json").unlink()
-    with pytest.raises(DatasetError, match=rf"{spoiled} holds no dataset.json, so no data set; `python -m xrai.prep"):
+    with pytest.raises(
+        DatasetError,
+        match=rf"{spoiled} holds no dataset.json, so no data set; `python -m xrai.prep",
+    ):
         make_loader(spoiled)
 
 
@@ -609,7 +701,7 @@ def test_a_step_that_is_not_there_is_refused(folder: Path, start: int):
         make_loader(folder).epoch(0, start=start)
 
 
-# ---------------------------------------------------------------------------- a cache that is smaller than the data set
+# -------------------------------------------------------- a cache that is smaller than the data set
 
 
 @pytest.fixture(scope="module")
@@ -634,15 +726,25 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_small_cache_gives_the_same_batches_within_its_limit(many: Path, tmp_path: Path, world_size: int):
+def test_a_small_cache_gives_the_same_batches_within_its_limit(
+    many: Path, tmp_path: Path, world_size: int
+):
     options = {"batch_size": 16, "shuffle": True, "window": 2, "threads": 2, "prefetch": 1}
     limit = gib_for(many, 4 if world_size == 1 else 7)
     store = RemoteFolder(many)
-    step = threading.Barrier(world_size, timeout=30)  # ranks that train wait for each other at every step
+    step = threading.Barrier(
+        world_size, timeout=30
+    )  # ranks that train wait for each other at every step
 
     def read(rank: int) -> list[list[int]]:
         loader = make_loader(
-            store, rank=rank, world_size=world_size, cache_dir=tmp_path, cache_max_gib=limit, timeout_s=20, **options
+            store,
+            rank=rank,
+            world_size=world_size,
+            cache_dir=tmp_path,
+            cache_max_gib=limit,
+            timeout_s=20,
+            **options,
         )
         seen = []
         for batch in loader.epoch(0):
@@ -662,7 +764,13 @@ def test_a_small_cache_gives_the_same_batches_within_its_limit(many: Path, tmp_p
 def test_a_cache_too_small_for_its_windows_is_refused_before_any_work(
     many: Path, tmp_path: Path, world_size: int, num_held: int
 ):
-    options = {"shuffle": True, "window": 2, "threads": 2, "world_size": world_size, "cache_dir": tmp_path}
+    options = {
+        "shuffle": True,
+        "window": 2,
+        "threads": 2,
+        "world_size": world_size,
+        "cache_dir": tmp_path,
+    }
     make_loader(RemoteFolder(many), cache_max_gib=gib_for(many, num_held), **options)
     with pytest.raises(
         ConfigError,
@@ -701,7 +809,9 @@ def test_memory_of_a_batch_is_used_again_only_when_no_view_of_it_is_held() -> No
     ],
     ids=["itself", "view", "view of a view", "memoryview", "tensor", "view of a tensor", "dlpack"],
 )
-def test_pictures_stay_as_they_are_while_anything_of_their_batch_is_held(folder: Path, hold: Any) -> None:
+def test_pictures_stay_as_they_are_while_anything_of_their_batch_is_held(
+    folder: Path, hold: Any
+) -> None:
     loader = make_loader(folder, batch_size=2, shuffle=True)
     held, expected = [], []
     for epoch in range(3):

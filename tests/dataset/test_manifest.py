@@ -9,7 +9,15 @@ from xrai.errors import CorruptError, SourceError
 
 ROWS = [
     Row("train/NORMAL/a b.png", "ab" * 32, 0, "IM:0115", "", "train", "train-00000-of-00001.h5", 3),
-    Row("train/PNEUMONIA/ü,\"'\n.png", "", 1, "bacteria:7", "bacterial", "", reason="is empty (0 bytes)"),
+    Row(
+        "train/PNEUMONIA/ü,\"'\n.png",
+        "",
+        1,
+        "bacteria:7",
+        "bacterial",
+        "",
+        reason="is empty (0 bytes)",
+    ),
 ]
 
 
@@ -24,13 +32,15 @@ def test_a_row_becomes_the_mapping_that_dataclasses_would_give() -> None:
         assert list(row.to_mapping().items()) == list(dataclasses.asdict(row).items())
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"path": "x"}', b"\xff", b'{"path": "x", "more": 1}'])
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"path": "x"}', b"\xff", b'{"path": "x", "more": 1}']
+)
 def test_a_damaged_manifest_is_refused_by_line(line: bytes) -> None:
     with pytest.raises(CorruptError, match=r"manifest\.jsonl, line 3, is not a row"):
         read_manifest(b"".join(manifest_lines(ROWS)) + line + b"\n", where="manifest.jsonl")
 
 
-# -------------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def found(*paths: str) -> list[tuple[str, str, int]]:
@@ -39,8 +49,15 @@ def found(*paths: str) -> list[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("above", ["", "chest_xray/", "a/b/"])
 @pytest.mark.parametrize("splits", [("train",), ("train", "val", "test"), ("train", "test")])
-def test_split_and_class_folders_are_found_below_any_folder(above: str, splits: tuple[str, ...]) -> None:
-    paths = [f"{above}{split}/{name}/{k}.png" for split in splits for name in ("NORMAL", "PNEUMONIA") for k in (0, 1)]
+def test_split_and_class_folders_are_found_below_any_folder(
+    above: str, splits: tuple[str, ...]
+) -> None:
+    paths = [
+        f"{above}{split}/{name}/{k}.png"
+        for split in splits
+        for name in ("NORMAL", "PNEUMONIA")
+        for k in (0, 1)
+    ]
     layout = lay_out(paths, source="S")
     assert layout.has_splits
     assert [(entry.split, entry.label) for entry in layout.entries] == [
@@ -49,7 +66,10 @@ def test_split_and_class_folders_are_found_below_any_folder(above: str, splits: 
 
 
 def test_class_folders_alone_are_all_train() -> None:
-    assert found("NORMAL/a.png", "PNEUMONIA/b.png") == [("NORMAL/a.png", "train", 0), ("PNEUMONIA/b.png", "train", 1)]
+    assert found("NORMAL/a.png", "PNEUMONIA/b.png") == [
+        ("NORMAL/a.png", "train", 0),
+        ("PNEUMONIA/b.png", "train", 1),
+    ]
     assert not lay_out(["NORMAL/a.png", "PNEUMONIA/b.png"], source="S").has_splits
 
 
@@ -62,8 +82,14 @@ def test_the_case_of_folders_does_not_matter() -> None:
 
 def test_the_public_archives_second_copy_of_the_tree_is_passed_over_and_counted() -> None:
     tree = [f"train/{label}/{name}" for label, name in public_names(4, 4)]
-    paths = [f"chest_xray/{path}" for path in tree] + [f"chest_xray/chest_xray/{path}" for path in tree]
-    junk = ["__MACOSX/chest_xray/train/NORMAL/._a.jpeg", "chest_xray/.DS_Store", "chest_xray/train/NORMAL/Thumbs.db"]
+    paths = [f"chest_xray/{path}" for path in tree] + [
+        f"chest_xray/chest_xray/{path}" for path in tree
+    ]
+    junk = [
+        "__MACOSX/chest_xray/train/NORMAL/._a.jpeg",
+        "chest_xray/.DS_Store",
+        "chest_xray/train/NORMAL/Thumbs.db",
+    ]
     layout = lay_out(paths + junk, source="S")
     assert [entry.path for entry in layout.entries] == sorted(f"chest_xray/{path}" for path in tree)
     assert layout.not_data == {
@@ -82,7 +108,11 @@ def test_a_file_beside_the_tree_is_not_data_and_is_counted() -> None:
 
 
 def test_files_in_folders_below_a_class_folder_belong_to_the_class() -> None:
-    assert found("train/NORMAL/2019/a.png", "train/PNEUMONIA/b.png")[0] == ("train/NORMAL/2019/a.png", "train", 0)
+    assert found("train/NORMAL/2019/a.png", "train/PNEUMONIA/b.png")[0] == (
+        "train/NORMAL/2019/a.png",
+        "train",
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,16 +120,27 @@ def test_files_in_folders_below_a_class_folder_belong_to_the_class() -> None:
     [
         ([], "S holds no images laid out as .*; it is empty"),
         (["a.png", "b/c.png"], "it holds 2 other files, such as a.png"),
-        (["train/NORMAL/a.png", "train/COVID/b.png"], "unknown class folder 'COVID' in S .*NORMAL and PNEUMONIA"),
+        (
+            ["train/NORMAL/a.png", "train/COVID/b.png"],
+            "unknown class folder 'COVID' in S .*NORMAL and PNEUMONIA",
+        ),
         (["NORMAL/a.png", "COVID/b.png"], "unknown class folder 'COVID'"),
         (["train/a.png", "train/NORMAL/b.png"], None),
         (["train/NORMAL/a.png", "NORMAL/b.png"], "in none"),
-        (["a/train/NORMAL/x.png", "b/train/NORMAL/y.png"], "several trees of images, in 'a/' and 'b/'"),
+        (
+            ["a/train/NORMAL/x.png", "b/train/NORMAL/y.png"],
+            "several trees of images, in 'a/' and 'b/'",
+        ),
         (["x/train/NORMAL/x.png", "x/x/train/NORMAL/y.png"], "several trees"),
-        (["small/train/NORMAL/x.png", "large/train/NORMAL/x.png"], "several trees of images, in 'large/' and 'small/'"),
+        (
+            ["small/train/NORMAL/x.png", "large/train/NORMAL/x.png"],
+            "several trees of images, in 'large/' and 'small/'",
+        ),
     ],
 )
-def test_what_is_not_laid_out_as_documented_is_refused(paths: list[str], message: str | None) -> None:
+def test_what_is_not_laid_out_as_documented_is_refused(
+    paths: list[str], message: str | None
+) -> None:
     if message is None:
         assert lay_out(paths, source="S").not_data == {"outside of the class folders": 1}
         return
@@ -107,7 +148,7 @@ def test_what_is_not_laid_out_as_documented_is_refused(paths: list[str], message
         lay_out(paths, source="S")
 
 
-# ---------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize(
@@ -126,12 +167,19 @@ def test_what_is_not_laid_out_as_documented_is_refused(paths: list[str], message
         ("xIM-0115-0001.png", "", ""),
     ],
 )
-def test_patients_and_subtypes_are_read_from_public_names(name: str, patient: str, subtype: str) -> None:
+def test_patients_and_subtypes_are_read_from_public_names(
+    name: str, patient: str, subtype: str
+) -> None:
     assert parse_name(name) == (patient, subtype)
 
 
 def test_the_same_number_in_two_streams_is_two_people() -> None:
-    names = ["person78_bacteria_1.png", "person78_virus_1.png", "IM-0078-0001.png", "NORMAL2-IM-0078-0001.png"]
+    names = [
+        "person78_bacteria_1.png",
+        "person78_virus_1.png",
+        "IM-0078-0001.png",
+        "NORMAL2-IM-0078-0001.png",
+    ]
     assert len({parse_name(name)[0] for name in names}) == 4
 
 
@@ -143,5 +191,7 @@ def test_a_file_whose_name_says_nothing_is_a_patient_of_its_own_wherever_the_tre
 
 
 def test_a_normal_image_has_no_subtype_whatever_its_name_says() -> None:
-    (entry, _) = lay_out(["train/NORMAL/person1_virus_7.jpeg", "train/PNEUMONIA/b.png"], source="S").entries
+    (entry, _) = lay_out(
+        ["train/NORMAL/person1_virus_7.jpeg", "train/PNEUMONIA/b.png"], source="S"
+    ).entries
     assert entry.subtype == ""

@@ -14,14 +14,18 @@ windows = st.integers(1, 8)
 no_deadline = settings(deadline=None)  # the machine may be busy
 
 
-def whole_epoch(rows: list[int], seed: int, epoch: int, window: int, *, shuffle: bool = True) -> list[int]:
+def whole_epoch(
+    rows: list[int], seed: int, epoch: int, window: int, *, shuffle: bool = True
+) -> list[int]:
     order = EpochOrder(rows, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
     return [int(row) for row in order.rows(0, sum(rows))]
 
 
 @no_deadline
 @given(shard_rows, seeds, epochs, windows, st.booleans())
-def test_an_epoch_visits_each_row_once(rows: list[int], seed: int, epoch: int, window: int, shuffle: bool) -> None:
+def test_an_epoch_visits_each_row_once(
+    rows: list[int], seed: int, epoch: int, window: int, shuffle: bool
+) -> None:
     assert sorted(whole_epoch(rows, seed, epoch, window, shuffle=shuffle)) == list(range(sum(rows)))
 
 
@@ -32,9 +36,9 @@ def test_any_cut_of_the_order_is_the_same_as_in_the_whole(
 ) -> None:
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, sum(rows))] * 2)))
     fresh = EpochOrder(rows, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
-    assert [int(row) for row in fresh.rows(start, stop)] == whole_epoch(rows, seed, epoch, window, shuffle=shuffle)[
-        start:stop
-    ]
+    assert [int(row) for row in fresh.rows(start, stop)] == whole_epoch(
+        rows, seed, epoch, window, shuffle=shuffle
+    )[start:stop]
 
 
 @no_deadline
@@ -66,7 +70,9 @@ def test_windows_begin_with_one_shard_and_double_to_their_limit(
 @no_deadline
 @given(st.integers(0, 1000), st.integers(1, 64))
 def test_ranks_share_a_batch_without_gap_or_overlap_and_evenly(num: int, world_size: int) -> None:
-    parts = [range(num)[rank_slice(num, rank=rank, world_size=world_size)] for rank in range(world_size)]
+    parts = [
+        range(num)[rank_slice(num, rank=rank, world_size=world_size)] for rank in range(world_size)
+    ]
     assert [place for part in parts for place in part] == list(range(num))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -78,12 +84,16 @@ def test_without_shuffling_the_order_is_that_of_the_shards(rows: list[int]) -> N
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = {tuple(whole_epoch([50] * 4, seed, epoch, 64)) for seed in range(5) for epoch in range(5)}
+    orders = {
+        tuple(whole_epoch([50] * 4, seed, epoch, 64)) for seed in range(5) for epoch in range(5)
+    }
     assert len(orders) == 25
 
 
 def test_the_order_is_the_one_that_earlier_runs_had() -> None:
-    """A run that goes on with another version of numpy, or of ours, must find its place. Change this never."""
+    """A run that goes on with another version of numpy, or of ours, must find its place. Change
+    this never.
+    """
     assert whole_epoch([3] * 5, 1, 2, 1) == [4, 3, 5, 10, 9, 11, 1, 2, 0, 14, 12, 13, 8, 6, 7]
     assert whole_epoch([3] * 5, 1, 2, 64) == [4, 3, 5, 10, 9, 11, 1, 2, 13, 14, 0, 12, 8, 6, 7]
 
@@ -109,13 +119,15 @@ def test_every_row_is_as_likely_in_every_place() -> None:
     assert np.abs(counts - expected).max() < 6 * np.sqrt(expected)
 
 
-# -------------------------------------------------------------------------------------------------- what a reader holds
+# ------------------------------------------------------------------------------ what a reader holds
 
 
 class Reader:
     """What a reader uses and holds at each of its batches."""
 
-    def __init__(self, rows: list[int], batch_size: int, *, window: int, num_ahead: int, seed: int = 0) -> None:
+    def __init__(
+        self, rows: list[int], batch_size: int, *, window: int, num_ahead: int, seed: int = 0
+    ) -> None:
         self.order = EpochOrder(rows, seed=seed, epoch=0, window=window, shuffle=True)
         self.used: list[list[int]] = []
         self.held: list[list[int]] = []
@@ -132,7 +144,9 @@ def test_a_reader_holds_what_it_uses_and_then_what_comes_next(
 ) -> None:
     reader = Reader(rows, batch_size, window=window, num_ahead=num_ahead, seed=seed)
     in_order = [shard for shards in reader.order.windows for shard in shards]
-    place = {shard: number for number, shards in enumerate(reader.order.windows) for shard in shards}
+    place = {
+        shard: number for number, shards in enumerate(reader.order.windows) for shard in shards
+    }
     for used, held in zip(reader.used, reader.held, strict=True):
         start = in_order.index(held[0])
         assert held == in_order[start : start + len(held)]  # in order, without a gap
@@ -159,13 +173,16 @@ def test_readers_that_are_some_batches_apart_hold_no_more_together(
     rows: list[int], seed: int, window: int, num_ahead: int, batch_size: int, apart: int
 ) -> None:
     held = Reader(rows, batch_size, window=window, num_ahead=num_ahead, seed=seed).held
-    most = most_held(rows, window=window, num_ahead=num_ahead, batch_size=batch_size, batches_apart=apart)
+    most = most_held(
+        rows, window=window, num_ahead=num_ahead, batch_size=batch_size, batches_apart=apart
+    )
     for step in range(len(held)):
         assert len(set().union(*held[step : step + apart + 1])) <= most
 
 
 @pytest.mark.parametrize(
-    ("window", "num_ahead", "batch_size", "num_held"), [(4, 2, 16, 8), (1, 4, 16, 5), (64, 4, 16, 128), (4, 2, 256, 11)]
+    ("window", "num_ahead", "batch_size", "num_held"),
+    [(4, 2, 16, 8), (1, 4, 16, 5), (64, 4, 16, 128), (4, 2, 256, 11)],
 )
 def test_what_is_held_is_two_windows_however_large_the_data_set(
     window: int, num_ahead: int, batch_size: int, num_held: int

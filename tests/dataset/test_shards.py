@@ -48,13 +48,19 @@ def write(path: Path, *, num_rows: int = 5, size: int = 8, seed: int = 0) -> dic
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_rows=st.integers(1, 12), size=st.integers(1, 40), seed=st.integers(0, 99), data=st.data())
+@given(
+    num_rows=st.integers(1, 12), size=st.integers(1, 40), seed=st.integers(0, 99), data=st.data()
+)
 def test_a_shard_reads_back_as_it_was_written(
-    tmp_path_factory: pytest.TempPathFactory, num_rows: int, size: int, seed: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    num_rows: int,
+    size: int,
+    seed: int,
+    data: st.DataObject,
 ) -> None:
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (num_rows, size, size), dtype=np.uint8)
@@ -64,7 +70,10 @@ def test_a_shard_reads_back_as_it_was_written(
         for name in ("source", "patient", "subtype")
     }
     sha256 = [hashlib.sha256(bytes([k])).hexdigest() for k in range(num_rows)]
-    sides = {name: data.draw(st.lists(SIDE, min_size=num_rows, max_size=num_rows)) for name in ("width", "height")}
+    sides = {
+        name: data.draw(st.lists(SIDE, min_size=num_rows, max_size=num_rows))
+        for name in ("width", "height")
+    }
     path = tmp_path_factory.mktemp("shard") / "x.h5"
     write_shard(path, images=images, labels=labels, sha256=sha256, **texts, **sides)
     shard = open_shard(path)
@@ -91,7 +100,16 @@ def test_the_same_rows_give_the_same_bytes_at_any_time_and_place(tmp_path: Path)
 def test_plain_h5py_reads_a_shard(tmp_path: Path) -> None:
     rows = write(tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5", "r") as file:
-        assert set(file) == {"images", "labels", "source", "patient", "subtype", "sha256", "width", "height"}
+        assert set(file) == {
+            "images",
+            "labels",
+            "source",
+            "patient",
+            "subtype",
+            "sha256",
+            "width",
+            "height",
+        }
         assert file["images"].shape == (5, 8, 8)
         assert file["images"].chunks is None and file["images"].compression is None
         np.testing.assert_array_equal(file["images"][:], rows["images"])
@@ -105,7 +123,9 @@ def test_h5dump_reads_a_shard(tmp_path: Path) -> None:
     if shutil.which("h5dump") is None:
         pytest.skip("h5dump is not installed")
     write(tmp_path / "x.h5")
-    done = subprocess.run(["h5dump", "-H", str(tmp_path / "x.h5")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["h5dump", "-H", str(tmp_path / "x.h5")], capture_output=True, text=True, check=True
+    )
     assert 'DATASET "images"' in done.stdout and "( 5, 8, 8 )" in done.stdout
 
 
@@ -136,7 +156,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path, share: float) -> None:
 def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     path.write_bytes(b"no HDF5 at all")
-    with pytest.raises(CorruptError, match="can not be read as a shard"):
+    with pytest.raises(CorruptError, match="cannot be read as a shard"):
         open_shard(path)
     write(path)
     with h5py.File(path, "r+") as file:
@@ -146,7 +166,7 @@ def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
     with h5py.File(path, "w") as file:
         file.attrs["schema_version"] = 1
         file["images"] = np.zeros((3, 4, 4), np.float32)
-    with pytest.raises(CorruptError, match="can not be read as a shard"):
+    with pytest.raises(CorruptError, match="cannot be read as a shard"):
         open_shard(path)
 
 
@@ -155,7 +175,9 @@ def test_a_shard_without_the_size_of_its_sources_is_refused_with_what_to_do(tmp_
     write(path)
     with h5py.File(path, "r+") as file:
         del file["width"], file["height"]
-    with pytest.raises(DatasetError, match=r"x\.h5 lacks width and height.*--overwrite` makes the data set anew"):
+    with pytest.raises(
+        DatasetError, match=r"x\.h5 lacks width and height.*--overwrite` makes the data set anew"
+    ):
         open_shard(path)
 
 
@@ -223,7 +245,11 @@ def test_a_flipped_byte_never_crashes_a_reader(
             assert len(getattr(shard, name)) == 5
     except CorruptError:
         return
-    assert shard.images.shape == (5, 8, 8)  # a pixel or a text changed, which the hash of the file tells
+    assert shard.images.shape == (
+        5,
+        8,
+        8,
+    )  # a pixel or a text changed, which the hash of the file tells
 
 
 def test_shard_names_are_known_from_others() -> None:
@@ -238,7 +264,7 @@ def test_shard_names_are_known_from_others() -> None:
         assert not is_shard_name(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- index
+# -------------------------------------------------------------------------------------------- index
 
 
 def index(**changes: object) -> DatasetIndex:

@@ -1,6 +1,8 @@
-"""One rank of a training on discs in memory; prints what it came to as one line of JSON. The tests start it.
+"""One rank of a training on discs in memory; prints what it came to as one line of JSON. The tests
+start it.
 
-python tests/distributed/discs_rank.py [--folder DIR] [--stop_after N] [--poison 1] [--section.key=value …]
+python tests/distributed/discs_rank.py [--folder DIR] [--stop_after N] [--poison 1]
+[--section.key=value …]
 """
 
 import json
@@ -57,7 +59,9 @@ def main() -> None:
             folder=Path(values["folder"]) if values["folder"] else None,
             num_images=values["num_images"],
             num_val=values["num_val"],
-            stop_after=values["stop_after"] if ranks.rank == values["stop_rank"] and values["stop_after"] else None,
+            stop_after=values["stop_after"]
+            if ranks.rank == values["stop_rank"] and values["stop_after"]
+            else None,
             damage=poison,
         )
     print(

@@ -32,7 +32,9 @@ def start_ranks(
     port = free_port()
     processes = []
     for rank in range(world_size):
-        own = {name: value.replace("{rank}", str(rank)) for name, value in (environment or {}).items()}
+        own = {
+            name: value.replace("{rank}", str(rank)) for name, value in (environment or {}).items()
+        }
         wiring = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port),
             "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
@@ -46,20 +48,31 @@ def start_ranks(
     return processes
 
 
-def finish_ranks(processes: list[subprocess.Popen[str]], *, timeout_s: float = 120) -> list[tuple[int, str, str]]:
+def finish_ranks(
+    processes: list[subprocess.Popen[str]], *, timeout_s: float = 120
+) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of each rank; all are killed when one does not end in time."""
     try:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, stdout, stderr) for process, (stdout, stderr) in zip(processes, outputs, strict=True)]
+    return [
+        (process.returncode, stdout, stderr)
+        for process, (stdout, stderr) in zip(processes, outputs, strict=True)
+    ]
 
 
 def run_ranks(
-    arguments: list[str], *, world_size: int, environment: dict[str, str] | None = None, timeout_s: float = 120
+    arguments: list[str],
+    *,
+    world_size: int,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 120,
 ) -> list[Any]:
-    """What each rank printed as one line of JSON; a rank that failed fails the test with its stderr."""
+    """What each rank printed as one line of JSON; a rank that failed fails the test with its
+    stderr.
+    """
     processes = start_ranks(arguments, world_size=world_size, environment=environment)
     results = finish_ranks(processes, timeout_s=timeout_s)
     for rank, (status, _, stderr) in enumerate(results):

@@ -10,7 +10,11 @@ import pytest
 
 from tests.distributed.ranks import finish_ranks, run_ranks, start_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed"), pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.timeout(180),
+]
 
 MEMORY = Path("/dev/shm")
 RANK = "tests/distributed/discs_rank.py"
@@ -35,7 +39,10 @@ def train(*options: str, world_size: int) -> dict[str, Any]:
 
 def test_the_loss_of_a_hundred_steps_is_the_same_on_1_2_and_4_ranks():
     # at a higher rate rounding itself grows from step to step, to 1.5e-12 at 3e-3
-    one, two, four = (train("--train.epochs=20", "--optim.lr=1e-3", world_size=world_size) for world_size in (1, 2, 4))
+    one, two, four = (
+        train("--train.epochs=20", "--optim.lr=1e-3", world_size=world_size)
+        for world_size in (1, 2, 4)
+    )
     sizes = np.tile(BATCHES, 20)
     assert len(one["losses"]) == 100
     for other in (two, four):
@@ -70,14 +77,21 @@ def test_neighbours_average_in_shared_memory_and_leave_nothing_there_and_others_
     assert run_ranks(["-c", WRAP], world_size=2, environment=ON_ONE_MACHINE) == [["SharedMean"]] * 2
     assert run_ranks(["-c", WRAP], world_size=2, environment=ON_TWO_MACHINES) == [[], []]
     deadline = time.monotonic() + 10
-    while left := set(MEMORY.glob("xrai-*")) - before:  # another job on this machine may be about to begin
+    while (
+        left := set(MEMORY.glob("xrai-*")) - before
+    ):  # another job on this machine may be about to begin
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_neighbours_come_to_the_same_weights_bit_for_bit_as_two_machines(accumulation: int):
-    options = [RANK, "--train.epochs=2", "--train.global_batch_size=32", f"--train.accumulation_steps={accumulation}"]
+    options = [
+        RANK,
+        "--train.epochs=2",
+        "--train.global_batch_size=32",
+        f"--train.accumulation_steps={accumulation}",
+    ]
     near = run_ranks(options, world_size=2, environment=ON_ONE_MACHINE)
     far = run_ranks(options, world_size=2, environment=ON_TWO_MACHINES)
     assert near == far
@@ -99,7 +113,9 @@ def test_fewer_images_than_ranks_in_the_last_batch_is_no_hang_and_no_difference(
 def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path):
     options = [RANK, "--train.epochs=2", "--train.global_batch_size=32", "--train.precision=off"]
     whole = run_ranks(options, world_size=2)[0]
-    first = run_ranks([*options, f"--folder={tmp_path}", "--stop_after=3", "--stop_rank=1"], world_size=2)
+    first = run_ranks(
+        [*options, f"--folder={tmp_path}", "--stop_after=3", "--stop_rank=1"], world_size=2
+    )
     assert [outcome["stopped"] for outcome in first] == [True, True]
     assert [len(outcome["losses"]) for outcome in first] == [3, 3]
     second = run_ranks([*options, f"--folder={tmp_path}", "--stop_after=4"], world_size=2)
@@ -132,7 +148,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_its_images(ra
 
 
 def test_one_writer_leaves_one_set_of_checkpoints(tmp_path: Path):
-    options = ["--train.epochs=2", f"--folder={tmp_path}", "--checkpoint.every=2", "--checkpoint.keep_last=50"]
+    options = [
+        "--train.epochs=2",
+        f"--folder={tmp_path}",
+        "--checkpoint.every=2",
+        "--checkpoint.keep_last=50",
+    ]
     train(*options, world_size=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     steps = [2, 4, 5, 6, 8, 10]

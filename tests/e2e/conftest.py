@@ -1,4 +1,6 @@
-"""Image and S3 server of the container tests: built and started once a session, removed at its end."""
+"""Image and S3 server of the container tests: built and started once a session, removed at its
+end.
+"""
 
 import ssl
 import uuid
@@ -18,7 +20,9 @@ def secret_marker() -> str:
 
 @pytest.fixture(scope="session")
 def image(secret_marker: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tag of the image, built from this working tree, with this machine's CA bundle as the build's secret."""
+    """The tag of the image, built from this working tree, with this machine's CA bundle as the
+    build's secret.
+    """
     bundle = Path(ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt")
     secret = tmp_path_factory.mktemp("secret") / "ca.pem"
     secret.write_text(f"{secret_marker}\n{bundle.read_text()}" if bundle.is_file() else "")
@@ -42,5 +46,7 @@ def s3(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def trained(s3: Stack) -> str:
-    """What `up preprocess train` on phantoms prints; it leaves the data set and the run in the buckets."""
+    """What `up preprocess train` on phantoms prints; it leaves the data set and the run in the
+    buckets.
+    """
     return s3.up("preprocess", "train", XRAI_NAME=RUN, XRAI_DATASET=DATASET)

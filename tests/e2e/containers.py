@@ -1,4 +1,5 @@
-"""What the tests of image, compose and Kubernetes share: docker on the command line, a built image, one S3 server.
+"""What the tests of image, compose and Kubernetes share: docker on the command line, a built image,
+one S3 server.
 
 All containers of a test session are in one compose project, which is removed at its end.
 """
@@ -23,28 +24,42 @@ _CEPH = REPOSITORY.parent / "shared" / "tools" / "ceph-s3" / "build"
 
 
 def run(
-    *command: str, timeout_s: float = 300, check: bool = True, cwd: Path = REPOSITORY, **environment: str
+    *command: str,
+    timeout_s: float = 300,
+    check: bool = True,
+    cwd: Path = REPOSITORY,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr come together. A failure shows its last lines."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("XRAI_", "AWS_"))}
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("XRAI_", "AWS_"))
+    }
     done = subprocess.run(
         command, env={**clean, "PWD": str(cwd), **environment}, cwd=cwd, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
-    assert not check or done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
+    assert not check or done.returncode == 0, (
+        f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
+    )
     return done
 
 
-def docker(*arguments: str, timeout_s: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
+def docker(
+    *arguments: str, timeout_s: float = 300, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """`docker ARGUMENTS…` to its end."""
     return run("docker", *arguments, timeout_s=timeout_s, check=check)
 
 
 def wait_until(found: Callable[[], Any], *, what: str, timeout_s: float = 180) -> Any:
-    """Ask until the answer is true, and return it; fail after the time, saying what was waited for."""
+    """Ask until the answer is true, and return it; fail after the time, saying what was waited
+    for.
+    """
     deadline = time.monotonic() + timeout_s
     while not (answer := found()):
-        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what() if callable(what) else what}"
+        assert time.monotonic() < deadline, (
+            f"waited {timeout_s:.0f} s for {what() if callable(what) else what}"
+        )
         time.sleep(0.5)
     return answer
 
@@ -66,7 +81,9 @@ def wait_for_exit(container: str, *, timeout_s: float = 240) -> int:
 
 
 def wait_for_line(container: str, pattern: str, *, timeout_s: float = 180) -> re.Match[str]:
-    """The first match of a pattern in a container's log. Fails early where the container ends without it."""
+    """The first match of a pattern in a container's log. Fails early where the container ends
+    without it.
+    """
 
     def search() -> re.Match[str] | None:
         ended = inspect(container)["State"]["Status"] == "exited"
@@ -75,7 +92,9 @@ def wait_for_line(container: str, pattern: str, *, timeout_s: float = 180) -> re
         assert found or not ended, f"{container} ended without /{pattern}/:\n{log[-4000:]}"
         return found
 
-    match: re.Match[str] = wait_until(search, what=f"/{pattern}/ in the log of {container}", timeout_s=timeout_s)
+    match: re.Match[str] = wait_until(
+        search, what=f"/{pattern}/ in the log of {container}", timeout_s=timeout_s
+    )
     return match
 
 
@@ -92,10 +111,18 @@ class Stack:
     endpoint: str = ""  # the S3 server, as this machine sees it
 
     def compose(
-        self, *arguments: str, timeout_s: float = 300, check: bool = True, cwd: Path = REPOSITORY, **environment: str
+        self,
+        *arguments: str,
+        timeout_s: float = 300,
+        check: bool = True,
+        cwd: Path = REPOSITORY,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         """`docker compose ARGUMENTS…` with the settings and these variables."""
-        files = (f"--file={REPOSITORY}/compose.yaml", f"--file={REPOSITORY}/tests/e2e/compose.ceph.yaml")
+        files = (
+            f"--file={REPOSITORY}/compose.yaml",
+            f"--file={REPOSITORY}/tests/e2e/compose.ceph.yaml",
+        )
         defaults = {
             "XRAI_IMAGE": TAG, "XRAI_S3_ENDPOINT": self.inside, "XRAI_S3_KEY": self.key,
             "XRAI_S3_SECRET": self.secret, "XRAI_NUM_PHANTOMS": "120", "XRAI_TENSORBOARD_PORT": "0",
@@ -108,16 +135,39 @@ class Stack:
 
     def up(self, *services: str, timeout_s: float = 400, **environment: str) -> str:
         """`docker compose up SERVICES…` to the end of all of them; what they printed."""
-        return self.compose("up", "--no-build", *services, timeout_s=timeout_s, **environment).stdout
+        return self.compose(
+            "up", "--no-build", *services, timeout_s=timeout_s, **environment
+        ).stdout
 
     def once(
-        self, service: str, *arguments: str, options: Sequence[str] = (), check: bool = True, **environment: str
+        self,
+        service: str,
+        *arguments: str,
+        options: Sequence[str] = (),
+        check: bool = True,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """`docker compose run --rm SERVICE ARGUMENTS…` to its end, without the services that it depends on."""
-        return self.compose("run", "--rm", "-T", "--no-deps", *options, service, *arguments, check=check, **environment)
+        """`docker compose run --rm SERVICE ARGUMENTS…` to its end, without the services that it
+        depends on.
+        """
+        return self.compose(
+            "run",
+            "--rm",
+            "-T",
+            "--no-deps",
+            *options,
+            service,
+            *arguments,
+            check=check,
+            **environment,
+        )
 
-    def config(self, name: str, *, epochs: int = 2, batch: int = 16, width: int = 8, every: int = 0) -> Path:
-        """A config file for a small training. Written in place, so that a container that has it mounted sees it."""
+    def config(
+        self, name: str, *, epochs: int = 2, batch: int = 16, width: int = 8, every: int = 0
+    ) -> Path:
+        """A config file for a small training. Written in place, so that a container that has it
+        mounted sees it.
+        """
         path = self.folder / name
         path.write_text(
             f"images: {{size: 32}}\nsplits: {{val_fraction: 0.2}}\nmodel: {{width: {width}}}\n"
@@ -138,8 +188,14 @@ class Stack:
 
     def keys(self, prefix: str, *, bucket: str = "xrai-runs") -> set[str]:
         """The keys below a prefix, without it."""
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return {entry["Key"].removeprefix(prefix) for page in pages for entry in page.get("Contents", [])}
+        pages = (
+            self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        )
+        return {
+            entry["Key"].removeprefix(prefix)
+            for page in pages
+            for entry in page.get("Contents", [])
+        }
 
     def read(self, key: str, *, bucket: str = "xrai-runs") -> bytes:
         """The bytes of an object."""
@@ -152,7 +208,9 @@ class Stack:
         return name
 
     def start(self) -> None:
-        """Start the S3 server and make the buckets. Its cluster now and then fails to begin: tried again."""
+        """Start the S3 server and make the buckets. Its cluster now and then fails to begin:
+        tried again.
+        """
         if _CEPH.exists():
             run(str(_CEPH), timeout_s=900)
         for attempt in range(6):
@@ -167,7 +225,9 @@ class Stack:
 
     def remove(self) -> None:
         """Remove the project's containers, network and volumes."""
-        self.compose("--profile=*", "down", "--volumes", "--remove-orphans", "--timeout=2", check=False)
+        self.compose(
+            "--profile=*", "down", "--volumes", "--remove-orphans", "--timeout=2", check=False
+        )
 
 
 def build_image(tag: str, *options: str) -> None:

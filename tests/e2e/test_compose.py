@@ -1,4 +1,6 @@
-"""compose.yaml, run for real: the whole job, stopped, killed, refused, with a real S3 server and real containers."""
+"""compose.yaml, run for real: the whole job, stopped, killed, refused, with a real S3 server and
+real containers.
+"""
 
 import concurrent.futures
 import csv
@@ -39,23 +41,35 @@ def container_of(stack: Stack, service: str) -> str:
     return stack.compose("--profile=*", "ps", "--all", "--quiet", service).stdout.strip()
 
 
-# ----------------------------------------------------------------------------------------------- what the files say
+# ------------------------------------------------------------------------------- what the files say
 
 
-@pytest.mark.parametrize("files", [(), (GPU,), (CEPH,), (GPU, CEPH)], ids=["plain", "gpu", "ceph", "gpu and ceph"])
+@pytest.mark.parametrize(
+    "files", [(), (GPU,), (CEPH,), (GPU, CEPH)], ids=["plain", "gpu", "ceph", "gpu and ceph"]
+)
 @pytest.mark.parametrize("profile", ["", "multinode", "tools", "*"])
-def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(files: tuple[str, ...], profile: str):
+def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(
+    files: tuple[str, ...], profile: str
+):
     options = ["--file=compose.yaml", *files, *([f"--profile={profile}"] if profile else [])]
     keys = {"XRAI_S3_KEY": "key", "XRAI_S3_SECRET": "secret"} if CEPH in files else {}
-    for source, mounted in {"": "phantoms", "/films": "/films", "./films": f"{REPOSITORY}/films"}.items():
+    for source, mounted in {
+        "": "phantoms",
+        "/films": "/films",
+        "./films": f"{REPOSITORY}/films",
+    }.items():
         settings = {"XRAI_SOURCE": source} if source else {}
-        config = run("docker", "compose", *options, "config", "--format=json", **settings, **keys).stdout
+        config = run(
+            "docker", "compose", *options, "config", "--format=json", **settings, **keys
+        ).stdout
         services = json.loads(config)["services"]
         if profile == "*":
             assert set(services) == SERVICES
         else:
             assert {"s3", "preprocess", "train"} <= set(services) < SERVICES
-        (images,) = (mount for mount in services["preprocess"]["volumes"] if mount["target"] == "/source")
+        (images,) = (
+            mount for mount in services["preprocess"]["volumes"] if mount["target"] == "/source"
+        )
         assert images["read_only"] and images["source"] == mounted
         assert ("deploy" in services["train"]) == (GPU in files)
 
@@ -72,20 +86,27 @@ def faults_of(services: dict[str, Any]) -> list[str]:
             "mem_limit": int(service.get("mem_limit", 0)) > 0,
             "tmpfs": any(mount.startswith("/tmp:") for mount in service.get("tmpfs", [])),
             "no privileges": not any(
-                service.get(key) for key in ("privileged", "cap_add", "pid", "ipc", "network_mode", "devices")
+                service.get(key)
+                for key in ("privileged", "cap_add", "pid", "ipc", "network_mode", "devices")
             ),
             "user": "user" not in service or service["user"].split(":")[0] not in ("0", "root"),
-            "local ports": all(port.get("host_ip") == "127.0.0.1" for port in service.get("ports", [])),
-            "pinned image": service.get("build") is not None or ":" in service["image"].rpartition("/")[2],
+            "local ports": all(
+                port.get("host_ip") == "127.0.0.1" for port in service.get("ports", [])
+            ),
+            "pinned image": service.get("build") is not None
+            or ":" in service["image"].rpartition("/")[2],
             "no host folders to write": all(
-                mount["type"] == "volume" or mount.get("read_only") for mount in service.get("volumes", [])
+                mount["type"] == "volume" or mount.get("read_only")
+                for mount in service.get("volumes", [])
             ),
             "no latest": not service["image"].endswith(":latest"),
         }
         if name.startswith("train"):
             wanted["shm_size"] = int(service.get("shm_size", 0)) >= 2**30
             wanted["grace period"] = service.get("stop_grace_period") == "1m30s"
-            needs = {key: value["condition"] for key, value in service.get("depends_on", {}).items()}
+            needs = {
+                key: value["condition"] for key, value in service.get("depends_on", {}).items()
+            }
             wanted["order"] = needs.items() >= {
                 "s3": "service_healthy", "preprocess": "service_completed_successfully"
             }.items()  # fmt: skip
@@ -95,7 +116,9 @@ def faults_of(services: dict[str, Any]) -> list[str]:
 
 def project() -> dict[str, Any]:
     """All services of compose.yaml, resolved."""
-    config = run("docker", "compose", "--file=compose.yaml", "--profile=*", "config", "--format=json").stdout
+    config = run(
+        "docker", "compose", "--file=compose.yaml", "--profile=*", "config", "--format=json"
+    ).stdout
     services: dict[str, Any] = json.loads(config)["services"]
     return services
 
@@ -113,7 +136,12 @@ def test_every_service_is_confined():
         ("tensorboard", "ports", [{"target": 6006, "published": "6006"}], "local ports"),
         ("preprocess", "user", "0:0", "user"),
         ("s3", "image", "seaweedfs", "pinned image"),
-        ("preprocess", "volumes", [{"type": "bind", "source": "/", "target": "/host"}], "no host folders to write"),
+        (
+            "preprocess",
+            "volumes",
+            [{"type": "bind", "source": "/", "target": "/host"}],
+            "no host folders to write",
+        ),
         ("train", "stop_grace_period", "10s", "grace period"),
         ("train-1", "depends_on", {}, "order"),
         ("train", "shm_size", 0, "shm_size"),
@@ -134,16 +162,22 @@ def test_keys_that_compose_brings_are_named_as_development_keys():
                 assert value.startswith("xrai-development-"), f"{name}: {key}"
 
 
-# --------------------------------------------------------------------------------------------------- the whole job
+# ------------------------------------------------------------------------------------ the whole job
 
 
-def test_the_bare_command_draws_phantoms_and_leaves_data_set_and_results_in_the_buckets(trained: str, s3: Stack):
+def test_the_bare_command_draws_phantoms_and_leaves_data_set_and_results_in_the_buckets(
+    trained: str, s3: Stack
+):
     assert "120 files found = 120 written + 0 set aside" in trained
     assert "accuracy" in trained and f"s3://xrai-runs/submit/{RUN}/report.html" in trained
-    assert {"dataset.json", "manifest.jsonl", "report/card.md"} <= s3.keys("phantoms/", bucket="xrai-data")
+    assert {"dataset.json", "manifest.jsonl", "report/card.md"} <= s3.keys(
+        "phantoms/", bucket="xrai-data"
+    )
     keys = s3.keys(f"submit/{RUN}/")
     assert keys >= RESULTS, RESULTS - keys
-    assert any(key.startswith("tensorboard/") for key in keys) and any(key.startswith("checkpoints/") for key in keys)
+    assert any(key.startswith("tensorboard/") for key in keys) and any(
+        key.startswith("checkpoints/") for key in keys
+    )
     assert json.loads(s3.read(f"submit/{RUN}/summary.json"))["status"] == "finished"
     environment = json.loads(s3.read(f"submit/{RUN}/environment.json"))
     assert environment["world_size"] == 2
@@ -158,8 +192,10 @@ def test_what_is_done_is_not_done_again(trained: str, s3: Stack):
     assert s3.read(f"submit/{RUN}/summary.json") == before
 
 
-def test_predict_classifies_files_of_the_folder_one_stands_in(trained: str, s3: Stack, tmp_path: Path):
-    from xrai.dataset.phantom import make_phantoms
+def test_predict_classifies_files_of_the_folder_one_stands_in(
+    trained: str, s3: Stack, tmp_path: Path
+):
+    from xrai.phantom.draw import make_phantoms
 
     make_phantoms(tmp_path / "films", num_images=3, workers=1)
     tmp_path.chmod(0o755)
@@ -187,7 +223,10 @@ def test_tensorboard_shows_the_runs_of_the_bucket(trained: str, s3: Stack):
         found = wait_until(runs, what="tensorboard to list a run")
         assert any(name.startswith(RUN) for name in found), found
         container = container_of(s3, "tensorboard")
-        wait_until(lambda: inspect(container)["State"]["Health"]["Status"] == "healthy", what="tensorboard's health")
+        wait_until(
+            lambda: inspect(container)["State"]["Health"]["Status"] == "healthy",
+            what="tensorboard's health",
+        )
     finally:
         s3.compose("rm", "--force", "--stop", "tensorboard")
 
@@ -202,12 +241,20 @@ def test_a_sample_of_the_real_images_becomes_results_in_the_bucket(
         folder.mkdir(parents=True)
         originals = sorted((real_originals / "train" / name).iterdir())[:10]
         taken = {path.name for path in originals}
-        copies = [path for path in sorted((real_images / "train" / name).iterdir()) if path.name not in taken]
+        copies = [
+            path
+            for path in sorted((real_images / "train" / name).iterdir())
+            if path.name not in taken
+        ]
         for path in [*originals, *copies[:: len(copies) // 40]]:
             shutil.copy(path, folder)
     num_images = sum(1 for _ in (tmp_path / "films").rglob("*.jpeg"))
     said = s3.up(
-        "preprocess", "train", XRAI_SOURCE=f"{tmp_path}/films", XRAI_NAME="real", XRAI_DATASET="s3://xrai-data/real"
+        "preprocess",
+        "train",
+        XRAI_SOURCE=f"{tmp_path}/films",
+        XRAI_NAME="real",
+        XRAI_DATASET="s3://xrai-data/real",
     )
     assert f"{num_images} files found = {num_images} written + 0 set aside" in said
     assert "no phantoms are drawn" in s3.compose("logs", "phantoms").stdout
@@ -218,7 +265,7 @@ def test_a_sample_of_the_real_images_becomes_results_in_the_bucket(
     assert sources and sources <= {path.name for path in (tmp_path / "films").rglob("*.jpeg")}
 
 
-# --------------------------------------------------------------------------------------- confined, seen from inside
+# ----------------------------------------------------------------------- confined, seen from inside
 
 PROBE = """
 id -u; id -g
@@ -232,14 +279,20 @@ awk '$2 == "/" {print "root", $4}' /proc/mounts | tr , ' '
 
 
 @pytest.mark.parametrize("service", ["preprocess", "train"])
-def test_a_job_is_not_root_holds_no_rights_and_writes_to_its_mounts_alone(trained: str, s3: Stack, service: str):
+def test_a_job_is_not_root_holds_no_rights_and_writes_to_its_mounts_alone(
+    trained: str, s3: Stack, service: str
+):
     options = [] if service == "train" else ["--volume=xrai-test-probe:/cache"]
     said = s3.once(service, "bash", "-c", PROBE, options=options).stdout.splitlines()
     if options:
         docker("volume", "rm", "--force", "xrai-test-probe")
     assert [line for line in said if line.isdigit()] == ["10001", "10001"]
     assert not [line for line in said if line.startswith("can write")]
-    assert [line for line in said if line.startswith("mount ")] == ["mount /tmp", "mount /cache", "mount /dev/shm"]
+    assert [line for line in said if line.startswith("mount ")] == [
+        "mount /tmp",
+        "mount /cache",
+        "mount /dev/shm",
+    ]
     assert {"CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"} <= set(said)
     assert any(line.startswith("root ro ") for line in said)
 
@@ -249,16 +302,20 @@ def test_the_probe_sees_a_root_that_can_be_written_to(image: str):
     assert "can write to /opt/xrai" in said and "can write to /" in said
 
 
-# ------------------------------------------------------------------------------------------------ stopped and killed
+# ------------------------------------------------------------------------------- stopped and killed
 
 
 def steps_saved(stack: Stack, name: str) -> list[int]:
     """The steps of the checkpoints of a run, in order."""
     keys = stack.keys(f"submit/{name}/checkpoints/")
-    return sorted(int(key.removeprefix("step-").removesuffix(".pt")) for key in keys if key.endswith(".pt"))
+    return sorted(
+        int(key.removeprefix("step-").removesuffix(".pt")) for key in keys if key.endswith(".pt")
+    )
 
 
-def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(trained: str, s3: Stack):
+def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(
+    trained: str, s3: Stack
+):
     config = s3.config("stopped.yaml", epochs=10_000, batch=2, every=1)
     settings = {"XRAI_NAME": "stopped", "XRAI_CONFIG": str(config)}
     for _ in range(3):  # a stop may fall on the last step of an epoch
@@ -268,7 +325,9 @@ def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(tr
         assert docker("exec", container, "xrai", "healthy").stdout.startswith("last heartbeat ")
         s3.compose("stop", "train", **settings)
         said = docker("logs", container).stdout
-        found = wait_for_line(container, r"stopped as asked after step (\d+) \(epoch \d+, (\d+) of (\d+) batches\)")
+        found = wait_for_line(
+            container, r"stopped as asked after step (\d+) \(epoch \d+, (\d+) of (\d+) batches\)"
+        )
         step, batch, num_batches = (int(number) for number in found.groups())
         if batch < num_batches:
             break
@@ -279,7 +338,10 @@ def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(tr
     s3.config("stopped.yaml", epochs=done_epochs + 1, batch=2)
     said = s3.up("--no-deps", "train", **settings)
     assert f"going on after step {step}," in said
-    assert f"training ends after epoch {done_epochs + 1}, step {(done_epochs + 1) * num_batches}" in said
+    assert (
+        f"training ends after epoch {done_epochs + 1}, step {(done_epochs + 1) * num_batches}"
+        in said
+    )
     assert json.loads(s3.read("submit/stopped/summary.json"))["epochs"] == done_epochs + 1
 
 
@@ -290,7 +352,9 @@ def test_a_node_that_is_killed_and_started_again_rejoins_and_both_go_on(trained:
     s3.compose(*start, "train-0", "train-1", **settings)
     first, second = (container_of(s3, service) for service in ("train-0", "train-1"))
     try:
-        wait_until(lambda: steps_saved(s3, "nodes"), what=lambda: f"a checkpoint: {logs(first, second)}")
+        wait_until(
+            lambda: steps_saved(s3, "nodes"), what=lambda: f"a checkpoint: {logs(first, second)}"
+        )
         docker("kill", "--signal=KILL", second)
         wait_for_exit(second)
         last_step = steps_saved(s3, "nodes")[-1]
@@ -301,7 +365,9 @@ def test_a_node_that_is_killed_and_started_again_rejoins_and_both_go_on(trained:
         found = wait_for_line(first, r"going on after step (\d+),")
         assert int(found[1]) >= last_step - 2
         second = container_of(s3, "train-1")
-        assert [wait_for_exit(container) for container in (first, second)] == [0, 0], logs(first, second)
+        assert [wait_for_exit(container) for container in (first, second)] == [0, 0], logs(
+            first, second
+        )
         assert json.loads(s3.read("submit/nodes/environment.json"))["world_size"] == 2
         assert json.loads(s3.read("submit/nodes/summary.json"))["status"] == "finished"
     finally:
@@ -313,7 +379,7 @@ def logs(*containers: str) -> str:
     return "\n".join(docker("logs", "--tail=40", container).stdout for container in containers)
 
 
-# ---------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_the_right_status(
@@ -321,7 +387,10 @@ def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_
 ):
     cases = {
         ("preprocess", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "keys"),
-        ("preprocess", "XRAI_DATASET=s3://no-such-bucket/x"): (2, "there is no bucket 'no-such-bucket'"),
+        ("preprocess", "XRAI_DATASET=s3://no-such-bucket/x"): (
+            2,
+            "there is no bucket 'no-such-bucket'",
+        ),
         ("preprocess", "AWS_ENDPOINT_URL_S3=http://s3:1"): (1, "no success in"),
         ("train", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "keys"),
         ("train", "XRAI_ARTIFACTS=s3://no-such-bucket"): (2, "there is no bucket 'no-such-bucket'"),
@@ -331,7 +400,9 @@ def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_
 
     def attempt(case: tuple[str, str]) -> tuple[int, str]:
         service, setting = case
-        done = s3.once(service, options=["--env=XRAI_S3_RETRY_S=2", f"--env={setting}"], check=False)
+        done = s3.once(
+            service, options=["--env=XRAI_S3_RETRY_S=2", f"--env={setting}"], check=False
+        )
         return done.returncode, done.stdout
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -339,7 +410,9 @@ def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_
     for case, (status, words) in cases.items():
         found, said = outcomes[case]
         errors = [line for line in said.splitlines() if line.startswith("xrai: error: ")]
-        assert (found, len(errors)) == (status, 1) and words in errors[0], f"{case}: {found}\n{said}"
+        assert (found, len(errors)) == (status, 1) and words in errors[0], (
+            f"{case}: {found}\n{said}"
+        )
         assert "Traceback" not in said, said
 
 

@@ -16,23 +16,36 @@ COMPILERS = "gcc g++ cc c++ clang tcc rustc go nvcc make cmake ninja ld as"
 
 def inside(image: str, script: str, *options: str) -> str:
     """What a bash script prints in a container that may read all files."""
-    return docker("run", "--rm", "--user=0", "--network=none", *options, image, "bash", "-c", script).stdout
+    return docker(
+        "run", "--rm", "--user=0", "--network=none", *options, image, "bash", "-c", script
+    ).stdout
 
 
 def test_the_image_says_what_it_is_and_runs_as_a_numbered_user(image: str):
     (described,) = json.loads(docker("image", "inspect", image).stdout)
     config = described["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Entrypoint"] == ["/usr/bin/tini", "--", "xrai"] and config["WorkingDir"] == "/work"
+    assert (
+        config["Entrypoint"] == ["/usr/bin/tini", "--", "xrai"] and config["WorkingDir"] == "/work"
+    )
     assert config["Healthcheck"]["Test"] == ["CMD", "xrai", "healthy"]
-    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
-    assert labels["title"] == "xrai" and labels["licenses"] == "Apache-2.0" and labels["revision"] == "0123456"
+    labels = {
+        name.removeprefix("org.opencontainers.image."): value
+        for name, value in config["Labels"].items()
+    }
+    assert (
+        labels["title"] == "xrai"
+        and labels["licenses"] == "Apache-2.0"
+        and labels["revision"] == "0123456"
+    )
     assert labels["base.name"] == "python:3.11-slim-bookworm"
 
 
 def test_there_is_no_compiler_in_it(image: str):
     assert inside(image, f"for name in {COMPILERS}; do command -v $name; done; true") == ""
-    assert inside(image, "command -v bash").strip() == "/usr/bin/bash"  # the search finds what is there
+    assert (
+        inside(image, "command -v bash").strip() == "/usr/bin/bash"
+    )  # the search finds what is there
 
 
 def test_there_is_no_test_data_no_history_and_nothing_else_of_the_working_tree(image: str):
@@ -42,10 +55,17 @@ def test_there_is_no_test_data_no_history_and_nothing_else_of_the_working_tree(i
     )
     assert found and not [name for name in found if not allowed.fullmatch(name)]
     packages = "/opt/venv/lib/python3.*/site-packages"
-    left = inside(image, f"find {packages} -path '*/tests/*' -type f -not -path '*/torch/*' -not -path '*/numpy/*'")
+    left = inside(
+        image,
+        f"find {packages} -path '*/tests/*' -type f -not -path '*/torch/*' -not -path '*/numpy/*'",
+    )
     assert left == ""
-    pictures = " -o ".join(f"-iname '*.{suffix}'" for suffix in ("dcm", "jpg", "jpeg", "h5", "hdf5"))
-    left = inside(image, f"find / -xdev \\( {pictures} \\) -type f -not -path '*/pydicom/data/palettes/*'")
+    pictures = " -o ".join(
+        f"-iname '*.{suffix}'" for suffix in ("dcm", "jpg", "jpeg", "h5", "hdf5")
+    )
+    left = inside(
+        image, f"find / -xdev \\( {pictures} \\) -type f -not -path '*/pydicom/data/palettes/*'"
+    )
     assert left == ""
 
 
@@ -74,7 +94,10 @@ def test_the_same_tree_gives_the_same_layers(image: str):
     tag = "xrai:test-again"
     build_image(tag, "--no-cache-filter=code,tini", "--build-arg=REVISION=0123456")
     try:
-        layers = [json.loads(docker("image", "inspect", name).stdout)[0]["RootFS"]["Layers"] for name in (image, tag)]
+        layers = [
+            json.loads(docker("image", "inspect", name).stdout)[0]["RootFS"]["Layers"]
+            for name in (image, tag)
+        ]
         assert layers[0] == layers[1]
     finally:
         docker("image", "rm", tag)
@@ -104,7 +127,11 @@ def test_an_image_folder_becomes_a_trained_network_without_any_network(image: st
         "run", "--rm", "--network=none", "--read-only", "--tmpfs=/tmp", "--tmpfs=/work:uid=10001,gid=10001", image,
         "bash", "-ec", script,
     ).stdout  # fmt: skip
-    assert "60 files found = 60 written" in said and "summary.json" in said and "is whole: 60 images" in said
+    assert (
+        "60 files found = 60 written" in said
+        and "summary.json" in said
+        and "is whole: 60 images" in said
+    )
 
 
 def test_a_job_that_no_longer_beats_is_unhealthy(image: str):
@@ -135,6 +162,8 @@ def test_waiting_for_a_data_set_ends_when_it_is_there_or_when_time_is_up(image: 
     done = docker(*waiting, image, "wait", check=False)
     assert done.returncode == 1 and "waited 3 s (XRAI_WAIT_S)" in done.stdout
     script = "mkdir d; (sleep 2; touch d/dataset.json) & xrai wait && ls d"
-    assert docker(*waiting, "--env=XRAI_WAIT_S=100", image, "bash", "-c", script).stdout.endswith("dataset.json\n")
+    assert docker(*waiting, "--env=XRAI_WAIT_S=100", image, "bash", "-c", script).stdout.endswith(
+        "dataset.json\n"
+    )
     done = docker("run", "--rm", "--tmpfs=/tmp", image, "wait", check=False)
     assert done.returncode == 2 and "XRAI_DATASET is not set" in done.stdout

@@ -1,9 +1,10 @@
 """A rehearsal of Kubernetes: the pods of k8s/train-job.yaml, run as containers on a Docker network.
 
-What a kubelet and the Job controller would do is done here, from the YAML itself: init containers first, in order;
-same image, arguments, environment, user, rights and mounts; each pod's own name, and its full name in DNS; a pod that
-failed is replaced by one of the same name. What is changed is what a user changes: addresses, keys and sizes in the
-ConfigMaps, and the name of the image. What is not rehearsed: scheduling, network policies, GPUs.
+What a kubelet and the Job controller would do is done here, from the YAML itself: init containers
+first, in order; same image, arguments, environment, user, rights and mounts; each pod's own name,
+and its full name in DNS; a pod that failed is replaced by one of the same name. What is changed is
+what a user changes: addresses, keys and sizes in the ConfigMaps, and the name of the image. What is
+not rehearsed: scheduling, network policies, GPUs.
 """
 
 import json
@@ -30,7 +31,7 @@ from tests.k8s.manifests import (
     read_documents,
     workloads,
 )
-from xrai.dataset.phantom import make_phantoms
+from xrai.phantom.draw import make_phantoms
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -64,7 +65,9 @@ class Pod:
         for container in self.workload.pod.get("initContainers", []):
             name = self.start(container)
             status = status_of(name)
-            assert status == 0, f"{container['name']} of pod {self.index} ended with {status}:\n{log_of(name)}"
+            assert status == 0, (
+                f"{container['name']} of pod {self.index} ended with {status}:\n{log_of(name)}"
+            )
         (container,) = self.workload.pod["containers"]
         self.main = self.start(container)
         return self
@@ -86,12 +89,22 @@ class Pod:
 
     def start(self, container: Document) -> str:
         """Start one container as a kubelet would; its name."""
-        pod, security = self.workload.pod, {**self.workload.pod["securityContext"], **container["securityContext"]}
+        pod, security = (
+            self.workload.pod,
+            {**self.workload.pod["securityContext"], **container["securityContext"]},
+        )
         injected = {"JOB_COMPLETION_INDEX": str(self.index)}
         environment = environment_of(
-            container, self.cluster.documents, fields=fields_of(self.job, self.index, NAMESPACE), also=injected
+            container,
+            self.cluster.documents,
+            fields=fields_of(self.job, self.index, NAMESPACE),
+            also=injected,
         )
-        domain = f"{pod['subdomain']}.{NAMESPACE}.svc.{environment['CLUSTER_DOMAIN']}" if "subdomain" in pod else ""
+        domain = (
+            f"{pod['subdomain']}.{NAMESPACE}.svc.{environment['CLUSTER_DOMAIN']}"
+            if "subdomain" in pod
+            else ""
+        )
         options = [
             f"--network={self.cluster.network}", f"--hostname={self.job}-{self.index}",
             *([f"--domainname={domain}", f"--network-alias={self.job}-{self.index}.{domain}"] if domain else []),
@@ -115,7 +128,9 @@ class Pod:
         for mount in container["volumeMounts"]:
             volume, place = volumes[mount["name"]], mount["mountPath"]
             if "configMap" in volume:
-                files = of_kind(self.cluster.documents, "ConfigMap")[volume["configMap"]["name"]]["data"]
+                files = of_kind(self.cluster.documents, "ConfigMap")[volume["configMap"]["name"]][
+                    "data"
+                ]
                 folder = self.cluster.folder / volume["configMap"]["name"]
                 folder.mkdir(exist_ok=True)
                 for name, text in files.items():
@@ -138,7 +153,9 @@ class Cluster:
 
     def pod(self, component: str, index: int) -> Pod:
         """A pod of the Job of this component; its number says which."""
-        (workload,) = (workload for workload in workloads(self.documents) if workload.component == component)
+        (workload,) = (
+            workload for workload in workloads(self.documents) if workload.component == component
+        )
         return Pod(self, workload, workload.name.removeprefix("Job/"), index)
 
     def change(self, config_map: str, **values: str) -> None:
@@ -155,7 +172,9 @@ def status_of(container: str, *, timeout_s: float = 300) -> int:
     try:
         return int(docker("wait", container, timeout_s=timeout_s).stdout)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"{container} still runs after {timeout_s:.0f} s:\n{log_of(container)}") from None
+        raise AssertionError(
+            f"{container} still runs after {timeout_s:.0f} s:\n{log_of(container)}"
+        ) from None
 
 
 @dataclass
@@ -167,7 +186,9 @@ class Runs:
 
     def read(self, run_id: str, name: str) -> bytes | None:
         try:
-            content: bytes = self.client.get_object(Bucket=self.bucket, Key=f"submit/{run_id}/{name}")["Body"].read()
+            content: bytes = self.client.get_object(
+                Bucket=self.bucket, Key=f"submit/{run_id}/{name}"
+            )["Body"].read()
         except self.client.exceptions.NoSuchKey:
             return None
         return content
@@ -179,8 +200,13 @@ class Runs:
             content = self.read(run_id, "checkpoints/latest.json")
             if content is not None and json.loads(content)["step"] >= step:
                 return
-            running = [docker("inspect", "-f", "{{.State.Running}}", pod.main).stdout.strip() for pod in pods]
-            assert running == ["true"] * len(pods) and time.monotonic() < deadline, [pod.log() for pod in pods]
+            running = [
+                docker("inspect", "-f", "{{.State.Running}}", pod.main).stdout.strip()
+                for pod in pods
+            ]
+            assert running == ["true"] * len(pods) and time.monotonic() < deadline, [
+                pod.log() for pod in pods
+            ]
             time.sleep(0.2)
 
     def assert_finished(self, run_id: str, *, epochs: int = 6) -> None:
@@ -188,7 +214,9 @@ class Runs:
         summary, history = self.read(run_id, "summary.json"), self.read(run_id, "history.csv")
         assert summary is not None and json.loads(summary)["status"] == "finished"
         assert history is not None
-        assert [line.split(",")[0] for line in history.decode().splitlines()[1:]] == [str(e + 1) for e in range(epochs)]
+        assert [line.split(",")[0] for line in history.decode().splitlines()[1:]] == [
+            str(e + 1) for e in range(epochs)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +225,15 @@ def runs(s3: Stack) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def cluster(image: str, s3: Stack, runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(
+    image: str, s3: Stack, runs: Runs, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """train-job.yaml and preprocess-job.yaml, applied with addresses and keys of this S3 server."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    documents = [*read_documents(K8S / "train-job.yaml"), *read_documents(K8S / "preprocess-job.yaml")]
+    documents = [
+        *read_documents(K8S / "train-job.yaml"),
+        *read_documents(K8S / "preprocess-job.yaml"),
+    ]
     documents = json.loads(json.dumps(documents).replace('"xrai:0.1.0"', json.dumps(image)))
     keys = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret}
     documents.append({"kind": "Secret", "metadata": {"name": "xrai-s3"}, "stringData": keys})
@@ -213,7 +246,9 @@ def cluster(image: str, s3: Stack, runs: Runs, tmp_path_factory: pytest.TempPath
     make_phantoms(folder / "films", num_images=240, seed=0, workers=1)
     for path in sorted((folder / "films").rglob("*")):
         if path.is_file():
-            runs.client.upload_file(str(path), runs.bucket, f"films/{path.relative_to(folder / 'films')}")
+            runs.client.upload_file(
+                str(path), runs.bucket, f"films/{path.relative_to(folder / 'films')}"
+            )
     yield cluster
     containers = docker("ps", "--all", "--quiet", f"--filter=label={cluster.label}").stdout.split()
     if containers:
@@ -225,13 +260,17 @@ def cluster(image: str, s3: Stack, runs: Runs, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, runs: Runs) -> list[Pod]:
-    """Both Jobs applied at once: training waits for the data set, that two partitions make. All have ended."""
+    """Both Jobs applied at once: training waits for the data set, that two partitions make. All
+    have ended.
+    """
     cluster.change("xrai", XRAI_RUN_ID="undisturbed")
     pods = [cluster.pod("train", index) for index in range(2)]
     with ThreadPoolExecutor(2) as threads:
         waiting = [threads.submit(pod.begin) for pod in pods]
         for pod in pods:
-            wait_until(lambda pod=pod: pod.waits(), what=f"pod {pod.index} to wait for the data set")
+            wait_until(
+                lambda pod=pod: pod.waits(), what=f"pod {pod.index} to wait for the data set"
+            )
         partitions = [cluster.pod("preprocess", index).begin() for index in range(2)]
         assert [pod.end() for pod in partitions] == [0, 0], [pod.log() for pod in partitions]
         for future in waiting:
@@ -240,13 +279,17 @@ def undisturbed(cluster: Cluster, runs: Runs) -> list[Pod]:
     return pods
 
 
-def test_two_pods_wait_for_the_data_set_of_two_partitions_and_train_together(undisturbed: list[Pod], runs: Runs):
+def test_two_pods_wait_for_the_data_set_of_two_partitions_and_train_together(
+    undisturbed: list[Pod], runs: Runs
+):
     runs.assert_finished("undisturbed")
     assert "all checks passed" in log_of(f"{undisturbed[1].name}-preflight")
     assert any("batches of 16 = 2 x 8" in pod.log() for pod in undisturbed)
 
 
-def test_a_pod_that_is_killed_is_replaced_and_rejoins(cluster: Cluster, undisturbed: list[Pod], runs: Runs):
+def test_a_pod_that_is_killed_is_replaced_and_rejoins(
+    cluster: Cluster, undisturbed: list[Pod], runs: Runs
+):
     cluster.change("xrai", XRAI_RUN_ID="pod-1-killed")
     with ThreadPoolExecutor(2) as threads:
         pods = list(threads.map(Pod.begin, [cluster.pod("train", index) for index in range(2)]))
@@ -260,8 +303,12 @@ def test_a_pod_that_is_killed_is_replaced_and_rejoins(cluster: Cluster, undistur
     same_as_undisturbed(runs, "pod-1-killed")
 
 
-def test_when_pod_0_is_killed_all_begin_again_and_go_on(cluster: Cluster, undisturbed: list[Pod], runs: Runs):
-    """It keeps the store at which all meet, so the others fail too, and the Job replaces them all."""
+def test_when_pod_0_is_killed_all_begin_again_and_go_on(
+    cluster: Cluster, undisturbed: list[Pod], runs: Runs
+):
+    """It keeps the store at which all meet, so the others fail too, and the Job replaces them
+    all.
+    """
     cluster.change("xrai", XRAI_RUN_ID="pod-0-killed")
     with ThreadPoolExecutor(2) as threads:
         pods = list(threads.map(Pod.begin, [cluster.pod("train", index) for index in range(2)]))
@@ -299,17 +346,27 @@ def test_a_mistake_is_found_before_training_and_said_in_one_line_with_status_2(
     assert line.startswith("xrai: error: ") and "train.epoch" in line
 
 
-def test_the_end_of_a_failed_pods_log_names_the_cause(cluster: Cluster, undisturbed: list[Pod], runs: Runs):
-    """torchrun repeats the error file of the rank that failed first; Kubernetes takes the end of the log as message."""
-    documents = json.loads(json.dumps(cluster.documents).replace("--max_restarts=3", "--max_restarts=0"))  # sooner
+def test_the_end_of_a_failed_pods_log_names_the_cause(
+    cluster: Cluster, undisturbed: list[Pod], runs: Runs
+):
+    """torchrun repeats the error file of the rank that failed first; Kubernetes takes the end of
+    the log as message.
+    """
+    documents = json.loads(
+        json.dumps(cluster.documents).replace("--max_restarts=3", "--max_restarts=0")
+    )  # sooner
     failing = Cluster(documents, cluster.network, cluster.folder / "failing", cluster.label)
     failing.folder.mkdir()
-    failing.change("xrai", XRAI_RUN_ID="failing", NUM_NODES="1", XRAI_DATASET=f"s3://{runs.bucket}/damaged")
+    failing.change(
+        "xrai", XRAI_RUN_ID="failing", NUM_NODES="1", XRAI_DATASET=f"s3://{runs.bucket}/damaged"
+    )
     for entry in runs.client.list_objects_v2(Bucket=runs.bucket, Prefix="dataset/")["Contents"]:
         body = runs.client.get_object(Bucket=runs.bucket, Key=entry["Key"])["Body"].read()
         if entry["Key"].endswith(".h5"):
             body = body[:-1] + bytes([body[-1] ^ 1])
-        runs.client.put_object(Bucket=runs.bucket, Key=entry["Key"].replace("dataset/", "damaged/", 1), Body=body)
+        runs.client.put_object(
+            Bucket=runs.bucket, Key=entry["Key"].replace("dataset/", "damaged/", 1), Body=body
+        )
     pod = failing.pod("train", 0).begin()
     assert pod.end() == 1
     assert "CorruptError" in pod.log()[-MESSAGE_BYTES:]
@@ -319,7 +376,8 @@ def test_nothing_in_a_pod_is_writable_but_its_mounts_and_nobody_is_root(cluster:
     pod = cluster.pod("train", 0)
     container = json.loads(json.dumps(pod.workload.pod["initContainers"][0]))
     script = (
-        "id -u; for place in / /opt /etc/xrai /tmp /cache /dev/shm; do touch $place/x 2>/dev/null && echo $place; done"
+        "id -u; for place in / /opt /etc/xrai /tmp /cache /dev/shm; do "
+        "touch $place/x 2>/dev/null && echo $place; done"
     )
     container["args"] = ["bash", "-c", f"{script}; true"]
     pod.workload.pod["initContainers"][0] = container

@@ -41,7 +41,9 @@ def new_bucket(url: str) -> Iterator[str]:
     """The name of an empty bucket of the server at `url`; it is removed with all it holds."""
     environment = _environment(url)
     client = boto3.session.Session(
-        environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1"
+        environment["AWS_ACCESS_KEY_ID"],
+        environment["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
     ).client("s3", endpoint_url=url)
     name = f"xrai-test-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=name)
@@ -49,7 +51,9 @@ def new_bucket(url: str) -> Iterator[str]:
         yield name
     finally:
         for upload in client.list_multipart_uploads(Bucket=name).get("Uploads", []):
-            client.abort_multipart_upload(Bucket=name, Key=upload["Key"], UploadId=upload["UploadId"])
+            client.abort_multipart_upload(
+                Bucket=name, Key=upload["Key"], UploadId=upload["UploadId"]
+            )
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
             for entry in page.get("Contents", []):
                 client.delete_object(Bucket=name, Key=entry["Key"])

@@ -1,4 +1,5 @@
-"""A proxy in front of an S3 server that fails on request: the network and the server at their worst, for real.
+"""A proxy in front of an S3 server that fails on request: the network and the server at their
+worst, for real.
 
     with Proxy("http://127.0.0.1:7480") as proxy:
         proxy.fail("cut", path="train-00000", times=2)     # the next two answers to a GET of it stop half way
@@ -53,11 +54,17 @@ class Request(NamedTuple):
 
 
 class Proxy:
-    """Listens on a port of its own until it is closed. `requests` lists all that came, those that failed too."""
+    """Listens on a port of its own until it is closed. `requests` lists all that came, those
+    that failed too.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.requests: list[Request] = []
-        self.last_whole: tuple[int, dict[str, str], bytes] = (500, {}, b"")  # the last good answer to a GET
+        self.last_whole: tuple[int, dict[str, str], bytes] = (
+            500,
+            {},
+            b"",
+        )  # the last good answer to a GET
         self.held = False  # whether a request has come that is held
         self._upstream = urlsplit(upstream).netloc
         self._faults: list[_Fault] = []
@@ -100,7 +107,12 @@ class Proxy:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.vanish()
 
     def next_fault(self, request: Request) -> Kind | None:
@@ -108,7 +120,11 @@ class Proxy:
         with self._lock:
             self.requests.append(request)
             for fault in self._faults:
-                if fault.times > 0 and fault.method == request.method and fault.path in request.path:
+                if (
+                    fault.times > 0
+                    and fault.method == request.method
+                    and fault.path in request.path
+                ):
                     fault.times -= 1
                     return fault.kind
         return None
@@ -169,7 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = dict(self.headers.items())
-        fault = self.server.proxy.next_fault(Request(self.command, self.path, headers.get("Range", "")))
+        fault = self.server.proxy.next_fault(
+            Request(self.command, self.path, headers.get("Range", ""))
+        )
         if fault == "hang":
             self.server.ended.wait(timeout=60)
         if fault in ("hang", "reset"):
@@ -181,10 +199,14 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if fault == "503":
             return self._send(
-                503, {}, b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
+                503,
+                {},
+                b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>",
             )
         if fault == "forbid":
-            return self._send(403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+            return self._send(
+                403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            )
         if fault == "garbage":
             return self._send(200, {}, b"<!doctype html><p>Welcome to our wiki")
         if fault == "damage":

@@ -1,4 +1,5 @@
-"""One rank that reads an epoch and does nothing else: `python -m tests.faults.reader ADDRESS CACHE`.
+"""One rank that reads an epoch and does nothing else: `python -m tests.faults.reader ADDRESS
+CACHE`.
 
 It prints a line for each batch, its step and a hash of what it holds, and ends as a command does.
 """
@@ -16,7 +17,14 @@ def main() -> None:
     address, cache = sys.argv[1:]
     setup_logging()
     loader = Loader(
-        address, split="train", batch_size=16, shuffle=True, window=2, threads=2, prefetch=1, cache_dir=cache
+        address,
+        split="train",
+        batch_size=16,
+        shuffle=True,
+        window=2,
+        threads=2,
+        prefetch=1,
+        cache_dir=cache,
     )
     for batch in loader.epoch(0):
         print(batch.step, digest(batch), flush=True)
@@ -24,7 +32,9 @@ def main() -> None:
 
 def digest(batch: Batch) -> str:
     """A hash of what a batch holds."""
-    return hashlib.sha256(batch.rows.tobytes() + batch.images.tobytes() + batch.labels.tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        batch.rows.tobytes() + batch.images.tobytes() + batch.labels.tobytes()
+    ).hexdigest()[:16]
 
 
 if __name__ == "__main__":

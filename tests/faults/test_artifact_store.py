@@ -1,4 +1,6 @@
-"""Runs whose artifacts go to a bucket: TensorBoard on it, another machine, and a bucket that fails or stays away."""
+"""Runs whose artifacts go to a bucket: TensorBoard on it, another machine, and a bucket that
+fails or stays away.
+"""
 
 import csv
 import hashlib
@@ -66,8 +68,12 @@ class Training:
 
 
 @contextmanager
-def training(dataset: Path, artifacts: str, *options: str, cache: Path, run_id: str = "r") -> Iterator[Training]:
-    """`python -m xrai.train` on a machine whose cache is the folder `cache`; killed at the end, if it still runs."""
+def training(
+    dataset: Path, artifacts: str, *options: str, cache: Path, run_id: str = "r"
+) -> Iterator[Training]:
+    """`python -m xrai.train` on a machine whose cache is the folder `cache`; killed at the end,
+    if it still runs.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     log = cache / f"{run_id}-{time.monotonic_ns()}.log"
     with log.open("wb") as file:
@@ -95,7 +101,10 @@ def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = 90) 
 
 def stored_step(store: Store) -> int:
     """The step of the newest checkpoint in a run's place, 0 where there is none."""
-    marks = (re.fullmatch(r"checkpoints/step-(\d+)\.json", found.key) for found in store.list("checkpoints/step-"))
+    marks = (
+        re.fullmatch(r"checkpoints/step-(\d+)\.json", found.key)
+        for found in store.list("checkpoints/step-")
+    )
     return max((int(mark[1]) for mark in marks if mark), default=0)
 
 
@@ -106,7 +115,9 @@ def history(store: Store) -> list[dict[str, str]]:
 
 
 def check_whole(store: Store) -> dict[str, Any]:
-    """Every file of the run is there, none half, and the summary names them all. Returns the summary."""
+    """Every file of the run is there, none half, and the summary names them all. Returns the
+    summary.
+    """
     summary: dict[str, Any] = json.loads(store.read("summary.json"))
     names = {found.key for found in store.list()}
     assert names == {*summary["files"], "summary.json"}
@@ -129,7 +140,9 @@ class TensorBoard:
         self._url = ""
 
     def __enter__(self) -> "TensorBoard":
-        said = wait_for(lambda: re.search(r"at (http://\S+)/ ", self._log.read_text()), "TensorBoard's address")
+        said = wait_for(
+            lambda: re.search(r"at (http://\S+)/ ", self._log.read_text()), "TensorBoard's address"
+        )
         self._url = said[1]
         return self
 
@@ -145,36 +158,59 @@ class TensorBoard:
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             data: bytes = answer.read()
-            return json.loads(data) if answer.headers["Content-Type"].startswith("application/json") else data
+            return (
+                json.loads(data)
+                if answer.headers["Content-Type"].startswith("application/json")
+                else data
+            )
 
     def steps(self, tag: str) -> list[int]:
-        """The steps of a scalar of run r, in the order in which TensorBoard has them; none where it has no such tag."""
+        """The steps of a scalar of run r, in the order in which TensorBoard has them; none where
+        it has no such tag.
+        """
         try:
-            return [step for _, step, _ in self.get("scalars/scalars", run="r/tensorboard", tag=tag)]
+            return [
+                step for _, step, _ in self.get("scalars/scalars", run="r/tensorboard", tag=tag)
+            ]
         except urllib.error.HTTPError as error:
             assert error.code in (400, 404)
             return []
 
 
-def check_tensorboard(tensorboard: TensorBoard, rows: list[dict[str, str]], summary: dict[str, Any]) -> None:
+def check_tensorboard(
+    tensorboard: TensorBoard, rows: list[dict[str, str]], summary: dict[str, Any]
+) -> None:
     """It shows every epoch once and in order, and what a run has besides curves."""
     steps = [int(row["step"]) for row in rows]
-    wait_for(lambda: tensorboard.steps("final/accuracy") == [steps[-1] + 1], "the end of the run in TensorBoard")
+    wait_for(
+        lambda: tensorboard.steps("final/accuracy") == [steps[-1] + 1],
+        "the end of the run in TensorBoard",
+    )
     points = tensorboard.get("scalars/scalars", run="r/tensorboard", tag="loss/train")
     assert [point[1] for point in points] == steps
-    assert [point[2] for point in points] == pytest.approx([float(row["train_loss"]) for row in rows], rel=1e-5)
+    assert [point[2] for point in points] == pytest.approx(
+        [float(row["train_loss"]) for row in rows], rel=1e-5
+    )
 
-    curves = tensorboard.get("pr_curves/pr_curves", run="r/tensorboard", tag="precision_recall/val")["r/tensorboard"]
+    curves = tensorboard.get(
+        "pr_curves/pr_curves", run="r/tensorboard", tag="precision_recall/val"
+    )["r/tensorboard"]
     assert [curve["step"] for curve in curves] == steps
     for curve in curves:
         assert curve["recall"][0] == 1 and curve["true_positives"][0] > 0
     assert "precision_recall/final_test" in tensorboard.get("pr_curves/tags")["r/tensorboard"]
 
     assert set(tensorboard.get("images/tags")["r/tensorboard"]) == {
-        f"predictions/{name}_{split}" for name in ("examples", "mistakes", "overlays") for split in ("val", "test")
+        f"predictions/{name}_{split}"
+        for name in ("examples", "mistakes", "overlays")
+        for split in ("val", "test")
     }
-    (shown,) = tensorboard.get("images/images", run="r/tensorboard", tag="predictions/mistakes_test", sample="0")
-    picture = tensorboard.get("images/individualImage", **dict(urllib.parse.parse_qsl(shown["query"])))
+    (shown,) = tensorboard.get(
+        "images/images", run="r/tensorboard", tag="predictions/mistakes_test", sample="0"
+    )
+    picture = tensorboard.get(
+        "images/individualImage", **dict(urllib.parse.parse_qsl(shown["query"]))
+    )
     assert hashlib.sha256(picture).hexdigest() == summary["files"]["plots/mistakes.png"]
 
     (group,) = tensorboard.get(
@@ -191,7 +227,9 @@ def check_tensorboard(tensorboard: TensorBoard, rows: list[dict[str, str]], summ
 def test_tensorboard_shows_a_run_in_a_folder_with_its_pictures_curves_and_hyperparameters(
     dataset: Path, tmp_path: Path
 ) -> None:
-    with training(dataset, str(tmp_path / "submit"), "--train.epochs=2", cache=tmp_path / "cache") as run:
+    with training(
+        dataset, str(tmp_path / "submit"), "--train.epochs=2", cache=tmp_path / "cache"
+    ) as run:
         assert run.ended() == 0, run.text()
     store = open_store(str(tmp_path / "submit" / "r"))
     summary = check_whole(store)
@@ -211,12 +249,18 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_bucket_on_another_machine
             rows = wait_for(lambda: history(store), "the first epoch")
             epoch_steps = int(rows[0]["step"])
             wait_for(
-                lambda: stored_step(store) // epoch_steps and stored_step(store) % epoch_steps, "a later checkpoint"
+                lambda: stored_step(store) // epoch_steps and stored_step(store) % epoch_steps,
+                "a later checkpoint",
             )
             first.process.send_signal(signal.SIGSTOP)
             rows = history(store)
-            assert 1 <= len(rows) < 3 and store.size("summary.json") is None, "it is in the middle of its work"
-            shown = wait_for(lambda: tensorboard.steps("loss/train"), "points in TensorBoard while the run goes on")
+            assert 1 <= len(rows) < 3 and store.size("summary.json") is None, (
+                "it is in the middle of its work"
+            )
+            shown = wait_for(
+                lambda: tensorboard.steps("loss/train"),
+                "points in TensorBoard while the run goes on",
+            )
             assert shown[: len(rows)] == [int(row["step"]) for row in rows][: len(shown)]
             first.stopped()  # kill -9
         with training(dataset, artifacts, *options, cache=tmp_path / "two") as second:
@@ -226,17 +270,24 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_bucket_on_another_machine
         rows = history(store)
         assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
         summary = check_whole(store)
-        check_tensorboard(tensorboard, rows, summary)  # the server that saw the first machine's events, too
+        check_tensorboard(
+            tensorboard, rows, summary
+        )  # the server that saw the first machine's events, too
     with TensorBoard(artifacts, tmp_path) as tensorboard:
         check_tensorboard(tensorboard, rows, summary)
 
-    with training(dataset, str(tmp_path / "submit"), *options, cache=tmp_path / "three") as undisturbed:
+    with training(
+        dataset, str(tmp_path / "submit"), *options, cache=tmp_path / "three"
+    ) as undisturbed:
         assert undisturbed.ended() == 0, undisturbed.text()
     expected = open_store(str(tmp_path / "submit" / "r"))
     measured = [name for name in rows[0] if name.split("_")[0] in ("train", "val", "shifted")]
     for ours, theirs in zip(rows, history(expected), strict=True):
         assert {name: ours[name] for name in measured} == {name: theirs[name] for name in measured}
-    one, other = (load_model(place, folder=tmp_path / "model").network.state_dict() for place in (store, expected))
+    one, other = (
+        load_model(place, folder=tmp_path / "model").network.state_dict()
+        for place in (store, expected)
+    )
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert store.read("predictions.csv") == expected.read("predictions.csv")
     assert last_stored(s3_bucket) == "runs/r/summary.json"
@@ -256,7 +307,9 @@ def last_stored(bucket: str) -> str:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, str]]:
-    """A bucket's address behind a proxy that fails on request, for commands that give up a request after a second."""
+    """A bucket's address behind a proxy that fails on request, for commands that give up a
+    request after a second.
+    """
     with moto_server() as url, new_bucket(url) as bucket, Proxy(url) as proxy:
         use_endpoint(monkeypatch, proxy.url)
         monkeypatch.setenv("XRAI_S3_TIMEOUT_S", "1")
@@ -317,7 +370,9 @@ def test_a_bucket_that_stays_away_is_one_line_that_names_the_folder_and_a_later_
         assert again.ended() == 0, again.text()
     assert "epoch 2:" not in again.text(), "nothing is trained twice"
     check_whole(store)
-    assert load_model(store, folder=tmp_path).threshold == pytest.approx(threshold_of(weights, tmp_path))
+    assert load_model(store, folder=tmp_path).threshold == pytest.approx(
+        threshold_of(weights, tmp_path)
+    )
     assert len(history(store)) == 2
 
 

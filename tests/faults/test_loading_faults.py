@@ -1,4 +1,6 @@
-"""Loading from a real S3 server while the network, the server, the objects and the cache fail for real."""
+"""Loading from a real S3 server while the network, the server, the objects and the cache fail
+for real.
+"""
 
 import os
 import re
@@ -24,12 +26,21 @@ pytestmark = [pytest.mark.s3, pytest.mark.timeout(120)]
 
 ROWS = [64] * 6
 NUM_BATCHES = 24
-OPTIONS = {"split": "train", "batch_size": 16, "shuffle": True, "window": 2, "threads": 2, "prefetch": 1}
+OPTIONS = {
+    "split": "train",
+    "batch_size": 16,
+    "shuffle": True,
+    "window": 2,
+    "threads": 2,
+    "prefetch": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six shards of 64 x 64 pixels, 270 KiB each: more than the store takes from the network at once."""
+    """Six shards of 64 x 64 pixels, 270 KiB each: more than the store takes from the network at
+    once.
+    """
     path = tmp_path_factory.mktemp("faults") / "data"
     write_dataset(path, {"train": ROWS}, size=64)
     return path
@@ -68,30 +79,45 @@ def upload(folder: Path, address: str) -> None:
 
 
 def read(address: str, cache: Path, **options: object) -> list[str]:
-    return [digest(batch) for batch in Loader(address, cache_dir=cache, **{**OPTIONS, **options}).epoch(0)]  # type: ignore[arg-type]
+    return [
+        digest(batch)
+        for batch in Loader(address, cache_dir=cache, **{**OPTIONS, **options}).epoch(0)
+    ]  # type: ignore[arg-type]
 
 
 def start_reader(address: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.faults.reader", address, str(cache)]
     return subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def outcome_of(reader: subprocess.Popen[str], *, timeout_s: float = 60) -> tuple[int, list[str], list[str]]:
+def outcome_of(
+    reader: subprocess.Popen[str], *, timeout_s: float = 60
+) -> tuple[int, list[str], list[str]]:
     """Exit status, batches, and the lines of its error."""
     try:
         stdout, stderr = reader.communicate(timeout=timeout_s)
     finally:
         reader.kill()
-    return reader.returncode, stdout.splitlines(), [line for line in stderr.splitlines() if line.startswith("xrai:")]
+    return (
+        reader.returncode,
+        stdout.splitlines(),
+        [line for line in stderr.splitlines() if line.startswith("xrai:")],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- faults that pass
+# --------------------------------------------------------------------------------- faults that pass
 
 
 @pytest.mark.parametrize("kind", ["503", "stall", "reset", "cut", "flip", "lose"])
-def test_a_fault_that_passes_changes_nothing(kind: Kind, address: str, proxy: Proxy, tmp_path: Path, good: list[str]):
+def test_a_fault_that_passes_changes_nothing(
+    kind: Kind, address: str, proxy: Proxy, tmp_path: Path, good: list[str]
+):
     proxy.fail(kind, path="train-00002", times=2)
     proxy.fail(kind, path="train-00004", times=1)
     assert read(address, tmp_path) == good
@@ -134,7 +160,7 @@ def test_loading_goes_on_when_the_server_was_gone_for_twenty_seconds(
     back.join()
 
 
-# -------------------------------------------------------------------------------------------------- faults that do not
+# ------------------------------------------------------------------------------- faults that do not
 
 
 def test_a_server_that_is_gone_for_good_ends_the_job_in_time_with_the_shard_and_the_cause(
@@ -149,11 +175,16 @@ def test_a_server_that_is_gone_for_good_ends_the_job_in_time_with_the_shard_and_
     proxy.vanish()
     started = time.monotonic()
     status, batches, (line,) = outcome_of(reader)
-    assert time.monotonic() - started < 4 + 2 * 1 + 4  # retry_s, two time-outs, and the end of a process
+    assert (
+        time.monotonic() - started < 4 + 2 * 1 + 4
+    )  # retry_s, two time-outs, and the end of a process
     assert status == 1
     assert len(batches) < NUM_BATCHES
     assert line.startswith("xrai: error: rank 0 of 1, train split: ")
-    shard = re.search(rf"{address}/train-0000\d-of-00006.h5 can not be read: no success in \d+ tries within 4 s", line)
+    shard = re.search(
+        rf"{address}/train-0000\d-of-00006.h5 cannot be read: no success in \d+ tries within 4 s",
+        line,
+    )
     assert shard, line
     assert f"(endpoint {proxy.url}): Could not connect to the endpoint URL" in line
 
@@ -162,17 +193,21 @@ def test_a_shard_that_stalls_for_ever_is_named_in_time(address: str, proxy: Prox
     proxy.fail("stall", path="train-00001", times=1000)
     started = time.monotonic()
     with pytest.raises(
-        UnreachableError, match=r"rank 0 of 1, train split: no batch within 3 s; waiting for shard train-0"
+        UnreachableError,
+        match=r"rank 0 of 1, train split: no batch within 3 s; waiting for shard train-0",
     ):
         read(address, tmp_path, timeout_s=3)
     assert time.monotonic() - started < 6
 
 
-def test_an_object_that_always_arrives_damaged_is_an_error_each_time(address: str, proxy: Proxy, tmp_path: Path):
+def test_an_object_that_always_arrives_damaged_is_an_error_each_time(
+    address: str, proxy: Proxy, tmp_path: Path
+):
     proxy.fail("flip", path="train-00003", times=1000)
     for attempt in (1, 2):  # MosaicML streaming reads it as good the second time
         with pytest.raises(
-            CorruptError, match=rf"{address}/train-00003-of-00006.h5 is damaged: in 3 fetches its sha256"
+            CorruptError,
+            match=rf"{address}/train-00003-of-00006.h5 is damaged: in 3 fetches its sha256",
         ):
             read(address, tmp_path)
         assert proxy.count("train-00003") == 3 * attempt
@@ -180,7 +215,9 @@ def test_an_object_that_always_arrives_damaged_is_an_error_each_time(address: st
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_object_is_named_with_exit_status_1(folder: Path, address: str, tmp_path: Path, damage: str):
+def test_a_damaged_object_is_named_with_exit_status_1(
+    folder: Path, address: str, tmp_path: Path, damage: str
+):
     copy = tmp_path / "copy.h5"
     copy.write_bytes((folder / "train-00005-of-00006.h5").read_bytes())
     flip_byte(copy) if damage == "flip" else os.truncate(copy, 100_000)
@@ -208,27 +245,35 @@ def test_a_lost_object_is_named(address: str, tmp_path: Path):
         read(address, tmp_path)
 
 
-def test_keys_that_lost_their_right_in_mid_epoch_are_the_users_mistake(address: str, proxy: Proxy, tmp_path: Path):
+def test_keys_that_lost_their_right_in_mid_epoch_are_the_users_mistake(
+    address: str, proxy: Proxy, tmp_path: Path
+):
     proxy.fail("forbid", path="train-00004", times=1000)
     started = time.monotonic()
     status, _, (line,) = outcome_of(start_reader(address, tmp_path))
     assert status == 2
     assert time.monotonic() - started < 10  # nothing is tried again
-    assert f"{address}/train-00004-of-00006.h5 can not be read: forbidden (AccessDenied" in line
+    assert f"{address}/train-00004-of-00006.h5 cannot be read: forbidden (AccessDenied" in line
 
 
-# ------------------------------------------------------------------------------------------------- another data set
+# --------------------------------------------------------------------------------- another data set
 
 
-def test_a_data_set_replaced_while_it_is_read_is_said_to_be(address: str, proxy: Proxy, tmp_path: Path):
+def test_a_data_set_replaced_while_it_is_read_is_said_to_be(
+    address: str, proxy: Proxy, tmp_path: Path
+):
     write_dataset(tmp_path / "new", {"train": ROWS}, size=64, seed=1)
     loader = Loader(address, cache_dir=tmp_path / "cache", **OPTIONS)
     upload(tmp_path / "new", address)
-    with pytest.raises(DatasetError, match=rf"the data set at {address} was replaced while it was read"):
+    with pytest.raises(
+        DatasetError, match=rf"the data set at {address} was replaced while it was read"
+    ):
         list(loader.epoch(0))
 
 
-def test_a_cache_filled_from_the_data_set_before_is_not_read(address: str, tmp_path: Path, good: list[str]):
+def test_a_cache_filled_from_the_data_set_before_is_not_read(
+    address: str, tmp_path: Path, good: list[str]
+):
     assert read(address, tmp_path / "cache") == good
     write_dataset(tmp_path / "new", {"train": ROWS}, size=64, seed=1)
     upload(tmp_path / "new", address)
@@ -250,10 +295,12 @@ def test_data_sets_with_alike_shard_names_share_a_cache_without_mixing(
             assert set(other).isdisjoint(good)
 
 
-# --------------------------------------------------------------------------------------------------- one cache for many
+# ------------------------------------------------------------------------------- one cache for many
 
 
-def test_processes_download_a_shard_once_and_see_the_same(address: str, proxy: Proxy, tmp_path: Path, good: list[str]):
+def test_processes_download_a_shard_once_and_see_the_same(
+    address: str, proxy: Proxy, tmp_path: Path, good: list[str]
+):
     readers = [start_reader(address, tmp_path / "cache") for _ in range(3)]
     for reader in readers:
         status, batches, errors = outcome_of(reader)
@@ -284,7 +331,7 @@ def test_a_process_that_can_not_fetch_leaves_the_others_reading(
     well = start_reader(address, tmp_path / "cache", AWS_ENDPOINT_URL_S3=s3_server)
     status, _, (line,) = outcome_of(bad)
     assert status == 1
-    assert "can not be read: no success in" in line
+    assert "cannot be read: no success in" in line
     assert outcome_of(well)[:2] == (0, [f"{step} {batch}" for step, batch in enumerate(good)])
 
 

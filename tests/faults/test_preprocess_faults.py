@@ -1,4 +1,6 @@
-"""Preprocessing killed, starved and raced for real: whatever happens, a new start ends in the same bytes."""
+"""Preprocessing killed, starved and raced for real: whatever happens, a new start ends in the
+same bytes.
+"""
 
 import hashlib
 import os
@@ -14,11 +16,16 @@ import pytest
 
 from tests.dataset.pictures import source_files, write_files
 from xrai import preprocess
-from xrai.dataset.sources import FolderSource
 from xrai.errors import run_command
-from xrai.store import FileStore
+from xrai.ingest.sources import FolderSource
+from xrai.store import FolderStore
 
-SMALL = ("--images.size=16", "--shards.rows=10", "--splits.val_fraction=0.3", "--splits.test_fraction=0.2")
+SMALL = (
+    "--images.size=16",
+    "--shards.rows=10",
+    "--splits.val_fraction=0.3",
+    "--splits.test_fraction=0.2",
+)
 KILLED = -signal.SIGKILL
 
 
@@ -32,14 +39,18 @@ def all_files(folder: Path) -> dict[str, str]:
 
 
 def objects(folder: Path) -> dict[str, str]:
-    """The objects of a store by hash: all files but the hidden ones that a write begins with, which kill -9 leaves."""
+    """The objects of a store by hash: all files but the hidden ones that a write begins with,
+    which kill -9 leaves.
+    """
     return {key: digest for key, digest in all_files(folder).items() if not key.endswith(".tmp")}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw images, one of them bad."""
-    return write_files(tmp_path_factory.mktemp("source"), {**source_files(), "train/NORMAL/bad.png": b"no picture"})
+    return write_files(
+        tmp_path_factory.mktemp("source"), {**source_files(), "train/NORMAL/bad.png": b"no picture"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +61,12 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return all_files(dataset)
 
 
-def start(source: Path, dataset: Path, *more: str, before: Callable[[], object] = lambda: None) -> int:
-    """Run the command in a child process, after `before`; returns its process id. What it says goes to `.log`."""
+def start(
+    source: Path, dataset: Path, *more: str, before: Callable[[], object] = lambda: None
+) -> int:
+    """Run the command in a child process, after `before`; returns its process id. What it says
+    goes to `.log`.
+    """
     child = os.fork()
     if child:
         return child
@@ -61,7 +76,14 @@ def start(source: Path, dataset: Path, *more: str, before: Callable[[], object] 
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115, it lives as long as the child
-        sys.argv = ["preprocess", f"--source={source}", f"--dataset={dataset}", *SMALL, "--workers=1", *more]
+        sys.argv = [
+            "preprocess",
+            f"--source={source}",
+            f"--dataset={dataset}",
+            *SMALL,
+            "--workers=1",
+            *more,
+        ]
         before()
         run_command(preprocess.main)
     except SystemExit as exit_:
@@ -84,23 +106,32 @@ def wait(child: int, *, timeout_s: float = 60) -> int:
     pytest.fail(f"the command did not end within {timeout_s} s")
 
 
-# -------------------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 
 
 class Steps:
-    """Counts what the command does to source and destination, or one kind of it, and calls `act` at one such step."""
+    """Counts what the command does to source and destination, or one kind of it, and calls `act`
+    at one such step.
+    """
 
     def __init__(
-        self, *, at: int = -1, only: str = "", act: Callable[[], object] = lambda: None, log: Path | None = None
+        self,
+        *,
+        at: int = -1,
+        only: str = "",
+        act: Callable[[], object] = lambda: None,
+        log: Path | None = None,
     ) -> None:
         self._at, self._only, self._act, self._log, self._count = at, only, act, log, 0
 
     def watch(self) -> None:
         for owner, name in (
-            (FolderSource, "read"), (FileStore, "read"), (FileStore, "write"), (FileStore, "upload"),
-            (FileStore, "delete"), (os, "fsync"),
+            (FolderSource, "read"), (FolderStore, "read"), (FolderStore, "write"), (FolderStore, "upload"),
+            (FolderStore, "delete"), (os, "fsync"),
         ):  # fmt: skip
-            setattr(owner, name, self._wrapped(getattr(owner, name), name=f"{owner.__name__}.{name}"))
+            setattr(
+                owner, name, self._wrapped(getattr(owner, name), name=f"{owner.__name__}.{name}")
+            )
 
     def _wrapped(self, function: Callable[..., object], *, name: str) -> Callable[..., object]:
         def wrapped(*args: object, **kwargs: object) -> object:
@@ -122,7 +153,9 @@ def die() -> None:
 
 
 @pytest.fixture(scope="module")
-def steps(source: Path, expected: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def steps(
+    source: Path, expected: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     """All steps of one whole run in order: the operation and the key."""
     folder = tmp_path_factory.mktemp("steps")
     assert wait(start(source, folder / "dataset", before=Steps(log=folder / "steps").watch)) == 0
@@ -133,11 +166,22 @@ def steps(source: Path, expected: dict[str, str], tmp_path_factory: pytest.TempP
 def test_the_steps_that_are_killed_at_cover_the_whole_work(steps: list[str]) -> None:
     kinds = {step.split()[0] for step in steps}
     assert kinds == {
-        "FolderSource.read", "FileStore.read", "FileStore.write", "FileStore.upload", "FileStore.delete", "posix.fsync"
+        "FolderSource.read", "FolderStore.read", "FolderStore.write", "FolderStore.upload",
+        "FolderStore.delete", "posix.fsync",
     } or "os.fsync" in kinds  # fmt: skip
-    assert sum(step.startswith("FolderSource.read") for step in steps) >= 2 * 45 - 1  # hashing, and decoding
+    assert (
+        sum(step.startswith("FolderSource.read") for step in steps) >= 2 * 45 - 1
+    )  # hashing, and decoding
     text = "\n".join(steps)
-    for key in ("claim", "hashes", "part", "train-0", "manifest.jsonl", "dataset.json", "report/card.md"):
+    for key in (
+        "claim",
+        "hashes",
+        "part",
+        "train-0",
+        "manifest.jsonl",
+        "dataset.json",
+        "report/card.md",
+    ):
         assert key in text
 
 
@@ -150,10 +194,15 @@ def test_killed_at_any_step_and_started_again_it_ends_in_the_same_bytes(
     chosen = sorted({*range(len(steps))} - {*reads} | {*reads[::15]})
     for step in chosen[third::3]:
         dataset = tmp_path / f"{step}"
-        assert wait(start(source, dataset, before=Steps(at=step, act=die).watch)) == KILLED, steps[step]
+        assert wait(start(source, dataset, before=Steps(at=step, act=die).watch)) == KILLED, steps[
+            step
+        ]
         if (dataset / "dataset.json").exists():  # then it is whole, whatever else lies about
             assert expected.items() <= all_files(dataset).items()
-        assert wait(start(source, dataset)) == 0, (steps[step], dataset.with_suffix(".log").read_text())
+        assert wait(start(source, dataset)) == 0, (
+            steps[step],
+            dataset.with_suffix(".log").read_text(),
+        )
         assert objects(dataset) == expected, steps[step]
 
 
@@ -176,7 +225,12 @@ def test_killed_while_it_removes_what_it_overwrites_it_still_ends_in_the_same_by
     dataset = tmp_path / "dataset"
     assert wait(start(source, dataset, "--shards.rows=3")) == 0
     assert len(list(dataset.glob("*.h5"))) > 15
-    assert wait(start(source, dataset, "--overwrite", before=Steps(at=7, only="delete", act=die).watch)) == KILLED
+    assert (
+        wait(
+            start(source, dataset, "--overwrite", before=Steps(at=7, only="delete", act=die).watch)
+        )
+        == KILLED
+    )
     assert not (dataset / "dataset.json").exists()
     assert len(list(dataset.glob("*.h5"))) > 5
     assert wait(start(source, dataset, *more)) == 0
@@ -186,7 +240,13 @@ def test_killed_while_it_removes_what_it_overwrites_it_still_ends_in_the_same_by
 @pytest.mark.slow
 def test_the_workers_of_a_killed_command_end_too(source: Path, tmp_path: Path) -> None:
     write_files(tmp_path / "many", source_files(600, 600))
-    command = [sys.executable, "-m", "xrai.preprocess", f"--source={tmp_path / 'many'}", f"--dataset={tmp_path / 'd'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "xrai.preprocess",
+        f"--source={tmp_path / 'many'}",
+        f"--dataset={tmp_path / 'd'}",
+    ]
     with subprocess.Popen([*command, *SMALL, "--workers=2"], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "d").glob("train-*")):
@@ -204,7 +264,9 @@ def test_the_workers_of_a_killed_command_end_too(source: Path, tmp_path: Path) -
 
 def descendants(parent: int) -> list[int]:
     """Process ids of children, and of theirs."""
-    children = [int(text) for text in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    children = [
+        int(text) for text in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    ]
     return children + [below for child in children for below in descendants(child)]
 
 
@@ -223,7 +285,7 @@ def test_sigterm_ends_it_with_143_and_keeps_what_is_stored(
     assert all_files(dataset) == expected
 
 
-# ----------------------------------------------------------------------------------------------- several at one address
+# --------------------------------------------------------------------------- several at one address
 
 
 @pytest.mark.parametrize("attempt", range(3))
@@ -231,13 +293,17 @@ def test_three_at_once_at_one_address_do_each_other_no_harm(
     source: Path, expected: dict[str, str], tmp_path: Path, attempt: int
 ) -> None:
     dataset = tmp_path / "dataset"
-    children = [start(source, dataset, before=lambda k=k: time.sleep(0.07 * k * attempt)) for k in range(3)]
+    children = [
+        start(source, dataset, before=lambda k=k: time.sleep(0.07 * k * attempt)) for k in range(3)
+    ]
     ends = [wait(child) for child in children]
     assert ends == [0, 0, 0], dataset.with_suffix(".log").read_text()
     assert all_files(dataset) == expected
 
 
-@pytest.mark.parametrize("pause_step", ["hashes", "part-train", "train-0", "manifest", "dataset.json"])
+@pytest.mark.parametrize(
+    "pause_step", ["hashes", "part-train", "train-0", "manifest", "dataset.json"]
+)
 def test_one_that_slept_while_another_did_everything_leaves_nothing_behind(
     source: Path, expected: dict[str, str], steps: list[str], tmp_path: Path, pause_step: str
 ) -> None:
@@ -272,7 +338,7 @@ def test_another_config_at_the_address_of_unfinished_work_is_refused_and_disturb
     assert objects(dataset) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------- partitions
+# --------------------------------------------------------------------------------------- partitions
 
 
 @pytest.mark.parametrize("num_partitions", [1, 2, 3, 7, 20])
@@ -280,7 +346,9 @@ def test_any_number_of_partitions_in_any_order_ends_in_the_same_bytes(
     source: Path, expected: dict[str, str], tmp_path: Path, num_partitions: int
 ) -> None:
     dataset = tmp_path / "dataset"
-    order = sorted(range(num_partitions), key=lambda k: hashlib.sha256(bytes([k, num_partitions])).digest())
+    order = sorted(
+        range(num_partitions), key=lambda k: hashlib.sha256(bytes([k, num_partitions])).digest()
+    )
     for place, number in enumerate(order):
         assert not (dataset / "dataset.json").exists()
         assert wait(start(source, dataset, f"--partition={number}/{num_partitions}")) == 0
@@ -302,7 +370,10 @@ def test_a_partition_that_was_killed_is_the_only_one_to_start_again(
 ) -> None:
     dataset = tmp_path / "dataset"
     assert wait(start(source, dataset, "--partition=0/3")) == 0
-    assert wait(start(source, dataset, "--partition=1/3", before=Steps(at=20, act=die).watch)) == KILLED
+    assert (
+        wait(start(source, dataset, "--partition=1/3", before=Steps(at=20, act=die).watch))
+        == KILLED
+    )
     assert wait(start(source, dataset, "--partition=2/3")) == 0
     assert not (dataset / "dataset.json").exists()
     assert wait(start(source, dataset, "--partition=1/3")) == 0
@@ -318,7 +389,7 @@ def test_a_partition_of_another_number_of_partitions_fits_in(
     assert all_files(dataset) == expected
 
 
-# -------------------------------------------------------------------------------------------------- a disk that is full
+# ------------------------------------------------------------------------------ a disk that is full
 
 
 def test_a_file_that_may_not_grow_ends_it_in_one_line_and_a_new_start_goes_on(
@@ -332,7 +403,9 @@ def test_a_file_that_may_not_grow_ends_it_in_one_line_and_a_new_start_goes_on(
     assert wait(start(source, dataset, before=starve)) == 1
     said = dataset.with_suffix(".log").read_text()
     assert said.count("xrai: error:") == 1 and "Traceback" not in said
-    assert not [path for path in dataset.rglob("*") if path.name.endswith((".h5", ".tmp", ".json.tmp"))]
+    assert not [
+        path for path in dataset.rglob("*") if path.name.endswith((".h5", ".tmp", ".json.tmp"))
+    ]
     assert wait(start(source, dataset)) == 0
     assert all_files(dataset) == expected
 
@@ -348,12 +421,23 @@ def test_a_full_disk_ends_it_in_one_line_and_a_new_start_goes_on(
     except FileNotFoundError:
         mounted = False
     if not mounted:
-        pytest.skip("only root can mount a small disk; the test above starves it by a limit instead")
+        pytest.skip(
+            "only root can mount a small disk; the test above starves it by a limit instead"
+        )
     try:
         dataset = disk / "dataset"
         log = tmp_path / "log"
-        command = [sys.executable, "-m", "xrai.preprocess", f"--source={source}", f"--dataset={dataset}", *SMALL]
-        done = subprocess.run([*command, "--workers=1"], capture_output=True, text=True, timeout=60, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "xrai.preprocess",
+            f"--source={source}",
+            f"--dataset={dataset}",
+            *SMALL,
+        ]
+        done = subprocess.run(
+            [*command, "--workers=1"], capture_output=True, text=True, timeout=60, check=False
+        )
         log.write_text(done.stderr)
         assert done.returncode == 1, done.stderr
         assert done.stderr.count("xrai: error:") == 1 and "No space left on device" in done.stderr
@@ -367,7 +451,7 @@ def test_a_full_disk_ends_it_in_one_line_and_a_new_start_goes_on(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# ------------------------------------------------------------------------------------ what was stored was damaged since
+# ---------------------------------------------------------------- what was stored was damaged since
 
 
 @pytest.mark.parametrize("what", ["train-0", "unfinished-part", "unfinished-hashes"])
@@ -385,7 +469,9 @@ def test_what_was_damaged_between_two_starts_is_made_anew(
     else:
         half = len(data) // 2
         path.write_bytes(
-            data[:half] if how == "truncated" else data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+            data[:half]
+            if how == "truncated"
+            else data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
         )
     ended = wait(start(source, dataset))
     if ended == 1:  # noticed at the last moment, with one line that says what to do
@@ -400,7 +486,9 @@ def test_a_source_that_changes_between_two_starts_is_noticed_and_the_next_start_
 ) -> None:
     source = write_files(tmp_path / "source", source_files())
     dataset = tmp_path / "dataset"
-    assert wait(start(source, dataset, before=Steps(at=60, act=die).watch)) == KILLED  # hashed, not yet decoded
+    assert (
+        wait(start(source, dataset, before=Steps(at=60, act=die).watch)) == KILLED
+    )  # hashed, not yet decoded
     path = sorted((source / "train" / "NORMAL").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-1] + b"x")  # the same size
     assert wait(start(source, dataset)) == 2

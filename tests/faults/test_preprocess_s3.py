@@ -1,4 +1,5 @@
-"""Preprocessing from and to a bucket: the same data set as from and to a folder, whatever the network does.
+"""Preprocessing from and to a bucket: the same data set as from and to a folder, whatever the
+network does.
 
 Each test runs against an S3 in this process (moto), and against a real one where there is one.
 """
@@ -23,20 +24,31 @@ from xrai.store import Store, open_store
 
 pytestmark = pytest.mark.timeout(180)
 
-SMALL = ("--images.size=64", "--shards.rows=8", "--splits.val_fraction=0.3", "--splits.test_fraction=0.2")
+SMALL = (
+    "--images.size=64",
+    "--shards.rows=8",
+    "--splits.val_fraction=0.3",
+    "--splits.test_fraction=0.2",
+)
 
 
 @pytest.fixture(scope="module", params=["moto", pytest.param("real", marks=pytest.mark.s3)])
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """The address of a server and the name of a bucket there."""
-    running = moto_server() if request.param == "moto" else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
+    running = (
+        moto_server()
+        if request.param == "moto"
+        else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
+    )
     with running as url, new_bucket(url) as name:
         yield url, name
 
 
 @pytest.fixture
 def proxy(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that lies on the way of all stores from now on. A request may be a second without an answer."""
+    """A proxy that lies on the way of all stores from now on. A request may be a second without
+    an answer.
+    """
     with Proxy(server[0]) as proxy:
         use_endpoint(monkeypatch, proxy.url)
         monkeypatch.setenv("XRAI_S3_TIMEOUT_S", "1")
@@ -57,7 +69,9 @@ def files() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def expected(files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The data set made from a folder into a folder. Its source has another name, which card and index state."""
+    """The data set made from a folder into a folder. Its source has another name, which card and
+    index state.
+    """
     folder = tmp_path_factory.mktemp("expected")
     source = write_files(folder / "chest", files)
     done = start(str(source), str(folder / "dataset"))
@@ -66,9 +80,20 @@ def expected(files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def start(source: str, dataset: str, *more: str, workers: int = 1) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "xrai.preprocess", f"--source={source}", f"--dataset={dataset}", *SMALL, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "xrai.preprocess",
+        f"--source={source}",
+        f"--dataset={dataset}",
+        *SMALL,
+        *more,
+    ]
     return subprocess.Popen(
-        [*command, f"--workers={workers}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, f"--workers={workers}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -80,7 +105,11 @@ def finish(process: subprocess.Popen[str], *, timeout_s: float = 120) -> int:
 
 def contents(store: Store) -> dict[str, bytes]:
     """All objects but those that state the source's name."""
-    return {entry.key: store.read(entry.key) for entry in store.list() if not entry.key.endswith((".json", "card.md"))}
+    return {
+        entry.key: store.read(entry.key)
+        for entry in store.list()
+        if not entry.key.endswith((".json", "card.md"))
+    }
 
 
 def fill(uri: str, files: dict[str, bytes]) -> None:
@@ -109,7 +138,9 @@ def test_from_bucket_to_bucket_it_is_the_data_set_made_from_folder_to_folder(
     assert_whole(str(tmp_path / "here"), expected)
 
 
-def test_a_data_set_inside_its_own_bucket_of_images_is_refused(proxy: Proxy, uri: str, files: dict[str, bytes]) -> None:
+def test_a_data_set_inside_its_own_bucket_of_images_is_refused(
+    proxy: Proxy, uri: str, files: dict[str, bytes]
+) -> None:
     fill(f"{uri}/raw", files)
     assert finish(start(f"{uri}/raw", f"{uri}/raw/made")) == 2
     assert len(list(open_store(uri).list())) == len(files)
@@ -142,7 +173,11 @@ def test_it_goes_on_when_the_server_was_gone_for_seconds(
 
 
 def test_a_server_that_is_gone_for_good_ends_it_in_time_with_exit_1_and_a_new_start_goes_on(
-    proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy,
+    uri: str,
+    files: dict[str, bytes],
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fill(f"{uri}/raw", files)
     monkeypatch.setenv("XRAI_S3_RETRY_S", "3")
@@ -161,7 +196,9 @@ def test_killed_at_a_stage_and_started_again_it_ends_in_the_same_bytes(
 ) -> None:
     fill(f"{uri}/raw", files)
     process = start(f"{uri}/raw", f"{uri}/made")
-    wait_until(lambda: any(after in request.path and request.method == "PUT" for request in proxy.requests))
+    wait_until(
+        lambda: any(after in request.path and request.method == "PUT" for request in proxy.requests)
+    )
     process.send_signal(signal.SIGKILL)
     finish(process)
     assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0
@@ -172,7 +209,9 @@ def test_partitions_at_once_end_in_the_same_bytes_and_share_the_hashing(
     proxy: Proxy, uri: str, files: dict[str, bytes], expected: dict[str, bytes]
 ) -> None:
     fill(f"{uri}/raw", files)
-    processes = [start(f"{uri}/raw", f"{uri}/made", f"--partition={number}/3") for number in range(3)]
+    processes = [
+        start(f"{uri}/raw", f"{uri}/made", f"--partition={number}/3") for number in range(3)
+    ]
     assert [finish(process) for process in processes] == [0, 0, 0]
     assert_whole(f"{uri}/made", expected)
 
@@ -187,7 +226,9 @@ def test_a_stored_shard_that_is_damaged_before_the_commit_is_found_and_made_anew
     data = bytearray(store.read(key))
     data[5000] ^= 1
     store.write(key, bytes(data))
-    assert finish(start(f"{uri}/raw", f"{uri}/made", "--partition=1/2")) == 1  # names it, and drops its part
+    assert (
+        finish(start(f"{uri}/raw", f"{uri}/made", "--partition=1/2")) == 1
+    )  # names it, and drops its part
     assert "dataset.json" not in {entry.key for entry in store.list()}
     assert finish(start(f"{uri}/raw", f"{uri}/made", "--partition=0/2")) == 0
     assert_whole(f"{uri}/made", expected)
@@ -207,7 +248,11 @@ def test_verify_and_repair_work_on_a_bucket(
     assert done.returncode == 1
     assert [line.split()[0] for line in done.stdout.splitlines()] == keys
     done = subprocess.run(
-        [*verify, "--repair", f"--source={uri}/raw"], capture_output=True, text=True, timeout=60, check=False
+        [*verify, "--repair", f"--source={uri}/raw"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert_whole(f"{uri}/made", expected)

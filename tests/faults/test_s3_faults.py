@@ -1,4 +1,5 @@
-"""The store before a network and a server at their worst: what may pass is tried again, what is wrong is told apart.
+"""The store before a network and a server at their worst: what may pass is tried again, what is
+wrong is told apart.
 
 Each test runs against an S3 in this process (moto), and against a real one where there is one.
 """
@@ -18,9 +19,14 @@ import pytest
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.faults.proxy import Kind, Proxy, vanish_for
-from xrai import store as store_module
-from xrai.errors import AlreadyExistsError, CorruptError, ForbiddenError, UnreachableError, WrongEndpointError
-from xrai.store import Store, open_store
+from xrai.errors import (
+    AlreadyExistsError,
+    CorruptError,
+    ForbiddenError,
+    UnreachableError,
+    WrongEndpointError,
+)
+from xrai.store import Store, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -31,7 +37,11 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 @pytest.fixture(scope="module", params=["moto", pytest.param("real", marks=pytest.mark.s3)])
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """The address of a server and the name of a bucket there."""
-    running = moto_server() if request.param == "moto" else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
+    running = (
+        moto_server()
+        if request.param == "moto"
+        else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
+    )
     with running as url, new_bucket(url) as name:
         yield url, name
 
@@ -52,7 +62,9 @@ def uri(server: tuple[str, str]) -> str:
 
 @pytest.fixture
 def store(uri: str, proxy: Proxy) -> Store:
-    """A store that waits 1 s for an answer, and at most 15 s for a good one. It holds DATA under `key`."""
+    """A store that waits 1 s for an answer, and at most 15 s for a good one. It holds DATA under
+    `key`.
+    """
     store = open_store(uri, timeout_s=1, retry_s=15)
     store.write("key", DATA)
     proxy.requests.clear()
@@ -64,11 +76,13 @@ def skip_what_moto_lacks(kind: Kind, request: pytest.FixtureRequest) -> None:
         pytest.skip("moto takes damaged bodies as good; a real server checks Content-MD5")
 
 
-# -------------------------------------------------------------------------------------------------------- what may pass
+# ------------------------------------------------------------------------------------ what may pass
 
 
 @pytest.mark.parametrize("kind", ["503", "stall", "reset", "lose", "cut"])
-def test_a_read_outlives_faults_that_pass(store: Store, proxy: Proxy, kind: Kind, tmp_path: Path) -> None:
+def test_a_read_outlives_faults_that_pass(
+    store: Store, proxy: Proxy, kind: Kind, tmp_path: Path
+) -> None:
     proxy.fail(kind, path="key", times=2)
     assert store.download("key", tmp_path / "copy") == SHA256
     assert (tmp_path / "copy").read_bytes() == DATA
@@ -107,7 +121,9 @@ def test_a_server_that_is_gone_for_seconds_is_waited_for(store: Store, proxy: Pr
     back.join(10)
 
 
-def test_a_read_that_is_under_way_when_the_server_goes_is_ended_when_it_is_back(store: Store, proxy: Proxy) -> None:
+def test_a_read_that_is_under_way_when_the_server_goes_is_ended_when_it_is_back(
+    store: Store, proxy: Proxy
+) -> None:
     proxy.fail("stall", times=1)
     pieces: list[bytes] = []
     back = None
@@ -124,7 +140,9 @@ def test_a_read_that_is_under_way_when_the_server_goes_is_ended_when_it_is_back(
     back.join(10)
 
 
-def test_a_commit_mark_whose_answer_was_lost_is_known_as_our_own(store: Store, proxy: Proxy) -> None:
+def test_a_commit_mark_whose_answer_was_lost_is_known_as_our_own(
+    store: Store, proxy: Proxy
+) -> None:
     proxy.fail("lose", path="mark", method="PUT", times=1)
     store.write("mark", b"ours", only_if_absent=True)
     assert proxy.count("mark", "PUT") == 2
@@ -134,10 +152,12 @@ def test_a_commit_mark_whose_answer_was_lost_is_known_as_our_own(store: Store, p
     assert store.read("mark") == b"ours"
 
 
-# ------------------------------------------------------------------------------------------------------- what does not
+# ------------------------------------------------------------------------------------ what does not
 
 
-def test_a_server_that_is_gone_for_good_ends_the_wait_in_time(store: Store, proxy: Proxy, uri: str) -> None:
+def test_a_server_that_is_gone_for_good_ends_the_wait_in_time(
+    store: Store, proxy: Proxy, uri: str
+) -> None:
     proxy.vanish()
     calls: list[Callable[[Store], object]] = [
         lambda store: store.read("key"), lambda store: store.write("key", b""), lambda store: list(store.list()),
@@ -145,21 +165,28 @@ def test_a_server_that_is_gone_for_good_ends_the_wait_in_time(store: Store, prox
     ]  # fmt: skip
     for call in calls:
         started = time.monotonic()
-        with pytest.raises(UnreachableError, match=rf"{uri}.* no success in \d+ tries within 0\.5 s"):
+        with pytest.raises(
+            UnreachableError, match=rf"{uri}.* no success in \d+ tries within 0\.5 s"
+        ):
             call(open_store(uri, timeout_s=1, retry_s=0.5))
         assert time.monotonic() - started < 0.5 + 2 * 1 + 1
 
 
-def test_a_server_that_always_stalls_ends_the_wait_in_time(store: Store, proxy: Proxy, uri: str) -> None:
+def test_a_server_that_always_stalls_ends_the_wait_in_time(
+    store: Store, proxy: Proxy, uri: str
+) -> None:
     proxy.fail("stall", times=1000)
     started = time.monotonic()
-    with pytest.raises(UnreachableError, match="key can not be read"):
+    with pytest.raises(UnreachableError, match="key cannot be read"):
         open_store(uri, timeout_s=0.3, retry_s=1).read("key")
-    # each try brings half of what was missing, which is progress, until too little is missing to be halved
+    # each try brings half of what was missing, which is progress, until too little is missing to be
+    # halved
     assert time.monotonic() - started < 15
 
 
-def test_a_server_that_is_always_busy_is_told_from_one_that_is_gone(store: Store, proxy: Proxy, uri: str) -> None:
+def test_a_server_that_is_always_busy_is_told_from_one_that_is_gone(
+    store: Store, proxy: Proxy, uri: str
+) -> None:
     proxy.fail("503", times=1000)
     with pytest.raises(UnreachableError, match="SlowDown"):
         open_store(uri, retry_s=0.5).read("key")
@@ -167,7 +194,7 @@ def test_a_server_that_is_always_busy_is_told_from_one_that_is_gone(store: Store
 
 def test_what_is_forbidden_is_not_tried_again_and_not_missing(store: Store, proxy: Proxy) -> None:
     proxy.fail("forbid", times=1)
-    with pytest.raises(ForbiddenError, match=r"/key can not be read: forbidden \(AccessDenied"):
+    with pytest.raises(ForbiddenError, match=r"/key cannot be read: forbidden \(AccessDenied"):
         store.read("key")
     assert proxy.count("key") == 1
 
@@ -178,7 +205,9 @@ def test_a_web_page_is_no_object(store: Store, proxy: Proxy) -> None:
         store.read("key")
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(store: Store, proxy: Proxy) -> None:
+def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(
+    store: Store, proxy: Proxy
+) -> None:
     proxy.fail("cut", times=1)
     pieces: list[bytes] = []
 
@@ -191,27 +220,31 @@ def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(store: Store,
         store._receive("key", take)  # type: ignore[attr-defined]
 
 
-def test_the_hash_of_a_download_is_that_of_what_arrived(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+def test_the_hash_of_a_download_is_that_of_what_arrived(
+    store: Store, proxy: Proxy, tmp_path: Path
+) -> None:
     proxy.fail("flip", times=1)
     found = store.download("key", tmp_path / "copy")
     assert found == hashlib.sha256((tmp_path / "copy").read_bytes()).hexdigest()
     assert found != SHA256
 
 
-# -------------------------------------------------------------------------------------------------------- large objects
+# ------------------------------------------------------------------------------------ large objects
 
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that goes up in three parts."""
-    monkeypatch.setattr(store_module, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)
     path = tmp_path / "large"
     path.write_bytes(os.urandom(11 * 2**20))
     return path
 
 
 def unfinished_uploads(server: tuple[str, str]) -> int:
-    """How many there are; none as soon as the listing says so within 20 s, for Ceph mends it a moment later."""
+    """How many there are; none as soon as the listing says so within 20 s, for Ceph mends it a
+    moment later.
+    """
     client = boto3.session.Session().client("s3", endpoint_url=server[0])
     deadline = time.monotonic() + 20
     try:
@@ -226,13 +259,22 @@ def unfinished_uploads(server: tuple[str, str]) -> int:
 
 @pytest.mark.parametrize("kind", ["503", "reset", "lose", "damage"])
 def test_the_parts_of_a_large_object_outlive_faults_that_pass(
-    store: Store, proxy: Proxy, large: Path, kind: Kind, tmp_path: Path, request: pytest.FixtureRequest
+    store: Store,
+    proxy: Proxy,
+    large: Path,
+    kind: Kind,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     skip_what_moto_lacks(kind, request)
     proxy.fail(kind, method="PUT", path="partNumber=2", times=1)
     sent = store.upload("large", large)
     assert proxy.count("partNumber=", "PUT") == 4
-    assert store.download("large", tmp_path / "copy") == sent == hashlib.sha256(large.read_bytes()).hexdigest()
+    assert (
+        store.download("large", tmp_path / "copy")
+        == sent
+        == hashlib.sha256(large.read_bytes()).hexdigest()
+    )
 
 
 def test_a_large_object_whose_last_answer_was_lost_is_there(
@@ -260,11 +302,13 @@ def test_an_upload_that_is_killed_leaves_what_was_there(
 ) -> None:
     (tmp_path / "file").write_bytes(bytes(num_bytes))
     code = (
-        "import sys; from pathlib import Path; from xrai import store; store._PART_BYTES = 5 * 2**20;"
-        "store.open_store(sys.argv[1]).upload('key', Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from xrai.store import open_store, s3;"
+        "s3._PART_BYTES = 5 * 2**20; open_store(sys.argv[1]).upload('key', Path(sys.argv[2]))"
     )
     proxy.fail("hold", method="PUT", path="key" if num_bytes == 1000 else "partNumber=2")
-    with subprocess.Popen([sys.executable, "-c", code, store.uri, str(tmp_path / "file")]) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, store.uri, str(tmp_path / "file")]
+    ) as writer:
         deadline = time.monotonic() + 20
         while not proxy.held:
             assert time.monotonic() < deadline, "waited 20 s for the upload to begin"

@@ -55,7 +55,9 @@ class Started:
         try:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.log.read_text()}") from None
+            raise AssertionError(
+                f"still running after {timeout_s} s:\n{self.log.read_text()}"
+            ) from None
         finally:
             self.kill_all()
         return self.log.read_text()
@@ -88,12 +90,16 @@ def weights(dataset: Path, run_id: str) -> dict[str, torch.Tensor]:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def last_step(dataset: Path, run_id: str) -> int:
     try:
-        return int(json.loads((folder_of(dataset, run_id) / "checkpoints/latest.json").read_text())["step"])
+        return int(
+            json.loads((folder_of(dataset, run_id) / "checkpoints/latest.json").read_text())["step"]
+        )
     except (OSError, ValueError):
         return 0
 
@@ -108,7 +114,11 @@ def wait_for_step(started: Started, dataset: Path, run_id: str, step: int) -> No
 
 def workers_of(started: Started) -> list[psutil.Process]:
     """The ranks that a torchrun agent started, by rank."""
-    children = [child for child in psutil.Process(started.process.pid).children() if "xrai.train" in child.cmdline()]
+    children = [
+        child
+        for child in psutil.Process(started.process.pid).children()
+        if "xrai.train" in child.cmdline()
+    ]
     return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
 
@@ -130,14 +140,18 @@ def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_f
     text = started.ended()
     assert started.process.returncode == 143, text
     assert time.monotonic() - asked < 15
-    said = re.search(r"xrai: stopped as asked after step (\d+) .*start again with the same --run_id", text)
+    said = re.search(
+        r"xrai: stopped as asked after step (\d+) .*start again with the same --run_id", text
+    )
     assert said and int(said[1]) == last_step(dataset, run_id) >= 7
     assert "Traceback" not in text
     finish(start(dataset, run_id))
     assert same(weights(dataset, run_id), whole)
 
 
-def test_a_process_killed_again_and_again_ends_with_the_same_weights(dataset: Path, whole: dict[str, torch.Tensor]):
+def test_a_process_killed_again_and_again_ends_with_the_same_weights(
+    dataset: Path, whole: dict[str, torch.Tensor]
+):
     generator = random.Random(0)
     step = 0
     for _ in range(4):
@@ -152,7 +166,9 @@ def test_a_process_killed_again_and_again_ends_with_the_same_weights(dataset: Pa
     undisturbed = (folder_of(dataset, "whole") / "history.csv").read_text().splitlines()
     assert len(history) == len(undisturbed) == 4
     for ours, theirs in zip(history[1:], undisturbed[1:], strict=True):
-        assert ours.split(",")[:9] == theirs.split(",")[:9]  # epoch, step, losses, accuracies, AUROC
+        assert (
+            ours.split(",")[:9] == theirs.split(",")[:9]
+        )  # epoch, step, losses, accuracies, AUROC
 
 
 @pytest.mark.parametrize("target", ["agent", "rank 0", "rank 1"])
@@ -190,7 +206,9 @@ def test_a_killed_agent_leaves_a_run_that_goes_on(dataset: Path):
     orphans = workers_of(started)
     started.process.kill()
     started.process.wait(20)
-    for orphan in orphans:  # torchrun's workers outlive it, as its own documentation says; a container would end them
+    for orphan in (
+        orphans
+    ):  # torchrun's workers outlive it, as its own documentation says; a container would end them
         orphan.kill()
     psutil.wait_procs(orphans, timeout=20)
     finish(start(dataset, "agent-killed", launcher=launcher))
@@ -220,10 +238,15 @@ def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over():
     assert processes[0].returncode == 1
     assert time.monotonic() - began < 50
     line = stderr.splitlines()[-1]
-    assert re.search(r"rank 0 of 2 waited for the other ranks .*rank 1 was last heard of \d+ s ago, after step 6", line)
+    assert re.search(
+        r"rank 0 of 2 waited for the other ranks .*rank 1 was last heard of \d+ s ago, after step 6",
+        line,
+    )
 
 
-def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and_cause(dataset: Path, tmp_path: Path):
+def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and_cause(
+    dataset: Path, tmp_path: Path
+):
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     shard = next(copy.glob("train-*.h5"))
@@ -245,7 +268,9 @@ def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and
     assert "rank 0 of 2 waited for the other ranks" in other
 
 
-def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_error_file(tmp_path: Path):
+def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_error_file(
+    tmp_path: Path,
+):
     processes = start_ranks(
         ["tests/distributed/discs_rank.py", "--train.global_batch_size=32", "--train.epochs=50", "--raise_rank=1"],
         world_size=2, environment={"TORCHELASTIC_ERROR_FILE": f"{tmp_path}/error-{{rank}}.json"},
@@ -288,7 +313,9 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
         assert process.stdout is not None
         for _ in range(generator.randint(1, 5)):
             done = int(process.stdout.readline())
-        time.sleep(generator.uniform(0, 0.02))  # a save takes about 10 ms: somewhere in the middle of the next one
+        time.sleep(
+            generator.uniform(0, 0.02)
+        )  # a save takes about 10 ms: somewhere in the middle of the next one
         process.kill()
         process.communicate(timeout=20)
         checkpoints = CheckpointFolder(

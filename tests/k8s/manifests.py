@@ -1,4 +1,5 @@
-"""The YAML of k8s/ as the tests see it: read, rendered by the real kustomize, and resolved as Kubernetes would.
+"""The YAML of k8s/ as the tests see it: read, rendered by the real kustomize, and resolved as
+Kubernetes would.
 
 The rehearsal (tests/e2e/test_rehearsal.py) starts containers from the same reading.
 """
@@ -36,7 +37,9 @@ def stand_alone() -> list[Document]:
 
 
 def render(overlay: str) -> list[Document]:
-    """What `kubectl apply -k k8s/overlays/NAME` would apply, as a copy; skips where there is no kustomize."""
+    """What `kubectl apply -k k8s/overlays/NAME` would apply, as a copy; skips where there is no
+    kustomize.
+    """
     return render_folder(K8S / "overlays" / overlay)
 
 
@@ -50,7 +53,9 @@ def _render(folder: Path) -> list[Document]:
     command = kustomize()
     if command is None:
         pytest.skip("neither kubectl nor kustomize is on the PATH")
-    done = subprocess.run([*command, folder], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*command, folder], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     return _parse(done.stdout)
 
@@ -91,7 +96,9 @@ class Workload:
 
 
 def workloads(documents: list[Document]) -> Iterator[Workload]:
-    """Everything that makes pods, wherever its template is: in a Job, a Deployment, a JobSet or a TrainingRuntime."""
+    """Everything that makes pods, wherever its template is: in a Job, a Deployment, a JobSet or
+    a TrainingRuntime.
+    """
     for document in documents:
         name, spec = f"{document['kind']}/{document['metadata']['name']}", document.get("spec", {})
         if document["kind"] == "Job":
@@ -101,18 +108,29 @@ def workloads(documents: list[Document]) -> Iterator[Workload]:
         elif document["kind"] in ("JobSet", "TrainingRuntime"):
             inner = spec if document["kind"] == "JobSet" else spec["template"]["spec"]
             for job in inner["replicatedJobs"]:
-                yield Workload(f"{name}/{job['name']}", job["template"]["spec"], job["template"]["spec"]["template"])
+                yield Workload(
+                    f"{name}/{job['name']}",
+                    job["template"]["spec"],
+                    job["template"]["spec"]["template"],
+                )
 
 
 def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:
     """The documents of a kind, by name."""
-    return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
+    return {
+        document["metadata"]["name"]: document for document in documents if document["kind"] == kind
+    }
 
 
 def environment_of(
-    container: Document, documents: list[Document], *, fields: Mapping[str, str], also: Mapping[str, str] | None = None
+    container: Document,
+    documents: list[Document],
+    *,
+    fields: Mapping[str, str],
+    also: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The variables of a container as Kubernetes sets them. `fields` are values of fieldRefs; `also` comes last.
+    """The variables of a container as Kubernetes sets them. `fields` are values of fieldRefs;
+    `also` comes last.
 
     A Secret that is not there and is optional gives nothing.
     """
@@ -139,7 +157,9 @@ def environment_of(
 
 def secret_of(document: Document) -> dict[str, str]:
     """What a Secret holds."""
-    encoded = {name: base64.b64decode(text).decode() for name, text in document.get("data", {}).items()}
+    encoded = {
+        name: base64.b64decode(text).decode() for name, text in document.get("data", {}).items()
+    }
     return {**encoded, **document.get("stringData", {})}
 
 

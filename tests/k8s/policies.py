@@ -1,4 +1,6 @@
-"""The rules that every manifest keeps. Each takes documents and returns what breaks it, a line each."""
+"""The rules that every manifest keeps. Each takes documents and returns what breaks it, a line
+each.
+"""
 
 import ipaddress
 import re
@@ -24,7 +26,9 @@ METADATA_SERVERS = ("169.254.169.254", "fd00:ec2::254")  # of clouds: they hand 
 
 
 def locked_down(documents: list[Document]) -> list[str]:
-    """Not root, by number; nothing writable but mounts; no capability, no privilege, nothing of the machine."""
+    """Not root, by number; nothing writable but mounts; no capability, no privilege, nothing of
+    the machine.
+    """
     broken = []
     for workload in workloads(documents):
         pod, security = workload.pod, workload.pod.get("securityContext", {})
@@ -32,9 +36,15 @@ def locked_down(documents: list[Document]) -> list[str]:
             broken.append(f"{workload.name} may run as root")
         if security.get("seccompProfile") != {"type": "RuntimeDefault"}:
             broken.append(f"{workload.name} has no seccomp profile")
-        broken += [f"{workload.name} has {key}" for key in ("hostNetwork", "hostPID", "hostIPC") if pod.get(key)]
         broken += [
-            f"{workload.name} mounts the machine's {v['name']}" for v in pod.get("volumes", []) if "hostPath" in v
+            f"{workload.name} has {key}"
+            for key in ("hostNetwork", "hostPID", "hostIPC")
+            if pod.get(key)
+        ]
+        broken += [
+            f"{workload.name} mounts the machine's {v['name']}"
+            for v in pod.get("volumes", [])
+            if "hostPath" in v
         ]
         for container in workload.containers:
             own = dict(container.get("securityContext", {}))
@@ -68,7 +78,9 @@ def no_secrets(documents: list[Document]) -> list[str]:
     broken = []
     for name, config in of_kind(documents, "ConfigMap").items():
         broken += [
-            f"ConfigMap/{name} holds {key}" for key in config["data"] if re.search("SECRET|ACCESS_KEY|TOKEN", key)
+            f"ConfigMap/{name} holds {key}"
+            for key in config["data"]
+            if re.search("SECRET|ACCESS_KEY|TOKEN", key)
         ]
     for workload in workloads(documents):
         broken += [
@@ -78,13 +90,17 @@ def no_secrets(documents: list[Document]) -> list[str]:
             if "value" in variable and re.search("SECRET|ACCESS_KEY|TOKEN", variable["name"])
         ]
     for name, secret in of_kind(documents, "Secret").items():
-        keys = [key for key, text in secret_of(secret).items() if not text.startswith("development")]
+        keys = [
+            key for key, text in secret_of(secret).items() if not text.startswith("development")
+        ]
         broken += [f"Secret/{name} holds {key}" for key in keys]
     return broken
 
 
 def bounded_resources(documents: list[Document]) -> list[str]:
-    """Memory and GPUs: request = limit, so that no pod lives on what another one was promised. Volumes have a size."""
+    """Memory and GPUs: request = limit, so that no pod lives on what another one was promised.
+    Volumes have a size.
+    """
     broken = []
     for workload in workloads(documents):
         for container in workload.containers:
@@ -106,16 +122,22 @@ def bounded_resources(documents: list[Document]) -> list[str]:
 
 def pinned_images(documents: list[Document]) -> list[str]:
     """Each image has a version, and all of xrai's have the same."""
-    images = {container["image"] for workload in workloads(documents) for container in workload.containers}
+    images = {
+        container["image"] for workload in workloads(documents) for container in workload.containers
+    }
     broken = [
-        f"{image} has no version" for image in images if not re.search(r":(?!latest$)[\w.-]+$|@sha256:\w{64}$", image)
+        f"{image} has no version"
+        for image in images
+        if not re.search(r":(?!latest$)[\w.-]+$|@sha256:\w{64}$", image)
     ]
     own = sorted(image for image in images if "seaweedfs" not in image)
     return [*broken, *([f"several images of xrai: {', '.join(own)}"] if len(own) > 1 else [])]
 
 
 def failures_explained(documents: list[Document]) -> list[str]:
-    """`kubectl describe pod` shows the end of the log, where torchrun repeats the failing rank's error file."""
+    """`kubectl describe pod` shows the end of the log, where torchrun repeats the failing rank's
+    error file.
+    """
     broken = []
     for workload in workloads(documents):
         for container in workload.containers:
@@ -123,7 +145,10 @@ def failures_explained(documents: list[Document]) -> list[str]:
                 broken.append(f"{workload.name}/{container['name']} does not say why it failed")
             message = container.get("terminationMessagePath", "/dev/termination-log")
             for variable in container.get("env", []):
-                if variable["name"] == "TORCHELASTIC_ERROR_FILE" and variable.get("value") == message:
+                if (
+                    variable["name"] == "TORCHELASTIC_ERROR_FILE"
+                    and variable.get("value") == message
+                ):
                     broken.append(
                         f"{workload.name}/{container['name']}: torch removes {message} first, which is a mount"
                     )
@@ -131,14 +156,18 @@ def failures_explained(documents: list[Document]) -> list[str]:
 
 
 def mounts_fit(documents: list[Document]) -> list[str]:
-    """Everything mounted exists; what is writable is an emptyDir; training has a cache and a large /dev/shm."""
+    """Everything mounted exists; what is writable is an emptyDir; training has a cache and a
+    large /dev/shm.
+    """
     broken = []
     configs = of_kind(documents, "ConfigMap")
     for workload in workloads(documents):
         volumes = {volume["name"]: volume for volume in workload.pod.get("volumes", [])}
         for volume in volumes.values():
             if "configMap" in volume and volume["configMap"]["name"] not in configs:
-                broken.append(f"{workload.name} mounts {volume['configMap']['name']}, which is not there")
+                broken.append(
+                    f"{workload.name} mounts {volume['configMap']['name']}, which is not there"
+                )
         for container in workload.containers:
             where = f"{workload.name}/{container['name']}"
             mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
@@ -172,12 +201,17 @@ def cache_fits_its_volume(documents: list[Document]) -> list[str]:
 
 
 def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
-    """A lost pod is replaced, one at a time; a user's mistake is not tried again; an ended Job goes away some time."""
+    """A lost pod is replaced, one at a time; a user's mistake is not tried again; an ended Job
+    goes away some time.
+    """
     broken = []
     for workload in _trainings_and_preprocessings(documents):
         job = workload.job
         assert job is not None
-        disruption = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+        disruption = {
+            "action": "Ignore",
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        }
         mistake = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
         rules = job.get("podFailurePolicy", {}).get("rules", [])
         if _by_trainer(workload):  # a JobSet restarts all pods together
@@ -197,7 +231,9 @@ def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
         if job.get("completionMode") != "Indexed" or workload.pod.get("restartPolicy") != "Never":
             broken.append(f"{workload.name} is no Indexed Job of pods that are replaced")
         restarts = [
-            int(a.split("=")[1]) for a in workload.pod["containers"][0]["args"] if a.startswith("--max_restarts=")
+            int(a.split("=")[1])
+            for a in workload.pod["containers"][0]["args"]
+            if a.startswith("--max_restarts=")
         ]
         if job.get("backoffLimit", 0) < job["completions"] * max([1, *restarts]):
             broken.append(f"{workload.name} gives up after {job.get('backoffLimit')} pods")
@@ -205,7 +241,9 @@ def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
 
 
 def nodes_meet(documents: list[Document]) -> list[str]:
-    """All pods of a training wait for each other at pod 0, by the full name that it knows itself by."""
+    """All pods of a training wait for each other at pod 0, by the full name that it knows itself
+    by.
+    """
     broken = []
     services = of_kind(documents, "Service")
     for workload in workloads(documents):
@@ -214,9 +252,15 @@ def nodes_meet(documents: list[Document]) -> list[str]:
         container, pod, job = workload.pod["containers"][0], workload.pod, workload.job
         assert job is not None
         own = environment_of(container, documents, fields=fields_of("JOB", 0, "NAMESPACE"))
-        args = dict(arg.split("=", 1) for arg in (expand(arg, own) for arg in container["args"]) if "=" in arg)
+        args = dict(
+            arg.split("=", 1)
+            for arg in (expand(arg, own) for arg in container["args"])
+            if "=" in arg
+        )
         if not job["completions"] == job["parallelism"] == int(args.get("--nnodes", "0")):
-            broken.append(f"{workload.name} has {job['parallelism']} pods of {job['completions']}, args say {args}")
+            broken.append(
+                f"{workload.name} has {job['parallelism']} pods of {job['completions']}, args say {args}"
+            )
         service = services.get(pod.get("subdomain", ""))
         if service is None:
             broken.append(f"{workload.name}'s pods have no names")
@@ -230,12 +274,14 @@ def nodes_meet(documents: list[Document]) -> list[str]:
         if args.get("--rdzv_backend") != "c10d" or args.get("--rdzv_endpoint") != endpoint:
             broken.append(f"{workload.name} meets at {args.get('--rdzv_endpoint')}, not {endpoint}")
         if own.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-            broken.append(f"{workload.name}: a pod that replaces another one can not rejoin")
+            broken.append(f"{workload.name}: a pod that replaces another one cannot rejoin")
     return broken
 
 
 def time_to_save(documents: list[Document]) -> list[str]:
-    """Kubernetes waits longer for torchrun than torchrun for its ranks, and torchrun longer than by default."""
+    """Kubernetes waits longer for torchrun than torchrun for its ranks, and torchrun longer than
+    by default.
+    """
     broken = []
     for workload in workloads(documents):
         if workload.component == "train":
@@ -248,15 +294,21 @@ def time_to_save(documents: list[Document]) -> list[str]:
 
 
 def checked_before(documents: list[Document]) -> list[str]:
-    """Before a rank begins the data set is there, and config, data, device and rights were checked in one process."""
+    """Before a rank begins the data set is there, and config, data, device and rights were
+    checked in one process.
+    """
     broken = []
     for workload in workloads(documents):
         if workload.component != "train":
             continue
-        first, *others = [container["args"] for container in workload.pod.get("initContainers", [])] or [[]]
+        first, *others = [
+            container["args"] for container in workload.pod.get("initContainers", [])
+        ] or [[]]
         if first != ["wait"]:
             broken.append(f"{workload.name} does not wait for the data set")
-        config = [arg for arg in workload.pod["containers"][0]["args"] if arg.startswith("--config=")]
+        config = [
+            arg for arg in workload.pod["containers"][0]["args"] if arg.startswith("--config=")
+        ]
         if others != [["train", "--check", *config]]:
             broken.append(f"{workload.name} does not check what it will do")
         devices = {
@@ -270,17 +322,27 @@ def checked_before(documents: list[Document]) -> list[str]:
 
 
 def cores_suffice(documents: list[Document]) -> list[str]:
-    """As many threads as CPUs were asked for; a process sees all cores of its machine. As many GPUs as processes."""
+    """As many threads as CPUs were asked for; a process sees all cores of its machine. As many
+    GPUs as processes.
+    """
     broken = []
     for workload in _trainings_and_preprocessings(documents):
         container = workload.pod["containers"][0]
         own = environment_of(container, documents, fields=fields_of("JOB", 0, "NAMESPACE"))
-        args = dict(arg.split("=", 1) for arg in (expand(arg, own) for arg in container["args"]) if "=" in arg)
+        args = dict(
+            arg.split("=", 1)
+            for arg in (expand(arg, own) for arg in container["args"])
+            if "=" in arg
+        )
         cpus, gpus = (
             float(container["resources"]["requests"]["cpu"]),
             container["resources"]["limits"].get("nvidia.com/gpu"),
         )
-        processes = int(own["NUM_PROCESSES"]) if workload.component == "train" else int(args.get("--workers", "0"))
+        processes = (
+            int(own["NUM_PROCESSES"])
+            if workload.component == "train"
+            else int(args.get("--workers", "0"))
+        )
         threads = int(args.get("--train.threads", "0")) if workload.component == "train" else 1
         if not 0 < processes * threads <= cpus:
             broken.append(f"{workload.name} runs {processes} x {threads} threads on {cpus:g} CPUs")
@@ -300,8 +362,12 @@ def partitions_add_up(documents: list[Document]) -> list[str]:
             made = []
             for index in range(number):
                 injected = {"JOB_COMPLETION_INDEX": str(index)}
-                own = environment_of(container, documents, fields=fields_of("JOB", index, "NAMESPACE"), also=injected)
-                made += [expand(arg, own) for arg in container["args"] if arg.startswith("--partition")]
+                own = environment_of(
+                    container, documents, fields=fields_of("JOB", index, "NAMESPACE"), also=injected
+                )
+                made += [
+                    expand(arg, own) for arg in container["args"] if arg.startswith("--partition")
+                ]
             if made != [f"--partition={index}/{number}" for index in range(number)]:
                 broken.append(f"{workload.name} makes {made}")
     return broken
@@ -313,19 +379,32 @@ def variables_known(documents: list[Document]) -> list[str]:
     for workload in workloads(documents):
         injected = {"JOB_COMPLETION_INDEX": "0"} if workload.job is not None else {}
         for container in workload.containers:
-            own = environment_of(container, documents, fields=fields_of("JOB", 0, "NAMESPACE"), also=injected)
-            texts = [expand(text, own) for text in [*container.get("args", []), *container.get("command", [])]]
-            broken += [f"{workload.name}/{container['name']}: {text}" for text in texts if "$(" in text]
+            own = environment_of(
+                container, documents, fields=fields_of("JOB", 0, "NAMESPACE"), also=injected
+            )
+            texts = [
+                expand(text, own)
+                for text in [*container.get("args", []), *container.get("command", [])]
+            ]
+            broken += [
+                f"{workload.name}/{container['name']}: {text}" for text in texts if "$(" in text
+            ]
     return broken
 
 
 def network_denied(documents: list[Document]) -> list[str]:
-    """No pod can be reached but from its own training; out go names, HTTPS and the S3 of the cluster."""
+    """No pod can be reached but from its own training; out go names, HTTPS and the S3 of the
+    cluster.
+    """
     broken = []
     policies = of_kind(documents, "NetworkPolicy")
     for workload in workloads(documents):
         labels = workload.template["metadata"]["labels"]
-        own = [policy for policy in policies.values() if _selects(policy["spec"]["podSelector"], labels)]
+        own = [
+            policy
+            for policy in policies.values()
+            if _selects(policy["spec"]["podSelector"], labels)
+        ]
         kinds = {kind for policy in own for kind in policy["spec"]["policyTypes"]}
         if kinds != {"Ingress", "Egress"}:
             broken.append(f"{workload.name} is open to {sorted({'Ingress', 'Egress'} - kinds)}")
@@ -339,7 +418,11 @@ def network_denied(documents: list[Document]) -> list[str]:
                         broken.append(f"{workload.name} may connect to anywhere")
                     continue
                 for block in (peer["ipBlock"] for peer in peers if "ipBlock" in peer):
-                    broken += [f"{workload.name} may ask {a}" for a in METADATA_SERVERS if _within(a, block)]
+                    broken += [
+                        f"{workload.name} may ask {a}"
+                        for a in METADATA_SERVERS
+                        if _within(a, block)
+                    ]
                     wide = ipaddress.ip_network(block["cidr"]).num_addresses > 1
                     if wide and {port["port"] for port in rule.get("ports", [])} != {443}:
                         broken.append(f"{workload.name} may connect to any port")
@@ -350,7 +433,8 @@ def network_denied(documents: list[Document]) -> list[str]:
                 for key, way in (("ingress", "from"), ("egress", "to"))
                 for rule in policy["spec"].get(key, [])
                 if any(
-                    _selects(peer.get("podSelector", {"matchLabels": {"": ""}}), labels) for peer in rule.get(way, [])
+                    _selects(peer.get("podSelector", {"matchLabels": {"": ""}}), labels)
+                    for peer in rule.get(way, [])
                 )
             ]
             if len([rule for rule in inside if "ports" not in rule]) < 2:
@@ -366,7 +450,11 @@ RULES: tuple[Rule, ...] = (
 
 
 def _trainings_and_preprocessings(documents: list[Document]) -> list[Workload]:
-    return [workload for workload in workloads(documents) if workload.component in ("train", "preprocess")]
+    return [
+        workload
+        for workload in workloads(documents)
+        if workload.component in ("train", "preprocess")
+    ]
 
 
 def _by_trainer(workload: Workload) -> bool:
@@ -379,9 +467,17 @@ def _selects(selector: Document, labels: dict[str, str]) -> bool:
 
 def _within(address: str, block: Document) -> bool:
     host = ipaddress.ip_address(address)
-    inside = [network for network in map(ipaddress.ip_network, [block["cidr"]]) if network.version == host.version]
-    spared = [n for n in map(ipaddress.ip_network, block.get("except", [])) if n.version == host.version]
-    return any(host in network for network in inside) and not any(host in network for network in spared)
+    inside = [
+        network
+        for network in map(ipaddress.ip_network, [block["cidr"]])
+        if network.version == host.version
+    ]
+    spared = [
+        n for n in map(ipaddress.ip_network, block.get("except", [])) if n.version == host.version
+    ]
+    return any(host in network for network in inside) and not any(
+        host in network for network in spared
+    )
 
 
 def _bytes(quantity: str) -> int:

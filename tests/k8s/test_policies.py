@@ -136,9 +136,13 @@ def test_every_rule_was_broken_once():
 
 
 def change(documents: list[Document], document: str, place: str, value: Any) -> None:
-    """Put a value at a place: keys and, in lists, names or numbers, with spaces between. `GONE` removes."""
+    """Put a value at a place: keys and, in lists, names or numbers, with spaces between. `GONE`
+    removes.
+    """
     kind, name = document.split()
-    at: Any = json.loads(json.dumps(of_kind(documents, kind)[name]))  # YAML's anchors are shared objects
+    at: Any = json.loads(
+        json.dumps(of_kind(documents, kind)[name])
+    )  # YAML's anchors are shared objects
     documents[documents.index(of_kind(documents, kind)[name])] = at
     *path, last = place.split()
     for key in path:
@@ -159,7 +163,15 @@ def test_train_job_stands_alone():
     """Whatever it names, other than the optional keys, is in the same file."""
     documents = read_documents(K8S / "train-job.yaml")
     assert {rule.__name__: broken for rule in RULES if (broken := rule(documents))} == {}
-    kinds = ["ConfigMap", "ConfigMap", "ServiceAccount", "Service", "NetworkPolicy", "NetworkPolicy", "Job"]
+    kinds = [
+        "ConfigMap",
+        "ConfigMap",
+        "ServiceAccount",
+        "Service",
+        "NetworkPolicy",
+        "NetworkPolicy",
+        "Job",
+    ]
     assert [document["kind"] for document in documents] == kinds
 
 
@@ -199,9 +211,13 @@ def test_the_page_names_every_overlay_and_every_container():
 
 def test_the_cpu_overlay_asks_for_no_gpu_and_the_gpu_overlay_for_as_many_as_processes():
     assert "nvidia.com/gpu" not in json.dumps(render("cpu"))
-    container = of_kind(render("gpu"), "Job")["xrai-train"]["spec"]["template"]["spec"]["containers"][0]
+    container = of_kind(render("gpu"), "Job")["xrai-train"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
     assert (
-        container["resources"]["requests"]["nvidia.com/gpu"] == container["resources"]["limits"]["nvidia.com/gpu"] == 4
+        container["resources"]["requests"]["nvidia.com/gpu"]
+        == container["resources"]["limits"]["nvidia.com/gpu"]
+        == 4
     )
 
 
@@ -209,9 +225,14 @@ def test_production_has_identities_and_no_key():
     documents = render("production")
     assert of_kind(documents, "Secret") == {}
     for workload in workloads(documents):
-        assert not any("secretRef" in source for c in workload.containers for source in c["envFrom"]), workload.name
+        assert not any(
+            "secretRef" in source for c in workload.containers for source in c["envFrom"]
+        ), workload.name
     accounts = of_kind(documents, "ServiceAccount")
-    roles = {account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"] for account in accounts.values()}
+    roles = {
+        account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+        for account in accounts.values()
+    }
     assert len(roles) == len(accounts) == 3
 
 
@@ -219,12 +240,17 @@ def test_the_development_s3_has_the_buckets_and_keys_that_the_jobs_use():
     documents = render("s3-dev")
     settings = of_kind(documents, "ConfigMap")["xrai"]["data"]
     s3 = of_kind(documents, "Deployment")["xrai-s3"]["spec"]["template"]["spec"]["containers"][0]
-    buckets = {variable["name"]: variable["value"] for variable in s3["env"]}["S3_BUCKET"].split(",")
+    buckets = {variable["name"]: variable["value"] for variable in s3["env"]}["S3_BUCKET"].split(
+        ","
+    )
     for name in ("XRAI_DATASET", "XRAI_ARTIFACTS"):
         assert settings[name].removeprefix("s3://").split("/")[0] in buckets
     assert settings["AWS_ENDPOINT_URL_S3"] == "http://xrai-s3:8333"
     assert of_kind(documents, "Service")["xrai-s3"]["spec"]["ports"][0]["port"] == 8333
-    assert set(of_kind(documents, "Secret")["xrai-s3"]["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    assert set(of_kind(documents, "Secret")["xrai-s3"]["data"]) == {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+    }
 
 
 def test_the_jobset_trains_after_preprocessing_and_is_all_there_is():
@@ -243,12 +269,20 @@ def test_the_jobset_trains_after_preprocessing_and_is_all_there_is():
 def test_the_trainjob_leaves_to_trainer_what_trainer_tells_torchrun():
     documents = render("trainjob")
     assert list(of_kind(documents, "Job")) == ["xrai-preprocess"]
-    assert of_kind(documents, "TrainJob")["xrai"]["spec"]["trainer"] == {"numNodes": 2, "numProcPerNode": 4}
+    assert of_kind(documents, "TrainJob")["xrai"]["spec"]["trainer"] == {
+        "numNodes": 2,
+        "numProcPerNode": 4,
+    }
     (workload,) = (workload for workload in workloads(documents) if workload.component == "train")
     (container,) = workload.pod["containers"]
     assert container["name"] == "node" and "subdomain" not in workload.pod
-    assert not any(arg.startswith(("--nnodes", "--nproc", "--rdzv", "--master", "--node")) for arg in container["args"])
-    assert not any(variable["name"].startswith("PET_") for variable in container["env"])  # Trainer refuses those
+    assert not any(
+        arg.startswith(("--nnodes", "--nproc", "--rdzv", "--master", "--node"))
+        for arg in container["args"]
+    )
+    assert not any(
+        variable["name"].startswith("PET_") for variable in container["env"]
+    )  # Trainer refuses those
 
 
 def test_kueue_lets_both_jobs_in_together():
@@ -258,11 +292,16 @@ def test_kueue_lets_both_jobs_in_together():
     for job in jobs.values():
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
         assert job["spec"]["suspend"] is True
-    (group,) = of_kind(documents, "ClusterQueue")[queue["spec"]["clusterQueue"]]["spec"]["resourceGroups"]
+    (group,) = of_kind(documents, "ClusterQueue")[queue["spec"]["clusterQueue"]]["spec"][
+        "resourceGroups"
+    ]
     (flavor,) = group["flavors"]
     assert flavor["name"] in of_kind(documents, "ResourceFlavor")
     for quota in flavor["resources"]:
-        asked = sum(job["spec"]["parallelism"] * _number(requests(job).get(quota["name"], 0)) for job in jobs.values())
+        asked = sum(
+            job["spec"]["parallelism"] * _number(requests(job).get(quota["name"], 0))
+            for job in jobs.values()
+        )
         assert _number(quota["nominalQuota"]) == asked, quota["name"]
 
 

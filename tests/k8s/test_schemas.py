@@ -1,4 +1,6 @@
-"""Every manifest against the published schemas: those of Kubernetes, and of the custom resources in overlays."""
+"""Every manifest against the published schemas: those of Kubernetes, and of the custom resources
+in overlays.
+"""
 
 import functools
 import json
@@ -21,7 +23,10 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 OLDEST = "1.29"  # the first in which podFailurePolicy and podReplacementPolicy are on by default
-VERSIONS = sorted({v for v in kubernetes_validate.utils.all_versions() if _number(v) >= _number(OLDEST)}, key=_number)
+VERSIONS = sorted(
+    {v for v in kubernetes_validate.utils.all_versions() if _number(v) >= _number(OLDEST)},
+    key=_number,
+)
 CUSTOM = {
     "jobset": {"JobSet"},
     "kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"},
@@ -61,15 +66,21 @@ def test_the_files_that_stand_alone_fit_the_schemas(version: str):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_document_of_every_overlay_fits_the_schemas(version: str):
-    rendered = [document for overlay in OVERLAYS for document in render(overlay) if not is_custom(document)]
+    rendered = [
+        document for overlay in OVERLAYS for document in render(overlay) if not is_custom(document)
+    ]
     different = {json.dumps(document, sort_keys=True): document for document in rendered}
     assert len(different) > 20
-    assert [problem for document in different.values() if (problem := problems(document, version))] == []
+    assert [
+        problem for document in different.values() if (problem := problems(document, version))
+    ] == []
 
 
 @pytest.mark.parametrize("key", ["completion", "podFailurePolicies"])
 def test_a_key_that_kubernetes_does_not_know_is_found(key: str):
-    (job,) = (d for d in stand_alone() if d["metadata"]["name"] == "xrai-train" and d["kind"] == "Job")
+    (job,) = (
+        d for d in stand_alone() if d["metadata"]["name"] == "xrai-train" and d["kind"] == "Job"
+    )
     job["spec"][key] = 2
     assert all(problems(job, version) for version in VERSIONS)
 
@@ -78,13 +89,19 @@ def test_a_key_that_kubernetes_does_not_know_is_found(key: str):
 def custom_schemas() -> dict[tuple[str, str], dict[str, Any]]:
     """(apiVersion, kind) -> JSON schema, of the custom resource definitions beside the checkout."""
     folder = Path(os.environ.get("XRAI_TEST_SCHEMAS") or REPOSITORY.parent / "shared" / "schemas")
-    definitions = [yaml.load(path.read_text(), Loader=yaml.CSafeLoader) for path in sorted(folder.glob("*.yaml"))]
+    definitions = [
+        yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+        for path in sorted(folder.glob("*.yaml"))
+    ]
     if not definitions:
-        pytest.skip(f"no custom resource definitions in {folder}; XRAI_TEST_SCHEMAS names a folder of them")
-    return {
-        (f"{definition['spec']['group']}/{version['name']}", definition["spec"]["names"]["kind"]): strict(
-            version["schema"]["openAPIV3Schema"]
+        pytest.skip(
+            f"no custom resource definitions in {folder}; XRAI_TEST_SCHEMAS names a folder of them"
         )
+    return {
+        (
+            f"{definition['spec']['group']}/{version['name']}",
+            definition["spec"]["names"]["kind"],
+        ): strict(version["schema"]["openAPIV3Schema"])
         for definition in definitions
         for version in definition["spec"]["versions"]
         if version["served"]
@@ -92,7 +109,9 @@ def custom_schemas() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def strict(schema: Any) -> Any:
-    """The schema, in which an object has no other keys than those named; and OpenAPI's ways said in JSON schema's."""
+    """The schema, in which an object has no other keys than those named; and OpenAPI's ways said
+    in JSON schema's.
+    """
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
@@ -101,7 +120,11 @@ def strict(schema: Any) -> Any:
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not is_open:
+    if (
+        isinstance(schema.get("properties"), dict)
+        and schema.get("type") == "object"
+        and not is_open
+    ):
         schema["additionalProperties"] = False
     return schema
 
@@ -110,7 +133,10 @@ def custom_problems(document: Document) -> list[str]:
     schema = dict(custom_schemas()[document["apiVersion"], document["kind"]])
     schema["properties"] = {**schema["properties"], "metadata": {"type": "object"}}
     validator = jsonschema.Draft202012Validator(schema)
-    return [f"{document['kind']}: {list(error.path)}: {error.message}" for error in validator.iter_errors(document)]
+    return [
+        f"{document['kind']}: {list(error.path)}: {error.message}"
+        for error in validator.iter_errors(document)
+    ]
 
 
 @pytest.mark.parametrize("overlay", CUSTOM)
@@ -122,7 +148,11 @@ def test_custom_resources_fit_their_definitions(overlay: str):
 
 @pytest.mark.parametrize(
     ("overlay", "kind", "key"),
-    [("jobset", "JobSet", "replicatedJob"), ("kueue", "LocalQueue", "queue"), ("trainjob", "TrainJob", "numNodes")],
+    [
+        ("jobset", "JobSet", "replicatedJob"),
+        ("kueue", "LocalQueue", "queue"),
+        ("trainjob", "TrainJob", "numNodes"),
+    ],
 )
 def test_a_key_that_a_definition_does_not_know_is_found(overlay: str, kind: str, key: str):
     (document,) = (document for document in render(overlay) if document["kind"] == kind)

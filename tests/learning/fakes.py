@@ -1,4 +1,6 @@
-"""Training in memory for tests of the learning room: discs on noise, batched by the real loader's rules."""
+"""Training in memory for tests of the learning room: discs on noise, batched by the real
+loader's rules.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,8 +55,12 @@ class FakeLoader:
         return {"fetch": 0.0, "verify": 0.0, "assemble": 0.0}
 
 
-def make_discs(num_images: int, *, size: int = 32, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """(N, size, size) uint8 pictures of noise, every other one with a bright disc, and labels (N,)."""
+def make_discs(
+    num_images: int, *, size: int = 32, seed: int = 0
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """(N, size, size) uint8 pictures of noise, every other one with a bright disc, and labels
+    (N,).
+    """
     generator = np.random.default_rng(seed)
     images = generator.normal(90, 25, size=(num_images, size, size))
     labels = (np.arange(num_images) % 3 > 0).astype(np.uint8)
@@ -82,13 +88,19 @@ def train_discs(
 ) -> Outcome:  # fmt: skip
     """Train on discs in memory, going on from the newest checkpoint in `folder`.
 
-    `stop_after` asks the process to stop after so many steps of its own; `damage` may change the training images.
+    `stop_after` asks the process to stop after so many steps of its own; `damage` may change the
+    training images.
     """
     images, labels = make_discs(num_images)
     val_images, val_labels = make_discs(num_val, seed=1)
     share = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(
-        images, labels, batch_size=config.train.global_batch_size, shuffle=True, seed=config.train.seed, **share
+        images,
+        labels,
+        batch_size=config.train.global_batch_size,
+        shuffle=True,
+        seed=config.train.seed,
+        **share,
     )
     if damage is not None:
         damage(train)
@@ -135,6 +147,12 @@ def train_discs(
     finally:
         optim.image_losses = original
     parts = config.train.accumulation_steps
-    per_step = torch.stack(sums).reshape(-1, parts).sum(dim=1) if sums else torch.empty(0, dtype=torch.float64)
-    weights = {name: tensor.double().flatten().tolist() for name, tensor in network.state_dict().items()}
+    per_step = (
+        torch.stack(sums).reshape(-1, parts).sum(dim=1)
+        if sums
+        else torch.empty(0, dtype=torch.float64)
+    )
+    weights = {
+        name: tensor.double().flatten().tolist() for name, tensor in network.state_dict().items()
+    }
     return Outcome(ranks.sum(per_step).tolist(), weights, results, stopped)

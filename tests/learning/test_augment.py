@@ -20,14 +20,20 @@ def still(**changes: float) -> Augment:
 def pictures(count: int, size: int = 24) -> torch.Tensor:
     y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing="ij")
     return torch.stack(
-        [0.2 + 0.6 * torch.exp(-8 * ((x - 0.4) ** 2 + (y - 0.01 * k - 0.5) ** 2)) for k in range(count)]
+        [
+            0.2 + 0.6 * torch.exp(-8 * ((x - 0.4) ** 2 + (y - 0.01 * k - 0.5) ** 2))
+            for k in range(count)
+        ]
     )[:, None]
 
 
 def test_splitmix64_gives_the_published_first_outputs_of_seed_0():
     golden = -(0x10000000000000000 - 0x9E3779B97F4A7C15)
     states = torch.tensor([0, golden])
-    assert [int(word) % 2**64 for word in _splitmix64(states)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    assert [int(word) % 2**64 for word in _splitmix64(states)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+    ]
 
 
 def test_uniform_numbers_have_the_mean_deviation_and_independence_of_uniform_numbers():
@@ -36,12 +42,16 @@ def test_uniform_numbers_have_the_mean_deviation_and_independence_of_uniform_num
     assert abs(float(draws.mean())) < 0.02
     assert float(draws.std()) == pytest.approx(1 / math.sqrt(3), abs=0.01)
     correlations = torch.corrcoef(draws.T) - torch.eye(64)
-    assert float(correlations.abs().max()) < 0.25  # 1 / sqrt(500) is 0.045, and there are 2,016 pairs
+    assert (
+        float(correlations.abs().max()) < 0.25
+    )  # 1 / sqrt(500) is 0.045, and there are 2,016 pairs
 
 
 @settings(max_examples=20, deadline=None)
 @given(order=st.permutations(range(6)), epoch=st.integers(0, 50), seed=st.integers(0, 2**31 - 1))
-def test_an_image_is_changed_alike_whatever_batch_it_stands_in(order: list[int], epoch: int, seed: int):
+def test_an_image_is_changed_alike_whatever_batch_it_stands_in(
+    order: list[int], epoch: int, seed: int
+):
     images, rows = pictures(6), torch.arange(100, 106)
     together = augment(images, rows, seed=seed, epoch=epoch, strength=Augment())
     shuffled = augment(images[order], rows[order], seed=seed, epoch=epoch, strength=Augment())
@@ -54,18 +64,26 @@ def test_seed_epoch_and_image_each_change_the_draw():
     images, rows = pictures(1).expand(2, -1, -1, -1), torch.tensor([7, 8])
     first = augment(images, rows, seed=0, epoch=0, strength=Augment())
     assert not torch.allclose(first[0], first[1], atol=1e-3)
-    assert not torch.allclose(first, augment(images, rows, seed=0, epoch=1, strength=Augment()), atol=1e-3)
-    assert not torch.allclose(first, augment(images, rows, seed=1, epoch=0, strength=Augment()), atol=1e-3)
+    assert not torch.allclose(
+        first, augment(images, rows, seed=0, epoch=1, strength=Augment()), atol=1e-3
+    )
+    assert not torch.allclose(
+        first, augment(images, rows, seed=1, epoch=0, strength=Augment()), atol=1e-3
+    )
 
 
 def test_no_strength_leaves_pictures_as_they_are():
     images = pictures(5)
-    assert torch.allclose(augment(images, torch.arange(5), seed=0, epoch=0, strength=STILL), images, atol=1e-5)
+    assert torch.allclose(
+        augment(images, torch.arange(5), seed=0, epoch=0, strength=STILL), images, atol=1e-5
+    )
 
 
 def test_results_stay_grey_values_and_keep_the_dtype():
     images = pictures(8).double()
-    changed = augment(images, torch.arange(8), seed=0, epoch=0, strength=Augment(noise=0.5, contrast=0.9))
+    changed = augment(
+        images, torch.arange(8), seed=0, epoch=0, strength=Augment(noise=0.5, contrast=0.9)
+    )
     assert changed.dtype == torch.float64 and changed.shape == images.shape
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
 
@@ -90,7 +108,9 @@ def test_shift_moves_by_at_most_its_share_of_the_side():
 def test_no_black_border_comes_in_where_a_picture_is_moved():
     image = torch.full((40, 1, 32, 32), 0.6)
     strength = still(rotation_deg=20, scale=0.3, shift=0.2, aspect=0.4, shear=0.2)
-    assert torch.allclose(augment(image, torch.arange(40), seed=1, epoch=0, strength=strength), image, atol=1e-5)
+    assert torch.allclose(
+        augment(image, torch.arange(40), seed=1, epoch=0, strength=strength), image, atol=1e-5
+    )
 
 
 def test_rotation_by_up_to_180_degrees_keeps_a_round_picture():

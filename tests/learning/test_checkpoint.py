@@ -29,7 +29,9 @@ class Recorder:
 def open_folder(path: Path, recorder: Recorder | None = None, **keep: int) -> CheckpointFolder:
     recorder = recorder or Recorder()
     kept = {"keep_last": 2, "keep_best": 1, **keep}
-    return CheckpointFolder(path, store=open_store(str(path)), publish=recorder.publish, remove=recorder.remove, **kept)
+    return CheckpointFolder(
+        path, store=open_store(str(path)), publish=recorder.publish, remove=recorder.remove, **kept
+    )
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -37,7 +39,9 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def steps_on_disk(path: Path) -> list[int]:
-    return sorted(int(file.stem.partition("-")[2]) for file in (path / "checkpoints").glob("step-*.pt"))
+    return sorted(
+        int(file.stem.partition("-")[2]) for file in (path / "checkpoints").glob("step-*.pt")
+    )
 
 
 def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path):
@@ -130,7 +134,9 @@ def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 10}', "\udcff"])
-def test_a_damaged_mark_is_skipped_with_a_warning(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_mark_is_skipped_with_a_warning(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+):
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
@@ -160,6 +166,10 @@ def test_a_missing_file_is_not_called_damaged(tmp_path: Path):
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs():
-    with pytest.raises(RunError, match=r"step-1\.pt was saved with image size = 64, this run has 128"):
-        refuse_other_run({"seed": 0, "image size": 64}, {"seed": 0, "image size": 128}, name="step-1.pt")
+    with pytest.raises(
+        RunError, match=r"step-1\.pt was saved with image size = 64, this run has 128"
+    ):
+        refuse_other_run(
+            {"seed": 0, "image size": 64}, {"seed": 0, "image size": 128}, name="step-1.pt"
+        )
     refuse_other_run({"seed": 0}, {"seed": 0}, name="step-1.pt")

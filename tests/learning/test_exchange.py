@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 
 from xrai.learning import exchange
-from xrai.learning.exchange import GRADIENTS, WORDS, MissingRankError, Neighbours, SharedMean, create_memory
+from xrai.learning.exchange import (
+    GRADIENTS,
+    WORDS,
+    MissingRankError,
+    Neighbours,
+    SharedMean,
+    create_memory,
+)
 
 NUM, STEPS = 10, 50
 needs_memory = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() != "x86_64" or not os.access("/dev/shm", os.W_OK),
+    platform.system() != "Linux"
+    or platform.machine() != "x86_64"
+    or not os.access("/dev/shm", os.W_OK),
     reason="there is shared memory for ranks on x86-64 under Linux alone, in /dev/shm",
 )
 
@@ -44,14 +53,21 @@ def values_of(rank: int, step: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_all_ranks_come_to_the_mean_bit_for_bit_step_after_step(tmp_path: Path, world_size: int, dtype: torch.dtype):
+def test_all_ranks_come_to_the_mean_bit_for_bit_step_after_step(
+    tmp_path: Path, world_size: int, dtype: torch.dtype
+):
     path = tmp_path / "memory"
     path.write_bytes(bytes(SharedMean.num_bytes(world_size, NUM, dtype)))
     barrier = threading.Barrier(world_size)
 
     def run(rank: int) -> list[Tensor]:
         mean = SharedMean(
-            path, rank=rank, world_size=world_size, num_values=NUM, dtype=dtype, meet=lambda: barrier.wait(timeout=20)
+            path,
+            rank=rank,
+            world_size=world_size,
+            num_values=NUM,
+            dtype=dtype,
+            meet=lambda: barrier.wait(timeout=20),
         )
         found = []
         for step in range(STEPS):
@@ -81,7 +97,9 @@ def test_memory_has_its_size_and_is_gone_when_it_is_closed():
 
 
 @needs_memory
-def test_without_room_there_is_no_memory_and_no_file_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_room_there_is_no_memory_and_no_file_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(exchange, "_MEMORY", tmp_path)
 
     def refuse(*_: int) -> None:
@@ -95,7 +113,13 @@ def test_without_room_there_is_no_memory_and_no_file_left(tmp_path: Path, monkey
 
 
 def test_a_file_that_is_not_there_or_too_small_is_refused(tmp_path: Path):
-    arguments = {"rank": 0, "world_size": 2, "num_values": NUM, "dtype": torch.float32, "meet": lambda: None}
+    arguments = {
+        "rank": 0,
+        "world_size": 2,
+        "num_values": NUM,
+        "dtype": torch.float32,
+        "meet": lambda: None,
+    }
     with pytest.raises(OSError, match="No such file"):
         SharedMean(tmp_path / "none", **arguments)  # type: ignore[arg-type]
     (tmp_path / "small").write_bytes(bytes(8))
@@ -119,7 +143,9 @@ def test_every_rank_hears_the_largest_of_each_step_however_they_hurry(tmp_path: 
             if random.random() < 0.1:
                 time.sleep(1e-3)
             first = near[rank].leave(10 * step + (rank + step) % world_size, purpose=WORDS)
-            second = near[rank].leave(-rank - step, purpose=WORDS)  # two may be under way, and end in any order
+            second = near[rank].leave(
+                -rank - step, purpose=WORDS
+            )  # two may be under way, and end in any order
             meeting = near[rank].leave(0, purpose=GRADIENTS)
             heard.append(near[rank].largest(second, purpose=WORDS))
             assert near[rank].largest(meeting, purpose=GRADIENTS) == 0

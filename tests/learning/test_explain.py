@@ -1,4 +1,6 @@
-"""Heat maps are what the formula says, lie where the network looked, and depend on what it learned."""
+"""Heat maps are what the formula says, lie where the network looked, and depend on what it
+learned.
+"""
 
 import math
 
@@ -14,8 +16,12 @@ from xrai.learning.explain import MIN_CELLS, grad_cam
 from xrai.learning.model import ResNet
 
 
-def make_discs(num_images: int, *, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Noise (N, size, size), the first half with a bright disc each, and where those discs are (N, size, size)."""
+def make_discs(
+    num_images: int, *, size: int, seed: int = 0
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Noise (N, size, size), the first half with a bright disc each, and where those discs are
+    (N, size, size).
+    """
     generator = np.random.default_rng(seed)
     images = generator.normal(90, 20, (num_images, size, size))
     y, x = np.mgrid[:size, :size]
@@ -40,18 +46,24 @@ def grey(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images)[:, None] / 255
 
 
-# ----------------------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------- reference
 
 
 def by_hand(network: ResNet, image: Tensor, num_blocks: int) -> NDArray[np.float64]:
-    """LayerCAM of one picture (1, 1, H, W) on the output of the first `num_blocks` blocks, by differences and loops."""
+    """LayerCAM of one picture (1, 1, H, W) on the output of the first `num_blocks` blocks, by
+    differences and loops.
+    """
     with torch.no_grad():
         maps = network.stages[:num_blocks](network.stem(network.standardize(image)))[0]  # (C, h, w)
         step = 1e-5
         moved = torch.eye(maps.numel(), dtype=maps.dtype).reshape(-1, *maps.shape) * step
 
         def logits(changed: Tensor) -> NDArray[np.float64]:
-            return network.head(network.stages[num_blocks:](changed).mean(dim=(2, 3))).squeeze(1).numpy()
+            return (
+                network.head(network.stages[num_blocks:](changed).mean(dim=(2, 3)))
+                .squeeze(1)
+                .numpy()
+            )
 
         gradients = ((logits(maps + moved) - logits(maps - moved)) / (2 * step)).reshape(maps.shape)
     num_channels, height, width = maps.shape
@@ -67,23 +79,27 @@ def by_hand(network: ResNet, image: Tensor, num_blocks: int) -> NDArray[np.float
             x = min(max((j + 0.5) * width / fine.shape[1] - 0.5, 0), width - 1)
             top, left = math.floor(y), math.floor(x)
             low, right = min(top + 1, height - 1), min(left + 1, width - 1)
-            fine[i, j] = (1 - (y - top)) * ((1 - (x - left)) * coarse[top, left] + (x - left) * coarse[top, right]) + (
-                y - top
-            ) * ((1 - (x - left)) * coarse[low, left] + (x - left) * coarse[low, right])
+            fine[i, j] = (1 - (y - top)) * (
+                (1 - (x - left)) * coarse[top, left] + (x - left) * coarse[top, right]
+            ) + (y - top) * ((1 - (x - left)) * coarse[low, left] + (x - left) * coarse[low, right])
     return fine / fine.max()
 
 
 @pytest.mark.parametrize(("height", "width", "num_blocks"), [(36, 44, 1), (64, 72, 2)])
-def test_a_heat_map_is_what_differences_and_plain_loops_give(height: int, width: int, num_blocks: int) -> None:
+def test_a_heat_map_is_what_differences_and_plain_loops_give(
+    height: int, width: int, num_blocks: int
+) -> None:
     torch.manual_seed(0)
     network = ResNet(width=8).double()
     image = torch.rand(1, 1, height, width, dtype=torch.float64)
     maps = network.stages[:num_blocks](network.stem(network.standardize(image)))
     assert min(maps.shape[2:]) >= MIN_CELLS > min(maps.shape[2:]) / 2
-    np.testing.assert_allclose(grad_cam(network, image)[0].numpy(), by_hand(network, image, num_blocks), atol=1e-6)
+    np.testing.assert_allclose(
+        grad_cam(network, image)[0].numpy(), by_hand(network, image, num_blocks), atol=1e-6
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ meaning
+# ------------------------------------------------------------------------------------------ meaning
 
 
 def test_heat_lies_on_what_the_network_was_taught_to_find(trained: ResNet) -> None:
@@ -95,8 +111,11 @@ def test_heat_lies_on_what_the_network_was_taught_to_find(trained: ResNet) -> No
     assert heat[discs[found]].sum() / heat.sum() > 2.5 * discs[found].mean()
 
 
-def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(trained: ResNet) -> None:
-    # the sanity check of Adebayo et al. 2018: maps that survive random weights show the picture, not the network
+def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(
+    trained: ResNet,
+) -> None:
+    # the sanity check of Adebayo et al. 2018: maps that survive random weights show the picture,
+    # not the network
     images = grey(make_discs(8, size=64, seed=2)[0][:4])
     own = grad_cam(trained, images)
 
@@ -113,7 +132,7 @@ def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(
     assert likeness(1.0) < 0.5
 
 
-# ------------------------------------------------------------------------------------------------------------- promises
+# ----------------------------------------------------------------------------------------- promises
 
 
 def test_each_map_reaches_1_and_does_not_depend_on_the_pictures_beside_it(trained: ResNet) -> None:
@@ -138,7 +157,9 @@ def test_where_nothing_speaks_for_pneumonia_the_map_is_zero(trained: ResNet) -> 
     assert bool(torch.isfinite(grad_cam(trained, torch.zeros(1, 1, 64, 64))).all())
 
 
-def test_nothing_of_the_network_is_changed_and_inference_mode_does_not_matter(trained: ResNet) -> None:
+def test_nothing_of_the_network_is_changed_and_inference_mode_does_not_matter(
+    trained: ResNet,
+) -> None:
     images = grey(make_discs(2, size=64)[0])
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     expected = grad_cam(trained, images)
@@ -146,5 +167,8 @@ def test_nothing_of_the_network_is_changed_and_inference_mode_does_not_matter(tr
         found = grad_cam(trained, images * 1)
     assert torch.equal(found, expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
-    assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in trained.parameters())
+    assert all(
+        parameter.grad is None or not parameter.grad.isnan().any()
+        for parameter in trained.parameters()
+    )
     assert not any(block._forward_hooks for block in trained.stages)

@@ -26,7 +26,11 @@ def alone() -> Any:
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **keys)
+            for name, keys in sections.items()
+        },
     )
 
 
@@ -46,10 +50,14 @@ def test_the_same_run_twice_has_the_same_weights_bit_for_bit(alone: Ranks):
 
 
 def test_another_seed_gives_other_weights(alone: Ranks):
-    assert not same(train_discs(SMALL, ranks=alone), train_discs(changed(SMALL, train={"seed": 1}), ranks=alone))
+    assert not same(
+        train_discs(SMALL, ranks=alone), train_discs(changed(SMALL, train={"seed": 1}), ranks=alone)
+    )
 
 
-def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(alone: Ranks, tmp_path: Path):
+def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(
+    alone: Ranks, tmp_path: Path
+):
     whole = train_discs(SMALL, ranks=alone)
     for step in range(1, 11):  # 2 epochs of 5 steps
         folder = tmp_path / str(step)
@@ -74,7 +82,9 @@ def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: P
     assert [result.epoch for result in results] == [0, 1]
     for ours, theirs in zip(results, whole.results, strict=True):
         assert ours.train_loss == theirs.train_loss and ours.train_accuracy == theirs.train_accuracy
-        assert np.array_equal(ours.val.logits, theirs.val.logits) and ours.val_loss == theirs.val_loss
+        assert (
+            np.array_equal(ours.val.logits, theirs.val.logits) and ours.val_loss == theirs.val_loss
+        )
         assert np.array_equal(ours.shifted.logits, theirs.shifted.logits)
 
 
@@ -106,7 +116,9 @@ def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Rank
     def watch(loader: FakeLoader) -> None:
         loader.__class__ = Watched
 
-    outcome = train_discs(changed(SMALL, train={"epochs": 1}), ranks=alone, num_images=101, damage=watch)
+    outcome = train_discs(
+        changed(SMALL, train={"epochs": 1}), ranks=alone, num_images=101, damage=watch
+    )
     assert sorted(seen) == list(range(101)) and len(outcome.losses) == 4
 
 
@@ -122,7 +134,9 @@ def test_patience_stops_after_epochs_without_a_better_score(alone: Ranks):
     assert len(train_discs(still, ranks=alone, num_images=40).results) in (2, 3, 4)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(alone: Ranks, tmp_path: Path):
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
+    alone: Ranks, tmp_path: Path
+):
     config = changed(SMALL, checkpoint={"every": 1, "keep_last": 50})
 
     def poison(loader: FakeLoader) -> None:
@@ -138,16 +152,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(al
         loader.epoch = epoch  # type: ignore[method-assign]
 
     with pytest.raises(
-        TrainingError, match=r"step 4 \(epoch 1, batch 4\): the loss of 2 images is not finite: disc-\d+, disc-\d+;"
+        TrainingError,
+        match=r"step 4 \(epoch 1, batch 4\): the loss of 2 images is not finite: disc-\d+, disc-\d+;",
     ):
         train_discs(config, ranks=alone, folder=tmp_path, damage=poison)
-    steps = sorted(int(path.stem.partition("-")[2]) for path in (tmp_path / "checkpoints").glob("step-*.pt"))
+    steps = sorted(
+        int(path.stem.partition("-")[2]) for path in (tmp_path / "checkpoints").glob("step-*.pt")
+    )
     assert steps == [1, 2, 3]
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do():
     assert rank_batch_size(Train(global_batch_size=64), world_size=4) == 16
-    with pytest.raises(UserError, match=r"64 can not be shared by 3 ranks.*nearest that can is 63 or 66"):
+    with pytest.raises(
+        UserError, match=r"64 cannot be shared by 3 ranks.*nearest that can is 63 or 66"
+    ):
         rank_batch_size(Train(global_batch_size=64), world_size=3)
     with pytest.raises(UserError, match=r"nearest that can is 8$"):
         rank_batch_size(Train(global_batch_size=4), world_size=8)
@@ -170,13 +189,17 @@ def test_fp16_goes_on_bit_for_bit_with_its_scaler(alone: Ranks, tmp_path: Path):
 
 
 def test_sgd_learns_too(alone: Ranks):
-    config = dataclasses.replace(SMALL, optim=Optim(name="sgd", lr=0.1, weight_decay=1e-4), checkpoint=Checkpoint())
+    config = dataclasses.replace(
+        SMALL, optim=Optim(name="sgd", lr=0.1, weight_decay=1e-4), checkpoint=Checkpoint()
+    )
     outcome = train_discs(changed(config, train={"epochs": 6}), ranks=alone)
     assert outcome.losses[-2] < 0.8 * outcome.losses[0]
 
 
 def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks):
-    """A change of these losses is a change of the recipe or of the mathematics: say which in the commit."""
+    """A change of these losses is a change of the recipe or of the mathematics: say which in the
+    commit.
+    """
     stored = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
     outcome = train_discs(changed(SMALL, train={"precision": "fp64", "epochs": 10}), ranks=alone)
     assert len(outcome.losses) == 50
@@ -185,7 +208,9 @@ def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks):
 
 def test_the_steps_asked_for_are_profiled_into_a_chrome_trace(alone: Ranks, tmp_path: Path):
     path = tmp_path / "profile.json"
-    train_discs(changed(SMALL, train={"epochs": 1, "profile": "2:3"}), ranks=alone, profile_path=path)
+    train_discs(
+        changed(SMALL, train={"epochs": 1, "profile": "2:3"}), ranks=alone, profile_path=path
+    )
     names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
     assert any("convolution" in name for name in names)
     assert any("ProfilerStep" in name or "Optimizer.step" in name for name in names)
@@ -200,7 +225,8 @@ def test_profiled_steps_that_make_no_sense_are_refused(text: str):
 def test_too_little_memory_says_which_batch_to_try():
     with (
         pytest.raises(
-            TrainingError, match=r"with 32 images at a time: try --train\.accumulation_steps=2 \(16 at a time"
+            TrainingError,
+            match=r"with 32 images at a time: try --train\.accumulation_steps=2 \(16 at a time",
         ),
         explaining_memory(Train(global_batch_size=64), world_size=2),
     ):
@@ -225,7 +251,8 @@ def test_patience_that_is_used_up_stays_so_after_a_restart(alone: Ranks, tmp_pat
 
 
 def test_a_compiled_network_learns_the_same(alone: Ranks, monkeypatch: pytest.MonkeyPatch):
-    # The graph is captured as always; making machine code of it takes minutes on the CPU and is left out here
+    # The graph is captured as always; making machine code of it takes minutes on the CPU and is
+    # left out here
     compiled = []
 
     def capture(network: torch.nn.Module) -> Any:

@@ -9,7 +9,12 @@ from xrai.learning.model import ResNet, StandardizedConv2d, fold_filters
 def test_any_picture_size_gives_one_logit_an_image(name: str, size: int):
     network = ResNet(name=name, width=8)
     assert network(torch.rand(3, 1, size, size)).shape == (3,)
-    assert network.features(torch.rand(2, 1, size, size)).shape == (2, 64, -(-size // 32), -(-size // 32))
+    assert network.features(torch.rand(2, 1, size, size)).shape == (
+        2,
+        64,
+        -(-size // 32),
+        -(-size // 32),
+    )
 
 
 def test_the_reference_network_has_the_size_that_the_docs_name():
@@ -33,7 +38,10 @@ def test_exposure_does_not_change_the_logit():
 def test_a_batch_of_no_images_has_a_gradient_of_zero():
     network = ResNet()
     network(torch.empty(0, 1, 32, 32)).sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in network.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any()
+        for parameter in network.parameters()
+    )
 
 
 def test_filters_are_standardized_whatever_the_weights():
@@ -66,4 +74,6 @@ def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(name: s
     with torch.inference_mode():
         assert torch.equal(folded(images), network(images))
         assert torch.equal(folded(images[:1]), network(images[:1]))
-    assert any(isinstance(module, StandardizedConv2d) for module in network.modules()), "the original stays as it was"
+    assert any(isinstance(module, StandardizedConv2d) for module in network.modules()), (
+        "the original stays as it was"
+    )

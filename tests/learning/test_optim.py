@@ -11,8 +11,14 @@ from xrai.learning.model import ResNet
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine():
-    rates = [optim.learning_rate(k, num_steps=100, peak=2.0, warmup_fraction=0.1) for k in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and rates[10] == pytest.approx(2.0)
+    rates = [
+        optim.learning_rate(k, num_steps=100, peak=2.0, warmup_fraction=0.1) for k in range(100)
+    ]
+    assert (
+        rates[0] == pytest.approx(0.2)
+        and rates[9] == pytest.approx(2.0)
+        and rates[10] == pytest.approx(2.0)
+    )
     assert rates[55] == pytest.approx(1.0)
     assert 0 < rates[99] < 0.001
     assert all(earlier >= later for earlier, later in pairwise(rates[10:]))
@@ -27,7 +33,9 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(name: str):
     network = ResNet(width=8)
     optimizer = optim.make_optimizer(network, Optim(name=name, weight_decay=0.3))  # type: ignore[arg-type]
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert {id(p) for p in grouped} == {id(p) for p in network.parameters()} and len(grouped) == len(set(grouped))
+    assert {id(p) for p in grouped} == {id(p) for p in network.parameters()} and len(
+        grouped
+    ) == len(set(grouped))
     for group in optimizer.param_groups:
         assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
 
@@ -57,7 +65,9 @@ def test_the_loss_is_binary_cross_entropy_of_adjusted_logits():
     for logit, label, loss in zip(logits.tolist(), labels.tolist(), losses.tolist(), strict=True):
         probability = 1 / (1 + math.exp(-(logit + 0.7)))
         target = label * 0.9 + 0.05
-        assert loss == pytest.approx(-target * math.log(probability) - (1 - target) * math.log(1 - probability))
+        assert loss == pytest.approx(
+            -target * math.log(probability) - (1 - target) * math.log(1 - probability)
+        )
 
 
 def test_clipping_scales_to_the_norm_and_zero_leaves_gradients():

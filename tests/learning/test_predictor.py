@@ -27,7 +27,9 @@ def fitted() -> tuple[ResNet, Typicality]:
     """A network of fresh weights, and its typicality on discs."""
     torch.manual_seed(3)
     network = build_model(Model(width=8))
-    train, val = (FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30))
+    train, val = (
+        FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30)
+    )
     return network, fit_typicality(network, train, val, ranks=ONE)
 
 
@@ -43,7 +45,12 @@ def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
 
 def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path):
     model = load_model(open_store(str(run)), folder=run)
-    assert (model.threshold, model.temperature, model.run_id, model.image_size) == (0.25, 1.5, "discs", 32)
+    assert (model.threshold, model.temperature, model.run_id, model.image_size) == (
+        0.25,
+        1.5,
+        "discs",
+        32,
+    )
     loader = FakeLoader(*make_discs(20, seed=9), batch_size=8)
     before = predict_split(fitted[0], loader, ranks=ONE, typicality=fitted[1])
     after = predict_split(model.network, loader, ranks=ONE, typicality=model.typicality)
@@ -67,11 +74,15 @@ def test_a_model_of_another_version_is_refused(run: Path):
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_atypicality_comes_beside_the_same_logits_for_each_draw(fitted: tuple[ResNet, Typicality], draws: int):
+def test_atypicality_comes_beside_the_same_logits_for_each_draw(
+    fitted: tuple[ResNet, Typicality], draws: int
+):
     network, typicality = fitted
     loader = FakeLoader(*make_discs(21, seed=9), batch_size=8, shuffle=True)
     alone = predict_split(network, loader, ranks=ONE, shift=Augment(), draws=draws)
-    both = predict_split(network, loader, ranks=ONE, shift=Augment(), draws=draws, typicality=typicality)
+    both = predict_split(
+        network, loader, ranks=ONE, shift=Augment(), draws=draws, typicality=typicality
+    )
     assert alone.atypicality is None and both.atypicality is not None
     assert both.logits.shape == both.atypicality.shape == both.rows.shape == (draws, 21)
     assert both.logits == pytest.approx(alone.logits, abs=1e-5)
@@ -81,7 +92,12 @@ def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]
     network, typicality = fitted
     discs = make_discs(21, seed=9)
     plain, shuffled = (
-        predict_split(network, FakeLoader(*discs, batch_size=size, shuffle=size == 8), ranks=ONE, typicality=typicality)
+        predict_split(
+            network,
+            FakeLoader(*discs, batch_size=size, shuffle=size == 8),
+            ranks=ONE,
+            typicality=typicality,
+        )
         for size in (21, 8)
     )
     assert plain.atypicality is not None and shuffled.atypicality is not None
@@ -89,7 +105,9 @@ def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]
     assert shuffled.logits == pytest.approx(plain.logits, abs=1e-5)
 
 
-def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(fitted: tuple[ResNet, Typicality]):
+def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(
+    fitted: tuple[ResNet, Typicality],
+):
     network, _ = fitted
     loader = FakeLoader(*make_discs(8, seed=5), batch_size=8)
     found = predict_split(network, loader, ranks=ONE)
@@ -100,7 +118,9 @@ def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(fitted: t
     assert np.array_equal(found.logits[0], logits.double().numpy()[np.argsort(batch.rows)])
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way"
+)
 def test_freed_memory_is_used_again_without_page_faults():
     program = """
 import resource, sys, torch
@@ -115,12 +135,20 @@ for _ in range(10):
     batch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))
+    }
 
     def num_faults(how: str) -> int:
         command = [sys.executable, "-c", program, how]
-        return int(subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
+        )
 
     if (without := num_faults("as it is")) < 1000:  # of 4,096 pages a batch
-        pytest.skip(f"{without} faults without it, as where all memory is in huge pages: nothing to see")
+        pytest.skip(
+            f"{without} faults without it, as where all memory is in huge pages: nothing to see"
+        )
     assert num_faults("keep") < 1000

@@ -1,4 +1,6 @@
-"""The score of review: closed-form fits against plain references, invariants, and what it finds on phantoms."""
+"""The score of review: closed-form fits against plain references, invariants, and what it finds
+on phantoms.
+"""
 
 import numpy as np
 import pytest
@@ -8,14 +10,21 @@ from numpy.typing import NDArray
 from tests.distributed.ranks import run_ranks
 from tests.learning.fakes import FakeLoader, make_discs
 from xrai.config import Config, Model, Optim, Train
-from xrai.dataset.images import decode
-from xrai.dataset.phantom import make_phantoms
+from xrai.ingest.images import decode
 from xrai.learning import loop
 from xrai.learning.augment import augment
 from xrai.learning.distributed import Ranks
 from xrai.learning.model import ResNet
 from xrai.learning.predictor import build_model, predict_split
-from xrai.learning.typicality import SHIFT_SEED, SPOILED, VARIATION, Typicality, describe, fit_typicality
+from xrai.learning.typicality import (
+    SHIFT_SEED,
+    SPOILED,
+    VARIATION,
+    Typicality,
+    describe,
+    fit_typicality,
+)
+from xrai.phantom.draw import make_phantoms
 
 Split = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # (N, H, W) and (N,)
 
@@ -45,9 +54,12 @@ def small_network(seed: int = 0, *, name: str = "resnet10") -> ResNet:
     return build_model(Model(name=name, width=8)).double().eval()
 
 
-def fit_on_discs(network: ResNet, *, num_images: int = 150, num_val: int = 60, share: float = 0.05) -> Typicality:
+def fit_on_discs(
+    network: ResNet, *, num_images: int = 150, num_val: int = 60, share: float = 0.05
+) -> Typicality:
     train, val = (
-        FakeLoader(*make_discs(number, seed=seed), batch_size=32) for number, seed in ((num_images, 0), (num_val, 1))
+        FakeLoader(*make_discs(number, seed=seed), batch_size=32)
+        for number, seed in ((num_images, 0), (num_val, 1))
     )
     return fit_typicality(network, train, val, ranks=ONE, share=share)
 
@@ -69,7 +81,9 @@ def test_the_logits_are_the_networks_own(name: str, size: int):
 def test_an_image_has_the_same_score_whatever_stands_beside_it():
     network = small_network()
     typicality = fit_on_discs(network)
-    images = torch.cat([to_grey(make_discs(4, seed=2)[0]), torch.rand(4, 1, 32, 32, dtype=torch.float64)])
+    images = torch.cat(
+        [to_grey(make_discs(4, seed=2)[0]), torch.rand(4, 1, 32, 32, dtype=torch.float64)]
+    )
     together = typicality.atypicality(network, images)[1]
     alone = torch.cat([typicality.atypicality(network, image[None])[1] for image in images])
     assert torch.allclose(together, alone, atol=1e-10, rtol=1e-10)
@@ -83,7 +97,9 @@ def test_any_picture_has_a_finite_score_that_is_not_negative():
     dot = torch.zeros(1, 32, 32)
     dot[0, 7, 9] = 1.0
     checks = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2)[None].float()
-    scores = typicality.atypicality(network, torch.stack([*flat, dot, checks, torch.rand(1, 32, 32)]))[1]
+    scores = typicality.atypicality(
+        network, torch.stack([*flat, dot, checks, torch.rand(1, 32, 32)])
+    )[1]
     assert scores.isfinite().all() and (scores >= 0).all()
 
 
@@ -92,12 +108,16 @@ def test_distances_are_those_of_mahalanobis():
     typicality = fit_on_discs(network)
     train = to_grey(make_discs(150)[0])
     changed = augment(train, torch.arange(150), seed=SHIFT_SEED, epoch=0, strength=VARIATION)
-    seen = torch.cat([describe(network, part)[1][-1] for part in (train, changed)]).detach().numpy()  # the picture's
+    seen = (
+        torch.cat([describe(network, part)[1][-1] for part in (train, changed)]).detach().numpy()
+    )  # the picture's
     covariance = np.cov(seen.T, bias=True)
     covariance += np.diag(np.diag(covariance) * 0.01 + 1e-8)
     groups = describe(network, torch.rand(3, 1, 32, 32, dtype=torch.float64))[1]
     away = groups[-1].detach().numpy() - seen.mean(axis=0)
-    expected = np.sqrt(np.einsum("bi,ij,bj->b", away, np.linalg.inv(covariance), away) / away.shape[1])
+    expected = np.sqrt(
+        np.einsum("bi,ij,bj->b", away, np.linalg.inv(covariance), away) / away.shape[1]
+    )
     assert typicality.measure(groups)[:, 1].detach().numpy() == pytest.approx(expected, rel=1e-6)
 
 
@@ -108,7 +128,9 @@ def test_the_limit_leaves_the_share_that_was_asked_for():
         typicality = fit_on_discs(network, share=share)
         loader = FakeLoader(*val, batch_size=16)
         plain = predict_split(network, loader, ranks=ONE, typicality=typicality)
-        shifted = predict_split(network, loader, ranks=ONE, typicality=typicality, shift=VARIATION, draws=2)
+        shifted = predict_split(
+            network, loader, ranks=ONE, typicality=typicality, shift=VARIATION, draws=2
+        )
         assert plain.atypicality is not None and shifted.atypicality is not None
         scores = np.concatenate([plain.atypicality.ravel(), shifted.atypicality.ravel()])
         assert np.mean(scores > 1) == pytest.approx(share, abs=1 / len(scores))
@@ -146,13 +168,18 @@ def test_a_state_gives_the_same_scores():
     typicality = fit_on_discs(network)
     images = torch.rand(4, 1, 32, 32, dtype=torch.float64)
     again = Typicality.from_state(typicality.to_state())
-    assert torch.equal(again.atypicality(network, images)[1], typicality.atypicality(network, images)[1])
+    assert torch.equal(
+        again.atypicality(network, images)[1], typicality.atypicality(network, images)[1]
+    )
 
 
 def test_the_state_of_the_reference_network_is_small():
     torch.manual_seed(0)
     typicality = fit_on_discs(build_model(Model()))
-    assert sum(tensor.numel() * tensor.element_size() for tensor in typicality.to_state().values()) < 1_000_000
+    assert (
+        sum(tensor.numel() * tensor.element_size() for tensor in typicality.to_state().values())
+        < 1_000_000
+    )
 
 
 @pytest.mark.distributed
@@ -164,7 +191,7 @@ def test_the_fit_does_not_depend_on_the_ranks_and_the_batches():
             assert other[name] == pytest.approx(values, rel=1e-7, abs=1e-9), name
 
 
-# ------------------------------------------------------------------------------------------------------ what it finds
+# ------------------------------------------------------------------------------------ what it finds
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +200,16 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
     folder = tmp_path_factory.mktemp("phantoms")
     make_phantoms(folder, num_images=240, seed=5, workers=1)
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpeg", ".jpg"))
-    images = np.stack([decode(path.read_bytes(), size=32, fit="crop", max_pixels=10**8) for path in paths])
+    images = np.stack(
+        [decode(path.read_bytes(), size=32, fit="crop", max_pixels=10**8) for path in paths]
+    )
     labels = np.array(["PNEUMONIA" in str(path) for path in paths], np.uint8)
-    return {name: (images[part::6], labels[part::6]) for part, name in enumerate(("val", "test"))} | {
-        "train": tuple(np.concatenate([column[part::6] for part in range(2, 6)]) for column in (images, labels))  # type: ignore[dict-item]
+    return {
+        name: (images[part::6], labels[part::6]) for part, name in enumerate(("val", "test"))
+    } | {
+        "train": tuple(
+            np.concatenate([column[part::6] for part in range(2, 6)]) for column in (images, labels)
+        )  # type: ignore[dict-item]
     }
 
 
@@ -184,11 +217,16 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
 def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
     torch.manual_seed(0)
     config = Config(
-        model=Model(width=8), optim=Optim(ema_decay=0.9), train=Train(epochs=4, global_batch_size=32, precision="off")
+        model=Model(width=8),
+        optim=Optim(ema_decay=0.9),
+        train=Train(epochs=4, global_batch_size=32, precision="off"),
     )
     network = build_model(config.model)
     labels = phantoms["train"][1]
-    train, val = (FakeLoader(*phantoms[split], batch_size=32, shuffle=split == "train") for split in ("train", "val"))
+    train, val = (
+        FakeLoader(*phantoms[split], batch_size=32, shuffle=split == "train")
+        for split in ("train", "val")
+    )
     loop.fit(
         network, config, ranks=ONE, train=train, val=val, class_counts=(int((labels == 0).sum()), int(labels.sum())),
         val_labels=phantoms["val"][1], name_of=str, observer=_NoScore(), checkpoints=None, facts={}, resumed=None,
@@ -227,7 +265,9 @@ def test_what_is_no_upright_chest_film_is_left_to_review(
         "upside down": films[:, ::-1],
         "turned": np.rot90(films, axes=(1, 2)),
         "noise": generator.integers(0, 256, (50, 32, 32), np.uint8),
-        "gradient": np.concatenate([slope, slope[:, :, ::-1], slope.swapaxes(1, 2), 255 - slope.swapaxes(1, 2)]),
+        "gradient": np.concatenate(
+            [slope, slope[:, :, ::-1], slope.swapaxes(1, 2), 255 - slope.swapaxes(1, 2)]
+        ),
         "flat": np.repeat(np.array([0, 1, 128, 255], np.uint8), 32 * 32).reshape(4, 32, 32),
     }
     assert share_to_review(trained, np.ascontiguousarray(foreign[kind])) >= 0.9
@@ -245,4 +285,6 @@ def test_each_direction_finds_the_pictures_that_it_was_fitted_for(
             / typicality.scale[place]
             for seen in (films, change(films, draws))
         )
-        assert spoiled.median() > plain.median() + 0.4  # 1 is from the median to the 99th percentile of typical films
+        assert (
+            spoiled.median() > plain.median() + 0.4
+        )  # 1 is from the median to the 99th percentile of typical films

@@ -1,4 +1,6 @@
-"""A run's folder: whole files, history and events that resume, a bucket that fails, and one set of numbers."""
+"""A run's folder: whole files, history and events that resume, a bucket that fails, and one set
+of numbers.
+"""
 
 import csv
 import hashlib
@@ -23,7 +25,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServerReader
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as ServerReader,
+)
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -48,7 +52,7 @@ from xrai.results.events import count_calls
 from xrai.results.metrics import calibrated, evaluate_scores
 from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import DatasetFacts, render_report
-from xrai.store import FileStore
+from xrai.store import FolderStore
 
 
 def row(epoch: int, **values: Any) -> dict[str, Any]:
@@ -68,8 +72,10 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-class Bucket(FileStore):
-    """A bucket that is a folder: it has no local path, notes what is stored, and fails when told to."""
+class Bucket(FolderStore):
+    """A bucket that is a folder: it has no local path, notes what is stored, and fails when told
+    to.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -108,7 +114,14 @@ def remote_run(tmp_path: Path, work: str = "work") -> RunFolder:
 
 
 def summary_of(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    facts = {"run_id": "r1", "status": "done", "epochs": 3, "best_epoch": 2, "fingerprint": "f", "duration_s": 1.5}
+    facts = {
+        "run_id": "r1",
+        "status": "done",
+        "epochs": 3,
+        "best_epoch": 2,
+        "fingerprint": "f",
+        "duration_s": 1.5,
+    }
     return make_summary(metrics, **{**facts, "is_phantom": False, **changes})
 
 
@@ -123,7 +136,7 @@ def metrics() -> dict[str, Any]:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ ids, addresses
+# ----------------------------------------------------------------------------------- ids, addresses
 
 
 def test_a_new_run_id_sorts_by_time_is_allowed_and_is_not_given_twice() -> None:
@@ -141,10 +154,17 @@ def test_a_run_id_that_could_leave_its_folder_or_mislead_is_refused(run_id: str)
         check_run_id(run_id)
 
 
-def test_a_place_that_can_not_be_written_is_refused_in_one_line_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_place_that_can_not_be_written_is_refused_in_one_line_and_nothing_is_left(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("")
-    for address in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/xrai"), Path("/dev/null/x")):
-        with pytest.raises(UserError, match="results can not be written to") as caught:
+    for address in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        Path("/proc/xrai"),
+        Path("/dev/null/x"),
+    ):
+        with pytest.raises(UserError, match="results cannot be written to") as caught:
             RunFolder.check_writable(str(address))
         assert "\n" not in str(caught.value)
         assert "--artifacts" in str(caught.value)
@@ -152,26 +172,44 @@ def test_a_place_that_can_not_be_written_is_refused_in_one_line_and_nothing_is_l
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_bucket_is_tried_with_an_object_that_is_taken_back(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_bucket_is_tried_with_an_object_that_is_taken_back(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     RunFolder.check_writable("s3://bucket/runs")
     assert list(bucket.list()) == []
     assert bucket.log[0].startswith("-.write-check-")
 
 
-# --------------------------------------------------------------------------------------------------- files and history
+# -------------------------------------------------------------------------------- files and history
 
 
-def test_json_has_null_for_what_is_not_finite_and_plain_numbers_for_numpy_ones(run: RunFolder) -> None:
+def test_json_has_null_for_what_is_not_finite_and_plain_numbers_for_numpy_ones(
+    run: RunFolder,
+) -> None:
     path = run.write_json(
-        "x.json", {"a": np.float32(0.5), "b": [math.nan, np.int64(3)], "c": {"d": math.inf}, "e": "ü"}
+        "x.json",
+        {"a": np.float32(0.5), "b": [math.nan, np.int64(3)], "c": {"d": math.inf}, "e": "ü"},
     )
     assert json.loads(path.read_text()) == {"a": 0.5, "b": [None, 3], "c": {"d": None}, "e": "ü"}
 
 
 def test_predictions_come_back_as_they_were_whatever_the_names(run: RunFolder) -> None:
     rows: list[dict[str, Any]] = [
-        {"source": 'a,"b"\nc.png', "patient": "p1", "subtype": "", "label": 1, "score": 0.1 + 0.2, "call": 0},
-        {"source": "d.png", "patient": "p2", "subtype": "virus", "label": 0, "score": np.float32(0.3)},
+        {
+            "source": 'a,"b"\nc.png',
+            "patient": "p1",
+            "subtype": "",
+            "label": 1,
+            "score": 0.1 + 0.2,
+            "call": 0,
+        },
+        {
+            "source": "d.png",
+            "patient": "p2",
+            "subtype": "virus",
+            "label": 0,
+            "score": np.float32(0.3),
+        },
     ]
     path = run.write_predictions(rows)
     with path.open(newline="") as file:
@@ -183,11 +221,32 @@ def test_predictions_come_back_as_they_were_whatever_the_names(run: RunFolder) -
 
 
 @pytest.mark.parametrize(
-    "name", ["=1+1.png", "+1.png", "-1.png", "@x/y.png", "\tx.png", "\r=x.png", "\n-x", "=cmd|' /C calc'!A0"]
+    "name",
+    [
+        "=1+1.png",
+        "+1.png",
+        "-1.png",
+        "@x/y.png",
+        "\tx.png",
+        "\r=x.png",
+        "\n-x",
+        "=cmd|' /C calc'!A0",
+    ],
 )
-def test_no_cell_of_predictions_begins_as_a_formula_does_and_the_path_stays_the_same(run: RunFolder, name: str) -> None:
-    values = {"split": "val", "patient": "file:x", "subtype": "", "label": "NORMAL", "score": 0.5, "call": "NORMAL"}
-    path = run.write_predictions([{"source": name, **values}, {"source": "train/a=b.png", **values}])
+def test_no_cell_of_predictions_begins_as_a_formula_does_and_the_path_stays_the_same(
+    run: RunFolder, name: str
+) -> None:
+    values = {
+        "split": "val",
+        "patient": "file:x",
+        "subtype": "",
+        "label": "NORMAL",
+        "score": 0.5,
+        "call": "NORMAL",
+    }
+    path = run.write_predictions(
+        [{"source": name, **values}, {"source": "train/a=b.png", **values}]
+    )
     with path.open(newline="") as file:
         hostile, plain = csv.DictReader(file)
     assert all(cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n") for cell in hostile.values())
@@ -213,14 +272,19 @@ def test_history_keeps_the_declared_columns_and_comes_back_as_numbers(run: RunFo
         run.append_history({"epoch": 3, "step": 30, "accuracy": 1.0})
 
 
-def test_resuming_drops_the_rows_at_or_past_the_epoch_and_no_row_stands_twice(run: RunFolder) -> None:
+def test_resuming_drops_the_rows_at_or_past_the_epoch_and_no_row_stands_twice(
+    run: RunFolder,
+) -> None:
     for epoch in (1, 2, 3):
         run.append_history(row(epoch))
     again = RunFolder(str(run.path.parent), "r1")
     again.open()
     again.resume_at(epoch=2, step=11)
     again.append_history(row(2, train_loss=9.0))
-    assert [(entry["epoch"], entry["train_loss"]) for entry in again.history()] == [(1, 0.5), (2, 9.0)]
+    assert [(entry["epoch"], entry["train_loss"]) for entry in again.history()] == [
+        (1, 0.5),
+        (2, 9.0),
+    ]
 
 
 def test_a_damaged_history_is_refused_by_name(run: RunFolder) -> None:
@@ -236,7 +300,9 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_history(tmp_path: Path) ->
         "for epoch in range(1, 10**6): run.append_history({'epoch': epoch, 'step': epoch, 'train_loss': 0.5})\n"
     )
     for delay_s in (0.05, 0.11, 0.23):
-        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "submit")], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "submit")], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(delay_s)
@@ -250,13 +316,15 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_history(tmp_path: Path) ->
         assert len(read_events(run)["loss/train"]) in (len(rows), len(rows) - 1)
 
 
-# --------------------------------------------------------------------------------------------------------- TensorBoard
+# -------------------------------------------------------------------------------------- TensorBoard
 
 
 def read_events(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_reads_every_scalar_of_the_history_back(run: RunFolder) -> None:
@@ -274,7 +342,9 @@ def test_segments_are_closed_sort_by_number_and_each_is_readable_alone(run: RunF
         run.append_history(row(epoch))
     names = sorted(path.name for path in (run.path / "tensorboard").iterdir())
     assert names == [f"events.out.tfevents.{number:06d}.xrai" for number in range(12)]
-    assert [step for step, _ in read_events(run)["loss/train"]] == [10 * epoch for epoch in range(1, 13)]
+    assert [step for step, _ in read_events(run)["loss/train"]] == [
+        10 * epoch for epoch in range(1, 13)
+    ]
     for path in (run.path / "tensorboard").iterdir():
         alone = EventAccumulator(str(path))
         alone.Reload()
@@ -293,13 +363,17 @@ def test_resuming_purges_what_tensorboard_had_past_the_step(run: RunFolder) -> N
 
 
 def server_points(run: RunFolder, tag: str) -> list[tuple[int, float]]:
-    """What the reader behind TensorBoard's server has of a scalar; the other one is for people's scripts."""
+    """What the reader behind TensorBoard's server has of a scalar; the other one is for people's
+    scripts.
+    """
     events = ServerReader(str(run.path / "tensorboard"))
     events.Reload()
     return [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
 
 
-def test_the_first_resumption_and_each_later_one_purges_in_both_readers_of_tensorboard(run: RunFolder) -> None:
+def test_the_first_resumption_and_each_later_one_purges_in_both_readers_of_tensorboard(
+    run: RunFolder,
+) -> None:
     for epoch in (1, 2, 3):
         run.append_history(row(epoch))
     for value in (9.0, 8.0):
@@ -311,17 +385,23 @@ def test_the_first_resumption_and_each_later_one_purges_in_both_readers_of_tenso
         assert read_events(run)["loss/train"] == server_points(run, "loss/train") == expected
 
 
-def test_an_epoch_done_twice_from_a_checkpoint_at_its_last_step_stands_once_in_tensorboard(run: RunFolder) -> None:
+def test_an_epoch_done_twice_from_a_checkpoint_at_its_last_step_stands_once_in_tensorboard(
+    run: RunFolder,
+) -> None:
     for epoch in (1, 2):
         run.append_history(row(epoch))
     again = RunFolder(str(run.path.parent), "r1")
     again.open()
-    again.resume_at(epoch=2, step=21)  # epoch 2 was trained up to step 20, and its end was not saved
+    again.resume_at(
+        epoch=2, step=21
+    )  # epoch 2 was trained up to step 20, and its end was not saved
     again.append_history(row(2, train_loss=9.0))
     assert server_points(again, "loss/train") == [(10, 0.5), (20, 9.0)]
 
 
-def test_no_temporary_file_looks_like_events_to_tensorboard(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_file_looks_like_events_to_tensorboard(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     replace = Path.replace
 
@@ -335,7 +415,9 @@ def test_no_temporary_file_looks_like_events_to_tensorboard(run: RunFolder, monk
     assert len(seen) == 1 and "tfevents" not in seen[0]
 
 
-def test_hyperparameters_and_final_results_are_those_of_the_run(run: RunFolder, metrics: dict[str, Any]) -> None:
+def test_hyperparameters_and_final_results_are_those_of_the_run(
+    run: RunFolder, metrics: dict[str, Any]
+) -> None:
     config = Config().to_mapping()
     run.add_hyperparameters(config)
     run.append_history(row(1))
@@ -344,14 +426,24 @@ def test_hyperparameters_and_final_results_are_those_of_the_run(run: RunFolder, 
     events = ServerReader(str(run.path / "tensorboard"))
     events.Reload()
     content = events.PluginTagToContent("hparams")
-    start = hparams_metadata.parse_session_start_info_plugin_data(content[hparams_metadata.SESSION_START_INFO_TAG])
+    start = hparams_metadata.parse_session_start_info_plugin_data(
+        content[hparams_metadata.SESSION_START_INFO_TAG]
+    )
     assert start.group_name == "r1"
-    flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
-    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()} == flat
-    described = hparams_metadata.parse_experiment_plugin_data(content[hparams_metadata.EXPERIMENT_TAG])
+    flat = {
+        f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()
+    }
+    assert {
+        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
+    } == flat
+    described = hparams_metadata.parse_experiment_plugin_data(
+        content[hparams_metadata.EXPERIMENT_TAG]
+    )
     assert {info.name for info in described.hparam_infos} == set(flat)
     assert {info.name.tag for info in described.metric_infos} >= set(FINAL_TAGS.values())
-    assert hparams_metadata.parse_session_end_info_plugin_data(content[hparams_metadata.SESSION_END_INFO_TAG]).status
+    assert hparams_metadata.parse_session_end_info_plugin_data(
+        content[hparams_metadata.SESSION_END_INFO_TAG]
+    ).status
     for name, tag in FINAL_TAGS.items():
         assert server_points(run, tag) == [(11, pytest.approx(metrics["metrics"][name]["value"]))]
 
@@ -363,7 +455,9 @@ def test_hyperparameters_and_final_results_are_those_of_the_run(run: RunFolder, 
         max_size=30,
     )
 )
-def test_the_precision_recall_curve_counts_as_scikit_learn_does(calls: list[tuple[int, float]]) -> None:
+def test_the_precision_recall_curve_counts_as_scikit_learn_does(
+    calls: list[tuple[int, float]],
+) -> None:
     labels, scores = (np.array(column) for column in zip(*calls, strict=True))
     counted = count_calls(labels, scores, num_thresholds=11)
     for threshold, column in zip(np.linspace(0, 1, 11), counted.T, strict=True):
@@ -388,7 +482,10 @@ def test_examples_are_of_both_classes_and_mistakes_begin_with_the_most_wrong() -
     assert pick_examples(labels, num=100).tolist() == [3, 5, 0, 1, 2, 4]
     assert pick_examples(np.zeros(3, np.uint8), num=2).tolist() == [0, 1]
     assert pick_mistakes(labels, scores, threshold=0.4, num=4).tolist() == [4, 1, 3, 5]
-    assert pick_mistakes(labels, scores, threshold=0.4, num=6).tolist()[4:] == [2, 0]  # the rest are called right
+    assert pick_mistakes(labels, scores, threshold=0.4, num=6).tolist()[4:] == [
+        2,
+        0,
+    ]  # the rest are called right
 
 
 def record(run: RunFolder, labels: Any, logits: Any, **options: Any) -> dict[str, Any]:
@@ -412,18 +509,31 @@ def test_predictions_say_what_is_left_to_a_person_and_what_metrics_say(run: RunF
     )  # fmt: skip
     with (run.path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["decision"] for row in rows] == ["normal", "pneumonia", "review", "review", "pneumonia"]
+    assert [row["decision"] for row in rows] == [
+        "normal",
+        "pneumonia",
+        "review",
+        "review",
+        "pneumonia",
+    ]
     assert [row["call"] for row in rows] == ["NORMAL", *["PNEUMONIA"] * 4]
     assert [row["atypicality"] for row in rows] == ["0.2", "1.0", "1.01", "", "0.1"]
     assert [row["group"] for row in rows] == ["IM", "", "virus", "virus", ""]
-    assert [float(row["score"]) for row in rows] == pytest.approx([1 / (1 + math.exp(-z / 2)) for z in logits])
+    assert [float(row["score"]) for row in rows] == pytest.approx(
+        [1 / (1 + math.exp(-z / 2)) for z in logits]
+    )
     assert metrics["abstention"]["num_review"] == sum(row["decision"] == "review" for row in rows)
-    assert metrics["calibration"]["before"]["brier"]["value"] != metrics["metrics"]["brier"]["value"]
+    assert (
+        metrics["calibration"]["before"]["brier"]["value"] != metrics["metrics"]["brier"]["value"]
+    )
     assert json.loads((run.path / "metrics.json").read_text()) == json.loads(to_json(metrics))
     record(run, [0, 1], [-1.0, 1.0], folder="plain")  # a run that knows no typicality
     with (run.path / "plain/predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["atypicality"], row["decision"]) for row in rows] == [("", "normal"), ("", "pneumonia")]
+    assert [(row["atypicality"], row["decision"]) for row in rows] == [
+        ("", "normal"),
+        ("", "pneumonia"),
+    ]
 
 
 def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> None:
@@ -443,7 +553,10 @@ def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) ->
     logits = generator.normal(0, 2, 30)
     record(run, labels, logits, folder="val", read_images=read_images, explain=explain, step=7)
     run.close_segment()
-    assert asked == [pick_examples(labels).tolist(), pick_mistakes(labels, calibrated(logits), threshold=0.5).tolist()]
+    assert asked == [
+        pick_examples(labels).tolist(),
+        pick_mistakes(labels, calibrated(logits), threshold=0.5).tolist(),
+    ]
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     for name in ("examples", "mistakes", "overlays"):
@@ -457,7 +570,7 @@ def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) ->
         run.add_picture(7, "x", run.path / "no.png")
 
 
-# --------------------------------------------------------------------------------------------------------- publication
+# -------------------------------------------------------------------------------------- publication
 
 
 def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: RunFolder) -> None:
@@ -466,7 +579,11 @@ def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: R
     (run.path / "leftover.tmp").write_text("half")
     summary = run.finish({"run_id": "r1"})
     assert json.loads((run.path / "summary.json").read_text()) == summary
-    assert set(summary["files"]) == {"config.yaml", "history.csv", "tensorboard/events.out.tfevents.000000.xrai"}
+    assert set(summary["files"]) == {
+        "config.yaml",
+        "history.csv",
+        "tensorboard/events.out.tfevents.000000.xrai",
+    }
     for name, digest in summary["files"].items():
         assert hashlib.sha256((run.path / name).read_bytes()).hexdigest() == digest
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
@@ -483,7 +600,9 @@ def test_opening_a_finished_run_takes_its_summary_back(run: RunFolder) -> None:
     assert not RunFolder(str(run.path.parent), "r2").exists()
 
 
-def test_a_bucket_gets_everything_each_byte_once_and_the_summary_last(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_bucket_gets_everything_each_byte_once_and_the_summary_last(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     run = remote_run(tmp_path)
     run.write_config("a: {}\n")
     for epoch in (1, 2):
@@ -519,17 +638,25 @@ def test_a_bucket_that_hangs_or_fails_never_blocks_the_run(bucket: Bucket, tmp_p
     run.close()
 
 
-def test_files_go_up_in_order_so_that_a_pointer_never_precedes_what_it_names(bucket: Bucket, tmp_path: Path) -> None:
+def test_files_go_up_in_order_so_that_a_pointer_never_precedes_what_it_names(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     run = remote_run(tmp_path)
     failures = iter(range(3))
     bucket.error = lambda key: (
-        UnreachableError("no answer") if key == "a.pt" and next(failures, None) is not None else None
+        UnreachableError("no answer")
+        if key == "a.pt" and next(failures, None) is not None
+        else None
     )
     for name in ("a.pt", "a.json", "latest.json"):
         (run.path / name).write_text(name)
     run.publish(["a.pt", "a.json", "latest.json"])
     assert run.flush(timeout_s=10)
-    assert [key for key in bucket.log if not key.startswith("-")] == ["a.pt", "a.json", "latest.json"]
+    assert [key for key in bucket.log if not key.startswith("-")] == [
+        "a.pt",
+        "a.json",
+        "latest.json",
+    ]
     assert run.num_failed_uploads == 3
     assert run.finish({})["num_failed_uploads"] == 3
 
@@ -583,13 +710,19 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket: Bucket, tmp_pa
     assert "tensorboard/events.out.tfevents.000003.xrai" in summary["files"]
 
 
-def test_what_an_earlier_process_could_not_store_is_stored_first_and_marks_last(bucket: Bucket, tmp_path: Path) -> None:
+def test_what_an_earlier_process_could_not_store_is_stored_first_and_marks_last(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     run = remote_run(tmp_path)
     run.append_history(row(1))
     assert run.flush(timeout_s=10)
     bucket.error = lambda key: UnreachableError("no answer")
     run.append_history(row(2))
-    for name in ("checkpoints/latest.json", "checkpoints/step-000000020.json", "checkpoints/step-000000020.pt"):
+    for name in (
+        "checkpoints/latest.json",
+        "checkpoints/step-000000020.json",
+        "checkpoints/step-000000020.pt",
+    ):
         run.write_text(name, name)
     run.close()
     bucket.error = lambda key: None
@@ -604,7 +737,9 @@ def test_what_an_earlier_process_could_not_store_is_stored_first_and_marks_last(
     again.close()
 
 
-def test_what_this_machine_has_of_a_run_that_went_on_elsewhere_gives_way(bucket: Bucket, tmp_path: Path) -> None:
+def test_what_this_machine_has_of_a_run_that_went_on_elsewhere_gives_way(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     run = remote_run(tmp_path)
     run.append_history(row(1))
     assert run.flush(timeout_s=10)
@@ -638,16 +773,24 @@ def test_a_run_that_ends_early_says_what_is_not_stored_and_where_it_is(
         assert not run.flush(timeout_s=0.1)
         run.close()
         run.close()
-    said = [record.getMessage() for record in caplog.records if "are not stored at" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "are not stored at" in record.getMessage()
+    ]
     assert len(said) == 1
     assert f"config.yaml first); they are in {run.path}: start again" in said[0]
     began = time.monotonic()
     assert not run.flush(timeout_s=20)
     assert time.monotonic() - began < 2, "nothing is waited for once it is closed"
-    assert RunFolder("s3://bucket/runs", "r1", work_dir=tmp_path / "work").exists(), "what is here counts"
+    assert RunFolder("s3://bucket/runs", "r1", work_dir=tmp_path / "work").exists(), (
+        "what is here counts"
+    )
 
 
-def test_files_are_added_to_a_finished_run_without_touching_what_it_holds(bucket: Bucket, tmp_path: Path) -> None:
+def test_files_are_added_to_a_finished_run_without_touching_what_it_holds(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     run = remote_run(tmp_path)
     run.write_config("a: {}\n")
     run.finish({"run_id": "r1"})
@@ -684,7 +827,11 @@ def test_tensorboard_reads_a_run_from_a_bucket_as_from_a_folder(
         endpoint = "http://{}:{}".format(*s3.get_host_and_port())
         for name in ("AWS_ENDPOINT_URL_S3", "S3_ENDPOINT"):  # the second is TensorBoard's own
             monkeypatch.setenv(name, endpoint)
-        for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
+        for name, value in (
+            ("ACCESS_KEY_ID", "a"),
+            ("SECRET_ACCESS_KEY", "b"),
+            ("DEFAULT_REGION", "us-east-1"),
+        ):
             monkeypatch.setenv(f"AWS_{name}", value)
         boto3.client("s3").create_bucket(Bucket="bucket")
         RunFolder.check_writable("s3://bucket/runs")
@@ -701,7 +848,7 @@ def test_tensorboard_reads_a_run_from_a_bucket_as_from_a_folder(
         s3.stop()
 
 
-# ---------------------------------------------------------------------------------------------------------- one number
+# --------------------------------------------------------------------------------------- one number
 
 
 def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(
@@ -729,7 +876,10 @@ def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(
         assert kept[name] == entry["value"]
         assert kept["intervals"][name] == [entry["low"], entry["high"]]
         percent = name != "auroc"
-        value, low, high = (f"{100 * entry[k]:.1f}" if percent else f"{entry[k]:.3f}" for k in ("value", "low", "high"))
+        value, low, high = (
+            f"{100 * entry[k]:.1f}" if percent else f"{entry[k]:.3f}"
+            for k in ("value", "low", "high")
+        )
         for text in (lines, page):
             assert f"{value} %" in text if percent else value in text
             assert f"{low}–{high}" in text
@@ -740,22 +890,43 @@ def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(
     assert "0.470" in page
 
 
-def test_the_last_lines_say_where_the_pictures_are_and_when_they_are_of_phantoms(metrics: dict[str, Any]) -> None:
+def test_the_last_lines_say_where_the_pictures_are_and_when_they_are_of_phantoms(
+    metrics: dict[str, Any],
+) -> None:
     lines = format_result_lines(summary_of(metrics), "submit/r1")
-    assert any("submit/r1/curves/loss.png" in line and "submit/r1/curves/accuracy.png" in line for line in lines)
+    assert any(
+        "submit/r1/curves/loss.png" in line and "submit/r1/curves/accuracy.png" in line
+        for line in lines
+    )
     assert "phantom" not in "".join(lines)
-    assert "phantoms, not patients" in format_result_lines(summary_of(metrics, is_phantom=True), "x")[0]
+    assert (
+        "phantoms, not patients"
+        in format_result_lines(summary_of(metrics, is_phantom=True), "x")[0]
+    )
 
 
-def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(metrics: dict[str, Any]) -> None:
+def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(
+    metrics: dict[str, Any],
+) -> None:
     entry = {"metrics": {"auroc": {"value": 0.8125}}, "reason": ""}
-    metrics["baselines"] = {"geometry": entry, "border": {**entry, "metrics": {"auroc": {"value": math.nan}}}}
+    metrics["baselines"] = {
+        "geometry": entry,
+        "border": {**entry, "metrics": {"auroc": {"value": math.nan}}},
+    }
     metrics["abstention"] |= {"num_review": 6, "metrics": {"accuracy": {"value": 0.9}}}
     lines = format_result_lines(json.loads(to_json(summary_of(metrics))), "x")
-    assert any(line.startswith("review      6 of 120 images") and "90.0 %" in line for line in lines)
+    assert any(
+        line.startswith("review      6 of 120 images") and "90.0 %" in line for line in lines
+    )
     assert "shortcuts   AUROC of picture size alone 0.812, outer border alone –" in lines
-    older = {key: value for key, value in summary_of(metrics).items() if key not in ("review", "baselines")}
-    assert not any(line.startswith(("review", "shortcuts")) for line in format_result_lines(older, "x"))
+    older = {
+        key: value
+        for key, value in summary_of(metrics).items()
+        if key not in ("review", "baselines")
+    }
+    assert not any(
+        line.startswith(("review", "shortcuts")) for line in format_result_lines(older, "x")
+    )
 
 
 def test_an_undefined_result_is_a_dash_on_the_terminal_and_null_in_the_summary() -> None:

@@ -1,4 +1,6 @@
-"""The baselines see a picture's border and size and nothing else, find a shortcut, and say where there is none."""
+"""The baselines see a picture's border and size and nothing else, find a shortcut, and say where
+there is none.
+"""
 
 import math
 from typing import Any
@@ -16,7 +18,9 @@ from xrai.results.baselines import (
 )
 
 
-def looks(*, num: int = 120, seed: int = 0, shortcut: bool = True, constant: bool = False, **changes: Any) -> Looks:
+def looks(
+    *, num: int = 120, seed: int = 0, shortcut: bool = True, constant: bool = False, **changes: Any
+) -> Looks:
     """Images whose border is brighter, and whose source is wider, where there is pneumonia."""
     generator = np.random.default_rng(seed)
     labels = (np.arange(num) % 3 > 0).astype(np.uint8)
@@ -33,7 +37,9 @@ def looks(*, num: int = 120, seed: int = 0, shortcut: bool = True, constant: boo
 
 
 @pytest.mark.parametrize("size", [16, 28, 64, 224])
-def test_the_border_features_change_with_each_pixel_of_the_border_and_with_none_inside(size: int) -> None:
+def test_the_border_features_change_with_each_pixel_of_the_border_and_with_none_inside(
+    size: int,
+) -> None:
     depth = round(size / 14)
     images = np.random.default_rng(1).integers(0, 200, (1, size, size), dtype=np.uint8)
     before = border_features(images)
@@ -68,7 +74,9 @@ def test_geometry_knows_width_height_aspect_and_area() -> None:
 
 def test_a_shortcut_is_found_and_none_is_not() -> None:
     with_it = measure_baselines(looks(), looks(seed=1), split="test", num_bootstrap=20)
-    without = measure_baselines(looks(shortcut=False), looks(seed=1, shortcut=False), split="test", num_bootstrap=20)
+    without = measure_baselines(
+        looks(shortcut=False), looks(seed=1, shortcut=False), split="test", num_bootstrap=20
+    )
     assert set(with_it) == set(without) == set(BASELINES)
     for name in BASELINES:
         assert with_it[name]["metrics"]["auroc"]["value"] > 0.95
@@ -81,7 +89,9 @@ def test_a_shortcut_is_found_and_none_is_not() -> None:
 
 
 def test_a_size_that_is_the_same_for_all_tells_nothing_and_says_so() -> None:
-    found = measure_baselines(looks(constant=True), looks(seed=1, constant=True), split="val", num_bootstrap=20)
+    found = measure_baselines(
+        looks(constant=True), looks(seed=1, constant=True), split="val", num_bootstrap=20
+    )
     assert found["geometry"]["metrics"]["auroc"]["value"] == 0.5
     assert "the same for all training images" in found["geometry"]["reason"]
     assert found["border"]["reason"] == ""
@@ -91,7 +101,9 @@ def test_a_size_that_is_the_same_for_all_tells_nothing_and_says_so() -> None:
     ("train", "reason"),
     [(None, "no train split"), (looks(labels=np.ones(120, np.uint8)), "of one class")],
 )
-def test_where_a_baseline_can_not_be_fitted_there_is_a_reason_and_no_number(train: Looks | None, reason: str) -> None:
+def test_where_a_baseline_can_not_be_fitted_there_is_a_reason_and_no_number(
+    train: Looks | None, reason: str
+) -> None:
     found = measure_baselines(train, looks(seed=1), split="test", num_bootstrap=20)
     for name in BASELINES:
         assert reason in found[name]["reason"]
@@ -104,7 +116,9 @@ def test_a_baseline_measured_on_the_images_it_was_fitted_to_says_so() -> None:
 
 
 def test_one_class_to_measure_on_leaves_the_auroc_undefined() -> None:
-    found = measure_baselines(looks(), looks(seed=1, labels=np.zeros(120, np.uint8)), split="test", num_bootstrap=20)
+    found = measure_baselines(
+        looks(), looks(seed=1, labels=np.zeros(120, np.uint8)), split="test", num_bootstrap=20
+    )
     assert math.isnan(found["border"]["metrics"]["auroc"]["value"])
     assert not math.isnan(found["border"]["metrics"]["accuracy"]["value"])
 

@@ -15,10 +15,19 @@ from xrai.results.metrics import evaluate_scores
 
 HISTORY: list[dict[str, Any]] = [
     {"epoch": 1, "train_loss": 0.7, "val_loss": 0.6, "train_accuracy": 0.6, "val_accuracy": 0.7},
-    {"epoch": 2, "train_loss": 0.5, "val_loss": math.nan, "train_accuracy": 0.7, "val_accuracy": None},
+    {
+        "epoch": 2,
+        "train_loss": 0.5,
+        "val_loss": math.nan,
+        "train_accuracy": 0.7,
+        "val_accuracy": None,
+    },
     {"epoch": 3, "train_loss": 0.4, "val_loss": 0.3, "train_accuracy": 0.8, "val_accuracy": 0.9},
 ]
-HISTORY = [{**row, "shifted_accuracy": row["val_accuracy"] and row["val_accuracy"] - 0.1} for row in HISTORY]
+HISTORY = [
+    {**row, "shifted_accuracy": row["val_accuracy"] and row["val_accuracy"] - 0.1}
+    for row in HISTORY
+]
 
 
 def results(labels: list[int], scores: list[float]) -> dict[str, Any]:
@@ -30,7 +39,9 @@ def results(labels: list[int], scores: list[float]) -> dict[str, Any]:
 
 def test_curves_show_train_and_validation_and_are_redrawn_in_place(tmp_path: Path) -> None:
     plots.draw_curves(HISTORY[:1], tmp_path)
-    first = {name: (tmp_path / "curves" / name).read_bytes() for name in ("loss.png", "accuracy.png")}
+    first = {
+        name: (tmp_path / "curves" / name).read_bytes() for name in ("loss.png", "accuracy.png")
+    }
     plots.draw_curves(HISTORY, tmp_path, best_epoch=3)
     for name, before in first.items():
         path = tmp_path / "curves" / name
@@ -42,7 +53,10 @@ def test_curves_show_train_and_validation_and_are_redrawn_in_place(tmp_path: Pat
     for colour in (style.TRAIN, style.VALIDATION, style.SHIFTED):
         assert has_colour(tmp_path / "curves/accuracy.png", colour)
     assert not has_colour(tmp_path / "curves/loss.png", style.SHIFTED)
-    assert sorted(path.name for path in (tmp_path / "curves").iterdir()) == ["accuracy.png", "loss.png"]
+    assert sorted(path.name for path in (tmp_path / "curves").iterdir()) == [
+        "accuracy.png",
+        "loss.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +76,14 @@ def test_every_plot_is_drawn_for_any_scores_the_same_each_time(
     metrics = results(labels, scores)
     for folder in ("a", "b"):
         plots.draw_plots(labels, scores, metrics, tmp_path / folder)
-    names = ["abstention.png", "calibration.png", "confusion.png", "precision_recall.png", "roc.png", "scores.png"]
+    names = [
+        "abstention.png",
+        "calibration.png",
+        "confusion.png",
+        "precision_recall.png",
+        "roc.png",
+        "scores.png",
+    ]
     assert sorted(path.name for path in (tmp_path / "a/plots").iterdir()) == names
     for name in names:
         data = (tmp_path / "a/plots" / name).read_bytes()
@@ -78,15 +99,23 @@ def test_phantoms_are_named_as_phantoms_in_every_picture(tmp_path: Path) -> None
         folder = tmp_path / str(is_phantom)
         plots.draw_curves(HISTORY, folder, is_phantom=is_phantom)
         plots.draw_plots(labels, scores, metrics, folder, is_phantom=is_phantom)
-        sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", is_phantom=is_phantom)
-        sheets.draw_class_counts({"train": {"normal": 1}}, folder / "counts.png", is_phantom=is_phantom)
+        sheets.draw_sheet(
+            [np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", is_phantom=is_phantom
+        )
+        sheets.draw_class_counts(
+            {"train": {"normal": 1}}, folder / "counts.png", is_phantom=is_phantom
+        )
     paths = [path.relative_to(tmp_path / "True") for path in (tmp_path / "True").rglob("*.png")]
     assert len(paths) == 10
     for path in paths:
-        assert (tmp_path / "True" / path).read_bytes() != (tmp_path / "False" / path).read_bytes(), path
+        assert (tmp_path / "True" / path).read_bytes() != (
+            tmp_path / "False" / path
+        ).read_bytes(), path
 
 
-def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_changed_them(tmp_path: Path) -> None:
+def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_changed_them(
+    tmp_path: Path,
+) -> None:
     labels, before, after = [0, 0, 1, 1] * 9, [0.1, 0.9, 0.2, 0.95] * 9, [0.3, 0.6, 0.4, 0.7] * 9
     metrics = results(labels, after)
     plots.draw_calibration(labels, after, metrics, tmp_path / "same.png", uncalibrated=before)

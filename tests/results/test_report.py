@@ -1,4 +1,6 @@
-"""The page is one file, asks for nothing, escapes all text, and says what a reader must know; a browser reads it."""
+"""The page is one file, asks for nothing, escapes all text, and says what a reader must know; a
+browser reads it.
+"""
 
 import functools
 import html
@@ -45,7 +47,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.ids.update(value or "" for name, value in attrs if name == "id")
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        self.addresses += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "action", "srcset", "data")
+        ]
         if tag == "img":
             self.images.append(dict(attrs))
         if tag == "script":
@@ -79,7 +85,12 @@ def measure(*, split: str = "val") -> tuple[Any, Any, dict[str, Any]]:
         groups=np.where(labels == 1, "virus", np.where(np.arange(90) % 2, "IM", "NORMAL2")), split=split,
         threshold_source="chosen on validation", num_bootstrap=20, atypicality=np.linspace(0, 1.1, 90),
     )  # fmt: skip
-    seen = Looks(labels, list("ab" * 45), generator.random((90, 4)), generator.random((90, 104)) + labels[:, None] / 9)
+    seen = Looks(
+        labels,
+        list("ab" * 45),
+        generator.random((90, 4)),
+        generator.random((90, 104)) + labels[:, None] / 9,
+    )
     metrics["baselines"] = measure_baselines(seen, seen, split=split, num_bootstrap=20)
     return labels, scores, metrics
 
@@ -91,11 +102,19 @@ def draw(*, split: str, is_phantom: bool) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         plots.draw_curves(HISTORY, Path(folder), is_phantom=is_phantom)
         plots.draw_plots(labels, scores, metrics, Path(folder), is_phantom=is_phantom)
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).glob("*/*.png")}
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in Path(folder).glob("*/*.png")
+        }
 
 
 def render(
-    folder: Path, *, split: str = "val", is_phantom: bool = False, is_evaluation: bool = False, **facts: Any
+    folder: Path,
+    *,
+    split: str = "val",
+    is_phantom: bool = False,
+    is_evaluation: bool = False,
+    **facts: Any,
 ) -> str:
     metrics = measure(split=split)[2]
     for name, data in draw(split=split, is_phantom=is_phantom).items():
@@ -127,9 +146,13 @@ def test_the_page_is_one_file_that_asks_no_network_for_anything(tmp_path: Path) 
     page = Page(text)
     assert len(page.images) == 8
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
-    assert {f"#{name}" for name in page.ids} >= {address for address in page.addresses if address.startswith("#")}
+    assert {f"#{name}" for name in page.ids} >= {
+        address for address in page.addresses if address.startswith("#")
+    }
     without_data = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
-    assert not re.search(r"https?:|//|url\(|@import|<script|<link", without_data.partition("</style>")[0][100:])
+    assert not re.search(
+        r"https?:|//|url\(|@import|<script|<link", without_data.partition("</style>")[0][100:]
+    )
     assert not re.search(r"https?://|<iframe|<link", without_data)
     assert "default-src 'none'" in text
 
@@ -151,18 +174,28 @@ def test_the_explorer_holds_the_counts_of_metrics_and_draws_each_image_once(tmp_
     assert data["counts"] == metrics["counts"]
     for step in (0, 37, 120, 200):
         calls = scores >= step / 200
-        assert (data["tp"][step], data["fp"][step]) == ((calls & (labels == 1)).sum(), (calls & (labels == 0)).sum())
+        assert (data["tp"][step], data["fp"][step]) == (
+            (calls & (labels == 1)).sum(),
+            (calls & (labels == 0)).sum(),
+        )
     explorer = report_module._explorer(metrics)
     tallest = max(height for bars in explorer["bars"].values() for _, height in bars)
-    biggest = max(np.histogram(scores[labels == label], np.linspace(0, 1, 51))[0].max() for label in (0, 1))
+    biggest = max(
+        np.histogram(scores[labels == label], np.linspace(0, 1, 51))[0].max() for label in (0, 1)
+    )
     for name, label in (("normal", 0), ("pneumonia", 1)):
-        counts = [round(float(np.expm1(height / tallest * np.log1p(biggest)))) for _, height in explorer["bars"][name]]
+        counts = [
+            round(float(np.expm1(height / tallest * np.log1p(biggest))))
+            for _, height in explorer["bars"][name]
+        ]
         assert sum(counts) == (labels == label).sum()
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     name = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
-    text = render(tmp_path, source=name, splits={name: {name: 1, "b": 2}}, set_aside={name: 1}, fit=name)
+    text = render(
+        tmp_path, source=name, splits={name: {name: 1, "b": 2}}, set_aside={name: 1}, fit=name
+    )
     page = Page(text)
     assert len(page.scripts) == 2
     assert not any("alert" in script for _, script in page.scripts)
@@ -194,13 +227,19 @@ def test_every_link_of_the_page_leads_to_a_place_on_it(tmp_path: Path) -> None:
     sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/mistakes.png")
     page = Page(render(tmp_path))
     links = {address for address in page.addresses if address.startswith("#")}
-    assert {"#mistakes", "#explorer", "#limits", "#checklists"} <= links <= {f"#{name}" for name in page.ids}
+    assert (
+        {"#mistakes", "#explorer", "#limits", "#checklists"}
+        <= links
+        <= {f"#{name}" for name in page.ids}
+    )
     (shown,) = [image for image in page.images if "mistakes" in (image["alt"] or "")]
     assert "no localiser" in (shown["alt"] or "")  # with heat maps, where there are some
     assert "chart" not in (shown.get("class") or ""), "X-rays keep their grey values in the dark"
 
 
-def test_the_public_data_set_is_described_where_its_names_are_found_and_else_not(tmp_path: Path) -> None:
+def test_the_public_data_set_is_described_where_its_names_are_found_and_else_not(
+    tmp_path: Path,
+) -> None:
     groups = {"train": {"IM": 3, "NORMAL2": 4, "bacteria": 5, "virus": 6}}
     public = render(tmp_path, groups=groups, num_patients={"train": 17})
     assert "Guangzhou" in public and "CC BY 4.0" in public and "bacteria 5" in public
@@ -211,11 +250,20 @@ def test_the_public_data_set_is_described_where_its_names_are_found_and_else_not
 
 def test_an_evaluation_says_so_and_names_both_data_sets(tmp_path: Path) -> None:
     text = " ".join(Page(render(tmp_path, split="test", is_evaluation=True)).text.split())
-    for part in ("evaluation report", "On the test split of data/chest_xray", "Trained on", "Measured on", "0123abcd"):
+    for part in (
+        "evaluation report",
+        "On the test split of data/chest_xray",
+        "Trained on",
+        "Measured on",
+        "0123abcd",
+    ):
         assert part in text, part
     assert "training report" in Page(render(tmp_path)).text
     beside = " ".join(Page(render(tmp_path, split="test")).text.split())
-    assert "Beside the other splits" in beside and "Beside the other splits" not in Page(render(tmp_path)).text
+    assert (
+        "Beside the other splits" in beside
+        and "Beside the other splits" not in Page(render(tmp_path)).text
+    )
 
 
 def test_a_run_that_knows_no_typicality_or_baselines_has_a_page_too(tmp_path: Path) -> None:
@@ -277,13 +325,17 @@ def test_a_page_without_its_pictures_is_a_page(tmp_path: Path, missing: str) -> 
     assert "not defined, there are no normal images" in page.text
 
 
-# ------------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 
 
 @pytest.fixture
 def browse(tmp_path: Path) -> Callable[[Path, str], tuple[str, list[str]]]:
-    """Opens a page in a headless Chromium; gives the document after its script, and what the console said."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    """Opens a page in a headless Chromium; gives the document after its script, and what the
+    console said.
+    """
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if found is None:
         pytest.skip("no Chromium: none of chromium, chromium-browser and google-chrome is in PATH")
 
@@ -311,7 +363,9 @@ def shown_by(document: str) -> dict[str, str]:
     }
 
 
-def expected(metrics: dict[str, Any], *, step: int, prevalence: float | None = None) -> dict[str, str]:
+def expected(
+    metrics: dict[str, Any], *, step: int, prevalence: float | None = None
+) -> dict[str, str]:
     """The same numbers, by hand, at a step of the slider."""
     counts, by_threshold = metrics["counts"], metrics["by_threshold"]
     tp, fp = by_threshold["tp"][step], by_threshold["fp"][step]
@@ -365,9 +419,9 @@ def test_the_explorer_shows_the_threshold_and_the_prevalence_that_the_address_na
     document, console = browse(page, fragment)
     assert console == []
     shown = shown_by(document)
-    assert {name: shown[name] for name in expected(measure()[2], step=step, prevalence=prevalence)} == expected(
-        measure()[2], step=step, prevalence=prevalence
-    )
+    assert {
+        name: shown[name] for name in expected(measure()[2], step=step, prevalence=prevalence)
+    } == expected(measure()[2], step=step, prevalence=prevalence)
     assert shown["whose"] == "tried out"
     assert f'translate({5 * step} 0)"' in document
 
@@ -386,11 +440,14 @@ def test_the_slider_moves_the_numbers_and_the_address_and_the_button_brings_them
         acting = script + f"{{ const s = document.getElementById('explorer-slider'); {steps}\n"
         acting += "document.title = location.hash; }"
         hashes = [
-            html.escape(report_module._source_hash(source)).replace("&#x27;", "&#39;") for source in (script, acting)
+            html.escape(report_module._source_hash(source)).replace("&#x27;", "&#39;")
+            for source in (script, acting)
         ]
         assert hashes[0] in text
         page = tmp_path / f"{number}.html"
-        page.write_text(text.replace(hashes[0], hashes[1]).replace(script, acting), encoding="utf-8")
+        page.write_text(
+            text.replace(hashes[0], hashes[1]).replace(script, acting), encoding="utf-8"
+        )
         document, console = browse(page, "")
         assert console == []
         assert shown_by(document)["threshold"] == wanted

@@ -1,4 +1,6 @@
-"""Sheets show the pictures that they were given, under their names; bars are as long as their numbers."""
+"""Sheets show the pictures that they were given, under their names; bars are as long as their
+numbers.
+"""
 
 import subprocess
 import sys
@@ -23,7 +25,9 @@ def has_colour(path: Path, colour: str) -> bool:
 
 def test_a_sheet_shows_coloured_pictures_beside_grey_ones(tmp_path: Path) -> None:
     grey = np.full((32, 32), 77, np.uint8)
-    sheets.draw_sheet([grey, np.full((32, 32, 3), (200, 30, 60), np.uint8)], ["a", "b"], tmp_path / "sheet.png")
+    sheets.draw_sheet(
+        [grey, np.full((32, 32, 3), (200, 30, 60), np.uint8)], ["a", "b"], tmp_path / "sheet.png"
+    )
     assert has_colour(tmp_path / "sheet.png", "#4d4d4d")
     assert has_colour(tmp_path / "sheet.png", "#c81e3c")
 
@@ -51,7 +55,9 @@ def test_class_counts_are_drawn_in_the_colours_of_their_classes(tmp_path: Path) 
 
 def test_pictures_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 224, 224), np.uint8)
-    sheets.draw_sheet(list(noise), [str(number) for number in range(8)], tmp_path / "sheet.png", columns=6)
+    sheets.draw_sheet(
+        list(noise), [str(number) for number in range(8)], tmp_path / "sheet.png", columns=6
+    )
     shown = pixels_of(tmp_path / "sheet.png")
     assert (shown == shown[..., :1])[120:340].all()
     corners = [np.argwhere((shown[:-223, :-223, 0] == image[0, 0]) & (shown[223:, 223:, 0] == image[-1, -1]))
@@ -66,9 +72,13 @@ def test_pictures_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_p
     assert min(np.diff([x for _, x in places[:6]])) > 224
 
 
-def test_small_pictures_are_enlarged_and_large_ones_averaged_and_none_is_stretched(tmp_path: Path) -> None:
+def test_small_pictures_are_enlarged_and_large_ones_averaged_and_none_is_stretched(
+    tmp_path: Path,
+) -> None:
     small = np.array([[0, 90], [180, 255]], np.uint8)
-    large = np.tile(np.array([[60, 120], [120, 180]], np.uint8), (112, 224))  # (224, 448), 120 on average
+    large = np.tile(
+        np.array([[60, 120], [120, 180]], np.uint8), (112, 224)
+    )  # (224, 448), 120 on average
     sheets.draw_sheet([small, large], ["", ""], tmp_path / "sheet.png")
     shown = pixels_of(tmp_path / "sheet.png")[..., 0]
     for level in (0, 90, 180):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import shortcuts
-from xrai.dataset.phantom import make_phantoms
+from xrai.phantom.draw import make_phantoms
 
 
 @pytest.mark.parametrize("size", [28, 30, 64])
@@ -47,5 +47,7 @@ def test_the_table_has_a_line_for_each_fit(
     shortcuts.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == list(shortcuts.FITS)
-    assert len({line.split()[1] for line in lines[2:5]}) == 1, "the size of the source is the same under each fit"
+    assert len({line.split()[1] for line in lines[2:5]}) == 1, (
+        "the size of the source is the same under each fit"
+    )
     assert lines[0].startswith("30 films")

@@ -1,1 +1,3 @@
-"""From raw image files to batches of pixels: sources, manifest, splits, shards, cache and loader."""
+"""From raw image files to batches of pixels: sources, manifest, splits, shards, cache and
+loader.
+"""

@@ -1,12 +1,14 @@
 """The order in which an epoch visits the rows of a split. Pure functions; the loader calls them.
 
-The order is a function of (seed, epoch, rows of each shard, window, shuffle) alone, not of ranks, threads or the step
-where a run was restarted. It uses numpy's raw bit streams, which NEP 19 promises never to change, and a stable sort.
+The order is a function of (seed, epoch, rows of each shard, window, shuffle) alone, not of ranks,
+threads or the step where a run was restarted. It uses numpy's raw bit streams, which NEP 19
+promises never to change, and a stable sort.
 
-Shuffled, the shards are permuted and cut into windows of 1, 1, 2, 4, ... up to `window` shards, and the rows are
-permuted inside each window. So the first batch needs one shard, and a reader holds one window and the shards it has
-asked for ahead. Rows stand in hash order inside a split, which makes each shard a random sample of it; what the windows
-cost in mixing is measured in docs/decisions/0004-order-and-windows.md. Not shuffled, the order is that of the shards.
+Shuffled, the shards are permuted and cut into windows of 1, 1, 2, 4, ... up to `window` shards, and
+the rows are permuted inside each window. So the first batch needs one shard, and a reader holds one
+window and the shards it has asked for ahead. Rows stand in hash order inside a split, which makes
+each shard a random sample of it; what the windows cost in mixing is measured in
+docs/decisions/0004-order-and-windows.md. Not shuffled, the order is that of the shards.
 """
 
 from collections.abc import Sequence
@@ -19,11 +21,15 @@ Rows = NDArray[np.int64]  # (n,) positions in the split
 
 
 def rank_slice(num: int, *, rank: int, world_size: int) -> slice:
-    """The part of a global batch of `num` images that one rank takes. The parts differ by one image at most."""
+    """The part of a global batch of `num` images that one rank takes. The parts differ by one
+    image at most.
+    """
     return slice(num * rank // world_size, num * (rank + 1) // world_size)
 
 
-def plan_windows(num_shards: int, *, seed: int, epoch: int, window: int, shuffle: bool) -> list[tuple[int, ...]]:
+def plan_windows(
+    num_shards: int, *, seed: int, epoch: int, window: int, shuffle: bool
+) -> list[tuple[int, ...]]:
     """The shards of each window, in the order of use. Each shard is in one window."""
     if not shuffle:
         return [(shard,) for shard in range(num_shards)]
@@ -38,10 +44,11 @@ def plan_windows(num_shards: int, *, seed: int, epoch: int, window: int, shuffle
 
 
 def shards_to_hold(windows: Sequence[Sequence[int]], used: range, *, num_ahead: int) -> list[int]:
-    """The shards that a reader keeps open while it uses some windows, in the order in which it needs them.
+    """The shards that a reader keeps open while it uses some windows, in the order in which it
+    needs them.
 
-    They are those of the windows in use, of the window after the first of these, and of later ones until `num_ahead`
-    shards follow the first window.
+    They are those of the windows in use, of the window after the first of these, and of later ones
+    until `num_ahead` shards follow the first window.
     """
     first = windows[used.start]
     last_whole = min(max(used.stop, used.start + 2), len(windows))
@@ -51,11 +58,17 @@ def shards_to_hold(windows: Sequence[Sequence[int]], used: range, *, num_ahead: 
 
 
 def most_held(
-    shard_rows: Sequence[int], *, window: int, num_ahead: int, batch_size: int, batches_apart: int = 0
+    shard_rows: Sequence[int],
+    *,
+    window: int,
+    num_ahead: int,
+    batch_size: int,
+    batches_apart: int = 0,
 ) -> int:
     """The largest number of shards that `shards_to_hold` can give, whatever the seed and the epoch.
 
-    Readers that share a cache may be some batches apart; then it is the number that all of them hold together.
+    Readers that share a cache may be some batches apart; then it is the number that all of them
+    hold together.
     """
     window = min(window, len(shard_rows))
     inside = _num_inside(shard_rows, batch_size)
@@ -71,10 +84,19 @@ def _num_inside(shard_rows: Sequence[int], num_rows: int) -> int:
 class EpochOrder:
     """One epoch's order of all rows of a split, made a window at a time."""
 
-    def __init__(self, shard_rows: Sequence[int], *, seed: int, epoch: int, window: int, shuffle: bool) -> None:
-        self._shard_rows, self._seed, self._epoch, self._shuffle = tuple(shard_rows), seed, epoch, shuffle
+    def __init__(
+        self, shard_rows: Sequence[int], *, seed: int, epoch: int, window: int, shuffle: bool
+    ) -> None:
+        self._shard_rows, self._seed, self._epoch, self._shuffle = (
+            tuple(shard_rows),
+            seed,
+            epoch,
+            shuffle,
+        )
         self._shard_starts = tuple(accumulate(self._shard_rows, initial=0))
-        self.windows = plan_windows(len(shard_rows), seed=seed, epoch=epoch, window=window, shuffle=shuffle)
+        self.windows = plan_windows(
+            len(shard_rows), seed=seed, epoch=epoch, window=window, shuffle=shuffle
+        )
         rows = [sum(self._shard_rows[shard] for shard in shards) for shards in self.windows]
         self._window_starts = np.array([0, *accumulate(rows)])
         self._latest: dict[int, Rows] = {}
@@ -89,18 +111,28 @@ class EpochOrder:
         """The rows at the places `start` to `stop` (not included) of the order."""
         windows = self.windows_of(start, stop)
         self._latest = {
-            window: self._latest[window] if window in self._latest else self._window_rows(window) for window in windows
+            window: self._latest[window] if window in self._latest else self._window_rows(window)
+            for window in windows
         }
         parts = [
-            rows[max(start - int(self._window_starts[window]), 0) : stop - int(self._window_starts[window])]
+            rows[
+                max(start - int(self._window_starts[window]), 0) : stop
+                - int(self._window_starts[window])
+            ]
             for window, rows in self._latest.items()
         ]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def _window_rows(self, window: int) -> Rows:
         starts = self._shard_starts
-        rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in self.windows[window]])
-        return rows[_permutation(len(rows), self._seed, self._epoch, 1 + window)] if self._shuffle else rows
+        rows = np.concatenate(
+            [np.arange(starts[shard], starts[shard + 1]) for shard in self.windows[window]]
+        )
+        return (
+            rows[_permutation(len(rows), self._seed, self._epoch, 1 + window)]
+            if self._shuffle
+            else rows
+        )
 
 
 def _permutation(num: int, seed: int, epoch: int, stream: int) -> Rows:

@@ -1,9 +1,9 @@
 """Random changes of the training images, on the device, a batch at a time.
 
-Every image's draw is a pure function of (seed, epoch, image): a counter-based hash stands in for a generator's state,
-so the draw does not depend on the batch, the world size, the order or an interruption. Geometry (one affine resampling)
-and intensity (gamma, contrast, blur, noise) are such as an X-ray room varies; pictures are never flipped, for the heart
-lies on one side.
+Every image's draw is a pure function of (seed, epoch, image): a counter-based hash stands in for a
+generator's state, so the draw does not depend on the batch, the world size, the order or an
+interruption. Geometry (one affine resampling) and intensity (gamma, contrast, blur, noise) are such
+as an X-ray room varies; pictures are never flipped, for the heart lies on one side.
 """
 
 import math
@@ -20,8 +20,9 @@ _DRAWS = 10  # uniform numbers an image
 def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Augment) -> Tensor:
     """Return grey values (B, 1, H, W) float in [0, 1], each image changed by its own draw.
 
-    `images` is (B, 1, H, W) float in [0, 1]; `rows` (B,) int64 are the images' positions in their split, on the same
-    device; `strength` is the config's section. The result keeps dtype and device.
+    `images` is (B, 1, H, W) float in [0, 1]; `rows` (B,) int64 are the images' positions in their
+    split, on the same device; `strength` is the config's section. The result keeps dtype and
+    device.
     """
     if len(rows) == 0:
         return images
@@ -34,14 +35,17 @@ def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Au
 def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
     """One affine resampling, bilinear. draws (B, 6) in [-1, 1).
 
-    Outside of the picture its edge goes on: black there is a border that only training pictures would have, and the
-    network came to count on it (docs/decisions/0005-recipe.md).
+    Outside of the picture its edge goes on: black there is a border that only training pictures
+    would have, and the network came to count on it (docs/decisions/0005-recipe.md).
     """
     angle = draws[:, 0] * math.radians(strength.rotation_deg)
     scale = 1 + draws[:, 1] * strength.scale
     stretch = torch.sqrt(1 + draws[:, 2] * strength.aspect)
     shear = draws[:, 3] * strength.shear
-    shift_x, shift_y = 2 * strength.shift * draws[:, 4], 2 * strength.shift * draws[:, 5]  # side is 2 units long
+    shift_x, shift_y = (
+        2 * strength.shift * draws[:, 4],
+        2 * strength.shift * draws[:, 5],
+    )  # side is 2 units long
     cos, sin = torch.cos(angle), torch.sin(angle)
     wide, high = stretch / scale, 1 / (stretch * scale)
     theta = torch.stack(
@@ -52,11 +56,15 @@ def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
         dim=1,
     )  # (B, 2, 3)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
-    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return functional.grid_sample(
+        images, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
-    """Gamma, contrast about the mean and, in half of the images, some 3x3 binomial blur. draws (B, 3) in [-1, 1)."""
+    """Gamma, contrast about the mean and, in half of the images, some 3x3 binomial blur. draws
+    (B, 3) in [-1, 1).
+    """
     gamma, contrast, blur = (column[:, None, None, None] for column in draws.unbind(dim=1))
     changed = images.clamp_min(1e-4).pow(torch.exp(gamma * strength.gamma))
     mean = changed.mean(dim=(1, 2, 3), keepdim=True)
@@ -67,8 +75,12 @@ def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
     return torch.lerp(changed, blurred, blur.clamp_min(0) * strength.blur)
 
 
-def _add_noise(images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch: int, strength: Augment) -> Tensor:
-    """In half of the images, uniform noise of an own standard deviation; and the clip to [0, 1]. draws (B,)."""
+def _add_noise(
+    images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch: int, strength: Augment
+) -> Tensor:
+    """In half of the images, uniform noise of an own standard deviation; and the clip to [0, 1].
+    draws (B,).
+    """
     if strength.noise == 0:
         return images.clamp(0, 1)
     height, width = images.shape[2:]
@@ -81,14 +93,22 @@ def _add_noise(images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch:
 def uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     """(B, count) float64 in [-1, 1), a pure function of (seed, epoch, row, column).
 
-    Four 16-bit numbers are cut from each 64-bit output of SplitMix64 (Steele, Lea, Flood 2014), which is a bijective
-    hash of a counter.
+    Four 16-bit numbers are cut from each 64-bit output of SplitMix64 (Steele, Lea, Flood 2014),
+    which is a bijective hash of a counter.
     """
     words = -(-count // 4)
     key = _splitmix64(_splitmix64(torch.tensor(seed, dtype=torch.int64)) + epoch).to(rows.device)
     streams = _splitmix64(rows + key)[:, None]  # (B, 1)
     hashed = _splitmix64(streams + torch.arange(words, device=rows.device))  # (B, words)
-    parts = torch.stack([hashed & 0xFFFF, (hashed >> 16) & 0xFFFF, (hashed >> 32) & 0xFFFF, (hashed >> 48) & 0xFFFF], 2)
+    parts = torch.stack(
+        [
+            hashed & 0xFFFF,
+            (hashed >> 16) & 0xFFFF,
+            (hashed >> 32) & 0xFFFF,
+            (hashed >> 48) & 0xFFFF,
+        ],
+        2,
+    )
     return parts.flatten(1)[:, :count].to(torch.float32) / 32768 - 1
 
 

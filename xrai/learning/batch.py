@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class Batch(Protocol):
-    """What a loader hands out: this rank's part of a global batch. It may be empty at a ragged end."""
+    """What a loader hands out: this rank's part of a global batch. It may be empty at a ragged
+    end.
+    """
 
     @property
     def images(self) -> NDArray[np.uint8]:

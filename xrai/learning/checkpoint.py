@@ -1,9 +1,10 @@
 """Checkpoints: what a run needs to go on as if it had never stopped.
 
-A checkpoint is two files: `step-000001234.pt` (tensors and plain values, read with weights_only=True) and
-`step-000001234.json`, written after it, with its hash, size and score: no JSON, no checkpoint. `latest.json` names the
-newest one and is written last. Randomness needs no saving: order and augmentation are functions of (seed, epoch, image)
-and the network draws nothing, so the position in the epoch is the whole state of all generators.
+A checkpoint is two files: `step-000001234.pt` (tensors and plain values, read with
+weights_only=True) and `step-000001234.json`, written after it, with its hash, size and score: no
+JSON, no checkpoint. `latest.json` names the newest one and is written last. Randomness needs no
+saving: order and augmentation are functions of (seed, epoch, image) and the network draws nothing,
+so the position in the epoch is the whole state of all generators.
 """
 
 import hashlib
@@ -41,11 +42,12 @@ class Entry:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: written to a local folder, announced for upload, read back from the store.
+    """The checkpoints of one run: written to a local folder, announced for upload, read back from
+    the store.
 
-    `folder` is the run's local folder. `publish` is called with names relative to it of files to upload, `remove` with
-    names to delete; both return at once. `store` is the run's place in the artifact store (for a run on a local folder,
-    that folder itself).
+    `folder` is the run's local folder. `publish` is called with names relative to it of files to
+    upload, `remove` with names to delete; both return at once. `store` is the run's place in the
+    artifact store (for a run on a local folder, that folder itself).
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class CheckpointFolder:
         self._entries: list[Entry] = []
 
     def save(self, state: dict[str, Any], *, step: int, epoch: int, score: float | None) -> None:
-        """Write a checkpoint and its commit mark, each whole or not at all, and drop those that are not to be kept."""
+        """Write a checkpoint and its commit mark, each whole or not at all, and drop those that
+        are not to be kept.
+        """
         name = f"{FOLDER}/step-{step:09d}.pt"
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,13 +83,17 @@ class CheckpointFolder:
         entry = Entry(SCHEMA_VERSION, name, step, epoch, score, size_bytes, digest)
         mark = _mark_name(entry)
         _write_whole(self._folder / mark, json.dumps(asdict(entry), indent=1).encode())
-        _write_whole(self._folder / FOLDER / "latest.json", json.dumps(asdict(entry), indent=1).encode())
+        _write_whole(
+            self._folder / FOLDER / "latest.json", json.dumps(asdict(entry), indent=1).encode()
+        )
         self._publish([name, mark, f"{FOLDER}/latest.json"])
         self._entries = [*(other for other in self._entries if other.step != step), entry]
         self._prune()
 
     def newest(self) -> tuple[Entry, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, or None; damaged ones are dropped with a warning each."""
+        """The newest checkpoint that can be read, or None; damaged ones are dropped with a
+        warning each.
+        """
         self._entries = sorted(self._listed(), key=lambda entry: entry.step)
         for entry in reversed(self._entries):
             state = self._readable(entry)
@@ -96,7 +104,9 @@ class CheckpointFolder:
         return None
 
     def best(self) -> tuple[Entry, dict[str, Any]] | None:
-        """The checkpoint with the best score that can be read (of equal ones the first), or None."""
+        """The checkpoint with the best score that can be read (of equal ones the first), or
+        None.
+        """
         scored = [entry for entry in self._entries if entry.score is not None]
         for entry in sorted(scored, key=_by_score):
             state = self._readable(entry)
@@ -105,23 +115,34 @@ class CheckpointFolder:
         return None
 
     def _listed(self) -> Iterator[Entry]:
-        """The checkpoints in the store, and those that an earlier process left here before they were stored."""
+        """The checkpoints in the store, and those that an earlier process left here before they
+        were stored.
+        """
         stored = {found.key for found in self._store.list(FOLDER + "/")}
         here = {f"{FOLDER}/{path.name}" for path in (self._folder / FOLDER).glob("step-*.json")}
         for key in sorted(stored | here):
             if not key.endswith(".json") or key.endswith("/latest.json"):
                 continue
             try:
-                content = self._store.read(key) if key in stored else (self._folder / key).read_bytes()
+                content = (
+                    self._store.read(key) if key in stored else (self._folder / key).read_bytes()
+                )
                 entry = Entry(**json.loads(content))
                 if _mark_name(entry) != key:
                     raise ValueError(f"it speaks of {entry.file!r}")
                 yield entry
             except (ValueError, TypeError, UnicodeDecodeError) as error:
-                _logger.warning("checkpoint mark %s in %s is damaged and skipped: %s", key, self._store.uri, error)
+                _logger.warning(
+                    "checkpoint mark %s in %s is damaged and skipped: %s",
+                    key,
+                    self._store.uri,
+                    error,
+                )
 
     def _readable(self, entry: Entry) -> dict[str, Any] | None:
-        """The state of a checkpoint, or None with a warning where its bytes are not those that were saved."""
+        """The state of a checkpoint, or None with a warning where its bytes are not those that
+        were saved.
+        """
         try:
             return read_state(self._store, entry.file, sha256=entry.sha256, folder=self._folder)
         except (CorruptError, NotFoundError) as error:
@@ -130,22 +151,31 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         newest = sorted(self._entries, key=lambda entry: entry.step)[-self._keep_last :]
-        best = sorted((entry for entry in self._entries if entry.score is not None), key=_by_score)[: self._keep_best]
-        for entry in [entry for entry in self._entries if entry not in newest and entry not in best]:
+        best = sorted((entry for entry in self._entries if entry.score is not None), key=_by_score)[
+            : self._keep_best
+        ]
+        for entry in [
+            entry for entry in self._entries if entry not in newest and entry not in best
+        ]:
             self._entries.remove(entry)
             self._delete(entry)
 
     def _delete(self, entry: Entry) -> None:
-        for name in (_mark_name(entry), entry.file):  # the mark first: what has no mark is no checkpoint
+        for name in (
+            _mark_name(entry),
+            entry.file,
+        ):  # the mark first: what has no mark is no checkpoint
             (self._folder / name).unlink(missing_ok=True)
             self._remove([name])
 
 
 def read_state(store: Store, key: str, *, sha256: str | None, folder: Path) -> dict[str, Any]:
-    """Tensors and plain values that `torch.save` wrote, from a store, checked against a hash where one is known.
+    """Tensors and plain values that `torch.save` wrote, from a store, checked against a hash where
+    one is known.
 
-    A remote object is first copied into `folder`. Nothing but tensors and plain containers is ever unpickled. Raises
-    `CorruptError` where the bytes are not what was saved, `NotFoundError` where there is no such object.
+    A remote object is first copied into `folder`. Nothing but tensors and plain containers is ever
+    unpickled. Raises `CorruptError` where the bytes are not what was saved, `NotFoundError` where
+    there is no such object.
     """
     path = store.local_path(key)
     if path is None:
@@ -156,18 +186,26 @@ def read_state(store: Store, key: str, *, sha256: str | None, folder: Path) -> d
     if not path.exists():
         raise NotFoundError(f"there is no {key} in {store.uri}")
     if sha256 is not None and _sha256(path) != sha256:
-        raise CorruptError(f"{key} in {store.uri} does not have the hash {sha256[:12]}… that it was saved with")
+        raise CorruptError(
+            f"{key} in {store.uri} does not have the hash {sha256[:12]}… that it was saved with"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise CorruptError(f"{key} in {store.uri} is no file of weights: {str(error).splitlines()[0]}") from error
+        raise CorruptError(
+            f"{key} in {store.uri} is no file of weights: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(state, dict):
-        raise CorruptError(f"{key} in {store.uri} holds {type(state).__name__}, not the state of a model")
+        raise CorruptError(
+            f"{key} in {store.uri} holds {type(state).__name__}, not the state of a model"
+        )
     return state
 
 
 def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], *, name: str) -> None:
-    """Raise `RunError` naming the first fact in which a checkpoint's run is another than the current one."""
+    """Raise `RunError` naming the first fact in which a checkpoint's run is another than the
+    current one.
+    """
     for fact, value in current.items():
         if saved.get(fact) != value:
             raise RunError(

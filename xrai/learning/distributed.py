@@ -1,9 +1,10 @@
 """The ranks of a job: who they are, and the few things that they say to each other.
 
-The one home of torch.distributed. Without torchrun a job is one rank and nothing is said. Two process groups serve two
-purposes: gradients travel by the device's own backend (nccl or gloo), decisions and small objects always by gloo on the
-CPU, so that a decision never waits for the device. The CUDA and nccl paths have not been run yet. Ranks on one machine
-that compute on its processors say what they say at each step in memory that they share (`xrai.learning.exchange`).
+The one home of torch.distributed. Without torchrun a job is one rank and nothing is said. Two
+process groups serve two purposes: gradients travel by the device's own backend (nccl or gloo),
+decisions and small objects always by gloo on the CPU, so that a decision never waits for the
+device. The CUDA and nccl paths have not been run yet. Ranks on one machine that compute on its
+processors say what they say at each step in memory that they share (`xrai.learning.exchange`).
 """
 
 import gc
@@ -24,18 +25,28 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
-from xrai.learning.exchange import GRADIENTS, WORDS, MissingRankError, Neighbours, SharedMean, create_memory
+from xrai.learning.exchange import (
+    GRADIENTS,
+    WORDS,
+    MissingRankError,
+    Neighbours,
+    SharedMean,
+    create_memory,
+)
 from xrai.log import get_logger
 
 T = TypeVar("T")
 
-# "pair closure" is all that gloo says in a collective whose connection another one's timeout has closed
+# "pair closure" is all that gloo says in a collective whose connection another one's timeout has
+# closed
 _COLLECTIVE_WORDS = ("gloo", "NCCL", "ProcessGroup", "pair closure")
 
 _ONE_BUCKET_MIB = 1 << 20  # more than the gradients of any network here
 _logger = get_logger(__name__)
 
-record_failures = record  # torchrun's: a rank's traceback goes to the file that TORCHELASTIC_ERROR_FILE names
+record_failures = (
+    record  # torchrun's: a rank's traceback goes to the file that TORCHELASTIC_ERROR_FILE names
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,9 @@ class Ranks:
     device: torch.device
     _control: Any = None  # the gloo group of decisions
     _store: Any = None  # where each rank notes its last step, for the others' messages
-    _near: Neighbours | None = None  # all ranks, where they are on one machine and compute on its processors
+    _near: Neighbours | None = (
+        None  # all ranks, where they are on one machine and compute on its processors
+    )
 
     @property
     def is_main(self) -> bool:
@@ -61,14 +74,18 @@ class Ranks:
         return self.find_largest(value)()
 
     def find_largest(self, value: int) -> Callable[[], int]:
-        """Begin to find the largest of all ranks' values; call what it returns, on every rank, to wait for it."""
+        """Begin to find the largest of all ranks' values; call what it returns, on every rank,
+        to wait for it.
+        """
         if self.world_size == 1:
             return lambda: value
         if self._near is not None:
             return self._leave_word(value, self._near)
         tensor = torch.tensor(value, dtype=torch.int64)
         with self.explaining("to agree on going on"):
-            under_way = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+            under_way = dist.all_reduce(
+                tensor, op=dist.ReduceOp.MAX, group=self._control, async_op=True
+            )
 
         def wait() -> int:
             with self.explaining("to agree on going on"):
@@ -105,7 +122,9 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0's result of `work`, on every rank; an `XraiError` that rank 0 meets is raised on every rank."""
+        """Rank 0's result of `work`, on every rank; an `XraiError` that rank 0 meets is raised
+        on every rank.
+        """
         outcome: tuple[T | None, XraiError | None] = (None, None)
         if self.is_main:
             try:
@@ -129,7 +148,9 @@ class Ranks:
         return values
 
     def note(self, step: int) -> None:
-        """Leave word that this rank has done `step` steps; should it go missing, the others can say since when."""
+        """Leave word that this rank has done `step` steps; should it go missing, the others can
+        say since when.
+        """
         if self._near is not None:
             self._near.note(step)
         elif self.world_size > 1:
@@ -145,7 +166,9 @@ class Ranks:
 
     @contextmanager
     def explaining(self, purpose: str = "to do their part") -> Iterator[None]:
-        """Turns a collective's failure in the block into a `TrainingError` that names the ranks that are missing."""
+        """Turns a collective's failure in the block into a `TrainingError` that names the ranks
+        that are missing.
+        """
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
@@ -162,7 +185,9 @@ class Ranks:
             found = self._notes()
         except (RuntimeError, dist.DistError):
             return "the job's store is gone, so at least the process that holds it has ended"
-        silent = [f"rank {rank} has not begun" for rank in range(self.world_size) if rank not in found]
+        silent = [
+            f"rank {rank} has not begun" for rank in range(self.world_size) if rank not in found
+        ]
         newest = max((step for step, _ in found.values()), default=0)
         behind = [
             f"rank {rank} was last heard of {age_s:.0f} s ago, after step {step}"
@@ -183,14 +208,18 @@ class Ranks:
         return found
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over ranks (DistributedDataParallel), or itself for one rank.
+        """The model with its gradients averaged over ranks (DistributedDataParallel), or itself for
+        one rank.
 
-        Ranks on one machine that compute on its processors average them in shared memory, where that has room.
+        Ranks on one machine that compute on its processors average them in shared memory, where
+        that has room.
         """
         if self.world_size == 1:
             return model
         if self.device.type == "cuda":
-            return nn.parallel.DistributedDataParallel(model, device_ids=[self.device], gradient_as_bucket_view=True)
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=[self.device], gradient_as_bucket_view=True
+            )
         mean = self._share_mean(model, self._near) if self._near is not None else None
         if mean is None:
             return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -201,7 +230,9 @@ class Ranks:
         return wrapped
 
     def _share_mean(self, model: nn.Module, near: Neighbours) -> SharedMean | None:
-        """What averages the model's gradients in shared memory; None, on every rank, where there is no room for it."""
+        """What averages the model's gradients in shared memory; None, on every rank, where there
+        is no room for it.
+        """
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         num_values, dtype = sum(weight.numel() for weight in weights), weights[0].dtype
         size = SharedMean.num_bytes(self.world_size, num_values, dtype)
@@ -212,16 +243,25 @@ class Ranks:
 
         def make(path: Path) -> SharedMean:
             return SharedMean(
-                path, rank=self.rank, world_size=self.world_size, num_values=num_values, dtype=dtype, meet=meet
+                path,
+                rank=self.rank,
+                world_size=self.world_size,
+                num_values=num_values,
+                dtype=dtype,
+                meet=meet,
             )
 
         mean = self._in_shared_memory(size, make)
         if mean is None and self.is_main:
-            _logger.info("gradients go through sockets: /dev/shm has no room for %.1f MiB", size / 2**20)
+            _logger.info(
+                "gradients go through sockets: /dev/shm has no room for %.1f MiB", size / 2**20
+            )
         return mean
 
     def _in_shared_memory(self, size: int, make: Callable[[Path], T]) -> T | None:
-        """What each rank makes of one new file of `size` bytes; None, on every rank, where one of them can not."""
+        """What each rank makes of one new file of `size` bytes; None, on every rank, where one
+        of them cannot.
+        """
         made = None
         with ExitStack() as stack:  # what is mapped stays when the file is gone
             created = create_memory(size) if self.is_main else None
@@ -235,7 +275,9 @@ class Ranks:
         return made if can_all else None
 
     def synchronized(self, model: nn.Module, last: bool) -> Any:
-        """A context for one backward pass: gradients are exchanged only in the last of an accumulation."""
+        """A context for one backward pass: gradients are exchanged only in the last of an
+        accumulation.
+        """
         if last or self.world_size == 1:
             return nullcontext()
         assert isinstance(model, nn.parallel.DistributedDataParallel)
@@ -246,8 +288,8 @@ class Ranks:
 def join(*, timeout_s: float) -> Iterator[Ranks]:
     """Join the job that torchrun started (or be one process), and leave it at the end.
 
-    `timeout_s` is how long one rank waits for another. On CUDA the process takes the device of its local rank. Raises
-    `UserError` where there are more ranks on the machine than CUDA devices.
+    `timeout_s` is how long one rank waits for another. On CUDA the process takes the device of its
+    local rank. Raises `UserError` where there are more ranks on the machine than CUDA devices.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -269,7 +311,11 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        control = (
+            dist.group.WORLD
+            if backend == "gloo"
+            else dist.new_group(backend="gloo", timeout=timeout)
+        )
         ranks = Ranks(rank, world_size, local_rank, local_world_size, device, control, store)
         if device.type == "cpu" and local_world_size == world_size > 1:
             ranks = replace(ranks, _near=_find_neighbours(ranks, timeout_s=timeout_s))
@@ -283,7 +329,9 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
 
 
 def _find_neighbours(ranks: Ranks, *, timeout_s: float) -> Neighbours | None:
-    """None, on every rank, where one of them can not share memory with the others or not see whether they are there."""
+    """None, on every rank, where one of them cannot share memory with the others or not see
+    whether they are there.
+    """
 
     def make(path: Path) -> Neighbours:
         return Neighbours(path, rank=ranks.rank, world_size=ranks.world_size, timeout_s=timeout_s)
@@ -310,7 +358,9 @@ def _form_mean(
     mean: SharedMean,
     bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch says which annotation it wants, and hides the class
 ) -> torch.futures.Future[Tensor]:
-    """What DistributedDataParallel calls for each of its buckets, in the same order on every rank."""
+    """What DistributedDataParallel calls for each of its buckets, in the same order on every
+    rank.
+    """
     mean.form(bucket.buffer(), is_last=bucket.is_last())
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())

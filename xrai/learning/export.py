@@ -1,16 +1,20 @@
-"""A run's network as one file for other programs: ONNX, and torch.export's own format. Called by `xrai.export`.
+"""A run's network as one file for other programs: ONNX, and torch.export's own format. Called by
+`xrai.export`.
 
-All that happens to a picture is in the graph, so that a program that serves it can not treat pictures otherwise than
-training did: grey pictures of 8 bits and any height and width go in, probability and atypicality come out.
+All that happens to a picture is in the graph, so that a program that serves it cannot treat
+pictures otherwise than training did: grey pictures of 8 bits and any height and width go in,
+probability and atypicality come out.
 
-Pillow scales 8-bit pictures in whole numbers: each output pixel is a sum of input pixels, weighted by a triangle in
-steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits after each. The graph does the same by
-two matrix products in float64, which holds such sums without rounding, so that it gives the same pixels everywhere.
-Pillow gives these very pixels, but Pillow 13 scales the columns of some pictures that are higher than wide first, and
-a pixel may then differ by one grey level. A JPEG that is larger than needed is another matter: the program's own path
-decodes it at reduced size (xrai/dataset/images.py).
+Pillow scales 8-bit pictures in whole numbers: each output pixel is a sum of input pixels, weighted
+by a triangle in steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits
+after each. The graph does the same by two matrix products in float64, which holds such sums without
+rounding, so that it gives the same pixels everywhere. Pillow gives these very pixels, but Pillow 13
+scales the columns of some pictures that are higher than wide first, and a pixel may then differ by
+one grey level. A JPEG that is larger than needed is another matter: the program's own path decodes
+it at reduced size (xrai/ingest/images.py).
 
-Graphs are traced with dynamic batch, height and width; torch 2.13's exporter (dynamo) handles all three.
+Graphs are traced with dynamic batch, height and width; torch 2.13's exporter (dynamo) handles all
+three.
 """
 
 import copy
@@ -36,7 +40,9 @@ ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"
 METADATA_FILE = "metadata.json"  # inside of TORCH_FILE
 OUTPUTS = ("probability", "atypicality")
 TOLERANCE = 1e-5  # largest difference of a probability
-TOLERANCE_ATYPICALITY = 1e-4  # relative to the larger of 1 and the value; its whitening magnifies rounding
+TOLERANCE_ATYPICALITY = (
+    1e-4  # relative to the larger of 1 and the value; its whitening magnifies rounding
+)
 SCHEMA_VERSION = 1
 NOTE = "No medical device: for research, not for diagnosis."
 
@@ -48,7 +54,7 @@ Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # OUTPUTS, each (B,)
 
 
 class Fitting(nn.Module):
-    """Pictures of any size to squares, as `xrai.dataset.images.decode` fits arrays."""
+    """Pictures of any size to squares, as `xrai.ingest.images.decode` fits arrays."""
 
     def __init__(self, *, size: int, fit: str) -> None:
         super().__init__()
@@ -57,14 +63,20 @@ class Fitting(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """(B, H, W) uint8 to (B, size, size) float64 of whole numbers from 0 to 255."""
-        rows, columns = (torch.arange(side, device=pictures.device).double() for side in pictures.shape[1:])
+        rows, columns = (
+            torch.arange(side, device=pictures.device).double() for side in pictures.shape[1:]
+        )
         height, width = rows[-1] + 1, columns[-1] + 1  # tensors, for they differ from call to call
         short, long = torch.minimum(height, width), torch.maximum(height, width)
-        across = _rounded(pictures.double() @ self._weights(columns, width, short, long).T)  # (B, H, size)
+        across = _rounded(
+            pictures.double() @ self._weights(columns, width, short, long).T
+        )  # (B, H, size)
         return _rounded(self._weights(rows, height, short, long) @ across)
 
     def _weights(self, places: Tensor, side: Tensor, short: Tensor, long: Tensor) -> Tensor:
-        """What each of `side` pixels adds to each of `size`, (size, side), whole numbers of 2^-22."""
+        """What each of `side` pixels adds to each of `size`, (size, side), whole numbers of
+        2^-22.
+        """
         number = torch.arange(self._size, device=places.device).double()
         if self._fit == "pad":  # black before and after the picture
             filled = torch.round(side * (self._size / long)).clamp(min=1)
@@ -76,9 +88,13 @@ class Fitting(nn.Module):
             first = (side - kept) / 2
         scale = kept / filled
         centre = (first + (number + 0.5) * scale)[:, None]  # (size, 1)
-        weights = (1 - (places + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # (size, side)
+        weights = (1 - (places + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(
+            min=0
+        )  # (size, side)
         is_filled = ((number >= 0) & (number < filled))[:, None]
-        weights = torch.where(is_filled, weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9), 0.0)
+        weights = torch.where(
+            is_filled, weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9), 0.0
+        )
         return torch.floor(weights * 2**_WEIGHT_BITS + 0.5)
 
 
@@ -94,13 +110,16 @@ class Serving(nn.Module):
         super().__init__()
         self.fitting = Fitting(size=model.image_size, fit=model.fit)
         # tensors of their own in the plain layout: the exporter warns of others
-        self.network = copy.deepcopy(model.network).cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        network = copy.deepcopy(model.network).cpu().float()
+        self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.typicality = copy.deepcopy(model.typicality).cpu().float()
         self._temperature = model.temperature
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W) uint8 to calibrated probabilities of the second class and atypicality, (B,) each."""
+        """(B, H, W) uint8 to calibrated probabilities of the second class and atypicality, (B,)
+        each.
+        """
         grey = self.fitting(images).float()[:, None] / 255  # (B, 1, size, size)
         logits, atypicality = self.typicality.atypicality(self.network, grey)
         return torch.sigmoid(logits / self._temperature), atypicality
@@ -130,7 +149,11 @@ def serve(serving: Serving, images: NDArray[np.uint8]) -> Scores:
 
 def require_onnx() -> None:
     """Raise `UserError` where the packages that write and run ONNX are not installed."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise UserError(
             f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'xrai[export]', or leave it out with "
@@ -140,8 +163,13 @@ def require_onnx() -> None:
 
 def trace(serving: Serving) -> torch.export.ExportedProgram:
     """The graph of a model, with dynamic batch, height and width."""
-    example = torch.zeros(2, 70, 90, dtype=torch.uint8)  # no side of 1, which would be taken for a constant
-    shapes = {number: torch.export.Dim(name, min=1, max=_LARGEST) for number, name in enumerate(_DIMENSIONS)}
+    example = torch.zeros(
+        2, 70, 90, dtype=torch.uint8
+    )  # no side of 1, which would be taken for a constant
+    shapes = {
+        number: torch.export.Dim(name, min=1, max=_LARGEST)
+        for number, name in enumerate(_DIMENSIONS)
+    }
     program = torch.export.export(serving, (example,), dynamic_shapes=(shapes,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
@@ -156,9 +184,11 @@ def write_onnx(
     metadata: dict[str, Any],
     batches: Sequence[NDArray[np.uint8]],
 ) -> Agreement:
-    """Write a traced graph with its metadata as ONNX; keep it if onnxruntime agrees with torch on `batches`.
+    """Write a traced graph with its metadata as ONNX; keep it if onnxruntime agrees with torch on
+    `batches`.
 
-    Those are (B, H, W) uint8 each. Raises `XraiError` where it does not, and `UserError` where a package is missing.
+    Those are (B, H, W) uint8 each. Raises `XraiError` where it does not, and `UserError` where a
+    package is missing.
     """
     require_onnx()
     import onnx
@@ -190,10 +220,14 @@ def write_torch(
     metadata: dict[str, Any],
     batches: Sequence[NDArray[np.uint8]],
 ) -> Agreement:
-    """Write the graph with its metadata as torch.export does; checked and kept as by `write_onnx`."""
+    """Write the graph with its metadata as torch.export does; checked and kept as by
+    `write_onnx`.
+    """
     temporary = path.with_name(f".{path.stem}.tmp.pt2")  # torch asks for the suffix
     with _quiet():
-        torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+        torch.export.save(
+            program, temporary, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)}
+        )
         loaded = torch.export.load(temporary).module()
 
     def run(images: NDArray[np.uint8]) -> Scores:
@@ -228,7 +262,9 @@ def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
 
 
 def _tidy(proto: Any) -> None:
-    """Give inputs, outputs and dimensions their names, and leave out what tells of the machine that traced."""
+    """Give inputs, outputs and dimensions their names, and leave out what tells of the machine
+    that traced.
+    """
     names = {value.name: name for value, name in zip(proto.graph.output, OUTPUTS, strict=True)}
     names[proto.graph.input[0].name] = "images"
     sides = [side.dim_param for side in proto.graph.input[0].type.tensor_type.shape.dim]
@@ -243,7 +279,13 @@ def _tidy(proto: Any) -> None:
         for side in value.type.tensor_type.shape.dim:
             if side.dim_param:
                 side.dim_param = dimensions[side.dim_param]
-    for entry in (proto, proto.graph, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+    for entry in (
+        proto,
+        proto.graph,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
         del entry.metadata_props[:]
     del proto.graph.value_info[:], proto.functions[:]
 
@@ -253,15 +295,21 @@ def _as_text(value: Any) -> str:
 
 
 def _compare(
-    serving: Serving, run: Callable[[NDArray[np.uint8]], Scores], batches: Sequence[NDArray[np.uint8]]
+    serving: Serving,
+    run: Callable[[NDArray[np.uint8]], Scores],
+    batches: Sequence[NDArray[np.uint8]],
 ) -> Agreement:
     worst = [0.0, 0.0]
     for images in batches:
-        for number, (ours, theirs) in enumerate(zip(serve(serving, images), run(images), strict=True)):
+        for number, (ours, theirs) in enumerate(
+            zip(serve(serving, images), run(images), strict=True)
+        ):
             scale = np.maximum(1, np.abs(ours))  # a probability is at most 1
             found = float(np.max(np.abs(ours.astype(np.float64) - theirs) / scale))
             worst[number] = max(worst[number], found if np.isfinite(found) else np.inf)
-    return Agreement(sum(len(images) for images in batches), len({images.shape for images in batches}), *worst)
+    return Agreement(
+        sum(len(images) for images in batches), len({images.shape for images in batches}), *worst
+    )
 
 
 def _keep(temporary: Path, path: Path, agreement: Agreement) -> Agreement:
@@ -278,7 +326,9 @@ def _keep(temporary: Path, path: Path, agreement: Agreement) -> Agreement:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings of its own old functions and its notes that torchvision is missing."""
+    """Without torch's warnings of its own old functions and its notes that torchvision is
+    missing.
+    """
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """The training loop, in full view.
 
-`fit` trains a network over all ranks and leaves it with the averaged weights of its best epoch in the checkpoints. What
-a step does stands here from top to bottom; what an epoch's figures mean and where they are shown is the observer's
-business (the command passes one in).
+`fit` trains a network over all ranks and leaves it with the averaged weights of its best epoch in
+the checkpoints. What a step does stands here from top to bottom; what an epoch's figures mean and
+where they are shown is the observer's business (the command passes one in).
 """
 
 import math
@@ -60,7 +60,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What an observer is told after each epoch, on every rank the same but for the timings, which are this rank's."""
+    """What an observer is told after each epoch, on every rank the same but for the timings,
+    which are this rank's.
+    """
 
     epoch: int
     step: int
@@ -103,13 +105,14 @@ def fit(
 ) -> Progress:
     """Train `model` in place; on return the best epoch's averaged weights are in the checkpoints.
 
-    `class_counts` are the normal and the pneumonia images of the training split; `val_labels` (N,) are the validation
-    split's; `name_of` names an image of the training split in messages. `observer` and `checkpoints` are rank 0's and
-    None elsewhere. `facts` must not change over a run and are saved with it; `resumed` is the state to go on from, the
-    same on every rank. The profile that the config may ask for goes to `profile_path`.
+    `class_counts` are the normal and the pneumonia images of the training split; `val_labels` (N,)
+    are the validation split's; `name_of` names an image of the training split in messages.
+    `observer` and `checkpoints` are rank 0's and None elsewhere. `facts` must not change over a run
+    and are saved with it; `resumed` is the state to go on from, the same on every rank. The profile
+    that the config may ask for goes to `profile_path`.
 
-    Raises `StoppedError` after saving when `asked_to_stop` on any rank, `TrainingError` when a loss or gradient is not
-    finite, before any weight has changed.
+    Raises `StoppedError` after saving when `asked_to_stop` on any rank, `TrainingError` when a loss
+    or gradient is not finite, before any weight has changed.
     """
     rank_batch_size(config.train, world_size=ranks.world_size)
     precision = Precision(config.train, ranks.device)
@@ -151,7 +154,10 @@ def fit(
             for batch in clock.waits(train.epoch(done.epoch, start=done.batch)):
                 profiler.before_step(done.step + 1)
                 rate = optim.learning_rate(
-                    done.step, num_steps=num_steps, peak=config.optim.lr, warmup_fraction=config.optim.warmup_fraction
+                    done.step,
+                    num_steps=num_steps,
+                    peak=config.optim.lr,
+                    warmup_fraction=config.optim.warmup_fraction,
                 )
                 optim.set_learning_rate(optimizer, rate)
 
@@ -166,7 +172,11 @@ def fit(
                         rows = torch.from_numpy(part_rows).to(ranks.device)  # (b,)
                     last = number == len(parts) - 1
                     images = augment(
-                        images, rows, seed=config.train.seed, epoch=done.epoch, strength=config.augment
+                        images,
+                        rows,
+                        seed=config.train.seed,
+                        epoch=done.epoch,
+                        strength=config.augment,
                     ).contiguous(memory_format=torch.channels_last)
                     with ranks.synchronized(wrapped, last=last):
                         with precision.autocast():
@@ -175,29 +185,37 @@ def fit(
                             part_logits.to(precision.losses), targets,
                             log_odds=log_odds, smoothing=config.optim.label_smoothing, weights=weights,
                         )  # fmt: skip
-                        # DistributedDataParallel divides by the number of ranks, and the sum must not be
+                        # DistributedDataParallel divides by the number of ranks, and the sum must
+                        # not be
                         mean = part_losses.sum() * (ranks.world_size / batch.num_global)
                         if last:  # ranks agree on stopping while they compute the gradients
                             elapsed_s = time.monotonic() - started
-                            stop = _stop_reason(config.train, done.step + 1, asked_to_stop(), elapsed_s=elapsed_s)
+                            stop = _stop_reason(
+                                config.train, done.step + 1, asked_to_stop(), elapsed_s=elapsed_s
+                            )
                             stop_of_all = ranks.find_largest(stop)
                         precision.scaler.scale(mean).backward()
                     losses.append(part_losses.detach())
                     logits.append(part_logits.detach())
 
-                # The guard: all ranks hold the same gradients, so all come to the same verdict before the step
+                # The guard: all ranks hold the same gradients, so all come to the same verdict
+                # before the step
                 precision.scaler.unscale_(optimizer)
                 grad_norm = float(optim.clip_gradients(model.parameters(), config.optim.clip_norm))
                 batch_losses = torch.cat(losses)
                 if not np.isfinite(grad_norm) and not precision.overflowed(ranks, batch_losses):
-                    _refuse_not_finite(batch, batch_losses, grad_norm, done, ranks=ranks, name_of=name_of)
+                    _refuse_not_finite(
+                        batch, batch_losses, grad_norm, done, ranks=ranks, name_of=name_of
+                    )
                 precision.scaler.step(optimizer)
                 precision.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 optim.update_average(average, model, step=done.step, decay=config.optim.ema_decay)
 
                 done.loss_sum += float(batch_losses.double().sum())
-                done.num_correct += int(np.count_nonzero((torch.cat(logits) > 0).cpu().numpy() == batch.labels))
+                done.num_correct += int(
+                    np.count_nonzero((torch.cat(logits) > 0).cpu().numpy() == batch.labels)
+                )
                 done.num_seen += len(batch.labels)
                 done.step += 1
                 done.batch += 1
@@ -223,10 +241,15 @@ def fit(
         ).tolist()
         eval_began = time.monotonic()
         predictions = predict_split(average, val, ranks=ranks)
-        shifted = predict_split(average, val, ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws)
+        shifted = predict_split(
+            average, val, ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws
+        )
         eval_s = time.monotonic() - eval_began
         val_losses = optim.image_losses(
-            torch.from_numpy(predictions.logits[0]), torch.from_numpy(val_labels), log_odds=log_odds, smoothing=0.0
+            torch.from_numpy(predictions.logits[0]),
+            torch.from_numpy(val_labels),
+            log_odds=log_odds,
+            smoothing=0.0,
         )
         images_done = (done.batch - first_batch) * config.train.global_batch_size
         shown: float | None = None
@@ -269,14 +292,16 @@ def fit(
 
 
 def rank_batch_size(config: Train, *, world_size: int) -> int:
-    """Images a rank and step. Raises `UserError`, naming sizes that would do, where ranks do not divide the batch."""
+    """Images a rank and step. Raises `UserError`, naming sizes that would do, where ranks do not
+    divide the batch.
+    """
     size = config.global_batch_size
     if size % world_size or size // world_size < config.accumulation_steps:
         unit = world_size * config.accumulation_steps
         lower, upper = size // unit * unit, -(-size // unit) * unit
         nearest = " or ".join(str(value) for value in sorted({lower, upper}) if value > 0)
         raise UserError(
-            f"train.global_batch_size = {size} can not be shared by {world_size} ranks in parts of "
+            f"train.global_batch_size = {size} cannot be shared by {world_size} ranks in parts of "
             f"train.accumulation_steps = {config.accumulation_steps}: the nearest that can is {nearest}"
         )
     return size // world_size
@@ -298,19 +323,27 @@ class Precision:
         return torch.autocast(self._device, dtype=lower, enabled=self.name in ("fp16", "bf16"))
 
     def overflowed(self, ranks: Ranks, losses: Tensor) -> bool:
-        """Whether gradients that are not finite come from fp16's range alone: then the scaler skips the step."""
+        """Whether gradients that are not finite come from fp16's range alone: then the scaler
+        skips the step.
+        """
         if self.name != "fp16":
             return False
         return ranks.largest(int(not bool(torch.isfinite(losses).all()))) == 0
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """What `auto` means on a device: bf16 where it computes it natively, else fp16 on CUDA and fp32 on the CPU."""
+    """What `auto` means on a device: bf16 where it computes it natively, else fp16 on CUDA and
+    fp32 on the CPU.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "off"
+    return (
+        "bf16"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else "off"
+    )
 
 
 class Clock:
@@ -341,14 +374,18 @@ class Clock:
         self.transfer_s += time.monotonic() - began
 
     def peak_memory_mib(self) -> float:
-        """Of the device since the epoch began on CUDA; of the process since its start on the CPU."""
+        """Of the device since the epoch began on CUDA; of the process since its start on the
+        CPU.
+        """
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
 
 
 class Profiler:
-    """Records the steps that `train.profile` names into a Chrome trace (chrome://tracing, Perfetto)."""
+    """Records the steps that `train.profile` names into a Chrome trace (chrome://tracing,
+    Perfetto).
+    """
 
     def __init__(self, steps: str, path: Path | None) -> None:
         self._path = path
@@ -372,12 +409,16 @@ class Profiler:
 
 
 def profile_steps(text: str) -> tuple[int, int]:
-    """The first and last step of `train.profile`; (0, 0) for none. Raises `ConfigError` where it is not A:B."""
+    """The first and last step of `train.profile`; (0, 0) for none. Raises `ConfigError` where it
+    is not A:B.
+    """
     if not text:
         return 0, 0
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ConfigError(f"train.profile = {text!r} is not allowed: it takes steps A:B, counted from 1, such as 10:20")
+        raise ConfigError(
+            f"train.profile = {text!r} is not allowed: it takes steps A:B, counted from 1, such as 10:20"
+        )
     return int(first), int(last)
 
 
@@ -405,11 +446,15 @@ def _ended(config: Train, done: Progress) -> str:
         return f"all {config.epochs} epochs are done"
     if config.patience and done.epochs_without_better >= config.patience:
         return f"no better validation score for {done.epochs_without_better} epochs"
-    return "train.max_steps is reached" if config.max_steps and done.step >= config.max_steps else ""
+    return (
+        "train.max_steps is reached" if config.max_steps and done.step >= config.max_steps else ""
+    )
 
 
 def _stop_reason(config: Train, step: int, asked: bool, *, elapsed_s: float) -> int:
-    """Why to stop after step number `step`, from 1; 0 to go on. The largest of all ranks' reasons counts."""
+    """Why to stop after step number `step`, from 1; 0 to go on. The largest of all ranks'
+    reasons counts.
+    """
     if asked:
         return _STOP_ASKED
     if config.max_steps and step >= config.max_steps:
@@ -424,16 +469,31 @@ def _stopped(done: Progress, num_batches: int) -> StoppedError:
     )
 
 
-def _parts(batch: Batch, num_parts: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]]:
-    """This rank's share of a batch in nearly equal parts, the same number on every rank; a part may be empty."""
+def _parts(
+    batch: Batch, num_parts: int
+) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]]:
+    """This rank's share of a batch in nearly equal parts, the same number on every rank; a part
+    may be empty.
+    """
     cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
-    return [(batch.images[low:high], batch.labels[low:high], batch.rows[low:high]) for low, high in pairwise(cuts)]
+    return [
+        (batch.images[low:high], batch.labels[low:high], batch.rows[low:high])
+        for low, high in pairwise(cuts)
+    ]
 
 
 def _refuse_not_finite(
-    batch: Batch, losses: Tensor, grad_norm: float, done: Progress, *, ranks: Ranks, name_of: Callable[[int], str]
+    batch: Batch,
+    losses: Tensor,
+    grad_norm: float,
+    done: Progress,
+    *,
+    ranks: Ranks,
+    name_of: Callable[[int], str],
 ) -> NoReturn:
-    """Raise `TrainingError` naming the images whose loss is not finite, or else all of the batch."""
+    """Raise `TrainingError` naming the images whose loss is not finite, or else all of the
+    batch.
+    """
     bad = ~torch.isfinite(losses).cpu().numpy()
     found = [row for rows in ranks.gather(batch.rows[bad].tolist()) for row in rows]
     what = f"the loss of {len(found)} images is not finite"

@@ -1,11 +1,14 @@
-"""The network: a small residual network for one-channel pictures, trained from scratch, without normalisation layers.
+"""The network: a small residual network for one-channel pictures, trained from scratch, without
+normalisation layers.
 
-Pictures go in as grey values in [0, 1] of any height and width from 16 up; standardisation is the network's first
-layer, so that training, serving and export can not differ in it. One logit comes out: above 0 speaks for pneumonia.
+Pictures go in as grey values in [0, 1] of any height and width from 16 up; standardisation is the
+network's first layer, so that training, serving and export cannot differ in it. One logit comes
+out: above 0 speaks for pneumonia.
 
-Batch statistics would tie an image's result to the images beside it, and so to the number of ranks. Weights are
-standardised instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692), which trained as well here and needs no
-word between ranks; the measurements are in docs/decisions/0002-no-batch-statistics.md.
+Batch statistics would tie an image's result to the images beside it, and so to the number of ranks.
+Weights are standardised instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692), which
+trained as well here and needs no word between ranks; the measurements are in
+docs/decisions/0002-no-batch-statistics.md.
 """
 
 import copy
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _BLOCKS_PER_STAGE = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
-# The standard deviation of relu(x) is 0.5838 for normal x: its inverse keeps the variance from layer to layer
+# The standard deviation of relu(x) is 0.5838 for normal x: its inverse keeps the variance from
+# layer to layer
 _RELU_GAIN = 1.7139588594436646
 _FIRST_BRANCH_GAIN = 0.2  # residual branches begin small
 
@@ -31,7 +35,9 @@ class Standardize(nn.Module):
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters have mean 0, fixed variance and a learned gain each (Brock et al. 2021)."""
+    """A convolution whose filters have mean 0, fixed variance and a learned gain each (Brock et
+    al. 2021).
+    """
 
     def __init__(self, channels_in: int, channels_out: int, size: int, *, stride: int = 1) -> None:
         super().__init__(channels_in, channels_out, size, stride=stride, padding=size // 2)
@@ -41,9 +47,13 @@ class StandardizedConv2d(nn.Conv2d):
 
     def filters(self) -> Tensor:
         """The standardised filters, (C_out, C_in, size, size)."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)  # (C_out, 1, 1, 1)
+        variance, mean = torch.var_mean(
+            self.weight, dim=(1, 2, 3), keepdim=True, correction=0
+        )  # (C_out, 1, 1, 1)
         fan_in = self.weight[0].numel()
-        scale = torch.rsqrt(variance * fan_in + 1e-6) * (self.gain * _RELU_GAIN)[:, None, None, None]
+        scale = (
+            torch.rsqrt(variance * fan_in + 1e-6) * (self.gain * _RELU_GAIN)[:, None, None, None]
+        )
         return (self.weight - mean) * scale
 
     def forward(self, features: Tensor) -> Tensor:
@@ -52,7 +62,9 @@ class StandardizedConv2d(nn.Conv2d):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a learned gain beside a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
+    """Two 3x3 convolutions with a learned gain beside a shortcut (He et al. 2016,
+    https://arxiv.org/abs/1512.03385).
+    """
 
     def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
         super().__init__()
@@ -70,26 +82,34 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem of a 5x5 convolution and a max pool, four stages of basic blocks, global average pool, one logit."""
+    """Stem of a 5x5 convolution and a max pool, four stages of basic blocks, global average
+    pool, one logit.
+    """
 
     def __init__(self, *, name: str = "resnet10", width: int = 16) -> None:
         super().__init__()
         self.standardize = Standardize()
         self.stem = nn.Sequential(
-            StandardizedConv2d(1, width, 5, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)
+            StandardizedConv2d(1, width, 5, stride=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
         )
         blocks: list[nn.Module] = []
         channels = width
         for stage, num_blocks in enumerate(_BLOCKS_PER_STAGE[name]):
             for block in range(num_blocks):
                 channels_out = width * 2**stage
-                blocks.append(BasicBlock(channels, channels_out, stride=2 if stage > 0 and block == 0 else 1))
+                blocks.append(
+                    BasicBlock(channels, channels_out, stride=2 if stage > 0 and block == 0 else 1)
+                )
                 channels = channels_out
         self.stages = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) grey values in [0, 1] to the last feature maps, (B, 8 x width, ceil(H / 32), ceil(W / 32))."""
+        """(B, 1, H, W) grey values in [0, 1] to the last feature maps, (B, 8 x width, ceil(H /
+        32), ceil(W / 32)).
+        """
         out: Tensor = self.stages(self.stem(self.standardize(images)))
         return out
 
@@ -101,9 +121,11 @@ class ResNet(nn.Module):
 
 
 def fold_filters(network: ResNet) -> ResNet:
-    """A copy for inference alone, with the same outputs: filters are standardised once, not at each call.
+    """A copy for inference alone, with the same outputs: filters are standardised once, not at each
+    call.
 
-    The stem's max pool comes before its ReLU, which gives the same maps and leaves it a quarter of the places.
+    The stem's max pool comes before its ReLU, which gives the same maps and leaves it a quarter of
+    the places.
     """
     folded = copy.deepcopy(network)
     for parent in list(folded.modules()):

@@ -1,8 +1,9 @@
-"""How unlike the training images a picture is: what sends it to review instead of giving it a class.
+"""How unlike the training images a picture is: what sends it to review instead of giving it a
+class.
 
-A network gives every picture a probability, a photograph too. The score here says whether the picture is of the kind
-that the network was trained on. It is the largest of several numbers, each 0 for the median validation image and 1
-for the 99th percentile:
+A network gives every picture a probability, a photograph too. The score here says whether the
+picture is of the kind that the network was trained on. It is the largest of several numbers, each 0
+for the median validation image and 1 for the 99th percentile:
 
 - the distance of the network's features, after each block, from those of the training images (Mahalanobis distance, as
   in Lee et al. 2018, https://arxiv.org/abs/1807.03888),
@@ -11,8 +12,9 @@ for the 99th percentile:
   in which training images move when they are spoiled so (Fisher's linear discriminant). Outliers made from the training
   images stand in for those that nobody has (outlier exposure, Hendrycks et al. 2019, https://arxiv.org/abs/1812.04606).
 
-All is fitted in closed form from sums over training images, so that it does not depend on the number of ranks; the
-limit is chosen on validation images. What was tried, and what it finds and misses: docs/decisions/0008-review.md.
+All is fitted in closed form from sums over training images, so that it does not depend on the
+number of ranks; the limit is chosen on validation images. What was tried, and what it finds and
+misses: docs/decisions/0008-review.md.
 """
 
 import math
@@ -34,22 +36,39 @@ from xrai.learning.distributed import Ranks
 from xrai.learning.model import ResNet
 
 SHIFT_SEED = 20_180_222  # the draws that stand for other hospitals are the same in every run
-REVIEW_SHARE = 0.04  # of validation images, changed ones among them, that the limit leaves to a person
-# How films of one kind may differ. It stays the same where a recipe changes its images more than X-ray rooms do
+REVIEW_SHARE = (
+    0.04  # of validation images, changed ones among them, that the limit leaves to a person
+)
+# How films of one kind may differ. It stays the same where a recipe changes its images more than
+# X-ray rooms do
 VARIATION = Augment(
-    rotation_deg=10.0, scale=0.12, shift=0.10, aspect=0.08, shear=0.06, gamma=0.4, contrast=0.3, blur=0.5, noise=0.04
+    rotation_deg=10.0,
+    scale=0.12,
+    shift=0.10,
+    aspect=0.08,
+    shear=0.06,
+    gamma=0.4,
+    contrast=0.3,
+    blur=0.5,
+    noise=0.04,
 )
 _PICTURE_SIZE = 16
 _NUM_FITTED = 8192  # training images behind mean and covariance, at most
 _NUM_SPOILED = 1024  # training images that are spoiled, at most
 _NUM_DRAWS = 2  # changed copies of each validation image
-_DISTANCE_SHRINKAGE, _DIRECTION_SHRINKAGE = 0.01, 0.03  # of each variance, added to it: no direction is without spread
+_DISTANCE_SHRINKAGE, _DIRECTION_SHRINKAGE = (
+    0.01,
+    0.03,
+)  # of each variance, added to it: no direction is without spread
 _DIRECTION_RIDGE = 0.1
-_FARTHEST = 20.0  # standard deviations beyond which a spoiled picture does not pull its direction further
+_FARTHEST = (
+    20.0  # standard deviations beyond which a spoiled picture does not pull its direction further
+)
 
 
 class Typicality(nn.Module):
-    """The fitted score. Its tensors are constants; `.to(device)` moves them. `fit_typicality` makes one.
+    """The fitted score. Its tensors are constants; `.to(device)` moves them. `fit_typicality` makes
+    one.
 
     Beside those below, `whitening_0` and so on are (d, d), one for each group of the description.
     """
@@ -65,7 +84,12 @@ class Typicality(nn.Module):
         limit: Tensor,
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, tensor in (("mean", mean), ("directions", directions), ("offset", offset), ("scale", scale)):
+        for name, tensor in (
+            ("mean", mean),
+            ("directions", directions),
+            ("offset", offset),
+            ("scale", scale),
+        ):
             self.register_buffer(name, tensor)
         self.register_buffer("limit", limit)
         self._num_groups = len(whitenings)
@@ -73,7 +97,8 @@ class Typicality(nn.Module):
             self.register_buffer(f"whitening_{number}", whitening)
 
     def atypicality(self, network: ResNet, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,) and scores (B,), 0 and up, of grey values (B, 1, H, W) in [0, 1]; above 1 asks for review.
+        """Logits (B,) and scores (B,), 0 and up, of grey values (B, 1, H, W) in [0, 1]; above 1
+        asks for review.
 
         An image's score does not depend on the images beside it, and is finite for any picture.
         """
@@ -82,11 +107,15 @@ class Typicality(nn.Module):
         return logits, largest.div(self.limit).clamp_min(0)
 
     def measure(self, groups: list[Tensor]) -> Tensor:
-        """Distances of features and picture, and the places along all directions, (B, 2 + K), in their own units."""
+        """Distances of features and picture, and the places along all directions, (B, 2 + K), in
+        their own units.
+        """
         centred = torch.cat(groups, dim=1) - self.mean  # (B, D)
         whitenings = [self.get_buffer(f"whitening_{number}") for number in range(self._num_groups)]
         parts = centred.split([len(whitening) for whitening in whitenings], dim=1)
-        squares = [(part @ own).square().mean(dim=1) for part, own in zip(parts, whitenings, strict=True)]
+        squares = [
+            (part @ own).square().mean(dim=1) for part, own in zip(parts, whitenings, strict=True)
+        ]
         distances = [torch.stack(squares[:-1]).mean(dim=0).sqrt(), squares[-1].sqrt()]
         return torch.cat([torch.stack(distances, dim=1), centred @ self.directions], dim=1)
 
@@ -97,15 +126,21 @@ class Typicality(nn.Module):
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Typicality":
         """The inverse of `to_state`."""
-        others = {name: tensor for name, tensor in state.items() if not name.startswith("whitening_")}
-        return cls(whitenings=[state[f"whitening_{number}"] for number in range(len(state) - len(others))], **others)
+        others = {
+            name: tensor for name, tensor in state.items() if not name.startswith("whitening_")
+        }
+        return cls(
+            whitenings=[state[f"whitening_{number}"] for number in range(len(state) - len(others))],
+            **others,
+        )
 
 
 def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits (B,), as the network itself gives them, and the description of grey values (B, 1, H, W) in [0, 1].
+    """Logits (B,), as the network itself gives them, and the description of grey values (B, 1, H,
+    W) in [0, 1].
 
-    The description is a group (B, d) for the stem and each block, logarithms of the means and standard deviations of
-    its maps, and one for the standardised picture at 16 x 16.
+    The description is a group (B, d) for the stem and each block, logarithms of the means and
+    standard deviations of its maps, and one for the standardised picture at 16 x 16.
     """
     standardized = network.standardize(images)
     maps = network.stem(standardized)
@@ -121,20 +156,31 @@ def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _summarize(maps: Tensor) -> Tensor:
-    """Logarithms of mean and standard deviation, (B, 2 C), of each map of (B, C, h, w), which are 0 and up."""
+    """Logarithms of mean and standard deviation, (B, 2 C), of each map of (B, C, h, w), which
+    are 0 and up.
+    """
     mean = maps.mean(dim=(2, 3))
     deviation = (maps - mean[:, :, None, None]).square().mean(dim=(2, 3)).add(1e-6).sqrt()
     return torch.cat([mean, deviation], dim=1).clamp_min(0).add(0.02).log()
 
 
 Draws = Tensor  # (B, 56) in [-1, 1), an own row for each picture
-Pictures = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, 1, H, W), and (n,) their numbers in the split
+Pictures = tuple[
+    NDArray[np.uint8], NDArray[np.int64]
+]  # (n, 1, H, W), and (n,) their numbers in the split
 
 
 def _resize(
-    images: Tensor, draws: Draws, *, width: tuple[float, float], height: tuple[float, float], shift: float
+    images: Tensor,
+    draws: Draws,
+    *,
+    width: tuple[float, float],
+    height: tuple[float, float],
+    shift: float,
 ) -> Tensor:
-    """The pictures magnified by factors from the two ranges and shifted, mirrored where they end."""
+    """The pictures magnified by factors from the two ranges and shifted, mirrored where they
+    end.
+    """
     theta = images.new_zeros(len(images), 2, 3)
     for axis, (low, high) in enumerate((width, height)):
         theta[:, axis, axis] = 1 / (low + (high - low) * (draws[:, axis] + 1) / 2)
@@ -156,16 +202,20 @@ def _shuffle(images: Tensor, draws: Draws) -> Tensor:
 def _cloud(images: Tensor, draws: Draws) -> Tensor:
     """Smooth random grey levels in place of the pictures."""
     coarse = (draws[:, 20:].reshape(-1, 1, 6, 6) + 1) / 2
-    return functional.interpolate(coarse, size=images.shape[2:], mode="bicubic", align_corners=False).clamp(0, 1)
+    return functional.interpolate(
+        coarse, size=images.shape[2:], mode="bicubic", align_corners=False
+    ).clamp(0, 1)
 
 
 def _blur(images: Tensor, draws: Draws) -> Tensor:
     coarse = functional.adaptive_avg_pool2d(images, 8)
-    return functional.interpolate(coarse, size=images.shape[2:], mode="bilinear", align_corners=False)
+    return functional.interpolate(
+        coarse, size=images.shape[2:], mode="bilinear", align_corners=False
+    )
 
 
-# Ways to make pictures (B, 1, H, W) in [0, 1] that are no longer of the training images' kind. Not among them: chests
-# that are too narrow, for so a wide film looks that was squashed to a square
+# Ways to make pictures (B, 1, H, W) in [0, 1] that are no longer of the training images' kind. Not
+# among them: chests that are too narrow, for so a wide film looks that was squashed to a square
 SPOILED: Mapping[str, Callable[[Tensor, Draws], Tensor]] = {
     "inverted": lambda images, draws: 1 - images,
     "turned left": lambda images, draws: images.rot90(1, (2, 3)),
@@ -187,30 +237,36 @@ def fit_typicality(
 ) -> Typicality:
     """Fit the score on the training split and its limit on the validation split, over all ranks.
 
-    The limit leaves the share `share` of the validation images, as they are and changed by `VARIATION`, to review.
-    Memory does not grow with the training split.
+    The limit leaves the share `share` of the validation images, as they are and changed by
+    `VARIATION`, to review. Memory does not grow with the training split.
     """
     network.eval()
     dtype = next(network.parameters()).dtype
 
     def describe_all(images: Tensor) -> Tensor:
-        return torch.cat(describe(network, images.contiguous(memory_format=torch.channels_last))[1], dim=1)  # (B, D)
+        return torch.cat(
+            describe(network, images.contiguous(memory_format=torch.channels_last))[1], dim=1
+        )  # (B, D)
 
-    # Mean and covariance of the descriptions of training images, as they are and changed by `VARIATION`
+    # Mean and covariance of the descriptions of training images, as they are and changed by
+    # `VARIATION`
     blank = torch.zeros(1, 1, 32, 32, device=ranks.device, dtype=dtype)
     sizes = [group.shape[1] for group in describe(network, blank)[1]]
     sums = _Sums(sum(sizes), ranks.device)
     to_spoil: list[Pictures] = []
     for pixels, numbers in _every(-(-train.num_images // _NUM_FITTED), train):
-        images, rows = to_grey(pixels, ranks.device, dtype), torch.from_numpy(numbers).to(ranks.device)
+        images, rows = (
+            to_grey(pixels, ranks.device, dtype),
+            torch.from_numpy(numbers).to(ranks.device),
+        )
         for seen in (images, augment(images, rows, seed=SHIFT_SEED, epoch=0, strength=VARIATION)):
             sums.add(describe_all(seen))
         chosen = numbers % -(-train.num_images // _NUM_SPOILED) == 0
         to_spoil.append((pixels[chosen], numbers[chosen]))
     mean, covariance = sums.reduce(ranks)
 
-    # For each way to spoil them the direction that best parts spoiled ones from training images, whose covariance
-    # is 1 after whitening
+    # For each way to spoil them the direction that best parts spoiled ones from training images,
+    # whose covariance is 1 after whitening
     whitening = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D)
     directions = []
     for change in SPOILED.values():
@@ -219,7 +275,9 @@ def fit_typicality(
             rows = torch.from_numpy(numbers).to(ranks.device)
             draws = uniform(rows, 56, seed=SHIFT_SEED, epoch=0).to(dtype)
             spoiled = change(to_grey(pixels, ranks.device, dtype), draws)
-            sums.add(((describe_all(spoiled).double() - mean) @ whitening).clamp(-_FARTHEST, _FARTHEST))
+            sums.add(
+                ((describe_all(spoiled).double() - mean) @ whitening).clamp(-_FARTHEST, _FARTHEST)
+            )
         moved, spread = sums.reduce(ranks)
         pooled = (spread + torch.eye(len(mean), dtype=torch.float64, device=ranks.device)) / 2
         pooled.diagonal().add_(_DIRECTION_RIDGE)
@@ -229,7 +287,8 @@ def fit_typicality(
     fitted = Typicality(
         mean=mean.to(dtype),
         whitenings=[
-            _whitening(covariance[low:high, low:high], _DISTANCE_SHRINKAGE).to(dtype) for low, high in pairwise(ends)
+            _whitening(covariance[low:high, low:high], _DISTANCE_SHRINKAGE).to(dtype)
+            for low, high in pairwise(ends)
         ],
         directions=torch.stack(directions, dim=1).to(dtype),
         offset=mean.new_zeros(2 + len(directions), dtype=dtype),
@@ -240,17 +299,29 @@ def fit_typicality(
     # The scale of each number, and the limit of the largest, on validation images
     measured = []
     for pixels, numbers in _every(1, val):
-        images, rows = to_grey(pixels, ranks.device, dtype), torch.from_numpy(numbers).to(ranks.device)
-        changed = [augment(images, rows, seed=SHIFT_SEED, epoch=draw, strength=VARIATION) for draw in range(_NUM_DRAWS)]
+        images, rows = (
+            to_grey(pixels, ranks.device, dtype),
+            torch.from_numpy(numbers).to(ranks.device),
+        )
+        changed = [
+            augment(images, rows, seed=SHIFT_SEED, epoch=draw, strength=VARIATION)
+            for draw in range(_NUM_DRAWS)
+        ]
         for seen in (images, *changed):
             groups = describe(network, seen.contiguous(memory_format=torch.channels_last))[1]
             measured.append(fitted.measure(groups).double().cpu().numpy())
-    values = np.concatenate([part for parts in ranks.gather(measured) for part in parts])  # (3 x N, 2 + K)
+    values = np.concatenate(
+        [part for parts in ranks.gather(measured) for part in parts]
+    )  # (3 x N, 2 + K)
     offset, high = np.quantile(values, (0.5, 0.99), axis=0)
     scale = np.maximum(high - offset, 1e-6)
     limit = max(float(np.quantile(((values - offset) / scale).max(axis=1), 1 - share)), 1e-6)
     assert math.isfinite(limit)
-    for own, found in ((fitted.offset, offset), (fitted.scale, scale), (fitted.limit, np.array(limit))):
+    for own, found in (
+        (fitted.offset, offset),
+        (fitted.scale, scale),
+        (fitted.limit, np.array(limit)),
+    ):
         own.copy_(torch.from_numpy(found))
     return fitted
 
@@ -272,14 +343,18 @@ class _Sums:
     def reduce(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) over all ranks."""
         count = torch.tensor([self._count], dtype=torch.float64)
-        sums = ranks.sum(torch.cat([count, self._total.cpu(), self._products.flatten().cpu()])).to(ranks.device)
+        sums = ranks.sum(torch.cat([count, self._total.cpu(), self._products.flatten().cpu()])).to(
+            ranks.device
+        )
         mean = sums[1 : len(self._total) + 1] / sums[0]
         products = sums[len(mean) + 1 :].view_as(self._products) / sums[0]
         return mean, products - torch.outer(mean, mean)
 
 
 def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
-    """The matrix (D, D) that gives centred rows unit covariance from the right; variances are raised by a share."""
+    """The matrix (D, D) that gives centred rows unit covariance from the right; variances are
+    raised by a share.
+    """
     raised = covariance + torch.diag(covariance.diagonal().clamp_min(0) * shrinkage + 1e-8)
     whitening: Tensor = torch.linalg.inv(torch.linalg.cholesky(raised)).T.contiguous()
     return whitening

@@ -1,9 +1,10 @@
 """The folder of one run, and its publication to the artifact store. Rank 0 alone uses it.
 
-Everything is written to a local folder, each file whole or not at all. For an artifact store that is a folder, that is
-the run's place itself; for a bucket, a thread copies files up, in the order in which they were announced, and never
-blocks or ends the training: what fails is repeated, counted, and repeated once more by `finish`, which stores
-summary.json last. No summary.json, no finished run.
+Everything is written to a local folder, each file whole or not at all. For an artifact store that
+is a folder, that is the run's place itself; for a bucket, a thread copies files up, in the order in
+which they were announced, and never blocks or ends the training: what fails is repeated, counted,
+and repeated once more by `finish`, which stores summary.json last. No summary.json, no finished
+run.
 
     RunFolder.check_writable(uri)
     run = RunFolder(uri, run_id)
@@ -82,7 +83,17 @@ PREDICTION_COLUMNS = (
     "split", "source", "patient", "group", "subtype", "label", "score", "call", "atypicality", "decision",
 )  # fmt: skip
 
-_PACKAGES = ("torch", "numpy", "h5py", "pillow", "scikit-learn", "matplotlib", "tensorboard", "boto3", "pydicom")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "h5py",
+    "pillow",
+    "scikit-learn",
+    "matplotlib",
+    "tensorboard",
+    "boto3",
+    "pydicom",
+)
 _FETCHED_WHEN_NEEDED = ("checkpoints/",)  # large; the learning room fetches the one it wants
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _FINISH_ATTEMPTS = 4
@@ -98,7 +109,7 @@ def new_run_id(now: datetime) -> str:
 
 
 def check_run_id(run_id: str) -> str:
-    """`run_id` itself, if it can name a folder; raises `UserError` if it can not."""
+    """`run_id` itself, if it can name a folder; raises `UserError` if it cannot."""
     if _RUN_ID.fullmatch(run_id) is None or ".." in run_id:
         raise UserError(
             f"--run_id {run_id!r} is not allowed: use up to 128 letters, digits, dots, dashes and underscores, "
@@ -108,7 +119,9 @@ def check_run_id(run_id: str) -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What this machine and its software are, for environment.json; no names of people, hosts or keys."""
+    """What this machine and its software are, for environment.json; no names of people, hosts or
+    keys.
+    """
     versions = {"xrai": xrai.__version__}
     for package in _PACKAGES:
         try:
@@ -121,7 +134,9 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "packages": versions,
     }
@@ -138,7 +153,9 @@ def make_summary(
     duration_s: float,
     is_phantom: bool,
 ) -> dict[str, Any]:
-    """What summary.json holds, but for `files`; each result is the one of `metrics` (the metrics.json dictionary)."""
+    """What summary.json holds, but for `files`; each result is the one of `metrics` (the
+    metrics.json dictionary).
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -153,7 +170,9 @@ def make_summary(
 
 
 def format_result_lines(summary: Mapping[str, Any], folder: str | Path) -> list[str]:
-    """The last lines of a training: the results with their 95 % intervals and counts, and where the pictures are."""
+    """The last lines of a training: the results with their 95 % intervals and counts, and where
+    the pictures are.
+    """
     validation = summary.get("validation", {}) if summary["split"] != "val" else {}
     values = [f"{_title(name)} {format_value(name, value)}" for name, value in validation.items()]
     return [
@@ -165,8 +184,12 @@ def format_result_lines(summary: Mapping[str, Any], folder: str | Path) -> list[
     ]
 
 
-def format_metrics_lines(metrics: Mapping[str, Any], folder: str | Path, *, is_phantom: bool = False) -> list[str]:
-    """The same lines for one split measured alone: from the metrics.json dictionary, with the folder of its files."""
+def format_metrics_lines(
+    metrics: Mapping[str, Any], folder: str | Path, *, is_phantom: bool = False
+) -> list[str]:
+    """The same lines for one split measured alone: from the metrics.json dictionary, with the
+    folder of its files.
+    """
     results = _main_results(metrics)
     return [
         *_format_main_results(results, is_phantom=is_phantom),
@@ -177,7 +200,9 @@ def format_metrics_lines(metrics: Mapping[str, Any], folder: str | Path, *, is_p
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a history.csv: epoch and step whole numbers, the rest numbers, None where a field is empty."""
+    """The rows of a history.csv: epoch and step whole numbers, the rest numbers, None where a
+    field is empty.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         return _parse_history(file, where=str(path))
 
@@ -185,8 +210,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def safe_path(path: str) -> str:
     """The same relative path, such that no spreadsheet takes it for a formula.
 
-    Names of files come from anywhere, and `=cmd|' /C …'!A0` at the head of a cell is run by a click (OWASP, CSV
-    injection). `./` in front changes no path's meaning.
+    Names of files come from anywhere, and `=cmd|' /C …'!A0` at the head of a cell is run by a click
+    (OWASP, CSV injection). `./` in front changes no path's meaning.
     """
     return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else path
 
@@ -197,11 +222,18 @@ def to_json(value: Any) -> str:
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """CSV text with a header; what is missing, None or not finite is an empty field. See `safe_path` for names."""
+    """CSV text with a header; what is missing, None or not finite is an empty field. See
+    `safe_path` for names.
+    """
     buffer = io.StringIO(newline="")
-    plain = [{key: "" if value is None else value for key, value in _plain(row).items()} for row in rows]
-    # csv quotes a carriage return only where it ends lines, and readers take a bare one for the end of a line
-    has_return = any(isinstance(value, str) and "\r" in value for row in plain for value in row.values())
+    plain = [
+        {key: "" if value is None else value for key, value in _plain(row).items()} for row in rows
+    ]
+    # csv quotes a carriage return only where it ends lines, and readers take a bare one for the end
+    # of a line
+    has_return = any(
+        isinstance(value, str) and "\r" in value for row in plain for value in row.values()
+    )
     quoting: Any = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n", quoting=quoting)
     writer.writeheader()
@@ -212,8 +244,9 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 class RunFolder:
     """The folder of one run.
 
-    `path` is the local folder; `address` is where people find the run; `store` is the run's own place in the artifact
-    store. `work_dir` is where runs of a bucket are written first; by default a folder of the user's cache.
+    `path` is the local folder; `address` is where people find the run; `store` is the run's own
+    place in the artifact store. `work_dir` is where runs of a bucket are written first; by default
+    a folder of the user's cache.
     """
 
     def __init__(self, artifacts_uri: str, run_id: str, *, work_dir: Path | None = None) -> None:
@@ -233,7 +266,9 @@ class RunFolder:
 
     @staticmethod
     def check_writable(artifacts_uri: str, *, flag: str = "--artifacts") -> None:
-        """Raise `UserError`, naming the flag, unless files can be written at the address. Nothing is left behind."""
+        """Raise `UserError`, naming the flag, unless files can be written at the address.
+        Nothing is left behind.
+        """
         store = open_store(artifacts_uri)
         place = store.local_path("check")
         if place is None:
@@ -249,26 +284,39 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            cause = "it is not a folder" if isinstance(error, NotADirectoryError) else (error.strerror or str(error))
+            cause = (
+                "it is not a folder"
+                if isinstance(error, NotADirectoryError)
+                else (error.strerror or str(error))
+            )
             where = "" if existing == folder else f" ({existing})"
             raise UserError(
-                f"results can not be written to {artifacts_uri}{where}: {cause}; name another folder or bucket with "
+                f"results cannot be written to {artifacts_uri}{where}: {cause}; name another folder or bucket with "
                 f"{flag}, or mend its rights"
             ) from error
 
     def exists(self) -> bool:
-        """Whether the artifact store, or this machine for it, holds anything of a run of this name."""
-        return next(iter(self.store.list()), None) is not None or (self.is_remote and bool(self._names()))
+        """Whether the artifact store, or this machine for it, holds anything of a run of this
+        name.
+        """
+        return next(iter(self.store.list()), None) is not None or (
+            self.is_remote and bool(self._names())
+        )
 
     def open(self) -> None:
-        """Make the local folder, bring down what the store holds of the run, and take back its summary.json."""
+        """Make the local folder, bring down what the store holds of the run, and take back its
+        summary.json.
+        """
         self.attach()
         with self._explained(self.path):
             (self.path / SUMMARY).unlink(missing_ok=True)
         self.store.delete(SUMMARY)
         if self.is_remote:
             self._fetch()
-        segments = [re.search(r"tfevents\.(\d+)", path.name) for path in (self.path / EVENTS).glob("*tfevents*")]
+        segments = [
+            re.search(r"tfevents\.(\d+)", path.name)
+            for path in (self.path / EVENTS).glob("*tfevents*")
+        ]
         self._next_segment = 1 + max((int(found[1]) for found in segments if found), default=-1)
 
     def attach(self) -> None:
@@ -279,16 +327,19 @@ class RunFolder:
             self._publisher = _Publisher(self.store, self.path)
 
     def resume_at(self, *, epoch: int, step: int) -> None:
-        """Forget what was recorded at or past `epoch` in history.csv, and at or past `step` in TensorBoard.
+        """Forget what was recorded at or past `epoch` in history.csv, and at or past `step` in
+        TensorBoard.
 
-        TensorBoard forgets the epochs that history.csv does, too, even if one of them ended before `step`.
+        TensorBoard forgets the epochs that history.csv does, too, even if one of them ended before
+        `step`.
         """
         self.truncate_history(epoch)
         if self._next_segment:
             last_kept = max((row["step"] for row in self.history()), default=-1)
             self._events.append(events.session_start(min(step, last_kept + 1)))
 
-    # Files -----------------------------------------------------------------------------------------------------------
+    # Files
+    # -----------------------------------------------------------------------------------------------------------
 
     def write(self, name: str, data: bytes) -> Path:
         """Write a file of the run, whole or not at all, and announce it. Returns its local path."""
@@ -321,10 +372,13 @@ class RunFolder:
         """Write environment.json: `describe_environment()` and what the caller knows of devices."""
         return self.write_json("environment.json", environment)
 
-    def write_predictions(self, rows: Iterable[Mapping[str, Any]], name: str = "predictions.csv") -> Path:
-        """Write one row an image, with `PREDICTION_COLUMNS`; numbers in full, so that metrics can be counted again.
+    def write_predictions(
+        self, rows: Iterable[Mapping[str, Any]], name: str = "predictions.csv"
+    ) -> Path:
+        """Write one row an image, with `PREDICTION_COLUMNS`; numbers in full, so that metrics can
+        be counted again.
 
-        The paths under `source` can not be taken for formulas: see `safe_path`.
+        The paths under `source` cannot be taken for formulas: see `safe_path`.
         """
         safe = ({**row, "source": safe_path(str(row["source"]))} for row in rows)
         return self.write_text(name, to_csv(PREDICTION_COLUMNS, safe))
@@ -337,13 +391,18 @@ class RunFolder:
     def append_history(self, row: Mapping[str, Any]) -> None:
         """Add an epoch to history.csv and to TensorBoard, and close its segment of events.
 
-        `row` has keys of `HISTORY_COLUMNS`; one that is left out, None or not finite is an empty field.
+        `row` has keys of `HISTORY_COLUMNS`; one that is left out, None or not finite is an empty
+        field.
         """
         unknown = set(row) - set(HISTORY_COLUMNS)
         if unknown:
-            raise ValueError(f"{sorted(unknown)} are no columns of history.csv: {', '.join(HISTORY_COLUMNS)}")
+            raise ValueError(
+                f"{sorted(unknown)} are no columns of history.csv: {', '.join(HISTORY_COLUMNS)}"
+            )
         self.write_text("history.csv", to_csv(HISTORY_COLUMNS, [*self.history(), row]))
-        self.add_scalars(int(row["step"]), {tag: row.get(column) for column, tag in TENSORBOARD_TAGS.items()})
+        self.add_scalars(
+            int(row["step"]), {tag: row.get(column) for column, tag in TENSORBOARD_TAGS.items()}
+        )
         self.close_segment()
 
     def truncate_history(self, epoch: int) -> None:
@@ -353,10 +412,13 @@ class RunFolder:
         if len(kept) < len(rows):
             self.write_text("history.csv", to_csv(HISTORY_COLUMNS, kept))
 
-    # TensorBoard -----------------------------------------------------------------------------------------------------
+    # TensorBoard
+    # -----------------------------------------------------------------------------------------------------
 
     def add_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
-        """Keep scalars by tag for the next segment; those that are None or not finite are left out."""
+        """Keep scalars by tag for the next segment; those that are None or not finite are left
+        out.
+        """
         if values := list(events.finite_scalars(scalars)):
             self._events.append(events.summary(step, values))
 
@@ -365,17 +427,32 @@ class RunFolder:
         self._events.append(events.summary(step, [events.picture(tag, path.read_bytes())]))
 
     def add_precision_recall(
-        self, step: int, tag: str, labels: npt.ArrayLike, scores: npt.ArrayLike, *, description: str = ""
+        self,
+        step: int,
+        tag: str,
+        labels: npt.ArrayLike,
+        scores: npt.ArrayLike,
+        *,
+        description: str = "",
     ) -> None:
-        """Keep the precision-recall curve of labels (N,) and scores (N,) in [0, 1]; none where a class is missing."""
+        """Keep the precision-recall curve of labels (N,) and scores (N,) in [0, 1]; none where a
+        class is missing.
+        """
         if len(np.unique(np.asarray(labels))) == 2:
             curve = events.precision_recall(tag, labels, scores, description=description)
             self._events.append(events.summary(step, [curve]))
 
     def add_hyperparameters(self, config: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the resolved config for TensorBoard's table of runs, at once, so that it shows runs that go on."""
-        followed = {TENSORBOARD_TAGS["shifted_auroc"]: "AUROC, augmented validation", "accuracy/val": "accuracy, val"}
-        final = {tag: f"final {'AUROC' if name == 'auroc' else name}" for name, tag in FINAL_TAGS.items()}
+        """Write the resolved config for TensorBoard's table of runs, at once, so that it shows
+        runs that go on.
+        """
+        followed = {
+            TENSORBOARD_TAGS["shifted_auroc"]: "AUROC, augmented validation",
+            "accuracy/val": "accuracy, val",
+        }
+        final = {
+            tag: f"final {'AUROC' if name == 'auroc' else name}" for name, tag in FINAL_TAGS.items()
+        }
         values = events.hyperparameters(
             config,
             group=self.run_id,
@@ -386,7 +463,9 @@ class RunFolder:
         self.close_segment()
 
     def add_results(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the main results of the metrics.json dictionary, and that the run succeeded, for the next segment."""
+        """Keep the main results of the metrics.json dictionary, and that the run succeeded, for
+        the next segment.
+        """
         results = _main_results(metrics)
         self.add_scalars(step, {tag: results[name] for name, tag in FINAL_TAGS.items()})
         self._events.append(events.summary(step, [events.session_success()]))
@@ -401,7 +480,9 @@ class RunFolder:
         buffer = io.BytesIO()
         records = RecordWriter(buffer)
         head = [events.file_version(self._events[0].wall_time)]
-        if self._next_segment == 0:  # TensorBoard takes the first start for the run's own, and forgets nothing at it
+        if (
+            self._next_segment == 0
+        ):  # TensorBoard takes the first start for the run's own, and forgets nothing at it
             head.append(events.session_start(0))
         for event in [*head, *self._events]:
             records.write(event.SerializeToString())
@@ -409,7 +490,8 @@ class RunFolder:
         self._events.clear()
         self._next_segment += 1
 
-    # Publication -----------------------------------------------------------------------------------------------------
+    # Publication
+    # -----------------------------------------------------------------------------------------------------
 
     def publish(self, names: Sequence[str]) -> None:
         """Announce files for the bucket, to be stored in this order, later. Returns at once."""
@@ -425,7 +507,9 @@ class RunFolder:
 
     @property
     def num_failed_uploads(self) -> int:
-        """How many attempts to store a file have failed so far, those included that succeeded later."""
+        """How many attempts to store a file have failed so far, those included that succeeded
+        later.
+        """
         return self._publisher.num_failures if self._publisher is not None else 0
 
     def flush_or_raise(self, *, timeout_s: float = _FINISH_TIMEOUT_S) -> None:
@@ -435,19 +519,27 @@ class RunFolder:
             self._drain_or_raise(timeout_s)
 
     def flush(self, *, timeout_s: float) -> bool:
-        """Close the segment of events and wait for all that was announced; False after more than `timeout_s`."""
+        """Close the segment of events and wait for all that was announced; False after more than
+        `timeout_s`.
+        """
         self.close_segment()
         return self._publisher is None or self._publisher.drain(timeout_s=timeout_s)
 
-    def finish(self, summary: Mapping[str, Any], *, timeout_s: float = _FINISH_TIMEOUT_S) -> dict[str, Any]:
-        """Store all files that are not stored yet, then summary.json with every file's SHA-256. Returns the summary.
+    def finish(
+        self, summary: Mapping[str, Any], *, timeout_s: float = _FINISH_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Store all files that are not stored yet, then summary.json with every file's SHA-256.
+        Returns the summary.
 
-        Raises `StoreError` naming the local folder when the bucket does not take them after several attempts.
+        Raises `StoreError` naming the local folder when the bucket does not take them after several
+        attempts.
         """
         self.close_segment()
         files = {name: _sha256(self.path / name) for name in self._names()}
         if self._publisher is not None:
-            self._publisher.announce([(name, True) for name, digest in files.items() if not self._has(name, digest)])
+            self._publisher.announce(
+                [(name, True) for name, digest in files.items() if not self._has(name, digest)]
+            )
             self._drain_or_raise(timeout_s)
         whole = {**summary, "num_failed_uploads": self.num_failed_uploads, "files": files}
         self.write_json(SUMMARY, whole)
@@ -457,7 +549,9 @@ class RunFolder:
         return whole
 
     def close(self) -> None:
-        """Stop the thread without waiting for what is not stored yet, and say so; for a run that ends early."""
+        """Stop the thread without waiting for what is not stored yet, and say so; for a run that
+        ends early.
+        """
         if self._publisher is not None and not self._publisher.is_closed:
             self._publisher.close()
             if waiting := self._publisher.waiting():
@@ -474,7 +568,7 @@ class RunFolder:
             yield
         except OSError as error:
             raise StoreError(
-                f"{path} of run {self.run_id} can not be written: {error.strerror or error}; free some space, mend the "
+                f"{path} of run {self.run_id} cannot be written: {error.strerror or error}; free some space, mend the "
                 "rights, or name another place with --artifacts, then start again with the same --run_id"
             ) from error
 
@@ -493,13 +587,16 @@ class RunFolder:
             )
 
     def _fetch(self) -> None:
-        """Make this machine's files and the store's the same, from the one where the run got further.
+        """Make this machine's files and the store's the same, from the one where the run got
+        further.
 
         That is this machine where an earlier process ended before the store had everything.
         """
         stored = {found.key: found.size_bytes for found in self.store.list()}
         theirs = self.store.read("history.csv").decode() if "history.csv" in stored else ""
-        is_ahead = len(self.history()) >= len(_parse_history(theirs.splitlines(), where=f"{self.address}/history.csv"))
+        is_ahead = len(self.history()) >= len(
+            _parse_history(theirs.splitlines(), where=f"{self.address}/history.csv")
+        )
         local = {name: (self.path / name).stat().st_size for name in self._names()}
         for name, size_bytes in stored.items():
             is_wanted = name not in local or (not is_ahead and local[name] != size_bytes)
@@ -517,9 +614,11 @@ class RunFolder:
                 (self.path / name).unlink()
 
     def _names(self) -> list[str]:
-        """The files of the run, in an order to store them, without summary.json and what is being written.
+        """The files of the run, in an order to store them, without summary.json and what is being
+        written.
 
-        A checkpoint's JSON file is its commit mark, and latest.json points to one: so they come last.
+        A checkpoint's JSON file is its commit mark, and latest.json points to one: so they come
+        last.
         """
         paths = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file())
         names = (path.as_posix() for path in paths if not _is_temporary(path))
@@ -530,7 +629,9 @@ class RunFolder:
 
 
 class _Publisher:
-    """Stores announced files in order, in a thread of its own. The first in line is tried until it works."""
+    """Stores announced files in order, in a thread of its own. The first in line is tried until
+    it works.
+    """
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.num_failures = 0
@@ -545,7 +646,9 @@ class _Publisher:
         self._thread.start()
 
     def announce(self, tasks: Iterable[tuple[str, bool]]) -> None:
-        """Put (name, whether to keep it) at the end of the line; a name that waits already moves there."""
+        """Put (name, whether to keep it) at the end of the line; a name that waits already moves
+        there.
+        """
         with self._changed:
             for name, keep in tasks:
                 self._line.pop(name, None)
@@ -558,7 +661,9 @@ class _Publisher:
         return self._closed
 
     def drain(self, *, timeout_s: float, max_attempts: int | None = None) -> bool:
-        """Wait for the line to empty; False when time is over, `max_attempts` failed in a row, or it was closed."""
+        """Wait for the line to empty; False when time is over, `max_attempts` failed in a row,
+        or it was closed.
+        """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._attempts, self._hurry = 0, True
@@ -596,7 +701,9 @@ class _Publisher:
                 continue
             with self._changed:
                 if self._attempts:
-                    _logger.info("%s is stored now; %d more files wait", task.name, len(self._line) - 1)
+                    _logger.info(
+                        "%s is stored now; %d more files wait", task.name, len(self._line) - 1
+                    )
                 self._attempts = 0
                 if digest is not None:
                     self.stored[task.name] = digest
@@ -607,7 +714,9 @@ class _Publisher:
     def _do(self, task: "_Task") -> str | None:
         if task.keep:
             path = self._folder / task.name
-            return self._store.upload(task.name, path) if path.exists() else None  # gone since, as old checkpoints are
+            return (
+                self._store.upload(task.name, path) if path.exists() else None
+            )  # gone since, as old checkpoints are
         self.stored.pop(task.name, None)
         try:
             self._store.delete(task.name)
@@ -621,7 +730,11 @@ class _Publisher:
             self.last_error = error
             self._attempts += 1
             if self._attempts == 1:
-                _logger.warning("%s is not stored yet and will be tried again; the run goes on: %s", task.name, error)
+                _logger.warning(
+                    "%s is not stored yet and will be tried again; the run goes on: %s",
+                    task.name,
+                    error,
+                )
             self._hurry = False
             self._changed.notify_all()
             pause_s = min(_FIRST_PAUSE_S * 2 ** (self._attempts - 1), _LONGEST_PAUSE_S)
@@ -629,7 +742,10 @@ class _Publisher:
 
 
 def _main_results(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    entries = {name: metrics["metrics"][name] for name in ("accuracy", "sensitivity", "specificity", "auroc")}
+    entries = {
+        name: metrics["metrics"][name]
+        for name in ("accuracy", "sensitivity", "specificity", "auroc")
+    }
     return {
         "split": metrics["split"],
         "num_images": metrics["num_images"],
@@ -643,7 +759,9 @@ def _main_results(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "review": {
             "num_images": metrics["abstention"]["num_review"],
             "share": metrics["abstention"]["share_review"],
-            "accuracy_of_the_rest": metrics["abstention"]["metrics"].get("accuracy", {}).get("value"),
+            "accuracy_of_the_rest": metrics["abstention"]["metrics"]
+            .get("accuracy", {})
+            .get("value"),
         },
         "baselines": {
             name: {"auroc": entry["metrics"]["auroc"]["value"], "reason": entry["reason"]}
@@ -738,8 +856,12 @@ def _parse_history(lines: Iterable[str], *, where: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         for fields in csv.DictReader(lines):
-            row: dict[str, Any] = {key: float(text) if text else None for key, text in fields.items()}
+            row: dict[str, Any] = {
+                key: float(text) if text else None for key, text in fields.items()
+            }
             rows.append({**row, "epoch": int(fields["epoch"]), "step": int(fields["step"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{where} is not a history of xrai: {error}; remove it, or start a new run") from error
+        raise RunError(
+            f"{where} is not a history of xrai: {error}; remove it, or start a new run"
+        ) from error
     return rows

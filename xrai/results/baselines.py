@@ -1,9 +1,9 @@
 """What shortcuts alone can do: two models that never see a lung, measured beside every result.
 
-`geometry` knows the size of the source picture in pixels, `border` the outer fourteenth of each side of the stored
-picture, which is 16 of 224 pixels. Where one of them tells the classes apart, so may a network, without any medicine.
-Called by `xrai.train` and `xrai.evaluate` with arrays, and by benchmarks/shortcuts.py; metrics.json holds the numbers
-under `baselines`.
+`geometry` knows the size of the source picture in pixels, `border` the outer fourteenth of each
+side of the stored picture, which is 16 of 224 pixels. Where one of them tells the classes apart, so
+may a network, without any medicine. Called by `xrai.train` and `xrai.evaluate` with arrays, and by
+benchmarks/shortcuts.py; metrics.json holds the numbers under `baselines`.
 """
 
 import math
@@ -19,7 +19,10 @@ from sklearn.svm import SVC
 
 from xrai.results.metrics import calibrated, evaluate_scores
 
-MAX_TRAIN, MAX_IMAGES = 5_000, 20_000  # images that are learned from, and measured, so that a large split costs no more
+MAX_TRAIN, MAX_IMAGES = (
+    5_000,
+    20_000,
+)  # images that are learned from, and measured, so that a large split costs no more
 BASELINES: Mapping[str, str] = {
     "geometry": "the size of the source picture alone: width, height, aspect and area in pixels",
     "border": "the outer border of the stored picture alone: a fourteenth of each side",
@@ -42,14 +45,22 @@ class Looks:
 
 
 def geometry_features(width: npt.ArrayLike, height: npt.ArrayLike) -> Floats:
-    """Logarithms of width, height, aspect and area (n, 4) of pictures of `width` and `height` (n,) pixels."""
-    across, down = (np.log(np.maximum(np.asarray(side, dtype=np.float64), 1)) for side in (width, height))
+    """Logarithms of width, height, aspect and area (n, 4) of pictures of `width` and `height`
+    (n,) pixels.
+    """
+    across, down = (
+        np.log(np.maximum(np.asarray(side, dtype=np.float64), 1)) for side in (width, height)
+    )
     return np.column_stack([across, down, across - down, across + down])
 
 
 def border_features(images: npt.NDArray[np.uint8]) -> Floats:
-    """The mean and standard deviation of each outer cell, (n, 104), of images (n, H, W) cut into 14 x 14 cells."""
-    rows, columns = (np.linspace(0, side, _CELLS + 1).round().astype(int) for side in images.shape[1:])
+    """The mean and standard deviation of each outer cell, (n, 104), of images (n, H, W) cut into
+    14 x 14 cells.
+    """
+    rows, columns = (
+        np.linspace(0, side, _CELLS + 1).round().astype(int) for side in images.shape[1:]
+    )
     features = []
     for row in range(_CELLS):
         inner = row not in (0, _CELLS - 1)
@@ -61,20 +72,26 @@ def border_features(images: npt.NDArray[np.uint8]) -> Floats:
 
 
 def fit_and_score(train: Floats, labels: npt.ArrayLike, others: Floats) -> Floats:
-    """Scores (m,) in [0, 1] of `others` (m, F) by a support vector machine fitted to `train` (n, F), `labels` (n,).
+    """Scores (m,) in [0, 1] of `others` (m, F) by a support vector machine fitted to `train` (n,
+    F), `labels` (n,).
 
-    Both classes weigh alike and 0.5 is its own threshold; a score is no probability. On the border of 3,965 training
-    films at 64 pixels this kernel found most of what was tried (AUROC on 576 held-out films .988, in 0.4 s of one core;
-    logistic regression .950, random forest .975, boosted trees .984 in 7 s).
+    Both classes weigh alike and 0.5 is its own threshold; a score is no probability. On the border
+    of 3,965 training films at 64 pixels this kernel found most of what was tried (AUROC on 576
+    held-out films .988, in 0.4 s of one core; logistic regression .950, random forest .975, boosted
+    trees .984 in 7 s).
     """
     model = make_pipeline(StandardScaler(), SVC(C=3.0, gamma="auto", class_weight="balanced"))
     return calibrated(model.fit(train, labels).decision_function(others))
 
 
-def measure_baselines(train: Looks | None, measured: Looks, *, split: str, num_bootstrap: int) -> dict[str, Any]:
-    """The `baselines` of metrics.json: each one fitted to `train` and measured on `measured`, images of `split`.
+def measure_baselines(
+    train: Looks | None, measured: Looks, *, split: str, num_bootstrap: int
+) -> dict[str, Any]:
+    """The `baselines` of metrics.json: each one fitted to `train` and measured on `measured`,
+    images of `split`.
 
-    A reason says why there is no number (no training images, or none of a class), or what a number is worth.
+    A reason says why there is no number (no training images, or none of a class), or what a number
+    is worth.
     """
     found: dict[str, Any] = {}
     for name, meaning in BASELINES.items():

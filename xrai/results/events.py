@@ -1,6 +1,8 @@
-"""TensorBoard's messages from plain numbers and pictures. `xrai.results.artifacts` puts them into event files.
+"""TensorBoard's messages from plain numbers and pictures. `xrai.results.artifacts` puts them into
+event files.
 
-Only the formats of TensorBoard's own plugins are used, so that its own server shows them; nothing here writes a file.
+Only the formats of TensorBoard's own plugins are used, so that its own server shows them; nothing
+here writes a file.
 """
 
 import math
@@ -21,7 +23,13 @@ from tensorboard.util.tensor_util import make_tensor_proto
 NUM_THRESHOLDS = 201  # TensorBoard's own default: 0, 0.005, … 1
 
 _PNG_HEAD = b"\x89PNG\r\n\x1a\n"
-_GREY_ALPHA_COLOURS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # PNG colour type -> channels, as TensorBoard counts them
+_GREY_ALPHA_COLOURS = {
+    0: 1,
+    2: 3,
+    3: 3,
+    4: 2,
+    6: 4,
+}  # PNG colour type -> channels, as TensorBoard counts them
 
 
 def file_version(wall_time: float) -> Event:
@@ -30,7 +38,9 @@ def file_version(wall_time: float) -> Event:
 
 
 def session_start(step: int) -> Event:
-    """Tells readers to forget what they saw at or past `step`. They take the first one of a run for its beginning."""
+    """Tells readers to forget what they saw at or past `step`. They take the first one of a run
+    for its beginning.
+    """
     return Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
 
 
@@ -52,30 +62,45 @@ def picture(tag: str, png: bytes) -> Summary.Value:
     return Summary.Value(
         tag=tag,
         image=Summary.Image(
-            height=height, width=width, colorspace=_GREY_ALPHA_COLOURS[colour_type], encoded_image_string=png
+            height=height,
+            width=width,
+            colorspace=_GREY_ALPHA_COLOURS[colour_type],
+            encoded_image_string=png,
         ),
     )
 
 
-def count_calls(labels: npt.ArrayLike, scores: npt.ArrayLike, num_thresholds: int = NUM_THRESHOLDS) -> npt.NDArray[Any]:
-    """What the PR-curve plugin shows, (6, num_thresholds) float32, for thresholds evenly spread over [0, 1].
+def count_calls(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, num_thresholds: int = NUM_THRESHOLDS
+) -> npt.NDArray[Any]:
+    """What the PR-curve plugin shows, (6, num_thresholds) float32, for thresholds evenly spread
+    over [0, 1].
 
-    The rows are true positives, false positives, true negatives, false negatives, precision and recall. An image is
-    called positive where its score is at least the threshold. A precision of nothing called is 0; the plugin drops it.
+    The rows are true positives, false positives, true negatives, false negatives, precision and
+    recall. An image is called positive where its score is at least the threshold. A precision of
+    nothing called is 0; the plugin drops it.
     """
     is_positive = np.asarray(labels).astype(bool)
     scores = np.asarray(scores, dtype=np.float64)
     thresholds = np.linspace(0, 1, num_thresholds)
-    tp = np.sum(is_positive) - np.searchsorted(np.sort(scores[is_positive]), thresholds, side="left")
-    fp = np.sum(~is_positive) - np.searchsorted(np.sort(scores[~is_positive]), thresholds, side="left")
+    tp = np.sum(is_positive) - np.searchsorted(
+        np.sort(scores[is_positive]), thresholds, side="left"
+    )
+    fp = np.sum(~is_positive) - np.searchsorted(
+        np.sort(scores[~is_positive]), thresholds, side="left"
+    )
     tn, fn = np.sum(~is_positive) - fp, np.sum(is_positive) - tp
     precision = tp / np.maximum(tp + fp, 1)
     recall = tp / np.maximum(tp + fn, 1)
     return np.stack([tp, fp, tn, fn, precision, recall]).astype(np.float32)
 
 
-def precision_recall(tag: str, labels: npt.ArrayLike, scores: npt.ArrayLike, *, description: str = "") -> Summary.Value:
-    """The precision-recall curve of labels (N,) of 0 and 1 and scores (N,) in [0, 1]; `description` is Markdown."""
+def precision_recall(
+    tag: str, labels: npt.ArrayLike, scores: npt.ArrayLike, *, description: str = ""
+) -> Summary.Value:
+    """The precision-recall curve of labels (N,) of 0 and 1 and scores (N,) in [0, 1];
+    `description` is Markdown.
+    """
     return Summary.Value(
         tag=tag,
         tensor=make_tensor_proto(count_calls(labels, scores)),
@@ -84,21 +109,31 @@ def precision_recall(tag: str, labels: npt.ArrayLike, scores: npt.ArrayLike, *, 
 
 
 def hyperparameters(
-    config: Mapping[str, Mapping[str, Any]], *, group: str, metrics: Mapping[str, str], meanings: Mapping[str, str]
+    config: Mapping[str, Mapping[str, Any]],
+    *,
+    group: str,
+    metrics: Mapping[str, str],
+    meanings: Mapping[str, str],
 ) -> list[Summary.Value]:
-    """The start of a session of the hparams plugin: sections of plain values, each shown as `section.key`.
+    """The start of a session of the hparams plugin: sections of plain values, each shown as
+    `section.key`.
 
-    `group` names the run, `metrics` gives the scalar tags to show beside the values and what to call them, `meanings`
-    what a `section.key` is for.
+    `group` names the run, `metrics` gives the scalar tags to show beside the values and what to
+    call them, `meanings` what a `section.key` is for.
     """
-    flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+    flat = {
+        f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()
+    }
     experiment = api_pb2.Experiment(
         hparam_infos=[
-            api_pb2.HParamInfo(name=name, description=meanings.get(name, ""), type=_hparam_type(value))
+            api_pb2.HParamInfo(
+                name=name, description=meanings.get(name, ""), type=_hparam_type(value)
+            )
             for name, value in flat.items()
         ],
         metric_infos=[
-            api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=name) for tag, name in metrics.items()
+            api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=name)
+            for tag, name in metrics.items()
         ],
         time_created_secs=time.time(),
     )
@@ -124,17 +159,25 @@ def session_success() -> Summary.Value:
 
 def finite_scalars(scalars: Mapping[str, float | None]) -> Iterable[Summary.Value]:
     """Points by tag; those that are None or not finite are left out."""
-    return (scalar(tag, value) for tag, value in scalars.items() if value is not None and math.isfinite(value))
+    return (
+        scalar(tag, value)
+        for tag, value in scalars.items()
+        if value is not None and math.isfinite(value)
+    )
 
 
 def _hparams_value(tag: str, **content: Any) -> Summary.Value:
     data = plugin_data_pb2.HParamsPluginData(**content)
     return Summary.Value(
-        tag=tag, metadata=hparams_metadata.create_summary_metadata(data), tensor=hparams_metadata.NULL_TENSOR
+        tag=tag,
+        metadata=hparams_metadata.create_summary_metadata(data),
+        tensor=hparams_metadata.NULL_TENSOR,
     )
 
 
 def _hparam_type(value: Any) -> int:
     if isinstance(value, bool):
         return int(api_pb2.DATA_TYPE_BOOL)
-    return int(api_pb2.DATA_TYPE_FLOAT64 if isinstance(value, int | float) else api_pb2.DATA_TYPE_STRING)
+    return int(
+        api_pb2.DATA_TYPE_FLOAT64 if isinstance(value, int | float) else api_pb2.DATA_TYPE_STRING
+    )

@@ -1,13 +1,17 @@
-"""How good the scores are: metrics with patient-level intervals, calibration, and the operating threshold.
+"""How good the scores are: metrics with patient-level intervals, calibration, and the operating
+threshold.
 
-Called by `xrai.train` and `xrai.evaluate` with arrays. The dictionary that `evaluate_scores` returns is metrics.json;
-the summary, the report and the last lines on the terminal take their numbers from it and from nowhere else.
+Called by `xrai.train` and `xrai.evaluate` with arrays. The dictionary that `evaluate_scores`
+returns is metrics.json; the summary, the report and the last lines on the terminal take their
+numbers from it and from nowhere else.
 
-A score is the calibrated probability of pneumonia in [0, 1], the logistic function of logit / temperature; an image is
-called pneumonia where score >= threshold, and left to a person (review) where its atypicality is above 1; labels are 1
-for pneumonia and 0 for normal. Values are scikit-learn's where it has the metric. Intervals are percentiles over
-resamples of patients (not of images: one patient's images are alike), computed from weights, many resamples at once;
-where there are too few errors to resample, a proportion has Wilson's interval and a perfect AUROC has Newcombe's.
+A score is the calibrated probability of pneumonia in [0, 1], the logistic function of logit /
+temperature; an image is called pneumonia where score >= threshold, and left to a person (review)
+where its atypicality is above 1; labels are 1 for pneumonia and 0 for normal. Values are
+scikit-learn's where it has the metric. Intervals are percentiles over resamples of patients (not of
+images: one patient's images are alike), computed from weights, many resamples at once; where there
+are too few errors to resample, a proportion has Wilson's interval and a perfect AUROC has
+Newcombe's.
 """
 
 import math
@@ -23,17 +27,27 @@ from xrai.errors import XraiError
 
 SCHEMA_VERSION = 2
 NUM_CALIBRATION_BINS = 10
-PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # shares of pneumonia for which PPV and NPV are worked out
+PREVALENCES = (
+    0.01,
+    0.05,
+    0.10,
+    0.25,
+    0.50,
+)  # shares of pneumonia for which PPV and NPV are worked out
 FIXED_RATE = 0.90  # the specificity at which sensitivity is read off the ROC curve, and the reverse
 NUM_THRESHOLDS = 200  # equal steps from 0 to 1, for which metrics.json counts the calls
-COVERAGES = tuple(share / 100 for share in range(100, 45, -5))  # shares of images kept, on the abstention curve
+COVERAGES = tuple(
+    share / 100 for share in range(100, 45, -5)
+)  # shares of images kept, on the abstention curve
 NUM_GROUPS = 12  # source groups that are measured, the largest ones
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; with fewer, resamples of a proportion tell little
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
-_WEIGHTS_AT_ONCE = 2**18  # of resamples times images, of splits above 5,000: ten arrays of 2 MiB, however many images
+_WEIGHTS_AT_ONCE = (
+    2**18
+)  # of resamples times images, of splits above 5,000: ten arrays of 2 MiB, however many images
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # fewer resamples in which a metric is defined make no interval
 
@@ -51,12 +65,20 @@ class MetricInfo:
 
 
 METRICS: Mapping[str, MetricInfo] = {
-    "accuracy": MetricInfo("Accuracy", "share of images called right", "percent", "there are no images"),
+    "accuracy": MetricInfo(
+        "Accuracy", "share of images called right", "percent", "there are no images"
+    ),
     "sensitivity": MetricInfo(
-        "Sensitivity", "share of pneumonia images called pneumonia", "percent", "there are no pneumonia images"
+        "Sensitivity",
+        "share of pneumonia images called pneumonia",
+        "percent",
+        "there are no pneumonia images",
     ),
     "specificity": MetricInfo(
-        "Specificity", "share of normal images called normal", "percent", "there are no normal images"
+        "Specificity",
+        "share of normal images called normal",
+        "percent",
+        "there are no normal images",
     ),
     "ppv": MetricInfo(
         "PPV",
@@ -77,10 +99,16 @@ METRICS: Mapping[str, MetricInfo] = {
         "it needs images of both classes",
     ),
     "average_precision": MetricInfo(
-        "Average precision", "area under the precision-recall curve", "number", "it needs images of both classes"
+        "Average precision",
+        "area under the precision-recall curve",
+        "number",
+        "it needs images of both classes",
     ),
     "f1": MetricInfo(
-        "F1", "harmonic mean of PPV and sensitivity", "number", "no image is pneumonia and none was called pneumonia"
+        "F1",
+        "harmonic mean of PPV and sensitivity",
+        "number",
+        "no image is pneumonia and none was called pneumonia",
     ),
     "mcc": MetricInfo(
         "MCC",
@@ -89,7 +117,10 @@ METRICS: Mapping[str, MetricInfo] = {
         "all images have one label or got one call",
     ),
     "brier": MetricInfo(
-        "Brier score", "mean squared distance of score and label; lower is better", "number", "there are no images"
+        "Brier score",
+        "mean squared distance of score and label; lower is better",
+        "number",
+        "there are no images",
     ),
     "ece": MetricInfo(
         "ECE",
@@ -162,19 +193,21 @@ def evaluate_scores(
 ) -> dict[str, Any]:
     """All metrics of one split, as the dictionary that metrics.json holds.
 
-    `labels` (N,) 0 or 1; `scores` (N,) in [0, 1]; `patients` (N,) keys, resampled as a whole; `subtypes` (N,) text,
-    empty where unknown: each subtype's pneumonia images are measured against all normal images. `groups` (N,) text,
-    where an image comes from: a group of normal images is measured against all pneumonia images, one of pneumonia
-    images against all normal ones, one of both by itself. `uncalibrated` (N,) are the scores at temperature 1, by
-    default `scores`; `atypicality` (N,), where known, is above 1 for an image that is left to a person.
-    `threshold_source` says in words where the threshold comes from. Intervals are 95 % percentile intervals over
-    `num_bootstrap` resamples of patients (Efron and Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). A
-    proportion with fewer than 5 patients' worth right or wrong has Wilson's interval instead, and an AUROC of which all
-    resamples agree has Newcombe's, both counted in patients; `method` says which one a metric has.
+    `labels` (N,) 0 or 1; `scores` (N,) in [0, 1]; `patients` (N,) keys, resampled as a whole;
+    `subtypes` (N,) text, empty where unknown: each subtype's pneumonia images are measured against
+    all normal images. `groups` (N,) text, where an image comes from: a group of normal images is
+    measured against all pneumonia images, one of pneumonia images against all normal ones, one of
+    both by itself. `uncalibrated` (N,) are the scores at temperature 1, by default `scores`;
+    `atypicality` (N,), where known, is above 1 for an image that is left to a person.
+    `threshold_source` says in words where the threshold comes from. Intervals are 95 % percentile
+    intervals over `num_bootstrap` resamples of patients (Efron and Tibshirani 1993, ch. 13; Field
+    and Welsh 2007 on clusters). A proportion with fewer than 5 patients' worth right or wrong has
+    Wilson's interval instead, and an AUROC of which all resamples agree has Newcombe's, both
+    counted in patients; `method` says which one a metric has.
 
-    A metric that is undefined is NaN (null in JSON), and `reasons` says why, under the metric's name; a missing
-    interval has its reason under `NAME.interval`; a subtype and a group have their own `reasons`. Raises `XraiError`
-    for a score that is not a number in [0, 1].
+    A metric that is undefined is NaN (null in JSON), and `reasons` says why, under the metric's
+    name; a missing interval has its reason under `NAME.interval`; a subtype and a group have their
+    own `reasons`. Raises `XraiError` for a score that is not a number in [0, 1].
     """
     labels, scores = _checked(labels, scores)
     names, patient_of = np.unique(np.asarray(patients), return_inverse=True)
@@ -194,7 +227,9 @@ def evaluate_scores(
     for group in largest:
         own = group_of == group
         is_mixed = 0 < labels[own].sum() < own.sum()
-        against[group] = "itself" if is_mixed else "all normal" if labels[own].all() else "all pneumonia"
+        against[group] = (
+            "itself" if is_mixed else "all normal" if labels[own].all() else "all pneumonia"
+        )
         selections["group", group] = own if is_mixed else own | (labels != labels[own][0])
     if typical is not None and not typical.all():
         selections["kept", ""] = typical
@@ -219,7 +254,10 @@ def evaluate_scores(
             "temperature": float(temperature),
             **{
                 name: {metric: found["metrics"][metric] for metric in ("brier", "ece")}
-                for name, found in (("before", measured.get(("before", ""), whole)), ("after", whole))
+                for name, found in (
+                    ("before", measured.get(("before", ""), whole)),
+                    ("after", whole),
+                )
             },
         },
         "subtypes": {name: entry for (kind, name), entry in measured.items() if kind == "subtype"},
@@ -234,16 +272,29 @@ def evaluate_scores(
         },
         "num_groups": len(set(group_of.tolist()) - {""}),
         "abstention": _measure_abstention(
-            labels, scores, threshold, atypicality, kept=measured.get(("kept", ""), whole)["metrics"]
+            labels,
+            scores,
+            threshold,
+            atypicality,
+            kept=measured.get(("kept", ""), whole)["metrics"],
         ),
         "by_threshold": count_calls_by_threshold(labels, scores),
-        "by_prevalence": _by_prevalence(whole["metrics"]["sensitivity"], whole["metrics"]["specificity"]),
-        "bootstrap": {"num_resamples": num_bootstrap, "unit": "patient", "confidence": _CONFIDENCE, "seed": seed},
+        "by_prevalence": _by_prevalence(
+            whole["metrics"]["sensitivity"], whole["metrics"]["specificity"]
+        ),
+        "bootstrap": {
+            "num_resamples": num_bootstrap,
+            "unit": "patient",
+            "confidence": _CONFIDENCE,
+            "seed": seed,
+        },
     }
 
 
 def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
-    """Area under the ROC curve of labels (N,) and scores (N,), ties counted half; NaN unless both classes are there."""
+    """Area under the ROC curve of labels (N,) and scores (N,), ties counted half; NaN unless
+    both classes are there.
+    """
     labels, scores = _checked(labels, scores, in_unit_range=False)
     if not 0 < labels.sum() < len(labels):
         return math.nan
@@ -255,9 +306,10 @@ def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
 def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """The threshold that maximises sensitivity + specificity - 1 (Youden 1950).
 
-    Every threshold between two neighbouring scores makes the same calls, so the maximum is a plateau: the middle of the
-    widest one is taken (of equally wide ones the lowest), away from the scores at its ends, so that small changes of
-    scores do not change the calls. Plateaus end at 0 and 1. Values of J are compared exactly, in whole numbers.
+    Every threshold between two neighbouring scores makes the same calls, so the maximum is a
+    plateau: the middle of the widest one is taken (of equally wide ones the lowest), away from the
+    scores at its ends, so that small changes of scores do not change the calls. Plateaus end at 0
+    and 1. Values of J are compared exactly, in whole numbers.
 
     `labels` (N,) 0 or 1, `scores` (N,) in [0, 1]. Raises `XraiError` unless both classes are there.
     """
@@ -268,13 +320,16 @@ def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     cuts, level_of = np.unique(scores, return_inverse=True)
     positives = np.bincount(level_of, weights=labels, minlength=len(cuts)).astype(np.int64)
     negatives = np.bincount(level_of, minlength=len(cuts)) - positives
-    # thresholds in (edges[i], edges[i + 1]] call the scores from cuts[i] up pneumonia; the last interval calls none
+    # thresholds in (edges[i], edges[i + 1]] call the scores from cuts[i] up pneumonia; the last
+    # interval calls none
     called_positive = np.append(np.cumsum(positives[::-1])[::-1], 0)
     called_negative = np.append(np.cumsum(negatives[::-1])[::-1], 0)
     youden = called_positive * num_negative - called_negative * num_positive
     edges = np.concatenate([[0.0], cuts, [1.0]])
     best = np.concatenate([[False], youden == youden.max(), [False]])
-    starts = np.flatnonzero(~best[:-1] & best[1:])  # runs of neighbouring best intervals are one plateau
+    starts = np.flatnonzero(
+        ~best[:-1] & best[1:]
+    )  # runs of neighbouring best intervals are one plateau
     ends = np.flatnonzero(best[:-1] & ~best[1:])
     widest = int(np.argmax(edges[ends] - edges[starts]))
     low, high = float(edges[starts[widest]]), float(edges[ends[widest]])
@@ -284,16 +339,20 @@ def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
 
 def calibrated(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
     """The scores (N,) of logits (N,): the logistic function of logit / temperature."""
-    scores: Floats = 1 / (1 + np.exp(np.clip(-np.asarray(logits, dtype=np.float64) / temperature, -700, 700)))
+    scores: Floats = 1 / (
+        1 + np.exp(np.clip(-np.asarray(logits, dtype=np.float64) / temperature, -700, 700))
+    )
     return scores
 
 
 def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
-    """The temperature whose scores have the largest likelihood (Guo et al. 2017), within 0.05 and 20.
+    """The temperature whose scores have the largest likelihood (Guo et al. 2017), within 0.05 and
+    20.
 
-    The negative log likelihood is convex in 1 / temperature; its slope is bisected until the two ends meet. Where the
-    logits part the classes without error it falls for ever, and the temperature is the smallest allowed. `labels` (N,)
-    0 or 1, `logits` (N,). Raises `XraiError` unless both classes are there.
+    The negative log likelihood is convex in 1 / temperature; its slope is bisected until the two
+    ends meet. Where the logits part the classes without error it falls for ever, and the
+    temperature is the smallest allowed. `labels` (N,) 0 or 1, `logits` (N,). Raises `XraiError`
+    unless both classes are there.
     """
     labels, logits = _checked(labels, logits, in_unit_range=False)
     _refuse_one_class(labels, "temperature")
@@ -309,19 +368,31 @@ def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
 
 
 def wilson_interval(share: float, number: float) -> tuple[float, float]:
-    """The 95 % score interval of a proportion out of `number` (Wilson 1927); it does not collapse at 0 or 1."""
+    """The 95 % score interval of a proportion out of `number` (Wilson 1927); it does not
+    collapse at 0 or 1.
+    """
     centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
-    half = _Z / (1 + _Z**2 / number) * math.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2))
+    half = (
+        _Z
+        / (1 + _Z**2 / number)
+        * math.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2))
+    )
     return 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half
 
 
 def newcombe_interval(area: float, num_positive: int, num_negative: int) -> tuple[float, float]:
-    """The 95 % score interval of an AUROC (Newcombe 2006, part 2, method 5); it does not collapse at 0 or 1."""
+    """The 95 % score interval of an AUROC (Newcombe 2006, part 2, method 5); it does not
+    collapse at 0 or 1.
+    """
 
     def excess(theta: float) -> float:
         """Above 0 where theta is further from the area than its own standard error allows."""
         half = (num_positive + num_negative) / 2 - 1
-        spread = theta * (1 - theta) * (1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta))
+        spread = (
+            theta
+            * (1 - theta)
+            * (1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta))
+        )
         return (theta - area) ** 2 - _Z**2 * spread / (num_positive * num_negative)
 
     edges = []
@@ -335,14 +406,19 @@ def newcombe_interval(area: float, num_positive: int, num_negative: int) -> tupl
 
 
 def count_calls_by_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, Any]:
-    """What other thresholds would call: tp and fp at each of `num_steps` + 1 thresholds, evenly from 0 to 1."""
+    """What other thresholds would call: tp and fp at each of `num_steps` + 1 thresholds, evenly
+    from 0 to 1.
+    """
     labels, scores = _checked(labels, scores)
     thresholds = np.arange(NUM_THRESHOLDS + 1) / NUM_THRESHOLDS
     called = {
         name: len(own) - np.searchsorted(np.sort(own), thresholds, side="left")
         for name, own in (("tp", scores[labels == 1]), ("fp", scores[labels == 0]))
     }
-    return {"num_steps": NUM_THRESHOLDS, **{name: counts.tolist() for name, counts in called.items()}}
+    return {
+        "num_steps": NUM_THRESHOLDS,
+        **{name: counts.tolist() for name, counts in called.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -377,14 +453,18 @@ def calibration_bins(labels: npt.ArrayLike, scores: npt.ArrayLike) -> list[Calib
 
 
 def format_value(name: str, value: float | None) -> str:
-    """One value as people read it, the same everywhere: `94.2 %` or `0.981`; a dash where it is undefined."""
+    """One value as people read it, the same everywhere: `94.2 %` or `0.981`; a dash where it is
+    undefined.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     return f"{100 * value:.1f} %" if METRICS[name].unit == "percent" else f"{value:.3f}"
 
 
 def format_interval(name: str, low: float | None, high: float | None) -> str:
-    """A 95 % interval as people read it: `92.1–95.9 %` or `0.972–0.989`; empty where there is none."""
+    """A 95 % interval as people read it: `92.1–95.9 %` or `0.972–0.989`; empty where there is
+    none.
+    """
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""
     if METRICS[name].unit == "percent":
@@ -398,7 +478,9 @@ def _checked(
     labels = np.asarray(labels, dtype=np.int64)  # (N,)
     scores = np.asarray(scores, dtype=np.float64)  # (N,)
     if labels.ndim != 1 or labels.shape != scores.shape:
-        raise ValueError(f"labels {labels.shape} and scores {scores.shape} must be of one length, one dimension")
+        raise ValueError(
+            f"labels {labels.shape} and scores {scores.shape} must be of one length, one dimension"
+        )
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels must be 0 or 1, not {sorted(set(labels.tolist()) - {0, 1})}")
     wrong = ~np.isfinite(scores)
@@ -409,7 +491,7 @@ def _checked(
         allowed = "in [0, 1]" if in_unit_range else "that is finite"
         raise XraiError(
             f"the score of row {row} is {scores[row]} ({int(wrong.sum())} of {len(scores)} are wrong): a score is a "
-            f"number {allowed}; the model that gave it can not be measured"
+            f"number {allowed}; the model that gave it cannot be measured"
         )
     return labels, scores
 
@@ -435,13 +517,18 @@ def _bin_of(scores: Floats) -> npt.NDArray[np.int64]:
 
 
 class _Subset:
-    """The images of one selection, laid out so that weights for many resamples turn into metrics by matrix products.
+    """The images of one selection, laid out so that weights for many resamples turn into metrics by
+    matrix products.
 
     `patient_of` (N,) holds the number of each image's patient among all patients of the split.
     """
 
     def __init__(
-        self, labels: npt.NDArray[np.int64], scores: Floats, threshold: float, patient_of: npt.NDArray[np.intp]
+        self,
+        labels: npt.NDArray[np.int64],
+        scores: Floats,
+        threshold: float,
+        patient_of: npt.NDArray[np.intp],
     ) -> None:
         order = np.argsort(-scores, kind="stable")
         self.labels: npt.NDArray[np.int64] = labels[order]
@@ -450,7 +537,11 @@ class _Subset:
         self.calls: npt.NDArray[np.int64] = (self.scores >= threshold).astype(np.int64)
         self.positive = (self.labels == 1).astype(np.float64)
         # the last image of each run of equal scores: only there does a threshold cut
-        self.cuts = np.flatnonzero(np.append(np.diff(self.scores) != 0, True)) if len(scores) else np.zeros(0, np.intp)
+        self.cuts = (
+            np.flatnonzero(np.append(np.diff(self.scores) != 0, True))
+            if len(scores)
+            else np.zeros(0, np.intp)
+        )
         in_bin = np.eye(NUM_CALIBRATION_BINS)[_bin_of(self.scores)]  # (N, bins)
         self.features = np.column_stack(
             [
@@ -468,7 +559,9 @@ class _Subset:
         return {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
 
     def measure(self, patient_weights: Floats) -> dict[str, Floats]:
-        """Each metric (R,) for R resamples given by how often each patient was drawn, (R, G); NaN where undefined."""
+        """Each metric (R,) for R resamples given by how often each patient was drawn, (R, G);
+        NaN where undefined.
+        """
         weights = patient_weights[:, self.patient_of]  # (R, N)
         sums = weights @ self.features  # (R, 5 + bins)
         tp, fp, tn, fn, squares = sums[:, :5].T
@@ -491,9 +584,16 @@ class _Subset:
     def _measure_ranks(self, weights: Floats) -> dict[str, Floats]:
         if len(self.cuts) == 0:
             nothing = np.full(len(weights), math.nan)
-            names = ("auroc", "average_precision", "sensitivity_at_specificity_90", "specificity_at_sensitivity_90")
+            names = (
+                "auroc",
+                "average_precision",
+                "sensitivity_at_specificity_90",
+                "specificity_at_sensitivity_90",
+            )
             return dict.fromkeys(names, nothing)
-        tp = np.cumsum(weights * self.positive, axis=1)[:, self.cuts]  # (R, U) called pneumonia from the top down
+        tp = np.cumsum(weights * self.positive, axis=1)[
+            :, self.cuts
+        ]  # (R, U) called pneumonia from the top down
         called = np.cumsum(weights, axis=1)[:, self.cuts]
         fp = called - tp
         num_positive, num_negative = tp[:, -1], fp[:, -1]
@@ -501,7 +601,8 @@ class _Subset:
         area = (rise_fp * (tp - rise_tp / 2)).sum(axis=1)  # trapezoids: ties count half
         precision = tp / np.maximum(called, 1.0)  # nothing called: tp rises by 0 there
         both = num_positive * num_negative
-        # whole numbers, but for the product with the rate: half a unit is slack enough for its rounding
+        # whole numbers, but for the product with the rate: half a unit is slack enough for its
+        # rounding
         affordable = (fp <= num_negative[:, None] * (1 - FIXED_RATE) + 1e-6).sum(axis=1)
         reached = np.take_along_axis(tp, np.maximum(affordable - 1, 0)[:, None], axis=1)[:, 0]
         first = (tp < num_positive[:, None] * FIXED_RATE - 1e-6).sum(axis=1)
@@ -510,7 +611,9 @@ class _Subset:
         return {
             "auroc": area / both,
             "average_precision": defined * (rise_tp * precision).sum(axis=1) / num_positive,
-            "sensitivity_at_specificity_90": defined * np.where(affordable > 0, reached, 0.0) / num_positive,
+            "sensitivity_at_specificity_90": defined
+            * np.where(affordable > 0, reached, 0.0)
+            / num_positive,
             "specificity_at_sensitivity_90": defined * (1 - paid / num_negative),
         }
 
@@ -518,21 +621,30 @@ class _Subset:
 def _bootstrap(
     subsets: Mapping[tuple[str, str], _Subset], *, num_patients: int, num_bootstrap: int, seed: int
 ) -> dict[tuple[str, str], dict[str, Floats]]:
-    """Each subset's metrics (num_bootstrap,) over the same resamples of patients, drawn with replacement."""
+    """Each subset's metrics (num_bootstrap,) over the same resamples of patients, drawn with
+    replacement.
+    """
     generator = np.random.default_rng(seed)
-    parts: dict[tuple[str, str], dict[str, list[Floats]]] = {key: {name: [] for name in METRICS} for key in subsets}
+    parts: dict[tuple[str, str], dict[str, list[Floats]]] = {
+        key: {name: [] for name in METRICS} for key in subsets
+    }
     num_images = max(len(subset.labels) for subset in subsets.values())
     at_once = max(1, min(_RESAMPLES_AT_ONCE, _WEIGHTS_AT_ONCE // max(num_images, num_patients, 1)))
     for start in range(0, num_bootstrap if num_patients else 0, at_once):
         num_rows = min(at_once, num_bootstrap - start)
         drawn = generator.integers(0, num_patients, size=(num_rows, num_patients))
         drawn += np.arange(num_rows)[:, None] * num_patients
-        weights = np.bincount(drawn.ravel(), minlength=num_rows * num_patients).reshape(num_rows, num_patients)
+        weights = np.bincount(drawn.ravel(), minlength=num_rows * num_patients).reshape(
+            num_rows, num_patients
+        )
         for key, subset in subsets.items():
             for metric, values in subset.measure(weights.astype(np.float64)).items():
                 parts[key][metric].append(values)
     return {
-        key: {metric: np.concatenate(values) if values else np.zeros(0) for metric, values in metrics.items()}
+        key: {
+            metric: np.concatenate(values) if values else np.zeros(0)
+            for metric, values in metrics.items()
+        }
         for key, metrics in parts.items()
     }
 
@@ -548,7 +660,7 @@ def _summarise(subset: _Subset, resampled: Mapping[str, Floats]) -> dict[str, An
         if math.isnan(values[name]):
             reasons[name] = info.undefined
         elif num_patients < 2:
-            reasons[f"{name}.interval"] = "one patient alone can not be resampled"
+            reasons[f"{name}.interval"] = "one patient alone cannot be resampled"
         else:
             low, high, method = _interval(name, values[name], subset, resampled[name])
             if not method:
@@ -563,11 +675,17 @@ def _summarise(subset: _Subset, resampled: Mapping[str, Floats]) -> dict[str, An
     }
 
 
-def _interval(name: str, value: float, subset: _Subset, samples: Floats) -> tuple[float, float, str]:
-    """The two ends and the method of a metric's interval; NaN and no method where none can be given."""
+def _interval(
+    name: str, value: float, subset: _Subset, samples: Floats
+) -> tuple[float, float, str]:
+    """The two ends and the method of a metric's interval; NaN and no method where none can be
+    given.
+    """
     if name in _DENOMINATORS:
         num_patients = len(np.unique(subset.patient_of[_DENOMINATORS[name](subset)]))
-        if min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5:  # whole numbers where each has one image
+        if (
+            min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5
+        ):  # whole numbers where each has one image
             return *wilson_interval(value, num_patients), "wilson"
     defined = samples[np.isfinite(samples)]
     if len(defined) and len(defined) >= _MIN_DEFINED_SHARE * len(samples):
@@ -589,10 +707,12 @@ def _measure_abstention(
     *,
     kept: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What is left to a person, the metrics of the rest, and the accuracy where more and more images are left out.
+    """What is left to a person, the metrics of the rest, and the accuracy where more and more
+    images are left out.
 
-    The curve leaves out the least sure images first, whose logit is nearest to that of the threshold, and, where
-    `atypicality` is known, the least typical ones first. NaN with a reason where it is not known.
+    The curve leaves out the least sure images first, whose logit is nearest to that of the
+    threshold, and, where `atypicality` is known, the least typical ones first. NaN with a reason
+    where it is not known.
     """
     right = (scores >= threshold) == labels
     tiny = np.finfo(np.float64).tiny
@@ -602,7 +722,13 @@ def _measure_abstention(
     found: dict[str, Any] = {}
     if atypicality is None:
         reason = "the run knows no typicality"
-        found = {"num_review": None, "share_review": math.nan, "by_class": {}, "metrics": {}, "reason": reason}
+        found = {
+            "num_review": None,
+            "share_review": math.nan,
+            "by_class": {},
+            "metrics": {},
+            "reason": reason,
+        }
     else:
         unlike = np.asarray(atypicality, dtype=np.float64)
         orders["by_atypicality"] = np.argsort(unlike, kind="stable")
@@ -626,11 +752,13 @@ def _measure_abstention(
     return {**found, "curve": curve}
 
 
-def _by_prevalence(sensitivity: Mapping[str, Any], specificity: Mapping[str, Any]) -> list[dict[str, float]]:
+def _by_prevalence(
+    sensitivity: Mapping[str, Any], specificity: Mapping[str, Any]
+) -> list[dict[str, float]]:
     """What a call is worth where pneumonia is as rare or common as each of `PREVALENCES` (Bayes).
 
-    `ppv` and `npv` follow from the values, `ppv_low` and `npv_low` from the lower ends of both intervals: where no
-    false alarm was seen, the first says that there never is one.
+    `ppv` and `npv` follow from the values, `ppv_low` and `npv_low` from the lower ends of both
+    intervals: where no false alarm was seen, the first says that there never is one.
     """
     rows = []
     for prevalence in PREVALENCES:
@@ -638,7 +766,10 @@ def _by_prevalence(sensitivity: Mapping[str, Any], specificity: Mapping[str, Any
         for end, suffix in (("value", ""), ("low", "_low")):
             found, left_alone = sensitivity[end], specificity[end]
             true_positive, false_negative = prevalence * found, prevalence * (1 - found)
-            true_negative, false_positive = (1 - prevalence) * left_alone, (1 - prevalence) * (1 - left_alone)
+            true_negative, false_positive = (
+                (1 - prevalence) * left_alone,
+                (1 - prevalence) * (1 - left_alone),
+            )
             called, left = true_positive + false_positive, true_negative + false_negative
             row[f"ppv{suffix}"] = true_positive / called if called else math.nan
             row[f"npv{suffix}"] = true_negative / left if left else math.nan

@@ -1,4 +1,6 @@
-"""From the scores of one split to the files that show them. `xrai.train` and `xrai.evaluate` call it on rank 0."""
+"""From the scores of one split to the files that show them. `xrai.train` and `xrai.evaluate`
+call it on rank 0.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -37,14 +39,16 @@ def record_scores(
     explain: Callable[[NDArray[np.uint8]], NDArray[np.floating]] | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Write predictions.csv, metrics.json and plots/ of one split under `folder` of the run; return the metrics.
+    """Write predictions.csv, metrics.json and plots/ of one split under `folder` of the run; return
+    the metrics.
 
-    All arrays are (N,); scores, the probabilities of the second class, are the logistic function of logit /
-    `temperature`; `patients` are resampled by the bootstrap, and what stands before a key's colon is the image's source
-    group; an `atypicality` above 1 leaves an image to a person. `baselines` are those of `measure_baselines`.
-    With `read_images`, which gives the pictures (n, H, W) of n rows, plots/ also holds a sheet of examples and one of
-    mistakes; with `explain`, which gives their heat maps (n, H, W) in [0, 1], the mistakes under these too. With `step`
-    they, and the precision-recall curve, go to TensorBoard under that step too.
+    All arrays are (N,); scores, the probabilities of the second class, are the logistic function of
+    logit / `temperature`; `patients` are resampled by the bootstrap, and what stands before a key's
+    colon is the image's source group; an `atypicality` above 1 leaves an image to a person.
+    `baselines` are those of `measure_baselines`. With `read_images`, which gives the pictures (n,
+    H, W) of n rows, plots/ also holds a sheet of examples and one of mistakes; with `explain`,
+    which gives their heat maps (n, H, W) in [0, 1], the mistakes under these too. With `step` they,
+    and the precision-recall curve, go to TensorBoard under that step too.
     """
     scores, uncalibrated = calibrated(logits, temperature), calibrated(logits)
     groups = [group_of(patient) for patient in patients]
@@ -72,7 +76,9 @@ def record_scores(
     )  # fmt: skip
     run.write_json(f"{prefix}metrics.json", metrics)
     plots = run.path / folder / "plots"
-    draw_plots(labels, scores, metrics, run.path / folder, uncalibrated=uncalibrated, is_phantom=is_phantom)
+    draw_plots(
+        labels, scores, metrics, run.path / folder, uncalibrated=uncalibrated, is_phantom=is_phantom
+    )
     if step is not None:
         run.add_precision_recall(
             step, f"precision_recall/final_{split}", labels, scores,
@@ -92,20 +98,28 @@ def record_scores(
 
 
 def group_of(patient: str) -> str:
-    """The source group of a patient key, the part before its colon; empty where the key states none."""
+    """The source group of a patient key, the part before its colon; empty where the key states
+    none.
+    """
     group, colon, _ = patient.partition(":")
     return group if colon and group != "file" else ""
 
 
-def decide(score: float, threshold: float, atypicality: float | None, *, classes: Sequence[str]) -> str:
-    """What to tell people of one image: `review` where it is unlike the training images, else its class."""
+def decide(
+    score: float, threshold: float, atypicality: float | None, *, classes: Sequence[str]
+) -> str:
+    """What to tell people of one image: `review` where it is unlike the training images, else
+    its class.
+    """
     if atypicality is not None and not atypicality <= 1:
         return "review"
     return classes[int(score >= threshold)].lower()
 
 
 def pick_examples(labels: NDArray[np.uint8], *, num: int = NUM_PICTURES) -> NDArray[np.int64]:
-    """Up to `num` rows, as many of each class as there are: the first ones, which are a random sample of a split."""
+    """Up to `num` rows, as many of each class as there are: the first ones, which are a random
+    sample of a split.
+    """
     rank_in_class = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
@@ -115,9 +129,15 @@ def pick_examples(labels: NDArray[np.uint8], *, num: int = NUM_PICTURES) -> NDAr
 
 
 def pick_mistakes(
-    labels: NDArray[np.uint8], scores: NDArray[np.float64], *, threshold: float, num: int = NUM_PICTURES
+    labels: NDArray[np.uint8],
+    scores: NDArray[np.float64],
+    *,
+    threshold: float,
+    num: int = NUM_PICTURES,
 ) -> NDArray[np.int64]:
-    """Up to `num` rows: those that are called wrong first, and of these (and the others) the largest errors first."""
+    """Up to `num` rows: those that are called wrong first, and of these (and the others) the
+    largest errors first.
+    """
     is_right = (scores >= threshold) == labels.astype(bool)
     order = np.lexsort((-np.abs(labels - scores), is_right))
     return order[:num].astype(np.int64)
@@ -136,11 +156,18 @@ def _draw_sheets(
     explain: Callable[[NDArray[np.uint8]], NDArray[np.floating]] | None,
     is_phantom: bool,
 ) -> list[str]:
-    """Write examples.png, mistakes.png and, where they can be explained, overlays.png; return their names."""
+    """Write examples.png, mistakes.png and, where they can be explained, overlays.png; return
+    their names.
+    """
     is_right = (scores >= threshold) == labels
     note = f"label and score; {np.count_nonzero(~is_right):,} of {len(labels):,} called wrong at {threshold:.3f}"
 
-    def draw(name: str, pictures: Sequence[NDArray[np.uint8]], titles: Sequence[str], marks: Sequence[str]) -> None:
+    def draw(
+        name: str,
+        pictures: Sequence[NDArray[np.uint8]],
+        titles: Sequence[str],
+        marks: Sequence[str],
+    ) -> None:
         heading = {
             "examples": f"Examples of the {split} split",
             "mistakes": f"The images of the {split} split that it got most wrong",
@@ -160,7 +187,8 @@ def _draw_sheets(
         pictures = read_images(rows)
         titles = [PurePosixPath(sources[row]).name for row in rows]
         marks = [
-            f"{classes[int(labels[row])]}  {scores[row]:.3f}" + ("" if is_right[row] else "  wrong") for row in rows
+            f"{classes[int(labels[row])]}  {scores[row]:.3f}" + ("" if is_right[row] else "  wrong")
+            for row in rows
         ]
         draw(name, list(pictures), titles, marks)
         drawn.append(name)
@@ -168,7 +196,12 @@ def _draw_sheets(
             pairs = zip(pictures, explain(pictures), strict=True)
             shown = [each for image, heat in pairs for each in (image, overlay(image, heat))]
             blank = [""] * len(rows)
-            draw("overlays", shown, _alternate(titles, blank), _alternate(marks, ["heat map"] * len(rows)))
+            draw(
+                "overlays",
+                shown,
+                _alternate(titles, blank),
+                _alternate(marks, ["heat map"] * len(rows)),
+            )
             drawn.append("overlays")
     return drawn
 

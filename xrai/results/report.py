@@ -1,8 +1,9 @@
 """report.html: one self-contained page about a run, for doctors, reviewers and whoever comes after.
 
-Called by `xrai.train` and `xrai.evaluate`. The page asks for nothing from any network: pictures are inlined, all text
-is escaped by jinja2, and its own content security policy forbids the rest; the one script, of the threshold explorer,
-is allowed by its hash. Every number comes from the dictionaries that metrics.json, summary.json and history.csv hold.
+Called by `xrai.train` and `xrai.evaluate`. The page asks for nothing from any network: pictures are
+inlined, all text is escaped by jinja2, and its own content security policy forbids the rest; the
+one script, of the threshold explorer, is allowed by its hash. Every number comes from the
+dictionaries that metrics.json, summary.json and history.csv hold.
 """
 
 import base64
@@ -25,7 +26,12 @@ from xrai.results.metrics import METRICS, format_interval, format_value
 HEADLINES = ("accuracy", "sensitivity", "specificity", "auroc")
 _BY_SUBTYPE = ("sensitivity", "auroc", "average_precision", "sensitivity_at_specificity_90")
 _BY_GROUP = ("sensitivity", "specificity", "auroc")
-_PUBLIC_GROUPS = {"IM", "NORMAL2", "bacteria", "virus"}  # what the public data set's file names state
+_PUBLIC_GROUPS = {
+    "IM",
+    "NORMAL2",
+    "bacteria",
+    "virus",
+}  # what the public data set's file names state
 _NUM_BARS = 50  # of the explorer's histogram
 _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
 
@@ -43,11 +49,15 @@ class DatasetFacts:
     set_aside: Mapping[str, int] = field(default_factory=dict)  # reason -> number of files
     is_phantom: bool = False
     num_patients: Mapping[str, int] = field(default_factory=dict)  # split -> number of patients
-    groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> source group -> number of images
+    groups: Mapping[str, Mapping[str, int]] = field(
+        default_factory=dict
+    )  # split -> source group -> number of images
 
     @property
     def is_public(self) -> bool:
-        """Whether the files are named as those of the public data set, of which the page then says what is known."""
+        """Whether the files are named as those of the public data set, of which the page then
+        says what is known.
+        """
         names = {name for groups in self.groups.values() for name in groups}
         return bool(names) and names <= _PUBLIC_GROUPS
 
@@ -79,13 +89,20 @@ def render_report(
 ) -> str:
     """The whole page as HTML text.
 
-    `folder` is the run's local folder: pictures that exist under curves/ and plots/ are shown. `metrics`, `summary` and
-    `environment` are the dictionaries of the JSON files, `config` the resolved config by section, `history` the rows of
-    history.csv, `sheets` pictures of the data by caption, `others` the metrics of the run's other splits. With
-    `is_evaluation` the page is about a finished run on the data set that `dataset` tells of.
+    `folder` is the run's local folder: pictures that exist under curves/ and plots/ are shown.
+    `metrics`, `summary` and `environment` are the dictionaries of the JSON files, `config` the
+    resolved config by section, `history` the rows of history.csv, `sheets` pictures of the data by
+    caption, `others` the metrics of the run's other splits. With `is_evaluation` the page is about
+    a finished run on the data set that `dataset` tells of.
     """
-    source = importlib.resources.files("xrai.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = (
+        importlib.resources.files("xrai.results")
+        .joinpath("report.html.jinja")
+        .read_text(encoding="utf-8")
+    )
+    jinja = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     jinja.filters["thousands"] = lambda number: f"{number:,}"
     jinja.filters["hours"] = _format_duration
     jinja.filters["sha256"] = _source_hash
@@ -109,7 +126,10 @@ def render_report(
         split_columns=[METRICS[name].title for name in HEADLINES],
         baselines=[_baseline(name, entry) for name, entry in metrics.get("baselines", {}).items()],
         calibration=[
-            (METRICS[name].title, *(_row(name, {"metrics": part, "reasons": {}}) for part in _parts(metrics)))
+            (
+                METRICS[name].title,
+                *(_row(name, {"metrics": part, "reasons": {}}) for part in _parts(metrics)),
+            )
             for name in ("brier", "ece")
         ],
         abstention=_abstention(metrics),
@@ -121,7 +141,10 @@ def render_report(
         by_prevalence=[
             {
                 "share": f"{100 * entry['prevalence']:.0f} %",
-                **{name: format_value(name[:3], entry[name]) for name in ("ppv", "npv", "ppv_low", "npv_low")},
+                **{
+                    name: format_value(name[:3], entry[name])
+                    for name in ("ppv", "npv", "ppv_low", "npv_low")
+                },
             }
             for entry in metrics["by_prevalence"]
         ],
@@ -154,7 +177,10 @@ _PLOTS = {
         "Scores",
         "How sure the model is. Solid bars lie on the wrong side of the threshold. Heights are on a logarithmic scale.",
     ),
-    "plots/confusion.png": ("Calls against truth", "Each row is what the label says, each column what the model says."),
+    "plots/confusion.png": (
+        "Calls against truth",
+        "Each row is what the label says, each column what the model says.",
+    ),
     "plots/roc.png": (
         "ROC curve",
         "What every other threshold would give: pneumonia found against normals called pneumonia.",
@@ -172,7 +198,7 @@ _ABSTENTION = {
     "plots/abstention.png": (
         "Leaving images to a person",
         "How accurate the rest is where images are left to a person, the least sure or the least typical ones first.",
-    ),
+    )
 }
 _MISTAKES = {
     "plots/overlays.png": (
@@ -190,7 +216,11 @@ _MISTAKES = {
 _CHECKLISTS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "CLAIM 2024 (Tejani et al., Radiology: Artificial Intelligence 2024)": (
         ("Kind of AI, intended use and clinical role", "deep learning; for research alone", "use"),
-        ("Study design and goal", "retrospective; the making of a model, on images that were there", "data"),
+        (
+            "Study design and goal",
+            "retrospective; the making of a model, on images that were there",
+            "data",
+        ),
         (
             "Data sources, inclusion and exclusion",
             "every file found is counted, used or set aside with a reason",
@@ -201,31 +231,67 @@ _CHECKLISTS: Mapping[str, Sequence[tuple[str, str, str]]] = {
             "one function for training and use; its settings are in the config",
             "data",
         ),
-        ("De-identification", "no header of a file is kept, no name of a patient; paths of files are", "data"),
-        ("Missing data", "a file that can not be read is set aside with a reason; nothing is imputed", "data"),
+        (
+            "De-identification",
+            "no header of a file is kept, no name of a patient; paths of files are",
+            "data",
+        ),
+        (
+            "Missing data",
+            "a file that cannot be read is set aside with a reason; nothing is imputed",
+            "data",
+        ),
         ("Image acquisition", "not known to this program", "data"),
-        ("Reference standard, annotators, their variability", "the source's labels as they are", "data"),
-        ("Partitions, and the level at which they are disjoint", "by patient; identical images count as one", "data"),
-        ("Intended sample size", "none was planned; the intervals say what the number of patients allows", "measures"),
+        (
+            "Reference standard, annotators, their variability",
+            "the source's labels as they are",
+            "data",
+        ),
+        (
+            "Partitions, and the level at which they are disjoint",
+            "by patient; identical images count as one",
+            "data",
+        ),
+        (
+            "Intended sample size",
+            "none was planned; the intervals say what the number of patients allows",
+            "measures",
+        ),
         ("Model, libraries, initial parameters", "stated, with versions and seed", "provenance"),
-        ("Training and choice of the final model", "by AUROC on augmented validation images", "training"),
+        (
+            "Training and choice of the final model",
+            "by AUROC on augmented validation images",
+            "training",
+        ),
         ("Ensembling", "none", "training"),
         ("Metrics, uncertainty", "with 95 % intervals, resampled by patient", "measures"),
         ("Robustness", "kinds of pneumonia, source groups, shortcuts alone, abstention", "kinds"),
         ("Explainability", "heat maps of the worst mistakes", "mistakes"),
-        ("Internal and external testing", "the splits named here; external data by xrai.evaluate", "measures"),
+        (
+            "Internal and external testing",
+            "the splits named here; external data by xrai.evaluate",
+            "measures",
+        ),
         ("Registration of a trial", "none", "limits"),
         ("Numbers of patients and examinations", "stated by split and class", "data"),
         ("Demographic and clinical characteristics", "not known to this program", "data"),
         ("Failure analysis", "the most confident mistakes", "mistakes"),
         ("Limitations, implications for practice", "stated", "limits"),
-        ("Software, model and data; protocol", "model.pt and config of the run; fingerprint of the data", "provenance"),
+        (
+            "Software, model and data; protocol",
+            "model.pt and config of the run; fingerprint of the data",
+            "provenance",
+        ),
         ("Funding", "not known to this program", "provenance"),
     ),
     "Model card (Mitchell et al. 2019)": (
         ("Model details", "stated", "provenance"),
         ("Intended use", "stated, with what it is not for", "use"),
-        ("Factors", "kind of pneumonia and source group; age, sex and machine are not in the data", "kinds"),
+        (
+            "Factors",
+            "kind of pneumonia and source group; age, sex and machine are not in the data",
+            "kinds",
+        ),
         ("Metrics", "stated, with the reason for the threshold", "decisions"),
         ("Training data, evaluation data", "stated", "data"),
         ("Quantitative analyses", "whole, by kind, by source", "kinds"),
@@ -271,7 +337,10 @@ def _group(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "num_normal": entry["num_normal"],
         "num_pneumonia": entry["num_pneumonia"],
         "against": entry["against"],
-        "cells": [{"value": "", "interval": ""} if key == hidden else _row(key, entry) for key in _BY_GROUP],
+        "cells": [
+            {"value": "", "interval": ""} if key == hidden else _row(key, entry)
+            for key in _BY_GROUP
+        ],
     }
 
 
@@ -308,19 +377,27 @@ def _abstention(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "num_review": found["num_review"],
         "share": _format_share(found["share_review"]),
         "by_class": [
-            (name, entry["num_review"], entry["num_images"], _format_share(entry["num_review"], entry["num_images"]))
+            (
+                name,
+                entry["num_review"],
+                entry["num_images"],
+                _format_share(entry["num_review"], entry["num_images"]),
+            )
             for name, entry in found["by_class"].items()
         ],
         "rows": [
-            (METRICS[name].title, _row(name, metrics), _row(name, {**found, "reasons": {}})) for name in HEADLINES
+            (METRICS[name].title, _row(name, metrics), _row(name, {**found, "reasons": {}}))
+            for name in HEADLINES
         ],
     }
 
 
 def _explorer(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What the threshold explorer needs: counts by threshold for its script, and the bars of its histogram.
+    """What the threshold explorer needs: counts by threshold for its script, and the bars of its
+    histogram.
 
-    A bar's height follows the logarithm of its count, so that a few mistakes beside a thousand hits stay visible.
+    A bar's height follows the logarithm of its count, so that a few mistakes beside a thousand hits
+    stay visible.
     """
     by_threshold, counts = metrics["by_threshold"], metrics["counts"]
     stride = by_threshold["num_steps"] // _NUM_BARS
@@ -340,7 +417,10 @@ def _explorer(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "width": 1000 / _NUM_BARS,
         "bars": {
             name: [
-                (round(1000 * number / _NUM_BARS, 1), round(_BAR_HEIGHT * math.log1p(count) / tallest, 1))
+                (
+                    round(1000 * number / _NUM_BARS, 1),
+                    round(_BAR_HEIGHT * math.log1p(count) / tallest, 1),
+                )
                 for number, count in enumerate(found)
                 if count
             ]
@@ -357,10 +437,19 @@ def _notes(metrics: Mapping[str, Any]) -> list[str]:
         for key, reason in entry["reasons"].items():
             name, _, part = key.partition(".")
             about = f"{METRICS[name].title}{f' ({where})' if where else ''}"
-            notes.append(f"{about}: no interval, {reason}." if part else f"{about}: not defined, {reason}.")
-    methods = {"wilson": "Wilson's interval, for too few errors to resample", "newcombe": "Newcombe's interval"}
+            notes.append(
+                f"{about}: no interval, {reason}." if part else f"{about}: not defined, {reason}."
+            )
+    methods = {
+        "wilson": "Wilson's interval, for too few errors to resample",
+        "newcombe": "Newcombe's interval",
+    }
     for method, words in methods.items():
-        named = [METRICS[name].title for name, entry in metrics["metrics"].items() if entry["method"] == method]
+        named = [
+            METRICS[name].title
+            for name, entry in metrics["metrics"].items()
+            if entry["method"] == method
+        ]
         if named:
             notes.append(f"{', '.join(named)}: {words}; counted in patients.")
     return list(dict.fromkeys(notes))
@@ -375,9 +464,12 @@ def _splits(dataset: DatasetFacts) -> list[dict[str, Any]]:
             "classes": dict(classes),
             "num_patients": dataset.num_patients.get(name),
             "groups": ", ".join(
-                f"{group or 'unnamed'} {number:,}" for group, number in sorted(dataset.groups.get(name, {}).items())
+                f"{group or 'unnamed'} {number:,}"
+                for group, number in sorted(dataset.groups.get(name, {}).items())
             ),
-            "bars": [(label, round(100 * number / largest, 2)) for label, number in classes.items()],
+            "bars": [
+                (label, round(100 * number / largest, 2)) for label, number in classes.items()
+            ],
         }
         for name, classes in dataset.splits.items()
     ]
@@ -385,7 +477,13 @@ def _splits(dataset: DatasetFacts) -> list[dict[str, Any]]:
 
 def _pictures(folder: Path, wanted: Mapping[str, tuple[str, str]]) -> list[Picture]:
     return [
-        Picture(title, caption, _data_uri(folder / name), is_photo=name in _PHOTOS, is_wide=name in _WIDE)
+        Picture(
+            title,
+            caption,
+            _data_uri(folder / name),
+            is_photo=name in _PHOTOS,
+            is_wide=name in _WIDE,
+        )
         for name, (title, caption) in wanted.items()
         if (folder / name).exists()
     ]
@@ -397,7 +495,11 @@ def _data_uri(path: Path) -> str:
 
 def _source_hash(script: str) -> str:
     """The name of an inline script in a content security policy (CSP 3, 2.3.1)."""
-    return "'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") + "'"
+    return (
+        "'sha256-"
+        + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+        + "'"
+    )
 
 
 def _format_share(number: float, total: float = 1) -> str:

@@ -1,7 +1,9 @@
-"""Pictures of data: sheets of images, and how many there are of each class. Drawn by Pillow, for no plot is in them.
+"""Pictures of data: sheets of images, and how many there are of each class. Drawn by Pillow, for no
+plot is in them.
 
-Preprocessing thus needs no matplotlib, whose import takes longer than drawing. The look and the promise are those of
-`xrai.results.plots`: a PNG whole or not at all, the same bytes for the same input and version of Pillow.
+Preprocessing thus needs no matplotlib, whose import takes longer than drawing. The look and the
+promise are those of `xrai.results.plots`: a PNG whole or not at all, the same bytes for the same
+input and version of Pillow.
 """
 
 import importlib.util
@@ -36,7 +38,10 @@ from xrai.results.style import (
 
 _MARGIN = 0.15  # left and right, inches
 _HEAD = 0.75  # height of title and subtitle, inches
-_SIDE, _GAP = 224, 13  # of a picture on a sheet, and between two, pixels: what is stored at 224 is shown as it is
+_SIDE, _GAP = (
+    224,
+    13,
+)  # of a picture on a sheet, and between two, pixels: what is stored at 224 is shown as it is
 _LONGEST_TITLE = 24  # letters
 _COMPRESS_LEVEL = 3  # twice as fast as 6, and no larger for films
 _POINT: Final = DPI / 72  # pixels
@@ -54,24 +59,35 @@ def draw_sheet(
     columns: int = 6,
     is_phantom: bool = False,
 ) -> None:
-    """Write a sheet of images, each (H, W) uint8 grey or (H, W, 3) uint8, with a short title under each.
+    """Write a sheet of images, each (H, W) uint8 grey or (H, W, 3) uint8, with a short title under
+    each.
 
-    `marks`, if given, are as many short lines that stand above the titles in ink, in colour where they end in "wrong".
-    Images are fitted to squares of 224 pixels: what is larger is averaged, what is smaller is shown pixel by pixel.
+    `marks`, if given, are as many short lines that stand above the titles in ink, in colour where
+    they end in "wrong". Images are fitted to squares of 224 pixels: what is larger is averaged,
+    what is smaller is shown pixel by pixel.
     """
     if len(images) != len(titles):
         raise ValueError(f"{len(images)} images and {len(titles)} titles must be equal in number")
     if marks and len(images) != len(marks):
         raise ValueError(f"{len(images)} images and {len(marks)} marks must be equal in number")
-    margin, head, below = round(_MARGIN * DPI), round(_HEAD * DPI), round((0.36 if marks else 0.24) * DPI)
+    margin, head, below = (
+        round(_MARGIN * DPI),
+        round(_HEAD * DPI),
+        round((0.36 if marks else 0.24) * DPI),
+    )
     step = _SIDE + _GAP
-    size = (2 * margin + columns * step - _GAP, head + max(1, math.ceil(len(images) / columns)) * (_SIDE + below))
+    size = (
+        2 * margin + columns * step - _GAP,
+        head + max(1, math.ceil(len(images) / columns)) * (_SIDE + below),
+    )
     sheet, draw = _begin(size, heading, note, is_phantom=is_phantom)
     for number, (image, title) in enumerate(zip(images, titles, strict=True)):
         row, column = divmod(number, columns)
         left, top = margin + column * step, head + row * (_SIDE + below)
         picture = _fit(Image.fromarray(image))
-        sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
+        sheet.paste(
+            picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2)
+        )
         middle, line = left + _SIDE / 2, top + _SIDE + 0.085 * DPI
         if marks:
             colour = PNEUMONIA if marks[number].endswith("wrong") else INK
@@ -82,9 +98,15 @@ def draw_sheet(
 
 
 def draw_class_counts(
-    counts: Mapping[str, Mapping[str, int]], path: Path, *, heading: str = "Images by split", is_phantom: bool = False
+    counts: Mapping[str, Mapping[str, int]],
+    path: Path,
+    *,
+    heading: str = "Images by split",
+    is_phantom: bool = False,
 ) -> None:
-    """Write one bar a split, cut by class; `counts` is {split: {class: number of images}}, classes in their order."""
+    """Write one bar a split, cut by class; `counts` is {split: {class: number of images}},
+    classes in their order.
+    """
     classes = list(dict.fromkeys(name for split in counts.values() for name in split))
     colours = dict(zip(classes, [NORMAL, PNEUMONIA, VALIDATION, SHIFTED, TRAIN], strict=False))
     totals = {split: sum(by_class.values()) for split, by_class in counts.items()}
@@ -99,7 +121,9 @@ def draw_class_counts(
         number_left = 0
         for name in classes:
             number = by_class.get(name, 0)
-            left, right = (labels_end + round(edge * pixels) for edge in (number_left, number_left + number))
+            left, right = (
+                labels_end + round(edge * pixels) for edge in (number_left, number_left + number)
+            )
             if right > left:
                 top, bottom = round(middle - _BAR * DPI / 2), round(middle + _BAR * DPI / 2)
                 draw.rectangle((left, top, right - 1, bottom - 1), fill=_lighter(colours[name]))
@@ -154,7 +178,9 @@ def _lighter(colour: str) -> tuple[int, ...]:
 
 @cache
 def _font(points: float, *, is_bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib, so that pictures do not depend on the machine's fonts."""
+    """DejaVu Sans, which comes with matplotlib, so that pictures do not depend on the machine's
+    fonts.
+    """
     matplotlib = importlib.util.find_spec("matplotlib")
     assert matplotlib is not None
     assert matplotlib.submodule_search_locations is not None

@@ -1,6 +1,8 @@
-"""How pictures of results look, whatever draws them: colours, scale, and how a PNG gets to its place.
+"""How pictures of results look, whatever draws them: colours, scale, and how a PNG gets to its
+place.
 
-Colours are safe for colour-blind eyes (Okabe and Ito 2008), one meaning each, here and in the report.
+Colours are safe for colour-blind eyes (Okabe and Ito 2008), one meaning each, here and in the
+report.
 """
 
 from pathlib import Path

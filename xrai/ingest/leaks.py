@@ -1,8 +1,10 @@
-"""Pictures that look the same in two splits: what an exact hash can not find. `xrai.dataset.build` lists them.
+"""Pictures that look the same in two splits: what an exact hash cannot find. `xrai.ingest.build`
+lists them.
 
-ImageHash's 256-bit pHash of the fitted picture. Measured on the public training set at 64 pixels (13.6 million pairs):
-no two different films are nearer than 37 bits, while a copy saved as JPEG of quality 50 is at most 12 away, one with
-another gamma or 30 % more contrast 22, half of those turned by a degree 22 (docs/decisions/0003-data-faults.md).
+ImageHash's 256-bit pHash of the fitted picture. Measured on the public training set at 64 pixels
+(13.6 million pairs): no two different films are nearer than 37 bits, while a copy saved as JPEG of
+quality 50 is at most 12 away, one with another gamma or 30 % more contrast 22, half of those turned
+by a degree 22 (docs/decisions/0003-data-faults.md).
 """
 
 import math
@@ -15,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_DISTANCE: Final = 32  # bits of 256
-RECALL: Final = 1 - 1e-6  # at least, of pairs that far apart, where there are too many to compare them all
+RECALL: Final = (
+    1 - 1e-6
+)  # at least, of pairs that far apart, where there are too many to compare them all
 
 _HASH_SIDE = 16  # bits of the hash are its square
 _SURELY_APART = 1e-6  # coefficients, which rounding moves by 1e-8 at most: they are below 2^22
@@ -39,11 +43,13 @@ class NearPair:
 
 
 def perceptual_hash(picture: NDArray[np.uint8]) -> str:
-    """The pHash of a picture (H, W) uint8: 64 hex digits. Equal or near where pictures look the same.
+    """The pHash of a picture (H, W) uint8: 64 hex digits. Equal or near where pictures look the
+    same.
 
-    Bit for bit ImageHash's `phash`: which of the lowest 16 x 16 coefficients of the cosine transform (DCT-II) of the
-    picture at 64 x 64 are above their median. Two products of matrices give them without scipy, which workers then need
-    not import. Where rounding could turn a bit, which it can beside the median alone, ImageHash decides.
+    Bit for bit ImageHash's `phash`: which of the lowest 16 x 16 coefficients of the cosine
+    transform (DCT-II) of the picture at 64 x 64 are above their median. Two products of matrices
+    give them without scipy, which workers then need not import. Where rounding could turn a bit,
+    which it can beside the median alone, ImageHash decides.
     """
     from PIL import Image
 
@@ -62,7 +68,9 @@ def perceptual_hash(picture: NDArray[np.uint8]) -> str:
 
 @cache
 def _cosines(side: int) -> NDArray[np.float64]:
-    """The first 16 rows of the cosine transform of `side` samples, 2 cos(pi k (2n + 1) / 2 side), (16, side)."""
+    """The first 16 rows of the cosine transform of `side` samples, 2 cos(pi k (2n + 1) / 2
+    side), (16, side).
+    """
     k, n = np.arange(_HASH_SIDE)[:, None], np.arange(side)
     rows: NDArray[np.float64] = 2 * np.cos(np.pi * k * (2 * n + 1) / (2 * side))
     return rows
@@ -71,13 +79,15 @@ def _cosines(side: int) -> NDArray[np.float64]:
 def find_near_pairs(
     hashes: Mapping[str, Sequence[str]], *, on_done: Callable[[int], object] = lambda _: None
 ) -> dict[tuple[str, str], list[NearPair]]:
-    """Pairs at most `MAX_DISTANCE` bits apart, nearest first, by pair of splits; `hashes` are those of each split.
+    """Pairs at most `MAX_DISTANCE` bits apart, nearest first, by pair of splits; `hashes` are those
+    of each split.
 
-    Two splits of at most 10^8 pairs, as 35,000 images give, are compared each with each, 2.5e8 pairs a second on 2
-    cores. Of larger ones those pairs are compared that agree in one of L sets of k bits drawn from the 256: 2 s for
-    100,000 images, where all pairs take 7, and half an hour for ten million, where they take most of a day
-    (docs/scale.md). Pairs of the greatest distance are found with a probability of at least `RECALL`, nearer ones more
-    surely, equal ones always. The draws are fixed: the same hashes give the same pairs.
+    Two splits of at most 10^8 pairs, as 35,000 images give, are compared each with each, 2.5e8
+    pairs a second on 2 cores. Of larger ones those pairs are compared that agree in one of L sets
+    of k bits drawn from the 256: 2 s for 100,000 images, where all pairs take 7, and half an hour
+    for ten million, where they take most of a day (docs/scale.md). Pairs of the greatest distance
+    are found with a probability of at least `RECALL`, nearer ones more surely, equal ones always.
+    The draws are fixed: the same hashes give the same pairs.
 
     `on_done` is called with the number of pairs that were dealt with.
     """
@@ -99,10 +109,12 @@ def num_pairs(hashes: Mapping[str, Sequence[str]]) -> int:
 
 
 def _words(hashes: Sequence[str]) -> Words:
-    return np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(len(hashes), _NUM_BITS // 64)
+    return np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(
+        len(hashes), _NUM_BITS // 64
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ each with each
+# ----------------------------------------------------------------------------------- each with each
 
 
 def _compare_all(one: Words, other: Words, on_done: Callable[[int], object]) -> Iterator[NearPair]:
@@ -112,7 +124,9 @@ def _compare_all(one: Words, other: Words, on_done: Callable[[int], object]) -> 
         memory = np.empty((len(left), _OTHERS), np.float32)
         for j in range(0, len(other), _OTHERS):
             right = _signs(other[j : j + _OTHERS])  # (C, 256)
-            products = np.matmul(left, right.T, out=memory[:, : len(right)])  # 256 - 2 * distance, exact in float32
+            products = np.matmul(
+                left, right.T, out=memory[:, : len(right)]
+            )  # 256 - 2 * distance, exact in float32
             for a, b in np.argwhere(products >= _NUM_BITS - 2 * MAX_DISTANCE).tolist():
                 yield NearPair(round((_NUM_BITS - float(products[a, b])) / 2), i + a, j + b)
             on_done(len(left) * len(right))
@@ -122,14 +136,15 @@ def _signs(words: Words) -> NDArray[np.float32]:
     return np.unpackbits(words.view(np.uint8), axis=1).astype(np.float32) * 2 - 1  # (N, 256)
 
 
-# -------------------------------------------------------------------------------------------------------- sampled bits
+# ------------------------------------------------------------------------------------- sampled bits
 
 
 def _num_tables(num_bits: int, *, distance: int, recall: float) -> int:
-    """How many samples of `num_bits` bits find a pair `distance` bits apart with the probability `recall`.
+    """How many samples of `num_bits` bits find a pair `distance` bits apart with the probability
+    `recall`.
 
-    Two hashes agree in a sample with the probability C = (256 - d choose k) / (256 choose k), and in one of L with
-    1 - (1 - C)^L: Indyk and Motwani 1998, bits drawn without replacement.
+    Two hashes agree in a sample with the probability C = (256 - d choose k) / (256 choose k), and
+    in one of L with 1 - (1 - C)^L: Indyk and Motwani 1998, bits drawn without replacement.
     """
     agreement = math.comb(_NUM_BITS - distance, num_bits) / math.comb(_NUM_BITS, num_bits)
     return math.ceil(math.log(1 - recall) / math.log(1 - agreement))
@@ -142,7 +157,10 @@ def _look_up(one: Words, other: Words, on_done: Callable[[int], object]) -> Iter
         yield from (NearPair(pair.distance, pair.other, pair.one) for pair in found)
         return
     num_bits = max(len(other).bit_length(), 1)  # so that a place in a table holds about one hash
-    num_tables, num_all = _num_tables(num_bits, distance=MAX_DISTANCE, recall=RECALL), len(one) * len(other)
+    num_tables, num_all = (
+        _num_tables(num_bits, distance=MAX_DISTANCE, recall=RECALL),
+        len(one) * len(other),
+    )
     seen: set[NearPair] = set()
     for table in range(num_tables):
         for pair in _look_up_once(one, other, _sample(num_bits, table)):
@@ -153,7 +171,9 @@ def _look_up(one: Words, other: Words, on_done: Callable[[int], object]) -> Iter
 
 
 def _sample(num_bits: int, table: int) -> NDArray[np.int64]:
-    """`num_bits` different bits of the hash, drawn for a table. NEP 19 promises that raw bits never change."""
+    """`num_bits` different bits of the hash, drawn for a table. NEP 19 promises that raw bits
+    never change.
+    """
     draws = np.random.Philox(np.random.SeedSequence([num_bits, table])).random_raw(_NUM_BITS)
     return np.argsort(draws, kind="stable")[:num_bits]
 
@@ -162,7 +182,9 @@ def _look_up_once(one: Words, other: Words, bits: NDArray[np.int64]) -> Iterator
     """Near pairs that agree in these bits."""
     keys = _keys(one, bits)
     order = np.argsort(keys, kind="stable")  # rows of `one` by key
-    ends = np.cumsum(np.bincount(keys, minlength=1 << len(bits)), dtype=np.int32)  # of each key's rows in `order`
+    ends = np.cumsum(
+        np.bincount(keys, minlength=1 << len(bits)), dtype=np.int32
+    )  # of each key's rows in `order`
     for start in range(0, len(other), _ROWS_A_LOOK):
         wanted = _keys(other[start : start + _ROWS_A_LOOK], bits)
         last = ends[wanted]
@@ -170,7 +192,9 @@ def _look_up_once(one: Words, other: Words, bits: NDArray[np.int64]) -> Iterator
         columns = np.flatnonzero(counts)
         last, counts = last[columns], counts[columns]
         totals = np.cumsum(counts, dtype=np.int64)
-        cuts = np.searchsorted(totals, np.arange(_MAX_CANDIDATES, totals[-1] if len(totals) else 0, _MAX_CANDIDATES))
+        cuts = np.searchsorted(
+            totals, np.arange(_MAX_CANDIDATES, totals[-1] if len(totals) else 0, _MAX_CANDIDATES)
+        )
         for part in np.split(np.arange(len(columns)), np.unique(cuts)):
             repeats = counts[part]
             within = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
@@ -178,7 +202,9 @@ def _look_up_once(one: Words, other: Words, bits: NDArray[np.int64]) -> Iterator
             yield from _check(one, other, rows, np.repeat(columns[part] + start, repeats))
 
 
-def _check(one: Words, other: Words, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Iterator[NearPair]:
+def _check(
+    one: Words, other: Words, rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> Iterator[NearPair]:
     """Those of the pairs (rows[i], columns[i]) that are near."""
     for start in range(0, len(rows), _MAX_CANDIDATES):
         a, b = rows[start : start + _MAX_CANDIDATES], columns[start : start + _MAX_CANDIDATES]
@@ -191,7 +217,10 @@ def _keys(words: Words, bits: NDArray[np.int64]) -> NDArray[np.int64]:
     """(N,) the given bits of each hash, as a number. The numbering of bits is that of the words."""
     keys = np.zeros(len(words), np.uint64)
     for start in range(0, len(words), _BLOCK):  # stays in the processor's cache
-        columns, found = words[start : start + _BLOCK].T.copy(), keys[start : start + _BLOCK]  # (4, B), (B,)
+        columns, found = (
+            words[start : start + _BLOCK].T.copy(),
+            keys[start : start + _BLOCK],
+        )  # (4, B), (B,)
         for place, bit in enumerate(bits.tolist()):
             shift = np.uint64(abs(bit % 64 - place))
             moved = columns[bit // 64] >> shift if bit % 64 > place else columns[bit // 64] << shift

@@ -1,7 +1,8 @@
-"""What a data set will hold, before any picture is decoded: every file's hash, split, shard and place.
+"""What a data set will hold, before any picture is decoded: every file's hash, split, shard and
+place.
 
-The plan follows from the source's contents and the config alone. Each planned shard can then be made by itself, by any
-worker or machine (`xrai.dataset.build`), and ends in the same bytes.
+The plan follows from the source's contents and the config alone. Each planned shard can then be
+made by itself, by any worker or machine (`xrai.ingest.build`), and ends in the same bytes.
 """
 
 import hashlib
@@ -18,19 +19,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.config import Config
-from xrai.dataset.dicom import is_dicom, read_patient_id
-from xrai.dataset.labels import LabelTable, lay_out_by_labels
-from xrai.dataset.manifest import CLASSES, Entry, Layout, Row, hashed_patient, is_file_patient, lay_out
+from xrai.dataset.manifest import (
+    CLASSES,
+    Entry,
+    Layout,
+    Row,
+    hashed_patient,
+    is_file_patient,
+    lay_out,
+)
 from xrai.dataset.shards import SCHEMA_VERSION, SPLITS, shard_name
-from xrai.dataset.sources import Source
-from xrai.dataset.splits import assign_splits, refuse_missing_class
 from xrai.errors import ImageError, SourceError
+from xrai.ingest.dicom import is_dicom, read_patient_id
+from xrai.ingest.labels import LabelTable, lay_out_by_labels
+from xrai.ingest.sources import Source
+from xrai.ingest.splits import assign_splits, refuse_missing_class
 from xrai.log import get_logger
 
-SHAPING_SECTIONS: Final = ("images", "splits", "shards")  # of the config: those that decide what a data set holds
+SHAPING_SECTIONS: Final = (
+    "images",
+    "splits",
+    "shards",
+)  # of the config: those that decide what a data set holds
 
 _FILES_A_TASK = 8  # that a thread takes at a time: small ones cost less to hash than to hand over
-_LARGE_BYTES = 1 << 16  # of a file; threads that read smaller ones from memory take longer than one that does it all
+_LARGE_BYTES = (
+    1 << 16
+)  # of a file; threads that read smaller ones from memory take longer than one that does it all
 _WAITS_S = 0.0005  # a file; one in memory takes a tenth of it
 _MAX_HASH_THREADS = 8
 _logger = get_logger(__name__)
@@ -47,7 +62,9 @@ class Listing:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One shard: its key and split, and its rows in order. Files that can not be decoded will leave it shorter."""
+    """One shard: its key and split, and its rows in order. Files that cannot be decoded will
+    leave it shorter.
+    """
 
     name: str
     split: str
@@ -72,7 +89,8 @@ class Plan:
 def list_source(source: Source, table: LabelTable | None = None) -> Listing:
     """List a source and find its data files, by their folders or by a table.
 
-    Raises `SourceError` when it is empty, lacks a class or has an unknown one, or the table does not fit it.
+    Raises `SourceError` when it is empty, lacks a class or has an unknown one, or the table does
+    not fit it.
     """
     files = source.files()
     paths = (file.path for file in files)
@@ -88,11 +106,13 @@ def list_source(source: Source, table: LabelTable | None = None) -> Listing:
     return Listing(source.name, layout, _hash_of_texts(chain(listed, said)))
 
 
-def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[int], object]) -> list[Row]:
-    """One row an entry, with the hash of its file, or the reason why it can not be read.
+def hash_files(
+    source: Source, entries: Sequence[Entry], *, on_done: Callable[[int], object]
+) -> list[Row]:
+    """One row an entry, with the hash of its file, or the reason why it cannot be read.
 
-    Where neither name nor table say whose picture it is, a DICOM file does, by PatientID: it must not be in two splits.
-    Raises `SourceError` for such a file where pydicom is not installed.
+    Where neither name nor table say whose picture it is, a DICOM file does, by PatientID: it must
+    not be in two splits. Raises `SourceError` for such a file where pydicom is not installed.
     """
 
     def hashed(entry: Entry) -> Row:
@@ -107,7 +127,9 @@ def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[i
                 if is_file_patient(patient) and is_dicom(data):
                     patient = _patient_in(data, patient)
             sha256 = hash_of(data)
-        return Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
+        return Row(
+            entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason
+        )
 
     sizes: list[int] = []  # bytes
     began, began_busy = time.perf_counter(), time.thread_time()
@@ -118,7 +140,9 @@ def hash_files(source: Source, entries: Sequence[Entry], *, on_done: Callable[[i
     num_threads = source.num_parallel_reads
     if took_s > _WAITS_S * len(rows) and took_s > 2 * busy_s:  # for a network, or a disk that turns
         num_threads = max(num_threads, _MAX_HASH_THREADS)
-    elif num_threads == 1 and sum(sizes) > _LARGE_BYTES * len(sizes):  # Python's lock is free while one is hashed
+    elif num_threads == 1 and sum(sizes) > _LARGE_BYTES * len(
+        sizes
+    ):  # Python's lock is free while one is hashed
         num_threads = min(len(os.sched_getaffinity(0)), _MAX_HASH_THREADS)
     tasks = [rest[start : start + _FILES_A_TASK] for start in range(0, len(rest), _FILES_A_TASK)]
     with ThreadPoolExecutor(num_threads) as pool:
@@ -132,20 +156,29 @@ def _patient_in(data: bytes, patient: str) -> str:
     """The key of a DICOM file's patient; `patient`, the one of its path, where it states none."""
     group = patient.partition(":")[0]
     identifier = read_patient_id(data)
-    return hashed_patient(identifier, group="dicom" if group == "file" else group) if identifier else patient
+    return (
+        hashed_patient(identifier, group="dicom" if group == "file" else group)
+        if identifier
+        else patient
+    )
 
 
 def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
     """Decide where each file goes; `rows` are those of `hash_files` for all entries of the listing.
 
-    Raises `SourceError` as `assign_splits` does, and when fewer files can be used than `images.max_set_aside` allows.
+    Raises `SourceError` as `assign_splits` does, and when fewer files can be used than
+    `images.max_set_aside` allows.
     """
-    check_set_aside([row for row in rows if row.reason], num_files=len(rows), limit=config.images.max_set_aside)
+    check_set_aside(
+        [row for row in rows if row.reason], num_files=len(rows), limit=config.images.max_set_aside
+    )
     assignment = assign_splits(rows, config.splits)
     unusable = [row for row in assignment.rows if row.reason and row.path not in assignment.dropped]
     check_set_aside(unusable, num_files=len(rows), limit=config.images.max_set_aside)
     shaping = shaping_config(config)
-    decided = json.dumps([SCHEMA_VERSION, CLASSES, shaping], sort_keys=True).removesuffix("]") + ", "
+    decided = (
+        json.dumps([SCHEMA_VERSION, CLASSES, shaping], sort_keys=True).removesuffix("]") + ", "
+    )
     told = (json.dumps(row.to_mapping(), sort_keys=True) for row in assignment.rows)
     contents = chain([decided], _in_list(told), ["]"])
     return Plan(
@@ -162,7 +195,9 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
 
 
 def _in_list(texts: Iterable[str]) -> Iterator[str]:
-    """A list in JSON of values in JSON, in pieces: whole, that of a large source would be the most memory of all."""
+    """A list in JSON of values in JSON, in pieces: whole, that of a large source would be the
+    most memory of all.
+    """
     yield "["
     for number, text in enumerate(texts):
         yield f", {text}" if number else text
@@ -182,14 +217,15 @@ def shaping_config(config: Config) -> dict[str, Any]:
 
 
 def check_set_aside(unusable: Sequence[Row], *, num_files: int, limit: float) -> None:
-    """Raise `SourceError`, naming some, when more than the share `limit` of the files can not be used.
+    """Raise `SourceError`, naming some, when more than the share `limit` of the files cannot be
+    used.
 
     Duplicates that are set aside on request are not counted here: there is nothing wrong with them.
     """
     if len(unusable) > limit * num_files:
         shown = "; ".join(f"{row.path} {row.reason}" for row in unusable[:3])
         raise SourceError(
-            f"{len(unusable)} of {num_files} files can not be used, more than images.max_set_aside = {limit:g} of them "
+            f"{len(unusable)} of {num_files} files cannot be used, more than images.max_set_aside = {limit:g} of them "
             f"({shown}{'; …' if len(unusable) > 3 else ''}); mend or remove them, or raise the limit"
         )
 
@@ -197,12 +233,16 @@ def check_set_aside(unusable: Sequence[Row], *, num_files: int, limit: float) ->
 def hash_of(data: bytes | NDArray[np.uint8]) -> str:
     """Hex sha256 of a source file's bytes, or of a picture's shape and pixels."""
     if isinstance(data, np.ndarray):
-        return hashlib.sha256(repr(data.shape).encode() + np.ascontiguousarray(data).tobytes()).hexdigest()
+        return hashlib.sha256(
+            repr(data.shape).encode() + np.ascontiguousarray(data).tobytes()
+        ).hexdigest()
     return hashlib.sha256(data).hexdigest()
 
 
 def in_shard_order(rows: Iterable[Row]) -> list[Row]:
-    """The order of a split's rows: by hash of the file, so that each shard is a random sample of its split."""
+    """The order of a split's rows: by hash of the file, so that each shard is a random sample of
+    its split.
+    """
     return sorted(rows, key=lambda row: (row.sha256, row.path))
 
 

@@ -1,4 +1,6 @@
-"""Perceptual hashes find copies that were saved anew, and pairs are found as a plain loop finds them."""
+"""Perceptual hashes find copies that were saved anew, and pairs are found as a plain loop finds
+them.
+"""
 
 import io
 import math
@@ -15,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from xrai.dataset import leaks
-from xrai.dataset.images import decode
-from xrai.dataset.leaks import MAX_DISTANCE, NearPair, find_near_pairs, num_pairs, perceptual_hash
-from xrai.dataset.phantom import draw_film, encode, plan
+from xrai.ingest import leaks
+from xrai.ingest.images import decode
+from xrai.ingest.leaks import MAX_DISTANCE, NearPair, find_near_pairs, num_pairs, perceptual_hash
+from xrai.phantom.draw import draw_film, encode, plan
 
 
 def distance(one: str, other: str) -> int:
@@ -37,8 +39,12 @@ FILMS = [
 ]
 
 CHANGES: dict[str, Callable[[Image.Image], str]] = {
-    "saved as JPEG of low quality": lambda film: hash_of_film(film, image_format="JPEG", quality=50),
-    "made smaller": lambda film: hash_of_film(film.resize((film.width * 2 // 3, film.height * 2 // 3))),
+    "saved as JPEG of low quality": lambda film: hash_of_film(
+        film, image_format="JPEG", quality=50
+    ),
+    "made smaller": lambda film: hash_of_film(
+        film.resize((film.width * 2 // 3, film.height * 2 // 3))
+    ),
     "made brighter": lambda film: hash_of_film(ImageEnhance.Brightness(film).enhance(1.1)),
     "in colour": lambda film: hash_of_film(film.convert("RGB")),
 }
@@ -58,7 +64,9 @@ def test_different_films_are_far_from_each_other() -> None:
 
 near_hashes = st.lists(
     st.lists(st.integers(0, 255), max_size=40).map(
-        lambda bits: f"{sum(1 << bit for bit in set(bits)):064x}"  # at most 40 bits from zero: many pairs are near
+        lambda bits: (
+            f"{sum(1 << bit for bit in set(bits)):064x}"
+        )  # at most 40 bits from zero: many pairs are near
     ),
     max_size=12,
 )
@@ -94,11 +102,13 @@ def test_pairs_are_those_that_a_plain_loop_finds(
     assert sum(compared) == num_pairs(hashes)
 
 
-# ----------------------------------------------------------------------------------- more pairs than can be compared
+# ------------------------------------------------------------------ more pairs than can be compared
 
 
 def hashes_apart(num: int, *, bits: int, seed: int) -> tuple[list[str], list[str]]:
-    """Two lists of random hashes; the k-th of one and the k-th of the other differ in `bits` bits."""
+    """Two lists of random hashes; the k-th of one and the k-th of the other differ in `bits`
+    bits.
+    """
     generator = np.random.default_rng(seed)
     one = generator.integers(0, 2, (num, 256), dtype=np.uint8)
     other = one.copy()
@@ -116,7 +126,9 @@ def test_sampled_bits_find_the_share_of_pairs_that_is_stated(
     monkeypatch.setattr(leaks, "RECALL", recall)
     one, other = hashes_apart(2000, bits=MAX_DISTANCE, seed=5)
     rest = hashes_apart(500, bits=0, seed=6)[0]
-    hashes = {"one": one, "other": other + rest} if not swapped else {"one": other + rest, "other": one}
+    hashes = (
+        {"one": one, "other": other + rest} if not swapped else {"one": other + rest, "other": one}
+    )
     pairs = find_near_pairs(hashes)["one", "other"]
     assert all((pair.distance, pair.one) == (MAX_DISTANCE, pair.other) for pair in pairs)
     num_bits = len(other + rest).bit_length()
@@ -128,7 +140,9 @@ def test_sampled_bits_find_the_share_of_pairs_that_is_stated(
 
 
 @pytest.mark.parametrize("bits", [0, 22, MAX_DISTANCE])
-def test_sampled_bits_miss_none_of_thousands_of_pairs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_bits_miss_none_of_thousands_of_pairs(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
     one, other = hashes_apart(3000, bits=bits, seed=7)
     pairs = find_near_pairs({"one": one, "other": other})["one", "other"]
@@ -147,7 +161,9 @@ def test_a_bit_sample_has_different_bits_and_never_changes() -> None:
     assert leaks._sample(8, 0).tolist() == [8, 134, 252, 119, 51, 94, 177, 39]
 
 
-def test_films_that_all_look_alike_are_found_as_by_comparing_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_films_that_all_look_alike_are_found_as_by_comparing_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one, other = ([f"{1 << bit:064x}" for bit in range(start, 256, 3)] for start in (0, 1))
     whole = find_near_pairs({"one": one, "other": other})
     assert len(whole["one", "other"]) == len(one) * len(other)
@@ -172,7 +188,10 @@ def test_sampled_bits_find_all_near_pairs_of_the_public_images(
     real_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = sorted(real_images.rglob("*.jpeg"))[::2]
-    hashes = [perceptual_hash(decode(path.read_bytes(), size=64, fit="crop", max_pixels=10**8)) for path in paths]
+    hashes = [
+        perceptual_hash(decode(path.read_bytes(), size=64, fit="crop", max_pixels=10**8))
+        for path in paths
+    ]
     splits = {"one": hashes[::2], "other": hashes}
     whole = find_near_pairs(splits)
     monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
@@ -182,20 +201,28 @@ def test_sampled_bits_find_all_near_pairs_of_the_public_images(
 def test_the_perceptual_hash_is_that_of_imagehash_bit_for_bit() -> None:
     generator = np.random.default_rng(7)
     pictures = [
-        generator.integers(0, 256, (side, side), np.uint8) for side in (16, 64, 64, 100, 224) for _ in range(20)
+        generator.integers(0, 256, (side, side), np.uint8)
+        for side in (16, 64, 64, 100, 224)
+        for _ in range(20)
     ]
-    pictures += [np.rint(draw_film(3, phantom) * 255).astype(np.uint8) for phantom in islice(plan(3), 20)]
-    pictures += [np.full((64, 64), level, np.uint8) for level in (0, 7, 255)]  # all coefficients but one are equal
+    pictures += [
+        np.rint(draw_film(3, phantom) * 255).astype(np.uint8) for phantom in islice(plan(3), 20)
+    ]
+    pictures += [
+        np.full((64, 64), level, np.uint8) for level in (0, 7, 255)
+    ]  # all coefficients but one are equal
     pictures += [np.tile(np.arange(64, dtype=np.uint8), (64, 1)), np.eye(64, dtype=np.uint8) * 255]
     for picture in pictures:
-        assert perceptual_hash(picture) == str(imagehash.phash(Image.fromarray(picture), hash_size=16))
+        assert perceptual_hash(picture) == str(
+            imagehash.phash(Image.fromarray(picture), hash_size=16)
+        )
 
 
 def test_a_worker_that_hashes_pictures_does_not_import_scipy() -> None:
     code = """
 import sys
 import numpy as np
-from xrai.dataset.leaks import perceptual_hash
+from xrai.ingest.leaks import perceptual_hash
 perceptual_hash(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
 sys.exit(any(name.split(".")[0] in ("scipy", "imagehash") for name in sys.modules))
 """

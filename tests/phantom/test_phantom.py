@@ -1,4 +1,6 @@
-"""The phantoms: named and laid out as promised, the same whoever draws them, and told apart by the lungs alone."""
+"""The phantoms: named and laid out as promised, the same whoever draws them, and told apart by
+the lungs alone.
+"""
 
 import hashlib
 import importlib.util
@@ -16,9 +18,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from xrai.dataset import phantom
-from xrai.dataset.phantom import Phantom, draw_film, encode, make_phantoms, plan
 from xrai.errors import UserError
+from xrai.phantom import draw as phantom
+from xrai.phantom.draw import Phantom, draw_film, encode, make_phantoms, plan
 
 Film = npt.NDArray[np.floating]
 SEED = 11
@@ -48,10 +50,12 @@ def films() -> tuple[npt.NDArray[np.bool_], list[Film]]:
     return np.array([p.kind != "normal" for p in phantoms]), [draw_film(SEED, p) for p in phantoms]
 
 
-# ------------------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 
 
-def test_more_images_or_other_workers_leave_the_first_ones_byte_for_byte_the_same(tmp_path: Path) -> None:
+def test_more_images_or_other_workers_leave_the_first_ones_byte_for_byte_the_same(
+    tmp_path: Path,
+) -> None:
     make_phantoms(tmp_path / "few", num_images=12, seed=SEED, workers=1)
     make_phantoms(tmp_path / "many", num_images=30, seed=SEED, workers=2)
     few, many = hashes(tmp_path / "few"), hashes(tmp_path / "many")
@@ -90,7 +94,9 @@ def test_two_images_already_hold_both_classes_and_ten_all_kinds(seed: int) -> No
 
 
 def test_a_patient_keeps_the_body_and_changes_the_pose() -> None:
-    images = [p for p in first(60) if p.patient == next(q.patient for q in first(60) if q.image == 1)]
+    images = [
+        p for p in first(60) if p.patient == next(q.patient for q in first(60) if q.image == 1)
+    ]
     assert len({p.kind for p in images}) == 1
     shapes = {draw_film(SEED, p).shape for p in images}
     assert len(shapes) == len(images) > 1
@@ -113,7 +119,7 @@ def test_full_size_pictures_are_1000_to_2500_wide() -> None:
     assert max(widths) > 1400
 
 
-# ------------------------------------------------------------------------------------- nothing but the lungs tells
+# ---------------------------------------------------------------------- nothing but the lungs tells
 
 
 def border(film: Film) -> Film:
@@ -123,7 +129,9 @@ def border(film: Film) -> Film:
     return film[~inner]
 
 
-def test_the_measure_of_a_shortcut_can_find_one(films: tuple[npt.NDArray[np.bool_], list[Film]]) -> None:
+def test_the_measure_of_a_shortcut_can_find_one(
+    films: tuple[npt.NDArray[np.bool_], list[Film]],
+) -> None:
     labels, pictures = films
     leaking = [film + 0.1 * label for label, film in zip(labels, pictures, strict=True)]
     assert auroc(labels, labels.astype(float)) == 1
@@ -170,17 +178,23 @@ def test_the_same_body_in_the_same_pose_is_brighter_in_its_lungs_when_ill_and_eq
         assert np.median(np.abs(border(difference))) < 1e-6, p
 
 
-# ------------------------------------------------------------------------------------------------------ the folder
+# --------------------------------------------------------------------------------------- the folder
 
 
 def test_names_and_layout_follow_the_public_data_set_behind_a_prefix(tmp_path: Path) -> None:
     make_phantoms(tmp_path, num_images=25, seed=SEED, image_format="jpeg", workers=1)
     assert {path.name for path in tmp_path.iterdir()} == {"README.txt", "train"}
     assert {path.name for path in (tmp_path / "train").iterdir()} == {"NORMAL", "PNEUMONIA"}
-    names = {label: sorted(p.name for p in (tmp_path / "train" / label).iterdir()) for label in ("NORMAL", "PNEUMONIA")}
+    names = {
+        label: sorted(p.name for p in (tmp_path / "train" / label).iterdir())
+        for label in ("NORMAL", "PNEUMONIA")
+    }
     assert sum(map(len, names.values())) == 25
     assert all(re.fullmatch(r"phantom-IM-\d{4}-\d{4}\.jpeg", name) for name in names["NORMAL"])
-    assert all(re.fullmatch(r"phantom-person\d+_(bacteria|virus)_\d+\.jpeg", name) for name in names["PNEUMONIA"])
+    assert all(
+        re.fullmatch(r"phantom-person\d+_(bacteria|virus)_\d+\.jpeg", name)
+        for name in names["PNEUMONIA"]
+    )
     with Image.open(tmp_path / "train" / "NORMAL" / names["NORMAL"][0]) as picture:
         assert picture.format == "JPEG" and picture.mode == "L"
     readme = (tmp_path / "README.txt").read_text()
@@ -196,9 +210,18 @@ def test_a_folder_of_phantoms_is_drawn_anew_and_holds_no_old_ones(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "foreign", ["notes.txt", "train/NORMAL/IM-0001-0001.jpeg", "train/OTHER/phantom-1.png", "README.txt", "labels.csv"]
+    "foreign",
+    [
+        "notes.txt",
+        "train/NORMAL/IM-0001-0001.jpeg",
+        "train/OTHER/phantom-1.png",
+        "README.txt",
+        "labels.csv",
+    ],
 )
-def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(tmp_path: Path, foreign: str) -> None:
+def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(
+    tmp_path: Path, foreign: str
+) -> None:
     make_phantoms(tmp_path, num_images=4, workers=1)
     before = hashes(tmp_path)
     (tmp_path / foreign).parent.mkdir(exist_ok=True)
@@ -243,7 +266,7 @@ def test_a_destination_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         make_phantoms(tmp_path / "file", num_images=2)
-    with pytest.raises(UserError, match="can not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         make_phantoms(tmp_path / "file" / "below", num_images=2)
 
 
@@ -251,7 +274,7 @@ def test_a_run_killed_midway_leaves_no_readme_no_half_picture_and_no_process_and
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "xrai.dataset.phantom", "--num-images", "100000", "--workers", "2"]
+    command = [sys.executable, "-m", "xrai.phantom", "--num-images", "100000", "--workers", "2"]
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL)
     children: list[int] = []
     try:
@@ -287,16 +310,18 @@ def _runs(pid: int) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "xrai.dataset.phantom", *arguments]
+    command = [sys.executable, "-m", "xrai.phantom", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_the_command_draws_and_leaves_0(tmp_path: Path) -> None:
-    done = run("--num-images", "4", "--out", str(tmp_path / "out"), "--seed", "3", "--format", "jpeg")
+    done = run(
+        "--num-images", "4", "--out", str(tmp_path / "out"), "--seed", "3", "--format", "jpeg"
+    )
     assert done.returncode == 0, done.stderr
     assert "4 phantoms" in done.stderr
     assert len(hashes(tmp_path / "out")) == 4
@@ -312,21 +337,28 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path: Path) 
 
 
 def test_drawing_imports_neither_torch_nor_pydicom() -> None:
-    code = "import sys, xrai.dataset.phantom; print([m for m in ('torch', 'pydicom') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = "import sys, xrai.phantom; print([m for m in ('torch', 'pydicom') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- DICOM
+# -------------------------------------------------------------------------------------------- DICOM
 
 
-def test_dicom_without_pydicom_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dicom_without_pydicom_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'xrai\[dicom\]'"):
         make_phantoms(tmp_path / "out", num_images=2, image_format="dicom")
     assert not (tmp_path / "out").exists()
 
 
-def test_dicom_files_hold_the_same_picture_in_12_to_16_bits_and_name_it_a_phantom(tmp_path: Path) -> None:
+def test_dicom_files_hold_the_same_picture_in_12_to_16_bits_and_name_it_a_phantom(
+    tmp_path: Path,
+) -> None:
     pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
     make_phantoms(tmp_path, num_images=20, seed=SEED, image_format="dicom", workers=1)
     lines = (tmp_path / "labels.csv").read_text().splitlines()
@@ -340,10 +372,21 @@ def test_dicom_files_hold_the_same_picture_in_12_to_16_bits_and_name_it_a_phanto
         assert (file.PatientID, str(file.PatientName)) == (patient, f"PHANTOM^{p.patient:06d}")
         assert patient == f"PHANTOM-{p.patient:06d}"
         assert (file.Modality, file.BodyPartExamined) == ("DX", "CHEST")
-        assert (file.PatientOrientation, file.PresentationIntentType) == (["L", "F"], "FOR PRESENTATION")
-        assert (file.BitsAllocated, file.HighBit, file.SamplesPerPixel) == (16, file.BitsStored - 1, 1)
+        assert (file.PatientOrientation, file.PresentationIntentType) == (
+            ["L", "F"],
+            "FOR PRESENTATION",
+        )
+        assert (file.BitsAllocated, file.HighBit, file.SamplesPerPixel) == (
+            16,
+            file.BitsStored - 1,
+            1,
+        )
         stored = file.pixel_array
-        assert stored.dtype == np.uint16 and stored.max() < 2**file.BitsStored and len(np.unique(stored)) > 256
+        assert (
+            stored.dtype == np.uint16
+            and stored.max() < 2**file.BitsStored
+            and len(np.unique(stored)) > 256
+        )
         interpretations[file.PhotometricInterpretation] += 1
         widths[file.BitsStored] += 1
         # The linear window of the standard (PS3.3 C.11.2.1.2.1) must give back the film.

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 from tests.dataset.pictures import source_files, write_files, write_zip
-from xrai.dataset import sources
-from xrai.dataset.sources import StoreSource, open_source
 from xrai.errors import ImageError, SourceError
+from xrai.ingest import sources
+from xrai.ingest.sources import StoreSource, open_source
 from xrai.store import StoredObject, open_store
 
-FILES = {"train/NORMAL/b.png": b"bb", "train/NORMAL/a.png": b"a", "train/PNEUMONIA/c.png": b"", ".DS_Store": b"x"}
+FILES = {
+    "train/NORMAL/b.png": b"bb",
+    "train/NORMAL/a.png": b"a",
+    "train/PNEUMONIA/c.png": b"",
+    ".DS_Store": b"x",
+}
 
 
 def npz(path: Path, **arrays: np.ndarray) -> str:
@@ -22,13 +27,17 @@ def npz(path: Path, **arrays: np.ndarray) -> str:
     return str(path)
 
 
-def medmnist(path: Path, *, num: int = 6, shape: tuple[int, ...] = (28, 28), dtype: str = "uint8") -> str:
+def medmnist(
+    path: Path, *, num: int = 6, shape: tuple[int, ...] = (28, 28), dtype: str = "uint8"
+) -> str:
     images = np.arange(num * np.prod(shape)).reshape(num, *shape).astype(dtype)
     labels = (np.arange(num) % 2).reshape(num, 1).astype("uint8")
-    return npz(path, train_images=images, train_labels=labels, val_images=images[:2], val_labels=labels[:2])
+    return npz(
+        path, train_images=images, train_labels=labels, val_images=images[:2], val_labels=labels[:2]
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "file://"])
@@ -40,7 +49,9 @@ def test_a_folder_and_a_zip_list_and_read_the_same_files(tmp_path: Path, kind: s
         source = open_source(f"file://{folder}" if kind == "file://" else str(folder))
     files = source.files()
     assert [file.path for file in files] == sorted(FILES)
-    assert {file.path: file.size_bytes for file in files} == {path: len(data) for path, data in FILES.items()}
+    assert {file.path: file.size_bytes for file in files} == {
+        path: len(data) for path, data in FILES.items()
+    }
     assert {file.path: source.read(file.path) for file in files} == FILES
 
 
@@ -76,7 +87,9 @@ def test_links_to_files_and_folders_elsewhere_are_followed(tmp_path: Path) -> No
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "train").symlink_to(elsewhere / "train")
     source = open_source(str(tmp_path / "f"))
-    assert [file.path for file in source.files()] == sorted(path for path in FILES if path.startswith("train"))
+    assert [file.path for file in source.files()] == sorted(
+        path for path in FILES if path.startswith("train")
+    )
     assert source.read("train/NORMAL/a.png") == b"a"
 
 
@@ -114,7 +127,9 @@ def test_a_name_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
         open_source(str(folder)).files()
 
 
-def test_a_file_larger_than_any_x_ray_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_larger_than_any_x_ray_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
     source = open_source(str(write_files(tmp_path / "f", {"a.png": bytes(11), "b.png": bytes(10)})))
     assert source.read("b.png") == bytes(10)
@@ -135,7 +150,9 @@ def test_a_file_that_does_not_state_its_size_is_read_to_its_end(
         source.read("version")
 
 
-def test_a_file_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_comes_in_pieces_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = bytes(range(250)) * 1000
     source = open_source(str(write_files(tmp_path / "f", {"a.png": data})))
     read = os.read
@@ -155,7 +172,7 @@ def test_reading_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
 
 
-# ------------------------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 def test_a_zip_under_another_name_is_known_by_its_contents(tmp_path: Path) -> None:
@@ -169,7 +186,7 @@ def test_a_member_whose_bytes_were_changed_is_that_files_fault(tmp_path: Path) -
     path.write_bytes(damaged)
     source = open_source(str(path))
     assert source.read("train/b.png") == b"good"
-    with pytest.raises(ImageError, match="can not be unpacked"):
+    with pytest.raises(ImageError, match="cannot be unpacked"):
         source.read("train/a.png")
 
 
@@ -185,7 +202,9 @@ def test_a_member_that_declares_more_than_any_x_ray_is_not_unpacked(tmp_path: Pa
         open_source(str(path)).read("a.png")
 
 
-def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_and_set_aside(tmp_path: Path) -> None:
+def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_and_set_aside(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(1_000_000))
@@ -193,11 +212,13 @@ def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_and_set_aside(tmp
     entry = data.index(b"PK\x01\x02")
     data[entry + 24 : entry + 28] = struct.pack("<I", 100)
     path.write_bytes(data)
-    with pytest.raises(ImageError, match="can not be unpacked"):
+    with pytest.raises(ImageError, match="cannot be unpacked"):
         open_source(str(path)).read("a.png")
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "train//a.png", "train/./a.png", "C:/a.png", "..\\a.png"])
+@pytest.mark.parametrize(
+    "name", ["../a.png", "/etc/a.png", "train//a.png", "train/./a.png", "C:/a.png", "..\\a.png"]
+)
 def test_names_in_a_zip_that_leave_their_folder_are_refused(tmp_path: Path, name: str) -> None:
     path = write_zip(tmp_path / "x.zip", {name: b"x"})
     with pytest.raises(SourceError, match="unsafe name"):
@@ -217,11 +238,11 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_zip_that_is_none_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(data)
-    with pytest.raises(SourceError, match=r"x\.zip can not be read as a zip"):
+    with pytest.raises(SourceError, match=r"x\.zip cannot be read as a zip"):
         open_source(str(path)).files()
 
 
-# ------------------------------------------------------------------------------------------------------ MedMNIST files
+# ----------------------------------------------------------------------------------- MedMNIST files
 
 
 def test_a_medmnist_file_lists_its_pictures_by_split_and_class(tmp_path: Path) -> None:
@@ -231,19 +252,33 @@ def test_a_medmnist_file_lists_its_pictures_by_split_and_class(tmp_path: Path) -
     assert paths[-2:] == ["val/NORMAL/000000", "val/PNEUMONIA/000001"]
     picture = source.read("train/PNEUMONIA/000003")
     assert isinstance(picture, np.ndarray)
-    np.testing.assert_array_equal(picture, np.arange(3 * 784, 4 * 784).astype(np.uint8).reshape(28, 28))
+    np.testing.assert_array_equal(
+        picture, np.arange(3 * 784, 4 * 784).astype(np.uint8).reshape(28, 28)
+    )
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"other": np.zeros(3)}, "holds no images"),
-        ({"train_images": np.zeros((2, 4, 4, 3), "u1"), "train_labels": np.zeros(2, "u1")}, r"\(2, 4, 4, 3\)"),
+        (
+            {"train_images": np.zeros((2, 4, 4, 3), "u1"), "train_labels": np.zeros(2, "u1")},
+            r"\(2, 4, 4, 3\)",
+        ),
         ({"train_images": np.zeros((2, 4, 4), "f4"), "train_labels": np.zeros(2, "u1")}, "float32"),
         ({"train_images": np.zeros((2, 4, 4), "u1")}, "train_labels"),
-        ({"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.zeros(3, "u1")}, "each of 2 images"),
-        ({"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0, 2])}, "0 .normal. or 1"),
-        ({"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0.5, 1.0])}, "0 .normal. or 1"),
+        (
+            {"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.zeros(3, "u1")},
+            "each of 2 images",
+        ),
+        (
+            {"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0, 2])},
+            "0 .normal. or 1",
+        ),
+        (
+            {"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0.5, 1.0])},
+            "0 .normal. or 1",
+        ),
     ],
 )
 def test_an_npz_that_is_not_like_medmnist_is_refused(
@@ -261,7 +296,7 @@ def test_an_npz_with_pickled_objects_is_refused_and_runs_nothing(tmp_path: Path)
             return Path.touch, (ran,)
 
     uri = npz(tmp_path / "m.npz", train_images=np.array([Trap()], dtype=object))
-    with pytest.raises(SourceError, match=r"can not be read as a MedMNIST"):
+    with pytest.raises(SourceError, match=r"cannot be read as a MedMNIST"):
         open_source(uri).files()
     assert not ran.exists()
 
@@ -269,24 +304,29 @@ def test_an_npz_with_pickled_objects_is_refused_and_runs_nothing(tmp_path: Path)
 def test_an_npz_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path = Path(medmnist(tmp_path / "m.npz"))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(SourceError, match=r"m\.npz can not be read"):
+    with pytest.raises(SourceError, match=r"m\.npz cannot be read"):
         open_source(str(path)).files()
 
 
-# ------------------------------------------------------------------------------------------------------------ addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("{}/nowhere", "there is no source .*/nowhere; --source takes a folder, a .zip, a MedMNIST .npz or s3://"),
+        (
+            "{}/nowhere",
+            "there is no source .*/nowhere; --source takes a folder, a .zip, a MedMNIST .npz or s3://",
+        ),
         ("", "--source is empty"),
         ("{}/notes.txt", "of no known kind"),
         ("http://example.org/x.zip", "of no known kind"),
         ("s3://bucket/x.zip", "download it first"),
     ],
 )
-def test_an_address_that_is_no_source_is_refused_with_what_is_allowed(tmp_path: Path, uri: str, message: str) -> None:
+def test_an_address_that_is_no_source_is_refused_with_what_is_allowed(
+    tmp_path: Path, uri: str, message: str
+) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(SourceError, match=message):
         open_source(uri.format(tmp_path))

@@ -1,8 +1,9 @@
 """Where raw images come from: a folder, a zip that stays packed, a MedMNIST .npz, or a bucket.
 
-`open_source` gives a `Source`, which lists its files and reads them one by one. Sources travel to worker processes,
-which open them again. A file that can not be read is that file's fault (`ImageError`: it is set aside); a source that
-can not be listed is the user's mistake (`SourceError`).
+`open_source` gives a `Source`, which lists its files and reads them one by one. Sources travel to
+worker processes, which open them again. A file that cannot be read is that file's fault
+(`ImageError`: it is set aside); a source that cannot be listed is the user's mistake
+(`SourceError`).
 """
 
 import errno
@@ -48,7 +49,9 @@ class Source(ABC):
     num_parallel_reads: int = 1  # how many reads at a time pay in one process
 
     def holds(self, store: Store) -> bool:
-        """Whether a store's address is this source or lies inside it, so that what is written there would be read."""
+        """Whether a store's address is this source or lies inside it, so that what is written
+        there would be read.
+        """
         return False
 
     @abstractmethod
@@ -57,17 +60,23 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, path: str) -> bytes | NDArray[np.uint8]:
-        """A file's bytes, or a picture (H, W). Raises `ImageError` when this one file can not be read."""
+        """A file's bytes, or a picture (H, W). Raises `ImageError` when this one file cannot be
+        read.
+        """
 
 
 def open_source(uri: str) -> Source:
-    """The source at an address. Raises `SourceError` when there is none, or it is not of a known kind."""
+    """The source at an address. Raises `SourceError` when there is none, or it is not of a known
+    kind.
+    """
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
-            raise SourceError(f"source {uri} is one packed object; download it first, or unpack it into the bucket")
+            raise SourceError(
+                f"source {uri} is one packed object; download it first, or unpack it into the bucket"
+            )
         return StoreSource(open_store(uri))
     if scheme not in ("", "file"):
         raise SourceError(f"source {uri!r} is of no known kind; --source takes {_KINDS}")
@@ -77,10 +86,12 @@ def open_source(uri: str) -> Source:
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(
             f"there is no source {uri}; --source takes {_KINDS} (to try with drawn images: `python -m "
-            "xrai.dataset.phantom --num-images 600 --out data/phantoms`, then --source data/phantoms)"
+            "xrai.phantom --num-images 600 --out data/phantoms`, then --source data/phantoms)"
         ) from None
     except (OSError, ValueError) as error:
-        raise SourceError(f"source {uri!r} can not be read: {error}; --source takes {_KINDS}") from error
+        raise SourceError(
+            f"source {uri!r} cannot be read: {error}; --source takes {_KINDS}"
+        ) from error
     if is_folder:
         return FolderSource(path)
     if path.suffix.lower() == ".npz":
@@ -90,7 +101,7 @@ def open_source(uri: str) -> Source:
     raise SourceError(f"source {uri} is a file of no known kind; --source takes {_KINDS}")
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 class FolderSource(Source):
@@ -107,15 +118,21 @@ class FolderSource(Source):
     def files(self) -> list[SourceFile]:
         return sorted(self._walk(self._folder, "", parents=frozenset()))
 
-    def _walk(self, folder: Path, prefix: str, *, parents: frozenset[tuple[int, int]]) -> Iterator[SourceFile]:
+    def _walk(
+        self, folder: Path, prefix: str, *, parents: frozenset[tuple[int, int]]
+    ) -> Iterator[SourceFile]:
         try:
             status = folder.stat()
             entries = list(os.scandir(folder))
         except OSError as error:
-            raise SourceError(f"source folder {folder} can not be listed: {error.strerror}") from error
+            raise SourceError(
+                f"source folder {folder} cannot be listed: {error.strerror}"
+            ) from error
         identity = (status.st_dev, status.st_ino)
         if identity in parents:
-            raise SourceError(f"source folder {folder} is a link to a folder above it, so it has no end; remove it")
+            raise SourceError(
+                f"source folder {folder} is a link to a folder above it, so it has no end; remove it"
+            )
         for entry in entries:
             try:
                 entry.name.encode()
@@ -137,11 +154,14 @@ class FolderSource(Source):
             descriptor = os.open(f"{self._folder}/{path}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size_bytes = os.fstat(descriptor).st_size
-                parts = [os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)]  # as much memory as that takes
+                parts = [
+                    os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)
+                ]  # as much memory as that takes
                 num_bytes = len(parts[0])
                 # it may grow, not state its size, or come in pieces
                 while more := os.read(
-                    descriptor, min(max(size_bytes - num_bytes, _READ_BYTES), MAX_FILE_BYTES + 1 - num_bytes)
+                    descriptor,
+                    min(max(size_bytes - num_bytes, _READ_BYTES), MAX_FILE_BYTES + 1 - num_bytes),
                 ):
                     parts.append(more)
                     num_bytes += len(more)
@@ -150,7 +170,7 @@ class FolderSource(Source):
                 os.close(descriptor)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EIO):
-                raise ImageError(f"can not be read ({error.strerror})") from error
+                raise ImageError(f"cannot be read ({error.strerror})") from error
             raise
 
 
@@ -160,7 +180,7 @@ def _limited(data: bytes) -> bytes:
     return data
 
 
-# ------------------------------------------------------------------------------------------------------------ archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 class ZipSource(Source):
@@ -183,12 +203,14 @@ class ZipSource(Source):
         archive = self._open()
         member = self._members[path]
         if member.file_size > MAX_FILE_BYTES:
-            raise ImageError(f"declares {member.file_size} bytes, more than any X-ray file ({MAX_FILE_BYTES})")
+            raise ImageError(
+                f"declares {member.file_size} bytes, more than any X-ray file ({MAX_FILE_BYTES})"
+            )
         try:
             with archive.open(member) as file:
                 return file.read()
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-            raise ImageError(f"can not be unpacked ({error})") from error
+            raise ImageError(f"cannot be unpacked ({error})") from error
 
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None:
@@ -196,27 +218,39 @@ class ZipSource(Source):
                 archive = zipfile.ZipFile(self._path)
                 members = [member for member in archive.infolist() if not member.is_dir()]
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-                raise SourceError(f"{self._path} can not be read as a zip archive: {error}; fetch it again") from error
+                raise SourceError(
+                    f"{self._path} cannot be read as a zip archive: {error}; fetch it again"
+                ) from error
             self._members = {self._checked(member): member for member in members}
             if len(self._members) < len(members):
-                ((name, count),) = Counter(self._checked(member) for member in members).most_common(1)
-                raise SourceError(f"{self._path} holds {count} files under the one name {name!r}; pack it again")
+                ((name, count),) = Counter(self._checked(member) for member in members).most_common(
+                    1
+                )
+                raise SourceError(
+                    f"{self._path} holds {count} files under the one name {name!r}; pack it again"
+                )
             self._archive = archive
         return self._archive
 
     def _checked(self, member: zipfile.ZipInfo) -> str:
         name = member.filename.replace("\\", "/")
         if any(part in ("", ".", "..") or ":" in part for part in name.split("/")):
-            raise SourceError(f"{self._path} holds a file under the unsafe name {member.filename!r}; pack it again")
+            raise SourceError(
+                f"{self._path} holds a file under the unsafe name {member.filename!r}; pack it again"
+            )
         if member.flag_bits & 0x1:
-            raise SourceError(f"{self._path} is encrypted ({name}); unpack it and give the folder as --source")
+            raise SourceError(
+                f"{self._path} is encrypted ({name}); unpack it and give the folder as --source"
+            )
         return name
 
 
 class NpzSource(Source):
-    """A MedMNIST file: arrays `train_images` (N, H, W) uint8, `train_labels` (N, 1), and so on for val and test.
+    """A MedMNIST file: arrays `train_images` (N, H, W) uint8, `train_labels` (N, 1), and so on for
+    val and test.
 
-    Its pictures appear as `train/PNEUMONIA/000007` and so on. Each process that reads holds the arrays in memory.
+    Its pictures appear as `train/PNEUMONIA/000007` and so on. Each process that reads holds the
+    arrays in memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -235,10 +269,13 @@ class NpzSource(Source):
             images, labels = self._pair(split)
             size_bytes = int(np.prod(images.shape[1:]))
             found += [
-                SourceFile(f"{split}/{CLASSES[label]}/{k:06d}", size_bytes) for k, label in enumerate(labels.tolist())
+                SourceFile(f"{split}/{CLASSES[label]}/{k:06d}", size_bytes)
+                for k, label in enumerate(labels.tolist())
             ]
         if not found:
-            raise SourceError(f"{self._path} holds no images: MedMNIST files have arrays such as train_images")
+            raise SourceError(
+                f"{self._path} holds no images: MedMNIST files have arrays such as train_images"
+            )
         return sorted(found)
 
     def read(self, path: str) -> NDArray[np.uint8]:
@@ -247,7 +284,9 @@ class NpzSource(Source):
         return image  # (H, W)
 
     def _pair(self, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Images (N, H, W) and labels (N,) of one split. Raises `SourceError` when they are not as in MedMNIST."""
+        """Images (N, H, W) and labels (N,) of one split. Raises `SourceError` when they are not
+        as in MedMNIST.
+        """
         arrays = self._load()
         images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels", np.empty(0))
         if images.ndim != 3 or images.dtype != np.uint8:
@@ -255,7 +294,10 @@ class NpzSource(Source):
                 f"{split}_images in {self._path} is {images.dtype} {images.shape}; "
                 f"grey pictures of (N, H, W) uint8 are needed, as in PneumoniaMNIST"
             )
-        if labels.shape not in ((len(images),), (len(images), 1)) or not np.isin(labels, range(len(CLASSES))).all():
+        if (
+            labels.shape not in ((len(images),), (len(images), 1))
+            or not np.isin(labels, range(len(CLASSES))).all()
+        ):
             raise SourceError(
                 f"{split}_labels in {self._path} is not one label of 0 (normal) or 1 (pneumonia) for each of "
                 f"{len(images)} images"
@@ -269,15 +311,19 @@ class NpzSource(Source):
                 with zipfile.ZipFile(self._path) as archive:
                     for member in archive.infolist():
                         if member.file_size > MAX_ARRAY_BYTES:
-                            raise SourceError(f"{self._path}: {member.filename} declares {member.file_size} bytes")
+                            raise SourceError(
+                                f"{self._path}: {member.filename} declares {member.file_size} bytes"
+                            )
                 with np.load(self._path, allow_pickle=False) as archive:
                     self._arrays = {name: archive[name] for name in archive.files if name in wanted}
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-                raise SourceError(f"{self._path} can not be read as a MedMNIST .npz: {error}") from error
+                raise SourceError(
+                    f"{self._path} cannot be read as a MedMNIST .npz: {error}"
+                ) from error
         return self._arrays
 
 
-# ------------------------------------------------------------------------------------------------------------- buckets
+# ------------------------------------------------------------------------------------------ buckets
 
 
 class StoreSource(Source):
@@ -307,4 +353,4 @@ class StoreSource(Source):
         try:
             return _limited(self._store.read(path))
         except NotFoundError as error:
-            raise ImageError("can not be read (it is no longer there)") from error
+            raise ImageError("cannot be read (it is no longer there)") from error

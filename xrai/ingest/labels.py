@@ -1,8 +1,10 @@
-"""Labels from a table: `--labels FILE.csv` says of each file of a source what it shows, in place of class folders.
+"""Labels from a table: `--labels FILE.csv` says of each file of a source what it shows, in place of
+class folders.
 
-Columns `path` and `label`; `patient`, `split`, `subtype` and `group` where they are known, each filled in every row or
-in none (but for `subtype`). Every fault of the table is found and named by its line before any picture is read. A
-patient is kept as a hash, for tables name patients as hospitals do.
+Columns `path` and `label`; `patient`, `split`, `subtype` and `group` where they are known, each
+filled in every row or in none (but for `subtype`). Every fault of the table is found and named by
+its line before any picture is read. A patient is kept as a hash, for tables name patients as
+hospitals do.
 """
 
 import csv
@@ -50,21 +52,28 @@ class LabelTable:
 def read_labels(uri: str) -> LabelTable:
     """Read a CSV file, at a path or s3:// address.
 
-    UTF-8, with or without a byte order mark; commas, semicolons (as Excel writes them in many countries) or tabs
-    between cells; columns in any order, whatever the case of their names; unknown ones are passed over with a note.
-    Raises `SourceError` where there is no such file or it is no such table.
+    UTF-8, with or without a byte order mark; commas, semicolons (as Excel writes them in many
+    countries) or tabs between cells; columns in any order, whatever the case of their names;
+    unknown ones are passed over with a note. Raises `SourceError` where there is no such file or it
+    is no such table.
     """
     folder, _, name = uri.rpartition("/")
     if not name:
-        raise SourceError(f"--labels {uri!r} is no file; it takes a CSV file with the columns {', '.join(REQUIRED)}")
+        raise SourceError(
+            f"--labels {uri!r} is no file; it takes a CSV file with the columns {', '.join(REQUIRED)}"
+        )
     try:
         store = open_store(folder or ("/" if uri.startswith("/") else "."))
         size_bytes = store.size(name)
         if size_bytes is not None and size_bytes > _MAX_BYTES:
-            raise SourceError(f"--labels {uri} has {size_bytes} bytes; a table of labels has at most {_MAX_BYTES}")
+            raise SourceError(
+                f"--labels {uri} has {size_bytes} bytes; a table of labels has at most {_MAX_BYTES}"
+            )
         data = store.read(name)
     except NotFoundError:
-        raise SourceError(f"there is no file --labels {uri}; it takes a CSV file with {', '.join(REQUIRED)}") from None
+        raise SourceError(
+            f"there is no file --labels {uri}; it takes a CSV file with {', '.join(REQUIRED)}"
+        ) from None
     try:
         return parse_labels(data.decode("utf-8-sig"), name=name)
     except UnicodeDecodeError as error:
@@ -78,19 +87,28 @@ def parse_labels(text: str, *, name: str) -> LabelTable:
     records = _records(text, name=name)
     _, header = next(records, (0, []))
     columns = [cell.strip().lower() for cell in header]
-    known = {column: columns.index(column) for column in (*REQUIRED, *OPTIONAL) if column in columns}
+    known = {
+        column: columns.index(column) for column in (*REQUIRED, *OPTIONAL) if column in columns
+    }
     twice = sorted(column for column in known if columns.count(column) > 1)
     if twice:
         raise SourceError(f"{name} has two columns {twice[0]!r}; leave one")
-    unknown = [cell.strip() for cell, column in zip(header, columns, strict=True) if column not in known]
+    unknown = [
+        cell.strip() for cell, column in zip(header, columns, strict=True) if column not in known
+    ]
     if unknown:
-        _logger.info("%s: columns %s are not used", name, ", ".join(_shown(cell) for cell in unknown))
+        _logger.info(
+            "%s: columns %s are not used", name, ", ".join(_shown(cell) for cell in unknown)
+        )
     faults, labels = [], []
     for line, record in records:
         if len(record) != len(header):
             faults.append((line, f"has {len(record)} cells, the first line {len(header)}"))
         else:
-            cells = {column: record[k] if column == "path" else record[k].strip() for column, k in known.items()}
+            cells = {
+                column: record[k] if column == "path" else record[k].strip()
+                for column, k in known.items()
+            }
             labels.append(Label(line, cells))
     _refuse(faults, name=name)
     if not labels:
@@ -101,14 +119,18 @@ def parse_labels(text: str, *, name: str) -> LabelTable:
 def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -> Layout:
     """The layout that a table gives to a source's paths; `source` names it in messages.
 
-    Files that the table does not name are not data; they are counted. Raises `SourceError` naming the lines of the
-    table that name no file, a file twice or one outside of the source, an unknown label, split or subtype, a patient in
-    two splits, or leave a cell empty.
+    Files that the table does not name are not data; they are counted. Raises `SourceError` naming
+    the lines of the table that name no file, a file twice or one outside of the source, an unknown
+    label, split or subtype, a patient in two splits, or leave a cell empty.
     """
     held = set(paths)
     labels = table.labels
     filled = {column for column in OPTIONAL if any(label.cells.get(column) for label in labels)}
-    faults = [(label.line, words) for label in labels for words in _faults(label, filled, held, source=source)]
+    faults = [
+        (label.line, words)
+        for label in labels
+        for words in _faults(label, filled, held, source=source)
+    ]
     faults += _repeated(labels)
     _refuse(sorted(faults), name=table.name)
     entries = tuple(sorted((_entry(label.cells) for label in labels), key=lambda entry: entry.path))
@@ -138,15 +160,28 @@ def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
         raise SourceError(f"{name}, line {line}, is not CSV: {error}") from error
 
 
-def _faults(label: Label, filled: Collection[str], held: Collection[str], *, source: str) -> Iterator[str]:
+def _faults(
+    label: Label, filled: Collection[str], held: Collection[str], *, source: str
+) -> Iterator[str]:
     cells = label.cells
     path = cells["path"]
-    for column in (*REQUIRED, *(column for column in OPTIONAL if column in filled and column != "subtype")):
+    for column in (
+        *REQUIRED,
+        *(column for column in OPTIONAL if column in filled and column != "subtype"),
+    ):
         if not cells[column].strip():
             yield f"{column} is empty"
     if path.strip() and path not in held:
-        inside = not path.startswith(("/", "\\")) and ":" not in path and ".." not in re.split(r"[/\\]", path)
-        yield f"there is no file {_shown(path)} in {source}" if inside else f"path {_shown(path)} leaves the source"
+        inside = (
+            not path.startswith(("/", "\\"))
+            and ":" not in path
+            and ".." not in re.split(r"[/\\]", path)
+        )
+        yield (
+            f"there is no file {_shown(path)} in {source}"
+            if inside
+            else f"path {_shown(path)} leaves the source"
+        )
     if cells["label"] and cells["label"].upper() not in CLASSES:
         yield f"unknown label {_shown(cells['label'])}, allowed are {' and '.join(CLASSES)}"
     if cells.get("split") and cells["split"].lower() not in SPLITS:
@@ -181,7 +216,9 @@ def _refuse(faults: Sequence[tuple[int, str]], *, name: str) -> None:
     shown = "; ".join(f"line {line}: {words}" for line, words in faults[:_MAX_FAULTS])
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
     num_lines = len({line for line, _ in faults})
-    raise SourceError(f"{num_lines} {'row' if num_lines == 1 else 'rows'} of {name} can not be used: {shown}{more}")
+    raise SourceError(
+        f"{num_lines} {'row' if num_lines == 1 else 'rows'} of {name} cannot be used: {shown}{more}"
+    )
 
 
 def _entry(cells: Mapping[str, str]) -> Entry:

@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 
 from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
-from xrai.dataset import plan as plan_module
-from xrai.dataset.plan import Listing, Plan, hash_files, list_source, make_plan
-from xrai.dataset.sources import Source, SourceFile
 from xrai.errors import ImageError, SourceError
+from xrai.ingest import plan as plan_module
+from xrai.ingest.plan import Listing, Plan, hash_files, list_source, make_plan
+from xrai.ingest.sources import Source, SourceFile
 
-CONFIG = Config(images=Images(size=16), shards=Shards(rows=10), splits=Splits(val_fraction=0.3, test_fraction=0.2))
+CONFIG = Config(
+    images=Images(size=16),
+    shards=Shards(rows=10),
+    splits=Splits(val_fraction=0.3, test_fraction=0.2),
+)
 
 
 class Held(Source):
@@ -32,14 +36,16 @@ class Held(Source):
 
     def read(self, path: str) -> bytes:
         if path.endswith("unreadable.png"):
-            raise ImageError("can not be read (Input/output error)")
+            raise ImageError("cannot be read (Input/output error)")
         return self._files[path]
 
 
 def plan_of(files: dict[str, bytes], config: Config = CONFIG) -> Plan:
     source = Held(files)
     listing = list_source(source)
-    return make_plan(listing, hash_files(source, listing.layout.entries, on_done=lambda _: None), config)
+    return make_plan(
+        listing, hash_files(source, listing.layout.entries, on_done=lambda _: None), config
+    )
 
 
 FILES = source_files()
@@ -80,7 +86,9 @@ def test_the_plans_hash_follows_contents_and_config_and_nothing_else() -> None:
         plan_of(FILES, replace(CONFIG, splits=Splits(val_fraction=0.31, test_fraction=0.2))),
     ]
     assert len({plan.sha256 for plan in plans}) == len(plans)
-    others = replace(CONFIG, train=replace(CONFIG.train, epochs=99), model=replace(CONFIG.model, width=8))
+    others = replace(
+        CONFIG, train=replace(CONFIG.train, epochs=99), model=replace(CONFIG.model, width=8)
+    )
     assert plan_of(FILES, others).sha256 == plans[0].sha256
     assert plan_of({**FILES, "README.txt": b"not data"}).sha256 == plans[0].sha256
 
@@ -88,14 +96,17 @@ def test_the_plans_hash_follows_contents_and_config_and_nothing_else() -> None:
 def test_files_that_can_not_be_read_are_set_aside_and_counted() -> None:
     plan = plan_of({**FILES, "train/NORMAL/unreadable.png": b""})
     assert [(row.path, row.reason) for row in plan.unusable] == [
-        ("train/NORMAL/unreadable.png", "can not be read (Input/output error)")
+        ("train/NORMAL/unreadable.png", "cannot be read (Input/output error)")
     ]
-    assert all(row.path != "train/NORMAL/unreadable.png" for shard in plan.shards for row in shard.rows)
+    assert all(
+        row.path != "train/NORMAL/unreadable.png" for shard in plan.shards for row in shard.rows
+    )
     assert len(plan.rows) == len(FILES) + 1
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "wait_s", "several"), [(100, 0.0, False), (100_000, 0.0, True), (100, 0.002, True)]
+    ("num_bytes", "wait_s", "several"),
+    [(100, 0.0, False), (100_000, 0.0, True), (100, 0.002, True)],
 )
 def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_others_by_one_all_in_order(
     num_bytes: int, wait_s: float, several: bool, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +114,10 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_ot
     if not wait_s:  # a busy machine may let a test wait, too
         monkeypatch.setattr(plan_module, "_WAITS_S", 60)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    files = {f"train/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k:03d}.png": bytes([k]) * num_bytes for k in range(100)}
+    files = {
+        f"train/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k:03d}.png": bytes([k]) * num_bytes
+        for k in range(100)
+    }
     threads = set()
 
     class Watched(Held):
@@ -125,19 +139,28 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_ot
 
 def test_too_many_of_them_are_refused_naming_some() -> None:
     bad = {f"train/NORMAL/{k}-unreadable.png": b"" for k in range(5)}
-    with pytest.raises(SourceError, match=r"5 of 49 files can not be used.*0-unreadable\.png can not.*; …\); mend"):
+    with pytest.raises(
+        SourceError, match=r"5 of 49 files cannot be used.*0-unreadable\.png cannot.*; …\); mend"
+    ):
         plan_of({**FILES, **bad})
-    assert len(plan_of({**FILES, **bad}, replace(CONFIG, images=Images(max_set_aside=0.11))).unusable) == 5
+    assert (
+        len(plan_of({**FILES, **bad}, replace(CONFIG, images=Images(max_set_aside=0.11))).unusable)
+        == 5
+    )
 
 
 def test_duplicates_left_out_on_request_do_not_count_as_unusable() -> None:
     train = source_files(10, 10)
     test = {path.replace("train/", "test/"): data for path, data in train.items()}
     val = {
-        f"val/{label}/v{k}.png": picture_file(500 + k) for k in range(40) for label in [("NORMAL", "PNEUMONIA")[k % 2]]
+        f"val/{label}/v{k}.png": picture_file(500 + k)
+        for k in range(40)
+        for label in [("NORMAL", "PNEUMONIA")[k % 2]]
     }
     more = {
-        f"train/{label}/t{k}.png": picture_file(900 + k) for k in range(4) for label in [("NORMAL", "PNEUMONIA")[k % 2]]
+        f"train/{label}/t{k}.png": picture_file(900 + k)
+        for k in range(4)
+        for label in [("NORMAL", "PNEUMONIA")[k % 2]]
     }
     with pytest.raises(SourceError, match="the same image in two splits"):
         plan_of({**train, **test, **val, **more})
@@ -162,7 +185,7 @@ def test_a_source_without_both_classes_is_refused_before_any_file_is_read(
 
 
 def test_a_listing_is_known_by_paths_and_sizes(tmp_path: Path) -> None:
-    from xrai.dataset.sources import open_source
+    from xrai.ingest.sources import open_source
 
     def listed() -> Listing:
         return list_source(open_source(str(tmp_path)))

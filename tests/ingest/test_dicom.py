@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.dataset.pictures import PATIENT_ID, PATIENT_NAME, dicom_file, encoded, gradient
-from xrai.dataset import dicom, images
-from xrai.dataset.images import decode, decode_sized
-from xrai.dataset.phantom import draw_film, encode, plan
 from xrai.errors import ImageError, SourceError
+from xrai.ingest import dicom, images
+from xrai.ingest.images import decode, decode_sized
+from xrai.phantom.draw import draw_film, encode, plan
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
 
-JPEG_TOLERANCE = 2.0  # mean absolute difference of a film as DICOM and as JPEG of quality 90, grey levels
+JPEG_TOLERANCE = (
+    2.0  # mean absolute difference of a film as DICOM and as JPEG of quality 90, grey levels
+)
 PNG_TOLERANCE = 1  # largest difference of a film as DICOM and as PNG of 8 bits, grey levels
 
 
@@ -48,7 +50,7 @@ def assert_levels(data: bytes, expected: NDArray[np.floating], *, tolerance: flo
     np.testing.assert_allclose(decoded(data), np.clip(expected, 0, 1) * 255, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------ what comes out
+# ----------------------------------------------------------------------------------- what comes out
 
 
 @pytest.mark.parametrize("size", [32, 64, 224])
@@ -56,9 +58,14 @@ def test_a_phantom_as_dicom_agrees_with_the_same_phantom_as_png_and_jpeg(size: i
     inverted = 0
     for _, phantom in zip(range(12), plan(3), strict=False):
         film = draw_film(3, phantom)
-        files = {kind: encode(3, phantom, film, image_format=kind) for kind in ("dicom", "png", "jpeg")}
+        files = {
+            kind: encode(3, phantom, film, image_format=kind) for kind in ("dicom", "png", "jpeg")
+        }
         inverted += b"MONOCHROME1" in files["dicom"]
-        found = {kind: decode_sized(data, size=size, fit="crop", max_pixels=10**6) for kind, data in files.items()}
+        found = {
+            kind: decode_sized(data, size=size, fit="crop", max_pixels=10**6)
+            for kind, data in files.items()
+        }
         levels = {kind: picture.astype(int) for kind, (picture, _) in found.items()}
         assert found["dicom"][1] == found["png"][1] == film.shape[::-1]
         assert np.abs(levels["dicom"] - levels["png"]).max() <= PNG_TOLERANCE
@@ -119,7 +126,12 @@ def test_of_several_windows_the_first_is_applied() -> None:
 
 def test_a_negative_slope_comes_before_the_window() -> None:
     file = dicom_file(
-        ramp(0, 4095), BitsStored=12, RescaleSlope=-1, RescaleIntercept=4095, WindowCenter=1000, WindowWidth=501
+        ramp(0, 4095),
+        BitsStored=12,
+        RescaleSlope=-1,
+        RescaleIntercept=4095,
+        WindowCenter=1000,
+        WindowWidth=501,
     )
     assert_levels(file, (4095.0 - ramp(0, 4095) - 999.5) / 500 + 0.5)
 
@@ -140,9 +152,15 @@ def table(entries: list[int], *, first: int = 0, bits: int = 16) -> list[object]
 def test_a_voi_table_takes_the_place_of_the_window_and_its_own_range_is_shown(top: int) -> None:
     entries = [round(top * (k / 1023) ** 2) for k in range(1024)]
     file = dicom_file(
-        ramp(0, 1023), BitsStored=10, VOILUTSequence=table(entries), WindowCenter=[1, 2], WindowWidth=[1, 2]
+        ramp(0, 1023),
+        BitsStored=10,
+        VOILUTSequence=table(entries),
+        WindowCenter=[1, 2],
+        WindowWidth=[1, 2],
     )
-    assert_levels(file, (ramp(0, 1023) / 1023.0) ** 2, tolerance=1.01 if top == 255 else 0.54)  # entries are whole
+    assert_levels(
+        file, (ramp(0, 1023) / 1023.0) ** 2, tolerance=1.01 if top == 255 else 0.54
+    )  # entries are whole
 
 
 def test_a_modality_table_comes_before_the_window() -> None:
@@ -157,7 +175,11 @@ def test_a_modality_table_comes_before_the_window() -> None:
 def test_padding_around_a_picture_is_black_and_does_not_change_its_range(photometric: str) -> None:
     stored = ramp(0, 4000)
     stored[:, :8], stored[:, 24:] = 65535, 65000
-    tags = {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": 65000, "PhotometricInterpretation": photometric}
+    tags = {
+        "PixelPaddingValue": 65535,
+        "PixelPaddingRangeLimit": 65000,
+        "PhotometricInterpretation": photometric,
+    }
     square = decoded(dicom_file(stored, **tags))
     assert not square[:, :8].any() and not square[:, 24:].any()
     shown = stored[:, 8:24] / 4095.0
@@ -192,7 +214,7 @@ def test_colours_become_luma(photometric: str) -> None:
     assert np.abs(square.astype(int) - expected).max() <= 1.5
 
 
-# --------------------------------------------------------------------------------------------- orientation and aspect
+# --------------------------------------------------------------------------- orientation and aspect
 
 UPRIGHT = gradient(48, 32)
 TURNS = {
@@ -210,7 +232,9 @@ TURNS = {
 
 @pytest.mark.parametrize("directions", TURNS)
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
-def test_a_film_is_turned_upright_by_its_patient_orientation(directions: tuple[str, str], fit: str) -> None:
+def test_a_film_is_turned_upright_by_its_patient_orientation(
+    directions: tuple[str, str], fit: str
+) -> None:
     file = dicom_file(TURNS[directions], PatientOrientation=list(directions))
     square, size = decode_sized(file, size=32, fit=fit, max_pixels=10**6)
     assert size == (48, 32)
@@ -219,13 +243,19 @@ def test_a_film_is_turned_upright_by_its_patient_orientation(directions: tuple[s
 
 @pytest.mark.parametrize("stated", [None, "", ["L"], ["L", "L"], ["X", "Y"], ["", "F"]])
 def test_an_orientation_that_says_nothing_is_no_reason_to_turn(stated: object) -> None:
-    np.testing.assert_array_equal(decoded(dicom_file(UPRIGHT, PatientOrientation=stated)), decoded(dicom_file(UPRIGHT)))
+    np.testing.assert_array_equal(
+        decoded(dicom_file(UPRIGHT, PatientOrientation=stated)), decoded(dicom_file(UPRIGHT))
+    )
 
 
 @pytest.mark.parametrize("tags", [{"PixelAspectRatio": [2, 1]}, {"PixelSpacing": [0.4, 0.2]}])
 @pytest.mark.parametrize("directions", [("L", "F"), ("F", "L")])
-def test_pixels_that_are_not_square_become_so(tags: dict[str, object], directions: tuple[str, str]) -> None:
-    tall = np.repeat(gradient(40, 80), 2, axis=1)  # (80, 80), of which every second row is kept: pixels 2 high, 1 wide
+def test_pixels_that_are_not_square_become_so(
+    tags: dict[str, object], directions: tuple[str, str]
+) -> None:
+    tall = np.repeat(
+        gradient(40, 80), 2, axis=1
+    )  # (80, 80), of which every second row is kept: pixels 2 high, 1 wide
     stored = tall[::2]  # (40, 80)
     if directions == ("F", "L"):
         stored, tags = stored.T, {name: value[::-1] for name, value in tags.items()}
@@ -235,12 +265,19 @@ def test_pixels_that_are_not_square_become_so(tags: dict[str, object], direction
         assert size == (80, 40)
         assert np.abs(square.astype(int) - decoded(encoded(tall), size=20, fit=fit)).mean() < 2, fit
     unknown = dicom_file(stored, PatientOrientation=list(directions), PixelSpacing=[0, 0])
-    np.testing.assert_array_equal(decoded(unknown), decoded(dicom_file(stored, PatientOrientation=list(directions))))
-    padded = decode(dicom_file(stored, PatientOrientation=list(directions)), size=20, fit="pad", max_pixels=10**6)
+    np.testing.assert_array_equal(
+        decoded(unknown), decoded(dicom_file(stored, PatientOrientation=list(directions)))
+    )
+    padded = decode(
+        dicom_file(stored, PatientOrientation=list(directions)),
+        size=20,
+        fit="pad",
+        max_pixels=10**6,
+    )
     assert not padded[:5].any()  # without the tag it would be wide
 
 
-# ---------------------------------------------------------------------------------------------------------- compressed
+# --------------------------------------------------------------------------------------- compressed
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -250,7 +287,9 @@ def published(name: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
     return decoded((FILES / name).read_bytes(), size=64)
 
 
-@pytest.mark.parametrize("name", ["RLE", "bigendian", "expb", "implicit", "padded", "jp2klossless", "jpeg_ls_lossless"])
+@pytest.mark.parametrize(
+    "name", ["RLE", "bigendian", "expb", "implicit", "padded", "jp2klossless", "jpeg_ls_lossless"]
+)
 def test_pydicoms_own_files_give_the_same_picture_however_they_are_packed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +312,9 @@ def test_pydicoms_own_colour_files_give_the_same_picture(
 ) -> None:
     if name in ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_jls_lossy_line.dcm"):
         pytest.importorskip("gdcm", reason="python-gdcm is not installed (the extra `dicom`)")
-    plain, packed = (published(file, monkeypatch).astype(int) for file in ("SC_rgb_gdcm_KY.dcm", name))
+    plain, packed = (
+        published(file, monkeypatch).astype(int) for file in ("SC_rgb_gdcm_KY.dcm", name)
+    )
     assert np.abs(plain - packed).mean() <= tolerance
 
 
@@ -297,10 +338,17 @@ def test_a_jpeg_inside_dicom_is_the_picture_of_the_jpeg() -> None:
     assert np.abs(decoded(file).astype(int) - decoded(jpeg)).max() <= 1
 
 
-def test_a_compressed_picture_of_another_size_than_declared_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pydicom.pixels.decoders.base.Decoder.as_array", lambda *_, **__: pytest.fail("unpacked"))
+def test_a_compressed_picture_of_another_size_than_declared_is_not_unpacked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "pydicom.pixels.decoders.base.Decoder.as_array", lambda *_, **__: pytest.fail("unpacked")
+    )
     huge = Image.new("L", (5000, 4000))
-    for image_format, syntax in (("JPEG", pydicom.uid.JPEGBaseline8Bit), ("JPEG2000", pydicom.uid.JPEG2000)):
+    for image_format, syntax in (
+        ("JPEG", pydicom.uid.JPEGBaseline8Bit),
+        ("JPEG2000", pydicom.uid.JPEG2000),
+    ):
         file = packed(encoded(huge, image_format), gradient(16, 16), syntax)
         assert "is not of the size that its header states" in refusal(file)
 
@@ -310,15 +358,22 @@ def test_boxes_that_never_end_before_a_jpeg_2000_stream_do_not_keep_the_reader()
     assert bytes(jp2[:12]) == dicom._JP2_SIGNATURE
     assert decoded(packed(bytes(jp2), gradient(16, 16), pydicom.uid.JPEG2000)).std() > 10
     jp2[12:16] = bytes(4)
-    assert "is not of the size" in refusal(packed(bytes(jp2), gradient(16, 16), pydicom.uid.JPEG2000))
+    assert "is not of the size" in refusal(
+        packed(bytes(jp2), gradient(16, 16), pydicom.uid.JPEG2000)
+    )
 
 
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
 def test_a_compression_that_nothing_here_unpacks_is_named(name: str) -> None:
     reason = refusal(
-        (FILES / name).read_bytes().replace(b"\x08\x00\x60\x00CS\x02\x00NM", b"\x08\x00\x60\x00CS\x02\x00DX")
+        (FILES / name)
+        .read_bytes()
+        .replace(b"\x08\x00\x60\x00CS\x02\x00NM", b"\x08\x00\x60\x00CS\x02\x00DX")
     )
-    assert reason == "is DICOM compressed as JPEG Extended (Process 2 and 4), which no installed package unpacks"
+    assert (
+        reason
+        == "is DICOM compressed as JPEG Extended (Process 2 and 4), which no installed package unpacks"
+    )
 
 
 @pytest.fixture
@@ -340,19 +395,22 @@ def test_a_file_that_kills_gdcm_is_set_aside_and_the_next_is_read(
     first = elsewhere._process
     assert first is not None
     os.kill(first.pid, signal.SIGKILL)
-    assert refusal(good) == "is DICOM whose compressed picture can not be unpacked"
+    assert refusal(good) == "is DICOM whose compressed picture cannot be unpacked"
     np.testing.assert_array_equal(decoded(good), plain)
     second = elsewhere._process
     assert second is not None and second.pid != first.pid
     monkeypatch.setattr(dicom, "_UNPACK_TIMEOUT_S", 0.2)
     os.kill(second.pid, signal.SIGSTOP)  # it comes to no end
-    assert refusal(good) == "is DICOM whose compressed picture can not be unpacked"
+    assert refusal(good) == "is DICOM whose compressed picture cannot be unpacked"
 
 
 def test_an_interrupted_file_does_not_leave_its_picture_to_the_next(
     elsewhere: dicom._Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other = ((FILES / name).read_bytes() for name in ("SC_rgb_jpeg_gdcm.dcm", "JPEGLSNearLossless_16.dcm"))
+    one, other = (
+        (FILES / name).read_bytes()
+        for name in ("SC_rgb_jpeg_gdcm.dcm", "JPEGLSNearLossless_16.dcm")
+    )
     plain = decoded(other)
 
     def interrupt(*_: object) -> bool:
@@ -367,11 +425,13 @@ def test_an_interrupted_file_does_not_leave_its_picture_to_the_next(
 
 def test_the_process_of_gdcm_ends_with_its_owner(elsewhere: dicom._Elsewhere) -> None:
     code = (
-        "import sys; from pathlib import Path; from xrai.dataset import dicom\n"
+        "import sys; from pathlib import Path; from xrai.ingest import dicom\n"
         f"dicom._elsewhere.unpack(Path({str(FILES / 'SC_rgb_jpeg_gdcm.dcm')!r}).read_bytes())\n"
         "print(dicom._elsewhere._process.pid, flush=True); sys.stdin.read()"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout is not None and owner.stdin is not None
     helper = Path("/proc") / owner.stdout.readline().strip()
     assert helper.exists()
@@ -384,7 +444,7 @@ def test_the_process_of_gdcm_ends_with_its_owner(elsewhere: dicom._Elsewhere) ->
         time.sleep(0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 SMALL = gradient(20, 16)
 BAD = {
@@ -435,13 +495,22 @@ def test_a_file_that_is_no_radiograph_is_refused_with_its_reason(name: str) -> N
     assert "\n" not in found
 
 
-def test_a_file_that_declares_too_much_is_refused_before_anything_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_declares_too_much_is_refused_before_anything_is_unpacked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dicom, "_displayed", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ImageError, match="more than"):
-        decode(dicom_file(SMALL, Rows=20_000, Columns=20_000), size=32, fit="crop", max_pixels=100_000_000)
+        decode(
+            dicom_file(SMALL, Rows=20_000, Columns=20_000),
+            size=32,
+            fit="crop",
+            max_pixels=100_000_000,
+        )
 
 
-def test_a_deflated_file_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deflated_file_that_unpacks_to_too_much_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dataset = pydicom.dcmread(io.BytesIO(dicom_file(np.zeros((2000, 2000), np.uint8))))
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     buffer = io.BytesIO()
@@ -452,7 +521,9 @@ def test_a_deflated_file_that_unpacks_to_too_much_is_refused(monkeypatch: pytest
     assert refusal(buffer.getvalue()) == "is DICOM that unpacks to more than 1000000 bytes"
 
 
-def test_without_pydicom_a_dicom_file_stops_the_work_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pydicom_a_dicom_file_stops_the_work_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = dicom_file(SMALL)
     monkeypatch.setitem(sys.modules, "pydicom.errors", None)
     for read in (decoded, dicom.read_patient_id):
@@ -462,7 +533,7 @@ def test_without_pydicom_a_dicom_file_stops_the_work_with_what_to_install(monkey
 
 
 def test_pydicom_is_imported_by_the_first_dicom_file_alone() -> None:
-    code = "import sys, xrai.dataset.build; assert not {'pydicom', 'gdcm'} & set(sys.modules)"
+    code = "import sys, xrai.ingest.build; assert not {'pydicom', 'gdcm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -495,12 +566,18 @@ DAMAGED = damaged_files()
 def test_a_file_cut_short_anywhere_is_refused() -> None:
     for data in DAMAGED:
         assert decoded(data).std() > 10
-        for cut in {*range(0, len(data) - 16, max(1, len(data) // 60)), len(data) - 100, len(data) - 16}:
+        for cut in {
+            *range(0, len(data) - 16, max(1, len(data) // 60)),
+            len(data) - 100,
+            len(data) - 16,
+        }:
             with pytest.raises(ImageError):
                 decoded(data[:cut])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(draw=st.data())
 def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_without_the_patient(
     draw: st.DataObject, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
@@ -518,13 +595,17 @@ def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_without_the_patient
             text = str(error)
             assert text
     out = capfd.readouterr()
-    said = " ".join([text, caplog.text, out.out, out.err, *(str(warning.message) for warning in told)])
+    said = " ".join(
+        [text, caplog.text, out.out, out.err, *(str(warning.message) for warning in told)]
+    )
     caplog.clear()
     for secret in (*PATIENT_NAME.split("^"), PATIENT_ID):
         assert secret not in said
 
 
-def test_what_pydicom_warns_of_is_not_told(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_pydicom_warns_of_is_not_told(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = dicom_file(SMALL, WindowCenter=1000, WindowWidth=500).replace(b"1000", b"Zanz")
     assert b"Zanz" in data
     with warnings.catch_warnings(record=True) as told:

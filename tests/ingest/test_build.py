@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from tests.dataset.pictures import source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
-from xrai.dataset import build
-from xrai.dataset.build import Builder, Decoded, Part, Unfinished, decode_rows, hash_source
 from xrai.dataset.manifest import Row
-from xrai.dataset.plan import Plan, list_source, make_plan, shaping_config
 from xrai.dataset.shards import DatasetIndex, ShardInfo, compute_fingerprint, read_index
-from xrai.dataset.sources import FolderSource, Source
 from xrai.errors import CorruptError, DatasetError, SourceError, XraiError
+from xrai.ingest import build
+from xrai.ingest.build import Builder, Decoded, Part, Unfinished, decode_rows, hash_source
+from xrai.ingest.plan import Plan, list_source, make_plan, shaping_config
+from xrai.ingest.sources import FolderSource, Source
 from xrai.store import Store, open_store
 
 CONFIG = Config(
@@ -42,7 +42,9 @@ class Job:
         self.listing = list_source(self.source)
         self.unfinished = Unfinished(self.store, self.listing, shaping_config(config))
         self.plan: Plan = make_plan(
-            self.listing, hash_source(self.source, self.listing, None, number=0, num_partitions=1), config
+            self.listing,
+            hash_source(self.source, self.listing, None, number=0, num_partitions=1),
+            config,
         )
 
     def builder(self, *, num_workers: int = 1) -> Builder:
@@ -61,11 +63,13 @@ def no_report(*_: object) -> dict[str, bytes]:
     return {}
 
 
-# --------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(job: Job, num_workers: int) -> None:
+def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(
+    job: Job, num_workers: int
+) -> None:
     rows = job.rows()
     found = list(decode_rows(job.source, CONFIG.images, rows, num_workers=num_workers))
     assert len(found) == len(rows)
@@ -115,7 +119,9 @@ def test_a_worker_that_is_killed_ends_the_work_in_one_line_that_says_what_to_do(
     next(pictures)
     executor = pictures.gi_frame.f_locals["executor"]
     os.kill(next(iter(executor._processes)), signal.SIGKILL)
-    with pytest.raises(XraiError, match=r"a worker process ended abruptly.*fewer --workers, what is stored is kept"):
+    with pytest.raises(
+        XraiError, match=r"a worker process ended abruptly.*fewer --workers, what is stored is kept"
+    ):
         list(pictures)
 
 
@@ -137,19 +143,25 @@ def test_a_file_that_is_no_longer_the_one_that_was_hashed_stops_the_work(job: Jo
             list(decode_rows(job.source, CONFIG.images, [row] * 40, num_workers=num_workers))
 
 
-# --------------------------------------------------------------------------------------------------------- hashing
+# ------------------------------------------------------------------------------------------ hashing
 
 
-def test_stored_hashes_are_not_read_again_and_damaged_ones_are(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_hashes_are_not_read_again_and_damaged_ones_are(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, "_FILES_A_GROUP", 10)
     read: list[str] = []
     original = FolderSource.read
-    monkeypatch.setattr(FolderSource, "read", lambda self, path: read.append(path) or original(self, path))
+    monkeypatch.setattr(
+        FolderSource, "read", lambda self, path: read.append(path) or original(self, path)
+    )
 
     def hashed() -> int:
         read.clear()
         rows = hash_source(job.source, job.listing, job.unfinished, number=0, num_partitions=1)
-        assert [(row.path, row.sha256) for row in rows] == [(row.path, row.sha256) for row in job.plan.rows]
+        assert [(row.path, row.sha256) for row in rows] == [
+            (row.path, row.sha256) for row in job.plan.rows
+        ]
         return len(read)
 
     assert hashed() == 45
@@ -169,7 +181,9 @@ def test_any_flipped_byte_of_stored_hashes_is_noticed(job: Job) -> None:
     data = job.store.read(key)
     for place in range(0, len(data), 97):
         job.store.write(key, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        assert hash_source(job.source, job.listing, job.unfinished, number=0, num_partitions=1) == rows
+        assert (
+            hash_source(job.source, job.listing, job.unfinished, number=0, num_partitions=1) == rows
+        )
 
 
 def test_machines_side_by_side_read_the_source_about_once_between_them(
@@ -201,15 +215,28 @@ def test_machines_side_by_side_read_the_source_about_once_between_them(
     assert len(read) <= 1.5 * 45
 
 
-# --------------------------------------------------------------------------------------------------- parts, commit
+# ------------------------------------------------------------------------------------ parts, commit
 
 
 def test_a_part_reads_back_as_it_was_written_and_anything_else_is_refused() -> None:
-    part = Part("ab", ShardInfo("train-00000-of-00001.h5", 3, 99, "cd", (1, 2)), {"a": "b"}, [0] * 256, ["ef"] * 3)
+    part = Part(
+        "ab",
+        ShardInfo("train-00000-of-00001.h5", 3, 99, "cd", (1, 2)),
+        {"a": "b"},
+        [0] * 256,
+        ["ef"] * 3,
+    )
     empty = dataclasses.replace(part, shard=None)
     for one in (part, empty):
         assert Part.from_json(one.to_json()) == one
-    for data in (b"", b"[]", b"{}", b"\xff", json.dumps({"shard": 3}).encode(), part.to_json()[:-9]):
+    for data in (
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        json.dumps({"shard": 3}).encode(),
+        part.to_json()[:-9],
+    ):
         with pytest.raises(CorruptError):
             Part.from_json(data)
 
@@ -226,7 +253,9 @@ def test_nothing_is_committed_while_a_part_is_missing(job: Job) -> None:
     assert not [entry.key for entry in job.store.list(build.UNFINISHED)]
 
 
-def test_a_manifest_that_has_no_room_is_told_in_one_line(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_has_no_room_is_told_in_one_line(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job.builder().build(job.plan.shards)
 
     def full(rows: object) -> Iterator[bytes]:
@@ -235,7 +264,9 @@ def test_a_manifest_that_has_no_room_is_told_in_one_line(job: Job, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "manifest_lines", full)
-        with pytest.raises(XraiError, match=r"manifest\.jsonl can not be written in .*No space.* make room there"):
+        with pytest.raises(
+            XraiError, match=r"manifest\.jsonl cannot be written in .*No space.* make room there"
+        ):
             job.builder().commit(no_report)
     assert job.store.size("dataset.json") is None
     index = job.builder().commit(no_report)
@@ -245,7 +276,9 @@ def test_a_manifest_that_has_no_room_is_told_in_one_line(job: Job, monkeypatch: 
     }
 
 
-def test_a_shard_that_is_stored_is_not_made_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_is_stored_is_not_made_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job.builder().build(job.plan.shards)
     monkeypatch.setattr(FolderSource, "read", lambda self, path: pytest.fail("read"))
     job.builder().build(job.plan.shards)
@@ -253,7 +286,9 @@ def test_a_shard_that_is_stored_is_not_made_again(job: Job, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "removed"])
-def test_a_shard_damaged_before_the_commit_is_named_and_made_anew_at_the_next_start(job: Job, how: str) -> None:
+def test_a_shard_damaged_before_the_commit_is_named_and_made_anew_at_the_next_start(
+    job: Job, how: str
+) -> None:
     job.builder().build(job.plan.shards)
     key = job.plan.shards[1].name
     good = job.store.read(key)
@@ -271,7 +306,10 @@ def test_a_shard_damaged_before_the_commit_is_named_and_made_anew_at_the_next_st
 def test_the_part_of_another_plan_is_not_taken_for_ours(job: Job, tmp_path: Path) -> None:
     job.builder().build(job.plan.shards)
     other = dataclasses.replace(job.plan, sha256="0" * 64)
-    assert Builder(other, job.source, job.store, job.unfinished, num_workers=1).commit(no_report) is None
+    assert (
+        Builder(other, job.source, job.store, job.unfinished, num_workers=1).commit(no_report)
+        is None
+    )
 
 
 def test_a_second_claim_of_the_same_work_is_welcome_and_another_is_refused(job: Job) -> None:
@@ -292,7 +330,9 @@ def test_mean_and_deviation_are_those_of_all_train_pixels_to_the_last_digit(job:
     index = job.builder().commit(no_report)
     assert index is not None
     paths = [job.store.local_path(info.name) for info in index.splits["train"]]
-    pixels = np.concatenate([open_shard(path).images.ravel() for path in paths if path]).astype(object)
+    pixels = np.concatenate([open_shard(path).images.ravel() for path in paths if path]).astype(
+        object
+    )
     mean = Fraction(int(pixels.sum()), len(pixels))
     variance = Fraction(int((pixels * pixels).sum()), len(pixels)) - mean**2
     assert index.pixel_mean == float(mean)
@@ -319,7 +359,11 @@ FILES = {**source_files(), "train/NORMAL/bad.png": b"no picture"}
     shards_before=st.integers(0, 5),
 )
 def test_fingerprint_and_index_do_not_depend_on_partitions_workers_order_or_what_was_there_before(
-    tmp_path_factory: pytest.TempPathFactory, num_partitions: int, order: Random, num_workers: int, shards_before: int
+    tmp_path_factory: pytest.TempPathFactory,
+    num_partitions: int,
+    order: Random,
+    num_workers: int,
+    shards_before: int,
 ) -> None:
     expected = committed(Job(tmp_path_factory.mktemp("whole"), FILES))
     job = Job(tmp_path_factory.mktemp("parts"), FILES)

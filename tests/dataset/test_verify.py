@@ -5,7 +5,7 @@ import h5py
 import pytest
 
 from tests.dataset.small import write_dataset
-from xrai.dataset import audit
+from xrai.dataset import verify
 from xrai.dataset.manifest import Row
 from xrai.dataset.shards import DatasetIndex, ShardInfo, open_shard
 
@@ -16,16 +16,30 @@ def shard(tmp_path: Path) -> tuple[Path, ShardInfo, list[Row], DatasetIndex]:
     index = write_dataset(tmp_path, {"train": [6]})
     (info,) = index.splits["train"]
     opened = open_shard(tmp_path / info.name)
-    columns = zip(opened.source, opened.sha256, opened.labels.tolist(), opened.patient, opened.subtype, strict=True)
-    return tmp_path / info.name, info, [Row(*row, "train", info.name, k) for k, row in enumerate(columns)], index
+    columns = zip(
+        opened.source,
+        opened.sha256,
+        opened.labels.tolist(),
+        opened.patient,
+        opened.subtype,
+        strict=True,
+    )
+    return (
+        tmp_path / info.name,
+        info,
+        [Row(*row, "train", info.name, k) for k, row in enumerate(columns)],
+        index,
+    )
 
 
 def faults(shard: tuple[Path, ShardInfo, list[Row], DatasetIndex]) -> list[str]:
     path, info, rows, index = shard
-    return list(audit._check_shard(path, info, rows, index, split="train"))
+    return list(verify._check_shard(path, info, rows, index, split="train"))
 
 
-def test_a_source_picture_without_a_size_is_a_fault(shard: tuple[Path, ShardInfo, list[Row], DatasetIndex]) -> None:
+def test_a_source_picture_without_a_size_is_a_fault(
+    shard: tuple[Path, ShardInfo, list[Row], DatasetIndex],
+) -> None:
     words = "holds pictures whose source has no width or no height"
     assert words not in faults(shard)
     with h5py.File(shard[0], "r+") as file:
@@ -49,4 +63,4 @@ def test_a_column_of_texts_that_can_not_be_read_is_a_fault_and_no_crash(
     with h5py.File(shard[0], "r+") as file:
         del file["patient"]
     (words,) = faults(shard)
-    assert "can not be read as a shard" in words and "patient" in words
+    assert "cannot be read as a shard" in words and "patient" in words

@@ -1,10 +1,11 @@
 """Hash, decode, cut into shards, store, commit: the work behind `xrai.preprocess`.
 
-While a data set is made its address holds objects whose keys begin with "unfinished-": a claim, which says what is
-being made; the hashes of the source's files; and for each shard a part, which says what the shard holds. When all parts
-are there, the manifest, the report and, last, `dataset.json` are written and the unfinished objects removed. So a job
-that was killed goes on from what is stored, machines can share the work, two jobs at once do each other no harm, and
-whoever finishes last commits, with the same bytes.
+While a data set is made its address holds objects whose keys begin with "unfinished-": a claim,
+which says what is being made; the hashes of the source's files; and for each shard a part, which
+says what the shard holds. When all parts are there, the manifest, the report and, last,
+`dataset.json` are written and the unfinished objects removed. So a job that was killed goes on from
+what is stored, machines can share the work, two jobs at once do each other no harm, and whoever
+finishes last commits, with the same bytes.
 """
 
 import ctypes
@@ -35,11 +36,7 @@ from PIL import Image
 
 from xrai import __version__
 from xrai.config import Images
-from xrai.dataset import dicom
-from xrai.dataset.images import decode_sized
-from xrai.dataset.leaks import find_near_pairs, num_pairs, perceptual_hash
 from xrai.dataset.manifest import CLASSES, Row, manifest_lines
-from xrai.dataset.plan import Listing, Plan, PlannedShard, check_set_aside, hash_files, hash_of
 from xrai.dataset.shards import (
     HDF5_VERSION,
     INDEX_KEY,
@@ -53,8 +50,6 @@ from xrai.dataset.shards import (
     read_index,
     write_shard,
 )
-from xrai.dataset.sources import Source
-from xrai.dataset.splits import refuse_missing_class
 from xrai.errors import (
     AlreadyExistsError,
     CorruptError,
@@ -64,6 +59,12 @@ from xrai.errors import (
     SourceError,
     XraiError,
 )
+from xrai.ingest import dicom
+from xrai.ingest.images import decode_sized
+from xrai.ingest.leaks import find_near_pairs, num_pairs, perceptual_hash
+from xrai.ingest.plan import Listing, Plan, PlannedShard, check_set_aside, hash_files, hash_of
+from xrai.ingest.sources import Source
+from xrai.ingest.splits import refuse_missing_class
 from xrai.log import Progress, get_logger, progress
 from xrai.store import Store
 
@@ -122,15 +123,19 @@ class NearDuplicate:
 
 
 _File = tuple[str, str]  # path and sha256 of a source file
-_Found = tuple[tuple[int, int], str]  # size of a source picture and perceptual hash: of `Decoded` all but the pixels
+_Found = tuple[
+    tuple[int, int], str
+]  # size of a source picture and perceptual hash: of `Decoded` all but the pixels
 Report = Callable[[DatasetIndex, Sequence[Row], Sequence[NearDuplicate]], dict[str, bytes]]
 
 
-# --------------------------------------------------------------------------------------------------- unfinished objects
+# ------------------------------------------------------------------------------- unfinished objects
 
 
 class Unfinished:
-    """What an address holds while a data set is made there. Whatever is damaged counts as not there."""
+    """What an address holds while a data set is made there. Whatever is damaged counts as not
+    there.
+    """
 
     def __init__(self, store: Store, listing: Listing, config: dict[str, Any]) -> None:
         self._store = store
@@ -138,18 +143,27 @@ class Unfinished:
             "listing_sha256": listing.sha256,
             "source": listing.source,
             "config": config,
-            "made_with": {"xrai": __version__, "pillow": PIL.__version__, "hdf5": HDF5_VERSION, **dicom.versions()},
+            "made_with": {
+                "xrai": __version__,
+                "pillow": PIL.__version__,
+                "hdf5": HDF5_VERSION,
+                **dicom.versions(),
+            },
         }
         self._claim = json.dumps(claim, sort_keys=True).encode()
 
     def claim(self) -> None:
-        """Say at the address what is being made there. Raises `DatasetError` where something else is."""
+        """Say at the address what is being made there. Raises `DatasetError` where something
+        else is.
+        """
         try:
             self._store.write(_CLAIM, self._claim, only_if_absent=True)
         except AlreadyExistsError:
             try:
                 there = self._store.read(_CLAIM)
-            except NotFoundError:  # whoever made it has just committed, with what this process will come to as well
+            except (
+                NotFoundError
+            ):  # whoever made it has just committed, with what this process will come to as well
                 return
             if there != self._claim:
                 raise DatasetError(
@@ -162,7 +176,11 @@ class Unfinished:
         """Stored (sha256, reason, patient) of a group of files."""
         data = self._read(_hashes_key(group))
         try:
-            return None if data is None else [[str(text) for text in found] for found in json.loads(data)]
+            return (
+                None
+                if data is None
+                else [[str(text) for text in found] for found in json.loads(data)]
+            )
         except (ValueError, TypeError):
             return None
 
@@ -211,38 +229,58 @@ def _part_key(name: str) -> str:
     return f"{UNFINISHED}part-{name}"
 
 
-# -------------------------------------------------------------------------------------------------------------- hashing
+# ------------------------------------------------------------------------------------------ hashing
 
 
 def hash_source(
-    source: Source, listing: Listing, unfinished: Unfinished | None, *, number: int = 0, num_partitions: int = 1
+    source: Source,
+    listing: Listing,
+    unfinished: Unfinished | None,
+    *,
+    number: int = 0,
+    num_partitions: int = 1,
 ) -> list[Row]:
     """Rows of all data files, sorted by path. What others have hashed already is taken from them.
 
-    Partition `number` begins with its own groups of files and then hashes what is still missing: no process waits for
-    another, and machines that run side by side read the source about once between them.
+    Partition `number` begins with its own groups of files and then hashes what is still missing: no
+    process waits for another, and machines that run side by side read the source about once between
+    them.
     """
     entries = listing.layout.entries
-    groups = [entries[start : start + _FILES_A_GROUP] for start in range(0, len(entries), _FILES_A_GROUP)]
-    own_first = sorted(range(len(groups)), key=lambda group: ((group - number) % num_partitions, group))
+    groups = [
+        entries[start : start + _FILES_A_GROUP] for start in range(0, len(entries), _FILES_A_GROUP)
+    ]
+    own_first = sorted(
+        range(len(groups)), key=lambda group: ((group - number) % num_partitions, group)
+    )
     rows: dict[int, list[Row]] = {}
     with progress("hash", total=len(entries), unit="files") as bar:
         for group in own_first:
             found = unfinished.hashes(group) if unfinished else None
             if found is not None and [len(texts) for texts in found] == [3] * len(groups[group]):
                 rows[group] = [
-                    Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
+                    Row(
+                        entry.path,
+                        sha256,
+                        entry.label,
+                        patient,
+                        entry.subtype,
+                        entry.split,
+                        reason=reason,
+                    )
                     for entry, (sha256, reason, patient) in zip(groups[group], found, strict=True)
                 ]
                 bar.update(len(found))
                 continue
             rows[group] = hash_files(source, groups[group], on_done=bar.update)
             if unfinished:
-                unfinished.store_hashes(group, [(row.sha256, row.reason, row.patient) for row in rows[group]])
+                unfinished.store_hashes(
+                    group, [(row.sha256, row.reason, row.patient) for row in rows[group]]
+                )
     return [row for group in range(len(groups)) for row in rows[group]]
 
 
-# ------------------------------------------------------------------------------------------------------------- building
+# ----------------------------------------------------------------------------------------- building
 
 
 @dataclass(frozen=True)
@@ -259,7 +297,9 @@ class _Taken:
 class Builder:
     """Makes the data set of a plan at an address, or a share of it."""
 
-    def __init__(self, plan: Plan, source: Source, store: Store, unfinished: Unfinished, *, num_workers: int) -> None:
+    def __init__(
+        self, plan: Plan, source: Source, store: Store, unfinished: Unfinished, *, num_workers: int
+    ) -> None:
         self._plan, self._source, self._store, self._unfinished = plan, source, store, unfinished
         self._images = Images(**plan.config["images"])
         self._num_workers = num_workers
@@ -267,9 +307,12 @@ class Builder:
     def build(self, shards: Sequence[PlannedShard]) -> None:
         """Make these shards and their parts, but for those that are stored already.
 
-        Raises `SourceError` as soon as it is sure that too many files are set aside, or when the source changes.
+        Raises `SourceError` as soon as it is sure that too many files are set aside, or when the
+        source changes.
         """
-        stored = {shard.name: part for shard in shards if (part := self._stored_part(shard)) is not None}
+        stored = {
+            shard.name: part for shard in shards if (part := self._stored_part(shard)) is not None
+        }
         missing = [shard for shard in shards if shard.name not in stored]
         if stored:
             _logger.info("%d of %d shards are stored already", len(stored), len(shards))
@@ -280,14 +323,20 @@ class Builder:
         rows = [row for shard in missing for row in shard.rows]
         with (
             progress("preprocess", total=len(rows), unit="images") as bar,
-            closing(decode_rows(self._source, self._images, rows, num_workers=self._num_workers)) as pictures,
-            ThreadPoolExecutor(1) as pool,  # a shard is stored while the next one's pictures are decoded
+            closing(
+                decode_rows(self._source, self._images, rows, num_workers=self._num_workers)
+            ) as pictures,
+            ThreadPoolExecutor(
+                1
+            ) as pool,  # a shard is stored while the next one's pictures are decoded
         ):
             storing: Future[None] | None = None
             for shard in missing:
                 taken = self._take(shard, islice(pictures, len(shard.rows)), bar)
                 unusable += _set_aside(shard, taken.reasons)
-                check_set_aside(unusable, num_files=len(self._plan.rows), limit=self._images.max_set_aside)
+                check_set_aside(
+                    unusable, num_files=len(self._plan.rows), limit=self._images.max_set_aside
+                )
                 if storing is not None:
                     storing.result()
                 storing = pool.submit(self._store_taken, shard, taken)
@@ -295,14 +344,17 @@ class Builder:
                 storing.result()
 
     def commit(self, report: Report) -> DatasetIndex | None:
-        """Write manifest, report and `dataset.json` and remove the unfinished objects, if all parts are there.
+        """Write manifest, report and `dataset.json` and remove the unfinished objects, if all parts
+        are there.
 
-        Returns None, having done nothing, where they are not. `report` gives the report's files by key. Raises
-        `CorruptError` naming the shards whose stored bytes are not those that were made; their parts are removed, so
-        that the next start makes them anew.
+        Returns None, having done nothing, where they are not. `report` gives the report's files by
+        key. Raises `CorruptError` naming the shards whose stored bytes are not those that were
+        made; their parts are removed, so that the next start makes them anew.
         """
         with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
-            found = list(pool.map(lambda shard: self._unfinished.part(shard, self._plan), self._plan.shards))
+            found = list(
+                pool.map(lambda shard: self._unfinished.part(shard, self._plan), self._plan.shards)
+            )
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
             return None
@@ -315,11 +367,15 @@ class Builder:
             self._store.write(INDEX_KEY, index.to_json().encode(), only_if_absent=True)
         except AlreadyExistsError:  # another process was faster; both mean the same
             if read_index(self._store) != index:
-                raise DatasetError(f"another data set was stored at {self._store.uri} meanwhile") from None
+                raise DatasetError(
+                    f"another data set was stored at {self._store.uri} meanwhile"
+                ) from None
         remove_unfinished(self._store)
         return index
 
-    def _take(self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress) -> _Taken:
+    def _take(
+        self, shard: PlannedShard, pictures: Iterable[Decoded | str], bar: Progress
+    ) -> _Taken:
         images = np.empty((len(shard.rows), self._images.size, self._images.size), np.uint8)
         rows: list[Row] = []
         hashes, sizes, reasons = [], [], {}
@@ -336,7 +392,9 @@ class Builder:
 
     def _store_taken(self, shard: PlannedShard, taken: _Taken) -> None:
         info = self._store_shard(shard, taken) if taken.rows else None
-        part = Part(self._plan.sha256, info, taken.reasons, histogram_of(taken.images), taken.hashes)
+        part = Part(
+            self._plan.sha256, info, taken.reasons, histogram_of(taken.images), taken.hashes
+        )
         self._unfinished.store_part(shard, part)
 
     def _store_shard(self, shard: PlannedShard, taken: _Taken) -> ShardInfo:
@@ -345,13 +403,19 @@ class Builder:
             write_rows(path, taken.rows, taken.images, sizes=taken.sizes)
             digest = self._store.upload(shard.name, path)
             size_bytes = path.stat().st_size
-        counts = tuple(sum(row.label == label for row in taken.rows) for label in range(len(CLASSES)))
+        counts = tuple(
+            sum(row.label == label for row in taken.rows) for label in range(len(CLASSES))
+        )
         return ShardInfo(shard.name, len(taken.rows), size_bytes, digest, counts)
 
     def _stored_part(self, shard: PlannedShard) -> Part | None:
         """A shard's part, where the shard's stored bytes are those that it names."""
         part = self._unfinished.part(shard, self._plan)
-        if part is None or part.shard is None or hash_object(self._store, part.shard.name) == part.shard.sha256:
+        if (
+            part is None
+            or part.shard is None
+            or hash_object(self._store, part.shard.name) == part.shard.sha256
+        ):
             return part
         return None
 
@@ -359,7 +423,9 @@ class Builder:
         infos = [part.shard for part in parts if part.shard is not None]
         with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
             digests = list(pool.map(lambda info: hash_object(self._store, info.name), infos))
-        bad = [info.name for info, digest in zip(infos, digests, strict=True) if digest != info.sha256]
+        bad = [
+            info.name for info, digest in zip(infos, digests, strict=True) if digest != info.sha256
+        ]
         for shard in self._plan.shards:
             if shard.name in bad:
                 self._unfinished.drop_part(shard)
@@ -371,11 +437,19 @@ class Builder:
 
 
 def histogram_of(images: NDArray[np.uint8]) -> list[int]:
-    """Pixels of each grey level, (256,), of images (N, H, W), N perhaps 0. Pillow counts faster than numpy."""
-    return Image.fromarray(images.reshape(-1, images.shape[-1])).histogram() if len(images) else [0] * 256
+    """Pixels of each grey level, (256,), of images (N, H, W), N perhaps 0. Pillow counts faster
+    than numpy.
+    """
+    return (
+        Image.fromarray(images.reshape(-1, images.shape[-1])).histogram()
+        if len(images)
+        else [0] * 256
+    )
 
 
-def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, sizes: Sequence[tuple[int, int]]) -> None:
+def write_rows(
+    path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, sizes: Sequence[tuple[int, int]]
+) -> None:
     """Write the shard of some rows; `sizes` are (width, height) of their source pictures."""
     with _explained(path, path.name):
         write_shard(
@@ -391,11 +465,14 @@ def write_rows(path: Path, rows: Sequence[Row], images: NDArray[np.uint8], *, si
         )
 
 
-def assemble(plan: Plan, parts: Sequence[Part], report: Report, folder: Path) -> tuple[DatasetIndex, dict[str, Path]]:
-    """What a commit writes: the index, and by key the manifest and the report, as files below `folder`.
+def assemble(
+    plan: Plan, parts: Sequence[Part], report: Report, folder: Path
+) -> tuple[DatasetIndex, dict[str, Path]]:
+    """What a commit writes: the index, and by key the manifest and the report, as files below
+    `folder`.
 
-    The parts give up their perceptual hashes. Raises `SourceError` when too many files are set aside, or a class or val
-    has none left.
+    The parts give up their perceptual hashes. Raises `SourceError` when too many files are set
+    aside, or a class or val has none left.
     """
     rows = _finished_rows(plan, parts)
     unusable = [*plan.unusable]
@@ -432,12 +509,15 @@ def _write_object(path: Path, key: str, pieces: Iterable[bytes]) -> ObjectInfo:
 
 @contextmanager
 def _explained(path: Path, name: str) -> Iterator[None]:
-    """Say what to do where a file can not be written before it is stored."""
+    """Say what to do where a file cannot be written before it is stored."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: what h5py makes of a full disk when it closes a file
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: what h5py makes of a full disk when it closes a file
         raise XraiError(
-            f"{name} can not be written in {path.parent}: {error}; make room there, or set TMPDIR to another disk"
+            f"{name} cannot be written in {path.parent}: {error}; make room there, or set TMPDIR to another disk"
         ) from error
 
 
@@ -449,13 +529,22 @@ def _set_aside(shard: PlannedShard, reasons: Mapping[str, str]) -> list[Row]:
 
 def _finished_rows(plan: Plan, parts: Sequence[Part]) -> list[Row]:
     """The manifest: the plan's rows with shard, place and what was set aside in decoding."""
-    finished = [row for row in plan.rows if row.reason or row.split not in SPLITS]  # those in no shard
-    places = list(range(max((len(shard.rows) for shard in plan.shards), default=0)))  # held once for all shards
+    finished = [
+        row for row in plan.rows if row.reason or row.split not in SPLITS
+    ]  # those in no shard
+    places = list(
+        range(max((len(shard.rows) for shard in plan.shards), default=0))
+    )  # held once for all shards
     for shard, part in zip(plan.shards, parts, strict=True):
         kept = (row for row in shard.rows if row.path not in part.reasons)
-        finished += [replace(row, shard=shard.name, row=place) for place, row in zip(places, kept, strict=False)]
+        finished += [
+            replace(row, shard=shard.name, row=place)
+            for place, row in zip(places, kept, strict=False)
+        ]
         finished += _set_aside(shard, part.reasons)
-    finished.sort(key=attrgetter("path"))  # as in the plan: a dictionary by path would take a tenth more memory
+    finished.sort(
+        key=attrgetter("path")
+    )  # as in the plan: a dictionary by path would take a tenth more memory
     return finished
 
 
@@ -472,7 +561,10 @@ def _near_duplicates(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> 
     wanted |= {(other, pair.other) for (_, other), pairs in found.items() for pair in pairs}
     written = {}
     for row in rows:
-        if row.shard is not None and (place := (row.split, starts[row.shard] + (row.row or 0))) in wanted:
+        if (
+            row.shard is not None
+            and (place := (row.split, starts[row.shard] + (row.row or 0))) in wanted
+        ):
             written[place] = row
     near = [
         NearDuplicate(pair.distance, written[split, pair.one], written[other, pair.other])
@@ -486,7 +578,9 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
     used = [row for row in rows if row.shard is not None]
     refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
     if not any(row.split == "val" for row in used):
-        raise SourceError("no image of val could be decoded; mend them, or raise splits.val_fraction")
+        raise SourceError(
+            "no image of val could be decoded; mend them, or raise splits.val_fraction"
+        )
     shards: dict[str, list[ShardInfo]] = {}
     histogram = np.zeros(256, np.int64)  # of train
     for shard, part in zip(plan.shards, parts, strict=True):
@@ -515,36 +609,46 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def decode_rows(
     source: Source, images: Images, rows: Sequence[Row], *, num_workers: int
 ) -> Generator[Decoded | str, None, None]:
-    """The picture of each row in order, or the reason why it has none; with several processes if asked.
+    """The picture of each row in order, or the reason why it has none; with several processes if
+    asked.
 
-    Holds a bounded number of pictures, whatever the number of rows. Who may stop before the last row closes it, which
-    ends the processes. Raises `SourceError` when a file is no longer the one that was hashed.
+    Holds a bounded number of pictures, whatever the number of rows. Who may stop before the last
+    row closes it, which ends the processes. Raises `SourceError` when a file is no longer the one
+    that was hashed.
     """
     starts = range(0, len(rows), _IMAGES_A_TASK)
     num_workers = min(num_workers, len(starts))
     if num_workers <= 1:
         for start in starts:
-            yield from _decode_files(source, images, _files_of(rows[start : start + _IMAGES_A_TASK]))
+            yield from _decode_files(
+                source, images, _files_of(rows[start : start + _IMAGES_A_TASK])
+            )
         return
     num_places = _TASKS_AHEAD * num_workers + 1
     shape = (num_places, _IMAGES_A_TASK, images.size, images.size)
     start_workers_soon()
     context = multiprocessing.get_context("forkserver")
-    shared = context.RawArray(ctypes.c_uint8, math.prod(shape))  # pixels go through memory, all else through pipes
+    shared = context.RawArray(
+        ctypes.c_uint8, math.prod(shape)
+    )  # pixels go through memory, all else through pipes
     pictures = np.ctypeslib.as_array(shared).reshape(shape)
-    executor = ProcessPoolExecutor(num_workers, context, initializer=_begin_work, initargs=(source, images, shared))
+    executor = ProcessPoolExecutor(
+        num_workers, context, initializer=_begin_work, initargs=(source, images, shared)
+    )
     ahead: deque[Future[list[_Found | str]]] = deque()
     taken = 0  # tasks whose pictures were handed on, so that their places are free again
 
     def take() -> Iterator[Decoded | str]:
         nonlocal taken
-        for found, pixels in zip(ahead.popleft().result(), pictures[taken % num_places], strict=False):
+        for found, pixels in zip(
+            ahead.popleft().result(), pictures[taken % num_places], strict=False
+        ):
             yield found if isinstance(found, str) else Decoded(pixels.copy(), *found)
         taken += 1
 
@@ -566,12 +670,16 @@ def decode_rows(
 
 
 def start_workers_soon() -> None:
-    """Let the server that workers are forked from import its modules, beside other work; again, it does nothing."""
+    """Let the server that workers are forked from import its modules, beside other work; again,
+    it does nothing.
+    """
     forkserver.set_forkserver_preload([__name__])
     forkserver.ensure_running()
 
 
-_worker: tuple[Source, Images, NDArray[np.uint8]] | None = None  # of a worker process, which opens its source once
+_worker: tuple[Source, Images, NDArray[np.uint8]] | None = (
+    None  # of a worker process, which opens its source once
+)
 
 
 def _begin_work(source: Source, images: Images, shared: Any) -> None:
@@ -619,8 +727,12 @@ def _decode_file(source: Source, images: Images, file: _File) -> Decoded | str:
     try:
         data = source.read(path)
         if hash_of(data) != sha256:
-            raise SourceError(f"{path} in source {source.name} was changed while it was read; start again")
-        pixels, size = decode_sized(data, size=images.size, fit=images.fit, max_pixels=images.max_pixels)
+            raise SourceError(
+                f"{path} in source {source.name} was changed while it was read; start again"
+            )
+        pixels, size = decode_sized(
+            data, size=images.size, fit=images.fit, max_pixels=images.max_pixels
+        )
     except ImageError as error:
         return str(error)
     return Decoded(pixels, size, perceptual_hash(pixels))

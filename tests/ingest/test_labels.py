@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xrai.dataset import labels
-from xrai.dataset.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
 from xrai.dataset.manifest import Entry, is_file_patient
 from xrai.errors import SourceError
+from xrai.ingest import labels
+from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
 from xrai.store import open_store
 
 PATHS = ("a.dcm", "b.dcm", "c.dcm", "d/e.png", "notes.txt")
@@ -26,7 +26,7 @@ def refusal(text: str) -> str:
     return str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------- what comes out
 
 
 def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
@@ -38,14 +38,22 @@ def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
     assert [(e.path, e.label, e.split, e.subtype) for e in layout.entries] == [
         ("a.dcm", 0, "train", ""), ("b.dcm", 1, "train", "viral"), ("c.dcm", 1, "test", "bacterial"),
     ]  # fmt: skip
-    assert [entry.patient.partition(":")[0] for entry in layout.entries] == ["north", "south", "north"]
-    assert len({entry.patient for entry in layout.entries}) == 3  # p1 of north and p1 of south are two people
+    assert [entry.patient.partition(":")[0] for entry in layout.entries] == [
+        "north",
+        "south",
+        "north",
+    ]
+    assert (
+        len({entry.patient for entry in layout.entries}) == 3
+    )  # p1 of north and p1 of south are two people
     assert layout.has_splits
     assert layout.not_data == {"not named by t.csv": 2}
 
 
 def test_a_patients_identifier_is_kept_as_a_hash_alone() -> None:
-    first, second, third = entries("path,label,patient\na.dcm,NORMAL,Ann\nb.dcm,NORMAL,Ann\nc.dcm,NORMAL,Bob\n")
+    first, second, third = entries(
+        "path,label,patient\na.dcm,NORMAL,Ann\nb.dcm,NORMAL,Ann\nc.dcm,NORMAL,Bob\n"
+    )
     assert first.patient == second.patient != third.patient
     assert first.patient.startswith("patient:") and "Ann" not in first.patient
 
@@ -69,10 +77,14 @@ VARIANTS = {
     "tabs": GOOD.replace(",", "\t"),
     "windows line ends": GOOD.replace("\n", "\r\n"),
     "empty lines": GOOD.replace("\n", "\n\n"),
-    "quotes": "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in GOOD.splitlines()),
+    "quotes": "\n".join(
+        ",".join(f'"{cell}"' for cell in line.split(",")) for line in GOOD.splitlines()
+    ),
     "spaces and case": GOOD.replace("path,label", "Path, LABEL ").replace(",NORMAL", ", normal "),
     "another order": "\n".join(",".join(reversed(line.split(","))) for line in GOOD.splitlines()),
-    "another column": "\n".join(f"{line},{word}" for line, word in zip(GOOD.splitlines(), "kxyz", strict=True)),
+    "another column": "\n".join(
+        f"{line},{word}" for line, word in zip(GOOD.splitlines(), "kxyz", strict=True)
+    ),
     "no last line end": GOOD.rstrip("\n"),
 }
 
@@ -88,12 +100,21 @@ def test_the_order_of_rows_does_not_matter(order: list[str]) -> None:
     assert entries("\n".join([GOOD.splitlines()[0], *order])) == entries(GOOD)
 
 
-# -------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 FAULTS = {
-    "an absent file": ("a.dcm,NORMAL,p,train\nx.dcm,NORMAL,p,train", "line 3: there is no file 'x.dcm' in films"),
-    "an unknown label": ("a.dcm,healthy,p,train", "line 2: unknown label 'healthy', allowed are NORMAL and PNEUMONIA"),
-    "an unknown split": ("a.dcm,NORMAL,p,dev", "line 2: unknown split 'dev', allowed are train, val, test"),
+    "an absent file": (
+        "a.dcm,NORMAL,p,train\nx.dcm,NORMAL,p,train",
+        "line 3: there is no file 'x.dcm' in films",
+    ),
+    "an unknown label": (
+        "a.dcm,healthy,p,train",
+        "line 2: unknown label 'healthy', allowed are NORMAL and PNEUMONIA",
+    ),
+    "an unknown split": (
+        "a.dcm,NORMAL,p,dev",
+        "line 2: unknown split 'dev', allowed are train, val, test",
+    ),
     "a patient in two splits": (
         "a.dcm,NORMAL,Ann,train\nb.dcm,NORMAL,Ann,train\nc.dcm,PNEUMONIA,Ann,test",
         "line 4: a patient in test who is in train in line 2",
@@ -107,7 +128,10 @@ FAULTS = {
     "a patient missing": ("a.dcm,NORMAL,p,train\nb.dcm,NORMAL,,train", "line 3: patient is empty"),
     "a split missing": ("a.dcm,NORMAL,p,train\nb.dcm,NORMAL,p,", "line 3: split is empty"),
     "a path above": ("../a.dcm,NORMAL,p,train", "line 2: path '../a.dcm' leaves the source"),
-    "a path of another machine": ("C:\\a.dcm,NORMAL,p,train", r"line 2: path 'C:\\a.dcm' leaves the source"),
+    "a path of another machine": (
+        "C:\\a.dcm,NORMAL,p,train",
+        r"line 2: path 'C:\\a.dcm' leaves the source",
+    ),
     "a whole path": ("/etc/passwd,NORMAL,p,train", "line 2: path '/etc/passwd' leaves the source"),
     "too few cells": ("a.dcm,NORMAL", "line 2: has 2 cells, the first line 4"),
     "too many cells": ("a.dcm,NORMAL,p,train,x", "line 2: has 5 cells, the first line 4"),
@@ -118,7 +142,7 @@ FAULTS = {
 def test_a_fault_is_named_by_its_line(name: str) -> None:
     rows, words = FAULTS[name]
     found = refusal(f"path,label,patient,split\n{rows}\n")
-    assert found.startswith("1 row of t.csv can not be used: ")
+    assert found.startswith("1 row of t.csv cannot be used: ")
     assert words in found
     assert "Ann" not in found
 
@@ -131,7 +155,7 @@ def test_the_line_is_that_of_the_file_where_cells_span_several_and_lines_are_emp
 def test_all_faults_are_told_but_not_hundreds() -> None:
     rows = "".join(f"x{k}.dcm,NORMAL\n" for k in range(40))
     found = refusal(f"path,label\n{rows}")
-    assert found.startswith("40 rows of t.csv can not be used: line 2: ")
+    assert found.startswith("40 rows of t.csv cannot be used: line 2: ")
     assert found.count("there is no file") == 10
     assert found.endswith("; and 30 more")
 
@@ -140,12 +164,18 @@ def test_all_faults_are_told_but_not_hundreds() -> None:
     ("text", "words"),
     [
         ("", "the first line of t.csv has no columns path and label"),
-        ("path,labels\na.dcm,NORMAL\n", "separated by commas, semicolons or tabs, but 'path,labels'"),
+        (
+            "path,labels\na.dcm,NORMAL\n",
+            "separated by commas, semicolons or tabs, but 'path,labels'",
+        ),
         ("path|label\na.dcm|NORMAL\n", "has no columns path and label"),
         ("path,label,label\na.dcm,NORMAL,NORMAL\n", "t.csv has two columns 'label'; leave one"),
         ("path,label\n", "t.csv has no rows below its first line"),
         ('path,label\n"a.dcm,NORMAL\n', "t.csv, line 2, is not CSV"),
-        ("path,label,subtype\na.dcm,NORMAL,virus\n", "line 2: a subtype is given to a NORMAL image"),
+        (
+            "path,label,subtype\na.dcm,NORMAL,virus\n",
+            "line 2: a subtype is given to a NORMAL image",
+        ),
         ("path,label,group\na.dcm,NORMAL,a:b\n", "line 2: group 'a:b' is not 1 to 40 letters"),
     ],
 )
@@ -169,7 +199,7 @@ def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -
     assert "t.csv: columns 'age', 'Sex' are not used" in caplog.text
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def table_of(path: Path, data: bytes) -> LabelTable:
@@ -183,21 +213,29 @@ def test_a_file_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> No
     assert plain.name == "t.csv"
 
 
-def test_a_file_in_a_bucket_is_read_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_a_bucket_is_read_by_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
     asked: list[str] = []
-    monkeypatch.setattr(labels, "open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path)))
+    monkeypatch.setattr(
+        labels, "open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path))
+    )
     assert len(read_labels("s3://bucket/some/t.csv").labels) == 3
     assert asked == ["s3://bucket/some"]
 
 
 def test_a_file_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path) -> None:
     for data in (GOOD.encode("utf-16"), GOOD.replace("p1", "Jérôme").encode("latin-1")):
-        with pytest.raises(SourceError, match=r"t\.csv is not UTF-8 \(byte \d+\); save it as 'CSV UTF-8'"):
+        with pytest.raises(
+            SourceError, match=r"t\.csv is not UTF-8 \(byte \d+\); save it as 'CSV UTF-8'"
+        ):
             table_of(tmp_path / "t.csv", data)
 
 
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_there_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in ("labels.csv", str(tmp_path / "no" / "labels.csv"), f"file://{tmp_path}/labels.csv"):
         with pytest.raises(SourceError, match=r"there is no file --labels .*labels\.csv"):
@@ -205,4 +243,8 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch
     with pytest.raises(SourceError, match="is no file"):
         read_labels(f"{tmp_path}/")
     (tmp_path / "labels.csv").write_text(GOOD)
-    assert len(read_labels("labels.csv").labels) == len(read_labels(f"file://{tmp_path}/labels.csv").labels) == 3
+    assert (
+        len(read_labels("labels.csv").labels)
+        == len(read_labels(f"file://{tmp_path}/labels.csv").labels)
+        == 3
+    )

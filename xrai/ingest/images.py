@@ -1,14 +1,17 @@
-"""One image file to one square of grey levels. Preprocessing and prediction share `decode`, so they can not differ.
+"""One image file to one square of grey levels. Preprocessing and prediction share `decode`, so they
+cannot differ.
 
-Filter: Pillow's antialiased triangle (BILINEAR). Unlike LANCZOS and BICUBIC it can not overshoot at the edges of lead
-markers, it is twice as fast, and it leaves the smallest trace of a JPEG decoded at reduced size (below); BOX aliases.
+Filter: Pillow's antialiased triangle (BILINEAR). Unlike LANCZOS and BICUBIC it cannot overshoot at
+the edges of lead markers, it is twice as fast, and it leaves the smallest trace of a JPEG decoded
+at reduced size (below); BOX aliases.
 
-JPEG at reduced size: libjpeg can leave out the fine DCT coefficients, though not the Huffman code that they are in: of
-300 full-size films of the public data set one takes 2.17 ms at an eighth of the size, 2.65 ms in full (Pillow 13.0.0,
-one core of an AMD EPYC), and less is left to scale down. `decode` asks for it only while both sides stay at least
-`_REDUCED_MARGIN` times what is needed, and then antialiases. Each of those films, fitted, then differs from itself
-decoded in full by less than `REDUCED_TOLERANCE` grey levels on average, at 32 to 224 pixels
-(tests/dataset/test_images.py): the median film by 0.16, the worst, a grainy one at 224, by 0.56.
+JPEG at reduced size: libjpeg can leave out the fine DCT coefficients, though not the Huffman code
+that they are in: of 300 full-size films of the public data set one takes 2.17 ms at an eighth of
+the size, 2.65 ms in full (Pillow 13.0.0, one core of an AMD EPYC), and less is left to scale down.
+`decode` asks for it only while both sides stay at least `_REDUCED_MARGIN` times what is needed, and
+then antialiases. Each of those films, fitted, then differs from itself decoded in full by less than
+`REDUCED_TOLERANCE` grey levels on average, at 32 to 224 pixels (tests/dataset/test_images.py): the
+median film by 0.16, the worst, a grainy one at 224, by 0.56.
 """
 
 import io
@@ -24,8 +27,8 @@ from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from xrai.dataset.dicom import is_dicom, open_radiograph
 from xrai.errors import ImageError
+from xrai.ingest.dicom import is_dicom, open_radiograph
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one picture, grey levels of 255
 
@@ -44,20 +47,34 @@ _UPRIGHT = {
 }
 _SWAPS_SIDES = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
 # What Pillow's readers raise on damaged files, found by feeding them such files
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error, zlib.error)
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    struct.error,
+    zlib.error,
+)
 
 
-def decode(data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int) -> NDArray[np.uint8]:
-    """The picture in a JPEG, PNG or DICOM file, or in an array (H, W) uint8: (size, size) uint8 grey levels, 0 black.
+def decode(
+    data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int
+) -> NDArray[np.uint8]:
+    """The picture in a JPEG, PNG or DICOM file, or in an array (H, W) uint8: (size, size) uint8
+    grey levels, 0 black.
 
-    Colours become luma (ITU-R 601), what is transparent black. Samples of 16 bits are divided by the range that they
-    are of: 4095 when the largest fits into 12 bits (scanners write them so), else 65535; nothing else is stretched,
-    for stretching each image by its own contrast can strengthen shortcuts. EXIF orientation is applied. DICOM comes out
-    as a viewer first shows it (`xrai.dataset.dicom`), its pixels as square ones.
-    `fit`: "crop" cuts the middle of the long side away, "squash" scales both sides to `size`, "pad" adds black.
+    Colours become luma (ITU-R 601), what is transparent black. Samples of 16 bits are divided by
+    the range that they are of: 4095 when the largest fits into 12 bits (scanners write them so),
+    else 65535; nothing else is stretched, for stretching each image by its own contrast can
+    strengthen shortcuts. EXIF orientation is applied. DICOM comes out as a viewer first shows it
+    (`xrai.ingest.dicom`), its pixels as square ones. `fit`: "crop" cuts the middle of the long side
+    away, "squash" scales both sides to `size`, "pad" adds black.
 
-    Raises `ImageError` with a short reason when the data is empty, cut short, damaged, of another format, or declares
-    more than `max_pixels` pixels, which is checked before anything is decoded; `SourceError` for DICOM without pydicom.
+    Raises `ImageError` with a short reason when the data is empty, cut short, damaged, of another
+    format, or declares more than `max_pixels` pixels, which is checked before anything is decoded;
+    `SourceError` for DICOM without pydicom.
     """
     return decode_sized(data, size=size, fit=fit, max_pixels=max_pixels)[0]
 
@@ -65,13 +82,20 @@ def decode(data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: 
 def decode_sized(
     data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """What `decode` gives, and (width, height) of the whole picture, upright and before it is fitted, in pixels."""
+    """What `decode` gives, and (width, height) of the whole picture, upright and before it is
+    fitted, in pixels.
+    """
     if isinstance(data, np.ndarray):
         if data.ndim != 2 or data.dtype != np.uint8 or data.size == 0:
-            raise ImageError(f"is an array of shape {data.shape} and type {data.dtype}, not a grey picture")
+            raise ImageError(
+                f"is an array of shape {data.shape} and type {data.dtype}, not a grey picture"
+            )
         _check_num_pixels(data.shape[1], data.shape[0], max_pixels=max_pixels)
         height, width = data.shape
-        return np.asarray(_fit(Image.fromarray(data), width, height, size=size, fit=fit)), (width, height)
+        return np.asarray(_fit(Image.fromarray(data), width, height, size=size, fit=fit)), (
+            width,
+            height,
+        )
     if is_dicom(data):
         film = open_radiograph(data)
         _check_num_pixels(film.width, film.height, max_pixels=max_pixels)
@@ -81,10 +105,22 @@ def decode_sized(
     with _open(data) as picture:
         width, height = picture.size
         _check_num_pixels(width, height, max_pixels=max_pixels)
-        factor = _reduce_on_load(picture, size=size, fit=fit) if isinstance(picture, JpegImageFile) else 1
+        factor = (
+            _reduce_on_load(picture, size=size, fit=fit)
+            if isinstance(picture, JpegImageFile)
+            else 1
+        )
         picture.load()
         turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION_TAG, 1))
-        fitted = _fit(_to_grey(picture), width, height, size=size, fit=fit, factors=(factor, factor), turn=turn)
+        fitted = _fit(
+            _to_grey(picture),
+            width,
+            height,
+            size=size,
+            fit=fit,
+            factors=(factor, factor),
+            turn=turn,
+        )
         return np.asarray(fitted), (height, width) if turn in _SWAPS_SIDES else (width, height)
 
 
@@ -92,7 +128,8 @@ def decode_sized(
 def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """Open a file's header; errors of Pillow inside the block become `ImageError`.
 
-    The readers are called by name: `Image.open` would compare with Pillow's own limit of pixels, a global setting.
+    The readers are called by name: `Image.open` would compare with Pillow's own limit of pixels, a
+    global setting.
     """
     if not data:
         raise ImageError("is empty (0 bytes)")
@@ -114,13 +151,17 @@ def _check_num_pixels(width: int, height: int, *, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"declares {width} x {height} pixels")
     if width * height > max_pixels:
-        raise ImageError(f"declares {width} x {height} pixels, more than images.max_pixels = {max_pixels}")
+        raise ImageError(
+            f"declares {width} x {height} pixels, more than images.max_pixels = {max_pixels}"
+        )
 
 
 def _geometry(
     width: float, height: float, *, size: int, fit: str
 ) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-    """The box (left, top, right, bottom) of the picture that is kept, and the (width, height) it is scaled to."""
+    """The box (left, top, right, bottom) of the picture that is kept, and the (width, height) it
+    is scaled to.
+    """
     if fit == "crop":
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
@@ -133,9 +174,13 @@ def _geometry(
 
 
 def _reduce_on_load(picture: JpegImageFile, *, size: int, fit: str) -> int:
-    """Let libjpeg decode the luma alone where it can, and a 1st, 2nd, 4th or 8th of the size, the factor returned."""
+    """Let libjpeg decode the luma alone where it can, and a 1st, 2nd, 4th or 8th of the size,
+    the factor returned.
+    """
     width, height = picture.size
-    (left, top, right, bottom), (scaled_width, scaled_height) = _geometry(width, height, size=size, fit=fit)
+    (left, top, right, bottom), (scaled_width, scaled_height) = _geometry(
+        width, height, size=size, fit=fit
+    )
     room = min((right - left) / scaled_width, (bottom - top) / scaled_height) / _REDUCED_MARGIN
     factor = max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
     mode = "L" if picture.mode in ("L", "RGB") else picture.mode
@@ -168,10 +213,12 @@ def _fit(
     factors: tuple[float, float] = (1, 1),
     turn: Image.Transpose | None = None,
 ) -> Image.Image:
-    """Fit a picture to the square; mode L. It is `factors` times smaller than (`width`, `height`), the true size.
+    """Fit a picture to the square; mode L. It is `factors` times smaller than (`width`, `height`),
+    the true size.
 
-    The box follows from the true size: a reduced picture covers whole blocks, so up to 7 pixels more than there are.
-    `turn` comes before the black of "pad", so that a file stored turned comes out as an upright one.
+    The box follows from the true size: a reduced picture covers whole blocks, so up to 7 pixels
+    more than there are. `turn` comes before the black of "pad", so that a file stored turned comes
+    out as an upright one.
     """
     (left, top, right, bottom), scaled = _geometry(width, height, size=size, fit=fit)
     box = (left / factors[0], top / factors[1], right / factors[0], bottom / factors[1])

@@ -8,18 +8,22 @@ from hypothesis import strategies as st
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row
-from xrai.dataset.splits import assign_splits, carve_share, find_split_faults
 from xrai.errors import SourceError
+from xrai.ingest.splits import assign_splits, carve_share, find_split_faults
 
 CARVE = Splits(val_fraction=0.2, test_fraction=0.2)
 
 
-def row(name: str, *, label: int = 0, patient: str = "", split: str = "train", content: str = "") -> Row:
+def row(
+    name: str, *, label: int = 0, patient: str = "", split: str = "train", content: str = ""
+) -> Row:
     sha256 = hashlib.sha256((content or name).encode()).hexdigest()
     return Row(f"{split}/{name}", sha256, label, patient or f"file:{name}", "", split)
 
 
-def many(num_patients: int, *, images_each: int = 1, split: str = "train", prefix: str = "") -> list[Row]:
+def many(
+    num_patients: int, *, images_each: int = 1, split: str = "train", prefix: str = ""
+) -> list[Row]:
     return [
         row(f"{prefix}{k}-{i}.png", label=k % 2, patient=f"{prefix}p:{k}", split=split)
         for k in range(num_patients)
@@ -31,7 +35,7 @@ def splits_of(rows: list[Row], config: Splits = CARVE) -> dict[str, str]:
     return {row.path: row.split for row in assign_splits(rows, config).rows if not row.reason}
 
 
-# -------------------------------------------------------------------------------------------------------------- carving
+# ------------------------------------------------------------------------------------------ carving
 
 
 def test_carved_shares_are_near_to_what_was_asked_in_each_class() -> None:
@@ -54,7 +58,9 @@ patients = st.lists(
 
 
 def rows_of(pairs: list[tuple[int, int]]) -> list[Row]:
-    """Images, labelled by content so that nothing contradicts, after enough others that no split is empty."""
+    """Images, labelled by content so that nothing contradicts, after enough others that no split
+    is empty.
+    """
     return many(80, prefix="base") + [
         row(f"{k}.png", label=content % 2, patient=f"q:{patient}", content=f"c{content}")
         for k, (patient, content) in enumerate(pairs)
@@ -73,7 +79,9 @@ def test_no_patient_and_no_image_is_in_two_carved_splits(pairs: list[tuple[int, 
 
 @settings(max_examples=80, deadline=None)
 @given(pairs=patients, seed=st.randoms(use_true_random=False))
-def test_splits_do_not_depend_on_the_order_of_files(pairs: list[tuple[int, int]], seed: "object") -> None:
+def test_splits_do_not_depend_on_the_order_of_files(
+    pairs: list[tuple[int, int]], seed: "object"
+) -> None:
     rows = rows_of(pairs)
     shuffled = rows.copy()
     seed.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -99,7 +107,7 @@ def test_adding_an_identical_image_of_another_patient_moves_only_these_two() -> 
     assert after["train/copy.png"] == after[before[7].path]
 
 
-# ---------------------------------------------------------------------------------------------- the source's own splits
+# -------------------------------------------------------------------------- the source's own splits
 
 
 def test_splits_that_the_source_gives_are_kept() -> None:
@@ -113,29 +121,45 @@ def test_a_val_too_small_to_measure_with_joins_train_and_is_carved_anew_with_a_n
     rows = many(200) + many(16, split="val", prefix="v") + many(30, split="test", prefix="t")
     assignment = assign_splits(rows, Splits())
     assert assignment.carved == ("val",)
-    assert any("16 images, fewer than splits.min_val_images = 32" in note for note in assignment.notes)
+    assert any(
+        "16 images, fewer than splits.min_val_images = 32" in note for note in assignment.notes
+    )
     assert all(found.split == "test" for found in assignment.rows if found.path.startswith("test/"))
-    assert {found.split for found in assignment.rows if not found.path.startswith("test/")} == {"train", "val"}
+    assert {found.split for found in assignment.rows if not found.path.startswith("test/")} == {
+        "train",
+        "val",
+    }
 
 
 def test_no_test_is_carved_when_none_is_asked_for() -> None:
-    assert set(splits_of(many(100), Splits(val_fraction=0.3, test_fraction=0.0)).values()) == {"train", "val"}
+    assert set(splits_of(many(100), Splits(val_fraction=0.3, test_fraction=0.0)).values()) == {
+        "train",
+        "val",
+    }
 
 
 def test_a_patient_in_two_splits_of_the_source_stays_where_the_source_has_him() -> None:
     rows = many(40) + many(40, split="val") + many(40, split="test")
-    rows = [replace(found, sha256=hashlib.sha256(found.path.encode()).hexdigest()) for found in rows]
-    assert [found.split for found in assign_splits(rows, Splits()).rows] == [given.split for given in rows]
+    rows = [
+        replace(found, sha256=hashlib.sha256(found.path.encode()).hexdigest()) for found in rows
+    ]
+    assert [found.split for found in assign_splits(rows, Splits()).rows] == [
+        given.split for given in rows
+    ]
 
 
-# --------------------------------------------------------------------------------------------- leaks and contradictions
+# ------------------------------------------------------------------------- leaks and contradictions
 
 
 @pytest.mark.parametrize(("one", "other"), [("train", "test"), ("train", "val"), ("val", "test")])
-def test_the_same_image_in_two_splits_of_the_source_is_refused_by_both_names(one: str, other: str) -> None:
+def test_the_same_image_in_two_splits_of_the_source_is_refused_by_both_names(
+    one: str, other: str
+) -> None:
     rows = many(40) + many(40, split="val", prefix="v") + many(40, split="test", prefix="t")
     rows += [row("a.png", split=one, content="same"), row("b.png", split=other, content="same")]
-    with pytest.raises(SourceError, match=f"{other}/b.png and {one}/a.png; .*--splits.duplicates=drop"):
+    with pytest.raises(
+        SourceError, match=f"{other}/b.png and {one}/a.png; .*--splits.duplicates=drop"
+    ):
         assign_splits(rows, Splits())
 
 
@@ -169,13 +193,13 @@ def test_the_same_image_under_both_labels_is_set_aside_on_both_sides() -> None:
 
 
 def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
-    bad = replace(row("bad.png"), sha256="", reason="can not be read")
-    worse = replace(row("worse.png", label=1), sha256="", reason="can not be read")
+    bad = replace(row("bad.png"), sha256="", reason="cannot be read")
+    worse = replace(row("worse.png", label=1), sha256="", reason="cannot be read")
     found = assign_splits([*many(60), bad, worse], CARVE).rows[-2:]
-    assert [(entry.reason, entry.split) for entry in found] == [("can not be read", "train")] * 2
+    assert [(entry.reason, entry.split) for entry in found] == [("cannot be read", "train")] * 2
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -183,7 +207,10 @@ def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
     [
         ([row(f"{k}.png") for k in range(50)], "train has no usable PNEUMONIA images"),
         ([row(f"{k}.png", label=1) for k in range(50)], "train has no usable NORMAL images"),
-        ([row("a.png", patient="IM:0115"), row("b.png", label=1, patient="IM:0115")], "no image falls into val: 1 pat"),
+        (
+            [row("a.png", patient="IM:0115"), row("b.png", label=1, patient="IM:0115")],
+            "no image falls into val: 1 pat",
+        ),
         (
             [*many(40, split="val"), *[row(f"{k}.png", label=1) for k in range(9)]],
             "train has no usable NORMAL images",
@@ -199,10 +226,13 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
     rows = [row(f"{k}.png") for k in range(100)]
     train_only = next(k for k in range(1000) if 0.2 < carve_share(f"one:{k}") < 0.8)
     rows.append(row("p.png", label=1, patient=f"one:{train_only}"))
-    assert "val was carved from train and holds no PNEUMONIA images" in assign_splits(rows, CARVE).notes
+    assert (
+        "val was carved from train and holds no PNEUMONIA images"
+        in assign_splits(rows, CARVE).notes
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ for xrai.verify
+# ---------------------------------------------------------------------------------- for xrai.verify
 
 
 @settings(max_examples=40, deadline=None)
@@ -223,4 +253,7 @@ def test_each_broken_rule_is_named() -> None:
     assert any(moved[place].path in fault and "hash says val" in fault for fault in faults)
     given_splits = [*many(40), *many(40, split="test", prefix="t")]
     copied = replace(given_splits[0], path="test/x.png", split="test")
-    assert any("are the same image" in fault for fault in find_split_faults([*given_splits, copied], (), CARVE))
+    assert any(
+        "are the same image" in fault
+        for fault in find_split_faults([*given_splits, copied], (), CARVE)
+    )

@@ -1,18 +1,22 @@
-"""Procedurally drawn chest phantoms: made-up X-rays for the quickstart, the tests and scale runs, without a download.
+"""Procedurally drawn chest phantoms: made-up X-rays for the quickstart, the tests and scale runs,
+without a download.
 
-    python -m xrai.dataset.phantom --num-images 600 --out data/phantoms
+    python -m xrai.phantom --num-images 600 --out data/phantoms
 
-They show no patient and teach nothing about real ones; folder, file and patient names say that they are phantoms.
-Quickstart and the tests call `make_phantoms`. Read upwards: `make_phantoms` <- `draw_film` <- `_absorption` <- anatomy.
+They show no patient and teach nothing about real ones; folder, file and patient names say that they
+are phantoms. Quickstart and the tests call `make_phantoms`. Read upwards: `make_phantoms` <-
+`draw_film` <- `_absorption` <- anatomy.
 
-A picture is drawn as a sum of absorptions (soft tissue, bone, minus the air in the lungs), then exposed like a film.
-Places are given in the chest's own frame: u is 0 on the midline, -1 and 1 at the widest part of the rib cage (the
-patient's left is at u > 0, on the right, as radiologists look at it); v is 0 at the tips of the lungs and about 1 at
-the diaphragm; m is the distance from the midline into one lung. A pose maps pixels to that frame. All that is not the
-disease (pose, size, exposure, markers, borders) is drawn from one distribution for all classes, so that only the lungs
+A picture is drawn as a sum of absorptions (soft tissue, bone, minus the air in the lungs), then
+exposed like a film. Places are given in the chest's own frame: u is 0 on the midline, -1 and 1 at
+the widest part of the rib cage (the patient's left is at u > 0, on the right, as radiologists look
+at it); v is 0 at the tips of the lungs and about 1 at the diaphragm; m is the distance from the
+midline into one lung. A pose maps pixels to that frame. All that is not the disease (pose, size,
+exposure, markers, borders) is drawn from one distribution for all classes, so that only the lungs
 tell them apart.
 
-All randomness is keyed by (seed, patient, image): a picture does not depend on how many others are made, nor by whom.
+All randomness is keyed by (seed, patient, image): a picture does not depend on how many others are
+made, nor by whom.
 """
 
 import argparse
@@ -35,8 +39,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from xrai.dataset.dicom import write_radiograph
 from xrai.errors import UserError, XraiError, run_command
+from xrai.ingest.dicom import write_radiograph
 from xrai.log import get_logger, progress, setup_logging
 
 Kind = Literal["normal", "bacteria", "virus"]
@@ -47,7 +51,8 @@ _SUFFIXES = {"png": ".png", "jpeg": ".jpeg", "dicom": ".dcm"}
 _LABELS_HEADER = "path,label,patient,split,subtype"
 _DICOM_BITS = (12, 12, 14, 16)
 _CHEST_MM = 350.0  # a picture's width, for the spacing of pixels
-# Forty normal patients to sixty with pneumonia. The order is fixed, so that any two neighbours hold both classes.
+# Forty normal patients to sixty with pneumonia. The order is fixed, so that any two neighbours hold
+# both classes.
 _KINDS: tuple[Kind, ...] = (
     "normal", "bacteria", "normal", "virus", "bacteria", "normal", "bacteria", "virus", "normal", "bacteria",
 )  # fmt: skip
@@ -56,7 +61,7 @@ _DRAWN_WIDTH_MAX = 640  # a full-size picture's soft structures are drawn at thi
 _PIXELS_A_STRIP = 12_000  # 48 kB as float32
 _IMAGES_A_TASK = 8
 
-_logger = get_logger("xrai.dataset.phantom")  # run as a command, __name__ is __main__
+_logger = get_logger("xrai.phantom")  # run as a command, __name__ is __main__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +83,9 @@ class Phantom:
 
     @property
     def stem(self) -> str:
-        """The file name without its suffix, by the public data set's rules behind the prefix `phantom-`."""
+        """The file name without its suffix, by the public data set's rules behind the prefix
+        `phantom-`.
+        """
         if self.kind == "normal":
             return f"phantom-IM-{self.patient:04d}-{self.image + 1:04d}"
         return f"phantom-person{self.patient}_{self.kind}_{self.image + 1}"
@@ -96,7 +103,8 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 def plan(seed: int) -> Iterator[Phantom]:
     """All pictures of a seed, without end: the first N are the same whatever N.
 
-    Patients come ten at a time, their first pictures before their second ones, so that few pictures hold many patients.
+    Patients come ten at a time, their first pictures before their second ones, so that few pictures
+    hold many patients.
     """
     num_patients = len(_KINDS)
     block = 0
@@ -115,7 +123,9 @@ def plan(seed: int) -> Iterator[Phantom]:
 
 @dataclass(frozen=True)
 class Opacity:
-    """A soft patch in a lung. `side` is -1 or 1; centre and radii are in the chest's frame; `angle` in radians."""
+    """A soft patch in a lung. `side` is -1 or 1; centre and radii are in the chest's frame;
+    `angle` in radians.
+    """
 
     side: int
     m: float
@@ -194,20 +204,29 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
 def _noise_tile(rng: np.random.Generator, cell: int) -> Array:
     """Smooth noise (128, 128) with features of `cell` pixels, mean 0 and standard deviation 1."""
     coarse = rng.standard_normal((128 // cell + 3,) * 2, dtype=np.float32)
-    first, last = 1.5, coarse.shape[0] - 1.5  # away from the edges, where enlarging flattens the noise
-    tile = Image.fromarray(coarse).resize((128, 128), Image.Resampling.BICUBIC, box=(first, first, last, last))
+    first, last = (
+        1.5,
+        coarse.shape[0] - 1.5,
+    )  # away from the edges, where enlarging flattens the noise
+    tile = Image.fromarray(coarse).resize(
+        (128, 128), Image.Resampling.BICUBIC, box=(first, first, last, last)
+    )
     values = np.asarray(tile)
     noise: Array = (values - values.mean()) / values.std()
     return noise
 
 
-def _grow_vessels(rng: np.random.Generator) -> tuple[tuple[tuple[tuple[float, float], ...], float], ...]:
+def _grow_vessels(
+    rng: np.random.Generator,
+) -> tuple[tuple[tuple[tuple[float, float], ...], float], ...]:
     """Lines ((u, v) points, width in units of the frame) that branch out of both hila."""
     steps = np.linspace(0.0, 1.0, 6)
     lines: list[tuple[tuple[tuple[float, float], ...], float]] = []
     for side in (-1, 1):
         num = int(rng.integers(9, 14))
-        start = np.tile([[0.24, 0.46]], (num, 1)) + rng.normal(0, 0.03, (num, 2))  # (num, 2) as (m, v)
+        start = np.tile([[0.24, 0.46]], (num, 1)) + rng.normal(
+            0, 0.03, (num, 2)
+        )  # (num, 2) as (m, v)
         angle = np.linspace(-1.5, 1.45, num) + rng.normal(0, 0.12, num)
         length = rng.uniform(0.22, 0.55, num)
         width = rng.uniform(0.012, 0.026, num)
@@ -215,15 +234,25 @@ def _grow_vessels(rng: np.random.Generator) -> tuple[tuple[tuple[tuple[float, fl
             bend = rng.normal(0, 0.5, len(angle))
             heading = angle[:, None] + bend[:, None] * steps  # (num, 6)
             step = length[:, None] / 5
-            m = start[:, :1] + np.cumsum(np.cos(heading) * step, axis=1) - np.cos(heading[:, :1]) * step
-            v = start[:, 1:] + np.cumsum(np.sin(heading) * step, axis=1) - np.sin(heading[:, :1]) * step
+            m = (
+                start[:, :1]
+                + np.cumsum(np.cos(heading) * step, axis=1)
+                - np.cos(heading[:, :1]) * step
+            )
+            v = (
+                start[:, 1:]
+                + np.cumsum(np.sin(heading) * step, axis=1)
+                - np.sin(heading[:, :1]) * step
+            )
             for k in range(len(angle)):
                 points = tuple(zip((side * m[k]).tolist(), v[k].tolist(), strict=True))
                 lines.append((points, float(width[k])))
             fork = rng.integers(2, 5, len(angle))
             rows = np.arange(len(angle))
             start = np.stack([m[rows, fork], v[rows, fork]], axis=1)
-            angle = heading[rows, fork] + rng.choice([-1.0, 1.0], len(angle)) * rng.uniform(0.3, 0.9, len(angle))
+            angle = heading[rows, fork] + rng.choice([-1.0, 1.0], len(angle)) * rng.uniform(
+                0.3, 0.9, len(angle)
+            )
             length, width = length * 0.65, width * 0.6
     return tuple(lines)
 
@@ -266,7 +295,9 @@ def _draw_anatomy(rng: np.random.Generator) -> Anatomy:
 
 
 def _draw_disease(rng: np.random.Generator, kind: Kind) -> Disease:
-    """Bacterial pneumonia fills a lobe or a focus, mostly on one side; viral is diffuse, patchy and on both."""
+    """Bacterial pneumonia fills a lobe or a focus, mostly on one side; viral is diffuse, patchy
+    and on both.
+    """
     if kind == "normal":
         return Disease()
     if kind == "bacteria":
@@ -300,7 +331,11 @@ def _draw_disease(rng: np.random.Generator, kind: Kind) -> Disease:
                 )
             )
         drop = _uniform(rng, 0.05, 0.22) if rng.random() < 0.2 else 0.0
-        return Disease(tuple(opacities), tuple(lobes), effusion=(drop if side < 0 else 0.0, drop if side > 0 else 0.0))
+        return Disease(
+            tuple(opacities),
+            tuple(lobes),
+            effusion=(drop if side < 0 else 0.0, drop if side > 0 else 0.0),
+        )
     strength = _uniform(rng, 0.50, 1.0)
     patches = tuple(
         Opacity(
@@ -377,7 +412,9 @@ def _ramp(x: Array, width: float) -> Array:
     return step
 
 
-def _ellipse(u: Array, v: Array, u0: float, v0: float, radius_u: float, radius_v: float, angle: float = 0.0) -> Array:
+def _ellipse(
+    u: Array, v: Array, u0: float, v0: float, radius_u: float, radius_v: float, angle: float = 0.0
+) -> Array:
     """1 at the centre, 0 on the rim, negative outside: 1 - r**2."""
     cos, sin = math.cos(angle), math.sin(angle)
     du, dv = u - u0, v - v0
@@ -389,8 +426,12 @@ def _ellipse(u: Array, v: Array, u0: float, v0: float, radius_u: float, radius_v
     return 1 - along
 
 
-def _capsule(u: Array, v: Array, start: tuple[float, float], span: tuple[Array | float, Array | float]) -> Array:
-    """Distance from a bar that goes from `start` to `start + span`; spans of one length, one for all places or each."""
+def _capsule(
+    u: Array, v: Array, start: tuple[float, float], span: tuple[Array | float, Array | float]
+) -> Array:
+    """Distance from a bar that goes from `start` to `start + span`; spans of one length, one for
+    all places or each.
+    """
     du, dv = span
     from_u, from_v = u - start[0], v - start[1]
     t = (from_u * du + from_v * dv) / (du * du + dv * dv)
@@ -403,7 +444,9 @@ def _capsule(u: Array, v: Array, start: tuple[float, float], span: tuple[Array |
 
 
 def _place_texture(tile: Array, pose: _Pose, shape: tuple[int, int]) -> Array:
-    """A (128, 128) tile laid over u in [-1.3, 1.3], v in [-0.2, 1.4], seen in this pose; 0 outside."""
+    """A (128, 128) tile laid over u in [-1.3, 1.3], v in [-0.2, 1.4], seen in this pose; 0
+    outside.
+    """
     su, sv = 128 / 2.6, 128 / 1.6
     matrix = (
         pose.a * su, pose.b * su, (pose.c + 1.3) * su,
@@ -426,14 +469,21 @@ def _draw_vessels(anatomy: Anatomy, pose: _Pose, shape: tuple[int, int]) -> Arra
         size = thickness * pixels_a_unit
         fill = int(255 * min(1.0, 0.35 + thickness / 0.03))
         xy = [2 * coordinate for u, v in points for coordinate in pose.pixel(u, v)]
-        draw.line(xy, fill=fill if size >= 1 else int(fill * size), width=max(1, round(size)), joint="curve")
+        draw.line(
+            xy,
+            fill=fill if size >= 1 else int(fill * size),
+            width=max(1, round(size)),
+            joint="curve",
+        )
     strengths: Array = np.asarray(canvas.reduce(2), dtype=np.float32) * np.float32(1 / 255)
     return strengths
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """Some rows of a picture: where each pixel is in the chest, and what textures it shows. All (rows, W)."""
+    """Some rows of a picture: where each pixel is in the chest, and what textures it shows. All
+    (rows, W).
+    """
 
     u: Array
     v: Array
@@ -446,7 +496,9 @@ class _Strip:
     bottom: float
 
     def meets(self, low: float, high: float) -> bool:
-        """Whether any pixel is at a height v between `low` and `high`: what lies elsewhere need not be drawn."""
+        """Whether any pixel is at a height v between `low` and `high`: what lies elsewhere need
+        not be drawn.
+        """
         return self.bottom > low and self.top < high
 
     def by_side(self, right: float, left: float) -> Array:
@@ -457,7 +509,11 @@ class _Strip:
 def _flesh(at: _Strip, anatomy: Anatomy) -> Array:
     """Neck, shoulders and trunk as one silhouette, arms with their bones, and the chin."""
     neck = 0.36 + 0.10 * _ramp(at.v + 0.3, 0.4)
-    trunk = neck + (anatomy.body_width - neck) * _ramp(at.v - 0.01, 0.42) + 0.35 * _edge(at.v - 1.15, 1.2)
+    trunk = (
+        neck
+        + (anatomy.body_width - neck) * _ramp(at.v - 0.01, 0.42)
+        + 0.35 * _edge(at.v - 1.15, 1.2)
+    )
     inside = trunk - at.lateral
     body = _edge(inside, 0.05) * (0.45 + 0.55 * _ramp(inside - 0.22, 0.60))
 
@@ -470,7 +526,9 @@ def _flesh(at: _Strip, anatomy: Anatomy) -> Array:
     from_arm = _capsule(at.lateral, at.v, joint, reach)
     arm = 0.23 - from_arm
     if at.meets(-0.2, 0.5):
-        over_shoulder = _capsule(at.lateral, at.v, shoulder, (joint[0] - shoulder[0], joint[1] - shoulder[1]))
+        over_shoulder = _capsule(
+            at.lateral, at.v, shoulder, (joint[0] - shoulder[0], joint[1] - shoulder[1])
+        )
         arm = np.maximum(arm, 0.25 - over_shoulder)
     flesh = 0.66 * _edge(arm, 0.06) * (0.45 + 0.55 * _ramp(arm - 0.1, 0.28))
     body = np.maximum(body, flesh) + 0.25 * np.minimum(body, flesh)
@@ -490,11 +548,21 @@ def _middle(at: _Strip, anatomy: Anatomy) -> Array:
     half_width = anatomy.mediastinum + 0.03 * np.cos(9 * at.v) + 0.14 * _ramp(at.v - 0.45, 0.5)
     middle = _ramp(half_width - at.lateral, 0.09)
     if at.meets(0.2, 1.3):
-        heart = _ellipse(at.u, at.v, anatomy.heart_u, anatomy.heart_v, anatomy.heart_width, 0.25, anatomy.heart_angle)
+        heart = _ellipse(
+            at.u,
+            at.v,
+            anatomy.heart_u,
+            anatomy.heart_v,
+            anatomy.heart_width,
+            0.25,
+            anatomy.heart_angle,
+        )
         heart = np.maximum(heart, _ellipse(at.u, at.v, -0.06, anatomy.heart_v - 0.02, 0.22, 0.25))
         middle = np.maximum(middle, _ramp(heart, 0.30))
     if at.meets(0.0, 0.6):
-        middle = np.maximum(middle, 0.8 * _ramp(_ellipse(at.u, at.v, anatomy.mediastinum, 0.30, 0.10, 0.09), 0.5))
+        middle = np.maximum(
+            middle, 0.8 * _ramp(_ellipse(at.u, at.v, anatomy.mediastinum, 0.30, 0.10, 0.09), 0.5)
+        )
         for side, size in zip((-1, 1), anatomy.thymus, strict=True):
             if size > 0:
                 bulge = _ellipse(at.u, at.v, side * 0.12, 0.28, 0.14 + size, 0.20)
@@ -507,13 +575,21 @@ def _filling(at: _Strip, disease: Disease, severity: float) -> Array:
     filling = np.zeros_like(at.u)
     for lobe in disease.lobes:
         edge = at.v - lobe.fissure_v - lobe.slope * (at.lateral - 0.4) + 0.03 * at.texture
-        shade = _ramp(-edge if lobe.upper else edge, lobe.softness) * (at.left if lobe.side > 0 else ~at.left)
+        shade = _ramp(-edge if lobe.upper else edge, lobe.softness) * (
+            at.left if lobe.side > 0 else ~at.left
+        )
         filling = np.maximum(filling, severity * lobe.density * shade * (0.85 + 0.08 * at.texture))
     for opacity in disease.opacities:
         reach = 1.9 * max(opacity.radius_m, opacity.radius_v)
         if at.meets(opacity.v - reach, opacity.v + reach):
             depth = _ellipse(
-                at.u, at.v, opacity.side * opacity.m, opacity.v, opacity.radius_m, opacity.radius_v, opacity.angle
+                at.u,
+                at.v,
+                opacity.side * opacity.m,
+                opacity.v,
+                opacity.radius_m,
+                opacity.radius_v,
+                opacity.angle,
             )
             depth += opacity.roughness * at.texture
             shade = _ramp(depth - 0.5 * opacity.softness + 0.4, 1.4 * opacity.softness)
@@ -525,7 +601,9 @@ def _bones(at: _Strip, anatomy: Anatomy, cage: Array) -> Array:
     """Ribs, spine, collar bones and shoulder blades. `cage` is the rib cage's inner edge."""
     # Back ribs run out and down, front ribs come back steeper; both bend with the cage.
     turns, phase = 2 * math.pi / anatomy.rib_spacing, 2 * math.pi * anatomy.rib_phase
-    inside_cage = _edge(cage + 0.05 - at.lateral, 0.03) * _edge(at.v + 0.02, 0.06) * _edge(1.3 - at.v, 0.5)
+    inside_cage = (
+        _edge(cage + 0.05 - at.lateral, 0.03) * _edge(at.v + 0.02, 0.06) * _edge(1.3 - at.v, 0.5)
+    )
     rim = 1 + 1.1 * _ramp(at.lateral - cage + 0.10, 0.16)
     back = np.cos(turns * (at.v - at.lateral * (anatomy.rib_slope * at.lateral - 0.05)) + phase)
     front = np.cos(turns * (at.v + 0.42 * at.lateral) + phase)
@@ -534,14 +612,23 @@ def _bones(at: _Strip, anatomy: Anatomy, cage: Array) -> Array:
     bones = anatomy.rib_density * ribs * inside_cage
     discs = np.cos(at.v * (2 * math.pi / anatomy.vertebra_height))
     spine = _edge(0.115 - np.abs(at.u - anatomy.spine_u), 0.05)
-    bones += anatomy.bone_density * spine * (0.8 + 0.2 * _edge(discs + 0.5, 0.8)) * _edge(at.v + 0.9, 0.4)
+    bones += (
+        anatomy.bone_density
+        * spine
+        * (0.8 + 0.2 * _edge(discs + 0.5, 0.8))
+        * _edge(at.v + 0.9, 0.4)
+    )
     if at.meets(-0.4, 0.4):
-        collar_v = anatomy.clavicle_v + anatomy.clavicle_slope * at.lateral + 0.03 * np.sin(5 * at.lateral)
+        collar_v = (
+            anatomy.clavicle_v + anatomy.clavicle_slope * at.lateral + 0.03 * np.sin(5 * at.lateral)
+        )
         collar = _ramp(0.034 - np.abs(at.v - collar_v), 0.04)
         collar *= _edge(at.lateral - 0.12, 0.06) * _edge(1.05 - at.lateral, 0.1)
         bones += 1.1 * anatomy.bone_density * collar
     if at.meets(-0.1, 0.7):
-        bones += anatomy.scapula * _edge(0.13 - _capsule(at.lateral, at.v, (0.90, 0.10), (0.12, 0.32)), 0.08)
+        bones += anatomy.scapula * _edge(
+            0.13 - _capsule(at.lateral, at.v, (0.90, 0.10), (0.12, 0.32)), 0.08
+        )
     return bones
 
 
@@ -559,13 +646,21 @@ def _absorption_at(at: _Strip, anatomy: Anatomy, disease: Disease, severity: flo
     if any(disease.effusion):
         diaphragm -= 1.6 * severity * at.by_side(*disease.effusion) * _ramp(at.lateral - 0.6, 0.7)
     outer = cage - at.lateral
-    air = _edge(outer, 0.05) * (0.62 + 0.38 * _ramp(outer - 0.18, 0.4)) * _ramp(diaphragm - at.v, 0.035)
+    air = (
+        _edge(outer, 0.05)
+        * (0.62 + 0.38 * _ramp(outer - 0.18, 0.4))
+        * _ramp(diaphragm - at.v, 0.035)
+    )
     air *= _ramp(at.lateral - 0.10 - 0.22 * up_squared * up_squared * up_squared, 0.08)
-    marks = anatomy.hilum * _ramp(_ellipse(at.lateral, at.v, 0.22, 0.47, 0.14, 0.17) + 0.2 * at.texture, 1.2)
+    marks = anatomy.hilum * _ramp(
+        _ellipse(at.lateral, at.v, 0.22, 0.47, 0.14, 0.17) + 0.2 * at.texture, 1.2
+    )
     if disease.lobes or disease.opacities or any(disease.haze):
         filling = _filling(at, disease, severity)
         if any(disease.haze):
-            near_hilum = _ramp(_ellipse(at.lateral, at.v, 0.25, 0.52, 0.75, 0.62) + 0.25 * at.texture, 1.3)
+            near_hilum = _ramp(
+                _ellipse(at.lateral, at.v, 0.25, 0.52, 0.75, 0.62) + 0.25 * at.texture, 1.3
+            )
             filling = np.maximum(filling, severity * at.by_side(*disease.haze) * near_hilum)
             net = severity * at.by_side(*disease.reticulation)
             marks += net * (at.fine + 0.5) * (0.4 + 0.6 * near_hilum)
@@ -577,23 +672,36 @@ def _absorption_at(at: _Strip, anatomy: Anatomy, disease: Disease, severity: flo
     below = _edge(at.v - diaphragm, 0.05)
     soft = 0.16 * below + 0.18 * middle + 1
     if at.meets(0.3, 1.2):
-        soft += anatomy.breast * _ramp(_ellipse(at.lateral, at.v, 0.55, 0.75, 0.45, 0.30) + 0.1, 0.5)
+        soft += anatomy.breast * _ramp(
+            _ellipse(at.lateral, at.v, 0.55, 0.75, 0.45, 0.30) + 0.1, 0.5
+        )
     if at.meets(0.8, 9.0):
-        soft += 0.10 * at.texture * _edge(at.v - 0.9, 0.2) * _edge(1.28 - at.v, 0.2) * _edge(1.15 - at.lateral, 0.25)
+        soft += (
+            0.10
+            * at.texture
+            * _edge(at.v - 0.9, 0.2)
+            * _edge(1.28 - at.v, 0.2)
+            * _edge(1.15 - at.lateral, 0.25)
+        )
     if at.meets(-0.6, 0.5):
         trachea = _edge(0.055 - np.abs(at.u - 0.6 * anatomy.spine_u), 0.05)
         soft -= 0.10 * trachea * _edge(0.40 - at.v, 0.1) * _edge(at.v + 0.45, 0.2)
     total = body * (soft + _bones(at, anatomy, cage)) - anatomy.air * air + marks
     stomach_u, stomach_v, stomach_size, stomach_air = anatomy.stomach
     if stomach_air > 0 and at.meets(0.7, 1.4):
-        bubble = _ellipse(at.u, at.v, stomach_u, anatomy.dome_left + stomach_v, stomach_size, 0.5 * stomach_size)
+        bubble = _ellipse(
+            at.u, at.v, stomach_u, anatomy.dome_left + stomach_v, stomach_size, 0.5 * stomach_size
+        )
         total -= stomach_air * _ramp(bubble, 0.8) * below
     absorption: Array = np.maximum(total, 0)
     return absorption
 
 
-def _absorption(anatomy: Anatomy, disease: Disease, pose: _Pose, shape: tuple[int, int], severity: float) -> Array:
-    """How much of the beam the body takes, (H, W): 0 beside it, about 1 in soft tissue, more behind bone.
+def _absorption(
+    anatomy: Anatomy, disease: Disease, pose: _Pose, shape: tuple[int, int], severity: float
+) -> Array:
+    """How much of the beam the body takes, (H, W): 0 beside it, about 1 in soft tissue, more behind
+    bone.
 
     Computed in strips of rows that fit the processor's cache, in two thirds of the time.
     """
@@ -625,8 +733,14 @@ def _absorption(anatomy: Anatomy, disease: Disease, pose: _Pose, shape: tuple[in
 
 
 def _expose(rng: np.random.Generator, absorption: Array, size: tuple[int, int]) -> Array:
-    """The film (H, W) in [0, 1], black where the beam was not held up, in the size (width, height) asked for."""
-    gain, fog, gamma = _uniform(rng, 0.52, 0.78), _uniform(rng, -0.03, 0.12), _uniform(rng, 0.75, 1.45)
+    """The film (H, W) in [0, 1], black where the beam was not held up, in the size (width,
+    height) asked for.
+    """
+    gain, fog, gamma = (
+        _uniform(rng, 0.52, 0.78),
+        _uniform(rng, -0.03, 0.12),
+        _uniform(rng, 0.75, 1.45),
+    )
     film: Array = np.clip(absorption * gain + fog, 0, None) ** np.float32(gamma)
     film = film / (1 + np.float32(0.22) * film * film)  # the film's shoulder
     blur = np.float32(_uniform(rng, 0.0, 0.3))
@@ -651,7 +765,10 @@ def _add_tubes(rng: np.random.Generator, film: Array) -> None:
     x = width * (_uniform(rng, 0.1, 0.9) + _uniform(rng, -0.5, 0.5) * steps + waves)
     y = height * (_uniform(rng, -0.1, 0.5) + _uniform(rng, 0.2, 0.9) * steps)
     ImageDraw.Draw(canvas).line(
-        np.stack([x, y], axis=1).ravel().tolist(), fill=255, width=max(1, width // 150), joint="curve"
+        np.stack([x, y], axis=1).ravel().tolist(),
+        fill=255,
+        width=max(1, width // 150),
+        joint="curve",
     )
     film += np.float32(_uniform(rng, 0.08, 0.3) / 255) * np.asarray(canvas, dtype=np.float32)
 
@@ -708,7 +825,9 @@ def draw_film(seed: int, phantom: Phantom, *, full_size: bool = False) -> Array:
 
 
 def _encode_dicom(seed: int, phantom: Phantom, film: Array) -> bytes:
-    """A file as a digital detector writes it for viewing: 12 to 16 bits in 16, a window, a quarter of them inverted."""
+    """A file as a digital detector writes it for viewing: 12 to 16 bits in 16, a window, a
+    quarter of them inverted.
+    """
     rng = _generator(seed, 3, phantom.patient, phantom.image)
     bits = int(rng.choice(_DICOM_BITS))
     largest = 2**bits - 1
@@ -747,11 +866,15 @@ def _encode_dicom(seed: int, phantom: Phantom, film: Array) -> bytes:
         "VOILUTFunction": "LINEAR",
         "LossyImageCompression": "00",
     }
-    return write_radiograph(stored, tags, identity=["phantom", str(seed), str(phantom.patient), str(phantom.image)])
+    return write_radiograph(
+        stored, tags, identity=["phantom", str(seed), str(phantom.patient), str(phantom.image)]
+    )
 
 
 def encode(seed: int, phantom: Phantom, film: Array, *, image_format: str) -> bytes:
-    """The bytes of a picture's file: `png` (8 bit), `jpeg` (8 bit, quality 90) or `dicom` (12 to 16 bit)."""
+    """The bytes of a picture's file: `png` (8 bit), `jpeg` (8 bit, quality 90) or `dicom` (12 to
+    16 bit).
+    """
     if image_format == "dicom":
         return _encode_dicom(seed, phantom, film)
     picture = Image.fromarray(np.rint(film * np.float32(255)).astype(np.uint8))
@@ -759,13 +882,17 @@ def encode(seed: int, phantom: Phantom, film: Array, *, image_format: str) -> by
     if image_format == "jpeg":
         picture.save(buffer, "JPEG", quality=90)
     else:
-        picture.save(buffer, "PNG", compress_level=1)  # noise hardly shrinks: level 6 saves 3 % in four times the time
+        picture.save(
+            buffer, "PNG", compress_level=1
+        )  # noise hardly shrinks: level 6 saves 3 % in four times the time
     return buffer.getvalue()
 
 
 def _require_pydicom() -> None:
     if importlib.util.find_spec("pydicom") is None:
-        raise UserError("--format dicom needs pydicom, which is missing; pip install 'xrai[dicom]', or use png or jpeg")
+        raise UserError(
+            "--format dicom needs pydicom, which is missing; pip install 'xrai[dicom]', or use png or jpeg"
+        )
 
 
 @dataclass(frozen=True)
@@ -791,7 +918,10 @@ def _write(path: Path, data: bytes) -> None:
 def _draw_files(job: _Job, phantoms: tuple[Phantom, ...]) -> int:
     for phantom in phantoms:
         film = draw_film(job.seed, phantom, full_size=job.full_size)
-        _write(job.out / job.path(phantom), encode(job.seed, phantom, film, image_format=job.image_format))
+        _write(
+            job.out / job.path(phantom),
+            encode(job.seed, phantom, film, image_format=job.image_format),
+        )
     return len(phantoms)
 
 
@@ -809,7 +939,7 @@ def _start_worker() -> None:
 
 
 def _num_cores() -> int:
-    """The cores this process may use; all of the machine's where the system can not say."""
+    """The cores this process may use; all of the machine's where the system cannot say."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -821,7 +951,9 @@ def _batches(phantoms: Iterator[Phantom]) -> Iterator[tuple[Phantom, ...]]:
 
 
 def _draw_all(job: _Job, phantoms: Iterator[Phantom], *, workers: int) -> Iterator[int]:
-    """Draw and write all pictures; yields how many more are done. A few tasks wait at a time, whatever their number."""
+    """Draw and write all pictures; yields how many more are done. A few tasks wait at a time,
+    whatever their number.
+    """
     if workers == 1:
         for batch in _batches(phantoms):
             yield _draw_files(job, batch)
@@ -855,7 +987,9 @@ def _is_ours(out: Path, path: Path) -> bool:
     folder, name = path.parent.relative_to(out).as_posix(), path.name
     if folder == ".":
         return name in {".README.txt.tmp", ".labels.csv.tmp"}
-    return folder in {"train/NORMAL", "train/PNEUMONIA"} and name.startswith(("phantom-", ".phantom-"))
+    return folder in {"train/NORMAL", "train/PNEUMONIA"} and name.startswith(
+        ("phantom-", ".phantom-")
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -866,7 +1000,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _clear(out: Path) -> None:
-    """Make way: an empty folder for the pictures. Phantoms of an earlier call go; anything else stops the work."""
+    """Make way: an empty folder for the pictures. Phantoms of an earlier call go; anything else
+    stops the work.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a new or empty folder")
     if out.is_dir():
@@ -894,7 +1030,7 @@ def _readme(job: _Job, *, num_images: int) -> str:
     size = "1,000 to 2,500" if job.full_size else "160 to 320"
     return (
         f"{_README_TITLE}\n\n"
-        "These pictures are phantoms: drawn by a program (python -m xrai.dataset.phantom), not taken of any person.\n"
+        "These pictures are phantoms: drawn by a program (python -m xrai.phantom), not taken of any person.\n"
         "They serve tests and demonstrations. A model trained on them knows nothing about patients.\n\n"
         f"images: {num_images}\nseed: {job.seed}\nformat: {job.image_format}\nwidth: {size} pixels\n\n"
         "Layout: train/{NORMAL,PNEUMONIA}/; splits are carved from it by patient. The number behind IM- or person is\n"
@@ -914,15 +1050,17 @@ def make_phantoms(
 ) -> None:
     """Draw `num_images` phantoms into OUT/train/{NORMAL,PNEUMONIA}/ and write OUT/README.txt last.
 
-    The first N pictures of a seed are byte for byte the same whatever `num_images` and `workers` (0: all cores). About
-    40 of 100 are normal. DICOM files come with OUT/labels.csv, for `xrai.preprocess --labels`. Phantoms that OUT
-    already holds are replaced.
+    The first N pictures of a seed are byte for byte the same whatever `num_images` and `workers`
+    (0: all cores). About 40 of 100 are normal. DICOM files come with OUT/labels.csv, for
+    `xrai.preprocess --labels`. Phantoms that OUT already holds are replaced.
 
-    Raises UserError for a value out of range, a folder that holds anything else, one that can not be written, or DICOM
-    without pydicom; XraiError if writing fails later.
+    Raises UserError for a value out of range, a folder that holds anything else, one that cannot
+    be written, or DICOM without pydicom; XraiError if writing fails later.
     """
     if num_images < 2:
-        raise UserError(f"--num-images {num_images}: at least 2 are needed, one of each class; the default is 600")
+        raise UserError(
+            f"--num-images {num_images}: at least 2 are needed, one of each class; the default is 600"
+        )
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
     if workers < 0:
@@ -935,7 +1073,9 @@ def make_phantoms(
     try:
         _clear(out)
     except OSError as error:
-        raise UserError(f"--out {out} can not be written ({error.strerror}); name a folder that can") from error
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); name a folder that can"
+        ) from error
     job = _Job(out, seed, image_format, full_size)
     workers = min(workers or _num_cores(), math.ceil(num_images / _IMAGES_A_TASK))
     try:
@@ -958,23 +1098,33 @@ def make_phantoms(
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m xrai.dataset.phantom --help")
+        raise UserError(f"{message}; see python -m xrai.phantom --help")
 
 
 def main() -> None:
-    """The command line of `python -m xrai.dataset.phantom`."""
+    """The command line of `python -m xrai.phantom`."""
     parser = _Parser(
-        prog="python -m xrai.dataset.phantom",
+        prog="python -m xrai.phantom",
         description="Draw made-up chest X-rays (phantoms) for trying xrai and for tests. They show no patient.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder: new, empty or of phantoms")
-    parser.add_argument("--num-images", type=int, default=600, metavar="N", help="how many pictures, at least 2")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed draws the same pictures")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder: new, empty or of phantoms"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=600, metavar="N", help="how many pictures, at least 2"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed draws the same pictures"
+    )
     parser.add_argument("--format", choices=tuple(_SUFFIXES), default="png", help="file format")
-    parser.add_argument("--full-size", action="store_true", help="1,000 to 2,500 pixels wide instead of 160 to 320")
-    parser.add_argument("--workers", type=int, default=0, metavar="W", help="processes; 0 means one for each core")
+    parser.add_argument(
+        "--full-size", action="store_true", help="1,000 to 2,500 pixels wide instead of 160 to 320"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="W", help="processes; 0 means one for each core"
+    )
     arguments = parser.parse_args()
     setup_logging()
     make_phantoms(

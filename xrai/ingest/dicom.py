@@ -1,14 +1,18 @@
-"""A DICOM file to grey levels: the one home of pydicom, imported when the first such file comes (extra `dicom`).
+"""A DICOM file to grey levels: the one home of pydicom, imported when the first such file comes
+(extra `dicom`).
 
-`xrai.dataset.images` calls it, for preprocessing and prediction alike. A radiograph passes through the stages of the
-standard (PS3.3 C.11): modality transformation, the first VOI LUT or window, MONOCHROME1 inverted; and it is turned as
-PatientOrientation says. All of it in floating point: rounding comes after scaling, in `images`.
+`xrai.ingest.images` calls it, for preprocessing and prediction alike. A radiograph passes through
+the stages of the standard (PS3.3 C.11): modality transformation, the first VOI LUT or window,
+MONOCHROME1 inverted; and it is turned as PatientOrientation says. All of it in floating point:
+rounding comes after scaling, in `images`.
 
-Nothing of a header ever gets into a message: reasons consist of words written here and of numbers. Only the tags named
-below are read, and of the patient the ID alone, of which the data set keeps a hash.
+Nothing of a header ever gets into a message: reasons consist of words written here and of numbers.
+Only the tags named below are read, and of the patient the ID alone, of which the data set keeps a
+hash.
 
-Pillow unpacks JPEG and JPEG 2000, pydicom itself RLE. JPEG lossless and JPEG-LS need GDCM, which ends the whole process
-on some damaged files (3.2.6, uncaught C++ exceptions); so it works in a process of its own, `python -m` this module.
+Pillow unpacks JPEG and JPEG 2000, pydicom itself RLE. JPEG lossless and JPEG-LS need GDCM, which
+ends the whole process on some damaged files (3.2.6, uncaught C++ exceptions); so it works in a
+process of its own, `python -m` this module.
 """
 
 import atexit
@@ -46,7 +50,9 @@ _TAGS = [
     "VOILUTSequence", "ViewPosition", "WindowCenter", "WindowWidth",
 ]  # fmt: skip
 # What no chest radiograph is: the defined terms of Modality (PS3.3 C.7.3.1.1.1)
-_OTHER_MODALITIES = frozenset({"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XC"})
+_OTHER_MODALITIES = frozenset(
+    {"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XC"}
+)
 _SIDE_VIEWS = frozenset({"LL", "RL", "LAT", "LATERAL"})  # ViewPosition
 _MAX_INFLATED_BYTES = 1 << 29  # of a file that is deflated as a whole
 _META_START = 132  # the file's own header, behind preamble and "DICM"
@@ -60,7 +66,9 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
     MemoryError, struct.error, zlib.error,
 )  # fmt: skip
-_UNPACK_TIMEOUT_S = 60.0  # of one picture in the other process, for GDCM may also not come to an end
+_UNPACK_TIMEOUT_S = (
+    60.0  # of one picture in the other process, for GDCM may also not come to an end
+)
 
 
 def is_dicom(data: bytes) -> bool:
@@ -69,7 +77,9 @@ def is_dicom(data: bytes) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what reads DICOM, empty where it is not: others may give other pixels."""
+    """The installed versions of what reads DICOM, empty where it is not: others may give other
+    pixels.
+    """
     found = {}
     for package in ("pydicom", "python-gdcm"):
         try:
@@ -80,20 +90,25 @@ def versions() -> dict[str, str]:
 
 
 def read_patient_id(data: bytes) -> str:
-    """PatientID of a DICOM file, never to be shown; empty where it has none, or is damaged, as decoding it will say.
+    """PatientID of a DICOM file, never to be shown; empty where it has none, or is damaged, as
+    decoding it will say.
 
     Raises `SourceError` where pydicom is not installed.
     """
     try:
         with _damage():
-            return str(_read(data, ["PatientID"], stop_before_pixels=True).get("PatientID") or "").strip()
+            return str(
+                _read(data, ["PatientID"], stop_before_pixels=True).get("PatientID") or ""
+            ).strip()
     except ImageError:
         return ""
 
 
 @dataclass(frozen=True)
 class Radiograph:
-    """A file whose header is read and says that it is one picture from the front; its pixels are still packed."""
+    """A file whose header is read and says that it is one picture from the front; its pixels are
+    still packed.
+    """
 
     width: int  # upright, pixels
     height: int
@@ -105,7 +120,8 @@ class Radiograph:
     def to_grey(self) -> NDArray[np.float32]:
         """Unpack: (H, W), upright, 0 black to 255 white, not rounded.
 
-        Raises `ImageError` when the pixels are damaged, or compressed in a way that no installed package knows.
+        Raises `ImageError` when the pixels are damaged, or compressed in a way that no installed
+        package knows.
         """
         with _damage():
             grey = _turned(_displayed(self._data, self._dataset), self._directions)
@@ -116,8 +132,8 @@ class Radiograph:
 def open_radiograph(data: bytes) -> Radiograph:
     """Read a DICOM file's header.
 
-    Raises `ImageError` with a short reason when it is damaged or no single picture of a chest from the front,
-    `SourceError` where pydicom is not installed.
+    Raises `ImageError` with a short reason when it is damaged or no single picture of a chest from
+    the front, `SourceError` where pydicom is not installed.
     """
     with _damage():
         dataset = _read(data, _TAGS)
@@ -135,19 +151,27 @@ def open_radiograph(data: bytes) -> Radiograph:
     return Radiograph(width, height, aspect, data, dataset, directions)
 
 
-def write_radiograph(samples: NDArray[np.uint16], tags: Mapping[str, Any], *, identity: Sequence[str]) -> bytes:
+def write_radiograph(
+    samples: NDArray[np.uint16], tags: Mapping[str, Any], *, identity: Sequence[str]
+) -> bytes:
     """A DICOM file of a digital radiograph of up to 16 bits, (H, W), for those that are drawn.
 
-    `tags` are set by their keywords. `identity` names the picture, from the whole down to itself: its parts but the
-    last name the study, so that the same names give the same bytes.
+    `tags` are set by their keywords. `identity` names the picture, from the whole down to itself:
+    its parts but the last name the study, so that the same names give the same bytes.
     """
     import pydicom
-    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+    from pydicom.uid import (
+        DigitalXRayImageStorageForPresentation,
+        ExplicitVRLittleEndian,
+        generate_uid,
+    )
 
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = DigitalXRayImageStorageForPresentation
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = (
+        DigitalXRayImageStorageForPresentation
+    )
     dataset.SOPInstanceUID = generate_uid(entropy_srcs=["image", *identity])
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.StudyInstanceUID = generate_uid(entropy_srcs=["study", *identity[:-1]])
@@ -163,7 +187,7 @@ def write_radiograph(samples: NDArray[np.uint16], tags: Mapping[str, Any], *, id
     return buffer.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------------- headers
+# ------------------------------------------------------------------------------------------ headers
 
 
 @contextmanager
@@ -175,14 +199,18 @@ def _damage() -> Iterator[None]:
     try:
         from pydicom.errors import BytesLengthException, InvalidDicomError
     except ImportError as error:
-        raise SourceError("reading DICOM needs pydicom, which is not installed: pip install 'xrai[dicom]'") from error
+        raise SourceError(
+            "reading DICOM needs pydicom, which is not installed: pip install 'xrai[dicom]'"
+        ) from error
     # pydicom's warnings quote header text. Set each time, for both belong to the whole program
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
     logging.getLogger("pydicom").disabled = True
     try:
         yield
     except (*_DAMAGE, BytesLengthException, InvalidDicomError) as error:
-        raise ImageError(f"is DICOM that is cut short or damaged ({type(error).__name__})") from None
+        raise ImageError(
+            f"is DICOM that is cut short or damaged ({type(error).__name__})"
+        ) from None
 
 
 def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False) -> "Dataset":
@@ -191,18 +219,26 @@ def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False)
     file = io.BytesIO(data)
     file.seek(_META_START)
     meta = pydicom.filereader.read_dataset(
-        file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag.group != 2
+        file,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, vr, length: tag.group != 2,
     )
     if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        if len(unpacker.decompress(data[file.tell() :], _MAX_INFLATED_BYTES + 1)) > _MAX_INFLATED_BYTES:
+        if (
+            len(unpacker.decompress(data[file.tell() :], _MAX_INFLATED_BYTES + 1))
+            > _MAX_INFLATED_BYTES
+        ):
             raise ImageError(f"is DICOM that unpacks to more than {_MAX_INFLATED_BYTES} bytes")
     file.seek(0)
     return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
 
 
 def _refuse_other_kinds(dataset: "Dataset") -> None:
-    modality, view = (str(dataset.get(name) or "").strip().upper() for name in ("Modality", "ViewPosition"))
+    modality, view = (
+        str(dataset.get(name) or "").strip().upper() for name in ("Modality", "ViewPosition")
+    )
     if modality in _OTHER_MODALITIES:
         raise ImageError(f"is DICOM of modality {modality}; radiographs (CR, DX, RG) are read")
     if str(dataset.get("PresentationIntentType") or "").strip().upper() == "FOR PROCESSING":
@@ -212,12 +248,18 @@ def _refuse_other_kinds(dataset: "Dataset") -> None:
 
 
 def _directions(dataset: "Dataset") -> tuple[str, str]:
-    """Where rows and columns run to: L, R, H (head) or F (feet), one of each axis; what is not stated is upright."""
+    """Where rows and columns run to: L, R, H (head) or F (feet), one of each axis; what is not
+    stated is upright.
+    """
     stated = dataset.get("PatientOrientation") or ()
-    along_row, along_column = (str(text)[:1].upper() for text in stated) if len(stated) == 2 else ("", "")
+    along_row, along_column = (
+        (str(text)[:1].upper() for text in stated) if len(stated) == 2 else ("", "")
+    )
     if {along_row, along_column} & {"A", "P"}:
         raise ImageError("is DICOM of a chest from the side (PatientOrientation)")
-    is_frontal = (along_row in "LR" and along_column in "HF") or (along_row in "HF" and along_column in "LR")
+    is_frontal = (along_row in "LR" and along_column in "HF") or (
+        along_row in "HF" and along_column in "LR"
+    )
     return (along_row, along_column) if along_row and along_column and is_frontal else ("L", "F")
 
 
@@ -236,7 +278,7 @@ def _aspect(dataset: "Dataset") -> float:
     return 1.0
 
 
-# -------------------------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
 
 
 def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
@@ -246,21 +288,37 @@ def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
     photometric = str(dataset.PhotometricInterpretation).strip().upper()
     is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
     if not is_grey and not photometric.startswith(("RGB", "YBR")):
-        raise ImageError("is DICOM whose PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB and YBR")
-    allocated, stored, high = int(dataset.BitsAllocated), int(dataset.BitsStored), int(dataset.HighBit)
+        raise ImageError(
+            "is DICOM whose PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB and YBR"
+        )
+    allocated, stored, high = (
+        int(dataset.BitsAllocated),
+        int(dataset.BitsStored),
+        int(dataset.HighBit),
+    )
     if allocated not in (8, 16) or not stored <= high + 1 <= allocated or stored < 1:
-        raise ImageError(f"is DICOM of {stored} bits in {allocated}, the highest {high}; 8 to 16 bits are read")
+        raise ImageError(
+            f"is DICOM of {stored} bits in {allocated}, the highest {high}; 8 to 16 bits are read"
+        )
     samples = _unpack(data, dataset)
     if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
-        raise ImageError("is DICOM whose pixels have not one sample, or three as its PhotometricInterpretation has it")
+        raise ImageError(
+            "is DICOM whose pixels have not one sample, or three as its PhotometricInterpretation has it"
+        )
     if not is_grey:
-        luma: NDArray[np.float32] = samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
+        luma: NDArray[np.float32] = (
+            samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
+        )
         return luma
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated or syntax == RLELossless:
-        samples = (samples << (allocated - 1 - high)) >> (allocated - stored)  # other bits may hold overlays
+        samples = (samples << (allocated - 1 - high)) >> (
+            allocated - stored
+        )  # other bits may hold overlays
     lowest, highest = int(samples.min()), int(samples.max())
-    values = np.arange(lowest, highest + 1, dtype=np.int32)  # each one is looked up once, not once a pixel
+    values = np.arange(
+        lowest, highest + 1, dtype=np.int32
+    )  # each one is looked up once, not once a pixel
     is_padding = _padding(values, dataset)
     if is_padding[-1] and stored == 16:
         highest = int(samples[~_padding(samples, dataset)].max(initial=0))
@@ -279,26 +337,38 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
 
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        decoder: Any = get_decoder(syntax)  # any: pydicom 3.0 states the types of its options wrongly
+        decoder: Any = get_decoder(
+            syntax
+        )  # any: pydicom 3.0 states the types of its options wrongly
     except NotImplementedError:
         raise ImageError("is DICOM compressed in a way that no installed package unpacks") from None
     plugins = decoder.available_plugins
-    if syntax.is_encapsulated and (not plugins or (syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8)):
-        raise ImageError(f"is DICOM compressed as {syntax.name}, which no installed package unpacks")
+    if syntax.is_encapsulated and (
+        not plugins or (syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8)
+    ):
+        raise ImageError(
+            f"is DICOM compressed as {syntax.name}, which no installed package unpacks"
+        )
     if not syntax.is_encapsulated or syntax == RLELossless:
         return np.asarray(decoder.as_array(dataset, index=0, correct_unused_bits=False)[0])
     stated = _size_in_frame(get_frame(dataset.PixelData, 0, number_of_frames=1))
     if stated != (dataset.Columns, dataset.Rows):
-        raise ImageError("is DICOM whose compressed picture is not of the size that its header states")
+        raise ImageError(
+            "is DICOM whose compressed picture is not of the size that its header states"
+        )
     if "pillow" not in plugins:
         return _elsewhere.unpack(data)
     return np.asarray(decoder.as_array(dataset, index=0, decoding_plugin="pillow")[0])
 
 
 def _size_in_frame(frame: bytes) -> tuple[int, int] | None:
-    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 stream declares: decoders go by it, not by the header."""
+    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 stream declares: decoders go by it, not
+    by the header.
+    """
     start = 0
-    if frame.startswith(_JP2_SIGNATURE):  # boxes before the stream; one of length 0 would keep pydicom 3.0.2 for ever
+    if frame.startswith(
+        _JP2_SIGNATURE
+    ):  # boxes before the stream; one of length 0 would keep pydicom 3.0.2 for ever
         start = len(_JP2_SIGNATURE)
         while (kind := frame[start + 4 : start + 8]) != b"jp2c":
             length = int.from_bytes(frame[start : start + 4], "big")
@@ -315,7 +385,9 @@ def _size_in_frame(frame: bytes) -> tuple[int, int] | None:
         if marker in _FRAME_MARKERS:
             height, width = struct.unpack_from(">2H", frame, place + 5)
             return width, height
-        place += 1 if marker == 0xFF else 2 + max(2, int.from_bytes(frame[place + 2 : place + 4], "big"))
+        place += (
+            1 if marker == 0xFF else 2 + max(2, int.from_bytes(frame[place + 2 : place + 4], "big"))
+        )
     return None
 
 
@@ -329,11 +401,13 @@ def _padding(samples: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
     return (samples >= low) & (samples <= high)
 
 
-def _look_up(samples: NDArray[np.int32], dataset: "Dataset", *, stored: int, highest: int) -> NDArray[np.float32]:
+def _look_up(
+    samples: NDArray[np.int32], dataset: "Dataset", *, stored: int, highest: int
+) -> NDArray[np.float32]:
     """Samples (N,) through modality transformation and VOI LUT or window: (N,), 0 to 1.
 
-    Without either of the latter the whole range of the stored bits is shown; that of 12 bits where 16 are declared and
-    12 hold the picture's `highest` sample, as `images` has it for PNG.
+    Without either of the latter the whole range of the stored bits is shown; that of 12 bits where
+    16 are declared and 12 hold the picture's `highest` sample, as `images` has it for PNG.
     """
     from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
@@ -352,11 +426,18 @@ def _look_up(samples: NDArray[np.int32], dataset: "Dataset", *, stored: int, hig
     values = np.asarray(values, np.float32)
     centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
     if centre is not None and width is not None:
-        return _window(values, centre, width, function=str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper())
+        return _window(
+            values,
+            centre,
+            width,
+            function=str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper(),
+        )
     low, high = (float(end) for end in ends)
     if not math.isfinite(high - low) or high <= low:
         raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
-    return np.asarray(np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1), np.float32)
+    return np.asarray(
+        np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1), np.float32
+    )
 
 
 def _first(value: Any) -> float | None:
@@ -368,16 +449,26 @@ def _first(value: Any) -> float | None:
 
 
 def _top_of(table: "Dataset") -> int:
-    """The value that a table shows as white: all bits that its largest entry needs, for many declare more than that."""
+    """The value that a table shows as white: all bits that its largest entry needs, for many
+    declare more than that.
+    """
     bits = int(table.LUTDescriptor[2])
     data = table.LUTData
-    entries = np.frombuffer(data, np.uint8 if bits <= 8 else "<u2") if isinstance(data, bytes) else np.asarray(data)
+    entries = (
+        np.frombuffer(data, np.uint8 if bits <= 8 else "<u2")
+        if isinstance(data, bytes)
+        else np.asarray(data)
+    )
     return int(2 ** max(1, int(entries.max()).bit_length()) - 1)
 
 
-def _window(values: NDArray[np.float32], centre: float, width: float, *, function: str) -> NDArray[np.float32]:
+def _window(
+    values: NDArray[np.float32], centre: float, width: float, *, function: str
+) -> NDArray[np.float32]:
     """PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 and 1."""
-    if not (math.isfinite(centre) and math.isfinite(width)) or width < (1 if function == "LINEAR" else 1e-6):
+    if not (math.isfinite(centre) and math.isfinite(width)) or width < (
+        1 if function == "LINEAR" else 1e-6
+    ):
         raise ImageError(f"is DICOM of a window of centre {centre:g} and width {width:g}")
     if function == "LINEAR":
         if width == 1:
@@ -386,15 +477,21 @@ def _window(values: NDArray[np.float32], centre: float, width: float, *, functio
     elif function == "LINEAR_EXACT":
         shown = (values - np.float32(centre)) / np.float32(width) + np.float32(0.5)
     elif function == "SIGMOID":
-        steps = np.clip((values - np.float32(centre)) * np.float32(-4 / width), -80, 80)  # beyond it float32 overflows
+        steps = np.clip(
+            (values - np.float32(centre)) * np.float32(-4 / width), -80, 80
+        )  # beyond it float32 overflows
         shown = 1 / (1 + np.exp(steps))
     else:
-        raise ImageError("is DICOM whose VOILUTFunction is not one of LINEAR, LINEAR_EXACT and SIGMOID")
+        raise ImageError(
+            "is DICOM whose VOILUTFunction is not one of LINEAR, LINEAR_EXACT and SIGMOID"
+        )
     return np.asarray(np.clip(shown, 0, 1), np.float32)
 
 
 def _turned(stored: NDArray[np.float32], directions: tuple[str, str]) -> NDArray[np.float32]:
-    """Rows to the patient's left, columns to the feet: as from in front of the patient. Contiguous."""
+    """Rows to the patient's left, columns to the feet: as from in front of the patient.
+    Contiguous.
+    """
     along_row, along_column = directions
     if along_row in "HF":
         stored, along_row, along_column = stored.T, along_column, along_row
@@ -405,11 +502,13 @@ def _turned(stored: NDArray[np.float32], directions: tuple[str, str]) -> NDArray
     return np.ascontiguousarray(stored)
 
 
-# ---------------------------------------------------------------------------------------------------- the other process
+# -------------------------------------------------------------------------------- the other process
 
 
 class _Elsewhere:
-    """A process that unpacks files and may die of it; started when it is needed, one at a time. Threads take turns."""
+    """A process that unpacks files and may die of it; started when it is needed, one at a time.
+    Threads take turns.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -418,22 +517,28 @@ class _Elsewhere:
         self._owner = 0
 
     def unpack(self, data: bytes) -> NDArray[Any]:
-        """The samples of a file. Raises `ImageError` where it can not be unpacked, or ends the process."""
+        """The samples of a file. Raises `ImageError` where it cannot be unpacked, or ends the
+        process.
+        """
         with self._lock:
             pipe = self._pipe
-            if pipe is None or self._owner != os.getpid():  # a child after fork may not share its parent's
+            if (
+                pipe is None or self._owner != os.getpid()
+            ):  # a child after fork may not share its parent's
                 pipe = self._start()
             try:
                 pipe.send_bytes(data)
                 answer = pipe.recv_bytes() if pipe.poll(_UNPACK_TIMEOUT_S) else b""
             except (EOFError, OSError):
                 answer = b""
-            except BaseException:  # interrupted: the answer under way must not be taken for the next file's
+            except (
+                BaseException
+            ):  # interrupted: the answer under way must not be taken for the next file's
                 self.end()
                 raise
             if not answer:
                 self.end()
-                raise ImageError("is DICOM whose compressed picture can not be unpacked")
+                raise ImageError("is DICOM whose compressed picture cannot be unpacked")
         if answer == _REFUSED:
             raise ImageError("is DICOM whose compressed picture is cut short or damaged")
         samples: NDArray[Any] = np.load(io.BytesIO(answer), allow_pickle=False)
@@ -443,7 +548,7 @@ class _Elsewhere:
         ours, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "xrai.dataset.dicom", str(theirs.fileno())],
+                [sys.executable, "-m", "xrai.ingest.dicom", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # GDCM writes there what it thinks of a file

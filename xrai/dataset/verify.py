@@ -1,8 +1,8 @@
 """Everything that can be re-checked about a stored data set: what `xrai.verify` runs.
 
-The index is checked when it is read. Here each object is compared with the hash that the index states, and the contents
-with each other: shards with the manifest, the manifest with the counts and the rules of splitting, all with the
-fingerprint.
+The index is checked when it is read. Here each object is compared with the hash that the index
+states, and the contents with each other: shards with the manifest, the manifest with the counts and
+the rules of splitting, all with the fingerprint.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row, read_manifest
-from xrai.dataset.plan import in_shard_order
 from xrai.dataset.shards import (
     MANIFEST_KEY,
     DatasetIndex,
@@ -26,8 +25,9 @@ from xrai.dataset.shards import (
     is_shard_name,
     open_shard,
 )
-from xrai.dataset.splits import find_split_faults
 from xrai.errors import CorruptError, DatasetError
+from xrai.ingest.plan import in_shard_order
+from xrai.ingest.splits import find_split_faults
 from xrai.log import progress
 from xrai.store import Store
 
@@ -43,13 +43,17 @@ class Fault:
 
 
 def find_faults(store: Store, index: DatasetIndex, *, folder: Path) -> list[Fault]:
-    """All that is wrong with a data set; empty where nothing is. Shards of a bucket pass through `folder`."""
+    """All that is wrong with a data set; empty where nothing is. Shards of a bucket pass through
+    `folder`.
+    """
     faults = find_bad_objects(store, index)
     bad = {fault.key for fault in faults}
     if index.fingerprint != compute_fingerprint(index):
         faults.append(Fault("dataset.json", "its fingerprint is not that of the shards it lists"))
     listed = {shard.name for shards in index.splits.values() for shard in shards}
-    stray = [entry.key for entry in store.list() if is_shard_name(entry.key) and entry.key not in listed]
+    stray = [
+        entry.key for entry in store.list() if is_shard_name(entry.key) and entry.key not in listed
+    ]
     faults += [Fault(key, "is a shard that dataset.json does not list: delete it") for key in stray]
     if MANIFEST_KEY in bad:
         return faults
@@ -63,14 +67,18 @@ def find_faults(store: Store, index: DatasetIndex, *, folder: Path) -> list[Faul
 
 def find_bad_objects(store: Store, index: DatasetIndex) -> list[Fault]:
     """Objects that are missing or whose bytes are not those that the index names."""
-    infos: list[ShardInfo | ObjectInfo] = [shard for shards in index.splits.values() for shard in shards]
+    infos: list[ShardInfo | ObjectInfo] = [
+        shard for shards in index.splits.values() for shard in shards
+    ]
     infos += index.objects
     with (
         progress("verify", total=len(infos), unit="objects") as bar,
         ThreadPoolExecutor(_AT_A_TIME) as pool,
     ):
         faults = []
-        for info, digest in zip(infos, pool.map(lambda info: hash_object(store, info.name), infos), strict=True):
+        for info, digest in zip(
+            infos, pool.map(lambda info: hash_object(store, info.name), infos), strict=True
+        ):
             bar.update()
             if digest is None:
                 faults.append(Fault(info.name, "is missing"))
@@ -99,7 +107,9 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
 def _check_shards(
     store: Store, index: DatasetIndex, rows: Sequence[Row], *, folder: Path, skip: set[str]
 ) -> list[Fault]:
-    """Compare each shard that has the right hash with the manifest, and all of train with the stated mean."""
+    """Compare each shard that has the right hash with the manifest, and all of train with the
+    stated mean.
+    """
     faults = []
     by_shard: dict[str, list[Row]] = {}
     for row in rows:
@@ -115,7 +125,10 @@ def _check_shards(
                 path = folder / "shard.h5"
                 store.download(info.name, path)
             listed = sorted(by_shard.get(info.name, []), key=lambda row: row.row or 0)
-            faults += [Fault(info.name, words) for words in _check_shard(path, info, listed, index, split=split)]
+            faults += [
+                Fault(info.name, words)
+                for words in _check_shard(path, info, listed, index, split=split)
+            ]
             if split == "train":
                 histogram += _histogram(path)
     if not skip.intersection(info.name for info in index.splits["train"]):
@@ -123,11 +136,17 @@ def _check_shards(
         mean = np.average(levels, weights=histogram)
         std = np.average((levels - mean) ** 2, weights=histogram) ** 0.5
         if abs(mean - index.pixel_mean) > 1e-6 or abs(std - index.pixel_std) > 1e-6:
-            faults.append(Fault("dataset.json", f"pixel mean and std are {mean} and {std}, not what it states"))
+            faults.append(
+                Fault(
+                    "dataset.json", f"pixel mean and std are {mean} and {std}, not what it states"
+                )
+            )
     return faults
 
 
-def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: DatasetIndex, *, split: str) -> Iterator[str]:
+def _check_shard(
+    path: Path, info: ShardInfo, rows: Sequence[Row], index: DatasetIndex, *, split: str
+) -> Iterator[str]:
     try:
         shard = open_shard(path)
         texts = (shard.source, shard.patient, shard.subtype, shard.sha256)
@@ -139,7 +158,9 @@ def _check_shard(path: Path, info: ShardInfo, rows: Sequence[Row], index: Datase
     if shard.images.shape != (info.num_rows, size, size):
         yield f"holds images of shape {shard.images.shape}; dataset.json says {(info.num_rows, size, size)}"
         return
-    counts = tuple(int(np.count_nonzero(shard.labels == label)) for label in range(len(index.classes)))
+    counts = tuple(
+        int(np.count_nonzero(shard.labels == label)) for label in range(len(index.classes))
+    )
     if counts != info.num_rows_per_class:
         yield f"holds {counts} images of each class; dataset.json says {info.num_rows_per_class}"
     inside = list(zip(*texts, shard.labels.tolist(), strict=True))

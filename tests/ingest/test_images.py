@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.dataset.pictures import encoded, gradient, huge_png
-from xrai.dataset import images
-from xrai.dataset.images import REDUCED_TOLERANCE, decode, decode_sized
-from xrai.dataset.phantom import draw_film, encode, plan
 from xrai.errors import ImageError
+from xrai.ingest import images
+from xrai.ingest.images import REDUCED_TOLERANCE, decode, decode_sized
+from xrai.phantom.draw import draw_film, encode, plan
 
 FITS = ("crop", "squash", "pad")
 
 
-def decoded(data: bytes | NDArray[np.uint8], *, size: int = 32, fit: str = "crop") -> NDArray[np.uint8]:
+def decoded(
+    data: bytes | NDArray[np.uint8], *, size: int = 32, fit: str = "crop"
+) -> NDArray[np.uint8]:
     return decode(data, size=size, fit=fit, max_pixels=10_000_000)
 
 
@@ -28,14 +30,22 @@ def grey_png(**options: object) -> bytes:
     return encoded(gradient(50, 40), **options)
 
 
-# ------------------------------------------------------------------------------------------------------ what comes out
+# ----------------------------------------------------------------------------------- what comes out
 
 
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize(("width", "height"), [(50, 40), (40, 50), (16, 16), (1, 1), (300, 7), (1, 900)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(50, 40), (40, 50), (16, 16), (1, 1), (300, 7), (1, 900)]
+)
 @pytest.mark.parametrize("size", [16, 33])
-def test_any_shape_comes_out_as_the_square_of_8_bits(fit: str, width: int, height: int, size: int) -> None:
-    for data in (encoded(gradient(width, height)), encoded(gradient(width, height), "JPEG"), gradient(width, height)):
+def test_any_shape_comes_out_as_the_square_of_8_bits(
+    fit: str, width: int, height: int, size: int
+) -> None:
+    for data in (
+        encoded(gradient(width, height)),
+        encoded(gradient(width, height), "JPEG"),
+        gradient(width, height),
+    ):
         square = decoded(data, size=size, fit=fit)
         assert square.shape == (size, size)
         assert square.dtype == np.uint8
@@ -71,7 +81,12 @@ def test_fine_stripes_are_averaged_and_not_turned_into_false_coarse_ones() -> No
     assert decoded(stripes, size=30).std() < 2
 
 
-COLOURS = {"red": ((255, 0, 0), 76), "green": ((0, 255, 0), 150), "blue": ((0, 0, 255), 29), "white": ((255,) * 3, 255)}
+COLOURS = {
+    "red": ((255, 0, 0), 76),
+    "green": ((0, 255, 0), 150),
+    "blue": ((0, 0, 255), 29),
+    "white": ((255,) * 3, 255),
+}
 
 
 @pytest.mark.parametrize("name", COLOURS)
@@ -92,33 +107,44 @@ def modes() -> Iterator[tuple[str, Image.Image, str]]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "picture", "image_format"), [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in modes()]
+    ("mode", "picture", "image_format"),
+    [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in modes()],
 )
-def test_every_mode_gives_the_same_greys(mode: str, picture: Image.Image, image_format: str) -> None:
+def test_every_mode_gives_the_same_greys(
+    mode: str, picture: Image.Image, image_format: str
+) -> None:
     options = {"quality": 95} if image_format == "JPEG" else {}
     square = decoded(encoded(picture, image_format, **options), size=40)
     expected = np.asarray(picture.convert("L")) if mode == "1" else gradient(40, 40)
-    tolerance = 6 if mode in ("P", "CMYK") or image_format == "JPEG" else 1  # a palette of 256 colours; JPEG is lossy
+    tolerance = (
+        6 if mode in ("P", "CMYK") or image_format == "JPEG" else 1
+    )  # a palette of 256 colours; JPEG is lossy
     assert np.abs(square.astype(int) - expected.astype(int)).max() <= tolerance
 
 
 def test_what_is_transparent_becomes_black() -> None:
     pixels = np.full((20, 20, 2), 200, np.uint8)
     pixels[:, :10, 1], pixels[:, 10:, 1] = 0, 255
-    picture = Image.merge("LA", [Image.fromarray(np.ascontiguousarray(pixels[:, :, k])) for k in (0, 1)])
+    picture = Image.merge(
+        "LA", [Image.fromarray(np.ascontiguousarray(pixels[:, :, k])) for k in (0, 1)]
+    )
     square = decoded(encoded(picture), size=20)
     assert not square[:, :10].any()
     assert (square[:, 10:] == 200).all()
 
 
 def test_a_grey_value_declared_transparent_becomes_black() -> None:
-    picture = Image.fromarray(np.repeat(np.array([[50, 200]], np.uint8), 10, axis=1).repeat(20, axis=0))
+    picture = Image.fromarray(
+        np.repeat(np.array([[50, 200]], np.uint8), 10, axis=1).repeat(20, axis=0)
+    )
     square = decoded(encoded(picture, transparency=200), size=20)
     assert (square[:, :10] == 50).all()
     assert not square[:, 10:].any()
 
 
-@pytest.mark.parametrize(("largest", "scale"), [(65535, 65535), (4096, 65535), (4095, 4095), (1000, 4095)])
+@pytest.mark.parametrize(
+    ("largest", "scale"), [(65535, 65535), (4096, 65535), (4095, 4095), (1000, 4095)]
+)
 def test_16_bits_are_divided_by_the_range_that_they_are_of(largest: int, scale: int) -> None:
     samples = np.linspace(0, largest, 32 * 32).astype(np.uint16).reshape(32, 32)
     square = decoded(encoded(Image.fromarray(samples)), size=32)
@@ -133,7 +159,9 @@ def test_16_bits_are_not_clipped_to_white() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
-def test_a_picture_is_turned_upright_by_its_exif_orientation(orientation: int, image_format: str) -> None:
+def test_a_picture_is_turned_upright_by_its_exif_orientation(
+    orientation: int, image_format: str
+) -> None:
     upright = Image.fromarray(gradient(48, 32))
     turns = {
         1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
@@ -148,11 +176,15 @@ def test_a_picture_is_turned_upright_by_its_exif_orientation(orientation: int, i
     for fit in FITS:
         square = decoded(encoded(stored, image_format, exif=exif), fit=fit)
         expected = decoded(encoded(upright, image_format), fit=fit)
-        assert np.abs(square.astype(int) - expected.astype(int)).max() <= (8 if image_format == "JPEG" else 0)
+        assert np.abs(square.astype(int) - expected.astype(int)).max() <= (
+            8 if image_format == "JPEG" else 0
+        )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_of_a_source_picture_is_that_of_the_upright_one_however_it_is_decoded(orientation: int) -> None:
+def test_the_size_of_a_source_picture_is_that_of_the_upright_one_however_it_is_decoded(
+    orientation: int,
+) -> None:
     stored = gradient(640, 401) if orientation < 5 else gradient(401, 640)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -170,16 +202,21 @@ def test_an_orientation_that_does_not_exist_is_no_reason_to_turn() -> None:
     np.testing.assert_array_equal(decoded(grey_png(exif=exif)), decoded(grey_png()))
 
 
-# ---------------------------------------------------------------------------------------------- JPEG at reduced size
+# ----------------------------------------------------------------------------- JPEG at reduced size
 
 
 def full_size_films(num_images: int) -> list[bytes]:
     pictures = list(zip(range(num_images), plan(5), strict=False))
-    return [encode(5, phantom, draw_film(5, phantom, full_size=True), image_format="jpeg") for _, phantom in pictures]
+    return [
+        encode(5, phantom, draw_film(5, phantom, full_size=True), image_format="jpeg")
+        for _, phantom in pictures
+    ]
 
 
 def mean_difference(data: bytes, *, size: int, fit: str) -> float:
-    """Between the JPEG decoded as we do, and in full and then fitted by the same filter; grey levels."""
+    """Between the JPEG decoded as we do, and in full and then fitted by the same filter; grey
+    levels.
+    """
     reduced = decoded(data, size=size, fit=fit)
     with Image.open(io.BytesIO(data)) as picture:
         full = decoded(np.asarray(picture.convert("L")), size=size, fit=fit)
@@ -196,11 +233,15 @@ def test_reduced_decoding_of_full_size_films_stays_within_the_stated_tolerance(f
 FILMS = full_size_films(3)
 
 
-def test_full_size_films_really_are_decoded_at_reduced_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_size_films_really_are_decoded_at_reduced_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     drafts = []
     original = images._reduce_on_load
     monkeypatch.setattr(
-        images, "_reduce_on_load", lambda *args, **kwargs: drafts.append(original(*args, **kwargs)) or drafts[-1]
+        images,
+        "_reduce_on_load",
+        lambda *args, **kwargs: drafts.append(original(*args, **kwargs)) or drafts[-1],
     )
     for data in FILMS:
         decoded(data, size=64)
@@ -223,7 +264,7 @@ def test_reduced_decoding_of_the_published_films_stays_within_the_stated_toleran
     assert worst < REDUCED_TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------------------ bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 
 BAD = {
@@ -235,7 +276,10 @@ BAD = {
     "png signature alone": (b"\x89PNG\r\n\x1a\n", "is cut short or damaged"),
     "jpeg cut in half": (encoded(gradient(200, 200), "JPEG")[:1000], "is cut short or damaged"),
     "png cut in half": (encoded(gradient(200, 200))[:5000], "is cut short or damaged"),
-    "huge": (huge_png(60_000, 60_000), "declares 60000 x 60000 pixels, more than images.max_pixels = 10000000"),
+    "huge": (
+        huge_png(60_000, 60_000),
+        "declares 60000 x 60000 pixels, more than images.max_pixels = 10000000",
+    ),
     "no pixels": (huge_png(0, 5), "is cut short or damaged"),
     "less data than declared": (huge_png(300, 300), "is cut short or damaged"),
 }
@@ -250,7 +294,9 @@ def test_a_bad_file_is_refused_with_its_reason(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_declares_too_much_is_refused_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_declares_too_much_is_refused_before_anything_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(images, "_to_grey", lambda picture: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="more than"):
         decode(huge_png(20_000, 20_000), size=32, fit="crop", max_pixels=100_000_000)
@@ -267,7 +313,9 @@ def test_a_png_with_a_bomb_of_text_is_set_aside() -> None:
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     data = grey_png()
     bomb = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(100_000_000), 9))
@@ -276,7 +324,8 @@ def test_a_png_with_a_bomb_of_text_is_set_aside() -> None:
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.float32), np.zeros((0, 4), np.uint8)]
+    "array",
+    [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.float32), np.zeros((0, 4), np.uint8)],
 )
 def test_an_array_that_is_no_grey_picture_is_refused(array: NDArray[np.uint8]) -> None:
     with pytest.raises(ImageError, match="not a grey picture"):
@@ -295,7 +344,9 @@ VALID = [
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_and_nothing_else(data: st.DataObject) -> None:
+def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_and_nothing_else(
+    data: st.DataObject,
+) -> None:
     file = bytearray(data.draw(st.sampled_from(VALID)))
     for _ in range(data.draw(st.integers(1, 8))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))

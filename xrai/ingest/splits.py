@@ -1,8 +1,9 @@
-"""Which image goes into which split. Pure functions over manifest rows; `xrai.dataset.plan` and `xrai.verify` use them.
+"""Which image goes into which split. Pure functions over manifest rows; `xrai.ingest.plan` and
+`xrai.verify` use them.
 
-A source's own split folders are honoured. What is missing is carved from train, patient by patient, by a hash of the
-patient's key alone: adding images moves nobody, and each class gives about the same share. Identical images under two
-names count as one patient, the one whose key sorts first.
+A source's own split folders are honoured. What is missing is carved from train, patient by patient,
+by a hash of the patient's key alone: adding images moves nobody, and each class gives about the
+same share. Identical images under two names count as one patient, the one whose key sorts first.
 """
 
 import hashlib
@@ -31,11 +32,11 @@ class Assignment:
 def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     """Give every row that is not set aside its split; `rows` carry those of the source.
 
-    A val of fewer than `splits.min_val_images` joins train. Identical images with different labels are set aside, all
-    of them, for nobody knows which label is right.
+    A val of fewer than `splits.min_val_images` joins train. Identical images with different labels
+    are set aside, all of them, for nobody knows which label is right.
 
-    Raises `SourceError` when one image is in two splits of the source (unless `splits.duplicates` is "drop"), a class
-    has no images in train, or train or val would be empty.
+    Raises `SourceError` when one image is in two splits of the source (unless `splits.duplicates`
+    is "drop"), a class has no images in train, or train or val would be empty.
     """
     notes = []
     num_val = sum(row.split == "val" for row in rows)
@@ -48,14 +49,18 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     rows = _set_aside_contradictions(rows)
     rows, dropped = _drop_duplicates(rows, duplicates=config.duplicates)
     if dropped:
-        notes.append(f"{len(dropped)} files are left out, for the same images are in test or val of the source")
+        notes.append(
+            f"{len(dropped)} files are left out, for the same images are in test or val of the source"
+        )
     used = [row for row in rows if not row.reason]
     shared = _patients_in_several(used, {row.split for row in used})
     if shared:
         notes.append(f"{len(shared)} patients are in two splits of the source, such as {shared[0]}")
     given = {row.split for row in used}
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
-    carved = tuple(split for split, fraction in fractions.items() if split not in given and fraction > 0)
+    carved = tuple(
+        split for split, fraction in fractions.items() if split not in given and fraction > 0
+    )
     rows = carve(rows, carved, config)
     used = [row for row in rows if not row.reason]
     refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
@@ -67,20 +72,31 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
         )
     for split in carved:
         missing = [
-            name for label, name in enumerate(CLASSES) if (split, label) not in {(r.split, r.label) for r in used}
+            name
+            for label, name in enumerate(CLASSES)
+            if (split, label) not in {(r.split, r.label) for r in used}
         ]
         if missing:
-            notes.append(f"{split} was carved from train and holds no {' and no '.join(missing)} images")
+            notes.append(
+                f"{split} was carved from train and holds no {' and no '.join(missing)} images"
+            )
     return Assignment(tuple(rows), carved, dropped, tuple(notes))
 
 
 def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[Row]:
-    """Move patients of train (or of the carved splits, so that it can be repeated) to where their hashes say."""
+    """Move patients of train (or of the carved splits, so that it can be repeated) to where
+    their hashes say.
+    """
     pool = ("train", *carved)
     owners = _owners(row for row in rows if row.split in pool and not row.reason)
-    splits = {row.path: _split_of(owners[row.path], carved, config) for row in rows if row.path in owners}
+    splits = {
+        row.path: _split_of(owners[row.path], carved, config) for row in rows if row.path in owners
+    }
     return [
-        replace(row, split=splits[row.path]) if splits.get(row.path, row.split) != row.split else row for row in rows
+        replace(row, split=splits[row.path])
+        if splits.get(row.path, row.split) != row.split
+        else row
+        for row in rows
     ]
 
 
@@ -101,7 +117,9 @@ def find_split_faults(rows: Sequence[Row], carved: Collection[str], config: Spli
     for row in used:
         other = first.setdefault(row.sha256, row)
         if other.split != row.split:
-            faults.append(f"{other.path} in {other.split} and {row.path} in {row.split} are the same image")
+            faults.append(
+                f"{other.path} in {other.split} and {row.path} in {row.split} are the same image"
+            )
     for row, again in zip(used, carve(used, carved, config), strict=True):
         if row.split != again.split:
             faults.append(f"{row.path} is in {row.split}, its patient's hash says {again.split}")
@@ -113,7 +131,9 @@ def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
     found = set(labels)
     for label, name in enumerate(CLASSES):
         if label not in found:
-            raise SourceError(f"{where} has no usable {name} images; images of both classes are needed to learn from")
+            raise SourceError(
+                f"{where} has no usable {name} images; images of both classes are needed to learn from"
+            )
 
 
 def _split_of(patient: str, carved: Collection[str], config: Splits) -> str:
@@ -164,7 +184,9 @@ def _set_aside_contradictions(rows: Sequence[Row]) -> list[Row]:
 
 
 def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row], frozenset[str]]:
-    """Set aside images that the source has in two splits, keeping the one in test, else val; also their paths."""
+    """Set aside images that the source has in two splits, keeping the one in test, else val;
+    also their paths.
+    """
     kept: dict[str, Row] = {}
     for split in reversed(SPLITS):
         for row in rows:
@@ -176,8 +198,12 @@ def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row]
                     f"the source has the same image in two splits: {other.path} and {row.path}; remove one, or set "
                     "--splits.duplicates=drop to keep the one in test, else val"
                 )
-    dropped = frozenset(row.path for row in rows if not row.reason and kept[row.sha256].split != row.split)
+    dropped = frozenset(
+        row.path for row in rows if not row.reason and kept[row.sha256].split != row.split
+    )
     return [
-        replace(row, reason=f"is the same image as {kept[row.sha256].path}") if row.path in dropped else row
+        replace(row, reason=f"is the same image as {kept[row.sha256].path}")
+        if row.path in dropped
+        else row
         for row in rows
     ], dropped

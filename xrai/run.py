@@ -1,7 +1,7 @@
 """A training run's folder and all that goes into it: where data set, learning and results meet.
 
-`xrai.train` makes one `Job` a rank. Rank 0's observes the loop, keeps the checkpoints and writes every file of the run;
-the others' are empty shells.
+`xrai.train` makes one `Job` a rank. Rank 0's observes the loop, keeps the checkpoints and writes
+every file of the run; the others' are empty shells.
 """
 
 import functools
@@ -34,7 +34,13 @@ from xrai.learning.model import ResNet
 from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
 from xrai.learning.typicality import Typicality
 from xrai.log import get_logger
-from xrai.results.artifacts import SUMMARY, RunFolder, describe_environment, format_result_lines, make_summary
+from xrai.results.artifacts import (
+    SUMMARY,
+    RunFolder,
+    describe_environment,
+    format_result_lines,
+    make_summary,
+)
 from xrai.results.baselines import (
     MAX_IMAGES,
     MAX_TRAIN,
@@ -57,7 +63,13 @@ class Job:
     """The run's folder and all that is written into it, on rank 0; an empty shell on the others."""
 
     def __init__(
-        self, config: Config, dataset: str, run: RunFolder | None, loaders: dict[str, Loader], *, ranks: Ranks
+        self,
+        config: Config,
+        dataset: str,
+        run: RunFolder | None,
+        loaders: dict[str, Loader],
+        *,
+        ranks: Ranks,
     ) -> None:
         self.config, self.loaders, self.ranks = config, loaders, ranks
         self.index: DatasetIndex = loaders["train"].index
@@ -81,14 +93,18 @@ class Job:
         assert self.checkpoints is not None
         existed = self.run.exists()
         if resume == "never" and existed:
-            raise RunError(f"run {self.run.address} exists and --resume is never: give another --run_id, or none")
+            raise RunError(
+                f"run {self.run.address} exists and --resume is never: give another --run_id, or none"
+            )
         found = self.checkpoints.newest()
         if found is None and resume == "must":
             raise RunError(
                 f"{self.run.address} holds no checkpoint and --resume is must: look at --run_id, or use auto"
             )
         if found is not None:
-            refuse_other_run(found[1]["facts"], facts_of(self.config, self.index), name=found[0].file)
+            refuse_other_run(
+                found[1]["facts"], facts_of(self.config, self.index), name=found[0].file
+            )
         self.run.open()
         self.run.write_config(self.config.to_yaml())
         self.run.write_environment(self._environment())
@@ -97,13 +113,16 @@ class Job:
             self.run.add_hyperparameters(self.config.to_mapping())
             return None
         entry, state = found
-        self.run.resume_at(epoch=entry.epoch + 1, step=entry.step + 1)  # the first that are not done
+        self.run.resume_at(
+            epoch=entry.epoch + 1, step=entry.step + 1
+        )  # the first that are not done
         self.run.add_hyperparameters(self.config.to_mapping())
         _logger.info("going on after step %d, in epoch %d", entry.step, entry.epoch + 1)
         return state
 
     def after_epoch(self, result: EpochResult) -> float:
-        """Show an epoch's results; its score is the AUROC on augmented validation images, which tracks other hospitals.
+        """Show an epoch's results; its score is the AUROC on augmented validation images, which
+        tracks other hospitals.
 
         Where that is undefined (one class alone) the score is the negative validation loss.
         """
@@ -120,12 +139,15 @@ class Job:
             "shifted_auroc": shifted_auroc,
             "lr": result.learning_rate, "grad_norm": result.grad_norm, "images_per_s": result.images_per_s,
             "data_wait_share": result.data_wait_share,
-            # compute time over total time, as MLPerf Storage defines it; of the training part of the epoch
+            # compute time over total time, as MLPerf Storage defines it; of the training part of
+            # the epoch
             "accelerator_utilisation": seconds["compute"] / seconds["epoch"], "peak_memory_mib": result.peak_memory_mib,
             **{f"{stage}_s": seconds.get(stage) for stage in
                ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")},
         }  # fmt: skip
-        self.run.add_precision_recall(result.step, "precision_recall/val", labels, result.val.probabilities[0])
+        self.run.add_precision_recall(
+            result.step, "precision_recall/val", labels, result.val.probabilities[0]
+        )
         self.run.append_history(row)
         draw_curves(self.run.history(), self.run.path, is_phantom=self.is_phantom)
         self.run.publish(["curves/loss.png", "curves/accuracy.png"])
@@ -142,7 +164,9 @@ class Job:
         assert self.checkpoints is not None
         found = self.checkpoints.best() or self.checkpoints.newest()
         if found is None:
-            raise RunError(f"no checkpoint in {self.run.address} can be read, so there are no weights to measure")
+            raise RunError(
+                f"no checkpoint in {self.run.address} can be read, so there are no weights to measure"
+            )
         entry, state = found
         return entry.epoch, state["average"]
 
@@ -162,7 +186,9 @@ class Job:
         temperature = fit_temperature(labels, shifted.logits.ravel())
         threshold = choose_threshold(labels, calibrated(shifted.logits.ravel(), temperature))
         main_split = "test" if "test" in scored else "val"
-        step = run.history()[-1]["step"] + 1  # past all epochs, so that an end that is repeated replaces this one
+        step = (
+            run.history()[-1]["step"] + 1
+        )  # past all epochs, so that an end that is repeated replaces this one
         known = read_looks(self._whole("train"), limit=MAX_TRAIN)
         measured = {
             split: record_split(
@@ -252,8 +278,8 @@ def record_split(
 ) -> dict[str, Any]:
     """Write all results of one split under `folder` of the run and return its metrics.
 
-    `loader` is one of the whole split that does not shuffle; `known` is what the baselines learn from, images of the
-    training split of the same data set, or None where there are none.
+    `loader` is one of the whole split that does not shuffle; `known` is what the baselines learn
+    from, images of the training split of the same data set, or None where there are none.
     """
     looks = read_looks(loader, limit=MAX_IMAGES)
     columns = loader.columns("labels", "source", "patient", "subtype")
@@ -284,15 +310,19 @@ def explain(network: torch.nn.Module, images: NDArray[np.uint8]) -> NDArray[np.f
     """The heat maps (n, H, W) in [0, 1] of pictures (n, H, W)."""
     assert isinstance(network, ResNet)
     weight = next(network.parameters())
-    grey = to_grey(np.ascontiguousarray(images[:, None]), weight.device, weight.dtype)  # (n, 1, H, W)
+    grey = to_grey(
+        np.ascontiguousarray(images[:, None]), weight.device, weight.dtype
+    )  # (n, 1, H, W)
     heats: NDArray[np.float32] = grad_cam(network, grey).float().cpu().numpy()
     return heats
 
 
 def read_looks(loader: Loader, *, limit: int) -> Looks:
-    """What the baselines see of the first `limit` images of a split, which are a random sample of it.
+    """What the baselines see of the first `limit` images of a split, which are a random sample of
+    it.
 
-    `loader` is one of the whole split that does not shuffle; rows stand in the order of their files' hashes.
+    `loader` is one of the whole split that does not shuffle; rows stand in the order of their
+    files' hashes.
     """
     batches = islice(loader.epoch(0), math.ceil(limit / loader.batch_size))
     border = [border_features(batch.images[:, 0]) for batch in batches]
@@ -319,7 +349,9 @@ def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> 
     """What a report says of a data set, from its index and its manifest."""
     store = open_store(dataset)
     set_aside: Counter[str] = Counter()
-    patients = {split: array("q") for split in index.splits}  # a hash an image, for names take ten times the memory
+    patients = {
+        split: array("q") for split in index.splits
+    }  # a hash an image, for names take ten times the memory
     groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
     with (
         tempfile.TemporaryDirectory(prefix="xrai-") as folder,
@@ -340,7 +372,9 @@ def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> 
         num_found=index.counts.num_found,
         set_aside=dict(set_aside),
         is_phantom=is_phantom,
-        num_patients={split: len(np.unique(np.asarray(found))) for split, found in patients.items()},
+        num_patients={
+            split: len(np.unique(np.asarray(found))) for split, found in patients.items()
+        },
         groups={split: dict(found) for split, found in groups.items()},
     )
 
@@ -355,14 +389,20 @@ def _manifest_file(store: Store, folder: Path) -> Path:
 
 
 def is_finished(run: RunFolder | None, *, resume: str) -> bool:
-    """Whether the run has ended before; then its results are shown once more and nothing is done."""
+    """Whether the run has ended before; then its results are shown once more and nothing is
+    done.
+    """
     assert run is not None
     if run.store.size(SUMMARY) is None:
         return False
     if resume == "never":
-        raise RunError(f"run {run.address} is finished and --resume is never: give another --run_id, or none")
+        raise RunError(
+            f"run {run.address} is finished and --resume is never: give another --run_id, or none"
+        )
     _logger.info("run %s is finished; give another --run_id to train once more", run.address)
-    print("\n".join(format_result_lines(json.loads(run.store.read(SUMMARY)), run.address)), flush=True)
+    print(
+        "\n".join(format_result_lines(json.loads(run.store.read(SUMMARY)), run.address)), flush=True
+    )
     return True
 
 
@@ -385,12 +425,24 @@ def describe_devices(config: Config, ranks: Ranks) -> dict[str, Any]:
     return {
         "world_size": ranks.world_size,
         "threads_per_rank": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else "cpu",
         "precision": resolve_precision(config.train.precision, ranks.device),
     }
 
 
 def read_images(loader: Loader, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The pictures (n, H, W) of some rows of a split, from a loader of one rank that does not shuffle."""
-    batches = {step: next(loader.epoch(0, start=step)) for step in set((rows // loader.batch_size).tolist())}
-    return np.stack([batches[row // loader.batch_size].images[row % loader.batch_size, 0] for row in rows.tolist()])
+    """The pictures (n, H, W) of some rows of a split, from a loader of one rank that does not
+    shuffle.
+    """
+    batches = {
+        step: next(loader.epoch(0, start=step))
+        for step in set((rows // loader.batch_size).tolist())
+    }
+    return np.stack(
+        [
+            batches[row // loader.batch_size].images[row % loader.batch_size, 0]
+            for row in rows.tolist()
+        ]
+    )

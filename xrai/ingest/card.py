@@ -1,4 +1,5 @@
-"""The data card: what a data set holds, for people who have to trust it: Markdown, and sheets of pictures beside it.
+"""The data card: what a data set holds, for people who have to trust it: Markdown, and sheets of
+pictures beside it.
 
 Rooms do not know each other, so the command passes what draws (`xrai.results.plots`).
 """
@@ -15,9 +16,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.build import NearDuplicate
 from xrai.dataset.manifest import CLASSES, Row, is_file_patient
 from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
+from xrai.ingest.build import NearDuplicate
 from xrai.store import Store
 
 REPORT_KEYS: Final = tuple(
@@ -63,10 +64,14 @@ def make_report(
 
         for label, class_name in enumerate(index.classes):
             of_class = (row for row in train if row.label == label)
-            samples = nsmallest(_SAMPLES, of_class, key=_by_place)  # of the first shard, if it has as many
+            samples = nsmallest(
+                _SAMPLES, of_class, key=_by_place
+            )  # of the first shard, if it has as many
             caption = f"Samples of train: {class_name}"
             pictures = _read_pictures(store, samples, Path(folder))
-            draw_sheet(pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom)
+            draw_sheet(
+                pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom
+            )
             keep(f"samples-{class_name.lower()}.png", caption)
         counts = {split: index.num_images_per_class(split) for split in index.splits}
         draw_counts(counts, path, heading="Images by split and class", is_phantom=phantom)
@@ -77,16 +82,23 @@ def make_report(
             caption = "Near-duplicates in two splits, the nearest"
             note = f"{len(near)} pairs in all"
             draw_sheet(
-                _read_pictures(store, shown, Path(folder)), titles, path, heading=caption, note=note, is_phantom=phantom
+                _read_pictures(store, shown, Path(folder)),
+                titles,
+                path,
+                heading=caption,
+                note=note,
+                is_phantom=phantom,
             )
             keep("near-duplicates.png", caption)
             files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
-    files[f"{REPORT_PREFIX}card.md"] = write_card(index, rows, near, notes=notes, sheets=sheets).encode()
+    files[f"{REPORT_PREFIX}card.md"] = write_card(
+        index, rows, near, notes=notes, sheets=sheets
+    ).encode()
     return files
 
 
 def is_phantom(rows: Sequence[Row]) -> bool:
-    """Whether the images are drawn ones: `xrai.dataset.phantom` begins their names so."""
+    """Whether the images are drawn ones: `xrai.phantom` begins their names so."""
     return bool(rows) and all(_name(row).startswith("phantom-") for row in rows)
 
 
@@ -98,14 +110,19 @@ def write_card(
     notes: Sequence[str],
     sheets: Sequence[tuple[str, str]],
 ) -> str:
-    """The card's text. `sheets` are (caption, file name) of pictures beside it; `notes` are sentences of the plan."""
+    """The card's text. `sheets` are (caption, file name) of pictures beside it; `notes` are
+    sentences of the plan.
+    """
     counts = index.counts
     used = [row for row in rows if not row.reason]
     config = index.config["images"]
     lines = [
         f"# Data set {index.fingerprint[:16]}",
         "",
-        *(["**Drawn phantoms, not patients.** For trying the program out and for tests.", ""] * is_phantom(rows)),
+        *(
+            ["**Drawn phantoms, not patients.** For trying the program out and for tests.", ""]
+            * is_phantom(rows)
+        ),
         f"Source: {_text(index.source)}. {counts.num_found} files found = {counts.num_written} written + "
         f"{counts.num_set_aside} set aside; {counts.num_not_data} more are not data.",
         f"Pictures: {index.image_size} x {index.image_size} grey levels of 8 bits, fitted by `{config['fit']}`; mean "
@@ -120,7 +137,9 @@ def write_card(
         patients = Counter(row.patient for row in used if row.split == split)
         origin = "carved from train, by patient" if split in index.carved else "the source"
         numbers = " | ".join(str(number) for number in index.num_images_per_class(split).values())
-        lines.append(f"| {split} | {numbers} | {len(patients)} | {max(patients.values())} | {origin} |")
+        lines.append(
+            f"| {split} | {numbers} | {len(patients)} | {max(patients.values())} | {origin} |"
+        )
     subtypes = Counter(row.subtype for row in used if row.subtype)
     if subtypes:
         named = ", ".join(f"{count} {name}" for name, count in sorted(subtypes.items()))
@@ -139,7 +158,9 @@ def write_card(
         f"| {pair.distance} | {pair.one.split}: {_text(pair.one.path)} | {pair.other.split}: {_text(pair.other.path)} |"
         for pair in near
     ]
-    lines += _table("| bits of 256 that differ | image | image |", pairs, rest="near-duplicates.csv")
+    lines += _table(
+        "| bits of 256 that differ | image | image |", pairs, rest="near-duplicates.csv"
+    )
     lines += ["", "## Files set aside", ""]
     aside = [f"| {_text(row.path)} | {_text(row.reason)} |" for row in rows if row.reason]
     lines += _table("| file | reason |", aside, rest="../manifest.jsonl")
@@ -154,7 +175,7 @@ def _table(head: str, lines: Sequence[str], *, rest: str) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Text from outside as one line of Markdown that can not be anything but text."""
+    """Text from outside as one line of Markdown that cannot be anything but text."""
     plain = "".join(character if character.isprintable() else "\ufffd" for character in text)
     for special in "\\`*_{}[]<>()#+!|":
         plain = plain.replace(special, "\\" + special)
@@ -166,7 +187,9 @@ def _write_near(near: Sequence[NearDuplicate]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["distance", "split", "path", "other_split", "other_path"])
     for pair in near:
-        writer.writerow([pair.distance, pair.one.split, pair.one.path, pair.other.split, pair.other.path])
+        writer.writerow(
+            [pair.distance, pair.one.split, pair.one.path, pair.other.split, pair.other.path]
+        )
     return text.getvalue().encode()
 
 

@@ -8,18 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xrai.dataset.build import NearDuplicate
-from xrai.dataset.card import REPORT_KEYS, is_phantom, make_report, write_card
 from xrai.dataset.manifest import Row
 from xrai.dataset.shards import Counts, DatasetIndex, ShardInfo, shard_name, write_shard
+from xrai.ingest.build import NearDuplicate
+from xrai.ingest.card import REPORT_KEYS, is_phantom, make_report, write_card
 from xrai.store import Store, open_store
 
 
-def row(path: str, *, label: int = 0, split: str = "train", place: int = 0, reason: str = "", **more: str) -> Row:
+def row(
+    path: str,
+    *,
+    label: int = 0,
+    split: str = "train",
+    place: int = 0,
+    reason: str = "",
+    **more: str,
+) -> Row:
     sha256 = hashlib.sha256(path.encode()).hexdigest()
     values = {"patient": f"file:{path}", "subtype": "", **more}
     shard, number = (None, None) if reason else (shard_name(split, 0, 1), place)
-    return Row(path, sha256, label, values["patient"], values["subtype"], split, shard, number, reason)
+    return Row(
+        path, sha256, label, values["patient"], values["subtype"], split, shard, number, reason
+    )
 
 
 ROWS = [
@@ -36,7 +46,9 @@ def index_of(rows: list[Row], **changes: object) -> DatasetIndex:
     splits = {}
     for split in ("train", "val"):
         labels = [found.label for found in rows if found.split == split and not found.reason]
-        info = ShardInfo(shard_name(split, 0, 1), len(labels), 1, "ab" * 32, (labels.count(0), labels.count(1)))
+        info = ShardInfo(
+            shard_name(split, 0, 1), len(labels), 1, "ab" * 32, (labels.count(0), labels.count(1))
+        )
         splits[split] = (info,)
     num_aside = sum(bool(found.reason) for found in rows)
     values: dict[str, object] = {
@@ -48,13 +60,18 @@ def index_of(rows: list[Row], **changes: object) -> DatasetIndex:
 
 
 def card(rows: list[Row] = ROWS, near: list[NearDuplicate] | None = None, **changes: object) -> str:
-    return write_card(index_of(rows, **changes), rows, near or [], notes=["a note"], sheets=[("Samples", "s.png")])
+    return write_card(
+        index_of(rows, **changes), rows, near or [], notes=["a note"], sheets=[("Samples", "s.png")]
+    )
 
 
 def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
     text = card()
     assert "6 files found = 5 written + 1 set aside; 3 more are not data." in text
-    assert "8 x 8 grey levels of 8 bits, fitted by `crop`; mean of train 100.0, standard deviation 50.0" in text
+    assert (
+        "8 x 8 grey levels of 8 bits, fitted by `crop`; mean of train 100.0, standard deviation 50.0"
+        in text
+    )
     assert "| train | 2 | 1 | 2 | 2 | the source |" in text
     assert "| val | 1 | 1 | 2 | 1 | carved from train, by patient |" in text
     assert "Kinds of pneumonia that file names or labels state: 2 viral." in text
@@ -68,7 +85,8 @@ def test_a_card_without_bad_files_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a|b`c.png", "<script>alert(1)</script>.png", "[x](http://evil).png", "a\nb\x1b[31m.png"]
+    "name",
+    ["a|b`c.png", "<script>alert(1)</script>.png", "[x](http://evil).png", "a\nb\x1b[31m.png"],
 )
 def test_text_from_outside_stays_text(name: str) -> None:
     text = card([*ROWS, row(f"train/NORMAL/{name}", reason="is bad")], source=name)
@@ -93,7 +111,7 @@ def test_phantoms_are_said_to_be_phantoms_and_patients_are_not() -> None:
     assert "phantoms" not in card()
 
 
-# ----------------------------------------------------------------------------------------------------- the whole report
+# --------------------------------------------------------------------------------- the whole report
 
 
 class Drawn:
@@ -103,7 +121,9 @@ class Drawn:
         self.sheets: list[tuple[str, list[np.ndarray], list[str]]] = []
         self.counts: list[dict[str, dict[str, int]]] = []
 
-    def sheet(self, images: list[np.ndarray], titles: list[str], path: Path, *, heading: str, **_: object) -> None:
+    def sheet(
+        self, images: list[np.ndarray], titles: list[str], path: Path, *, heading: str, **_: object
+    ) -> None:
         assert len(images) == len(titles)
         self.sheets.append((heading, images, titles))
         path.write_bytes(heading.encode())
@@ -118,7 +138,8 @@ def stored(folder: Path, rows: list[Row]) -> Store:
     for split, start in (("train", 10), ("val", 100)):
         here = [found for found in rows if found.split == split and not found.reason]
         images = (
-            np.zeros((len(here), 8, 8), np.uint8) + np.arange(start, start + len(here), dtype=np.uint8)[:, None, None]
+            np.zeros((len(here), 8, 8), np.uint8)
+            + np.arange(start, start + len(here), dtype=np.uint8)[:, None, None]
         )
         write_shard(
             folder / shard_name(split, 0, 1), images=images, labels=np.array([found.label for found in here], np.uint8),
@@ -137,17 +158,32 @@ def test_the_sheets_show_the_stored_pictures_under_their_names(
     if is_remote:
         monkeypatch.setattr(type(store), "local_path", lambda self, key: None)
     near = [NearDuplicate(3, ROWS[0], ROWS[3])]
-    files = make_report(store, index_of(ROWS), ROWS, near, notes=[], draw_sheet=drawn.sheet, draw_counts=drawn.count)
+    files = make_report(
+        store, index_of(ROWS), ROWS, near, notes=[], draw_sheet=drawn.sheet, draw_counts=drawn.count
+    )
     assert set(files) == set(REPORT_KEYS)
     by_heading = {heading: (images, titles) for heading, images, titles in drawn.sheets}
     images, titles = by_heading["Samples of train: NORMAL"]
-    assert titles == ["IM-1-1.png", "IM-1-2.png"] and [int(image[0, 0]) for image in images] == [10, 11]
+    assert titles == ["IM-1-1.png", "IM-1-2.png"] and [int(image[0, 0]) for image in images] == [
+        10,
+        11,
+    ]
     images, titles = by_heading["Near-duplicates in two splits, the nearest"]
-    assert titles == ["train: IM-1-1.png", "val: v.png"] and [int(image[0, 0]) for image in images] == [10, 100]
-    assert drawn.counts == [{"train": {"NORMAL": 2, "PNEUMONIA": 1}, "val": {"NORMAL": 1, "PNEUMONIA": 1}}]
+    assert titles == ["train: IM-1-1.png", "val: v.png"] and [
+        int(image[0, 0]) for image in images
+    ] == [10, 100]
+    assert drawn.counts == [
+        {"train": {"NORMAL": 2, "PNEUMONIA": 1}, "val": {"NORMAL": 1, "PNEUMONIA": 1}}
+    ]
     table = list(csv.DictReader(io.StringIO(files["report/near-duplicates.csv"].decode())))
     assert table == [
-        {"distance": "3", "split": "train", "path": ROWS[0].path, "other_split": "val", "other_path": ROWS[3].path}
+        {
+            "distance": "3",
+            "split": "train",
+            "path": ROWS[0].path,
+            "other_split": "val",
+            "other_path": ROWS[3].path,
+        }
     ]
     assert "near-duplicates.png" in files["report/card.md"].decode()
 
@@ -170,6 +206,15 @@ def test_samples_come_from_later_shards_where_the_first_has_too_few(tmp_path: Pa
     ]
     drawn = Drawn()
     make_report(
-        open_store(str(tmp_path)), index_of(ROWS), rows, [], notes=[], draw_sheet=drawn.sheet, draw_counts=drawn.count
+        open_store(str(tmp_path)),
+        index_of(ROWS),
+        rows,
+        [],
+        notes=[],
+        draw_sheet=drawn.sheet,
+        draw_counts=drawn.count,
     )
-    assert [titles for _, _, titles in drawn.sheets] == [["IM-1-1.png", "IM-1-2.png"] * 2, ["p.png"]]
+    assert [titles for _, _, titles in drawn.sheets] == [
+        ["IM-1-1.png", "IM-1-2.png"] * 2,
+        ["p.png"],
+    ]

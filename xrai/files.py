@@ -1,0 +1,146 @@
+"""Local files: replace atomically, hash, explain failures in one line, cache folder, cores.
+
+Every room writes through `replacing` or `write_atomically`, so a reader never sees half a file.
+"""
+
+import errno
+import glob
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from xrai.errors import (
+    AlreadyExistsError,
+    ForbiddenError,
+    NotFoundError,
+    StoreAccessError,
+    StoreError,
+)
+
+Access = Literal["read", "written", "listed", "deleted"]
+
+_CHUNK_BYTES = 256 * 1024
+_STALE_S = 24 * 3600.0
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+
+
+@contextmanager
+def replacing(path: Path, *, only_if_absent: bool = False) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` if the block succeeds and vanishes if it fails.
+
+    Parent folders are created. With `only_if_absent`, raises `FileExistsError` instead of
+    replacing. Raises `OSError` as the operating system does; see `explaining`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(path.parent)) from error
+    _remove_stale_temporaries(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if only_if_absent and _link(temporary, path):
+            return
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes, *, only_if_absent: bool = False) -> None:
+    """Write `data` to `path`, whole or not at all; see `replacing`."""
+    with replacing(path, only_if_absent=only_if_absent) as file:
+        file.write(data)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` has not finished."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_hashed(file: BinaryIO, write: Callable[[bytes], object]) -> str:
+    """Pass the rest of `file` to `write` in chunks; return the SHA-256 of it, in hex."""
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        write(chunk)
+    return digest.hexdigest()
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder below `$XDG_CACHE_HOME/xrai`, else `~/.cache/xrai`; it is not created."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return Path(cache or Path.home() / ".cache", "xrai", *parts)
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def explaining(
+    access: Access, where: str, *, hint: str = "", error_type: type[StoreError] = StoreError
+) -> Iterator[None]:
+    """Turn an `OSError` in the block into one line that says what to do.
+
+    `where` names the file for people. `hint` replaces the advice that fits the cause. Raises
+    `AlreadyExistsError`, `ForbiddenError`, `NotFoundError` or `StoreAccessError` where one of
+    these is the cause, else `error_type`.
+    """
+    try:
+        yield
+    except FileExistsError as error:
+        raise AlreadyExistsError(f"{where} exists already") from error
+    except OSError as error:
+        cause = error.strerror or str(error)
+        what = f"{where} cannot be {access}: {cause}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = hint or "change its permissions or use another folder"
+            raise ForbiddenError(f"{what}; {advice}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = hint or "free some space or use another folder"
+            raise error_type(f"{what}; {advice}") from error
+        if access == "written" and error.errno == errno.ENOTDIR:
+            text = f"{where} cannot be written: it is below a file; choose another folder"
+            raise StoreAccessError(text) from error
+        if access != "written" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            raise NotFoundError(f"there is no {where}") from error
+        raise error_type(f"{what}{f'; {hint}' if hint else ''}") from error
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name, if no file has it; False on a file system without links."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "it exists already", str(path)) from error
+        return False
+    return True
+
+
+def _remove_stale_temporaries(path: Path) -> None:
+    """Remove what killed writers of the same file left a day ago or more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # another writer may finish with it right now
+            if is_temporary(left.name) and left.stat().st_mtime < time.time() - _STALE_S:
+                left.unlink()

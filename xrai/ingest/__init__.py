@@ -1,0 +1,1 @@
+"""From raw chest X-rays to a data set: sources, labels, decoding, splits, leaks, shards, card."""

@@ -1,0 +1,74 @@
+"""The object store: a folder or a bucket behind one small interface. The one home of boto3.
+
+Rooms and commands open an address and pass the store on:
+
+    store = open_store("data/dataset")             # also file:///abs/dir
+    store = open_store("s3://bucket/prefix")       # AWS_ENDPOINT_URL_S3 names another S3
+Keys are relative paths with forward slashes. A write is atomic: a reader sees the whole object, the
+one before, or none. A store may be pickled, used from many threads, and used in a child after fork.
+Every S3 request has a time-out; one that fails for a reason that may pass (no answer, a reset, a
+cut body, 5xx, throttling) is repeated with growing, jittered pauses until nothing has succeeded for
+`retry_s`. What cannot pass is told apart at once by its class: `NotFoundError`, `ForbiddenError`,
+`NoCredentialsError`, `NoSuchBucketError`, `WrongEndpointError`.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from xrai.errors import ConfigError, StoreAccessError
+from xrai.store.base import Store, StoredObject, check_key
+from xrai.store.folder import FolderStore
+from xrai.store.s3 import S3Store
+
+__all__ = ["FolderStore", "S3Store", "Store", "StoredObject", "check_key", "open_store"]
+
+
+def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | None = None) -> Store:
+    """The store at an address: a folder's path, `file:///abs/dir`, or `s3://bucket/prefix`. Nothing
+    is contacted yet.
+
+    For a bucket `timeout_s` is how long one request may be without an answer, and `retry_s` how
+    long a failing one is repeated: a call ends within `retry_s + 2 timeout_s` (one to connect, one
+    to be answered) of the last 256 KiB that arrived. Where they are not given, XRAI_S3_TIMEOUT_S
+    and XRAI_S3_RETRY_S say, else they are 20 and 120 s. Raises `StoreAccessError` for any other
+    address.
+    """
+    allowed = "give a folder, file:///folder or s3://bucket/prefix"
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    if scheme == "s3":
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
+            raise StoreAccessError(
+                f"{uri!r} names no bucket: {bucket!r} is not a bucket's name; {allowed}"
+            )
+        return S3Store(
+            bucket,
+            prefix.strip("/"),
+            timeout_s=_seconds("XRAI_S3_TIMEOUT_S", 20.0) if timeout_s is None else timeout_s,
+            retry_s=_seconds("XRAI_S3_RETRY_S", 120.0) if retry_s is None else retry_s,
+        )
+    if scheme == "file":
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise StoreAccessError(f"{uri!r} is not a folder of this machine; {allowed}")
+        return FolderStore(Path(unquote(parts.path)))
+    if scheme or not uri:
+        raise StoreAccessError(f"{uri!r} is not an address of a store; {allowed}")
+    return FolderStore(Path(uri))
+
+
+def _seconds(variable: str, default: float) -> float:
+    """A positive number of seconds from the environment."""
+    text = os.environ.get(variable, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(
+            f"{variable} = {text!r} is not allowed: it takes a number of seconds above 0"
+        )
+    return value

@@ -1,0 +1,78 @@
+"""What a store is: objects under keys, behind one small interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from xrai.errors import StoreError
+
+
+@dataclass(frozen=True, order=True)
+class StoredObject:
+    """One object of a store."""
+
+    key: str
+    size_bytes: int
+
+
+class Store(ABC):
+    """A place for objects under keys. `uri` is its address in normal form.
+
+    All methods raise `StoreError` kinds that name the address, the key and the cause. A key that is
+    absolute, has an empty part, or a part that is `.` or `..`, is refused.
+    """
+
+    uri: str
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises `NotFoundError` where there is none, `CorruptError` if it is
+        replaced meanwhile.
+        """
+
+    @abstractmethod
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        """Store `data`, replacing what was there; or raise `AlreadyExistsError` if asked not to
+        replace.
+        """
+
+    @abstractmethod
+    def download(self, key: str, path: Path) -> str:
+        """Copy the object to a local file, atomically. Returns the SHA-256 of the bytes that
+        arrived, in hex.
+        """
+
+    @abstractmethod
+    def upload(self, key: str, path: Path) -> str:
+        """Store a local file. Returns the SHA-256 of the bytes that were sent, in hex."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """The object's size in bytes, or None where there is none."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """The objects whose keys begin with `prefix`, sorted by key."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing happens where there is none."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """The object's own file for a folder, None for a bucket."""
+
+    def _where(self, key: str) -> str:
+        return f"{self.uri}/{key}" if key else self.uri
+
+
+def check_key(key: str) -> str:
+    """`key` itself, if it is a relative path that stays inside the store; raises `StoreError` if
+    it is not.
+    """
+    if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise StoreError(
+            f"{key!r} is not a key: keys are relative paths such as report/card.md, without '..'"
+        )
+    return key

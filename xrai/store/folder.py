@@ -1,0 +1,87 @@
+"""A store that is a folder of this machine."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path, PurePosixPath
+
+from xrai.errors import NotFoundError, StoreError
+from xrai.files import Access, copy_hashed, explaining, is_temporary, replacing, write_atomically
+from xrai.store.base import Store, StoredObject, check_key
+
+
+class FolderStore(Store):
+    """Objects as files below a folder. The folder is made by the first write."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(os.path.abspath(folder))  # noqa: PTH100, Path.resolve would follow links
+        self.uri = str(self._folder)
+
+    def read(self, key: str) -> bytes:
+        path = self._path(key)
+        with self._explaining("read", key):
+            return path.read_bytes()
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        path = self._path(key)
+        with self._explaining("written", key):
+            write_atomically(path, data, only_if_absent=only_if_absent)
+
+    def download(self, key: str, path: Path) -> str:
+        source = self._path(key)
+        with self._explaining("read", key):
+            opened = source.open("rb")
+        with opened, explaining("written", str(path)), replacing(path) as file:
+            return copy_hashed(opened, file.write)
+
+    def upload(self, key: str, path: Path) -> str:
+        target = self._path(key)
+        with explaining("read", str(path)):
+            opened = path.open("rb")
+        with opened, self._explaining("written", key), replacing(target) as file:
+            return copy_hashed(opened, file.write)
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        try:
+            with self._explaining("read", key):
+                return path.stat().st_size if not path.is_dir() else None
+        except NotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        if prefix.startswith("/") or ".." in prefix.split("/"):
+            raise StoreError(
+                f"{prefix!r} is not the beginning of a key: keys are relative paths, without '..'"
+            )
+        top = self._folder / prefix.rpartition("/")[0]
+        found = []
+        with self._explaining("listed", prefix):
+            for folder, _, names in os.walk(top, onerror=_refuse_unless_missing):
+                for name in names:
+                    path = Path(folder, name)
+                    key = path.relative_to(self._folder).as_posix()
+                    if key.startswith(prefix) and not is_temporary(name):
+                        with suppress(FileNotFoundError):  # deleted meanwhile
+                            found.append(StoredObject(key, path.stat().st_size))
+        yield from sorted(found)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with self._explaining("deleted", key):
+            path.unlink(missing_ok=True)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / PurePosixPath(check_key(key))
+
+    def _explaining(self, access: Access, key: str) -> AbstractContextManager[None]:
+        return explaining(access, self._where(key))
+
+
+def _refuse_unless_missing(error: OSError) -> None:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise error
