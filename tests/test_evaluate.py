@@ -13,9 +13,10 @@ import pytest
 
 from tests.dataset.small import write_dataset
 from tests.training import SMALL, call_main, make_dataset, run_module
-from xrai import evaluate, run
+from xrai import evaluate
 from xrai.dataset.loader import Loader
 from xrai.errors import UserError
+from xrai.run import read_looks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluate")]
 FEW = "--evaluate.num_bootstrap=50"
@@ -175,8 +176,8 @@ def test_the_baselines_look_at_no_more_images_than_they_may_and_in_the_order_of_
     dataset: Path, limit: int
 ) -> None:
     loader = Loader(str(dataset), split="train", batch_size=8)
-    whole = run.read_looks(loader, limit=10_000)
-    looks = run.read_looks(loader, limit=limit)
+    whole = read_looks(loader, limit=10_000)
+    looks = read_looks(loader, limit=limit)
     num = min(limit, loader.num_images)
     assert (
         len(looks.labels) == len(looks.patients) == len(looks.geometry) == len(looks.border) == num
