@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.dataset.remote import RemoteFolder
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.faults.proxy import Proxy
 from xrai.errors import (
@@ -551,3 +552,17 @@ def test_errors_of_access_are_the_users_mistakes_and_silence_is_not() -> None:
     assert issubclass(StoreAccessError, UserError)
     assert not issubclass(UnreachableError, UserError)
     assert not issubclass(NotFoundError, UserError)
+
+
+def test_an_object_is_read_as_a_file_in_place_or_as_a_copy_that_vanishes(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    store.write("a/b.txt", b"words")
+    with store.as_file("a/b.txt") as path:
+        assert path == store.local_path("a/b.txt")
+    remote = RemoteFolder(tmp_path / "data")
+    with remote.as_file("a/b.txt") as copy:
+        assert copy.read_bytes() == b"words" and copy != path
+    assert not copy.exists() and path.exists()
+    for kind in (store, remote):
+        with pytest.raises(NotFoundError, match=r"there is no .*missing"), kind.as_file("missing"):
+            pass

@@ -110,10 +110,10 @@ def test_one_flipped_byte_in_any_object_is_found_and_named(
         size_bytes = (dataset / key).stat().st_size
         for position in (0, size_bytes // 2, size_bytes - 1):
             flip(dataset / key, position)
-            faults = find_faults(store, index, folder=tmp_path)
+            faults = find_faults(store, index)
             assert {fault.key for fault in faults} == {key}, (key, position, faults)
             flip(dataset / key, position)
-    assert find_faults(store, index, folder=tmp_path) == []
+    assert find_faults(store, index) == []
 
 
 def test_one_flipped_byte_anywhere_in_dataset_json_is_found(check: Command, dataset: Path) -> None:
@@ -229,7 +229,7 @@ def test_counts_mean_and_fingerprint_are_recomputed(dataset: Path, tmp_path: Pat
         (replace(index, fingerprint="0" * 64), "fingerprint"),
         (replace(index, splits=splits), "of each class"),
     ):
-        faults = find_faults(store, wrong, folder=tmp_path)
+        faults = find_faults(store, wrong)
         assert any(words in fault.words for fault in faults), (words, faults)
     assert index.fingerprint == compute_fingerprint(index)
 

@@ -7,7 +7,6 @@ every file of the run; the others' are empty shells.
 import functools
 import json
 import math
-import tempfile
 import time
 from array import array
 from collections import Counter
@@ -53,7 +52,7 @@ from xrai.results.metrics import auroc, calibrated, choose_threshold, fit_temper
 from xrai.results.plots import draw_curves
 from xrai.results.record import group_of, record_scores
 from xrai.results.report import DatasetFacts, render_report
-from xrai.store import Store, open_store
+from xrai.store import open_store
 
 _ROWS_AT_ONCE = 4096  # of a column of texts, where each is looked at once
 _logger = get_logger(__name__)
@@ -353,10 +352,7 @@ def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> 
         split: array("q") for split in index.splits
     }  # a hash an image, for names take ten times the memory
     groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
-    with (
-        tempfile.TemporaryDirectory(prefix="xrai-") as folder,
-        _manifest_file(store, Path(folder)).open("rb") as lines,
-    ):
+    with store.as_file(MANIFEST_KEY) as path, path.open("rb") as lines:
         for row in parse_manifest(lines, where=store.uri):
             if row.reason:
                 set_aside[row.reason] += 1
@@ -377,15 +373,6 @@ def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> 
         },
         groups={split: dict(found) for split, found in groups.items()},
     )
-
-
-def _manifest_file(store: Store, folder: Path) -> Path:
-    """The manifest as a file: the store's own, or a copy in `folder`."""
-    path = store.local_path(MANIFEST_KEY)
-    if path is None or not path.exists():  # the copy says what is wrong
-        path = folder / MANIFEST_KEY
-        store.download(MANIFEST_KEY, path)
-    return path
 
 
 def is_finished(run: RunFolder | None, *, resume: str) -> bool:

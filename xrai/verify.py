@@ -7,9 +7,7 @@ source the data set was made of.
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from xrai import config as configuration
 from xrai.config import Flag
@@ -74,8 +72,7 @@ def main() -> None:
 
 def verify(store: Store, index: DatasetIndex) -> list[Fault]:
     """Find and print all faults."""
-    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-        faults = find_faults(store, index, folder=Path(folder))
+    faults = find_faults(store, index)
     for fault in faults:
         print(f"{fault.key} {fault.words}", flush=True)
     for entry in store.list(UNFINISHED):

@@ -42,10 +42,8 @@ class Fault:
     words: str
 
 
-def find_faults(store: Store, index: DatasetIndex, *, folder: Path) -> list[Fault]:
-    """All that is wrong with a data set; empty where nothing is. Shards of a bucket pass through
-    `folder`.
-    """
+def find_faults(store: Store, index: DatasetIndex) -> list[Fault]:
+    """All that is wrong with a data set; empty if nothing is."""
     faults = find_bad_objects(store, index)
     bad = {fault.key for fault in faults}
     if index.fingerprint != compute_fingerprint(index):
@@ -62,7 +60,7 @@ def find_faults(store: Store, index: DatasetIndex, *, folder: Path) -> list[Faul
     except CorruptError as error:
         return [*faults, Fault(MANIFEST_KEY, str(error))]
     faults += [Fault(MANIFEST_KEY, words) for words in _check_manifest(index, rows)]
-    return faults + _check_shards(store, index, rows, folder=folder, skip=bad)
+    return faults + _check_shards(store, index, rows, skip=bad)
 
 
 def find_bad_objects(store: Store, index: DatasetIndex) -> list[Fault]:
@@ -105,7 +103,7 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _check_shards(
-    store: Store, index: DatasetIndex, rows: Sequence[Row], *, folder: Path, skip: set[str]
+    store: Store, index: DatasetIndex, rows: Sequence[Row], *, skip: set[str]
 ) -> list[Fault]:
     """Compare each shard that has the right hash with the manifest, and all of train with the
     stated mean.
@@ -120,17 +118,14 @@ def _check_shards(
         for info in shards:
             if info.name in skip:
                 continue
-            path = store.local_path(info.name)
-            if path is None:
-                path = folder / "shard.h5"
-                store.download(info.name, path)
             listed = sorted(by_shard.get(info.name, []), key=lambda row: row.row or 0)
-            faults += [
-                Fault(info.name, words)
-                for words in _check_shard(path, info, listed, index, split=split)
-            ]
-            if split == "train":
-                histogram += _histogram(path)
+            with store.as_file(info.name) as path:
+                faults += [
+                    Fault(info.name, words)
+                    for words in _check_shard(path, info, listed, index, split=split)
+                ]
+                if split == "train":
+                    histogram += _histogram(path)
     if not skip.intersection(info.name for info in index.splits["train"]):
         levels = np.arange(256, dtype=np.float64)
         mean = np.average(levels, weights=histogram)

@@ -68,7 +68,7 @@ def make_report(
                 _SAMPLES, of_class, key=_by_place
             )  # of the first shard, if it has as many
             caption = f"Samples of train: {class_name}"
-            pictures = _read_pictures(store, samples, Path(folder))
+            pictures = _read_pictures(store, samples)
             draw_sheet(
                 pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom
             )
@@ -82,7 +82,7 @@ def make_report(
             caption = "Near-duplicates in two splits, the nearest"
             note = f"{len(near)} pairs in all"
             draw_sheet(
-                _read_pictures(store, shown, Path(folder)),
+                _read_pictures(store, shown),
                 titles,
                 path,
                 heading=caption,
@@ -197,16 +197,13 @@ def _by_place(row: Row) -> tuple[str, int]:
     return row.shard or "", row.row or 0
 
 
-def _read_pictures(store: Store, rows: Sequence[Row], folder: Path) -> list[NDArray[np.uint8]]:
+def _read_pictures(store: Store, rows: Sequence[Row]) -> list[NDArray[np.uint8]]:
     """The stored pictures (H, W) of a few rows; each shard is fetched once."""
     pictures: dict[str, NDArray[np.uint8]] = {}
     for name in sorted({row.shard for row in rows if row.shard is not None}):
-        path = store.local_path(name)
-        if path is None:
-            path = folder / "shard.h5"
-            store.download(name, path)
-        images = open_shard(path).images
-        pictures.update((row.path, images[row.row].copy()) for row in rows if row.shard == name)
+        with store.as_file(name) as path:
+            images = open_shard(path).images
+            pictures.update((row.path, images[row.row].copy()) for row in rows if row.shard == name)
     return [pictures[row.path] for row in rows]
 
 

@@ -101,11 +101,7 @@ def _recover_part(
     histogram = np.zeros(256, np.int64)
     hashes, kept = [], set()
     if info is not None:
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-            path = store.local_path(info.name)
-            if path is None:
-                path = Path(folder) / "shard.h5"
-                store.download(info.name, path)
+        with store.as_file(info.name) as path:
             stored = open_shard(path)
             for picture in stored.images:
                 histogram += np.bincount(picture.ravel(), minlength=256)

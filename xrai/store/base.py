@@ -1,7 +1,9 @@
 """What a store is: objects under keys, behind one small interface."""
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,18 @@ class Store(ABC):
     @abstractmethod
     def local_path(self, key: str) -> Path | None:
         """The object's own file for a folder, None for a bucket."""
+
+    @contextmanager
+    def as_file(self, key: str) -> Iterator[Path]:
+        """The object as a local file: a folder's own, or a copy that vanishes after the block."""
+        path = self.local_path(key)
+        if path is not None and path.exists():
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            copy = Path(folder) / "object"
+            self.download(key, copy)
+            yield copy
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri
