@@ -48,7 +48,8 @@ from xrai.results.baselines import (
     geometry_features,
     measure_baselines,
 )
-from xrai.results.metrics import auroc, calibrated, choose_threshold, fit_temperature
+from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
+from xrai.results.metrics import auroc
 from xrai.results.plots import draw_curves
 from xrai.results.record import group_of, record_scores
 from xrai.results.report import DatasetFacts, render_report

@@ -48,8 +48,9 @@ from xrai.results.artifacts import (
     safe_path,
     to_json,
 )
+from xrai.results.calibration import calibrated
 from xrai.results.events import count_calls
-from xrai.results.metrics import calibrated, evaluate_scores
+from xrai.results.metrics import evaluate_scores
 from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import DatasetFacts, render_report
 from xrai.store import FolderStore

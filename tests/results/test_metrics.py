@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,13 @@ from sklearn import metrics as scikit
 
 from xrai.errors import XraiError
 from xrai.results.artifacts import to_json
+from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.metrics import (
     METRICS,
     auroc,
-    calibrated,
     calibration_bins,
-    choose_threshold,
     count_calls_by_threshold,
     evaluate_scores,
-    fit_temperature,
     format_interval,
     format_value,
     newcombe_interval,
@@ -541,3 +541,11 @@ def test_an_interval_reads_as_people_write_it() -> None:
     assert format_interval("accuracy", 0.9211, 0.9589) == "92.1–95.9 %"
     assert format_interval("auroc", 0.9721, 0.9889) == "0.972–0.989"
     assert format_interval("auroc", None, math.nan) == ""
+
+
+def test_counting_results_loads_no_other_library_than_numpy() -> None:
+    program = (
+        "import sys, xrai.results.metrics, xrai.results.review, xrai.results.baselines\n"
+        "assert not {'scipy', 'sklearn', 'matplotlib', 'torch', 'jinja2'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

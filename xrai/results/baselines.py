@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
-from xrai.results.metrics import calibrated, evaluate_scores
+from xrai.results.calibration import calibrated
+from xrai.results.metrics import evaluate_scores
 
 MAX_TRAIN, MAX_IMAGES = (
     5_000,
@@ -80,6 +78,10 @@ def fit_and_score(train: Floats, labels: npt.ArrayLike, others: Floats) -> Float
     held-out films .988, in 0.4 s of one core; logistic regression .950, random forest .975, boosted
     trees .984 in 7 s).
     """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
     model = make_pipeline(StandardScaler(), SVC(C=3.0, gamma="auto", class_weight="balanced"))
     return calibrated(model.fit(train, labels).decision_function(others))
 

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from xrai.errors import XraiError
+from xrai.results.calibration import Floats, checked
+from xrai.results.review import needs_review
 
 SCHEMA_VERSION = 2
 NUM_CALIBRATION_BINS = 10
@@ -40,7 +41,6 @@ COVERAGES = tuple(
     share / 100 for share in range(100, 45, -5)
 )  # shares of images kept, on the abstention curve
 NUM_GROUPS = 12  # source groups that are measured, the largest ones
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; with fewer, resamples of a proportion tell little
@@ -50,8 +50,6 @@ _WEIGHTS_AT_ONCE = (
 )  # of resamples times images, of splits above 5,000: ten arrays of 2 MiB, however many images
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # fewer resamples in which a metric is defined make no interval
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ def evaluate_scores(
     name; a missing interval has its reason under `NAME.interval`; a subtype and a group have their
     own `reasons`. Raises `XraiError` for a score that is not a number in [0, 1].
     """
-    labels, scores = _checked(labels, scores)
+    labels, scores = checked(labels, scores)
     names, patient_of = np.unique(np.asarray(patients), return_inverse=True)
     subtype_of = np.asarray(subtypes).astype(str)
     group_of = np.full(len(labels), "") if groups is None else np.asarray(groups).astype(str)
@@ -218,7 +216,7 @@ def evaluate_scores(
             f"{len(labels)} labels, {len(patient_of)} patients, {len(subtype_of)} subtypes and {len(group_of)} groups "
             "must be equal in number"
         )
-    typical = None if atypicality is None else np.asarray(atypicality, dtype=np.float64) <= 1
+    typical = None if atypicality is None else ~needs_review(np.asarray(atypicality, np.float64))
     everything, normal = np.ones(len(labels), dtype=bool), labels == 0
     selections = {("whole", ""): everything}
     for subtype in sorted({str(name) for name in subtype_of[~normal]} - {""}):
@@ -238,7 +236,7 @@ def evaluate_scores(
         for key, chosen in selections.items()
     }
     if uncalibrated is not None:
-        subsets["before", ""] = _Subset(*_checked(labels, uncalibrated), threshold, patient_of)
+        subsets["before", ""] = _Subset(*checked(labels, uncalibrated), threshold, patient_of)
     resampled = _bootstrap(subsets, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed)
     measured = {key: _summarise(subset, resampled[key]) for key, subset in subsets.items()}
     whole = measured["whole", ""]
@@ -295,76 +293,12 @@ def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """Area under the ROC curve of labels (N,) and scores (N,), ties counted half; NaN unless
     both classes are there.
     """
-    labels, scores = _checked(labels, scores, in_unit_range=False)
+    labels, scores = checked(labels, scores, in_unit_range=False)
     if not 0 < labels.sum() < len(labels):
         return math.nan
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(labels, scores))
-
-
-def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
-    """The threshold that maximises sensitivity + specificity - 1 (Youden 1950).
-
-    Every threshold between two neighbouring scores makes the same calls, so the maximum is a
-    plateau: the middle of the widest one is taken (of equally wide ones the lowest), away from the
-    scores at its ends, so that small changes of scores do not change the calls. Plateaus end at 0
-    and 1. Values of J are compared exactly, in whole numbers.
-
-    `labels` (N,) 0 or 1, `scores` (N,) in [0, 1]. Raises `XraiError` unless both classes are there.
-    """
-    labels, scores = _checked(labels, scores)
-    _refuse_one_class(labels, "threshold")
-    num_positive = int(labels.sum())
-    num_negative = len(labels) - num_positive
-    cuts, level_of = np.unique(scores, return_inverse=True)
-    positives = np.bincount(level_of, weights=labels, minlength=len(cuts)).astype(np.int64)
-    negatives = np.bincount(level_of, minlength=len(cuts)) - positives
-    # thresholds in (edges[i], edges[i + 1]] call the scores from cuts[i] up pneumonia; the last
-    # interval calls none
-    called_positive = np.append(np.cumsum(positives[::-1])[::-1], 0)
-    called_negative = np.append(np.cumsum(negatives[::-1])[::-1], 0)
-    youden = called_positive * num_negative - called_negative * num_positive
-    edges = np.concatenate([[0.0], cuts, [1.0]])
-    best = np.concatenate([[False], youden == youden.max(), [False]])
-    starts = np.flatnonzero(
-        ~best[:-1] & best[1:]
-    )  # runs of neighbouring best intervals are one plateau
-    ends = np.flatnonzero(best[:-1] & ~best[1:])
-    widest = int(np.argmax(edges[ends] - edges[starts]))
-    low, high = float(edges[starts[widest]]), float(edges[ends[widest]])
-    middle = (low + high) / 2
-    return middle if low < middle else high  # neighbouring floats have no middle
-
-
-def calibrated(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """The scores (N,) of logits (N,): the logistic function of logit / temperature."""
-    scores: Floats = 1 / (
-        1 + np.exp(np.clip(-np.asarray(logits, dtype=np.float64) / temperature, -700, 700))
-    )
-    return scores
-
-
-def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
-    """The temperature whose scores have the largest likelihood (Guo et al. 2017), within 0.05 and
-    20.
-
-    The negative log likelihood is convex in 1 / temperature; its slope is bisected until the two
-    ends meet. Where the logits part the classes without error it falls for ever, and the
-    temperature is the smallest allowed. `labels` (N,) 0 or 1, `logits` (N,). Raises `XraiError`
-    unless both classes are there.
-    """
-    labels, logits = _checked(labels, logits, in_unit_range=False)
-    _refuse_one_class(labels, "temperature")
-
-    def slope(sharpness: float) -> float:
-        return float(np.mean((calibrated(logits, 1 / sharpness) - labels) * logits))
-
-    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    return 2 / (low + high)
 
 
 def wilson_interval(share: float, number: float) -> tuple[float, float]:
@@ -409,7 +343,7 @@ def count_calls_by_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> di
     """What other thresholds would call: tp and fp at each of `num_steps` + 1 thresholds, evenly
     from 0 to 1.
     """
-    labels, scores = _checked(labels, scores)
+    labels, scores = checked(labels, scores)
     thresholds = np.arange(NUM_THRESHOLDS + 1) / NUM_THRESHOLDS
     called = {
         name: len(own) - np.searchsorted(np.sort(own), thresholds, side="left")
@@ -434,7 +368,7 @@ class CalibrationBin:
 
 def calibration_bins(labels: npt.ArrayLike, scores: npt.ArrayLike) -> list[CalibrationBin]:
     """The bins of equal width behind the ECE (Naeini et al. 2015) and the reliability plot."""
-    labels, scores = _checked(labels, scores)
+    labels, scores = checked(labels, scores)
     bin_of = _bin_of(scores)
     bins = []
     for number in range(NUM_CALIBRATION_BINS):
@@ -470,38 +404,6 @@ def format_interval(name: str, low: float | None, high: float | None) -> str:
     if METRICS[name].unit == "percent":
         return f"{100 * low:.1f}–{100 * high:.1f} %"
     return f"{low:.3f}–{high:.3f}"
-
-
-def _checked(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, *, in_unit_range: bool = True
-) -> tuple[npt.NDArray[np.int64], Floats]:
-    labels = np.asarray(labels, dtype=np.int64)  # (N,)
-    scores = np.asarray(scores, dtype=np.float64)  # (N,)
-    if labels.ndim != 1 or labels.shape != scores.shape:
-        raise ValueError(
-            f"labels {labels.shape} and scores {scores.shape} must be of one length, one dimension"
-        )
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"labels must be 0 or 1, not {sorted(set(labels.tolist()) - {0, 1})}")
-    wrong = ~np.isfinite(scores)
-    if in_unit_range:
-        wrong |= (scores < 0) | (scores > 1)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        allowed = "in [0, 1]" if in_unit_range else "that is finite"
-        raise XraiError(
-            f"the score of row {row} is {scores[row]} ({int(wrong.sum())} of {len(scores)} are wrong): a score is a "
-            f"number {allowed}; the model that gave it cannot be measured"
-        )
-    return labels, scores
-
-
-def _refuse_one_class(labels: npt.NDArray[np.int64], what: str) -> None:
-    if labels.all() or not labels.any():
-        missing = "normal" if labels.all() and len(labels) else "pneumonia"
-        raise XraiError(
-            f"no {what} can be chosen on {len(labels)} images: none of them is {missing}; it needs both classes"
-        )
 
 
 def _largest_groups(group_of: npt.NDArray[np.str_]) -> list[str]:
@@ -732,7 +634,7 @@ def _measure_abstention(
     else:
         unlike = np.asarray(atypicality, dtype=np.float64)
         orders["by_atypicality"] = np.argsort(unlike, kind="stable")
-        review = ~(unlike <= 1)  # what is no number is no typical image
+        review = needs_review(unlike)
         classes = {"normal": labels == 0, "pneumonia": labels == 1}
         found = {
             "num_review": int(review.sum()),

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.results.artifacts import RunFolder
-from xrai.results.metrics import calibrated, evaluate_scores
+from xrai.results.calibration import calibrated
+from xrai.results.metrics import evaluate_scores
 from xrai.results.plots import draw_plots, overlay
+from xrai.results.review import REVIEW, needs_review
 from xrai.results.sheets import draw_sheet
 
 NUM_PICTURES = 12  # on a sheet
@@ -111,8 +113,8 @@ def decide(
     """What to tell people of one image: `review` where it is unlike the training images, else
     its class.
     """
-    if atypicality is not None and not atypicality <= 1:
-        return "review"
+    if atypicality is not None and needs_review(float(atypicality)):
+        return REVIEW
     return classes[int(score >= threshold)].lower()
 
 

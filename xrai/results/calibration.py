@@ -1,0 +1,112 @@
+"""From logits to calibrated scores, and to the threshold that calls them; numpy alone.
+
+A score is the calibrated probability of an output in [0, 1]: the logistic function of logit /
+temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599). The output is called where score
+>= threshold.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from xrai.errors import XraiError
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def calibrated(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """The scores of logits, of any shape: the logistic function of logit / temperature."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    scores: Floats = 1 / (1 + np.exp(np.clip(-scaled, -700, 700)))
+    return scores
+
+
+def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
+    """The temperature in [0.05, 20] whose scores have the largest likelihood (Guo et al. 2017).
+
+    The negative log likelihood is convex in 1 / temperature, so its slope is bisected. Logits that
+    separate the classes without error get the smallest temperature. `labels` (N,) 0 or 1, `logits`
+    (N,). Raises `XraiError` unless both classes are present.
+    """
+    labels, logits = checked(labels, logits, in_unit_range=False)
+    _refuse_one_class(labels, "temperature")
+
+    def slope(sharpness: float) -> float:
+        return float(np.mean((calibrated(logits, 1 / sharpness) - labels) * logits))
+
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return 2 / (low + high)
+
+
+def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """The threshold that maximises sensitivity + specificity - 1 (Youden 1950).
+
+    All thresholds between two neighbouring scores make the same calls, so the maximum is a plateau
+    between scores, or between a score and 0 or 1. The middle of the widest one is chosen, the
+    lowest of equally wide ones, so that small changes of the scores do not change the calls.
+
+    `labels` (N,) 0 or 1, `scores` (N,) in [0, 1]. Raises `XraiError` unless both classes are
+    present.
+    """
+    labels, scores = checked(labels, scores)
+    _refuse_one_class(labels, "threshold")
+    num_positive = int(labels.sum())
+    num_negative = len(labels) - num_positive
+    cuts, level_of = np.unique(scores, return_inverse=True)
+    positives = np.bincount(level_of, weights=labels, minlength=len(cuts)).astype(np.int64)
+    negatives = np.bincount(level_of, minlength=len(cuts)) - positives
+    # a threshold in (edges[i], edges[i + 1]] calls the scores from cuts[i] up; in the last
+    # interval, none
+    called_positive = np.append(np.cumsum(positives[::-1])[::-1], 0)
+    called_negative = np.append(np.cumsum(negatives[::-1])[::-1], 0)
+    youden = called_positive * num_negative - called_negative * num_positive  # whole numbers
+    edges = np.concatenate([[0.0], cuts, [1.0]])
+    best = np.concatenate([[False], youden == youden.max(), [False]])
+    starts = np.flatnonzero(~best[:-1] & best[1:])  # neighbouring best intervals are one plateau
+    ends = np.flatnonzero(best[:-1] & ~best[1:])
+    widest = int(np.argmax(edges[ends] - edges[starts]))
+    low, high = float(edges[starts[widest]]), float(edges[ends[widest]])
+    middle = (low + high) / 2
+    return middle if low < middle else high  # neighbouring floats have no middle
+
+
+def checked(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, *, in_unit_range: bool = True
+) -> tuple[Ints, Floats]:
+    """Labels (N,) of 0 and 1 and finite scores (N,) as arrays.
+
+    Raises `XraiError` for a score that is not finite, or not in [0, 1].
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    scores = np.asarray(scores, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(
+            f"labels {labels.shape} and scores {scores.shape} must be of one length, one dimension"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels must be 0 or 1, not {sorted(set(labels.tolist()) - {0, 1})}")
+    wrong = ~np.isfinite(scores)
+    if in_unit_range:
+        wrong |= (scores < 0) | (scores > 1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        allowed = "in [0, 1]" if in_unit_range else "that is finite"
+        raise XraiError(
+            f"the score of row {row} is {scores[row]} ({int(wrong.sum())} of {len(scores)} are "
+            f"wrong): a score is a number {allowed}; this model cannot be measured"
+        )
+    return labels, scores
+
+
+def _refuse_one_class(labels: Ints, what: str) -> None:
+    if labels.all() or not labels.any():
+        missing = "normal" if labels.all() and len(labels) else "pneumonia"
+        raise XraiError(
+            f"no {what} can be chosen on {len(labels)} images: none of them is {missing}; "
+            "it needs both classes"
+        )
