@@ -23,9 +23,10 @@ from xrai.errors import DatasetError, UserError, run_command
 from xrai.learning.distributed import join
 from xrai.learning.predictor import TrainedModel, load_model, predict_split
 from xrai.log import get_logger, setup_logging
-from xrai.results.artifacts import SUMMARY, RunFolder, format_metrics_lines
 from xrai.results.baselines import MAX_TRAIN
+from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import render_report
+from xrai.results.summary import format_metrics_lines
 from xrai.run import describe_dataset, is_phantom, read_looks, record_split
 from xrai.store import open_store
 

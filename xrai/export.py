@@ -40,7 +40,8 @@ from xrai.learning.export import (
 from xrai.log import get_logger, setup_logging
 from xrai.phantom.draw import draw_film, plan
 from xrai.pipeline import Pipeline, load_pipeline
-from xrai.results.artifacts import RunFolder, to_json
+from xrai.results.folder import RunFolder
+from xrai.results.tables import to_json
 from xrai.store import open_store
 
 FLAGS = (

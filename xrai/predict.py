@@ -25,8 +25,9 @@ from xrai.errors import RunError, UserError, run_command
 from xrai.learning.predictor import TrainedModel
 from xrai.log import progress, setup_logging
 from xrai.pipeline import REVIEW, Explained, Prediction, find_files, load_pipeline
-from xrai.results.artifacts import RunFolder, safe_path, to_csv, to_json
+from xrai.results.folder import RunFolder
 from xrai.results.plots import overlay
+from xrai.results.tables import safe_path, to_csv, to_json
 from xrai.store import Store, open_store
 
 FLAGS = (

@@ -33,13 +33,6 @@ from xrai.learning.model import ResNet
 from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
 from xrai.learning.typicality import Typicality
 from xrai.log import get_logger
-from xrai.results.artifacts import (
-    SUMMARY,
-    RunFolder,
-    describe_environment,
-    format_result_lines,
-    make_summary,
-)
 from xrai.results.baselines import (
     MAX_IMAGES,
     MAX_TRAIN,
@@ -49,10 +42,13 @@ from xrai.results.baselines import (
     measure_baselines,
 )
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
+from xrai.results.environment import describe_environment
+from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.metrics import auroc
 from xrai.results.plots import draw_curves
 from xrai.results.record import group_of, record_scores
 from xrai.results.report import DatasetFacts, render_report
+from xrai.results.summary import format_result_lines, make_summary
 from xrai.store import open_store
 
 _ROWS_AT_ONCE = 4096  # of a column of texts, where each is looked at once

@@ -36,7 +36,7 @@ from xrai.learning.loop import (
 from xrai.learning.predictor import build_model, load_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
-from xrai.results.artifacts import RunFolder, new_run_id
+from xrai.results.folder import RunFolder, new_run_id
 from xrai.run import Job, facts_of, is_finished
 from xrai.store import open_store
 

@@ -33,26 +33,18 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from xrai.config import Config
 from xrai.errors import ForbiddenError, RunError, StoreError, UnreachableError, UserError
-from xrai.results import artifacts
-from xrai.results.artifacts import (
-    FINAL_TAGS,
-    HISTORY_COLUMNS,
-    TENSORBOARD_TAGS,
-    RunFolder,
-    check_run_id,
-    format_metrics_lines,
-    format_result_lines,
-    make_summary,
-    new_run_id,
-    read_history,
-    safe_path,
-    to_json,
-)
+from xrai.results import folder as folder_module
+from xrai.results import publisher
 from xrai.results.calibration import calibrated
-from xrai.results.events import count_calls
+from xrai.results.environment import describe_environment
+from xrai.results.folder import RunFolder, check_run_id, new_run_id
+from xrai.results.history import HISTORY_COLUMNS, TENSORBOARD_TAGS, read_history
 from xrai.results.metrics import evaluate_scores
 from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import DatasetFacts, render_report
+from xrai.results.summary import FINAL_TAGS, format_metrics_lines, format_result_lines, make_summary
+from xrai.results.tables import safe_path, to_json
+from xrai.results.tensorboard import count_calls
 from xrai.store import FolderStore
 
 
@@ -103,8 +95,8 @@ class Bucket(FolderStore):
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     found = Bucket(tmp_path / "bucket")
-    monkeypatch.setattr(artifacts, "open_store", lambda uri: found)
-    monkeypatch.setattr(artifacts, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(folder_module, "open_store", lambda uri: found)
+    monkeypatch.setattr(publisher, "_FIRST_PAUSE_S", 0.01)
     return found
 
 
@@ -296,23 +288,26 @@ def test_a_damaged_history_is_refused_by_name(run: RunFolder) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     program = (
-        "import sys; from xrai.results.artifacts import RunFolder\n"
-        "run = RunFolder(sys.argv[1], 'r1'); run.open(); run.resume_at(epoch=0, step=0); print('go', flush=True)\n"
-        "for epoch in range(1, 10**6): run.append_history({'epoch': epoch, 'step': epoch, 'train_loss': 0.5})\n"
+        "import sys; from xrai.results.folder import RunFolder\n"
+        "run = RunFolder(sys.argv[1], 'r1'); run.open(); run.resume_at(epoch=0, step=0)\n"
+        "for epoch in range(1, 10**6):\n"
+        "    run.append_history({'epoch': epoch, 'step': epoch, 'train_loss': 0.5})\n"
+        "    print(epoch, flush=True)\n"
     )
-    for delay_s in (0.05, 0.11, 0.23):
+    for num_epochs in (1, 4, 9):
         process = subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path / "submit")], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
+        for _ in range(num_epochs):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)  # while it is busy with one of the next
         process.wait()
         process.stdout.close()
         run = RunFolder(str(tmp_path / "submit"), "r1")
         run.open()
         rows = run.history()
+        assert len(rows) >= num_epochs
         assert [entry["epoch"] for entry in rows] == list(range(1, len(rows) + 1))
         assert len(read_events(run)["loss/train"]) in (len(rows), len(rows) - 1)
 
@@ -864,7 +859,7 @@ def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(
         history=[],
         dataset=DatasetFacts("s", "f", 64, "crop", {"train": {"normal": 1}}, 1),
         config=Config().to_mapping(),
-        environment=artifacts.describe_environment(),
+        environment=describe_environment(),
         version="0",
     )
     lines = "\n".join(format_result_lines(summary, run.address))
@@ -943,7 +938,7 @@ def test_an_undefined_result_is_a_dash_on_the_terminal_and_null_in_the_summary()
 
 def test_the_environment_names_no_host_user_or_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret-value")
-    text = to_json(artifacts.describe_environment())
+    text = to_json(describe_environment())
     assert "s3cret-value" not in text
     assert os.uname().nodename not in text
     assert "torch" in json.loads(text)["packages"]

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from sklearn import metrics as scikit
 
 from xrai.errors import XraiError
-from xrai.results.artifacts import to_json
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.metrics import (
     METRICS,
@@ -26,6 +25,7 @@ from xrai.results.metrics import (
     newcombe_interval,
     wilson_interval,
 )
+from xrai.results.tables import to_json
 
 
 def evaluate(

@@ -20,10 +20,11 @@ import pytest
 from xrai.config import Config
 from xrai.results import plots, sheets
 from xrai.results import report as report_module
-from xrai.results.artifacts import describe_environment, make_summary
 from xrai.results.baselines import Looks, measure_baselines
+from xrai.results.environment import describe_environment
 from xrai.results.metrics import METRICS, evaluate_scores, format_value
 from xrai.results.report import DatasetFacts, render_report
+from xrai.results.summary import make_summary
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

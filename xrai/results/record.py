@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.results.artifacts import RunFolder
 from xrai.results.calibration import calibrated
+from xrai.results.folder import RunFolder
 from xrai.results.metrics import evaluate_scores
 from xrai.results.plots import draw_plots, overlay
 from xrai.results.review import REVIEW, needs_review

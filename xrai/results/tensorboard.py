@@ -1,4 +1,4 @@
-"""TensorBoard's messages from plain numbers and pictures. `xrai.results.artifacts` puts them into
+"""TensorBoard's messages from plain numbers and pictures. `xrai.results.folder` puts them into
 event files.
 
 Only the formats of TensorBoard's own plugins are used, so that its own server shows them; nothing
