@@ -45,7 +45,7 @@ def test_metrics_and_predictions_are_written_as_they_were(tmp_path: Path) -> Non
     found = json.loads((run.path / "metrics.json").read_text())
     same(found, json.loads((STORED / "metrics.json").read_text()))
     rows, stored = (
-        list(csv.DictReader((folder / "predictions.csv").open(newline="")))
+        list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
         for folder in (run.path, STORED)
     )
     assert rows == stored
