@@ -42,8 +42,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from xrai.dataset.manifest import Entry, lay_out
 from xrai.ingest.images import decode
+from xrai.ingest.layout import Entry, lay_out
 from xrai.ingest.sources import Source, open_source
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.store import open_store

@@ -26,8 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
-from xrai.dataset.manifest import lay_out
 from xrai.ingest.images import decode_sized
+from xrai.ingest.layout import lay_out
 from xrai.ingest.sources import open_source
 from xrai.results.baselines import border_features, fit_and_score, geometry_features
 

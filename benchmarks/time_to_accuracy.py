@@ -26,7 +26,7 @@ import yaml
 from benchmarks.data import PUBLIC, find_public
 from benchmarks.harness import Contender, Figure, Report, run_in_turn, summarise, values_of
 from benchmarks.recipe import FRAMINGS, is_held_out, measure, run_module, write_labels
-from xrai.dataset.manifest import lay_out
+from xrai.ingest.layout import lay_out
 from xrai.ingest.sources import open_source
 from xrai.learning.predictor import load_model
 from xrai.store import open_store

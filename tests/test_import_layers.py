@@ -28,7 +28,7 @@ def lint_imports(folder: Path, config: Path) -> subprocess.CompletedProcess[str]
 
 
 def write_package(folder: Path, changes: dict[str, str]) -> None:
-    modules = ["preprocess", "train", "store.s3", "config", "errors", "files", "log"]
+    modules = ["preprocess", "train", "store.s3", "config", "errors", "files", "log", "workers"]
     modules += [
         "ingest.images",
         "dataset.shards",
@@ -168,10 +168,12 @@ def loaded_after(imports: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_preprocessing_loads_neither_torch_nor_boto3() -> None:
-    loaded = loaded_after("import xrai.preprocess")
+@pytest.mark.parametrize("module", ["xrai.preprocess", "xrai.ingest.build"])  # and its workers
+def test_preprocessing_loads_no_package_that_it_does_not_use(module: str) -> None:
+    loaded = loaded_after(f"import {module}")
     assert "numpy" in loaded
-    assert not loaded & {"torch", "boto3", "botocore"}
+    heavy = {"torch", "boto3", "botocore", "sklearn", "scipy", "matplotlib", "tensorboard"}
+    assert not loaded & {*heavy, "pydicom", "gdcm"}
 
 
 def test_every_module_can_be_loaded_where_boto3_can_not(repository: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.growth import (
     prepare,
 )
 from benchmarks.harness import OWN_PAGES, Run, count_kib
-from xrai.dataset.manifest import lay_out, parse_name
+from xrai.ingest.layout import lay_out, parse_name
 from xrai.phantom.draw import plan
 
 

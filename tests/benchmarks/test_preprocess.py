@@ -8,8 +8,8 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from benchmarks.preprocess import label_of, list_pictures, name_copy, reduction, repeat, spread
-from xrai.dataset.manifest import parse_name
 from xrai.ingest.images import _reduce_on_load, decode
+from xrai.ingest.layout import parse_name
 from xrai.ingest.plan import hash_of
 
 

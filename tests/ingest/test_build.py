@@ -98,12 +98,6 @@ def test_a_picture_that_is_kept_stays_as_it_was_when_workers_use_its_memory_agai
         assert (picture.size, picture.perceptual_hash) == (other.size, other.perceptual_hash)
 
 
-@pytest.mark.parametrize("num", [0, 1, 5])
-def test_grey_levels_are_counted_as_numpy_counts_them(num: int) -> None:
-    images = np.random.default_rng(num).integers(0, 256, (num, 8, 8), np.uint8)
-    assert build.histogram_of(images) == np.bincount(images.ravel(), minlength=256).tolist()
-
-
 def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
     rows = job.rows() * 40  # 1,800 rows
     pictures = decode_rows(job.source, CONFIG.images, rows, num_workers=2)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xrai.dataset.manifest import Entry, is_file_patient
 from xrai.errors import SourceError
 from xrai.ingest import labels
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
+from xrai.ingest.layout import Entry, is_file_patient
 from xrai.store import open_store
 
 PATHS = ("a.dcm", "b.dcm", "c.dcm", "d/e.png", "notes.txt")

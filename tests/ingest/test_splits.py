@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row
+from xrai.dataset.rules import carve_share, find_split_faults
 from xrai.errors import SourceError
-from xrai.ingest.splits import assign_splits, carve_share, find_split_faults
+from xrai.ingest.splits import assign_splits
 
 CARVE = Splits(val_fraction=0.2, test_fraction=0.2)
 

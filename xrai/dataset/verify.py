@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row, read_manifest
+from xrai.dataset.rules import find_split_faults, grey_histogram, in_shard_order, mean_and_std
 from xrai.dataset.shards import (
     MANIFEST_KEY,
     DatasetIndex,
@@ -26,8 +26,6 @@ from xrai.dataset.shards import (
     open_shard,
 )
 from xrai.errors import CorruptError, DatasetError
-from xrai.ingest.plan import in_shard_order
-from xrai.ingest.splits import find_split_faults
 from xrai.log import progress
 from xrai.store import Store
 
@@ -125,11 +123,9 @@ def _check_shards(
                     for words in _check_shard(path, info, listed, index, split=split)
                 ]
                 if split == "train":
-                    histogram += _histogram(path)
+                    histogram += grey_histogram(open_shard(path).images)
     if not skip.intersection(info.name for info in index.splits["train"]):
-        levels = np.arange(256, dtype=np.float64)
-        mean = np.average(levels, weights=histogram)
-        std = np.average((levels - mean) ** 2, weights=histogram) ** 0.5
+        mean, std = mean_and_std(histogram)
         if abs(mean - index.pixel_mean) > 1e-6 or abs(std - index.pixel_std) > 1e-6:
             faults.append(
                 Fault(
@@ -170,12 +166,3 @@ def _check_shard(
         yield "holds pictures whose source has no width or no height"
     if list(rows) != in_shard_order(rows):
         yield "does not hold its rows in the order of their hashes"
-
-
-def _histogram(path: Path) -> NDArray[np.int64]:
-    """Pixels of each grey level, (256,)."""
-    images = open_shard(path).images
-    histogram = np.zeros(256, np.int64)
-    for image in images:
-        histogram += np.bincount(image.ravel(), minlength=256)
-    return histogram

@@ -13,13 +13,10 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
-import signal
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -32,11 +29,11 @@ from typing import Any, Final
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image
 
 from xrai import __version__
 from xrai.config import Images
 from xrai.dataset.manifest import CLASSES, Row, manifest_lines
+from xrai.dataset.rules import grey_histogram, mean_and_std
 from xrai.dataset.shards import (
     HDF5_VERSION,
     INDEX_KEY,
@@ -67,6 +64,7 @@ from xrai.ingest.sources import Source
 from xrai.ingest.splits import refuse_missing_class
 from xrai.log import Progress, get_logger, progress
 from xrai.store import Store
+from xrai.workers import start_pool
 
 UNFINISHED: Final = "unfinished-"  # what the keys of everything begin with that a commit removes
 
@@ -393,7 +391,11 @@ class Builder:
     def _store_taken(self, shard: PlannedShard, taken: _Taken) -> None:
         info = self._store_shard(shard, taken) if taken.rows else None
         part = Part(
-            self._plan.sha256, info, taken.reasons, histogram_of(taken.images), taken.hashes
+            self._plan.sha256,
+            info,
+            taken.reasons,
+            grey_histogram(taken.images).tolist(),
+            taken.hashes,
         )
         self._unfinished.store_part(shard, part)
 
@@ -434,17 +436,6 @@ class Builder:
                 f"at {self._store.uri} {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not what was stored there; "
                 "start again, and only these are made anew"
             )
-
-
-def histogram_of(images: NDArray[np.uint8]) -> list[int]:
-    """Pixels of each grey level, (256,), of images (N, H, W), N perhaps 0. Pillow counts faster
-    than numpy.
-    """
-    return (
-        Image.fromarray(images.reshape(-1, images.shape[-1])).histogram()
-        if len(images)
-        else [0] * 256
-    )
 
 
 def write_rows(
@@ -588,18 +579,14 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
             shards.setdefault(shard.split, []).append(part.shard)
         if shard.split == "train":
             histogram += np.array(part.histogram)
-    # Sums of whole numbers: the same however the pixels were shared out among shards and machines
-    levels = range(256)
-    num_pixels = int(histogram.sum())
-    total = sum(level * count for level, count in zip(levels, histogram.tolist(), strict=True))
-    squares = sum(level**2 * count for level, count in zip(levels, histogram.tolist(), strict=True))
+    mean, std = mean_and_std(histogram)
     return DatasetIndex(
         classes=CLASSES,
         image_size=int(plan.config["images"]["size"]),
         splits={split: tuple(shards[split]) for split in SPLITS if split in shards},
         carved=plan.carved,
-        pixel_mean=total / num_pixels,
-        pixel_std=(squares * num_pixels - total**2) ** 0.5 / num_pixels,
+        pixel_mean=mean,
+        pixel_std=std,
         source=plan.source,
         plan_sha256=plan.sha256,
         counts=Counts(len(rows), len(used), len(rows) - len(used), plan.num_not_data),
@@ -638,9 +625,7 @@ def decode_rows(
         ctypes.c_uint8, math.prod(shape)
     )  # pixels go through memory, all else through pipes
     pictures = np.ctypeslib.as_array(shared).reshape(shape)
-    executor = ProcessPoolExecutor(
-        num_workers, context, initializer=_begin_work, initargs=(source, images, shared)
-    )
+    executor = start_pool(num_workers, context, _begin_work, source, images, shared)
     ahead: deque[Future[list[_Found | str]]] = deque()
     taken = 0  # tasks whose pictures were handed on, so that their places are free again
 
@@ -686,15 +671,6 @@ def _begin_work(source: Source, images: Images, shared: Any) -> None:
     global _worker
     places = np.ctypeslib.as_array(shared).reshape(-1, _IMAGES_A_TASK, images.size, images.size)
     _worker = (source, images, places)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business, who ends the workers
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)  # the parent was killed: nobody takes results any more
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _work(files: Sequence[_File], place: int) -> list[_Found | str]:

@@ -16,9 +16,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.manifest import CLASSES, Row, is_file_patient
+from xrai.dataset.manifest import CLASSES, Row
 from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
 from xrai.ingest.build import NearDuplicate
+from xrai.ingest.layout import is_file_patient
 from xrai.store import Store
 
 REPORT_KEYS: Final = tuple(

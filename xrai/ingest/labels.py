@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from xrai.dataset.manifest import CLASSES, SUBTYPES, Entry, Layout, file_patient, hashed_patient
+from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import NotFoundError, SourceError
+from xrai.ingest.layout import SUBTYPES, Entry, Layout, file_patient, hashed_patient
 from xrai.log import get_logger
 from xrai.store import open_store
 

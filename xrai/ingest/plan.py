@@ -19,19 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.config import Config
-from xrai.dataset.manifest import (
-    CLASSES,
-    Entry,
-    Layout,
-    Row,
-    hashed_patient,
-    is_file_patient,
-    lay_out,
-)
+from xrai.dataset.manifest import CLASSES, Row
+from xrai.dataset.rules import in_shard_order
 from xrai.dataset.shards import SCHEMA_VERSION, SPLITS, shard_name
 from xrai.errors import ImageError, SourceError
 from xrai.ingest.dicom import is_dicom, read_patient_id
 from xrai.ingest.labels import LabelTable, lay_out_by_labels
+from xrai.ingest.layout import Entry, Layout, hashed_patient, is_file_patient, lay_out
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import assign_splits, refuse_missing_class
 from xrai.log import get_logger
@@ -237,13 +231,6 @@ def hash_of(data: bytes | NDArray[np.uint8]) -> str:
             repr(data.shape).encode() + np.ascontiguousarray(data).tobytes()
         ).hexdigest()
     return hashlib.sha256(data).hexdigest()
-
-
-def in_shard_order(rows: Iterable[Row]) -> list[Row]:
-    """The order of a split's rows: by hash of the file, so that each shard is a random sample of
-    its split.
-    """
-    return sorted(rows, key=lambda row: (row.sha256, row.path))
 
 
 def _cut(rows: Sequence[Row], *, rows_per_shard: int) -> tuple[PlannedShard, ...]:

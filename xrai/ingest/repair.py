@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from xrai.config import Images
+from xrai.dataset.rules import grey_histogram
 from xrai.dataset.shards import DatasetIndex, ShardInfo, open_shard
 from xrai.errors import CorruptError, DatasetError
 from xrai.ingest.build import Decoded, Part, Report, assemble, decode_rows, write_rows
@@ -99,13 +100,13 @@ def _recover_part(
 ) -> Part:
     """The part of a stored shard, as it was when the shard was made."""
     histogram = np.zeros(256, np.int64)
-    hashes, kept = [], set()
+    hashes: list[str] = []
+    kept: set[str] = set()
     if info is not None:
         with store.as_file(info.name) as path:
             stored = open_shard(path)
-            for picture in stored.images:
-                histogram += np.bincount(picture.ravel(), minlength=256)
-                hashes.append(perceptual_hash(np.ascontiguousarray(picture)))
+            histogram = grey_histogram(stored.images)
+            hashes = [perceptual_hash(np.ascontiguousarray(image)) for image in stored.images]
             kept = set(stored.source)
     absent = [row for row in shard.rows if row.path not in kept]
     reasons = {

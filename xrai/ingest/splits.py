@@ -6,17 +6,15 @@ by a hash of the patient's key alone: adding images moves nobody, and each class
 same share. Identical images under two names count as one patient, the one whose key sorts first.
 """
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from xrai.config import Splits
 from xrai.dataset.manifest import CLASSES, Row
+from xrai.dataset.rules import carve, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
-
-_HASH_DIGITS = 13  # 52 bits: a float holds the share exactly
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
             f"{len(dropped)} files are left out, for the same images are in test or val of the source"
         )
     used = [row for row in rows if not row.reason]
-    shared = _patients_in_several(used, {row.split for row in used})
+    shared = patients_in_several(used, {row.split for row in used})
     if shared:
         notes.append(f"{len(shared)} patients are in two splits of the source, such as {shared[0]}")
     given = {row.split for row in used}
@@ -83,49 +81,6 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     return Assignment(tuple(rows), carved, dropped, tuple(notes))
 
 
-def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[Row]:
-    """Move patients of train (or of the carved splits, so that it can be repeated) to where
-    their hashes say.
-    """
-    pool = ("train", *carved)
-    owners = _owners(row for row in rows if row.split in pool and not row.reason)
-    splits = {
-        row.path: _split_of(owners[row.path], carved, config) for row in rows if row.path in owners
-    }
-    return [
-        replace(row, split=splits[row.path])
-        if splits.get(row.path, row.split) != row.split
-        else row
-        for row in rows
-    ]
-
-
-def carve_share(patient: str) -> float:
-    """A patient's fixed place in [0, 1): val is carved from the low end, test from the high end."""
-    digest = hashlib.sha256(patient.encode()).hexdigest()
-    return int(digest[:_HASH_DIGITS], 16) / 16.0**_HASH_DIGITS
-
-
-def find_split_faults(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[str]:
-    """What breaks the rules among a data set's rows, a sentence each: for `xrai.verify`."""
-    used = [row for row in rows if not row.reason]
-    faults = [
-        f"patient {patient} is in two splits although one was carved from the other"
-        for patient in _patients_in_several(used, {"train", *carved})
-    ]
-    first: dict[str, Row] = {}
-    for row in used:
-        other = first.setdefault(row.sha256, row)
-        if other.split != row.split:
-            faults.append(
-                f"{other.path} in {other.split} and {row.path} in {row.split} are the same image"
-            )
-    for row, again in zip(used, carve(used, carved, config), strict=True):
-        if row.split != again.split:
-            faults.append(f"{row.path} is in {row.split}, its patient's hash says {again.split}")
-    return faults
-
-
 def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
     """Raise `SourceError` where one of the classes has no image."""
     found = set(labels)
@@ -134,40 +89,6 @@ def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
             raise SourceError(
                 f"{where} has no usable {name} images; images of both classes are needed to learn from"
             )
-
-
-def _split_of(patient: str, carved: Collection[str], config: Splits) -> str:
-    share = carve_share(patient)
-    if "val" in carved and share < config.val_fraction:
-        return "val"
-    return "test" if "test" in carved and share >= 1 - config.test_fraction else "train"
-
-
-def _owners(rows: Iterable[Row]) -> dict[str, str]:
-    """path -> the patient that it counts as; patients who share an identical image are one."""
-    rows = list(rows)
-    parent: dict[str, str] = {}
-
-    def root(patient: str) -> str:
-        while parent.setdefault(patient, patient) != patient:
-            parent[patient] = parent[parent[patient]]
-            patient = parent[patient]
-        return patient
-
-    first: dict[str, str] = {}  # sha256 -> patient
-    for row in rows:
-        one, other = root(row.patient), root(first.setdefault(row.sha256, row.patient))
-        parent[max(one, other)] = min(one, other)
-    return {row.path: root(row.patient) for row in rows}
-
-
-def _patients_in_several(rows: Iterable[Row], splits: Collection[str]) -> list[str]:
-    """Patients with images in more than one of `splits`, sorted."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row.split in splits:
-            found[row.patient].add(row.split)
-    return sorted(patient for patient, places in found.items() if len(places) > 1)
 
 
 def _set_aside_contradictions(rows: Sequence[Row]) -> list[Row]:

@@ -25,11 +25,9 @@ import io
 import math
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,6 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 from xrai.errors import UserError, XraiError, run_command
 from xrai.ingest.dicom import write_radiograph
 from xrai.log import get_logger, progress, setup_logging
+from xrai.workers import start_pool
 
 Kind = Literal["normal", "bacteria", "virus"]
 Array = npt.NDArray[np.floating]  # float32 wherever a picture is meant
@@ -925,19 +924,6 @@ def _draw_files(job: _Job, phantoms: tuple[Phantom, ...]) -> int:
     return len(phantoms)
 
 
-def _start_worker() -> None:
-    """Leave interrupts to the parent, and end with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 def _num_cores() -> int:
     """The cores this process may use; all of the machine's where the system cannot say."""
     if hasattr(os, "sched_getaffinity"):
@@ -960,7 +946,7 @@ def _draw_all(job: _Job, phantoms: Iterator[Phantom], *, workers: int) -> Iterat
         return
     spawn = multiprocessing.get_context("spawn")
     waiting: deque[Future[int]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+    with start_pool(workers, spawn) as pool:
         try:
             for batch in _batches(phantoms):
                 waiting.append(pool.submit(_draw_files, job, batch))

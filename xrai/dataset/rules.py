@@ -1,0 +1,119 @@
+"""The rules that every data set keeps: `xrai.ingest` makes data sets by them, `xrai.dataset.verify`
+checks them.
+
+Val and test that a source lacks are carved from train, patient by patient, by a hash of the
+patient's key alone: adding images moves nobody, and each class gives about the same share.
+Identical images under two names count as one patient, the one whose key sorts first.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xrai.config import Splits
+from xrai.dataset.manifest import Row
+
+_HASH_DIGITS = 13  # 52 bits: a float holds the share exactly
+
+
+def in_shard_order(rows: Iterable[Row]) -> list[Row]:
+    """A split's rows by hash of the file, so that each shard is a random sample of its split."""
+    return sorted(rows, key=lambda row: (row.sha256, row.path))
+
+
+def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[Row]:
+    """Move patients of train to the carved splits by their hashes. Carving twice changes nothing."""
+    pool = ("train", *carved)
+    owners = _owners([row for row in rows if row.split in pool and not row.reason])
+    splits = {path: _split_of(owner, carved, config) for path, owner in owners.items()}
+    return [
+        row
+        if splits.get(row.path, row.split) == row.split
+        else replace(row, split=splits[row.path])
+        for row in rows
+    ]
+
+
+def carve_share(patient: str) -> float:
+    """A patient's fixed place in [0, 1): val is carved from the low end, test from the high end."""
+    digest = hashlib.sha256(patient.encode()).hexdigest()
+    return int(digest[:_HASH_DIGITS], 16) / 16.0**_HASH_DIGITS
+
+
+def patients_in_several(rows: Iterable[Row], splits: Collection[str]) -> list[str]:
+    """Patients with images in more than one of `splits`, sorted."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.split in splits:
+            found[row.patient].add(row.split)
+    return sorted(patient for patient, places in found.items() if len(places) > 1)
+
+
+def find_split_faults(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[str]:
+    """What breaks the rules of splitting among a data set's rows, a sentence each."""
+    used = [row for row in rows if not row.reason]
+    faults = [
+        f"patient {patient} is in two splits although one was carved from the other"
+        for patient in patients_in_several(used, {"train", *carved})
+    ]
+    first: dict[str, Row] = {}
+    for row in used:
+        other = first.setdefault(row.sha256, row)
+        if other.split != row.split:
+            faults.append(
+                f"{other.path} in {other.split} and {row.path} in {row.split} are the same image"
+            )
+    for row, again in zip(used, carve(used, carved, config), strict=True):
+        if row.split != again.split:
+            faults.append(f"{row.path} is in {row.split}, its patient's hash says {again.split}")
+    return faults
+
+
+def grey_histogram(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Pixels of each grey level, (256,), of images (N, H, W); N may be 0."""
+    if not len(images):
+        return np.zeros(256, np.int64)
+    # Pillow counts in place; numpy would first copy each pixel to 64 bits
+    flat = Image.fromarray(np.asarray(images).reshape(-1, images.shape[-1]))
+    return np.array(flat.histogram(), np.int64)
+
+
+def mean_and_std(histogram: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean and standard deviation of the pixels, grey levels.
+
+    Computed from whole numbers: the same however the pixels were split among shards and machines.
+    """
+    counts = histogram.tolist()
+    num_pixels = sum(counts)
+    total = sum(level * count for level, count in enumerate(counts))
+    squares = sum(level**2 * count for level, count in enumerate(counts))
+    return total / num_pixels, (squares * num_pixels - total**2) ** 0.5 / num_pixels
+
+
+def _split_of(patient: str, carved: Collection[str], config: Splits) -> str:
+    share = carve_share(patient)
+    if "val" in carved and share < config.val_fraction:
+        return "val"
+    return "test" if "test" in carved and share >= 1 - config.test_fraction else "train"
+
+
+def _owners(rows: Sequence[Row]) -> dict[str, str]:
+    """path -> the patient that it counts as; patients who share an identical image are one."""
+    parent: dict[str, str] = {}
+
+    def root(patient: str) -> str:
+        while parent.setdefault(patient, patient) != patient:
+            parent[patient] = parent[parent[patient]]
+            patient = parent[patient]
+        return patient
+
+    first: dict[str, str] = {}  # sha256 -> patient
+    for row in rows:
+        one, other = root(row.patient), root(first.setdefault(row.sha256, row.patient))
+        parent[max(one, other)] = min(one, other)
+    return {row.path: root(row.patient) for row in rows}
