@@ -296,7 +296,8 @@ class _Hdf5Images:
     def __init__(self, path: str) -> None:
         import h5py
 
-        self._path, self._opened = path, None
+        self._path = path
+        self._opened: tuple[Any, Any] | None = None
         with h5py.File(path, "r") as file:
             self._num = len(file["labels"])
 

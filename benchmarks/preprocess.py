@@ -258,7 +258,7 @@ def measure_xrai(*, scratch: Path, source: str, num_workers: int, size: int) -> 
             raise RuntimeError(f"xrai.preprocess ended with {end.code}") from end
     # The server of worker processes would outlive this one, and its processor time be missing: wait
     # for it
-    multiprocessing.forkserver._forkserver._stop()
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
     return {}
 
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from xrai import config as configuration
-from xrai.config import Config, ConfigError, Flag, all_keys, from_mapping, parse
+from xrai.config import Config, Flag, all_keys, from_mapping, parse
+from xrai.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
 KEYS_FILE = Path(__file__).with_name("config_keys.txt")

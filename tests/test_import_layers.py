@@ -120,7 +120,7 @@ def uses_of_torch_distributed(source: str) -> list[int]:
         else:
             found = False
         if found:
-            lines.append(node.lineno)
+            lines.append(node.lineno)  # type: ignore[attr-defined]
     return lines
 
 

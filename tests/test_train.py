@@ -17,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.training import SMALL, call_main, make_dataset, run_module
 from xrai import evaluate, train
+from xrai.config import Config
 from xrai.dataset.loader import Loader
+from xrai.errors import UserError
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import load_model
 from xrai.store import open_store
@@ -267,8 +269,8 @@ def test_an_image_size_other_than_the_data_sets_is_taken_from_the_data_set_when_
 def test_more_processes_than_images_are_refused(dataset: Path):
     index = Loader(str(dataset), split="train", batch_size=8).index
     crowd = Ranks(0, 1000, 0, 1000, torch.device("cpu"))
-    with pytest.raises(train.UserError, match=r"1000 processes, but only \d+ training images"):
-        train.fit_to_dataset(train.Config(), index, ranks=crowd)
+    with pytest.raises(UserError, match=r"1000 processes, but only \d+ training images"):
+        train.fit_to_dataset(Config(), index, ranks=crowd)
 
 
 def test_a_run_of_another_data_set_is_not_gone_on_with(

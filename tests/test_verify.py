@@ -287,11 +287,11 @@ def test_repair_from_another_source_is_refused_and_changes_nothing(
 def test_repair_that_can_not_give_the_same_bytes_stores_nothing(
     made: tuple[Path, Path], check: Command, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xrai.ingest import build
+    from xrai.ingest import build, images
 
     flip(next(dataset.glob("train-00000*")), 5000)
     before = contents(dataset)
-    decode = build.decode_sized
+    decode = images.decode_sized
 
     def other_decode(*args: Any, **kwargs: Any) -> Any:  # another Pillow, say
         pixels, sides = decode(*args, **kwargs)

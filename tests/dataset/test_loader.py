@@ -805,7 +805,7 @@ def test_memory_of_a_batch_is_used_again_only_when_no_view_of_it_is_held() -> No
         memoryview,
         torch.from_numpy,
         lambda images: torch.from_numpy(images)[:, 0].unsqueeze(1).permute(0, 2, 3, 1),
-        torch.from_dlpack,
+        torch.utils.dlpack.from_dlpack,
     ],
     ids=["itself", "view", "view of a view", "memoryview", "tensor", "view of a tensor", "dlpack"],
 )

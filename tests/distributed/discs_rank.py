@@ -8,6 +8,7 @@ python tests/distributed/discs_rank.py [--folder DIR] [--stop_after N] [--poison
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.learning.fakes import FakeLoader, train_discs
+from tests.learning.fakes import FakeBatch, FakeLoader, train_discs
 from xrai import config as configuration
 from xrai.config import Flag
 from xrai.errors import run_command
@@ -40,11 +41,11 @@ def main() -> None:
         def poison(loader: FakeLoader) -> None:
             original = loader.epoch
 
-            def epoch(number: int, *, start: int = 0):  # type: ignore[no-untyped-def]
-                for position, batch in enumerate(original(number, start=start)):
-                    if number == 1 and position == 1 and ranks.rank == values["hang_rank"]:
+            def epoch(epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
+                for position, batch in enumerate(original(epoch, start=start)):
+                    if epoch == 1 and position == 1 and ranks.rank == values["hang_rank"]:
                         time.sleep(100)
-                    if number == 1 and position == 1 and ranks.rank == values["raise_rank"]:
+                    if epoch == 1 and position == 1 and ranks.rank == values["raise_rank"]:
                         _ = 1 / 0
                     if position + start == 3 and ranks.rank == values["poison_rank"]:
                         batch.labels = batch.labels.astype(np.float32)

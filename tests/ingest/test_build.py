@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -101,17 +102,16 @@ def test_a_picture_that_is_kept_stays_as_it_was_when_workers_use_its_memory_agai
 def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
     rows = job.rows() * 40  # 1,800 rows
     pictures = decode_rows(job.source, CONFIG.images, rows, num_workers=2)
-    frame = pictures.gi_frame
     most = 0
     for _ in pictures:
-        most = max(most, len(frame.f_locals.get("ahead", ())))
+        most = max(most, len(inspect.getgeneratorlocals(pictures).get("ahead", ())))
     assert 2 <= most <= build._TASKS_AHEAD * 2 + 1
 
 
 def test_a_worker_that_is_killed_ends_the_work_in_one_line_that_says_what_to_do(job: Job) -> None:
     pictures = decode_rows(job.source, CONFIG.images, job.rows() * 300, num_workers=2)
     next(pictures)
-    executor = pictures.gi_frame.f_locals["executor"]
+    executor = inspect.getgeneratorlocals(pictures)["executor"]
     os.kill(next(iter(executor._processes)), signal.SIGKILL)
     with pytest.raises(
         XraiError, match=r"a worker process ended abruptly.*fewer --workers, what is stored is kept"
@@ -122,7 +122,7 @@ def test_a_worker_that_is_killed_ends_the_work_in_one_line_that_says_what_to_do(
 def test_a_reader_that_stops_early_leaves_no_workers(job: Job) -> None:
     pictures = decode_rows(job.source, CONFIG.images, job.rows() * 40, num_workers=2)
     next(pictures)
-    processes = list(pictures.gi_frame.f_locals["executor"]._processes)
+    processes = list(inspect.getgeneratorlocals(pictures)["executor"]._processes)
     pictures.close()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{process}").exists() for process in processes):

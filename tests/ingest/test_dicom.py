@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.dataset.pictures import PATIENT_ID, PATIENT_NAME, dicom_file, encoded, gradient
 from xrai.errors import ImageError, SourceError
-from xrai.ingest import dicom, images
+from xrai.ingest import dicom
 from xrai.ingest.images import decode, decode_sized
 from xrai.phantom.draw import draw_film, encode, plan
 
@@ -251,7 +251,7 @@ def test_an_orientation_that_says_nothing_is_no_reason_to_turn(stated: object) -
 @pytest.mark.parametrize("tags", [{"PixelAspectRatio": [2, 1]}, {"PixelSpacing": [0.4, 0.2]}])
 @pytest.mark.parametrize("directions", [("L", "F"), ("F", "L")])
 def test_pixels_that_are_not_square_become_so(
-    tags: dict[str, object], directions: tuple[str, str]
+    tags: dict[str, list[float]], directions: tuple[str, str]
 ) -> None:
     tall = np.repeat(
         gradient(40, 80), 2, axis=1
@@ -447,7 +447,7 @@ def test_the_process_of_gdcm_ends_with_its_owner(elsewhere: dicom._Elsewhere) ->
 # ---------------------------------------------------------------------------------------- bad files
 
 SMALL = gradient(20, 16)
-BAD = {
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "two frames": (
         lambda: dicom_file(SMALL, NumberOfFrames=2, PixelData=SMALL.tobytes() * 2),
         "is DICOM of 2 frames; one picture a file is read",
@@ -620,5 +620,5 @@ def test_what_pydicom_warns_of_is_not_told(
 def test_images_knows_dicom_by_its_contents_whatever_else_it_looks_like() -> None:
     data = bytearray(dicom_file(SMALL))
     data[:3] = b"\xff\xd8\xff"  # the preamble is anyone's
-    assert images.is_dicom(bytes(data))
+    assert dicom.is_dicom(bytes(data))
     np.testing.assert_array_equal(decoded(bytes(data)), decoded(dicom_file(SMALL)))

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learning.fakes import FakeLoader, Outcome, train_discs
+from tests.learning.fakes import FakeBatch, FakeLoader, Outcome, train_discs
 from xrai.config import Checkpoint, Config, Optim, Train
 from xrai.errors import ConfigError, TrainingError, UserError
 from xrai.learning.distributed import Ranks, join
@@ -142,8 +143,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
     def poison(loader: FakeLoader) -> None:
         original = loader.epoch
 
-        def epoch(number: int, *, start: int = 0):  # type: ignore[no-untyped-def]
-            for position, batch in enumerate(original(number, start=start)):
+        def epoch(epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
+            for position, batch in enumerate(original(epoch, start=start)):
                 if position + start == 3:
                     batch.labels = batch.labels.astype(np.float32)
                     batch.labels[[4, 9]] = np.nan

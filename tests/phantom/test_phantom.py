@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_the_measure_of_a_shortcut_can_find_one(
 def test_no_simple_measure_tells_the_classes(
     films: tuple[npt.NDArray[np.bool_], list[Film]], name: str, tolerance: float
 ) -> None:
-    measures = {
+    measures: dict[str, Callable[[Film], float]] = {
         "width": lambda film: film.shape[1],
         "height": lambda film: film.shape[0],
         "aspect": lambda film: film.shape[1] / film.shape[0],

@@ -25,7 +25,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import closing
@@ -233,7 +233,7 @@ class Loader:
     def __len__(self) -> int:
         return self.num_batches
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch, from step `start` on.
 
         Closing the iterator, or leaving it to be collected, ends its threads. Raises what the
@@ -256,7 +256,7 @@ class Loader:
         """
         return self._seconds.read()
 
-    def _prefetched(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _prefetched(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         """The batches, assembled ahead in a thread of their own."""
         ready: _Outcomes = queue.SimpleQueue()
         room: queue.SimpleQueue[None] = (

@@ -192,7 +192,7 @@ def write_onnx(
     """
     require_onnx()
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     with _quiet():
         written = torch.onnx.export(program, (), dynamo=True, verbose=False)
