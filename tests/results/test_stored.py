@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xrai.results.artifacts import RunFolder
 
 from tests.results import stored_input as given
 from xrai.results.baselines import Looks, measure_baselines
+from xrai.results.folder import RunFolder
 from xrai.results.record import record_scores
 
 STORED = Path(__file__).with_name("stored")
