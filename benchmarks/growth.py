@@ -294,11 +294,12 @@ def measure_load(*, scratch: Path, dataset: str) -> dict[str, float]:
     """Shuffled epochs of the train split in batches of 64, each shard's hash checked in the
     first.
     """
-    from xrai.dataset.loader import Loader
+    from xrai.dataset.loader import Loader, LoaderOptions
 
     with watch_memory(os.getpid(), pages=OWN_PAGES) as memory:
         began = time.perf_counter()
-        loader = Loader(dataset, split="train", batch_size=64, shuffle=True, cache_dir=scratch)
+        options = LoaderOptions(cache_dir=scratch)
+        loader = Loader(dataset, split="train", batch_size=64, shuffle=True, options=options)
         first: list[float] = []  # seconds to the first batch, by epoch
         epochs: list[float] = []
         while len(epochs) < 4 or sum(epochs) < _LOAD_S:

@@ -152,7 +152,8 @@ def prepare(source: Path, folder: Path) -> int:
             str(row) for row in range(loader.num_images)
         ]  # in hash order, so that shards are random samples
         write(partial(read_row, str(arrays)), rows, folder / name, num_workers=1)
-    for number, (label, path) in enumerate(zip(loader.labels, loader.source, strict=True)):
+    sources = loader.columns("source")["source"]
+    for number, (label, path) in enumerate(zip(loader.labels, sources, strict=True)):
         place = folder / "files" / loader.index.classes[label] / f"{number:07d}{Path(path).suffix}"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to((source / path).resolve(strict=True))
@@ -560,11 +561,11 @@ class XraiBatches:
     def __init__(
         self, address: str, *, batch_size: int, rank: int, world_size: int, cache: Path | None
     ) -> None:
-        from xrai.dataset.loader import Loader
+        from xrai.dataset.loader import Loader, LoaderOptions
 
         self._loader = Loader(
             address, split="train", batch_size=batch_size, shuffle=True, rank=rank, world_size=world_size,
-            cache_dir=cache,
+            options=LoaderOptions(cache_dir=cache),
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:

@@ -183,5 +183,7 @@ def test_the_baselines_look_at_no_more_images_than_they_may_and_in_the_order_of_
         len(looks.labels) == len(looks.patients) == len(looks.geometry) == len(looks.border) == num
     )
     assert np.array_equal(looks.border, whole.border[:num])
-    assert np.array_equal(whole.labels, loader.labels) and whole.patients == loader.patient.tolist()
-    assert np.allclose(np.exp(whole.geometry[:, 0]), loader.width)
+    columns = loader.columns("labels", "patient", "width")
+    assert np.array_equal(whole.labels, columns["labels"])
+    assert whole.patients == columns["patient"].tolist()
+    assert np.allclose(np.exp(whole.geometry[:, 0]), columns["width"])

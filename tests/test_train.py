@@ -93,7 +93,9 @@ def test_metrics_are_those_of_the_predictions_by_scikit_learn(
         with (place / "predictions.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         loader = Loader(str(dataset), split=split, batch_size=8)
-        assert [row["source"] for row in rows] == loader.source.tolist()  # every image once
+        assert [row["source"] for row in rows] == loader.columns("source")[
+            "source"
+        ].tolist()  # every image once
         labels = [int(row["label"] == "PNEUMONIA") for row in rows]
         assert labels == loader.labels.tolist()
         scores = np.array([float(row["score"]) for row in rows])

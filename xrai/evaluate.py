@@ -17,8 +17,8 @@ import yaml
 
 import xrai
 from xrai import config as configuration
-from xrai.config import Config, Flag
-from xrai.dataset.loader import Loader
+from xrai.config import Flag
+from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, UserError, run_command
 from xrai.learning.distributed import join
 from xrai.learning.predictor import TrainedModel, load_model, predict_split
@@ -50,7 +50,7 @@ def main() -> None:
             "--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3"
         )
     loaders = [
-        open_split(config, flags["dataset"], split=split) for split in parse_splits(flags["split"])
+        open_split(config, flags["dataset"], split) for split in parse_splits(flags["split"])
     ]
     with tempfile.TemporaryDirectory() as folder, join(timeout_s=config.train.timeout_s) as ranks:
         model = load_model(open_store(flags["run"]), folder=Path(folder))
@@ -65,7 +65,7 @@ def main() -> None:
     index = loaders[0].index
     known = None
     if "train" in index.splits:
-        known = read_looks(open_split(config, flags["dataset"], split="train"), limit=MAX_TRAIN)
+        known = read_looks(open_split(config, flags["dataset"], "train"), limit=MAX_TRAIN)
     run = RunFolder(artifacts or ".", run_id)
     try:
         run.attach()
@@ -102,14 +102,6 @@ def parse_splits(text: str) -> list[str]:
             f"--split = {text!r} names no split: it takes test, val or train, with commas between"
         )
     return splits
-
-
-def open_split(config: Config, dataset: str, *, split: str) -> Loader:
-    """All images of one split, in the order of its rows."""
-    return Loader(
-        dataset, split=split, batch_size=config.evaluate.batch_size, cache_dir=config.cache.dir or None,
-        cache_max_gib=config.cache.max_gib,
-    )  # fmt: skip
 
 
 def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:

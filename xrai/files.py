@@ -21,6 +21,7 @@ from xrai.errors import (
     NotFoundError,
     StoreAccessError,
     StoreError,
+    UserError,
 )
 
 Access = Literal["read", "written", "listed", "deleted"]
@@ -82,9 +83,15 @@ def copy_hashed(file: BinaryIO, write: Callable[[bytes], object]) -> str:
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder below `$XDG_CACHE_HOME/xrai`, else `~/.cache/xrai`; it is not created."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache or Path.home() / ".cache", "xrai", *parts)
+    """A folder below `$XDG_CACHE_HOME/xrai`, else `~/.cache/xrai`; it is not created.
+
+    Raises `UserError` where there is neither.
+    """
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise UserError("no home folder for a cache: set XDG_CACHE_HOME to a folder") from error
+    return Path(cache, "xrai", *parts)
 
 
 def num_cores() -> int:
@@ -118,7 +125,8 @@ def explaining(
             advice = hint or "free some space or use another folder"
             raise error_type(f"{what}; {advice}") from error
         if access == "written" and error.errno == errno.ENOTDIR:
-            text = f"{where} cannot be written: it is below a file; choose another folder"
+            advice = hint or "choose another folder"
+            text = f"{where} cannot be written: it is below a file; {advice}"
             raise StoreAccessError(text) from error
         if access != "written" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise NotFoundError(f"there is no {where}") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import xrai
 from xrai.config import Config
-from xrai.dataset.loader import Loader
+from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.manifest import parse_manifest
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.errors import RunError
@@ -243,11 +243,7 @@ class Job:
 
     def _whole(self, split: str) -> Loader:
         """A loader of all images of a split, where the rank's own has a share of them."""
-        return Loader(
-            self._dataset, split=split, batch_size=self.config.evaluate.batch_size,
-            cache_dir=self.config.cache.dir or None, cache_max_gib=self.config.cache.max_gib,
-            timeout_s=self.config.train.timeout_s,
-        )  # fmt: skip
+        return open_split(self.config, self._dataset, split)
 
     def _environment(self) -> dict[str, Any]:
         return {**describe_environment(), **describe_devices(self.config, self.ranks)}

@@ -7,6 +7,7 @@ images that they have not seen.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import torch
 
 from xrai import config as configuration
 from xrai.config import Config, Flag, Images
-from xrai.dataset.loader import Loader
+from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError, run_command
 from xrai.learning.distributed import Ranks, join, record_failures
@@ -191,27 +192,12 @@ def num_cores() -> int:
 
 def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loader]:
     """The loaders of train (shuffled), val, and test where the data set has one."""
-    options: dict[str, Any] = {
-        "rank": ranks.rank, "world_size": ranks.world_size, "window": config.loader.window,
-        "prefetch": config.loader.prefetch, "threads": config.loader.threads, "cache_dir": config.cache.dir or None,
-        "cache_max_gib": config.cache.max_gib, "timeout_s": config.train.timeout_s,
-    }  # fmt: skip
-    train = Loader(
-        dataset,
-        split="train",
-        batch_size=config.train.global_batch_size,
-        shuffle=True,
-        seed=config.train.seed,
-        **options,
+    open_share = functools.partial(
+        open_split, config, dataset, rank=ranks.rank, world_size=ranks.world_size
     )
+    train = open_share("train", shuffle=True)
     held_out = [split for split in ("val", "test") if split == "val" or split in train.index.splits]
-    return {
-        "train": train,
-        **{
-            split: Loader(dataset, split=split, batch_size=config.evaluate.batch_size, **options)
-            for split in held_out
-        },
-    }
+    return {"train": train, **{split: open_share(split) for split in held_out}}
 
 
 def fit_to_dataset(config: Config, index: DatasetIndex, *, ranks: Ranks) -> Config:

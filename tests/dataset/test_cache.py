@@ -19,15 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.dataset.remote import RemoteFolder, flip_byte
 from tests.dataset.small import place_of, write_dataset
-from xrai.dataset.cache import ShardCache, default_cache_folder
+from xrai.dataset.cache import ShardCache
 from xrai.dataset.shards import DatasetIndex, Layout, Shard, map_shard, open_shard
 from xrai.errors import CorruptError, DatasetError, StoreError, UnreachableError, UserError
+from xrai.files import cache_folder
 from xrai.store import Store, open_store
 
 pytestmark = pytest.mark.timeout(60)
@@ -143,8 +145,8 @@ def test_of_more_shards_than_stay_mapped_those_that_stay_are_used_in_each_epoch(
         return map_shard(path, layout)
 
     monkeypatch.setattr("xrai.dataset.cache._MAX_KEPT", 3)
-    monkeypatch.setattr("xrai.dataset.cache.open_shard", note_open)
-    monkeypatch.setattr("xrai.dataset.cache.map_shard", note_map)
+    noting = SimpleNamespace(open_shard=note_open, map_shard=note_map)
+    monkeypatch.setattr("xrai.dataset.cache.shards", noting)
     cache = ShardCache(bucket, index, folder=folder)
     for _ in range(3):
         open_and_close(cache, index, *range(5))
@@ -188,11 +190,17 @@ def mapped_now(folder: Path) -> set[str]:
 
 
 def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
-    assert default_cache_folder() == Path("/var/cache/xrai")
+    assert cache_folder() == Path("/var/cache/xrai")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert default_cache_folder() == Path("/home/somebody/.cache/xrai")
+    assert cache_folder() == Path("/home/somebody/.cache/xrai")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        cache_folder()
 
 
 # ----------------------------------------------------------------------------------- damaged shards
@@ -717,7 +725,7 @@ def test_settling_sees_the_last_thread_out_of_hdf5_and_lets_none_in(
         assert leave.wait(20)
         return open_shard(path)
 
-    monkeypatch.setattr("xrai.dataset.cache.open_shard", slow_open_shard)
+    monkeypatch.setattr("xrai.dataset.shards.open_shard", slow_open_shard)
     threads = [
         threading.Thread(target=open_and_close, args=(cache, index, number), daemon=True)
         for number in range(3)

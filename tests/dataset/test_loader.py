@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.dataset.remote import RemoteFolder, flip_byte
 from tests.dataset.small import place_of, write_dataset
-from xrai.dataset.loader import Batch, Loader, _Buffers
+from xrai.dataset.loader import Batch, Loader, LoaderOptions, _Buffers
 from xrai.dataset.order import EpochOrder, plan_windows
 from xrai.errors import (
     ConfigError,
@@ -50,13 +50,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_loader(
-    dataset: Any, *, split: str = "train", batch_size: int = 8, **options: Any
+    dataset: Any,
+    *,
+    split: str = "train",
+    batch_size: int = 8,
+    shuffle: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
 ) -> Loader:
     return Loader(
         str(dataset) if isinstance(dataset, Path) else dataset,
         split=split,
         batch_size=batch_size,
-        **options,
+        shuffle=shuffle,
+        rank=rank,
+        world_size=world_size,
+        options=LoaderOptions(**options),
     )
 
 
@@ -234,12 +244,13 @@ def test_columns_belong_to_the_rows(folder: Path):
     loader = make_loader(folder)
     assert loader.num_images == NUM
     assert loader.labels.tolist() == [row % 2 for row in range(NUM)]
-    assert loader.source.tolist() == [f"train/{row}.png" for row in range(NUM)]
-    assert loader.patient.tolist() == [f"IM/{row}" for row in range(NUM)]
-    assert loader.subtype.tolist() == ["bacterial" if row % 2 else "" for row in range(NUM)]
-    assert loader.width.tolist() == [1000 + row for row in range(NUM)]
-    assert loader.height.tolist() == [800 + row for row in range(NUM)]
-    assert loader.width.dtype == loader.height.dtype == np.uint32
+    columns = loader.columns("source", "patient", "subtype", "width", "height")
+    assert columns["source"].tolist() == [f"train/{row}.png" for row in range(NUM)]
+    assert columns["patient"].tolist() == [f"IM/{row}" for row in range(NUM)]
+    assert columns["subtype"].tolist() == ["bacterial" if row % 2 else "" for row in range(NUM)]
+    assert columns["width"].tolist() == [1000 + row for row in range(NUM)]
+    assert columns["height"].tolist() == [800 + row for row in range(NUM)]
+    assert columns["width"].dtype == columns["height"].dtype == np.uint32
 
 
 @pytest.mark.parametrize(
@@ -507,9 +518,10 @@ LEAVES_EARLY = """
 import sys
 from pathlib import Path
 from tests.dataset.remote import RemoteFolder
-from xrai.dataset.loader import Loader
-batches = iter(Loader(RemoteFolder(Path(sys.argv[1]), slow_key="train-00001"), split="train", batch_size=1,
-    cache_dir=sys.argv[2], threads=6))
+from xrai.dataset.loader import Loader, LoaderOptions
+store = RemoteFolder(Path(sys.argv[1]), slow_key="train-00001")
+options = LoaderOptions(cache_dir=sys.argv[2], threads=6)
+batches = iter(Loader(store, split="train", batch_size=1, options=options))
 for _ in range(7):
     next(batches)
 print("left")
@@ -534,12 +546,11 @@ import sys
 from pathlib import Path
 from tests.dataset.remote import RemoteFolder
 from tests.dataset.small import write_dataset
-from xrai.dataset.loader import Loader
+from xrai.dataset.loader import Loader, LoaderOptions
 folder = Path(sys.argv[1])
 write_dataset(folder / "data", {"train": [40] * 20})
-batches = iter(
-    Loader(RemoteFolder(folder / "data"), split="train", batch_size=1, cache_dir=folder / "cache", threads=8)
-)
+options = LoaderOptions(cache_dir=folder / "cache", threads=8)
+batches = iter(Loader(RemoteFolder(folder / "data"), split="train", batch_size=1, options=options))
 next(batches)
 """
 

@@ -7,7 +7,7 @@ It prints a line for each batch, its step and a hash of what it holds, and ends 
 import hashlib
 import sys
 
-from xrai.dataset.loader import Batch, Loader
+from xrai.dataset.loader import Batch, Loader, LoaderOptions
 from xrai.errors import run_command
 from xrai.log import setup_logging
 
@@ -21,10 +21,7 @@ def main() -> None:
         split="train",
         batch_size=16,
         shuffle=True,
-        window=2,
-        threads=2,
-        prefetch=1,
-        cache_dir=cache,
+        options=LoaderOptions(window=2, threads=2, prefetch=1, cache_dir=cache),
     )
     for batch in loader.epoch(0):
         print(batch.step, digest(batch), flush=True)

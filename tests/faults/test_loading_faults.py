@@ -18,7 +18,7 @@ from tests.dataset.small import write_dataset
 from tests.faults.buckets import new_bucket, use_endpoint
 from tests.faults.proxy import Kind, Proxy
 from tests.faults.reader import digest
-from xrai.dataset.loader import Loader
+from xrai.dataset.loader import Loader, LoaderOptions
 from xrai.errors import CorruptError, DatasetError, NotFoundError, UnreachableError
 from xrai.store import open_store
 
@@ -26,14 +26,7 @@ pytestmark = [pytest.mark.s3, pytest.mark.timeout(120)]
 
 ROWS = [64] * 6
 NUM_BATCHES = 24
-OPTIONS = {
-    "split": "train",
-    "batch_size": 16,
-    "shuffle": True,
-    "window": 2,
-    "threads": 2,
-    "prefetch": 1,
-}
+OPTIONS = {"window": 2, "threads": 2, "prefetch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def good(folder: Path) -> list[str]:
     """What an epoch gives where nothing fails."""
-    return [digest(batch) for batch in Loader(str(folder), **OPTIONS).epoch(0)]
+    return [digest(batch) for batch in make_loader(str(folder), None).epoch(0)]
 
 
 @pytest.fixture
@@ -78,11 +71,13 @@ def upload(folder: Path, address: str) -> None:
     store.write("dataset.json", (folder / "dataset.json").read_bytes())
 
 
-def read(address: str, cache: Path, **options: object) -> list[str]:
-    return [
-        digest(batch)
-        for batch in Loader(address, cache_dir=cache, **{**OPTIONS, **options}).epoch(0)
-    ]  # type: ignore[arg-type]
+def make_loader(address: str, cache: Path | None, **changes: float) -> Loader:
+    options = LoaderOptions(**{"cache_dir": cache, **OPTIONS, **changes})  # type: ignore[arg-type]
+    return Loader(address, split="train", batch_size=16, shuffle=True, options=options)
+
+
+def read(address: str, cache: Path, **changes: float) -> list[str]:
+    return [digest(batch) for batch in make_loader(address, cache, **changes).epoch(0)]
 
 
 def start_reader(address: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
@@ -148,7 +143,7 @@ def test_loading_goes_on_when_the_server_was_gone_for_twenty_seconds(
 ):
     monkeypatch.delenv("XRAI_S3_TIMEOUT_S")
     monkeypatch.delenv("XRAI_S3_RETRY_S")
-    batches = Loader(address, cache_dir=tmp_path, **OPTIONS).epoch(0)
+    batches = make_loader(address, tmp_path).epoch(0)
     seen = [digest(next(batches))]
     proxy.vanish()
     back = threading.Timer(20, proxy.appear)
@@ -263,7 +258,7 @@ def test_a_data_set_replaced_while_it_is_read_is_said_to_be(
     address: str, proxy: Proxy, tmp_path: Path
 ):
     write_dataset(tmp_path / "new", {"train": ROWS}, size=64, seed=1)
-    loader = Loader(address, cache_dir=tmp_path / "cache", **OPTIONS)
+    loader = make_loader(address, tmp_path / "cache")
     upload(tmp_path / "new", address)
     with pytest.raises(
         DatasetError, match=rf"the data set at {address} was replaced while it was read"

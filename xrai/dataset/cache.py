@@ -1,18 +1,17 @@
-"""Shards of a store, verified and mapped, by way of a folder of this machine. The loader calls it.
+"""Shards of a store, verified and mapped, through a folder of this machine. The loader calls it.
 
 A shard in a folder store is used where it is. One in a bucket is copied to
 
     <cache folder>/<fingerprint of the data set>/<name>.<hash of the shard>.h5
 
-so that a data set that was replaced, or another with the same names, can never be taken for it. A
-shard's hash is checked when it arrives, and again the first time that a process uses a file it
-finds. Ranks and runs on one machine share the folder: one of them fetches a shard under a lock that
-the kernel drops when its holder dies, the others wait. The least recently used shards go when the
-folder would grow beyond its limit, never one that a process has open.
+so it is never mistaken for one of a replaced data set, or of another with the same names. A shard's
+hash is checked when it arrives, and when a process first uses a file that it finds. Ranks and runs
+on one machine share the folder: one fetches a shard, under a lock that the kernel drops if its
+holder dies, and the others wait. If the folder would outgrow its limit, the least recently used
+shards are removed, but never one that a process has open.
 """
 
 import fcntl
-import hashlib
 import os
 import resource
 import threading
@@ -20,89 +19,72 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import file_digest
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from xrai.dataset.shards import (
-    DatasetIndex,
-    Layout,
-    Shard,
-    ShardInfo,
-    map_shard,
-    open_shard,
-    read_index,
-)
+from xrai import files
+from xrai.dataset import shards
+from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
 from xrai.errors import (
     CorruptError,
     DatasetError,
-    ForbiddenError,
     NotFoundError,
+    StoreAccessError,
     StoreError,
     UserError,
 )
 from xrai.log import get_logger
 from xrai.store import Store
 
-_NUM_FETCHES = 3  # of one shard whose bytes arrive damaged, before the error that names it
-_MAX_KEPT = 1024  # shards that stay mapped after their use: a mapped page takes 8 bytes of the kernel's memory
-_FILES_KEPT = (
-    1 / 8
-)  # of the files that a process may have open; each map takes one, and there is a cache a split
+_NUM_FETCHES = 3  # of a shard that arrives damaged, before the error that names it
+# Shards that stay mapped after their use. A mapped page takes 8 bytes of kernel memory, and each
+# map one of the files that a process may have open; there is a cache for each split.
+_MAX_KEPT = 1024
+_FILES_KEPT = 1 / 8
 _POLL_S = 0.02
 _SETTLE_S = 10.0
+_CACHE_HINT = "give another cache by --cache.dir=FOLDER"
 
+_Stamp = tuple[int, int, int, int]  # of a file: device, inode, bytes, time of the last change
 _logger = get_logger(__name__)
-
-
-def default_cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/xrai`, else `~/.cache/xrai`."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xrai"
-    except RuntimeError as error:
-        raise UserError(
-            "there is no home folder for the cache of shards; give a folder by --cache.dir=FOLDER"
-        ) from error
 
 
 @dataclass
 class OpenShard:
-    """A shard in use: its arrays stay valid, and its file in the cache, until `close`."""
+    """A shard in use: its file stays in the cache until `close`, its arrays while they are held."""
 
     shard: Shard
-    fetch_s: float = 0.0  # spent on getting the file here, waiting for another process included
-    verify_s: float = 0.0  # spent on checking the hash of a file that was here
+    fetch_s: float = 0.0  # getting the file, including the wait for another process
+    verify_s: float = 0.0  # checking the hash of a local file
     _file: BinaryIO | None = field(default=None, repr=False)
     _process: int = field(default_factory=os.getpid, repr=False)
 
     def close(self) -> None:
-        """Let the cache remove the file. Arrays taken from the shard stay valid as long as they
-        are held.
-        """
+        """Let the cache remove the file."""
         if self._file is None or self._file.closed:
             return
         if self._process == os.getpid():
             _unlock(self._file)
         else:
-            self._file.close()  # after a fork the lock is the parent's too, who may still need it
+            self._file.close()  # after a fork the lock is also the parent's, which may need it
 
 
 @dataclass(frozen=True)
 class _Known:
     """A shard that was open before."""
 
-    identity: tuple[
-        int, int, int, int
-    ]  # of its file: device, inode, bytes, time of the last change
-    layout: Layout
-    shard: Shard | None  # where it is still mapped
+    stamp: _Stamp
+    layout: shards.Layout
+    shard: Shard | None  # if it is still mapped
 
 
 class ShardCache:
     """The shards of one data set. Threads may share it.
 
-    `max_bytes` limits the folder, all data sets together; 0: no limit. `timeout_s` is the longest
-    wait for another process, or for room.
+    `folder` is None for the user's own cache folder. `max_bytes` limits it, all data sets together;
+    0: no limit. `timeout_s` is the longest wait for another process, or for room.
     """
 
     def __init__(
@@ -110,50 +92,45 @@ class ShardCache:
         store: Store,
         index: DatasetIndex,
         *,
-        folder: Path,
+        folder: Path | None = None,
         max_bytes: int = 0,
         timeout_s: float = 600.0,
     ) -> None:
         self._store, self._index = store, index
-        self._root, self._max_bytes, self._timeout_s = folder, max_bytes, timeout_s
-        self._verified: set[tuple[str, int, int, int]] = set()
+        self._root = folder or files.cache_folder()
+        self._max_bytes, self._timeout_s = max_bytes, timeout_s
+        self._verified: set[tuple[str, _Stamp]] = set()
         self._known: dict[str, _Known] = {}  # by the shard's name
         self._num_kept, self._max_kept = 0, 0 if max_bytes else _most_kept()
-        self._mapping = (
-            os.getpid(),
-            threading.Lock(),
-        )  # one thread at a time is in HDF5, which has such a lock anyway
+        # One thread at a time is in HDF5, which has such a lock anyway
+        self._mapping = (os.getpid(), threading.Lock())
 
     def settle(self) -> None:
-        """For the end of a process that leaves threads behind: see the one that is in HDF5 out, and
-        let no other in.
+        """Wait for the thread inside HDF5, then block others. Called when a process ends.
 
-        Python stops such threads wherever they are. One that it stops in HDF5 leaves the end
-        hanging, or crashing.
+        Python stops daemon threads wherever they are; one stopped inside HDF5 would make the exit
+        hang or crash.
         """
         self._mapping_lock().acquire(timeout=_SETTLE_S)
 
     def keeps(self, info: ShardInfo) -> bool:
-        """Whether the shard is mapped since it was open before, and its file is the same: to
-        open it takes no time.
-        """
+        """Whether the shard is still mapped and its file unchanged, so opening it takes no time."""
         known = self._known.get(info.name)
         if known is None or known.shard is None:
             return False
+        path = self._store.local_path(info.name) or self._path(info)
         try:
-            return known.identity == _version(
-                (self._store.local_path(info.name) or self._path(info)).stat()
-            )
+            return known.stamp == _stamp(path.stat())
         except OSError:
             return False
 
     def open(self, info: ShardInfo) -> OpenShard:
         """One shard, its hash checked.
 
-        Raises `CorruptError` when the shard does not have the hash that the index gives, after
-        several fetches from a bucket; `DatasetError` when that is because the data set was
-        replaced; `UserError` when the cache folder cannot be written; and the store's errors. All
-        name the shard.
+        Raises `CorruptError` if the shard does not have the hash in the index, even after several
+        fetches from a bucket; `DatasetError` if that is because the data set was replaced;
+        `UserError` if the cache folder cannot be written; and the store's errors. All name the
+        shard.
         """
         in_place = self._store.local_path(info.name)
         try:
@@ -177,40 +154,27 @@ class ShardCache:
             except CorruptError as error:
                 damage = error
                 _logger.warning("%s; fetching it again", error)
-                self._fetch(path, info, instead_of=_identity(path))
+                self._fetch(path, info, instead_of=_inode(path))
             else:
                 opened.fetch_s = time.monotonic() - started - opened.verify_s
                 return opened
         raise damage or StoreError(
-            f"{path} was removed from the cache again and again while it was opened; is it cleaned by hand?"
+            f"{path} was removed from the cache {_NUM_FETCHES + 1} times while it was opened; does "
+            "another program clean the cache?"
         )
 
     def _path(self, info: ShardInfo) -> Path:
-        return (
-            self._root
-            / self._index.fingerprint[:16]
-            / f"{Path(info.name).stem}.{info.sha256[:16]}.h5"
-        )
+        name = f"{Path(info.name).stem}.{info.sha256[:16]}.h5"
+        return self._root / self._index.fingerprint[:16] / name
 
     def _open_file(self, path: Path, info: ShardInfo, *, in_cache: bool) -> OpenShard:
-        try:
+        hint = f"change its permissions{f' or {_CACHE_HINT}' if in_cache else ''}"
+        with files.explaining("read", str(path), hint=hint):
             file = path.open("rb")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"there is no {path}") from error
-        except OSError as error:
-            hint = "mend its rights" + (
-                " or give another cache by --cache.dir=FOLDER" if in_cache else ""
-            )
-            raise ForbiddenError(f"{path} cannot be read: {error.strerror}; {hint}") from error
         try:
             if in_cache:
-                _lock(
-                    file,
-                    fcntl.LOCK_SH,
-                    timeout_s=self._timeout_s,
-                    waiting_for=f"the lock on {path}",
-                )
-                if _identity(path) != _identity_of(file):
+                _lock(file, fcntl.LOCK_SH, _Wait(self._timeout_s, f"the lock on {path}"))
+                if not _is_at(file, path):
                     raise NotFoundError(f"{path} was removed while it was opened")
                 _touch(path)
             started = time.monotonic()
@@ -218,12 +182,13 @@ class ShardCache:
             verify_s = time.monotonic() - started
             with self._mapping_lock():
                 shard = self._map(path, file, info)
-            if _identity(path) != _identity_of(file):  # by another between the hash and the map
+            if not _is_at(file, path):  # replaced between hashing and mapping
                 raise CorruptError(f"shard {path} was replaced while it was opened")
             size = self._index.image_size
             if shard.images.shape != (info.num_rows, size, size):
                 raise CorruptError(
-                    f"{path} holds images of {shard.images.shape}, not the {info.num_rows} of its index"
+                    f"{path} holds images of {shard.images.shape}, not the {info.num_rows} of its "
+                    "index"
                 )
         except BaseException:
             file.close()
@@ -233,63 +198,61 @@ class ShardCache:
         return OpenShard(shard, verify_s=verify_s, _file=file)
 
     def _map(self, path: Path, file: BufferedReader, info: ShardInfo) -> Shard:
-        """The open file as a shard, which stays mapped after its use where there is room for it.
+        """The open file as a shard, which stays mapped after its use if there is room.
 
-        A file that is mapped keeps its inode, and its place on the disk: none stays where the cache
-        has a limit. Those that came first stay: an epoch uses each shard once, so the one whose use
-        is longest ago is needed soonest.
+        A mapped file keeps its inode and its disk space, so none stays mapped if the cache has a
+        limit. The first ones stay: an epoch uses each shard once, so the least recently used one
+        is needed soonest.
         """
-        identity = _version(os.fstat(file.fileno()))
+        stamp = _stamp(os.fstat(file.fileno()))
         known = self._known.get(info.name)
-        if known is not None and known.identity != identity:  # another file now
+        if known is not None and known.stamp != stamp:  # another file now
             self._num_kept -= known.shard is not None
             known = None
         if known is not None and known.shard is not None:
             return known.shard
-        shard = open_shard(path) if known is None else map_shard(path, known.layout)
+        shard = shards.open_shard(path) if known is None else shards.map_shard(path, known.layout)
         is_kept = self._num_kept < self._max_kept
         self._num_kept += is_kept
-        self._known[info.name] = _Known(identity, shard.layout, shard if is_kept else None)
+        self._known[info.name] = _Known(stamp, shard.layout, shard if is_kept else None)
         return shard
 
     def _mapping_lock(self) -> threading.Lock:
         process, lock = self._mapping
-        if (
-            process != os.getpid()
-        ):  # in a child after fork nobody would open it who held it in the parent
+        if process != os.getpid():  # in a forked child nobody releases what the parent held
             lock = threading.Lock()
             self._mapping = (os.getpid(), lock)
         return lock
 
     def _verify(self, file: BufferedReader, path: Path, info: ShardInfo, *, in_cache: bool) -> None:
         status = os.fstat(file.fileno())
-        identity = (info.sha256, status.st_ino, status.st_size, status.st_mtime_ns)
-        if identity in self._verified:
+        key = (info.sha256, _stamp(status))
+        if key in self._verified:
             return
         if status.st_size != info.size_bytes:
-            raise CorruptError(
-                f"shard {path} is damaged: it has {status.st_size} bytes, not the {info.size_bytes} of the index"
-                f"{'' if in_cache else self._how_to_repair()}"
-            )
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != info.sha256:
-            raise CorruptError(
-                f"shard {path} is damaged: its sha256 is {found[:16]}…, not the {info.sha256[:16]}… of the index"
-                f"{'' if in_cache else self._how_to_repair()}"
-            )
-        self._verified.add(identity)
+            damage = f"it has {status.st_size} bytes, not the {info.size_bytes} of the index"
+        elif (found := file_digest(file, "sha256").hexdigest()) != info.sha256:
+            damage = f"its sha256 is {found[:16]}…, not the {info.sha256[:16]}… of the index"
+        else:
+            self._verified.add(key)
+            return
+        repair = "" if in_cache else self._how_to_repair()
+        raise CorruptError(f"shard {path} is damaged: {damage}{repair}")
 
     def _how_to_repair(self) -> str:
-        return f"; `python -m xrai.verify --dataset {self._store.uri} --repair --source SOURCE` writes it anew"
+        return (
+            f"; `python -m xrai.verify --dataset {self._store.uri} --repair --source SOURCE` "
+            "writes it anew"
+        )
 
     def _fetch(
         self, path: Path, info: ShardInfo, *, instead_of: tuple[int, int] | None = None
     ) -> None:
-        """Bring the shard to `path`, unless another process does. `instead_of` is a damaged file
-        that must go.
+        """Bring the shard to `path`, unless another process does. `instead_of` is the inode of a
+        damaged file to remove.
         """
         with self._only_one(path, info) as lock:
-            if instead_of is not None and _identity(path) == instead_of:
+            if instead_of is not None and _inode(path) == instead_of:
                 path.unlink(missing_ok=True)
             if path.exists():
                 return
@@ -301,10 +264,7 @@ class ShardCache:
             for _ in range(_NUM_FETCHES):
                 found = self._store.download(info.name, part)
                 if found == info.sha256:
-                    status = part.stat()
-                    self._verified.add(
-                        (info.sha256, status.st_ino, status.st_size, status.st_mtime_ns)
-                    )
+                    self._verified.add((info.sha256, _stamp(part.stat())))
                     part.replace(path)
                     return
                 _logger.warning(
@@ -312,72 +272,62 @@ class ShardCache:
                 )
                 part.unlink()
         raise CorruptError(
-            f"shard {self._store.uri}/{info.name} is damaged: in {_NUM_FETCHES} fetches its sha256 was "
-            f"{found[:16]}…, not the {info.sha256[:16]}… of the index{self._how_to_repair()}"
+            f"shard {self._store.uri}/{info.name} is damaged: in {_NUM_FETCHES} fetches its sha256 "
+            f"was {found[:16]}…, not the {info.sha256[:16]}… of the index{self._how_to_repair()}"
         )
 
     @contextmanager
     def _only_one(self, path: Path, info: ShardInfo) -> Iterator[BinaryIO]:
-        """Hold the right to fetch one shard. The lock's file is as long as the room that its
-        holder has taken.
-        """
+        """Hold the right to fetch one shard: a lock file, as long as the room that is reserved."""
         lock_path = path.with_suffix(".lock")
-        deadline = time.monotonic() + self._timeout_s
-        waiting_for = (
-            f"another process to fetch {self._store.uri}/{info.name} (it holds {lock_path})"
+        wait = _Wait(
+            self._timeout_s,
+            f"another process to fetch {self._store.uri}/{info.name} (it holds {lock_path})",
         )
-        while True:
-            with _explained_cache(self._root):
+        explaining = files.explaining(
+            "written",
+            f"the cache folder {self._root}",
+            hint=_CACHE_HINT,
+            error_type=StoreAccessError,
+        )
+        with explaining:
+            while True:
                 lock_path.parent.mkdir(parents=True, exist_ok=True)
-                file = lock_path.open("ab")
-            with file:
-                _lock(
-                    file,
-                    fcntl.LOCK_EX,
-                    timeout_s=self._timeout_s,
-                    deadline=deadline,
-                    waiting_for=waiting_for,
-                )
-                if _identity(lock_path) != _identity_of(file):
-                    continue  # the last holder removed it while we waited
-                with _explained_cache(self._root):
+                with lock_path.open("ab") as file:
+                    _lock(file, fcntl.LOCK_EX, wait)
+                    if not _is_at(file, lock_path):
+                        continue  # the last holder removed it while we waited
                     try:
                         yield file
                     finally:
                         lock_path.unlink(missing_ok=True)
                         _unlock(file)
-                return
+                    return
 
     def _make_room(self, lock: BinaryIO, info: ShardInfo) -> None:
         """Remove the least recently used shards that nobody has open until this one fits, and
-        take its room.
+        reserve its room.
         """
         limit = f"cache.max_gib ({self._max_bytes / 2**30:.3g} GiB)"
         if info.size_bytes > self._max_bytes:
             raise UserError(
-                f"{limit} is smaller than the one shard {info.name} ({info.size_bytes} bytes); raise it"
+                f"{limit} is smaller than the shard {info.name} ({info.size_bytes} bytes); raise it"
             )
-        deadline = time.monotonic() + self._timeout_s
+        wait = _Wait(
+            self._timeout_s,
+            f"room for {info.name} in {self._root}: {limit} is full of shards in use; raise it, or "
+            "lower loader.window",
+        )
         while True:
             with (self._root / ".lock").open("ab") as whole:
-                _lock(
-                    whole,
-                    fcntl.LOCK_EX,
-                    timeout_s=self._timeout_s,
-                    waiting_for=f"the lock on {whole.name}",
-                )
+                _lock(whole, fcntl.LOCK_EX, _Wait(self._timeout_s, f"the lock on {whole.name}"))
                 if _evict(self._root, self._max_bytes - info.size_bytes):
                     os.ftruncate(lock.fileno(), info.size_bytes)
                     return
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"waited {self._timeout_s:g} s for room for {info.name} in {self._root}: {limit} is full of "
-                    "shards in use; raise it, or lower loader.window"
-                )
-            time.sleep(5 * _POLL_S)
+            wait.pause(5 * _POLL_S)
 
     def _replaced(self) -> str:
-        """What to say where another data set is at the address now, else nothing."""
+        """The message if another data set is at the address now, else nothing."""
         try:
             found = read_index(self._store).fingerprint
         except (CorruptError, StoreError, DatasetError):
@@ -385,32 +335,33 @@ class ShardCache:
         if found == self._index.fingerprint:
             return ""
         return (
-            f"the data set at {self._store.uri} was replaced while it was read (its fingerprint was "
-            f"{self._index.fingerprint[:16]}…, now it is {found[:16]}…); start again"
+            f"the data set at {self._store.uri} was replaced while it was read (its fingerprint "
+            f"was {self._index.fingerprint[:16]}…, now it is {found[:16]}…); start again"
         )
 
 
 def _most_kept() -> int:
     """How many shards of a data set may stay mapped in this process."""
     num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        _MAX_KEPT
-        if num_files == resource.RLIM_INFINITY
-        else min(_MAX_KEPT, int(num_files * _FILES_KEPT))
-    )
+    if num_files == resource.RLIM_INFINITY:
+        return _MAX_KEPT
+    return min(_MAX_KEPT, int(num_files * _FILES_KEPT))
+
+
+# --------------------------------------------------------------------------------------------- room
 
 
 def _evict(root: Path, most_bytes: int) -> bool:
-    """Bring the shards and the rooms taken below `most_bytes`, if that can be done."""
-    # locks first: a fetch that ends meanwhile is then counted twice, not left out
-    total = sum(_taken(lock) for lock in root.glob("*/*.lock"))
-    shards = []
+    """Bring shards and reserved room below `most_bytes`; whether that was possible."""
+    # Locks first: a fetch that ends meanwhile is then counted twice, not left out
+    total = sum(_reserved(lock) for lock in root.glob("*/*.lock"))
+    found = []
     for path in root.glob("*/*.h5"):
         with suppress(FileNotFoundError):
             status = path.stat()
-            shards.append((status.st_atime_ns, status.st_size, path))
-    total += sum(size for _, size, _ in shards)
-    for _, size, path in sorted(shards):
+            found.append((status.st_atime_ns, status.st_size, path))
+    total += sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
         if total <= most_bytes:
             break
         if _remove_unused(path):
@@ -422,9 +373,7 @@ def _remove_unused(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _identity(path) != _identity_of(
-                file
-            ):  # another file took its place, and may be in use
+            if not _is_at(file, path):  # another file took its place, and may be in use
                 return False
             path.unlink()
     except (BlockingIOError, FileNotFoundError):
@@ -432,21 +381,16 @@ def _remove_unused(path: Path) -> bool:
     return True
 
 
-def _taken(lock_path: Path) -> int:
-    """The room that the holder of a lock has taken, bytes. A dead holder's lock, and what it
-    left, is removed.
-    """
-    try:
-        with lock_path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return os.fstat(file.fileno()).st_size
-            if _identity(lock_path) == _identity_of(file):
-                _remove_leftovers(lock_path)
-                lock_path.unlink()
-    except FileNotFoundError:
-        pass
+def _reserved(lock_path: Path) -> int:
+    """The room that a lock's holder has reserved, bytes. Removes what a dead holder left."""
+    with suppress(FileNotFoundError), lock_path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.fstat(file.fileno()).st_size
+        if _is_at(file, lock_path):
+            _remove_leftovers(lock_path)
+            lock_path.unlink()
     return 0
 
 
@@ -457,58 +401,56 @@ def _remove_leftovers(path: Path) -> None:
     path.with_suffix(".part").unlink(missing_ok=True)
 
 
-def _lock(
-    file: BinaryIO, kind: int, *, timeout_s: float, waiting_for: str, deadline: float | None = None
-) -> None:
-    """Take a lock that ends with `file`, or with the process. `deadline` is for a wait that has
-    begun before.
-    """
-    if deadline is None:
-        deadline = time.monotonic() + timeout_s
+# -------------------------------------------------------------------------------------------- locks
+
+
+class _Wait:
+    """A wait that fails after `timeout_s`; `what` completes "waited 600 s for"."""
+
+    def __init__(self, timeout_s: float, what: str) -> None:
+        self._timeout_s, self._what = timeout_s, what
+        self._deadline = time.monotonic() + timeout_s
+
+    def pause(self, seconds: float = _POLL_S) -> None:
+        """Sleep, or raise `StoreError` if the time is over."""
+        if time.monotonic() > self._deadline:
+            raise StoreError(f"waited {self._timeout_s:g} s for {self._what}")
+        time.sleep(seconds)
+
+
+def _lock(file: BinaryIO, kind: int, wait: _Wait) -> None:
+    """Take a lock that ends with `file`, or with the process."""
     while True:
         try:
             return fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise StoreError(f"waited {timeout_s:g} s for {waiting_for}") from error
-            time.sleep(_POLL_S)
+        except BlockingIOError:
+            wait.pause()
 
 
 def _unlock(file: BinaryIO) -> None:
-    """Drop the lock and close. Closing alone would leave the lock to a child that was forked
-    meanwhile.
-    """
+    """Drop the lock and close. Closing alone would leave the lock to a child forked meanwhile."""
     fcntl.flock(file, fcntl.LOCK_UN)
     file.close()
 
 
 def _touch(path: Path) -> None:
-    """Note the time of use. A cache that is read-only needs none."""
+    """Note the time of use. A read-only cache needs none."""
     with suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
-def _version(status: os.stat_result) -> tuple[int, int, int, int]:
+def _stamp(status: os.stat_result) -> _Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _inode(path: Path) -> tuple[int, int] | None:
     with suppress(FileNotFoundError):
         status = path.stat()
         return status.st_dev, status.st_ino
     return None
 
 
-def _identity_of(file: BinaryIO) -> tuple[int, int]:
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one at this path."""
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino
-
-
-@contextmanager
-def _explained_cache(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the cache folder {root} cannot be written: {error.strerror}; give another by --cache.dir=FOLDER"
-        ) from error
+    return _inode(path) == (status.st_dev, status.st_ino)

@@ -1,7 +1,6 @@
 """Batches of images from a data set, in an order that depends on the seed and the epoch alone.
 
-The training loop uses it, and so can anyone who wants the data without our training; there is no
-torch in it:
+For the training loop, and for anyone who wants the data without our training. No torch:
 
     from xrai.dataset.loader import Loader
 
@@ -11,11 +10,11 @@ torch in it:
             batch.images  # (n, 1, H, W) uint8
             batch.labels  # (n,) uint8, positions in loader.index.classes
 
-The global batch k of an epoch holds the same images whatever the number of ranks or threads, and
-wherever a run was restarted: `loader.epoch(epoch, start=step)` goes on at a step. So (seed, epoch,
-step) is all the state there is. The last batch may be smaller; no image is left out or repeated.
-Shards are fetched, checked and mapped ahead of their use, and batches are assembled ahead, in
-background threads that end with the iterator. docs/dataset.md says more.
+Global batch k of an epoch holds the same images whatever the number of ranks or threads, and
+wherever a run was restarted: `loader.epoch(epoch, start=step)` continues at a step, so the whole
+state is (seed, epoch, step). The last batch may be smaller; each image comes exactly once.
+Background threads fetch, check and map shards and assemble batches ahead of use; they end with the
+iterator.
 """
 
 import atexit
@@ -32,12 +31,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.cache import OpenShard, ShardCache, default_cache_folder
+from xrai.config import Config
+from xrai.dataset.cache import OpenShard, ShardCache
 from xrai.dataset.order import EpochOrder, most_held, rank_slice, shards_to_hold
 from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
 from xrai.errors import ConfigError, CorruptError, DatasetError, UnreachableError, XraiError
@@ -45,15 +45,13 @@ from xrai.store import Store, open_store
 
 _POLL_S = 0.1
 _NUM_INDEX_READS = 3
-_NUM_BUFFERS = 8  # of batches that are kept for reuse
+_NUM_BUFFERS = 8  # batches whose memory is kept for reuse
 _COLUMNS = ("labels", "source", "patient", "subtype", "width", "height")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch. Empty where a ragged last batch has fewer images than
-    there are ranks.
-    """
+    """One rank's part of a global batch; empty if that has fewer images than there are ranks."""
 
     images: NDArray[np.uint8]  # (n, 1, H, W), C-contiguous
     labels: NDArray[np.uint8]  # (n,), positions in `DatasetIndex.classes`
@@ -62,23 +60,75 @@ class Batch:
     num_global: int  # images in the global batch, all ranks together
 
 
-_Outcomes = queue.SimpleQueue[
-    Batch | BaseException | None
-]  # of the background: batches, then nothing or an error
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} = {value} is not allowed: it takes a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How a loader reads. Only `seed` and `window` change the order, and only of a shuffled epoch.
+
+    Raises `ConfigError` for a number out of range.
+    """
+
+    seed: int = 0
+    window: int = 64  # shards that are shuffled together
+    prefetch: int = 2  # batches assembled ahead
+    threads: int = 4  # shards fetched at once
+    cache_dir: str | Path | None = None  # for shards of a bucket; None: the user's cache folder
+    cache_max_gib: float = 0.0  # of the cache folder; 0: no limit
+    timeout_s: float = 600.0  # longest wait for a batch
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed} is not allowed: it must be at least 0")
+        for name in ("window", "prefetch", "threads"):
+            _check_positive(name, getattr(self, name))
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """The options that a command's config states."""
+        return cls(
+            seed=config.train.seed,
+            window=config.loader.window,
+            prefetch=config.loader.prefetch,
+            threads=config.loader.threads,
+            cache_dir=config.cache.dir or None,
+            cache_max_gib=config.cache.max_gib,
+            timeout_s=config.train.timeout_s,
+        )
+
+
+def open_split(
+    config: Config,
+    dataset: str,
+    split: str,
+    *,
+    shuffle: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> "Loader":
+    """A split as a command reads it: in shuffled batches to train on, else in order to measure."""
+    return Loader(
+        dataset,
+        split=split,
+        batch_size=config.train.global_batch_size if shuffle else config.evaluate.batch_size,
+        shuffle=shuffle,
+        rank=rank,
+        world_size=world_size,
+        options=LoaderOptions.from_config(config),
+    )
 
 
 class Loader:
     """Batches of one split of a data set.
 
-    `dataset` is an address or a store. `batch_size` counts the images of a global batch; rank r of
-    `world_size` takes the r-th of its equal parts. Without `shuffle` the order is that of the
-    shards, for evaluation. `window` is how many shards are shuffled together, `prefetch` how many
-    batches are assembled ahead, `threads` how many shards are fetched at once. Shards of a bucket
-    are kept in `cache_dir` (default: the user's cache), which holds at most `cache_max_gib` (0: no
-    limit). A batch that does not come within `timeout_s` is an error.
+    `dataset` is an address or a store. `batch_size` counts the images of a global batch, of which
+    rank r of `world_size` takes the r-th of equal parts. Without `shuffle`, images come as stored.
 
-    Raises `DatasetError` where there is no such data set or split, `ConfigError` for a number out
-    of range.
+    Raises `DatasetError` if there is no such data set or split, `ConfigError` for a number out of
+    range.
     """
 
     def __init__(
@@ -87,32 +137,14 @@ class Loader:
         *,
         split: str,
         batch_size: int,
-        seed: int = 0,
         shuffle: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        window: int = 64,
-        prefetch: int = 2,
-        threads: int = 4,
-        cache_dir: str | Path | None = None,
-        cache_max_gib: float = 0.0,
-        timeout_s: float = 600.0,
+        options: LoaderOptions = LoaderOptions(),
     ) -> None:
-        numbers = {
-            "batch_size": batch_size,
-            "world_size": world_size,
-            "window": window,
-            "prefetch": prefetch,
-        }
-        for name, value in {**numbers, "threads": threads}.items():
-            if value < 1:
-                raise ConfigError(
-                    f"{name} = {value} is not allowed: it takes a whole number of at least 1"
-                )
-        if not 0 <= rank < world_size or seed < 0:
-            raise ConfigError(
-                f"rank = {rank} of {world_size}, seed = {seed}: ranks and seeds are counted from 0"
-            )
+        _check_positive("batch_size", batch_size)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank = {rank} of {world_size} is not allowed: ranks start at 0")
         store = open_store(dataset) if isinstance(dataset, str) else dataset
         self.index: DatasetIndex = _read_index(store)
         if split not in self.index.splits:
@@ -120,34 +152,17 @@ class Loader:
             raise DatasetError(
                 f"the data set at {store.uri} has no split {split!r}; it holds {held}"
             )
-        self.split, self.batch_size, self.seed, self.shuffle = split, batch_size, seed, shuffle
-        self.rank, self.world_size = rank, world_size
+        self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
+        self.rank, self.world_size, self.options = rank, world_size, options
         self._shards: tuple[ShardInfo, ...] = self.index.splits[split]
-        self._window, self._prefetch, self._threads, self._timeout_s = (
-            window,
-            prefetch,
-            threads,
-            timeout_s,
-        )
-        if cache_max_gib and store.local_path(self._shards[0].name) is None:
-            _check_room(
-                self._shards,
-                num_held=most_held(
-                    [shard.num_rows for shard in self._shards],
-                    window=window if shuffle else 1,
-                    num_ahead=threads,
-                    batch_size=batch_size,
-                    batches_apart=prefetch + 2 if world_size > 1 else 0,
-                ),
-                max_gib=cache_max_gib,
-                where=f"the {split} split of {store.uri}",
-            )
+        if options.cache_max_gib and store.local_path(self._shards[0].name) is None:
+            self._check_room(store)
         self._cache = ShardCache(
             store,
             self.index,
-            folder=Path(cache_dir) if cache_dir else default_cache_folder(),
-            max_bytes=int(cache_max_gib * 2**30),
-            timeout_s=timeout_s,
+            folder=Path(options.cache_dir) if options.cache_dir else None,
+            max_bytes=int(options.cache_max_gib * 2**30),
+            timeout_s=options.timeout_s,
         )
         self._seconds = _Seconds()
         self._buffers = _Buffers(self.index.image_size)
@@ -165,45 +180,18 @@ class Loader:
 
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
-        """(N,) classes of all rows of the split. Like the next five, it opens every shard when
-        first asked for.
-        """
+        """(N,) classes of all rows of the split; opens every shard when first asked for."""
         return self.columns("labels")["labels"]
-
-    @cached_property
-    def source(self) -> NDArray[np.object_]:
-        """(N,) str, paths of the source files."""
-        return self.columns("source")["source"]
-
-    @cached_property
-    def patient(self) -> NDArray[np.object_]:
-        """(N,) str, keys of the patients."""
-        return self.columns("patient")["patient"]
-
-    @cached_property
-    def subtype(self) -> NDArray[np.object_]:
-        """(N,) str, such as bacterial or viral; empty where there is none."""
-        return self.columns("subtype")["subtype"]
-
-    @cached_property
-    def width(self) -> NDArray[np.uint32]:
-        """(N,) widths of the source pictures, upright and before they were fitted, pixels."""
-        return self.columns("width")["width"]
-
-    @cached_property
-    def height(self) -> NDArray[np.uint32]:
-        """(N,) heights of the source pictures, pixels."""
-        return self.columns("height")["height"]
 
     def columns(
         self, *names: str, start: int = 0, stop: int | None = None
     ) -> dict[str, NDArray[Any]]:
-        """The columns of these names, of rows `start` to `stop`; opens the shards that hold them,
-        and keeps nothing.
+        """Columns of the split, by name, of rows `start` to `stop`; opens the shards that hold
+        them and keeps nothing.
 
-        What `labels` and the others give is kept with the loader, which for texts is 100 bytes a
-        row and column. `stop` may lie behind the last row, as in a slice. Raises `ConfigError`
-        where there is no such column, or no such row.
+        Names are labels (uint8), source, patient, subtype (str), width and height (uint32, of the
+        source image). `stop` may be past the last row, as in a slice. Raises `ConfigError` for an
+        unknown column or row.
         """
         stop = self.num_images if stop is None else min(stop, self.num_images)
         if not 0 <= start < stop:
@@ -236,9 +224,9 @@ class Loader:
     def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch, from step `start` on.
 
-        Closing the iterator, or leaving it to be collected, ends its threads. Raises what the
-        background met, with the shard and the cause: `CorruptError`, `StoreError` kinds,
-        `DatasetError` if the data set was replaced meanwhile.
+        Closing or dropping the iterator ends its threads. An error in the background is raised
+        here, with its shard and cause: `CorruptError`, kinds of `StoreError`, or `DatasetError` if
+        the data set was replaced meanwhile.
         """
         if not 0 <= start <= self.num_batches or epoch < 0:
             raise ConfigError(
@@ -248,26 +236,29 @@ class Loader:
         return self._prefetched(epoch, start)
 
     def timings(self) -> dict[str, float]:
-        """Seconds of this epoch so far (or of the last one), the answer to "why does my GPU wait".
+        """Seconds of this epoch so far (or of the last one): why the GPU waits.
 
-        `wait` is what the caller waited for batches. What the background did meanwhile: `fetch`
-        (shards from the store, all threads added up), `verify` (hashes of shards that were here),
-        `assemble` (pixels into batches).
+        `wait`: the caller waited for batches. In the background meanwhile: `fetch` (shards from the
+        store, summed over threads), `verify` (hashes of local shards), `assemble` (pixels into
+        batches).
         """
         return self._seconds.read()
 
     def _prefetched(self, epoch: int, start: int) -> Generator[Batch, None, None]:
-        """The batches, assembled ahead in a thread of their own."""
+        """The batches, assembled ahead in a thread."""
         ready: _Outcomes = queue.SimpleQueue()
-        room: queue.SimpleQueue[None] = (
-            queue.SimpleQueue()
-        )  # an item for each batch that may still be ready
-        for _ in range(self._prefetch):
+        # An item for each batch that may still be assembled ahead
+        room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(self.options.prefetch):
             room.put(None)
         stop = threading.Event()
         process = os.getpid()
         feed = _ShardFeed(
-            self._cache, self._shards, num_threads=self._threads, stop=stop, seconds=self._seconds
+            self._cache,
+            self._shards,
+            num_threads=self.options.threads,
+            stop=stop,
+            seconds=self._seconds,
         )
 
         def assemble() -> None:
@@ -287,12 +278,10 @@ class Loader:
         thread = threading.Thread(target=assemble, name="xrai-assemble", daemon=True)
 
         def end() -> None:
-            if (
-                os.getpid() != process
-            ):  # a child after fork has none of the threads, and their locks as they were
+            if os.getpid() != process:  # a forked child has none of these threads
                 return
             stop.set()
-            room.put(None)  # the thread may wait for it
+            room.put(None)  # the thread may be waiting for it
             thread.join()
             feed.close()
 
@@ -303,59 +292,59 @@ class Loader:
                 room.put(None)
                 yield batch
         finally:
-            if not sys.is_finalizing():  # then it has ended
+            if not sys.is_finalizing():  # else `end` has run
                 atexit.unregister(end)
                 end()
 
     def _next(
         self, ready: "_Outcomes", thread: threading.Thread, feed: "_ShardFeed"
     ) -> Batch | None:
+        """The next batch, or None after the last; raises what the background raised."""
         started = time.monotonic()
-        found: Batch | BaseException | None = None
+        name = f"rank {self.rank} of {self.world_size}, {self.split} split"
+        found: Batch | BaseException | None
         while True:
             try:
                 found = ready.get(timeout=_POLL_S)
                 break
             except queue.Empty:
                 waited_s = time.monotonic() - started
-                if waited_s > self._timeout_s:
+                if waited_s > self.options.timeout_s:
                     raise UnreachableError(
-                        f"{self._name()}: no batch within {waited_s:.0f} s; waiting for {feed.waiting_for}"
+                        f"{name}: no batch within {waited_s:.0f} s; waiting for {feed.waiting_for}"
                     ) from None
-                assert thread.is_alive() or not ready.empty(), (
-                    "the assembling thread ended without a word"
-                )
+                assert thread.is_alive() or not ready.empty(), "the assembling thread died silently"
         self._seconds.add("wait", time.monotonic() - started)
         if isinstance(found, XraiError):
-            raise type(found)(f"{self._name()}: {found}") from found
+            raise type(found)(f"{name}: {found}") from found
         if isinstance(found, BaseException):
             raise found
         return found
 
-    def _name(self) -> str:
-        return f"rank {self.rank} of {self.world_size}, {self.split} split"
-
     def _batches(self, feed: "_ShardFeed", epoch: int, start: int) -> Iterator[Batch]:
+        options = self.options
         rows_of_shards = [shard.num_rows for shard in self._shards]
         order = EpochOrder(
-            rows_of_shards, seed=self.seed, epoch=epoch, window=self._window, shuffle=self.shuffle
+            rows_of_shards,
+            seed=options.seed,
+            epoch=epoch,
+            window=options.window,
+            shuffle=self.shuffle,
         )
         starts = np.cumsum([0, *rows_of_shards])
         num_images = self.num_images
         held = range(0)
-        opened: dict[int, Shard] = {}  # of those that are held
+        opened: dict[int, Shard] = {}
         for step in range(start, self.num_batches):
             first = step * self.batch_size
             last = min(first + self.batch_size, num_images)
             windows = order.windows_of(first, last)
-            if (
-                step == start
-            ):  # nothing ahead of its turn: the first batch has the network to itself
+            if step == start:  # the first batch has the network to itself: nothing is fetched ahead
                 feed.hold([shard for window in windows for shard in order.windows[window]])
             elif windows != held:
                 held = windows
                 opened.clear()
-                feed.hold(shards_to_hold(order.windows, windows, num_ahead=self._threads))
+                feed.hold(shards_to_hold(order.windows, windows, num_ahead=options.threads))
             all_rows = order.rows(first, last)
             rows = all_rows[rank_slice(len(all_rows), rank=self.rank, world_size=self.world_size)]
             shards = np.searchsorted(starts, rows, side="right") - 1
@@ -368,11 +357,33 @@ class Loader:
             self._seconds.add("assemble", time.monotonic() - started)
             yield Batch(images, labels, rows, step=step, num_global=len(all_rows))
 
+    def _check_room(self, store: Store) -> None:
+        """Refuse a cache that is too small for the shards held at once, before any work."""
+        options = self.options
+        num_held = most_held(
+            [shard.num_rows for shard in self._shards],
+            window=options.window if self.shuffle else 1,
+            num_ahead=options.threads,
+            batch_size=self.batch_size,
+            batches_apart=options.prefetch + 2 if self.world_size > 1 else 0,
+        )
+        sizes = sorted((shard.size_bytes for shard in self._shards), reverse=True)
+        held_gib = sum(sizes[:num_held]) / 2**30
+        if held_gib > options.cache_max_gib:
+            raise ConfigError(
+                f"cache.max_gib = {options.cache_max_gib:g} is too small for the {self.split} "
+                f"split of {store.uri}, of which up to {num_held} shards are held at once; give at "
+                f"least {math.ceil(held_gib * 1000) / 1000:g}, or lower loader.window or "
+                "loader.threads"
+            )
+
+
+# What the background hands over: batches, then None or an error
+_Outcomes = queue.SimpleQueue[Batch | BaseException | None]
+
 
 class _ShardFeed:
-    """Opens the shards that are asked for, ahead of their use and several at once, and closes
-    those that are not.
-    """
+    """Opens shards ahead of their use, several at once, and closes those no longer needed."""
 
     def __init__(
         self,
@@ -390,7 +401,7 @@ class _ShardFeed:
         )
         self._opening: dict[int, Future[OpenShard]] = {}
         self._num_threads = min(num_threads, len(shards))
-        self._threads: list[threading.Thread] = []  # none before they are needed
+        self._threads: list[threading.Thread] = []  # started when first needed
         atexit.register(self._settle)
 
     def hold(self, needed: Sequence[int]) -> None:
@@ -403,14 +414,12 @@ class _ShardFeed:
                 self._begin_to_open(self._shards[shard], self._opening[shard])
 
     def _begin_to_open(self, info: ShardInfo, opening: "Future[OpenShard]") -> None:
-        if self._cache.keeps(
-            info
-        ):  # starting threads would take longer: most of the wait for an epoch's first batch
+        if self._cache.keeps(info):  # starting threads would take longer than opening it
             self._open(info, opening)
             return
         self._asked.put((info, opening))
         if not self._threads:
-            # daemons, unlike a ThreadPoolExecutor's: a store that does not answer may not keep a
+            # Daemons, unlike a ThreadPoolExecutor's: a store that does not answer must not keep a
             # process from ending
             self._threads = [
                 threading.Thread(target=self._work, name=f"xrai-fetch-{k}", daemon=True)
@@ -420,19 +429,19 @@ class _ShardFeed:
                 thread.start()
 
     def take(self, shard: int) -> Shard:
-        """A shard that is held; waits for it. Raises what its opening met."""
+        """A shard that is held, once it is open. Raises what opening it raised."""
         opening = self._opening[shard]
         self.waiting_for = f"shard {self._shards[shard].name}"
         while not opening.done():
             wait_for([opening], timeout=_POLL_S)
             if self._stop.is_set():
                 raise _Stopped
-        self.waiting_for = "a batch to be put together"
+        self.waiting_for = "a batch to be assembled"
         return opening.result().shard
 
     def close(self) -> None:
-        """Close all shards and end the threads; one that waits for the store ends by the store's
-        own deadline.
+        """Close all shards and end the threads. One that waits for the store ends by the store's
+        own time-out.
         """
         for opening in self._opening.values():
             _release(opening)
@@ -465,7 +474,7 @@ class _ShardFeed:
 
 
 def _release(opening: "Future[OpenShard]") -> None:
-    """Close a shard, as soon as it is open, or do not open it."""
+    """Close a shard as soon as it is open, or do not open it."""
     if not opening.cancel():
         opening.add_done_callback(
             lambda done: done.result().close() if done.exception() is None else None
@@ -473,62 +482,53 @@ def _release(opening: "Future[OpenShard]") -> None:
 
 
 class _Buffers:
-    """Memory for the images of batches, used again as soon as nobody holds a batch that is in it,
-    or a view of one.
+    """Memory for the images of batches, reused once nobody holds the batch or a view of it.
 
-    Fresh memory costs a fifth of the time of a batch: the kernel clears each of its pages when it
-    is first touched.
+    Fresh memory costs a fifth of a batch's time: the kernel clears each page at its first use.
     """
 
     def __init__(self, image_size: int) -> None:
         self._shape = (1, image_size, image_size)
         self._owners: list[NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
-        (self._unused,) = _count_references(
-            [np.empty(0, np.uint8)]
-        )  # what the list and the counting take
+        self._lock = threading.Lock()  # iterators of two epochs may be in use
+        # References of an array that only a list, and the counting, hold
+        (self._unused,) = _count_references([np.empty(0, np.uint8)])
 
     def take(self, num: int) -> NDArray[np.uint8]:
         """(num, 1, H, W), contents undefined."""
-        with self._lock:  # iterators of two epochs may be in use
-            # all views of an array, and views of these, refer to the array that owns the memory,
-            # not to each other
-            for owner, references in zip(
-                self._owners, _count_references(self._owners), strict=True
-            ):
+        with self._lock:
+            # A view, or a view of a view, refers to the array that owns the memory
+            counts = _count_references(self._owners)
+            for owner, references in zip(self._owners, counts, strict=True):
                 if references == self._unused and len(owner) >= num:
                     return owner[:num]
-            self._owners = [
-                np.empty((num, *self._shape), np.uint8),
-                *self._owners[: _NUM_BUFFERS - 1],
-            ]
-            return self._owners[0][:num]
+            fresh = np.empty((num, *self._shape), np.uint8)
+            self._owners = [fresh, *self._owners[: _NUM_BUFFERS - 1]]
+            return fresh[:num]
 
 
 def _count_references(arrays: Sequence[NDArray[np.uint8]]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-class _Stopped(Exception):  # noqa: N818, it is no error: the consumer has left
+class _Stopped(Exception):  # noqa: N818, no error: the consumer has left
     pass
 
 
 class _Seconds:
-    """Sums of seconds by stage; threads add to them."""
-
-    _STAGES = ("fetch", "verify", "assemble", "wait")
+    """Seconds by stage; threads add to them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums = dict.fromkeys(self._STAGES, 0.0)
+        self.reset()
+
+    def reset(self) -> None:
+        with self._lock:
+            self._sums = dict.fromkeys(("fetch", "verify", "assemble", "wait"), 0.0)
 
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:
             self._sums[stage] += seconds
-
-    def reset(self) -> None:
-        with self._lock:
-            self._sums = dict.fromkeys(self._STAGES, 0.0)
 
     def read(self) -> dict[str, float]:
         with self._lock:
@@ -536,26 +536,14 @@ class _Seconds:
 
 
 def _read_index(store: Store) -> DatasetIndex:
-    """The index; read again where it arrives damaged, for a copy under way can be cut as well as
-    the object.
-    """
-    for attempt in range(1, _NUM_INDEX_READS + 1):
+    """The index. A damaged one is read again: the transfer may have been cut, not the object."""
+    for _ in range(_NUM_INDEX_READS - 1):
         try:
             return read_index(store)
         except CorruptError:
-            if attempt == _NUM_INDEX_READS or store.local_path("dataset.json") is not None:
+            if store.local_path("dataset.json") is not None:
                 raise
-    raise AssertionError("unreachable")
-
-
-def _check_room(shards: Sequence[ShardInfo], *, num_held: int, max_gib: float, where: str) -> None:
-    """Refuse a cache that is too small for the shards that are held at once, before any work."""
-    held_gib = sum(sorted((shard.size_bytes for shard in shards), reverse=True)[:num_held]) / 2**30
-    if held_gib > max_gib:
-        raise ConfigError(
-            f"cache.max_gib = {max_gib:g} is too small for {where}, of which up to {num_held} shards are held at once; "
-            f"give at least {math.ceil(held_gib * 1000) / 1000:g}, or lower loader.window or loader.threads"
-        )
+    return read_index(store)
 
 
 def _gather(
@@ -564,10 +552,9 @@ def _gather(
     row_of: NDArray[np.int64],
     images: NDArray[np.uint8],
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """`images` (n, 1, H, W), filled, and labels (n,) of rows that stand in several shards; each is
-    copied once.
+    """Copy rows of several shards to `images` (n, 1, H, W); return these and labels (n,).
 
-    A plain loop: indexing by arrays copies twice, and is 2 to 4 times slower for rows of 64 shards
+    A plain loop: indexing by arrays copies twice and is 2 to 4 times slower for rows of 64 shards
     (n = 64, 64 and 224 pixels, numpy 2.4, 2 cores, best of three).
     """
     labels = np.empty(len(row_of), np.uint8)
