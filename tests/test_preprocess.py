@@ -197,7 +197,7 @@ def test_the_last_lines_say_where_and_how_many(run: Callable[..., Done], tmp_pat
     source = write_files(tmp_path / "chest", files)
     done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
     assert done.status == 0
-    assert "45 files found = 44 written + 1 set aside" in done.out
+    assert "45 files found = 44 written + 1 excluded" in done.out
     assert str(tmp_path / "dataset") in done.out.splitlines()[-1]
 
 
@@ -208,7 +208,7 @@ def test_the_card_shows_samples_counts_and_what_was_set_aside(
     make(run, write_files(tmp_path / "chest", files), tmp_path / "dataset")
     report = tmp_path / "dataset" / "report"
     card = (report / "card.md").read_text()
-    assert "45 files found = 44 written + 1 set aside" in card
+    assert "45 files found = 44 written + 1 excluded" in card
     assert r"train/NORMAL/empty\|.png" in card and "is empty" in card
     for name in ("samples-normal.png", "samples-pneumonia.png", "class-counts.png"):
         assert f"({name})" in card

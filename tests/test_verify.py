@@ -280,28 +280,28 @@ def test_repair_from_another_source_is_refused_and_changes_nothing(
     before = contents(dataset)
     status, _, err = check("--repair", f"--source={other}")
     assert status == 2
-    assert "is not what" in err and err.count("xrai: error:") == 1
+    assert "was not made from source" in err and err.count("xrai: error:") == 1
     assert contents(dataset) == before
 
 
 def test_repair_that_can_not_give_the_same_bytes_stores_nothing(
     made: tuple[Path, Path], check: Command, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xrai.ingest import build, images
+    from xrai.ingest import decode, images
 
     flip(next(dataset.glob("train-00000*")), 5000)
     before = contents(dataset)
-    decode = images.decode_sized
+    decode_sized = images.decode_sized
 
     def other_decode(*args: Any, **kwargs: Any) -> Any:  # another Pillow, say
-        pixels, sides = decode(*args, **kwargs)
+        pixels, sides = decode_sized(*args, **kwargs)
         return pixels // 2, sides
 
-    monkeypatch.setattr(build, "decode_sized", other_decode)
+    monkeypatch.setattr(decode, "decode_sized", other_decode)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     status, _, err = check("--repair", f"--source={made[0]}")
     assert status == 1
-    assert "made anew is not the one" in err
+    assert "made again is not the one" in err
     assert contents(dataset) == before
 
 

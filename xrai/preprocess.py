@@ -1,29 +1,29 @@
-"""Turn raw chest X-rays into a data set: `python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://…
---dataset URI`.
+"""Turn raw chest X-rays into a data set:
 
-JPEG, PNG and DICOM files. What each shows is said by its folder, or by the table that `--labels
+    python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://… --dataset URI
+
+JPEG, PNG and DICOM files. The label of each comes from its folder, or from the table that `--labels
 FILE.csv` names.
 
-It lists, hashes, plans, decodes with all cores, stores HDF5 shards, and commits with dataset.json.
+It lists, hashes, plans, decodes on all cores, stores HDF5 shards, and commits with dataset.json.
 Started again after a kill it goes on; started again on a finished data set of the same plan it says
-so and does nothing. A large job is shared out by `--partition I/N`, one process a partition, on as
-many machines as one likes, at once or one after the other: whichever ends last commits.
+so and does nothing. `--partition I/N` shares a large job among N processes, on as many machines as
+you like, at once or one after another: whichever ends last commits.
 """
 
 import contextlib
-import gc
-import os
 import re
 import signal
 import tempfile
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Set
+from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
 from xrai import config as configuration
 from xrai.config import Config, Flag
-from xrai.dataset.manifest import Row
 from xrai.dataset.shards import (
     INDEX_KEY,
     MANIFEST_KEY,
@@ -33,18 +33,15 @@ from xrai.dataset.shards import (
     read_index,
 )
 from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError, run_command
-from xrai.ingest.build import (
-    UNFINISHED,
-    Builder,
-    NearDuplicate,
-    Unfinished,
-    hash_source,
-    start_workers_soon,
-)
+from xrai.files import num_cores
+from xrai.ingest.build import Builder
 from xrai.ingest.card import REPORT_KEYS, make_report
-from xrai.ingest.labels import read_labels
-from xrai.ingest.plan import Listing, list_source, make_plan, shaping_config
+from xrai.ingest.decode import start_workers_soon
+from xrai.ingest.hashing import hash_source
+from xrai.ingest.labels import LabelTable, read_labels
+from xrai.ingest.plan import Listing, Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import Source, open_source
+from xrai.ingest.unfinished import UNFINISHED, Unfinished
 from xrai.log import get_logger, setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
@@ -68,21 +65,22 @@ FLAGS = (
         "where the data set goes: a folder or s3://bucket/prefix",
         "XRAI_DATASET",
     ),
-    Flag("workers", 0, "processes that decode; 0: one a core", type=int),
+    Flag("workers", 0, "processes that decode; 0: one per core", type=int),
     Flag(
-        "partition",
-        "0/1",
-        "the share that this process makes, I/N with I from 0 to N-1",
-        "XRAI_PARTITION",
+        "partition", "0/1", "the share of this process, I/N with I from 0 to N-1", "XRAI_PARTITION"
     ),
-    Flag(
-        "overwrite", False, "replace a data set, or the beginning of one, that is there", type=bool
-    ),
+    Flag("overwrite", False, "replace the data set, finished or not, that is there", type=bool),
 )
-# Rows of a large source are many and hold no cycles: to look through all of them for some took an
-# eighth of the time. What is young is looked through as ever, for S3 clients leave cycles behind
-_GC_THRESHOLDS = (10_000, 10, 1_000)
 _logger = get_logger("xrai.preprocess")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of the work that this process does, and with how many workers."""
+
+    number: int
+    num_partitions: int
+    num_workers: int
 
 
 def main() -> None:
@@ -90,92 +88,74 @@ def main() -> None:
     config, flags = configuration.parse(
         "preprocess", description="Turn raw X-rays into a data set.", flags=FLAGS
     )
-    if not 0 <= flags["workers"] <= 1024:
+    workers, address, overwrite = flags["workers"], flags["dataset"], flags["overwrite"]
+    if not 0 <= workers <= 1024:
         raise ConfigError(
-            f"--workers = {flags['workers']} is not allowed: it takes a whole number from 0 to 1024"
+            f"--workers = {workers} is not allowed: it takes a whole number from 0 to 1024"
         )
-    number, num_partitions = read_partition(flags["partition"])
+    share = Share(*read_partition(flags["partition"]), workers or num_cores())
     setup_logging()
-    gc.set_threshold(*_GC_THRESHOLDS)
     signal.signal(signal.SIGTERM, _stop)
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise UserError(
-            f"{error.strerror}: shards are written there first; mount one, or name one by TMPDIR"
+            f"{error.strerror}: shards are first written there; mount one, or name one by TMPDIR"
         ) from error
-    if not flags["dataset"]:
+    if not address:
         raise ConfigError("--dataset is empty; it takes a folder or s3://bucket/prefix")
-    source, store = open_source(flags["source"]), open_store(flags["dataset"])
+    source, store = open_source(flags["source"]), open_store(address)
     if source.holds(store):
         raise ConfigError(
-            f"--dataset {store.uri} is inside --source {flags['source']}, which would take up what is written; move one"
+            f"--dataset {store.uri} is inside --source {flags['source']}, so that its files would "
+            "be read as images; move one"
         )
-    if flags["overwrite"] and num_partitions > 1:
+    if overwrite and share.num_partitions > 1:
         raise ConfigError(
-            "--overwrite and --partition exclude each other: each would discard what the others made"
+            "--overwrite and --partition exclude each other: each process would discard what the "
+            "others made"
         )
     table = read_labels(flags["labels"]) if flags["labels"] else None
-    if flags["overwrite"]:
+    if overwrite:
         listing = list_source(source, table)
-        if (
-            store.size(INDEX_KEY) is not None
-        ):  # a source that will be refused must not cost the data set that is there
+        if store.size(INDEX_KEY) is not None:  # a source that is refused must not cost the data set
             make_plan(listing, hash_source(source, listing, None), config)
         del listing
         remove_dataset(store)
-    preprocess(
-        config, source, list_source(source, table), store, num_workers=flags["workers"] or len(os.sched_getaffinity(0)),
-        number=number, num_partitions=num_partitions,
-    )  # fmt: skip
+    preprocess(config, source, table, store, share)
 
 
 def preprocess(
-    config: Config,
-    source: Source,
-    listing: Listing,
-    store: Store,
-    *,
-    num_workers: int,
-    number: int,
-    num_partitions: int,
+    config: Config, source: Source, table: LabelTable | None, store: Store, share: Share
 ) -> None:
-    """Hash, plan, build the shards of partition `number`, and commit if all are there; print
-    what came of it.
-    """
+    """Make a share of the data set, and commit if all shares are there; print the outcome."""
     began = time.monotonic()
+    listing = list_source(source, table)
     if store.size(INDEX_KEY) is not None:
         show_existing(config, source, listing, store)
         return
     unfinished = Unfinished(store, listing, shaping_config(config))
     unfinished.claim()
     try:
-        if num_workers > 1:
+        if share.num_workers > 1:
             start_workers_soon()
-        plan = make_plan(  # its rows take the place of those that were hashed, which are held nowhere else
+        plan = make_plan(
             listing,
-            hash_source(source, listing, unfinished, number=number, num_partitions=num_partitions),
+            hash_source(
+                source,
+                listing,
+                unfinished,
+                number=share.number,
+                num_partitions=share.num_partitions,
+            ),
             config,
         )
-        del listing  # its entries: nobody else holds them
+        del listing  # frees its entries: the plan has its own rows
         for note in plan.notes:
             _logger.warning("%s", note)
-        builder = Builder(plan, source, store, unfinished, num_workers=num_workers)
-        builder.build(plan.shards[number::num_partitions])
-
-        def report(
-            index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]
-        ) -> dict[str, bytes]:
-            return make_report(
-                store,
-                index,
-                rows,
-                near,
-                notes=plan.notes,
-                draw_sheet=draw_sheet,
-                draw_counts=draw_class_counts,
-            )
-
+        builder = Builder(plan, source, store, unfinished, num_workers=share.num_workers)
+        builder.build(plan.shards[share.number :: share.num_partitions])
+        report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)
         index = builder.commit(report)
     except SourceError:  # starting again would not help: leave nothing half-written
         if store.size(INDEX_KEY) is None:
@@ -184,13 +164,20 @@ def preprocess(
     if index is not None:
         remove_leftovers(store, index)
         print("\n".join(describe(index, store, took_s=time.monotonic() - began)), flush=True)
-    elif store.size(INDEX_KEY) is not None and read_index(store).plan_sha256 == plan.sha256:
+    else:
+        show_uncommitted(store, plan, share)
+
+
+def show_uncommitted(store: Store, plan: Plan, share: Share) -> None:
+    """Print why this process did not commit. Raises `DatasetError` where something went wrong."""
+    if store.size(INDEX_KEY) is not None and read_index(store).plan_sha256 == plan.sha256:
         index = read_index(store)
         remove_leftovers(store, index)  # what this process stored after another one had committed
         print("\n".join(describe(index, store)), flush=True)
-    elif num_partitions > 1:
+    elif share.num_partitions > 1:
         print(
-            f"partition {number}/{num_partitions} is stored at {store.uri}; the last one to end commits",
+            f"partition {share.number}/{share.num_partitions} is stored at {store.uri}; the last "
+            "one to end commits",
             flush=True,
         )
     else:
@@ -211,23 +198,22 @@ def read_partition(text: str) -> tuple[int, int]:
 
 
 def show_existing(config: Config, source: Source, listing: Listing, store: Store) -> None:
-    """Print the data set that is there, if it is of the same plan; raise `DatasetError` if it is
-    another.
-    """
+    """Print the data set that is there. Raises `DatasetError` if it is of another plan."""
     index = read_index(store)
     advice = "give another --dataset, or --overwrite to replace it"
-    wanted = shaping_config(config)
-    for section, keys in wanted.items():
+    for section, keys in shaping_config(config).items():
         for key, value in keys.items():
-            there = index.config.get(section, {}).get(key)
-            if there != value:
+            found = index.config.get(section, {}).get(key)
+            if found != value:
                 raise DatasetError(
-                    f"{store.uri} holds a data set of {section}.{key} = {there}, not {value}: {advice}"
+                    f"{store.uri} holds a data set of {section}.{key} = {found}, not {value}: "
+                    f"{advice}"
                 )
     plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
         raise DatasetError(
-            f"{store.uri} holds a data set of other images or labels than those of {source.name}: {advice}"
+            f"{store.uri} holds a data set of other images or labels than those of {source.name}: "
+            f"{advice}"
         )
     remove_leftovers(store, index)  # what a kill between the commit and its last step may have left
     _logger.info("the data set is there already, from the same images and config: nothing to do")
@@ -235,8 +221,7 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
 
 
 def remove_dataset(store: Store) -> None:
-    """Remove a data set, or the beginning of one: first dataset.json, so that it is none any more,
-    then all else.
+    """Remove a data set, finished or not: dataset.json first, so that none is left half-removed.
 
     Only keys that xrai writes are touched.
     """
@@ -250,9 +235,7 @@ def remove_dataset(store: Store) -> None:
 
 
 def remove_leftovers(store: Store, index: DatasetIndex) -> None:
-    """Remove what xrai has written beside a whole data set: work on it, or on one that it took
-    the place of.
-    """
+    """Remove what xrai wrote beside a finished data set, or for one that it replaced."""
     shards = {info.name for infos in index.splits.values() for info in infos}
     _remove(store, keep=shards | {info.name for info in index.objects})
 
@@ -269,15 +252,17 @@ def _remove(store: Store, *, keep: Set[str]) -> None:
 def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) -> list[str]:
     """The last lines: how many, of what, where."""
     counts = index.counts
-    splits = "; ".join(
-        f"{split} {' + '.join(f'{number} {name}' for name, number in index.num_images_per_class(split).items())}"
-        for split in index.splits
-    )
     rate = f" in {took_s:.1f} s, {counts.num_found / took_s:.0f} images/s" if took_s else ""
+    splits = []
+    for split in index.splits:
+        numbers = index.num_images_per_class(split).items()
+        splits.append(f"{split} {' + '.join(f'{number} {name}' for name, number in numbers)}")
     return [
-        f"{counts.num_found} files found = {counts.num_written} written + {counts.num_set_aside} set aside{rate}",
-        splits,
-        f"data set {index.fingerprint[:16]} is at {store.uri}; its card: {store.uri}/{REPORT_PREFIX}card.md",
+        f"{counts.num_found} files found = {counts.num_written} written + "
+        f"{counts.num_set_aside} excluded{rate}",
+        "; ".join(splits),
+        f"data set {index.fingerprint[:16]} is at {store.uri}; its card: "
+        f"{store.uri}/{REPORT_PREFIX}card.md",
     ]
 
 

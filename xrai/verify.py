@@ -6,21 +6,22 @@ not: one line an object says what. `--repair` writes what is damaged anew, bit f
 source the data set was made of.
 """
 
-import os
 from collections.abc import Sequence
+from functools import partial
 
 from xrai import config as configuration
 from xrai.config import Flag
-from xrai.dataset.manifest import Row
 from xrai.dataset.shards import DatasetIndex, read_index
 from xrai.dataset.verify import Fault, find_faults
 from xrai.errors import CorruptError, run_command
-from xrai.ingest.build import UNFINISHED, NearDuplicate, hash_source
+from xrai.files import num_cores
 from xrai.ingest.card import make_report
+from xrai.ingest.hashing import hash_source
 from xrai.ingest.labels import read_labels
 from xrai.ingest.plan import list_source, make_plan
 from xrai.ingest.repair import repair
 from xrai.ingest.sources import open_source
+from xrai.ingest.unfinished import UNFINISHED
 from xrai.log import setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
@@ -97,22 +98,9 @@ def repair_from(
     listing = list_source(source, read_labels(labels_uri) if labels_uri else None)
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
-    def report(
-        index: DatasetIndex, rows: Sequence[Row], near: Sequence[NearDuplicate]
-    ) -> dict[str, bytes]:
-        return make_report(
-            store,
-            index,
-            rows,
-            near,
-            notes=plan.notes,
-            draw_sheet=draw_sheet,
-            draw_counts=draw_class_counts,
-        )
-
+    report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)
     keys = {fault.key for fault in faults} & _listed(index)
-    num_workers = len(os.sched_getaffinity(0))
-    repair(store, index, keys, plan=plan, source=source, report=report, num_workers=num_workers)
+    repair(store, index, keys, plan=plan, source=source, report=report, num_workers=num_cores())
     for key in sorted(keys):
         print(f"{key} is made anew", flush=True)
 

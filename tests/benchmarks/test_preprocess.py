@@ -10,7 +10,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from benchmarks.preprocess import label_of, list_pictures, name_copy, reduction, repeat, spread
 from xrai.ingest.images import _reduce_on_load, decode
 from xrai.ingest.layout import parse_name
-from xrai.ingest.plan import hash_of
+from xrai.ingest.sources import hash_of
 
 
 def jpeg(width: int, height: int) -> bytes:

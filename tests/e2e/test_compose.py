@@ -168,7 +168,7 @@ def test_keys_that_compose_brings_are_named_as_development_keys():
 def test_the_bare_command_draws_phantoms_and_leaves_data_set_and_results_in_the_buckets(
     trained: str, s3: Stack
 ):
-    assert "120 files found = 120 written + 0 set aside" in trained
+    assert "120 files found = 120 written + 0 excluded" in trained
     assert "accuracy" in trained and f"s3://xrai-runs/submit/{RUN}/report.html" in trained
     assert {"dataset.json", "manifest.jsonl", "report/card.md"} <= s3.keys(
         "phantoms/", bucket="xrai-data"
@@ -256,7 +256,7 @@ def test_a_sample_of_the_real_images_becomes_results_in_the_bucket(
         XRAI_NAME="real",
         XRAI_DATASET="s3://xrai-data/real",
     )
-    assert f"{num_images} files found = {num_images} written + 0 set aside" in said
+    assert f"{num_images} files found = {num_images} written + 0 excluded" in said
     assert "no phantoms are drawn" in s3.compose("logs", "phantoms").stdout
     keys = s3.keys("submit/real/")
     assert keys >= RESULTS, RESULTS - keys

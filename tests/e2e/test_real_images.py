@@ -15,7 +15,7 @@ def test_ten_epochs_on_the_public_training_images_tell_pneumonia_from_normal(
 ):
     done = run_module("xrai.preprocess", f"--source={real_images}", f"--dataset={tmp_path}/dataset")
     assert done.returncode == 0, done.stderr
-    assert "5216 files found = 5216 written + 0 set aside" in done.stdout
+    assert "5216 files found = 5216 written + 0 excluded" in done.stdout
     done = run_module("xrai.verify", f"--dataset={tmp_path}/dataset")
     assert done.returncode == 0, done.stdout
     done = run_module(

@@ -21,10 +21,13 @@ from xrai.config import Config, Images, Shards, Splits
 from xrai.dataset.manifest import Row
 from xrai.dataset.shards import DatasetIndex, ShardInfo, compute_fingerprint, read_index
 from xrai.errors import CorruptError, DatasetError, SourceError, XraiError
-from xrai.ingest import build
-from xrai.ingest.build import Builder, Decoded, Part, Unfinished, decode_rows, hash_source
+from xrai.ingest import build, decode, hashing
+from xrai.ingest.build import Builder
+from xrai.ingest.decode import Decoded, decode_rows
+from xrai.ingest.hashing import hash_source
 from xrai.ingest.plan import Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import FolderSource, Source
+from xrai.ingest.unfinished import UNFINISHED, Part, Unfinished
 from xrai.store import Store, open_store
 
 CONFIG = Config(
@@ -87,7 +90,7 @@ def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(
 
 def test_a_picture_that_is_kept_stays_as_it_was_when_workers_use_its_memory_again(job: Job) -> None:
     rows = job.rows() * 8
-    assert len(rows) > 2 * build._IMAGES_A_TASK * (2 * build._TASKS_AHEAD + 1)
+    assert len(rows) > 2 * decode._IMAGES_A_TASK * (2 * decode._TASKS_AHEAD + 1)
     found = list(decode_rows(job.source, CONFIG.images, rows, num_workers=2))
     alone = list(decode_rows(job.source, CONFIG.images, rows, num_workers=1))
     for picture, other in zip(found, alone, strict=True):
@@ -105,7 +108,7 @@ def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
     most = 0
     for _ in pictures:
         most = max(most, len(inspect.getgeneratorlocals(pictures).get("ahead", ())))
-    assert 2 <= most <= build._TASKS_AHEAD * 2 + 1
+    assert 2 <= most <= decode._TASKS_AHEAD * 2 + 1
 
 
 def test_a_worker_that_is_killed_ends_the_work_in_one_line_that_says_what_to_do(job: Job) -> None:
@@ -143,7 +146,7 @@ def test_a_file_that_is_no_longer_the_one_that_was_hashed_stops_the_work(job: Jo
 def test_stored_hashes_are_not_read_again_and_damaged_ones_are(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_FILES_A_GROUP", 10)
+    monkeypatch.setattr(hashing, "_FILES_A_GROUP", 10)
     read: list[str] = []
     original = FolderSource.read
     monkeypatch.setattr(
@@ -183,7 +186,7 @@ def test_any_flipped_byte_of_stored_hashes_is_noticed(job: Job) -> None:
 def test_machines_side_by_side_read_the_source_about_once_between_them(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_FILES_A_GROUP", 3)
+    monkeypatch.setattr(hashing, "_FILES_A_GROUP", 3)
     read: list[str] = []
     original = FolderSource.read
 
@@ -244,7 +247,7 @@ def test_nothing_is_committed_while_a_part_is_missing(job: Job) -> None:
     builder.build(job.plan.shards)
     index = builder.commit(no_report)
     assert index is not None and read_index(job.store) == index
-    assert not [entry.key for entry in job.store.list(build.UNFINISHED)]
+    assert not [entry.key for entry in job.store.list(UNFINISHED)]
 
 
 def test_a_manifest_that_has_no_room_is_told_in_one_line(
@@ -259,7 +262,7 @@ def test_a_manifest_that_has_no_room_is_told_in_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(build, "manifest_lines", full)
         with pytest.raises(
-            XraiError, match=r"manifest\.jsonl cannot be written in .*No space.* make room there"
+            XraiError, match=r"manifest\.jsonl in .* cannot be written: No space.* make room there"
         ):
             job.builder().commit(no_report)
     assert job.store.size("dataset.json") is None

@@ -10,7 +10,7 @@ import pytest
 
 from xrai.dataset.manifest import Row
 from xrai.dataset.shards import Counts, DatasetIndex, ShardInfo, shard_name, write_shard
-from xrai.ingest.build import NearDuplicate
+from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.card import REPORT_KEYS, is_phantom, make_report, write_card
 from xrai.store import Store, open_store
 
@@ -60,14 +60,13 @@ def index_of(rows: list[Row], **changes: object) -> DatasetIndex:
 
 
 def card(rows: list[Row] = ROWS, near: list[NearDuplicate] | None = None, **changes: object) -> str:
-    return write_card(
-        index_of(rows, **changes), rows, near or [], notes=["a note"], sheets=[("Samples", "s.png")]
-    )
+    contents = Contents(index_of(rows, **changes), rows, near or [], ["a note"])
+    return write_card(contents, sheets=[("Samples", "s.png")])
 
 
 def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
     text = card()
-    assert "6 files found = 5 written + 1 set aside; 3 more are not data." in text
+    assert "6 files found = 5 written + 1 excluded; 3 more are not data." in text
     assert (
         "8 x 8 grey levels of 8 bits, fitted by `crop`; mean of train 100.0, standard deviation 50.0"
         in text
@@ -81,7 +80,7 @@ def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
 
 
 def test_a_card_without_bad_files_says_so() -> None:
-    assert card(ROWS[:-1]).rstrip().endswith("## Files set aside\n\nNone.")
+    assert card(ROWS[:-1]).rstrip().endswith("## Excluded files\n\nNone.")
 
 
 @pytest.mark.parametrize(
@@ -158,9 +157,8 @@ def test_the_sheets_show_the_stored_pictures_under_their_names(
     if is_remote:
         monkeypatch.setattr(type(store), "local_path", lambda self, key: None)
     near = [NearDuplicate(3, ROWS[0], ROWS[3])]
-    files = make_report(
-        store, index_of(ROWS), ROWS, near, notes=[], draw_sheet=drawn.sheet, draw_counts=drawn.count
-    )
+    contents = Contents(index_of(ROWS), ROWS, near, [])
+    files = make_report(store, contents, draw_sheet=drawn.sheet, draw_counts=drawn.count)
     assert set(files) == set(REPORT_KEYS)
     by_heading = {heading: (images, titles) for heading, images, titles in drawn.sheets}
     images, titles = by_heading["Samples of train: NORMAL"]
@@ -205,15 +203,9 @@ def test_samples_come_from_later_shards_where_the_first_has_too_few(tmp_path: Pa
         *(found for found in ROWS if found.split == "val"),
     ]
     drawn = Drawn()
-    make_report(
-        open_store(str(tmp_path)),
-        index_of(ROWS),
-        rows,
-        [],
-        notes=[],
-        draw_sheet=drawn.sheet,
-        draw_counts=drawn.count,
-    )
+    contents = Contents(index_of(ROWS), rows, [], [])
+    store = open_store(str(tmp_path))
+    make_report(store, contents, draw_sheet=drawn.sheet, draw_counts=drawn.count)
     assert [titles for _, _, titles in drawn.sheets] == [
         ["IM-1-1.png", "IM-1-2.png"] * 2,
         ["p.png"],

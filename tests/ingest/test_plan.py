@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
 from xrai.errors import ImageError, SourceError
-from xrai.ingest import plan as plan_module
-from xrai.ingest.plan import Listing, Plan, hash_files, list_source, make_plan
+from xrai.ingest import hashing
+from xrai.ingest.hashing import hash_files
+from xrai.ingest.plan import Listing, Plan, list_source, make_plan
 from xrai.ingest.sources import Source, SourceFile
 
 CONFIG = Config(
@@ -112,7 +113,7 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_ot
     num_bytes: int, wait_s: float, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not wait_s:  # a busy machine may let a test wait, too
-        monkeypatch.setattr(plan_module, "_WAITS_S", 60)
+        monkeypatch.setattr(hashing, "_SLOW_S", 60)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     files = {
         f"train/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k:03d}.png": bytes([k]) * num_bytes
@@ -140,7 +141,7 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_ot
 def test_too_many_of_them_are_refused_naming_some() -> None:
     bad = {f"train/NORMAL/{k}-unreadable.png": b"" for k in range(5)}
     with pytest.raises(
-        SourceError, match=r"5 of 49 files cannot be used.*0-unreadable\.png cannot.*; …\); mend"
+        SourceError, match=r"5 of 49 files cannot be used.*0-unreadable\.png cannot.*; …\); fix"
     ):
         plan_of({**FILES, **bad})
     assert (

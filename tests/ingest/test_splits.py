@@ -176,7 +176,7 @@ def test_on_request_all_but_the_one_in_test_else_val_are_set_aside() -> None:
         "train/b.png": "is the same image as val/b.png",
     }
     assert assignment.dropped == set(aside)
-    assert any(note.startswith("3 files are left out") for note in assignment.notes)
+    assert any(note.startswith("3 files are dropped") for note in assignment.notes)
 
 
 def test_a_val_that_joins_train_may_repeat_its_images() -> None:

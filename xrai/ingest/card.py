@@ -1,11 +1,11 @@
-"""The data card: what a data set holds, for people who have to trust it: Markdown, and sheets of
-pictures beside it.
+"""The data card: what a data set holds, in Markdown with sheets of images, for people who rely on it.
 
-Rooms do not know each other, so the command passes what draws (`xrai.results.plots`).
+Rooms do not import each other, so the commands pass in what draws (`xrai.results.sheets`).
 """
 
 import csv
 import io
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.dataset.manifest import CLASSES, Row
-from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
-from xrai.ingest.build import NearDuplicate
+from xrai.dataset.shards import REPORT_PREFIX, open_shard
+from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
 from xrai.store import Store
 
@@ -33,7 +33,7 @@ REPORT_KEYS: Final = tuple(
     )
 )
 
-_SAMPLES = 12  # pictures of each class
+_SAMPLES = 12  # images of each class
 _PAIRS = 6  # near-duplicates on the sheet
 _SHOWN = 50  # rows of a table
 
@@ -42,59 +42,40 @@ DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading,
 
 
 def make_report(
-    store: Store,
-    index: DatasetIndex,
-    rows: Sequence[Row],
-    near: Sequence[NearDuplicate],
-    *,
-    notes: Sequence[str],
-    draw_sheet: DrawSheet,
-    draw_counts: DrawCounts,
+    store: Store, contents: Contents, *, draw_sheet: DrawSheet, draw_counts: DrawCounts
 ) -> dict[str, bytes]:
-    """The report's files by key. Pictures come from the stored shards; `notes` are the plan's."""
-    phantom = is_phantom(rows)
+    """The report's files by key. Images come from the stored shards."""
+    index, near = contents.index, contents.near
+    train = [row for row in contents.rows if row.split == "train" and row.shard is not None]
     files: dict[str, bytes] = {}
     sheets: list[tuple[str, str]] = []
-    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-        path = Path(folder) / "sheet.png"
-        train = [row for row in rows if row.split == "train" and row.shard is not None]
 
-        def keep(name: str, caption: str) -> None:
+    def draw(
+        name: str, heading: str, draw: Callable[..., None], *content: object, **more: object
+    ) -> None:
+        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            path = Path(folder) / name
+            phantom = is_phantom(contents.rows)
+            draw(*content, path, heading=heading, is_phantom=phantom, **more)
             files[REPORT_PREFIX + name] = path.read_bytes()
-            sheets.append((caption, name))
+        sheets.append((heading, name))
 
-        for label, class_name in enumerate(index.classes):
-            of_class = (row for row in train if row.label == label)
-            samples = nsmallest(
-                _SAMPLES, of_class, key=_by_place
-            )  # of the first shard, if it has as many
-            caption = f"Samples of train: {class_name}"
-            pictures = _read_pictures(store, samples)
-            draw_sheet(
-                pictures, [_name(row) for row in samples], path, heading=caption, is_phantom=phantom
-            )
-            keep(f"samples-{class_name.lower()}.png", caption)
-        counts = {split: index.num_images_per_class(split) for split in index.splits}
-        draw_counts(counts, path, heading="Images by split and class", is_phantom=phantom)
-        keep("class-counts.png", "Images by split and class")
-        if near:
-            shown = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
-            titles = [f"{row.split}: {_name(row)}" for row in shown]
-            caption = "Near-duplicates in two splits, the nearest"
-            note = f"{len(near)} pairs in all"
-            draw_sheet(
-                _read_pictures(store, shown),
-                titles,
-                path,
-                heading=caption,
-                note=note,
-                is_phantom=phantom,
-            )
-            keep("near-duplicates.png", caption)
-            files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
-    files[f"{REPORT_PREFIX}card.md"] = write_card(
-        index, rows, near, notes=notes, sheets=sheets
-    ).encode()
+    for label, class_name in enumerate(index.classes):
+        # The first shard alone is read, if it holds enough
+        samples = nsmallest(_SAMPLES, (row for row in train if row.label == label), key=_by_place)
+        images, titles = _read_images(store, samples), [_name(row) for row in samples]
+        name, heading = f"samples-{class_name.lower()}.png", f"Samples of train: {class_name}"
+        draw(name, heading, draw_sheet, images, titles)
+    counts = {split: index.num_images_per_class(split) for split in index.splits}
+    draw("class-counts.png", "Images by split and class", draw_counts, counts)
+    if near:
+        shown = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
+        titles = [f"{row.split}: {_name(row)}" for row in shown]
+        heading, note = "Near-duplicates in two splits, the nearest", f"{len(near)} pairs in all"
+        images = _read_images(store, shown)
+        draw("near-duplicates.png", heading, draw_sheet, images, titles, note=note)
+        files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
+    files[f"{REPORT_PREFIX}card.md"] = write_card(contents, sheets=sheets).encode()
     return files
 
 
@@ -103,69 +84,62 @@ def is_phantom(rows: Sequence[Row]) -> bool:
     return bool(rows) and all(_name(row).startswith("phantom-") for row in rows)
 
 
-def write_card(
-    index: DatasetIndex,
-    rows: Sequence[Row],
-    near: Sequence[NearDuplicate],
-    *,
-    notes: Sequence[str],
-    sheets: Sequence[tuple[str, str]],
-) -> str:
-    """The card's text. `sheets` are (caption, file name) of pictures beside it; `notes` are
-    sentences of the plan.
-    """
-    counts = index.counts
+def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
+    """The card's text. `sheets` are (caption, file name) of images beside it."""
+    index, counts, rows = contents.index, contents.index.counts, contents.rows
     used = [row for row in rows if not row.reason]
-    config = index.config["images"]
+    num_named = sum(not is_file_patient(row.patient) for row in used)
+    drawn = "**Drawn phantoms, not patients.** For trying the program out and for tests."
     lines = [
         f"# Data set {index.fingerprint[:16]}",
         "",
-        *(
-            ["**Drawn phantoms, not patients.** For trying the program out and for tests.", ""]
-            * is_phantom(rows)
-        ),
-        f"Source: {_text(index.source)}. {counts.num_found} files found = {counts.num_written} written + "
-        f"{counts.num_set_aside} set aside; {counts.num_not_data} more are not data.",
-        f"Pictures: {index.image_size} x {index.image_size} grey levels of 8 bits, fitted by `{config['fit']}`; mean "
-        f"of train {index.pixel_mean:.1f}, standard deviation {index.pixel_std:.1f}.",
+        *([drawn, ""] if is_phantom(rows) else []),
+        f"Source: {_text(index.source)}. {counts.num_found} files found = {counts.num_written} "
+        f"written + {counts.num_set_aside} excluded; {counts.num_not_data} more are not data.",
+        f"Images: {index.image_size} x {index.image_size} grey levels of 8 bits, fitted by "
+        f"`{index.config['images']['fit']}`; mean of train {index.pixel_mean:.1f}, standard "
+        f"deviation {index.pixel_std:.1f}.",
         "",
+        *_splits(contents, used),
+        "",
+        f"Patients are known for {num_named} of {len(used)} images, by file name, labels or DICOM "
+        "header; every other file counts as a patient of its own.",
+        *(f"Note: {_text(note)}." for note in contents.notes),
+    ]
+    for caption, name in sheets:
+        lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
+    pairs = [
+        f"| {pair.distance} | {pair.one.split}: {_text(pair.one.path)} "
+        f"| {pair.other.split}: {_text(pair.other.path)} |"
+        for pair in contents.near
+    ]
+    head = "| bits of 256 that differ | image | image |"
+    lines += ["", "## Near-duplicates", "", *_table(head, pairs, rest="near-duplicates.csv")]
+    excluded = [f"| {_text(row.path)} | {_text(row.reason)} |" for row in rows if row.reason]
+    table = _table("| file | reason |", excluded, rest="../manifest.jsonl")
+    return "\n".join([*lines, "", "## Excluded files", "", *table]) + "\n"
+
+
+def _splits(contents: Contents, used: Sequence[Row]) -> list[str]:
+    index = contents.index
+    classes = " | ".join(index.classes)
+    lines = [
         "## Splits",
         "",
-        "| split | " + " | ".join(index.classes) + " | patients | images a patient, most | from |",
+        f"| split | {classes} | patients | images per patient, most | from |",
         "|---|" + "---|" * (len(index.classes) + 3),
     ]
     for split in index.splits:
         patients = Counter(row.patient for row in used if row.split == split)
         origin = "carved from train, by patient" if split in index.carved else "the source"
         numbers = " | ".join(str(number) for number in index.num_images_per_class(split).values())
-        lines.append(
-            f"| {split} | {numbers} | {len(patients)} | {max(patients.values())} | {origin} |"
-        )
+        most = max(patients.values())
+        lines.append(f"| {split} | {numbers} | {len(patients)} | {most} | {origin} |")
     subtypes = Counter(row.subtype for row in used if row.subtype)
     if subtypes:
         named = ", ".join(f"{count} {name}" for name, count in sorted(subtypes.items()))
         lines += ["", f"Kinds of pneumonia that file names or labels state: {named}."]
-    num_named = sum(not is_file_patient(row.patient) for row in used)
-    lines += [
-        "",
-        f"Patients are known for {num_named} of {len(used)} images, by file name, labels or DICOM header; every other "
-        "file counts as a patient of its own.",
-        *(f"Note: {_text(note)}." for note in notes),
-    ]
-    for caption, name in sheets:
-        lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
-    lines += ["", "## Near-duplicates", ""]
-    pairs = [
-        f"| {pair.distance} | {pair.one.split}: {_text(pair.one.path)} | {pair.other.split}: {_text(pair.other.path)} |"
-        for pair in near
-    ]
-    lines += _table(
-        "| bits of 256 that differ | image | image |", pairs, rest="near-duplicates.csv"
-    )
-    lines += ["", "## Files set aside", ""]
-    aside = [f"| {_text(row.path)} | {_text(row.reason)} |" for row in rows if row.reason]
-    lines += _table("| file | reason |", aside, rest="../manifest.jsonl")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _table(head: str, lines: Sequence[str], *, rest: str) -> list[str]:
@@ -178,9 +152,7 @@ def _table(head: str, lines: Sequence[str], *, rest: str) -> list[str]:
 def _text(text: str) -> str:
     """Text from outside as one line of Markdown that cannot be anything but text."""
     plain = "".join(character if character.isprintable() else "\ufffd" for character in text)
-    for special in "\\`*_{}[]<>()#+!|":
-        plain = plain.replace(special, "\\" + special)
-    return plain
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|])", r"\\\1", plain)
 
 
 def _write_near(near: Sequence[NearDuplicate]) -> bytes:
@@ -198,14 +170,14 @@ def _by_place(row: Row) -> tuple[str, int]:
     return row.shard or "", row.row or 0
 
 
-def _read_pictures(store: Store, rows: Sequence[Row]) -> list[NDArray[np.uint8]]:
-    """The stored pictures (H, W) of a few rows; each shard is fetched once."""
-    pictures: dict[str, NDArray[np.uint8]] = {}
+def _read_images(store: Store, rows: Sequence[Row]) -> list[NDArray[np.uint8]]:
+    """The stored images (H, W) of a few rows; each shard is fetched once."""
+    found: dict[str, NDArray[np.uint8]] = {}
     for name in sorted({row.shard for row in rows if row.shard is not None}):
         with store.as_file(name) as path:
             images = open_shard(path).images
-            pictures.update((row.path, images[row.row].copy()) for row in rows if row.shard == name)
-    return [pictures[row.path] for row in rows]
+            found.update((row.path, images[row.row].copy()) for row in rows if row.shard == name)
+    return [found[row.path] for row in rows]
 
 
 def _name(row: Row) -> str:

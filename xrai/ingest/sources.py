@@ -7,6 +7,7 @@ worker processes, which open them again. A file that cannot be read is that file
 """
 
 import errno
+import hashlib
 import os
 import stat
 import zipfile
@@ -99,6 +100,13 @@ def open_source(uri: str) -> Source:
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return ZipSource(path)
     raise SourceError(f"source {uri} is a file of no known kind; --source takes {_KINDS}")
+
+
+def hash_of(data: bytes | NDArray[np.uint8]) -> str:
+    """Hex sha256 of a source file's bytes, or of an array's shape and pixels."""
+    if isinstance(data, np.ndarray):
+        data = repr(data.shape).encode() + np.ascontiguousarray(data).tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ folders

@@ -1,9 +1,6 @@
-"""Which image goes into which split. Pure functions over manifest rows; `xrai.ingest.plan` and
-`xrai.verify` use them.
+"""Which image goes into which split: pure functions over manifest rows.
 
-A source's own split folders are honoured. What is missing is carved from train, patient by patient,
-by a hash of the patient's key alone: adding images moves nobody, and each class gives about the
-same share. Identical images under two names count as one patient, the one whose key sorts first.
+A source's own split folders are honoured. What is missing is carved from train (`xrai.dataset.rules`).
 """
 
 from collections import defaultdict
@@ -23,15 +20,15 @@ class Assignment:
 
     rows: tuple[Row, ...]  # in the order given
     carved: tuple[str, ...]  # splits carved from train
-    dropped: frozenset[str]  # paths of duplicates that were set aside on request
+    dropped: frozenset[str]  # paths of duplicates that were excluded on request
     notes: tuple[str, ...]  # what people should know, a sentence each
 
 
 def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
-    """Give every row that is not set aside its split; `rows` carry those of the source.
+    """Give every usable row its split; `rows` carry those of the source.
 
     A val of fewer than `splits.min_val_images` joins train. Identical images with different labels
-    are set aside, all of them, for nobody knows which label is right.
+    are all excluded, since nobody knows which label is right.
 
     Raises `SourceError` when one image is in two splits of the source (unless `splits.duplicates`
     is "drop"), a class has no images in train, or train or val would be empty.
@@ -40,21 +37,21 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     num_val = sum(row.split == "val" for row in rows)
     if 0 < num_val < config.min_val_images:
         notes.append(
-            f"the source's val has {num_val} images, fewer than splits.min_val_images = {config.min_val_images}: "
-            "they join train"
+            f"the source's val has {num_val} images, fewer than splits.min_val_images = "
+            f"{config.min_val_images}: they join train"
         )
         rows = [replace(row, split="train") if row.split == "val" else row for row in rows]
-    rows = _set_aside_contradictions(rows)
+    rows = _exclude_contradictions(rows)
     rows, dropped = _drop_duplicates(rows, duplicates=config.duplicates)
     if dropped:
         notes.append(
-            f"{len(dropped)} files are left out, for the same images are in test or val of the source"
+            f"{len(dropped)} files are dropped: the same images are in test or val of the source"
         )
     used = [row for row in rows if not row.reason]
-    shared = patients_in_several(used, {row.split for row in used})
+    given = {row.split for row in used}
+    shared = patients_in_several(used, given)
     if shared:
         notes.append(f"{len(shared)} patients are in two splits of the source, such as {shared[0]}")
-    given = {row.split for row in used}
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
     carved = tuple(
         split for split, fraction in fractions.items() if split not in given and fraction > 0
@@ -65,15 +62,12 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     if not any(row.split == "val" for row in used):
         num_patients = len({row.patient for row in used if row.split in ("train", *carved)})
         raise SourceError(
-            f"no image falls into val: {num_patients} patients are too few for splits.val_fraction = "
-            f"{config.val_fraction}; add images or raise it"
+            f"no image falls into val: {num_patients} patients are too few for "
+            f"splits.val_fraction = {config.val_fraction}; add images or raise it"
         )
+    found = {(row.split, row.label) for row in used}
     for split in carved:
-        missing = [
-            name
-            for label, name in enumerate(CLASSES)
-            if (split, label) not in {(r.split, r.label) for r in used}
-        ]
+        missing = [name for label, name in enumerate(CLASSES) if (split, label) not in found]
         if missing:
             notes.append(
                 f"{split} was carved from train and holds no {' and no '.join(missing)} images"
@@ -87,11 +81,11 @@ def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
     for label, name in enumerate(CLASSES):
         if label not in found:
             raise SourceError(
-                f"{where} has no usable {name} images; images of both classes are needed to learn from"
+                f"{where} has no usable {name} images; training needs images of both classes"
             )
 
 
-def _set_aside_contradictions(rows: Sequence[Row]) -> list[Row]:
+def _exclude_contradictions(rows: Sequence[Row]) -> list[Row]:
     labels: dict[str, set[int]] = defaultdict(set)
     for row in rows:
         if not row.reason:
@@ -105,8 +99,9 @@ def _set_aside_contradictions(rows: Sequence[Row]) -> list[Row]:
 
 
 def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row], frozenset[str]]:
-    """Set aside images that the source has in two splits, keeping the one in test, else val;
-    also their paths.
+    """Exclude images that the source has in two splits, keeping the one in test, else val.
+
+    Returns all rows, and the paths of the excluded ones.
     """
     kept: dict[str, Row] = {}
     for split in reversed(SPLITS):
@@ -116,8 +111,8 @@ def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row]
             other = kept.setdefault(row.sha256, row)
             if other.split != split and duplicates == "error":
                 raise SourceError(
-                    f"the source has the same image in two splits: {other.path} and {row.path}; remove one, or set "
-                    "--splits.duplicates=drop to keep the one in test, else val"
+                    f"the source has the same image in two splits: {other.path} and {row.path}; "
+                    "remove one, or set --splits.duplicates=drop to keep the one in test, else val"
                 )
     dropped = frozenset(
         row.path for row in rows if not row.reason and kept[row.sha256].split != row.split

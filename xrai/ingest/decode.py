@@ -1,0 +1,140 @@
+"""Decode the files of manifest rows, in order, with several processes if asked."""
+
+import ctypes
+import math
+import multiprocessing
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xrai.config import Images
+from xrai.dataset.manifest import Row
+from xrai.errors import ImageError, SourceError, XraiError
+from xrai.ingest.images import decode_sized
+from xrai.ingest.leaks import perceptual_hash
+from xrai.ingest.sources import Source, hash_of
+from xrai.workers import start_pool
+
+_IMAGES_A_TASK = 16
+_TASKS_AHEAD = 4  # per worker: decoded before they are needed, held in memory
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One usable image."""
+
+    pixels: NDArray[np.uint8]  # (H, W)
+    size: tuple[int, int]  # (width, height) of the source image, upright, pixels
+    perceptual_hash: str
+
+
+_File = tuple[str, str]  # path and sha256 of a source file
+_Found = tuple[tuple[int, int], str]  # `Decoded` without its pixels: size and perceptual hash
+
+
+def decode_rows(
+    source: Source, images: Images, rows: Sequence[Row], *, num_workers: int
+) -> Generator[Decoded | str, None, None]:
+    """Each row's image, or the reason why it has none, in order.
+
+    Memory is bounded, whatever the number of rows. Close the generator if you stop early; that
+    stops the workers. Raises `SourceError` when a file has changed since it was hashed.
+    """
+    files = [(row.path, row.sha256) for row in rows]
+    tasks = [files[start : start + _IMAGES_A_TASK] for start in range(0, len(rows), _IMAGES_A_TASK)]
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
+        for task in tasks:
+            yield from _decode_files(source, images, task)
+        return
+    start_workers_soon()
+    context = multiprocessing.get_context("forkserver")
+    num_places = _TASKS_AHEAD * num_workers + 1
+    shape = (num_places, _IMAGES_A_TASK, images.size, images.size)
+    # Pixels go through shared memory, everything else through pipes
+    shared = context.RawArray(ctypes.c_uint8, math.prod(shape))
+    places = np.ctypeslib.as_array(shared).reshape(shape)
+    executor = start_pool(num_workers, context, _begin_work, source, images, shared)
+    ahead: deque[Future[list[_Found | str]]] = deque()
+    taken = 0  # tasks whose images were handed on, so that their places are free again
+
+    def take() -> Iterator[Decoded | str]:
+        nonlocal taken
+        results = ahead.popleft().result()
+        for found, pixels in zip(results, places[taken % num_places], strict=False):
+            yield found if isinstance(found, str) else Decoded(pixels.copy(), *found)
+        taken += 1
+
+    try:
+        for number, task in enumerate(tasks):
+            ahead.append(executor.submit(_work, task, number % num_places))
+            if len(ahead) > _TASKS_AHEAD * num_workers:
+                yield from take()
+        while ahead:
+            yield from take()
+    except BrokenProcessPool as error:
+        raise XraiError(
+            "a worker process ended abruptly, perhaps killed for lack of memory; start again with "
+            "fewer --workers, what is stored is kept"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def start_workers_soon() -> None:
+    """Let the server that workers are forked from import its modules in the background."""
+    forkserver.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+
+
+_worker: tuple[Source, Images, NDArray[np.uint8]] | None = None  # of a worker process
+
+
+def _begin_work(source: Source, images: Images, shared: Any) -> None:
+    global _worker
+    places = np.ctypeslib.as_array(shared).reshape(-1, _IMAGES_A_TASK, images.size, images.size)
+    _worker = (source, images, places)
+
+
+def _work(task: Sequence[_File], place: int) -> list[_Found | str]:
+    """Put the pixels of a task's images into their place; return the rest."""
+    assert _worker is not None
+    source, images, places = _worker
+    results: list[_Found | str] = []
+    for pixels, decoded in zip(places[place], _decode_files(source, images, task), strict=False):
+        if isinstance(decoded, str):
+            results.append(decoded)
+        else:
+            pixels[:] = decoded.pixels
+            results.append((decoded.size, decoded.perceptual_hash))
+    return results
+
+
+def _decode_files(source: Source, images: Images, task: Sequence[_File]) -> list[Decoded | str]:
+    if source.num_parallel_reads == 1:
+        return [_decode_file(source, images, file) for file in task]
+    with ThreadPoolExecutor(source.num_parallel_reads) as pool:
+        return list(pool.map(lambda file: _decode_file(source, images, file), task))
+
+
+def _decode_file(source: Source, images: Images, file: _File) -> Decoded | str:
+    path, sha256 = file
+    try:
+        data = source.read(path)
+        if hash_of(data) != sha256:
+            raise SourceError(
+                f"{path} in source {source.name} was changed while it was read; start again"
+            )
+        pixels, size = decode_sized(
+            data, size=images.size, fit=images.fit, max_pixels=images.max_pixels
+        )
+    except ImageError as error:
+        return str(error)
+    return Decoded(pixels, size, perceptual_hash(pixels))

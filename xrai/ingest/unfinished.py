@@ -1,0 +1,137 @@
+"""What an address holds while a data set is made there, under keys that begin with "unfinished-".
+
+A claim, which says what is being made; the hashes of the source's files; and a part for each shard,
+which says what the shard holds. With these a killed job goes on from what is stored, and several
+machines can share the work. A commit removes them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import PIL
+
+from xrai import __version__
+from xrai.dataset.shards import HDF5_VERSION, ShardInfo
+from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, NotFoundError
+from xrai.ingest import dicom
+from xrai.ingest.plan import Listing, Plan, PlannedShard
+from xrai.log import get_logger
+from xrai.store import Store
+
+UNFINISHED: Final = "unfinished-"
+
+_CLAIM = f"{UNFINISHED}claim.json"
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The result of one planned shard."""
+
+    plan_sha256: str
+    shard: ShardInfo | None  # None where every file of it was excluded
+    reasons: dict[str, str]  # path -> why it was excluded
+    histogram: list[int]  # pixels of each grey level, (256,)
+    perceptual_hashes: list[str]  # of the shard's rows, (N,)
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self)) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Part":
+        """Read one back. Raises `CorruptError` where it is not what was written."""
+        try:
+            mapping = json.loads(data)
+            if mapping["shard"] is not None:
+                counts = tuple(mapping["shard"].pop("num_rows_per_class"))
+                mapping["shard"] = ShardInfo(**mapping["shard"], num_rows_per_class=counts)
+            return cls(**mapping)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"not the part of a data set: {error}") from error
+
+
+class Unfinished:
+    """The unfinished objects at an address. What is damaged counts as missing."""
+
+    def __init__(self, store: Store, listing: Listing, config: dict[str, Any]) -> None:
+        self._store = store
+        versions = {"xrai": __version__, "pillow": PIL.__version__, "hdf5": HDF5_VERSION}
+        claim = {
+            "listing_sha256": listing.sha256,
+            "source": listing.source,
+            "config": config,
+            "made_with": {**versions, **dicom.versions()},
+        }
+        self._claim = json.dumps(claim, sort_keys=True).encode()
+
+    def claim(self) -> None:
+        """State at the address what is being made there. Raises `DatasetError` if it is in use."""
+        try:
+            self._store.write(_CLAIM, self._claim, only_if_absent=True)
+        except AlreadyExistsError:
+            try:
+                found = self._store.read(_CLAIM)
+            except NotFoundError:  # another process has just committed; this one will find the same
+                return
+            if found != self._claim:
+                raise DatasetError(
+                    f"{self._store.uri} holds the beginning of a data set from another source, "
+                    "config or version: finish that one, choose another --dataset, or discard it "
+                    "with --overwrite"
+                ) from None
+            _logger.info("going on with the data set that was begun at %s", self._store.uri)
+
+    def hashes(self, group: int, *, num_files: int) -> list[list[str]] | None:
+        """Stored (sha256, reason, patient) of a group of files."""
+        try:
+            found = json.loads(self._read(_hashes_key(group)) or b"")
+            rows = [[str(text) for text in texts] for texts in found]
+        except (ValueError, TypeError):
+            return None
+        return rows if [len(texts) for texts in rows] == [3] * num_files else None
+
+    def store_hashes(self, group: int, found: Sequence[Sequence[str]]) -> None:
+        self._write(_hashes_key(group), json.dumps(found).encode())
+
+    def part(self, shard: PlannedShard, plan: Plan) -> Part | None:
+        """The stored part of a shard, if it is of this plan."""
+        try:
+            part = Part.from_json(self._read(_part_key(shard)) or b"")
+        except CorruptError:
+            return None
+        return part if part.plan_sha256 == plan.sha256 else None
+
+    def store_part(self, shard: PlannedShard, part: Part) -> None:
+        self._write(_part_key(shard), part.to_json())
+
+    def drop_part(self, shard: PlannedShard) -> None:
+        self._store.delete(_part_key(shard))
+
+    def _write(self, key: str, data: bytes) -> None:
+        self._store.write(key, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+
+    def _read(self, key: str) -> bytes | None:
+        """What `_write` stored; None where it is missing or damaged."""
+        try:
+            digest, _, data = self._store.read(key).partition(b"\n")
+        except NotFoundError:
+            return None
+        return data if digest == hashlib.sha256(data).hexdigest().encode() else None
+
+
+def remove_unfinished(store: Store) -> None:
+    """Remove all unfinished objects, the claim last."""
+    for key in [entry.key for entry in store.list(UNFINISHED) if entry.key != _CLAIM]:
+        store.delete(key)
+    store.delete(_CLAIM)
+
+
+def _hashes_key(group: int) -> str:
+    return f"{UNFINISHED}hashes-{group:05d}"
+
+
+def _part_key(shard: PlannedShard) -> str:
+    return f"{UNFINISHED}part-{shard.name}"
