@@ -5,7 +5,7 @@ phantoms.
 import os
 from pathlib import Path
 
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 
 PUBLIC = "chest_xray"  # 5,216 JPEG files
 FULL_SIZE = "chest_xray_originals"  # films as they came from the scanner

@@ -30,7 +30,7 @@ from xrai.learning.augment import augment
 from xrai.learning.batch import to_grey
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.learning.typicality import VARIATION
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 from xrai.store import open_store
 
 Pictures = NDArray[np.uint8]  # (n, H, W)

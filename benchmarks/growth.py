@@ -54,7 +54,7 @@ from benchmarks.harness import (
     values_of,
     watch_memory,
 )
-from xrai.phantom.draw import Phantom, draw_film, plan
+from xrai.phantom import Phantom, draw_phantom, plan
 
 SIZES = (1_000, 10_000, 100_000)
 NUM_DRAWN = 4_000
@@ -218,7 +218,7 @@ def _write_variations(
     folder: Path, num: int, num_drawn: int, numbered: tuple[int, Phantom]
 ) -> None:
     first, phantom = numbered
-    film = np.rint(draw_film(0, phantom) * np.float32(255)).astype(np.uint8)  # (H, W)
+    film = np.rint(draw_phantom(0, phantom) * np.float32(255)).astype(np.uint8)  # (H, W)
     for number in range(first, num, num_drawn):
         picture = vary(film, np.random.default_rng([1, number]))
         path = folder / phantom.label / name_of(phantom, number // num_drawn)

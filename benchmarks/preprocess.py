@@ -228,7 +228,7 @@ def name_copy(name: str, copy: int) -> str:
 
 def draw(folder: Path, kind: str, number: int) -> Path:
     """Phantoms, for a machine without real pictures."""
-    from xrai.phantom.draw import make_phantoms
+    from xrai.phantom import make_phantoms
 
     say(f"XRAI_TEST_DATA is not set: drawing {number} phantoms")
     make_phantoms(folder, num_images=number, image_format="jpeg", full_size=kind == "full")

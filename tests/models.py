@@ -18,7 +18,7 @@ from xrai.learning.distributed import join
 from xrai.learning.model import ResNet
 from xrai.learning.predictor import build_model, save_model
 from xrai.learning.typicality import fit_typicality
-from xrai.phantom.draw import draw_film, plan
+from xrai.phantom import draw_phantom, plan
 
 FINGERPRINT = "f" * 64
 MAX_PIXELS = 100_000_000
@@ -30,7 +30,7 @@ def phantoms(
 ) -> tuple[tuple[NDArray[np.uint8], ...], tuple[int, ...]]:
     """Drawn films (H, W), each of a size of its own, and labels."""
     drawn = list(islice(plan(seed), num_images))
-    films = tuple(np.rint(draw_film(seed, phantom) * 255).astype(np.uint8) for phantom in drawn)
+    films = tuple(np.rint(draw_phantom(seed, phantom) * 255).astype(np.uint8) for phantom in drawn)
     return films, tuple(int(phantom.label == "PNEUMONIA") for phantom in drawn)
 
 

@@ -23,7 +23,7 @@ from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import MAX_PIXELS, phantoms, save_run
 from xrai.errors import ForbiddenError, RunError, SourceError, UserError
 from xrai.ingest.images import decode
-from xrai.phantom.draw import draw_film, encode, plan
+from xrai.phantom import draw_phantom, encode, plan
 from xrai.pipeline import BATCH_SIZE, File, Pipeline, Prediction, find_files
 from xrai.store import open_store
 
@@ -203,7 +203,7 @@ def test_a_film_as_dicom_and_as_jpeg_gets_the_same_answer_and_no_header_text(
 ) -> None:
     pytest.importorskip("pydicom")
     for phantom in islice(plan(11), 10):
-        film = draw_film(11, phantom)
+        film = draw_phantom(11, phantom)
         for kind, suffix in (("dicom", "dcm"), ("jpeg", "jpeg"), ("png", "png")):
             (tmp_path / f"{phantom.stem}.{suffix}").write_bytes(
                 encode(11, phantom, film, image_format=kind)
@@ -225,7 +225,7 @@ def test_a_damaged_dicom_file_is_a_row_that_does_not_name_the_patient(
 ) -> None:
     pytest.importorskip("pydicom")
     phantom = next(plan(11))
-    whole = encode(11, phantom, draw_film(11, phantom), image_format="dicom")
+    whole = encode(11, phantom, draw_phantom(11, phantom), image_format="dicom")
     for number, data in enumerate(
         (whole[: len(whole) // 2], whole[:500], whole[:200], whole.replace(b"MONOCHROME", b"ULTRA"))
     ):

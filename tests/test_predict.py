@@ -21,7 +21,7 @@ from tests.training import call_main
 from xrai import predict
 from xrai.config import Images
 from xrai.errors import CorruptError, RunError, StoreError, UserError
-from xrai.phantom.draw import draw_film, encode, make_phantoms, plan
+from xrai.phantom import draw_phantom, encode, make_phantoms, plan
 from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.predict import Drawing, draw_panel, fit_to_run, format_table, overlay_name
 from xrai.store import FolderStore, open_store
@@ -275,7 +275,7 @@ def test_nothing_of_a_dicom_header_is_shown_or_kept(
 ) -> None:
     pytest.importorskip("pydicom")
     phantom = next(plan(4))
-    whole = encode(4, phantom, draw_film(4, phantom), image_format="dicom").replace(
+    whole = encode(4, phantom, draw_phantom(4, phantom), image_format="dicom").replace(
         b"PHANTOM^000001", b"Jones^Indiana "
     )
     assert b"Jones" in whole

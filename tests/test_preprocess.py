@@ -30,7 +30,7 @@ from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
 from xrai.errors import run_command
 from xrai.ingest.sources import FolderSource
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 from xrai.store import open_store
 
 SMALL = (

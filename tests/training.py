@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xrai import errors, preprocess
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [

@@ -38,7 +38,7 @@ from xrai.learning.export import (
     write_torch,
 )
 from xrai.log import get_logger, setup_logging
-from xrai.phantom.draw import draw_film, plan
+from xrai.phantom import draw_phantom, plan
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.folder import RunFolder
 from xrai.results.tables import to_json
@@ -130,7 +130,8 @@ def random_pictures() -> list[NDArray[np.uint8]]:
 def draw_phantoms() -> list[NDArray[np.uint8]]:
     """Drawn films (H, W), each of a size of its own, the same each time."""
     films = (
-        draw_film(_SEED, phantom, full_size=True) for phantom in islice(plan(_SEED), _NUM_PHANTOMS)
+        draw_phantom(_SEED, phantom, full_size=True)
+        for phantom in islice(plan(_SEED), _NUM_PHANTOMS)
     )
     return [np.rint(film * 255).astype(np.uint8) for film in films]
 

@@ -21,7 +21,7 @@ from benchmarks.growth import (
 )
 from benchmarks.harness import OWN_PAGES, Run, count_kib
 from xrai.ingest.layout import lay_out, parse_name
-from xrai.phantom.draw import plan
+from xrai.phantom import plan
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.1, 2.0])

@@ -195,7 +195,7 @@ def test_what_is_done_is_not_done_again(trained: str, s3: Stack):
 def test_predict_classifies_files_of_the_folder_one_stands_in(
     trained: str, s3: Stack, tmp_path: Path
 ):
-    from xrai.phantom.draw import make_phantoms
+    from xrai.phantom import make_phantoms
 
     make_phantoms(tmp_path / "films", num_images=3, workers=1)
     tmp_path.chmod(0o755)

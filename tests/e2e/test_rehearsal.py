@@ -31,7 +31,7 @@ from tests.k8s.manifests import (
     read_documents,
     workloads,
 )
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(900)]
 

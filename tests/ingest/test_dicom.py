@@ -20,7 +20,7 @@ from tests.dataset.pictures import PATIENT_ID, PATIENT_NAME, dicom_file, encoded
 from xrai.errors import ImageError, SourceError
 from xrai.ingest import dicom
 from xrai.ingest.images import decode, decode_sized
-from xrai.phantom.draw import draw_film, encode, plan
+from xrai.phantom import draw_phantom, encode, plan
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
 
@@ -57,7 +57,7 @@ def assert_levels(data: bytes, expected: NDArray[np.floating], *, tolerance: flo
 def test_a_phantom_as_dicom_agrees_with_the_same_phantom_as_png_and_jpeg(size: int) -> None:
     inverted = 0
     for _, phantom in zip(range(12), plan(3), strict=False):
-        film = draw_film(3, phantom)
+        film = draw_phantom(3, phantom)
         files = {
             kind: encode(3, phantom, film, image_format=kind) for kind in ("dicom", "png", "jpeg")
         }

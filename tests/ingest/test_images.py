@@ -15,7 +15,7 @@ from tests.dataset.pictures import encoded, gradient, huge_png
 from xrai.errors import ImageError
 from xrai.ingest import images
 from xrai.ingest.images import REDUCED_TOLERANCE, decode, decode_sized
-from xrai.phantom.draw import draw_film, encode, plan
+from xrai.phantom import draw_phantom, encode, plan
 
 FITS = ("crop", "squash", "pad")
 
@@ -208,7 +208,7 @@ def test_an_orientation_that_does_not_exist_is_no_reason_to_turn() -> None:
 def full_size_films(num_images: int) -> list[bytes]:
     pictures = list(zip(range(num_images), plan(5), strict=False))
     return [
-        encode(5, phantom, draw_film(5, phantom, full_size=True), image_format="jpeg")
+        encode(5, phantom, draw_phantom(5, phantom, full_size=True), image_format="jpeg")
         for _, phantom in pictures
     ]
 

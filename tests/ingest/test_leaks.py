@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance
 from xrai.ingest import leaks
 from xrai.ingest.images import decode
 from xrai.ingest.leaks import MAX_DISTANCE, NearPair, find_near_pairs, num_pairs, perceptual_hash
-from xrai.phantom.draw import draw_film, encode, plan
+from xrai.phantom import draw_phantom, encode, plan
 
 
 def distance(one: str, other: str) -> int:
@@ -34,7 +34,7 @@ def hash_of_film(picture: Image.Image, *, image_format: str = "PNG", **options: 
 
 
 FILMS = [
-    Image.open(io.BytesIO(encode(3, phantom, draw_film(3, phantom), image_format="png")))
+    Image.open(io.BytesIO(encode(3, phantom, draw_phantom(3, phantom), image_format="png")))
     for _, phantom in zip(range(12), plan(3), strict=False)
 ]
 
@@ -206,7 +206,7 @@ def test_the_perceptual_hash_is_that_of_imagehash_bit_for_bit() -> None:
         for _ in range(20)
     ]
     pictures += [
-        np.rint(draw_film(3, phantom) * 255).astype(np.uint8) for phantom in islice(plan(3), 20)
+        np.rint(draw_phantom(3, phantom) * 255).astype(np.uint8) for phantom in islice(plan(3), 20)
     ]
     pictures += [
         np.full((64, 64), level, np.uint8) for level in (0, 7, 255)

@@ -24,7 +24,7 @@ from xrai.learning.typicality import (
     describe,
     fit_typicality,
 )
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 
 Split = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # (N, H, W) and (N,)
 

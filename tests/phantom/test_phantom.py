@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from xrai.errors import UserError
+from xrai.phantom import Phantom, anatomy, draw_phantom, encode, make_phantoms, plan
 from xrai.phantom import draw as phantom
-from xrai.phantom.draw import Phantom, draw_film, encode, make_phantoms, plan
 
 Film = npt.NDArray[np.floating]
 SEED = 11
@@ -48,7 +48,9 @@ def auroc(labels: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating]) -> fl
 @pytest.fixture(scope="module")
 def films() -> tuple[npt.NDArray[np.bool_], list[Film]]:
     phantoms = first(300)
-    return np.array([p.kind != "normal" for p in phantoms]), [draw_film(SEED, p) for p in phantoms]
+    return np.array([p.kind != "normal" for p in phantoms]), [
+        draw_phantom(SEED, p) for p in phantoms
+    ]
 
 
 # ------------------------------------------------------------------------------------ what is drawn
@@ -66,17 +68,17 @@ def test_more_images_or_other_workers_leave_the_first_ones_byte_for_byte_the_sam
 
 def test_another_seed_draws_other_pictures() -> None:
     mine, other = first(1)[0], first(1, seed=SEED + 1)[0]
-    assert encode(SEED, mine, draw_film(SEED, mine), image_format="png") != encode(
-        SEED + 1, other, draw_film(SEED + 1, other), image_format="png"
+    assert encode(SEED, mine, draw_phantom(SEED, mine), image_format="png") != encode(
+        SEED + 1, other, draw_phantom(SEED + 1, other), image_format="png"
     )
 
 
 def test_the_strips_a_picture_is_computed_in_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     phantoms = first(24)
-    in_strips = [draw_film(SEED, p) for p in phantoms]
+    in_strips = [draw_phantom(SEED, p) for p in phantoms]
     monkeypatch.setattr(phantom, "_PIXELS_A_STRIP", 10**9)
     for p, film in zip(phantoms, in_strips, strict=True):
-        np.testing.assert_allclose(film, draw_film(SEED, p), atol=2e-3, err_msg=str(p))
+        np.testing.assert_allclose(film, draw_phantom(SEED, p), atol=2e-3, err_msg=str(p))
 
 
 def test_forty_of_a_hundred_are_normal_and_patients_have_one_to_four_images() -> None:
@@ -99,7 +101,7 @@ def test_a_patient_keeps_the_body_and_changes_the_pose() -> None:
         p for p in first(60) if p.patient == next(q.patient for q in first(60) if q.image == 1)
     ]
     assert len({p.kind for p in images}) == 1
-    shapes = {draw_film(SEED, p).shape for p in images}
+    shapes = {draw_phantom(SEED, p).shape for p in images}
     assert len(shapes) == len(images) > 1
 
 
@@ -115,7 +117,7 @@ def test_pictures_are_160_to_320_wide_not_square_and_use_the_grey_scale(
 
 
 def test_full_size_pictures_are_1000_to_2500_wide() -> None:
-    widths = [draw_film(SEED, p, full_size=True).shape[1] for p in first(5)]
+    widths = [draw_phantom(SEED, p, full_size=True).shape[1] for p in first(5)]
     assert all(1000 <= width <= 2500 for width in widths)
     assert max(widths) > 1400
 
@@ -166,13 +168,13 @@ def test_no_simple_measure_tells_the_classes(
 def test_the_same_body_in_the_same_pose_is_brighter_in_its_lungs_when_ill_and_equal_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    healthy_disease = phantom.Disease()
-    draw_disease = phantom._draw_disease
+    healthy_disease = anatomy.Disease()
+    draw_disease = anatomy.draw_disease
     for p in [p for p in first(30) if p.kind != "normal"]:
-        ill = draw_film(SEED, p)
-        monkeypatch.setattr(phantom, "_draw_disease", lambda rng, kind: healthy_disease)
-        well = draw_film(SEED, p)
-        monkeypatch.setattr(phantom, "_draw_disease", draw_disease)
+        ill = draw_phantom(SEED, p)
+        monkeypatch.setattr(phantom, "draw_disease", lambda rng, kind: healthy_disease)
+        well = draw_phantom(SEED, p)
+        monkeypatch.setattr(phantom, "draw_disease", draw_disease)
         difference = ill - well
         assert difference.mean() > 0.001, p
         assert difference.max() > 0.05, p
@@ -394,6 +396,6 @@ def test_dicom_files_hold_the_same_picture_in_12_to_16_bits_and_name_it_a_phanto
         shown = (stored - (file.WindowCenter - 0.5)) / (file.WindowWidth - 1) + 0.5
         if file.PhotometricInterpretation == "MONOCHROME1":
             shown = 1 - shown
-        np.testing.assert_allclose(shown, draw_film(SEED, p), atol=1 / 2000)
+        np.testing.assert_allclose(shown, draw_phantom(SEED, p), atol=1 / 2000)
     assert interpretations["MONOCHROME2"] > interpretations["MONOCHROME1"] > 0
     assert set(widths) == {12, 14, 16}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import shortcuts
-from xrai.phantom.draw import make_phantoms
+from xrai.phantom import make_phantoms
 
 
 @pytest.mark.parametrize("size", [28, 30, 64])

@@ -1,1 +1,10 @@
-"""Drawn chest X-rays, to try things out with."""
+"""Drawn chest X-rays (phantoms) for the quickstart, tests and scale runs, without a download.
+
+They show no patient and teach nothing about real ones.
+"""
+
+from xrai.phantom.anatomy import Phantom, plan
+from xrai.phantom.draw import draw_phantom
+from xrai.phantom.folder import encode, make_phantoms
+
+__all__ = ["Phantom", "draw_phantom", "encode", "make_phantoms", "plan"]

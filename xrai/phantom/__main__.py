@@ -1,7 +1,39 @@
-"""`python -m xrai.phantom`: draw a folder of phantoms."""
+"""Draw a folder of phantoms: `python -m xrai.phantom --num-images 600 --out data/phantoms`."""
 
-from xrai.errors import run_command
-from xrai.phantom.draw import main
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from xrai.errors import UserError, run_command
+from xrai.log import setup_logging
+from xrai.phantom.folder import SUFFIXES, make_phantoms
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m xrai.phantom --help")
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    parser = _Parser(
+        prog="python -m xrai.phantom",
+        description="Draw made-up chest X-rays (phantoms) to try xrai with, and for tests. They "
+        "show no patient.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder: new, empty or of phantoms")
+    add("--num-images", type=int, default=600, metavar="N", help="how many images, at least 2")
+    add("--seed", type=int, default=0, metavar="S", help="the same seed draws the same images")
+    add("--format", choices=tuple(SUFFIXES), default="png", dest="image_format", help="file format")
+    add("--full-size", action="store_true", help="1,000 to 2,500 pixels wide, not 160 to 320")
+    add("--workers", type=int, default=0, metavar="W", help="processes; 0: one for each core")
+    arguments = parser.parse_args()
+    setup_logging()
+    make_phantoms(**vars(arguments))
+
 
 if __name__ == "__main__":
     run_command(main)
