@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -84,11 +85,10 @@ def test_every_page_is_in_the_navigation_once(hooks: ModuleType) -> None:
     assert sorted(pages) == sorted({path.name for path in DOCS.glob("*.md")} | made)
 
 
-def _pages(entry: object) -> list[str]:
+def _pages(entry: Any) -> list[str]:
     if isinstance(entry, str):
         return [entry]
     parts = entry.values() if isinstance(entry, dict) else entry
-    assert not isinstance(parts, int | float | None)
     return [page for part in parts for page in _pages(part)]
 
 
