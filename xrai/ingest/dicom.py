@@ -3,15 +3,14 @@
 
 `xrai.ingest.images` calls it, for preprocessing and prediction alike. A radiograph passes through
 the stages of the standard (PS3.3 C.11): modality transformation, the first VOI LUT or window,
-MONOCHROME1 inverted; and it is turned as PatientOrientation says. All of it in floating point:
-rounding comes after scaling, in `images`.
+MONOCHROME1 inverted; and it is turned as PatientOrientation says. All in floating point: `images`
+rounds after scaling.
 
-Nothing of a header ever gets into a message: reasons consist of words written here and of numbers.
-Only the tags named below are read, and of the patient the ID alone, of which the data set keeps a
-hash.
+No header text gets into a message: reasons consist of words written here and of numbers. Only the
+tags named below are read, and of the patient the ID alone, of which the data set keeps a hash.
 
 Pillow unpacks JPEG and JPEG 2000, pydicom itself RLE. JPEG lossless and JPEG-LS need GDCM, which
-ends the whole process on some damaged files (3.2.6, uncaught C++ exceptions); so it works in a
+ends the whole process on some damaged files (3.2.6, uncaught C++ exceptions); so it runs in a
 process of its own, `python -m` this module.
 """
 
@@ -42,33 +41,33 @@ from xrai.errors import ImageError, SourceError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_TAGS = [
-    "BitsAllocated", "BitsStored", "Columns", "HighBit", "ImagerPixelSpacing", "Modality", "ModalityLUTSequence",
-    "NumberOfFrames", "PatientOrientation", "PhotometricInterpretation", "PixelAspectRatio", "PixelData",
-    "PixelPaddingRangeLimit", "PixelPaddingValue", "PixelRepresentation", "PixelSpacing", "PlanarConfiguration",
-    "PresentationIntentType", "RescaleIntercept", "RescaleSlope", "Rows", "SamplesPerPixel", "VOILUTFunction",
-    "VOILUTSequence", "ViewPosition", "WindowCenter", "WindowWidth",
-]  # fmt: skip
-# What no chest radiograph is: the defined terms of Modality (PS3.3 C.7.3.1.1.1)
+_TAG_NAMES = """
+BitsAllocated BitsStored Columns HighBit ImagerPixelSpacing Modality ModalityLUTSequence
+NumberOfFrames PatientOrientation PhotometricInterpretation PixelAspectRatio PixelData
+PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing PlanarConfiguration
+PresentationIntentType RescaleIntercept RescaleSlope Rows SamplesPerPixel VOILUTFunction
+VOILUTSequence ViewPosition WindowCenter WindowWidth
+"""
+_TAGS = _TAG_NAMES.split()
+# Modality (PS3.3 C.7.3.1.1.1) of what is never a chest radiograph
 _OTHER_MODALITIES = frozenset(
     {"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XC"}
 )
 _SIDE_VIEWS = frozenset({"LL", "RL", "LAT", "LATERAL"})  # ViewPosition
 _MAX_INFLATED_BYTES = 1 << 29  # of a file that is deflated as a whole
-_META_START = 132  # the file's own header, behind preamble and "DICM"
+_META_START = 132  # of the file meta information, behind preamble and "DICM"
 _MAX_ASPECT = 8.0  # of a pixel
 _JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 # Start of frame in JPEG and JPEG-LS; between these 0xC4, 0xC8 and 0xCC mean other things
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601
-# What pydicom and the decoders below it raise on damaged files, found by feeding them such files
+# What pydicom and its decoders raise on damaged files, found by feeding them such files
 _DAMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
-    MemoryError, struct.error, zlib.error,
-)  # fmt: skip
-_UNPACK_TIMEOUT_S = (
-    60.0  # of one picture in the other process, for GDCM may also not come to an end
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
+_UNPACK_TIMEOUT_S = 60.0  # of one image in the other process: GDCM may also hang
+_quiet_lock = threading.Lock()
 
 
 def is_dicom(data: bytes) -> bool:
@@ -77,9 +76,7 @@ def is_dicom(data: bytes) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what reads DICOM, empty where it is not: others may give other
-    pixels.
-    """
+    """Versions of what reads DICOM, empty where it is missing: others may give other pixels."""
     found = {}
     for package in ("pydicom", "python-gdcm"):
         try:
@@ -90,40 +87,35 @@ def versions() -> dict[str, str]:
 
 
 def read_patient_id(data: bytes) -> str:
-    """PatientID of a DICOM file, never to be shown; empty where it has none, or is damaged, as
-    decoding it will say.
+    """PatientID of a DICOM file, never to be shown; empty where it has none or is damaged.
 
     Raises `SourceError` where pydicom is not installed.
     """
     try:
-        with _damage():
-            return str(
-                _read(data, ["PatientID"], stop_before_pixels=True).get("PatientID") or ""
-            ).strip()
+        with _reading():
+            found = _read(data, ["PatientID"], stop_before_pixels=True).get("PatientID")
+            return str(found or "").strip()
     except ImageError:
         return ""
 
 
 @dataclass(frozen=True)
 class Radiograph:
-    """A file whose header is read and says that it is one picture from the front; its pixels are
-    still packed.
-    """
+    """A file whose header states one frontal image; its pixels are still packed."""
 
     width: int  # upright, pixels
     height: int
     aspect: float  # height of a pixel over its width, upright
     _data: bytes
     _dataset: "Dataset"
-    _directions: tuple[str, str]  # of the patient that a stored row and a stored column run to
+    _directions: tuple[str, str]  # of the patient, along a stored row and a stored column
 
     def to_grey(self) -> NDArray[np.float32]:
         """Unpack: (H, W), upright, 0 black to 255 white, not rounded.
 
-        Raises `ImageError` when the pixels are damaged, or compressed in a way that no installed
-        package knows.
+        Raises `ImageError` when the pixels are damaged, or no installed package unpacks them.
         """
-        with _damage():
+        with _reading():
             grey = _turned(_displayed(self._data, self._dataset), self._directions)
         assert grey.shape == (self.height, self.width)
         return grey
@@ -132,17 +124,17 @@ class Radiograph:
 def open_radiograph(data: bytes) -> Radiograph:
     """Read a DICOM file's header.
 
-    Raises `ImageError` with a short reason when it is damaged or no single picture of a chest from
-    the front, `SourceError` where pydicom is not installed.
+    Raises `ImageError` with a short reason when it is damaged or no single frontal image of a
+    chest, `SourceError` where pydicom is not installed.
     """
-    with _damage():
+    with _reading():
         dataset = _read(data, _TAGS)
         if "PixelData" not in dataset:
-            raise ImageError("is DICOM without a picture, or cut short before it")
+            raise ImageError("is DICOM without an image, or cut short before it")
         width, height = int(dataset.Columns), int(dataset.Rows)
         num_frames = int(dataset.get("NumberOfFrames") or 1)
         if num_frames > 1:
-            raise ImageError(f"is DICOM of {num_frames} frames; one picture a file is read")
+            raise ImageError(f"is DICOM of {num_frames} frames; one image per file is read")
         _refuse_other_kinds(dataset)
         directions = _directions(dataset)
         aspect = _aspect(dataset)
@@ -154,28 +146,23 @@ def open_radiograph(data: bytes) -> Radiograph:
 def write_radiograph(
     samples: NDArray[np.uint16], tags: Mapping[str, Any], *, identity: Sequence[str]
 ) -> bytes:
-    """A DICOM file of a digital radiograph of up to 16 bits, (H, W), for those that are drawn.
+    """A DICOM file of a drawn radiograph of up to 16 bits, (H, W).
 
-    `tags` are set by their keywords. `identity` names the picture, from the whole down to itself:
-    its parts but the last name the study, so that the same names give the same bytes.
+    `tags` are set by their keywords. `identity` names the image, and all but its last part the
+    study, so that the same names give the same bytes.
     """
     import pydicom
-    from pydicom.uid import (
-        DigitalXRayImageStorageForPresentation,
-        ExplicitVRLittleEndian,
-        generate_uid,
-    )
+    from pydicom import uid
 
     dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = (
-        DigitalXRayImageStorageForPresentation
-    )
-    dataset.SOPInstanceUID = generate_uid(entropy_srcs=["image", *identity])
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.StudyInstanceUID = generate_uid(entropy_srcs=["study", *identity[:-1]])
-    dataset.SeriesInstanceUID = generate_uid(entropy_srcs=["series", *identity[:-1]])
+    dataset.file_meta = meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    dataset.SOPInstanceUID = uid.generate_uid(entropy_srcs=["image", *identity])
+    dataset.StudyInstanceUID = uid.generate_uid(entropy_srcs=["study", *identity[:-1]])
+    dataset.SeriesInstanceUID = uid.generate_uid(entropy_srcs=["series", *identity[:-1]])
+    meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     for name, value in tags.items():
         setattr(dataset, name, value)
     dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
@@ -191,8 +178,8 @@ def write_radiograph(
 
 
 @contextmanager
-def _damage() -> Iterator[None]:
-    """What pydicom raises inside the block becomes an `ImageError` that names its kind alone.
+def _reading() -> Iterator[None]:
+    """Turn what pydicom raises in the block into an `ImageError` that names its kind alone.
 
     Raises `SourceError` where pydicom is not installed.
     """
@@ -202,15 +189,34 @@ def _damage() -> Iterator[None]:
         raise SourceError(
             "reading DICOM needs pydicom, which is not installed: pip install 'xrai[dicom]'"
         ) from error
-    # pydicom's warnings quote header text. Set each time, for both belong to the whole program
-    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-    logging.getLogger("pydicom").disabled = True
     try:
-        yield
+        with _quiet():
+            yield
     except (*_DAMAGE, BytesLengthException, InvalidDicomError) as error:
         raise ImageError(
             f"is DICOM that is cut short or damaged ({type(error).__name__})"
         ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress pydicom's warnings and log records of this thread: they quote header text.
+
+    The process's warnings filters and pydicom's logger are afterwards as they were. Threads take
+    turns: `catch_warnings` replaces the filters for all of them.
+    """
+    logger, thread = logging.getLogger("pydicom"), threading.get_ident()
+
+    def is_of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+        logger.addFilter(is_of_another_thread)
+        try:
+            yield
+        finally:
+            logger.removeFilter(is_of_another_thread)
 
 
 def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False) -> "Dataset":
@@ -226,10 +232,8 @@ def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False)
     )
     if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        if (
-            len(unpacker.decompress(data[file.tell() :], _MAX_INFLATED_BYTES + 1))
-            > _MAX_INFLATED_BYTES
-        ):
+        unpacked = unpacker.decompress(data[file.tell() :], _MAX_INFLATED_BYTES + 1)
+        if len(unpacked) > _MAX_INFLATED_BYTES:
             raise ImageError(f"is DICOM that unpacks to more than {_MAX_INFLATED_BYTES} bytes")
     file.seek(0)
     return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
@@ -242,25 +246,21 @@ def _refuse_other_kinds(dataset: "Dataset") -> None:
     if modality in _OTHER_MODALITIES:
         raise ImageError(f"is DICOM of modality {modality}; radiographs (CR, DX, RG) are read")
     if str(dataset.get("PresentationIntentType") or "").strip().upper() == "FOR PROCESSING":
-        raise ImageError("is DICOM of raw detector data (FOR PROCESSING), not a picture to look at")
+        raise ImageError("is DICOM of raw detector data (FOR PROCESSING), not an image to look at")
     if view in _SIDE_VIEWS:
         raise ImageError("is DICOM of a chest from the side (ViewPosition)")
 
 
 def _directions(dataset: "Dataset") -> tuple[str, str]:
-    """Where rows and columns run to: L, R, H (head) or F (feet), one of each axis; what is not
-    stated is upright.
-    """
-    stated = dataset.get("PatientOrientation") or ()
-    along_row, along_column = (
-        (str(text)[:1].upper() for text in stated) if len(stated) == 2 else ("", "")
-    )
+    """Where rows and columns run to: L, R, H (head) or F (feet); upright if not stated."""
+    stated = [str(text)[:1].upper() for text in dataset.get("PatientOrientation") or ()]
+    if len(stated) != 2:
+        return "L", "F"
+    along_row, along_column = stated
     if {along_row, along_column} & {"A", "P"}:
         raise ImageError("is DICOM of a chest from the side (PatientOrientation)")
-    is_frontal = (along_row in "LR" and along_column in "HF") or (
-        along_row in "HF" and along_column in "LR"
-    )
-    return (along_row, along_column) if along_row and along_column and is_frontal else ("L", "F")
+    known = ("LF", "LH", "RF", "RH", "FL", "FR", "HL", "HR")
+    return (along_row, along_column) if along_row + along_column in known else ("L", "F")
 
 
 def _aspect(dataset: "Dataset") -> float:
@@ -269,7 +269,7 @@ def _aspect(dataset: "Dataset") -> float:
         stated = dataset.get(name)
         if stated:
             vertical, horizontal = (float(number) for number in stated)
-            if vertical == horizontal:  # 0, too, which some write for what they do not know
+            if vertical == horizontal:  # both 0 in some files, for unknown
                 return 1.0
             aspect = vertical / horizontal
             if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
@@ -282,20 +282,18 @@ def _aspect(dataset: "Dataset") -> float:
 
 
 def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
-    """The picture as a viewer shows it: (H, W), 0 to 255."""
+    """The image as a viewer shows it: (H, W), 0 to 255."""
     from pydicom.uid import RLELossless
 
     photometric = str(dataset.PhotometricInterpretation).strip().upper()
     is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
     if not is_grey and not photometric.startswith(("RGB", "YBR")):
         raise ImageError(
-            "is DICOM whose PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB and YBR"
+            "is DICOM whose PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB "
+            "and YBR"
         )
-    allocated, stored, high = (
-        int(dataset.BitsAllocated),
-        int(dataset.BitsStored),
-        int(dataset.HighBit),
-    )
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    high = int(dataset.HighBit)
     if allocated not in (8, 16) or not stored <= high + 1 <= allocated or stored < 1:
         raise ImageError(
             f"is DICOM of {stored} bits in {allocated}, the highest {high}; 8 to 16 bits are read"
@@ -303,22 +301,19 @@ def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
     samples = _unpack(data, dataset)
     if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
         raise ImageError(
-            "is DICOM whose pixels have not one sample, or three as its PhotometricInterpretation has it"
+            "is DICOM whose number of samples per pixel is not that of its "
+            "PhotometricInterpretation"
         )
     if not is_grey:
-        luma: NDArray[np.float32] = (
-            samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
-        )
-        return luma
+        luma = samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
+        return np.asarray(luma, np.float32)
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated or syntax == RLELossless:
-        samples = (samples << (allocated - 1 - high)) >> (
-            allocated - stored
-        )  # other bits may hold overlays
+        # The other bits may hold overlays
+        samples = (samples << (allocated - 1 - high)) >> (allocated - stored)
     lowest, highest = int(samples.min()), int(samples.max())
-    values = np.arange(
-        lowest, highest + 1, dtype=np.int32
-    )  # each one is looked up once, not once a pixel
+    # Each value is looked up once, not once per pixel
+    values = np.arange(lowest, highest + 1, dtype=np.int32)
     is_padding = _padding(values, dataset)
     if is_padding[-1] and stored == 16:
         highest = int(samples[~_padding(samples, dataset)].max(initial=0))
@@ -337,9 +332,7 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
 
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        decoder: Any = get_decoder(
-            syntax
-        )  # any: pydicom 3.0 states the types of its options wrongly
+        decoder: Any = get_decoder(syntax)  # pydicom 3.0 types its options wrongly
     except NotImplementedError:
         raise ImageError("is DICOM compressed in a way that no installed package unpacks") from None
     plugins = decoder.available_plugins
@@ -354,7 +347,7 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
     stated = _size_in_frame(get_frame(dataset.PixelData, 0, number_of_frames=1))
     if stated != (dataset.Columns, dataset.Rows):
         raise ImageError(
-            "is DICOM whose compressed picture is not of the size that its header states"
+            "is DICOM whose compressed image is not of the size that its header states"
         )
     if "pillow" not in plugins:
         return _elsewhere.unpack(data)
@@ -362,13 +355,9 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
 
 
 def _size_in_frame(frame: bytes) -> tuple[int, int] | None:
-    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 stream declares: decoders go by it, not
-    by the header.
-    """
+    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 stream declares, which decoders obey."""
     start = 0
-    if frame.startswith(
-        _JP2_SIGNATURE
-    ):  # boxes before the stream; one of length 0 would keep pydicom 3.0.2 for ever
+    if frame.startswith(_JP2_SIGNATURE):  # boxes before the stream; pydicom 3.0.2 hangs on length 0
         start = len(_JP2_SIGNATURE)
         while (kind := frame[start + 4 : start + 8]) != b"jp2c":
             length = int.from_bytes(frame[start : start + 4], "big")
@@ -385,14 +374,13 @@ def _size_in_frame(frame: bytes) -> tuple[int, int] | None:
         if marker in _FRAME_MARKERS:
             height, width = struct.unpack_from(">2H", frame, place + 5)
             return width, height
-        place += (
-            1 if marker == 0xFF else 2 + max(2, int.from_bytes(frame[place + 2 : place + 4], "big"))
-        )
+        length = int.from_bytes(frame[place + 2 : place + 4], "big")
+        place += 1 if marker == 0xFF else 2 + max(2, length)
     return None
 
 
 def _padding(samples: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
-    """Which samples are of pixels around the picture, which show nothing: PS3.3 C.7.5.1.1.2."""
+    """Which samples are padding around the image: PS3.3 C.7.5.1.1.2."""
     first = dataset.get("PixelPaddingValue")
     if first is None:
         return np.zeros(samples.shape, np.bool_)
@@ -406,8 +394,8 @@ def _look_up(
 ) -> NDArray[np.float32]:
     """Samples (N,) through modality transformation and VOI LUT or window: (N,), 0 to 1.
 
-    Without either of the latter the whole range of the stored bits is shown; that of 12 bits where
-    16 are declared and 12 hold the picture's `highest` sample, as `images` has it for PNG.
+    Without LUT and window the whole range of the stored bits is shown; that of 12 bits where 16 are
+    declared and 12 hold the image's `highest` sample, as `images` does for PNG.
     """
     from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
@@ -426,18 +414,13 @@ def _look_up(
     values = np.asarray(values, np.float32)
     centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
     if centre is not None and width is not None:
-        return _window(
-            values,
-            centre,
-            width,
-            function=str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper(),
-        )
+        function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+        return _window(values, centre, width, function=function)
     low, high = (float(end) for end in ends)
     if not math.isfinite(high - low) or high <= low:
         raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
-    return np.asarray(
-        np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1), np.float32
-    )
+    shown = (values - np.float32(low)) / np.float32(high - low)
+    return np.asarray(np.clip(shown, 0, 1), np.float32)
 
 
 def _first(value: Any) -> float | None:
@@ -449,16 +432,11 @@ def _first(value: Any) -> float | None:
 
 
 def _top_of(table: "Dataset") -> int:
-    """The value that a table shows as white: all bits that its largest entry needs, for many
-    declare more than that.
-    """
-    bits = int(table.LUTDescriptor[2])
+    """A table's white: all bits that its largest entry needs. Many tables declare more bits."""
     data = table.LUTData
-    entries = (
-        np.frombuffer(data, np.uint8 if bits <= 8 else "<u2")
-        if isinstance(data, bytes)
-        else np.asarray(data)
-    )
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, np.uint8 if int(table.LUTDescriptor[2]) <= 8 else "<u2")
+    entries = np.asarray(data)
     return int(2 ** max(1, int(entries.max()).bit_length()) - 1)
 
 
@@ -466,9 +444,8 @@ def _window(
     values: NDArray[np.float32], centre: float, width: float, *, function: str
 ) -> NDArray[np.float32]:
     """PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 and 1."""
-    if not (math.isfinite(centre) and math.isfinite(width)) or width < (
-        1 if function == "LINEAR" else 1e-6
-    ):
+    narrowest = 1 if function == "LINEAR" else 1e-6
+    if not (math.isfinite(centre) and math.isfinite(width)) or width < narrowest:
         raise ImageError(f"is DICOM of a window of centre {centre:g} and width {width:g}")
     if function == "LINEAR":
         if width == 1:
@@ -477,10 +454,8 @@ def _window(
     elif function == "LINEAR_EXACT":
         shown = (values - np.float32(centre)) / np.float32(width) + np.float32(0.5)
     elif function == "SIGMOID":
-        steps = np.clip(
-            (values - np.float32(centre)) * np.float32(-4 / width), -80, 80
-        )  # beyond it float32 overflows
-        shown = 1 / (1 + np.exp(steps))
+        steps = (values - np.float32(centre)) * np.float32(-4 / width)
+        shown = 1 / (1 + np.exp(np.clip(steps, -80, 80)))  # beyond 80 float32 overflows
     else:
         raise ImageError(
             "is DICOM whose VOILUTFunction is not one of LINEAR, LINEAR_EXACT and SIGMOID"
@@ -489,9 +464,7 @@ def _window(
 
 
 def _turned(stored: NDArray[np.float32], directions: tuple[str, str]) -> NDArray[np.float32]:
-    """Rows to the patient's left, columns to the feet: as from in front of the patient.
-    Contiguous.
-    """
+    """Rows to the patient's left, columns to the feet, as seen from the front. Contiguous."""
     along_row, along_column = directions
     if along_row in "HF":
         stored, along_row, along_column = stored.T, along_column, along_row
@@ -506,9 +479,7 @@ def _turned(stored: NDArray[np.float32], directions: tuple[str, str]) -> NDArray
 
 
 class _Elsewhere:
-    """A process that unpacks files and may die of it; started when it is needed, one at a time.
-    Threads take turns.
-    """
+    """A process that unpacks one file at a time and may die of it; started when it is needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -517,30 +488,24 @@ class _Elsewhere:
         self._owner = 0
 
     def unpack(self, data: bytes) -> NDArray[Any]:
-        """The samples of a file. Raises `ImageError` where it cannot be unpacked, or ends the
-        process.
-        """
+        """The samples of a file. Raises `ImageError` where unpacking fails or ends the process."""
         with self._lock:
             pipe = self._pipe
-            if (
-                pipe is None or self._owner != os.getpid()
-            ):  # a child after fork may not share its parent's
+            if pipe is None or self._owner != os.getpid():  # a forked child needs its own
                 pipe = self._start()
             try:
                 pipe.send_bytes(data)
                 answer = pipe.recv_bytes() if pipe.poll(_UNPACK_TIMEOUT_S) else b""
             except (EOFError, OSError):
                 answer = b""
-            except (
-                BaseException
-            ):  # interrupted: the answer under way must not be taken for the next file's
+            except BaseException:  # interrupted: the next file must not get this one's answer
                 self.end()
                 raise
             if not answer:
                 self.end()
-                raise ImageError("is DICOM whose compressed picture cannot be unpacked")
+                raise ImageError("is DICOM whose compressed image cannot be unpacked")
         if answer == _REFUSED:
-            raise ImageError("is DICOM whose compressed picture is cut short or damaged")
+            raise ImageError("is DICOM whose compressed image is cut short or damaged")
         samples: NDArray[Any] = np.load(io.BytesIO(answer), allow_pickle=False)
         return samples
 
@@ -551,7 +516,7 @@ class _Elsewhere:
                 [sys.executable, "-m", "xrai.ingest.dicom", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # GDCM writes there what it thinks of a file
+                stderr=subprocess.DEVNULL,  # GDCM prints there, unasked
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         self._pipe, self._owner = ours, os.getpid()
@@ -574,7 +539,7 @@ _elsewhere = _Elsewhere()
 
 
 def _serve(pipe: Connection) -> None:
-    """Unpack what comes until nobody is there any more."""
+    """Unpack files until the other end closes the pipe."""
     from pydicom.pixels.utils import pixel_array
 
     while True:
@@ -584,7 +549,7 @@ def _serve(pipe: Connection) -> None:
             return
         answer = io.BytesIO()
         try:
-            with _damage():
+            with _reading():
                 np.save(answer, pixel_array(_read(data, _TAGS), index=0), allow_pickle=False)
         except ImageError:
             pipe.send_bytes(_REFUSED)

@@ -1,10 +1,9 @@
-"""Pictures that look the same in two splits: what an exact hash cannot find. `xrai.ingest.build`
-lists them.
+"""Images that look the same in two splits: what an exact hash cannot find.
 
-ImageHash's 256-bit pHash of the fitted picture. Measured on the public training set at 64 pixels
-(13.6 million pairs): no two different films are nearer than 37 bits, while a copy saved as JPEG of
-quality 50 is at most 12 away, one with another gamma or 30 % more contrast 22, half of those turned
-by a degree 22 (docs/decisions/0003-data-faults.md).
+A 256-bit perceptual hash (pHash) of the fitted image. Measured on the public training set at 64
+pixels (13.6 million pairs): no two different images are nearer than 37 bits, while a copy saved as
+JPEG of quality 50 is at most 12 bits away, one with another gamma or 30 % more contrast 22, half of
+those turned by a degree 22 (docs/decisions/0003-data-faults.md).
 """
 
 import math
@@ -15,15 +14,14 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 MAX_DISTANCE: Final = 32  # bits of 256
-RECALL: Final = (
-    1 - 1e-6
-)  # at least, of pairs that far apart, where there are too many to compare them all
+RECALL: Final = 1 - 1e-6  # of pairs that far apart, where there are too many to compare them all
 
-_HASH_SIDE = 16  # bits of the hash are its square
-_SURELY_APART = 1e-6  # coefficients, which rounding moves by 1e-8 at most: they are below 2^22
-_NUM_BITS = _HASH_SIDE**2
+_SIDE = 16  # the hash has 16 x 16 bits
+_NUM_BITS = _SIDE**2
+_ROUNDING = 5e-7  # of coefficients, 50 times what was seen: they are below 2^22
 _BLOCK = 2048  # hashes compared at a time
 _OTHERS = 512  # with as many of the other split: 12 MiB in all
 _MAX_EXACT_PAIRS = 10**8  # of two splits: 0.4 s on 2 cores
@@ -31,65 +29,52 @@ _ROWS_A_LOOK = 1 << 16  # hashes looked up in a table at a time
 _MAX_CANDIDATES = 1 << 16  # pairs compared in full at a time: 8 MiB
 
 Words = NDArray[np.uint64]  # (N, 4), the hashes
+OnDone = Callable[[int], object]  # called with the number of pairs that were just compared
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class NearPair:
-    """Two rows, of different splits, whose pictures are almost the same."""
+    """Two rows, of different splits, whose images are almost the same."""
 
     distance: int  # bits of 256 that differ
     one: int  # position in the rows given
     other: int
 
 
-def perceptual_hash(picture: NDArray[np.uint8]) -> str:
-    """The pHash of a picture (H, W) uint8: 64 hex digits. Equal or near where pictures look the
-    same.
+def perceptual_hash(image: NDArray[np.uint8]) -> str:
+    """The pHash of an image (H, W) uint8: 64 hex digits, equal or near for images that look alike.
 
-    Bit for bit ImageHash's `phash`: which of the lowest 16 x 16 coefficients of the cosine
-    transform (DCT-II) of the picture at 64 x 64 are above their median. Two products of matrices
-    give them without scipy, which workers then need not import. Where rounding could turn a bit,
-    which it can beside the median alone, ImageHash decides.
+    Which of the lowest 16 x 16 coefficients of the cosine transform (DCT-II) of the image at 64 x
+    64 pixels are above their lower median; equality within rounding counts as not above. Where no
+    coefficients tie, these are the bits of ImageHash's `phash` (docs/decisions/0014).
     """
-    from PIL import Image
-
-    side = _HASH_SIDE * 4
-    small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+    side = _SIDE * 4
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
     transform = _cosines(side)  # (16, 64)
     coefficients = transform @ np.asarray(small, np.float64) @ transform.T  # (16, 16)
-    ranked = np.sort(coefficients, axis=None)
-    low, high = ranked[_HASH_SIDE**2 // 2 - 1], ranked[_HASH_SIDE**2 // 2]
-    if high - low < _SURELY_APART:
-        import imagehash
-
-        return str(imagehash.phash(Image.fromarray(picture), hash_size=_HASH_SIDE))
-    return np.packbits(coefficients > (low + high) / 2).tobytes().hex()
+    median = np.sort(coefficients, axis=None)[_NUM_BITS // 2 - 1]
+    return np.packbits(coefficients > median + _ROUNDING).tobytes().hex()
 
 
 @cache
 def _cosines(side: int) -> NDArray[np.float64]:
-    """The first 16 rows of the cosine transform of `side` samples, 2 cos(pi k (2n + 1) / 2
-    side), (16, side).
-    """
-    k, n = np.arange(_HASH_SIDE)[:, None], np.arange(side)
+    """The first 16 rows of the transform, 2 cos(pi k (2n + 1) / 2 side), (16, side)."""
+    k, n = np.arange(_SIDE)[:, None], np.arange(side)
     rows: NDArray[np.float64] = 2 * np.cos(np.pi * k * (2 * n + 1) / (2 * side))
     return rows
 
 
 def find_near_pairs(
-    hashes: Mapping[str, Sequence[str]], *, on_done: Callable[[int], object] = lambda _: None
+    hashes: Mapping[str, Sequence[str]], *, on_done: OnDone = lambda _: None
 ) -> dict[tuple[str, str], list[NearPair]]:
-    """Pairs at most `MAX_DISTANCE` bits apart, nearest first, by pair of splits; `hashes` are those
-    of each split.
+    """Pairs at most `MAX_DISTANCE` bits apart, nearest first, by pair of splits.
 
-    Two splits of at most 10^8 pairs, as 35,000 images give, are compared each with each, 2.5e8
-    pairs a second on 2 cores. Of larger ones those pairs are compared that agree in one of L sets
-    of k bits drawn from the 256: 2 s for 100,000 images, where all pairs take 7, and half an hour
-    for ten million, where they take most of a day (docs/scale.md). Pairs of the greatest distance
-    are found with a probability of at least `RECALL`, nearer ones more surely, equal ones always.
-    The draws are fixed: the same hashes give the same pairs.
-
-    `on_done` is called with the number of pairs that were dealt with.
+    `hashes` are those of each split. Two splits of at most 10^8 pairs, as 35,000 images give, are
+    compared in full, 2.5e8 pairs per second on 2 cores. Of larger ones those pairs are compared
+    that agree in one of L sets of k bits drawn from the 256: 2 s for 100,000 images, where all
+    pairs take 7, and half an hour for ten million, where they take most of a day (docs/scale.md).
+    Pairs at the greatest distance are found with a probability of at least `RECALL`, nearer ones
+    with a higher one, equal ones always. The draws are fixed: the same hashes give the same pairs.
     """
     words = {split: _words(texts) for split, texts in hashes.items()}
     found = {}
@@ -103,30 +88,28 @@ def find_near_pairs(
 
 
 def num_pairs(hashes: Mapping[str, Sequence[str]]) -> int:
-    """How many pairs `find_near_pairs` deals with."""
+    """How many pairs `find_near_pairs` covers."""
     sizes = [len(texts) for texts in hashes.values()]
     return (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
 
 
 def _words(hashes: Sequence[str]) -> Words:
-    return np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(
-        len(hashes), _NUM_BITS // 64
-    )
+    data = bytes.fromhex("".join(hashes))
+    return np.frombuffer(data, np.uint64).reshape(len(hashes), _NUM_BITS // 64)
 
 
-# ----------------------------------------------------------------------------------- each with each
+# --------------------------------------------------------------------------------------- all pairs
 
 
-def _compare_all(one: Words, other: Words, on_done: Callable[[int], object]) -> Iterator[NearPair]:
+def _compare_all(one: Words, other: Words, on_done: OnDone) -> Iterator[NearPair]:
     """As a product of matrices of +1 and -1."""
     for i in range(0, len(one), _BLOCK):
         left = _signs(one[i : i + _BLOCK])  # (B, 256)
         memory = np.empty((len(left), _OTHERS), np.float32)
         for j in range(0, len(other), _OTHERS):
             right = _signs(other[j : j + _OTHERS])  # (C, 256)
-            products = np.matmul(
-                left, right.T, out=memory[:, : len(right)]
-            )  # 256 - 2 * distance, exact in float32
+            # 256 - 2 * distance, exact in float32
+            products = np.matmul(left, right.T, out=memory[:, : len(right)])
             for a, b in np.argwhere(products >= _NUM_BITS - 2 * MAX_DISTANCE).tolist():
                 yield NearPair(round((_NUM_BITS - float(products[a, b])) / 2), i + a, j + b)
             on_done(len(left) * len(right))
@@ -140,8 +123,7 @@ def _signs(words: Words) -> NDArray[np.float32]:
 
 
 def _num_tables(num_bits: int, *, distance: int, recall: float) -> int:
-    """How many samples of `num_bits` bits find a pair `distance` bits apart with the probability
-    `recall`.
+    """How many samples of `num_bits` bits find a pair `distance` bits apart with this probability.
 
     Two hashes agree in a sample with the probability C = (256 - d choose k) / (256 choose k), and
     in one of L with 1 - (1 - C)^L: Indyk and Motwani 1998, bits drawn without replacement.
@@ -150,17 +132,15 @@ def _num_tables(num_bits: int, *, distance: int, recall: float) -> int:
     return math.ceil(math.log(1 - recall) / math.log(1 - agreement))
 
 
-def _look_up(one: Words, other: Words, on_done: Callable[[int], object]) -> Iterator[NearPair]:
-    """Each pair once. Takes some 30 bytes an image, beside the hashes and what is found."""
+def _look_up(one: Words, other: Words, on_done: OnDone) -> Iterator[NearPair]:
+    """Each pair once. Takes some 30 bytes per image, beside the hashes and what is found."""
     if len(one) > len(other):
         found = _look_up(other, one, on_done)
         yield from (NearPair(pair.distance, pair.other, pair.one) for pair in found)
         return
     num_bits = max(len(other).bit_length(), 1)  # so that a place in a table holds about one hash
-    num_tables, num_all = (
-        _num_tables(num_bits, distance=MAX_DISTANCE, recall=RECALL),
-        len(one) * len(other),
-    )
+    num_tables = _num_tables(num_bits, distance=MAX_DISTANCE, recall=RECALL)
+    num_all = len(one) * len(other)
     seen: set[NearPair] = set()
     for table in range(num_tables):
         for pair in _look_up_once(one, other, _sample(num_bits, table)):
@@ -171,9 +151,7 @@ def _look_up(one: Words, other: Words, on_done: Callable[[int], object]) -> Iter
 
 
 def _sample(num_bits: int, table: int) -> NDArray[np.int64]:
-    """`num_bits` different bits of the hash, drawn for a table. NEP 19 promises that raw bits
-    never change.
-    """
+    """Different bits of the hash, drawn for a table. NEP 19 promises that raw bits never change."""
     draws = np.random.Philox(np.random.SeedSequence([num_bits, table])).random_raw(_NUM_BITS)
     return np.argsort(draws, kind="stable")[:num_bits]
 
@@ -182,9 +160,8 @@ def _look_up_once(one: Words, other: Words, bits: NDArray[np.int64]) -> Iterator
     """Near pairs that agree in these bits."""
     keys = _keys(one, bits)
     order = np.argsort(keys, kind="stable")  # rows of `one` by key
-    ends = np.cumsum(
-        np.bincount(keys, minlength=1 << len(bits)), dtype=np.int32
-    )  # of each key's rows in `order`
+    # Of each key: where its rows in `order` end
+    ends = np.cumsum(np.bincount(keys, minlength=1 << len(bits)), dtype=np.int32)
     for start in range(0, len(other), _ROWS_A_LOOK):
         wanted = _keys(other[start : start + _ROWS_A_LOOK], bits)
         last = ends[wanted]
@@ -192,9 +169,8 @@ def _look_up_once(one: Words, other: Words, bits: NDArray[np.int64]) -> Iterator
         columns = np.flatnonzero(counts)
         last, counts = last[columns], counts[columns]
         totals = np.cumsum(counts, dtype=np.int64)
-        cuts = np.searchsorted(
-            totals, np.arange(_MAX_CANDIDATES, totals[-1] if len(totals) else 0, _MAX_CANDIDATES)
-        )
+        num_candidates = totals[-1] if len(totals) else 0
+        cuts = np.searchsorted(totals, np.arange(_MAX_CANDIDATES, num_candidates, _MAX_CANDIDATES))
         for part in np.split(np.arange(len(columns)), np.unique(cuts)):
             repeats = counts[part]
             within = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
@@ -214,13 +190,11 @@ def _check(
 
 
 def _keys(words: Words, bits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N,) the given bits of each hash, as a number. The numbering of bits is that of the words."""
+    """(N,) the given bits of each hash, as a number. Bits are numbered as in the words."""
     keys = np.zeros(len(words), np.uint64)
     for start in range(0, len(words), _BLOCK):  # stays in the processor's cache
-        columns, found = (
-            words[start : start + _BLOCK].T.copy(),
-            keys[start : start + _BLOCK],
-        )  # (4, B), (B,)
+        columns = words[start : start + _BLOCK].T.copy()  # (4, B)
+        found = keys[start : start + _BLOCK]  # (B,)
         for place, bit in enumerate(bits.tolist()):
             shift = np.uint64(abs(bit % 64 - place))
             moved = columns[bit // 64] >> shift if bit % 64 > place else columns[bit // 64] << shift
