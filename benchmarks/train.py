@@ -45,7 +45,7 @@ from xrai.learning import optim
 from xrai.learning.augment import augment
 from xrai.learning.distributed import join
 from xrai.learning.loop import EpochResult, Precision, fit
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model
 from xrai.train import class_counts
 

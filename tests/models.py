@@ -15,7 +15,7 @@ from xrai.config import Config, Images
 from xrai.config import Model as ModelConfig
 from xrai.ingest.images import decode
 from xrai.learning.distributed import join
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model, save_model
 from xrai.learning.typicality import fit_typicality
 from xrai.phantom import draw_phantom, plan

@@ -29,7 +29,7 @@ from xrai.ingest.images import decode
 from xrai.ingest.sources import FolderSource, Source, open_source
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
-from xrai.learning.model import fold_filters
+from xrai.learning.network import fold_filters
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.log import get_logger
 from xrai.store import open_store

@@ -29,7 +29,7 @@ from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.explain import grad_cam
 from xrai.learning.loop import EpochResult, resolve_precision
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
 from xrai.learning.typicality import Typicality
 from xrai.log import get_logger

@@ -14,7 +14,7 @@ from tests.learning.fakes import FakeLoader, make_discs
 from xrai.config import Augment, Config, Images, Model
 from xrai.errors import RunError
 from xrai.learning.distributed import Ranks
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import MODEL_FILE, build_model, load_model, predict_split, save_model
 from xrai.learning.typicality import Typicality, fit_typicality
 from xrai.store import open_store

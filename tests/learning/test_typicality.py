@@ -14,7 +14,7 @@ from xrai.ingest.images import decode
 from xrai.learning import loop
 from xrai.learning.augment import augment
 from xrai.learning.distributed import Ranks
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model, predict_split
 from xrai.learning.typicality import (
     SHIFT_SEED,

@@ -15,7 +15,7 @@ from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.checkpoint import read_state
 from xrai.learning.distributed import Ranks
-from xrai.learning.model import ResNet, fold_filters
+from xrai.learning.network import ResNet, fold_filters
 from xrai.learning.typicality import SHIFT_SEED, Typicality
 from xrai.log import progress
 from xrai.store import Store
