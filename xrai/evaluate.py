@@ -8,8 +8,6 @@ training writes, and the lines printed are those of training.
 """
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +50,8 @@ def main() -> None:
     loaders = [
         open_split(config, flags["dataset"], split) for split in parse_splits(flags["split"])
     ]
-    with tempfile.TemporaryDirectory() as folder, join(timeout_s=config.train.timeout_s) as ranks:
-        model = load_model(open_store(flags["run"]), folder=Path(folder))
+    with join(timeout_s=config.train.timeout_s) as ranks:
+        model = load_model(open_store(flags["run"]))
         refuse_other_pixels(model, loaders[0])
         if config.train.threads:
             torch.set_num_threads(config.train.threads)

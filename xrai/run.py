@@ -30,7 +30,7 @@ from xrai.learning.distributed import Ranks
 from xrai.learning.explain import grad_cam
 from xrai.learning.loop import EpochResult, resolve_precision
 from xrai.learning.network import ResNet
-from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
+from xrai.learning.predictor import MODEL_FILE, Predictions, TrainedModel, save_model
 from xrai.learning.typicality import Typicality
 from xrai.log import get_logger
 from xrai.results.baselines import (
@@ -142,7 +142,7 @@ class Job:
                ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")},
         }  # fmt: skip
         self.run.add_precision_recall(
-            result.step, "precision_recall/val", labels, result.val.probabilities[0]
+            result.step, "precision_recall/val", labels, calibrated(result.val.logits[0])
         )
         self.run.append_history(row)
         draw_curves(self.run.history(), self.run.path, is_phantom=self.is_phantom)
@@ -168,7 +168,7 @@ class Job:
 
     def conclude(
         self,
-        network: torch.nn.Module,
+        network: ResNet,
         scored: dict[str, Predictions],
         shifted: Predictions,
         *,
@@ -202,10 +202,18 @@ class Job:
             )
             for split, predictions in scored.items()
         }
-        save_model(
-            run.path / MODEL_FILE, network, config=config, classes=index.classes, threshold=threshold,
-            temperature=temperature, typicality=typicality, run_id=run.run_id, fingerprint=index.fingerprint,
-        )  # fmt: skip
+        trained = TrainedModel(
+            network,
+            config.model,
+            config.images,
+            index.classes,
+            threshold,
+            temperature,
+            typicality,
+            run.run_id,
+            index.fingerprint,
+        )
+        save_model(run.path / MODEL_FILE, trained)
         run.publish([MODEL_FILE])
         run.add_results(step, measured[main_split])
         summary = make_summary(

@@ -63,6 +63,11 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     update(list(average.parameters()), list(model.parameters()), None)
 
 
+def log_odds(counts: tuple[int, int], adjustment: float) -> float:
+    """What logit adjustment adds to the logits in training, see `image_losses`."""
+    return adjustment * math.log(counts[1] / counts[0])
+
+
 def class_weights(counts: tuple[int, int], weighting: float) -> tuple[float, float]:
     """How much a normal and a pneumonia image weigh: (N / 2 N_class) ** `weighting`, so 1
     balances the classes.
