@@ -522,7 +522,7 @@ def test_another_table_is_another_data_set(
         (lambda rows: [*rows, "films/99.png,NORMAL,Bob,train"], "line 42: there is no file 'films/99.png' in chest"),
         (lambda rows: [rows[0].replace("normal", "healthy"), *rows[1:]], "line 2: unknown label 'healthy'"),
         (lambda rows: [rows[0].replace("val", "train"), *rows[1:]], "a patient in val who is in train in line 2"),
-        (lambda rows: [*rows, rows[3]], "line 42: path 'films/03.png' stands in line 5, too"),
+        (lambda rows: [*rows, rows[3]], "line 42: path 'films/03.png' is in line 5, too"),
         (lambda rows: rows[::4], "has no usable PNEUMONIA images"),
     ],
 )  # fmt: skip

@@ -328,7 +328,7 @@ def test_a_png_with_a_bomb_of_text_is_set_aside() -> None:
     [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.float32), np.zeros((0, 4), np.uint8)],
 )
 def test_an_array_that_is_no_grey_picture_is_refused(array: NDArray[np.uint8]) -> None:
-    with pytest.raises(ImageError, match="not a grey picture"):
+    with pytest.raises(ImageError, match="not a grey image"):
         decoded(array)
 
 

@@ -121,7 +121,7 @@ FAULTS = {
     ),
     "a path twice": (
         "a.dcm,NORMAL,p,train\nb.dcm,NORMAL,p,train\na.dcm,NORMAL,p,train",
-        "line 4: path 'a.dcm' stands in line 2, too",
+        "line 4: path 'a.dcm' is in line 2, too",
     ),
     "an empty path": (",NORMAL,p,train", "line 2: path is empty"),
     "an empty label": ("a.dcm,,p,train", "line 2: label is empty"),
@@ -240,7 +240,7 @@ def test_a_file_that_is_not_there_is_refused_by_name(
     for uri in ("labels.csv", str(tmp_path / "no" / "labels.csv"), f"file://{tmp_path}/labels.csv"):
         with pytest.raises(SourceError, match=r"there is no file --labels .*labels\.csv"):
             read_labels(uri)
-    with pytest.raises(SourceError, match="is no file"):
+    with pytest.raises(SourceError, match="is not a file"):
         read_labels(f"{tmp_path}/")
     (tmp_path / "labels.csv").write_text(GOOD)
     assert (

@@ -27,7 +27,7 @@ def in_shard_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[Row]:
-    """Move patients of train to the carved splits by their hashes. Carving twice changes nothing."""
+    """Move patients of train to the carved splits by their hashes; again, it changes nothing."""
     pool = ("train", *carved)
     owners = _owners([row for row in rows if row.split in pool and not row.reason])
     splits = {path: _split_of(owner, carved, config) for path, owner in owners.items()}

@@ -1,4 +1,4 @@
-"""The data card: what a data set holds, in Markdown with sheets of images, for people who rely on it.
+"""The data card: what a data set holds, for people who rely on it. Markdown and sheets of images.
 
 Rooms do not import each other, so the commands pass in what draws (`xrai.results.sheets`).
 """

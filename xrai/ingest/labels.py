@@ -1,10 +1,8 @@
-"""Labels from a table: `--labels FILE.csv` says of each file of a source what it shows, in place of
-class folders.
+"""Labels from a table: `--labels FILE.csv` gives the label of each file, in place of class folders.
 
 Columns `path` and `label`; `patient`, `split`, `subtype` and `group` where they are known, each
-filled in every row or in none (but for `subtype`). Every fault of the table is found and named by
-its line before any picture is read. A patient is kept as a hash, for tables name patients as
-hospitals do.
+filled in every row or in none (except `subtype`). Every mistake in the table is found and named by
+its line before any image is read. Patients are kept as hashes, since tables may hold their names.
 """
 
 import csv
@@ -54,15 +52,13 @@ def read_labels(uri: str) -> LabelTable:
     """Read a CSV file, at a path or s3:// address.
 
     UTF-8, with or without a byte order mark; commas, semicolons (as Excel writes them in many
-    countries) or tabs between cells; columns in any order, whatever the case of their names;
-    unknown ones are passed over with a note. Raises `SourceError` where there is no such file or it
-    is no such table.
+    countries) or tabs between cells; columns in any order and case; unknown ones are skipped with a
+    note. Raises `SourceError` where there is no such file or it is no such table.
     """
+    wanted = f"a CSV file with the columns {', '.join(REQUIRED)}"
     folder, _, name = uri.rpartition("/")
     if not name:
-        raise SourceError(
-            f"--labels {uri!r} is no file; it takes a CSV file with the columns {', '.join(REQUIRED)}"
-        )
+        raise SourceError(f"--labels {uri!r} is not a file; it takes {wanted}")
     try:
         store = open_store(folder or ("/" if uri.startswith("/") else "."))
         size_bytes = store.size(name)
@@ -72,9 +68,7 @@ def read_labels(uri: str) -> LabelTable:
             )
         data = store.read(name)
     except NotFoundError:
-        raise SourceError(
-            f"there is no file --labels {uri}; it takes a CSV file with {', '.join(REQUIRED)}"
-        ) from None
+        raise SourceError(f"there is no file --labels {uri}; it takes {wanted}") from None
     try:
         return parse_labels(data.decode("utf-8-sig"), name=name)
     except UnicodeDecodeError as error:
@@ -94,13 +88,9 @@ def parse_labels(text: str, *, name: str) -> LabelTable:
     twice = sorted(column for column in known if columns.count(column) > 1)
     if twice:
         raise SourceError(f"{name} has two columns {twice[0]!r}; leave one")
-    unknown = [
-        cell.strip() for cell, column in zip(header, columns, strict=True) if column not in known
-    ]
+    unknown = [_shown(cell.strip()) for cell in header if cell.strip().lower() not in known]
     if unknown:
-        _logger.info(
-            "%s: columns %s are not used", name, ", ".join(_shown(cell) for cell in unknown)
-        )
+        _logger.info("%s: columns %s are not used", name, ", ".join(unknown))
     faults, labels = [], []
     for line, record in records:
         if len(record) != len(header):
@@ -120,9 +110,9 @@ def parse_labels(text: str, *, name: str) -> LabelTable:
 def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -> Layout:
     """The layout that a table gives to a source's paths; `source` names it in messages.
 
-    Files that the table does not name are not data; they are counted. Raises `SourceError` naming
-    the lines of the table that name no file, a file twice or one outside of the source, an unknown
-    label, split or subtype, a patient in two splits, or leave a cell empty.
+    Files that the table does not name are counted, but are not data. Raises `SourceError` naming
+    the lines of the table with a path that repeats, does not exist or is outside of the source, an
+    unknown label, split or subtype, a patient in two splits, or an empty cell.
     """
     held = set(paths)
     labels = table.labels
@@ -130,10 +120,9 @@ def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -
     faults = [
         (label.line, words)
         for label in labels
-        for words in _faults(label, filled, held, source=source)
+        for words in _faults(label.cells, filled, held, source=source)
     ]
-    faults += _repeated(labels)
-    _refuse(sorted(faults), name=table.name)
+    _refuse(sorted([*faults, *_repeated(labels)]), name=table.name)
     entries = tuple(sorted((_entry(label.cells) for label in labels), key=lambda entry: entry.path))
     num_others = len(held) - len(entries)
     not_data = {f"not named by {table.name}": num_others} if num_others else {}
@@ -147,8 +136,8 @@ def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
     delimiter = next((mark for mark, columns in known.items() if columns.issuperset(REQUIRED)), "")
     if not delimiter:
         raise SourceError(
-            f"the first line of {name} has no columns {' and '.join(REQUIRED)}, separated by commas, semicolons or "
-            f"tabs, but {_shown(first)}; optional are {', '.join(OPTIONAL)}"
+            f"the first line of {name} has no columns {' and '.join(REQUIRED)}, separated by "
+            f"commas, semicolons or tabs, but {_shown(first)}; optional are {', '.join(OPTIONAL)}"
         )
     line = 1
     try:
@@ -162,46 +151,39 @@ def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _faults(
-    label: Label, filled: Collection[str], held: Collection[str], *, source: str
+    cells: Mapping[str, str], filled: Collection[str], held: Collection[str], *, source: str
 ) -> Iterator[str]:
-    cells = label.cells
-    path = cells["path"]
-    for column in (
-        *REQUIRED,
-        *(column for column in OPTIONAL if column in filled and column != "subtype"),
-    ):
-        if not cells[column].strip():
+    path, label, split = cells["path"], cells["label"], cells.get("split")
+    for column in (*REQUIRED, *OPTIONAL):
+        must_be_filled = column in REQUIRED or (column in filled and column != "subtype")
+        if must_be_filled and not cells[column].strip():
             yield f"{column} is empty"
     if path.strip() and path not in held:
-        inside = (
-            not path.startswith(("/", "\\"))
-            and ":" not in path
-            and ".." not in re.split(r"[/\\]", path)
-        )
-        yield (
-            f"there is no file {_shown(path)} in {source}"
-            if inside
-            else f"path {_shown(path)} leaves the source"
-        )
-    if cells["label"] and cells["label"].upper() not in CLASSES:
-        yield f"unknown label {_shown(cells['label'])}, allowed are {' and '.join(CLASSES)}"
-    if cells.get("split") and cells["split"].lower() not in SPLITS:
-        yield f"unknown split {_shown(cells['split'])}, allowed are {', '.join(SPLITS)}"
-    if cells.get("subtype") and cells["label"].upper() == CLASSES[0]:
+        if path.startswith(("/", "\\")) or ":" in path or ".." in re.split(r"[/\\]", path):
+            yield f"path {_shown(path)} leaves the source"
+        else:
+            yield f"there is no file {_shown(path)} in {source}"
+    if label and label.upper() not in CLASSES:
+        yield f"unknown label {_shown(label)}, allowed are {' and '.join(CLASSES)}"
+    if split and split.lower() not in SPLITS:
+        yield f"unknown split {_shown(split)}, allowed are {', '.join(SPLITS)}"
+    if cells.get("subtype") and label.upper() == CLASSES[0]:
         yield f"a subtype is given to a {CLASSES[0]} image"
     for column, pattern in (("group", _GROUP), ("subtype", _SUBTYPE)):
         if cells.get(column) and not pattern.fullmatch(cells[column]):
-            yield f"{column} {_shown(cells[column])} is not 1 to 40 letters, digits, dots, hyphens or underscores"
+            allowed = "1 to 40 letters, digits, dots, hyphens or underscores"
+            yield f"{column} {_shown(cells[column])} is not {allowed}"
 
 
 def _repeated(labels: Sequence[Label]) -> Iterator[tuple[int, str]]:
-    """Paths that stand there twice, and patients in two splits; a patient is not named."""
+    """Paths that appear twice, and patients in two splits; a patient is not named."""
     lines: dict[str, int] = {}
     places: dict[str, dict[str, int]] = defaultdict(dict)
     for label in labels:
-        first = lines.setdefault(label.cells["path"], label.line)
+        path = label.cells["path"]
+        first = lines.setdefault(path, label.line)
         if first != label.line:
-            yield label.line, f"path {_shown(label.cells['path'])} stands in line {first}, too"
+            yield label.line, f"path {_shown(path)} is in line {first}, too"
         patient, split = _patient_of(label.cells), label.cells.get("split", "").lower()
         if patient and split:
             splits = places[patient]
@@ -217,9 +199,8 @@ def _refuse(faults: Sequence[tuple[int, str]], *, name: str) -> None:
     shown = "; ".join(f"line {line}: {words}" for line, words in faults[:_MAX_FAULTS])
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
     num_lines = len({line for line, _ in faults})
-    raise SourceError(
-        f"{num_lines} {'row' if num_lines == 1 else 'rows'} of {name} cannot be used: {shown}{more}"
-    )
+    rows = "1 row" if num_lines == 1 else f"{num_lines} rows"
+    raise SourceError(f"{rows} of {name} cannot be used: {shown}{more}")
 
 
 def _entry(cells: Mapping[str, str]) -> Entry:

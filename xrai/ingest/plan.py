@@ -128,7 +128,7 @@ def check_excluded(unusable: Sequence[Row], *, num_files: int, limit: float) -> 
 
 
 def _in_list(texts: Iterable[str]) -> Iterator[str]:
-    """A JSON list of JSON values, in pieces: in one, it would take more memory than anything else."""
+    """A JSON list of JSON values, in pieces: a whole one would take more memory than all else."""
     yield "["
     for number, text in enumerate(texts):
         yield f", {text}" if number else text

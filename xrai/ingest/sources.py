@@ -1,9 +1,8 @@
 """Where raw images come from: a folder, a zip that stays packed, a MedMNIST .npz, or a bucket.
 
 `open_source` gives a `Source`, which lists its files and reads them one by one. Sources travel to
-worker processes, which open them again. A file that cannot be read is that file's fault
-(`ImageError`: it is set aside); a source that cannot be listed is the user's mistake
-(`SourceError`).
+worker processes, which open them again. A file that cannot be read is excluded (`ImageError`); a
+source that cannot be listed is the user's mistake (`SourceError`).
 """
 
 import errno
@@ -28,10 +27,10 @@ from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError
 from xrai.store import Store, check_key, open_store
 
-MAX_FILE_BYTES: Final = 1 << 30  # no X-ray is larger; a zip member that says so is a bomb
-_READ_BYTES = 1 << 16  # at a time, of what a file does not say that it holds
+MAX_FILE_BYTES: Final = 1 << 30  # no X-ray is larger; a zip member that claims more is a bomb
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
 
+_READ_BYTES = 1 << 16  # at a time, beyond the size that a file states
 _KINDS = "a folder, a .zip, a MedMNIST .npz or s3://bucket/prefix"
 
 
@@ -47,12 +46,10 @@ class Source(ABC):
     """A place that raw images are read from. Picklable; safe to read from several threads."""
 
     name: str  # for people: what the data set calls its source
-    num_parallel_reads: int = 1  # how many reads at a time pay in one process
+    num_parallel_reads: int = 1  # how many reads at a time pay off in one process
 
     def holds(self, store: Store) -> bool:
-        """Whether a store's address is this source or lies inside it, so that what is written
-        there would be read.
-        """
+        """Whether a store's address is inside this source, which would read what is written."""
         return False
 
     @abstractmethod
@@ -61,22 +58,19 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, path: str) -> bytes | NDArray[np.uint8]:
-        """A file's bytes, or a picture (H, W). Raises `ImageError` when this one file cannot be
-        read.
-        """
+        """A file's bytes, or an image (H, W). Raises `ImageError` if this file cannot be read."""
 
 
 def open_source(uri: str) -> Source:
-    """The source at an address. Raises `SourceError` when there is none, or it is not of a known
-    kind.
-    """
+    """The source at an address. Raises `SourceError` if there is none, or its kind is unknown."""
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
             raise SourceError(
-                f"source {uri} is one packed object; download it first, or unpack it into the bucket"
+                f"source {uri} is one packed object; download it first, or unpack it into the "
+                "bucket"
             )
         return StoreSource(open_store(uri))
     if scheme not in ("", "file"):
@@ -86,8 +80,8 @@ def open_source(uri: str) -> Source:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(
-            f"there is no source {uri}; --source takes {_KINDS} (to try with drawn images: `python -m "
-            "xrai.phantom --num-images 600 --out data/phantoms`, then --source data/phantoms)"
+            f"there is no source {uri}; --source takes {_KINDS} (to try with drawn images: `python "
+            "-m xrai.phantom --num-images 600 --out data/phantoms`, then --source data/phantoms)"
         ) from None
     except (OSError, ValueError) as error:
         raise SourceError(
@@ -107,9 +101,6 @@ def hash_of(data: bytes | NDArray[np.uint8]) -> str:
     if isinstance(data, np.ndarray):
         data = repr(data.shape).encode() + np.ascontiguousarray(data).tobytes()
     return hashlib.sha256(data).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------ folders
 
 
 class FolderSource(Source):
@@ -139,7 +130,7 @@ class FolderSource(Source):
         identity = (status.st_dev, status.st_ino)
         if identity in parents:
             raise SourceError(
-                f"source folder {folder} is a link to a folder above it, so it has no end; remove it"
+                f"source folder {folder} is a link to a folder above it, an endless loop; remove it"
             )
         for entry in entries:
             try:
@@ -151,22 +142,20 @@ class FolderSource(Source):
                 yield from self._walk(folder / entry.name, f"{path}/", parents=parents | {identity})
             elif entry.is_file():
                 yield SourceFile(path, entry.stat().st_size)
-            elif entry.is_symlink():  # it leads nowhere, which reading it will say
+            elif entry.is_symlink():  # a broken link: reading it will tell
                 yield SourceFile(path, 0)
             else:
                 raise SourceError(f"{entry.path} is neither a file nor a folder; remove it")
 
     def read(self, path: str) -> bytes:
         try:
-            # not `open`, which takes longer than the reading
+            # `open` would take longer than the reading itself
             descriptor = os.open(f"{self._folder}/{path}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size_bytes = os.fstat(descriptor).st_size
-                parts = [
-                    os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)
-                ]  # as much memory as that takes
+                parts = [os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)]
                 num_bytes = len(parts[0])
-                # it may grow, not state its size, or come in pieces
+                # The file may grow, not state its size, or come in pieces
                 while more := os.read(
                     descriptor,
                     min(max(size_bytes - num_bytes, _READ_BYTES), MAX_FILE_BYTES + 1 - num_bytes),
@@ -186,9 +175,6 @@ def _limited(data: bytes) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise ImageError(f"is larger than any X-ray file ({MAX_FILE_BYTES} bytes)")
     return data
-
-
-# ----------------------------------------------------------------------------------------- archives
 
 
 class ZipSource(Source):
@@ -215,8 +201,7 @@ class ZipSource(Source):
                 f"declares {member.file_size} bytes, more than any X-ray file ({MAX_FILE_BYTES})"
             )
         try:
-            with archive.open(member) as file:
-                return file.read()
+            return archive.read(member)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
             raise ImageError(f"cannot be unpacked ({error})") from error
 
@@ -224,19 +209,19 @@ class ZipSource(Source):
         if self._archive is None:
             try:
                 archive = zipfile.ZipFile(self._path)
-                members = [member for member in archive.infolist() if not member.is_dir()]
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
                 raise SourceError(
-                    f"{self._path} cannot be read as a zip archive: {error}; fetch it again"
+                    f"{self._path} cannot be read as a zip archive: {error}; download it again"
                 ) from error
-            self._members = {self._checked(member): member for member in members}
-            if len(self._members) < len(members):
-                ((name, count),) = Counter(self._checked(member) for member in members).most_common(
-                    1
-                )
-                raise SourceError(
-                    f"{self._path} holds {count} files under the one name {name!r}; pack it again"
-                )
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            names = [self._checked(member) for member in members]
+            for name, count in Counter(names).most_common(1):
+                if count > 1:
+                    raise SourceError(
+                        f"{self._path} holds {count} files under the one name {name!r}; pack it "
+                        "again"
+                    )
+            self._members = dict(zip(names, members, strict=True))
             self._archive = archive
         return self._archive
 
@@ -244,7 +229,7 @@ class ZipSource(Source):
         name = member.filename.replace("\\", "/")
         if any(part in ("", ".", "..") or ":" in part for part in name.split("/")):
             raise SourceError(
-                f"{self._path} holds a file under the unsafe name {member.filename!r}; pack it again"
+                f"{self._path} holds a file of the unsafe name {member.filename!r}; pack it again"
             )
         if member.flag_bits & 0x1:
             raise SourceError(
@@ -254,11 +239,9 @@ class ZipSource(Source):
 
 
 class NpzSource(Source):
-    """A MedMNIST file: arrays `train_images` (N, H, W) uint8, `train_labels` (N, 1), and so on for
-    val and test.
+    """A MedMNIST file: `train_images` (N, H, W) uint8, `train_labels` (N, 1), likewise val, test.
 
-    Its pictures appear as `train/PNEUMONIA/000007` and so on. Each process that reads holds the
-    arrays in memory.
+    Its images appear as `train/PNEUMONIA/000007`. Each process that reads holds all of them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -292,23 +275,19 @@ class NpzSource(Source):
         return image  # (H, W)
 
     def _pair(self, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Images (N, H, W) and labels (N,) of one split. Raises `SourceError` when they are not
-        as in MedMNIST.
-        """
+        """Images (N, H, W) and labels (N,) of one split. Raises `SourceError`."""
         arrays = self._load()
         images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels", np.empty(0))
         if images.ndim != 3 or images.dtype != np.uint8:
             raise SourceError(
                 f"{split}_images in {self._path} is {images.dtype} {images.shape}; "
-                f"grey pictures of (N, H, W) uint8 are needed, as in PneumoniaMNIST"
+                "grey images of (N, H, W) uint8 are needed, as in PneumoniaMNIST"
             )
-        if (
-            labels.shape not in ((len(images),), (len(images), 1))
-            or not np.isin(labels, range(len(CLASSES))).all()
-        ):
+        has_shape = labels.shape in ((len(images),), (len(images), 1))
+        if not has_shape or not np.isin(labels, range(len(CLASSES))).all():
             raise SourceError(
-                f"{split}_labels in {self._path} is not one label of 0 (normal) or 1 (pneumonia) for each of "
-                f"{len(images)} images"
+                f"{split}_labels in {self._path} is not one label of 0 (normal) or 1 (pneumonia) "
+                f"for each of {len(images)} images"
             )
         return images, labels.reshape(-1).astype(np.int64)
 
@@ -331,9 +310,6 @@ class NpzSource(Source):
         return self._arrays
 
 
-# ------------------------------------------------------------------------------------------ buckets
-
-
 class StoreSource(Source):
     """Objects below an address of a bucket."""
 
@@ -353,7 +329,7 @@ class StoreSource(Source):
                 check_key(entry.key)
             except StoreError:
                 raise SourceError(
-                    f"{self.name} holds an object under the unsafe name {entry.key!r}; rename it"
+                    f"{self.name} holds an object of the unsafe name {entry.key!r}; rename it"
                 ) from None
         return sorted(SourceFile(entry.key, entry.size_bytes) for entry in entries)
 

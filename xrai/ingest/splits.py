@@ -1,6 +1,7 @@
 """Which image goes into which split: pure functions over manifest rows.
 
-A source's own split folders are honoured. What is missing is carved from train (`xrai.dataset.rules`).
+A source's own split folders are honoured. What is missing is carved from train, by the rules in
+`xrai.dataset.rules`.
 """
 
 from collections import defaultdict
