@@ -55,7 +55,8 @@ def main() -> None:
         help="NAME=DIR, a folder of pictures; may be repeated",
     )
     flags = parser.parse_args()
-    model = load_model(open_store(flags.run))
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(open_store(flags.run), folder=Path(folder))
     print(
         f"{'kind':<34} {'n':>6} {'review':>8} {'median':>8}   (atypicality; above 1 is left to review)"
     )
@@ -203,7 +204,7 @@ def read_folder(folder: Path, model: TrainedModel) -> tuple[Pictures, int]:
                     path.read_bytes(),
                     size=model.image_size,
                     fit=model.fit,
-                    max_pixels=model.images.max_pixels,
+                    max_pixels=model.max_pixels,
                 )
             )
         except ImageError:

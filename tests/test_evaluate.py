@@ -16,7 +16,7 @@ from tests.training import SMALL, call_main, make_dataset, run_module
 from xrai import evaluate
 from xrai.dataset.loader import Loader
 from xrai.errors import UserError
-from xrai.run import read_looks
+from xrai.measuring import read_looks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluate")]
 FEW = "--evaluate.num_bootstrap=50"

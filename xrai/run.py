@@ -5,54 +5,51 @@ every file of the run; the others' are empty shells.
 """
 
 import functools
-import json
-import math
 import time
-from array import array
-from collections import Counter
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-import xrai
 from xrai.config import Config
 from xrai.dataset.loader import Loader, open_split
-from xrai.dataset.manifest import parse_manifest
-from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
+from xrai.dataset.shards import DatasetIndex
 from xrai.errors import RunError
-from xrai.learning.batch import to_grey
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
-from xrai.learning.explain import grad_cam
 from xrai.learning.loop import EpochResult, resolve_precision
-from xrai.learning.network import ResNet
-from xrai.learning.predictor import MODEL_FILE, Predictions, TrainedModel, save_model
+from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
 from xrai.learning.typicality import Typicality
 from xrai.log import get_logger
-from xrai.results.baselines import (
-    MAX_IMAGES,
-    MAX_TRAIN,
-    Looks,
-    border_features,
-    geometry_features,
-    measure_baselines,
-)
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.environment import describe_environment
 from xrai.results.folder import SUMMARY, RunFolder
-from xrai.results.metrics import auroc
-from xrai.results.plots import draw_curves
-from xrai.results.record import group_of, record_scores
-from xrai.results.report import DatasetFacts, render_report
-from xrai.results.summary import format_result_lines, make_summary
-from xrai.store import open_store
+from xrai.results.metrics import HEADLINES, auroc
+from xrai.results.summary import Summary, main_results, read_summary, result_lines
+from xrai.results.types import (
+    DatasetFacts,
+    Output,
+    SplitResults,
+    Training,
+    are_phantoms,
+    binary_output,
+)
 
 _ROWS_AT_ONCE = 4096  # of a column of texts, where each is looked at once
 _logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best epoch's network, and what it gives for the images that it was not trained on."""
+
+    network: torch.nn.Module
+    epoch: int  # counted from 1
+    typicality: Typicality
+    scored: dict[str, Predictions]  # by split
+    shifted: Predictions  # of augmented validation images
 
 
 class Job:
@@ -142,11 +139,10 @@ class Job:
                ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")},
         }  # fmt: skip
         self.run.add_precision_recall(
-            result.step, "precision_recall/val", labels, calibrated(result.val.logits[0])
+            result.step, "precision_recall/val", labels, result.val.probabilities[0]
         )
         self.run.append_history(row)
-        draw_curves(self.run.history(), self.run.path, is_phantom=self.is_phantom)
-        self.run.publish(["curves/loss.png", "curves/accuracy.png"])
+        self._draw_curves()
         _logger.info(
             "epoch %d: loss %.4f, val loss %.4f, val accuracy %.4f, val AUROC %.4f (augmented %.4f), %.0f images/s, "
             "%.1f %% waiting for data, peak memory %.0f MiB",
@@ -166,220 +162,134 @@ class Job:
         entry, state = found
         return entry.epoch, state["average"]
 
-    def conclude(
-        self,
-        network: ResNet,
-        scored: dict[str, Predictions],
-        shifted: Predictions,
-        *,
-        typicality: Typicality,
-        best_epoch: int,
-        began: float,
-    ) -> list[str]:
+    def conclude(self, trained: Trained, *, began: float) -> list[str]:
         """Write model.pt and all results, summary.json last; return the lines to end with."""
-        run, config, index = self.run, self.config, self.index
-        labels = np.tile(self.loaders["val"].labels, len(shifted.logits))
-        temperature = fit_temperature(labels, shifted.logits.ravel())
-        threshold = choose_threshold(labels, calibrated(shifted.logits.ravel(), temperature))
-        main_split = "test" if "test" in scored else "val"
-        step = (
-            run.history()[-1]["step"] + 1
-        )  # past all epochs, so that an end that is repeated replaces this one
-        known = read_looks(self._whole("train"), limit=MAX_TRAIN)
-        measured = {
-            split: record_split(
-                run,
-                self._whole(split),
-                network,
-                predictions,
-                temperature=temperature,
-                threshold=threshold,
-                threshold_source="chosen on augmented validation images",
-                num_bootstrap=config.evaluate.num_bootstrap,
-                known=known,
-                folder="" if split == main_split else split,
-                step=step,
-            )
-            for split, predictions in scored.items()
-        }
-        trained = TrainedModel(
-            network,
-            config.model,
-            config.images,
-            index.classes,
-            threshold,
-            temperature,
-            typicality,
-            run.run_id,
-            index.fingerprint,
-        )
-        save_model(run.path / MODEL_FILE, trained)
-        run.publish([MODEL_FILE])
-        run.add_results(step, measured[main_split])
-        summary = make_summary(
-            measured[main_split],
-            run_id=run.run_id,
+        from xrai.measuring import describe_dataset  # see `_measure`
+
+        output = self._choose_output(trained.shifted)
+        results = self._measure(trained, output)
+        main = results.pop("test" if "test" in results else "val")
+        self._save_model(trained, output)
+        dataset = describe_dataset(self._dataset, self.index)
+        training = Training(
+            run_id=self.run.run_id,
             status="finished",
-            epochs=len(run.history()),
-            best_epoch=best_epoch,
-            fingerprint=index.fingerprint,
+            epochs=len(self.run.history()),
+            best_epoch=trained.epoch,
+            fingerprint=self.index.fingerprint,
             duration_s=time.monotonic() - began,
-            is_phantom=self.is_phantom,
+            source=dataset.source,
+            image_size=dataset.image_size,
+            fit=dataset.fit,
+            splits=dataset.splits,
         )
-        summary["validation"] = {
-            name: measured["val"]["metrics"][name]["value"]
-            for name in ("accuracy", "sensitivity", "specificity", "auroc")
+        val = results.get("val", main).main.whole.metrics
+        validation = {name: val[name].value for name in HEADLINES}
+        summary = Summary(training, main_results(main), validation)
+        self._draw_curves(best_epoch=trained.epoch)
+        self._write_page(main, training, dataset, others=list(results.values()))
+        self.run.finish(summary.to_mapping())
+        return result_lines(summary, self.run.address)
+
+    def _choose_output(self, shifted: Predictions) -> Output:
+        """Temperature and threshold, chosen on augmented validation images."""
+        labels = np.tile(self.loaders["val"].labels, len(shifted.logits))
+        logits = shifted.logits.ravel()
+        temperature = fit_temperature(labels, logits)
+        return binary_output(
+            self.index.classes,
+            temperature=temperature,
+            threshold=choose_threshold(labels, calibrated(logits, temperature)),
+            threshold_source="chosen on augmented validation images",
+        )
+
+    def _measure(self, trained: Trained, output: Output) -> dict[str, SplitResults]:
+        """Write the results of each split that was scored; the main split's are on top."""
+        # what draws is loaded on rank 0 alone, and only now
+        from xrai.measuring import Measuring, read_known
+
+        step = self.run.history()[-1]["step"] + 1  # after all epochs; the same when repeated
+        measuring = Measuring(
+            self.run,
+            trained.network,
+            output,
+            num_bootstrap=self.config.evaluate.num_bootstrap,
+            known=read_known(self._whole("train")),
+        )
+        main = "test" if "test" in trained.scored else "val"
+        results = {
+            split: measuring.record(
+                self._whole(split), found, folder="" if split == main else split, step=step
+            )
+            for split, found in trained.scored.items()
         }
-        dataset = describe_dataset(self._dataset, index, is_phantom=self.is_phantom)
-        summary["trained_on"] = {
-            "source": dataset.source, "image_size": dataset.image_size, "fit": dataset.fit, "splits": dataset.splits,
-        }  # fmt: skip
-        draw_curves(run.history(), run.path, best_epoch=best_epoch, is_phantom=self.is_phantom)
-        page = render_report(
-            run.path,
-            metrics=measured[main_split],
-            summary=summary,
-            history=run.history(),
-            dataset=dataset,
-            config=config.to_mapping(),
-            environment=self._environment(),
-            version=xrai.__version__,
-            others={split: found for split, found in measured.items() if split != main_split},
+        self.run.add_results(step, results[main].main.whole.metrics)
+        return results
+
+    def _save_model(self, trained: Trained, output: Output) -> None:
+        save_model(
+            self.run.path / MODEL_FILE,
+            trained.network,
+            config=self.config,
+            classes=self.index.classes,
+            threshold=output.threshold,
+            temperature=output.temperature,
+            typicality=trained.typicality,
+            run_id=self.run.run_id,
+            fingerprint=self.index.fingerprint,
         )
-        run.write_text("report.html", page)
-        return format_result_lines(run.finish(summary), run.address)
+        self.run.publish([MODEL_FILE])
+
+    def _draw_curves(self, *, best_epoch: int | None = None) -> None:
+        from xrai.results.plots import draw_curves  # matplotlib, on rank 0 alone
+
+        folder = self.run.path / "curves"
+        history, is_phantom = self.run.history(), self._is_phantom
+        draw_curves(history, folder, best_epoch=best_epoch, is_phantom=is_phantom)
+        self.run.publish(["curves/loss.png", "curves/accuracy.png"])
+
+    def _write_page(
+        self,
+        results: SplitResults,
+        training: Training,
+        dataset: DatasetFacts,
+        *,
+        others: list[SplitResults],
+    ) -> None:
+        from xrai.results.report import Page, render_report  # jinja2, on rank 0 alone
+
+        page = Page(
+            results,
+            training,
+            dataset,
+            config=self.config.to_mapping(),
+            environment=self._environment(),
+            history=self.run.history(),
+            others=others,
+        )
+        self.run.write_text("report.html", render_report(page, self.run.path))
 
     def _whole(self, split: str) -> Loader:
-        """A loader of all images of a split, where the rank's own has a share of them."""
+        """All images of a split, where the rank's own loader has a share of them."""
         return open_split(self.config, self._dataset, split)
 
-    def _environment(self) -> dict[str, Any]:
+    def _environment(self) -> dict[str, object]:
         return {**describe_environment(), **describe_devices(self.config, self.ranks)}
 
     @functools.cached_property
-    def is_phantom(self) -> bool:
-        """Whether the validation images are drawn ones, which results must say."""
-        return is_phantom(self.loaders["val"])
+    def _is_phantom(self) -> bool:
+        """Whether the validation images are drawn ones."""
+        return are_phantoms(_sources(self.loaders["val"]))
 
 
-def record_split(
-    run: RunFolder,
-    loader: Loader,
-    network: torch.nn.Module,
-    predictions: Predictions,
-    *,
-    temperature: float,
-    threshold: float,
-    threshold_source: str,
-    num_bootstrap: int,
-    known: Looks | None,
-    folder: str,
-    step: int | None = None,
-) -> dict[str, Any]:
-    """Write all results of one split under `folder` of the run and return its metrics.
-
-    `loader` is one of the whole split that does not shuffle; `known` is what the baselines learn
-    from, images of the training split of the same data set, or None where there are none.
-    """
-    looks = read_looks(loader, limit=MAX_IMAGES)
-    columns = loader.columns("labels", "source", "patient", "subtype")
-    return record_scores(
-        run,
-        split=loader.split,
-        labels=columns["labels"],
-        logits=predictions.logits[0],
-        temperature=temperature,
-        atypicality=None if predictions.atypicality is None else predictions.atypicality[0],
-        sources=columns["source"].tolist(),
-        patients=columns["patient"].tolist(),
-        subtypes=columns["subtype"].tolist(),
-        threshold=threshold,
-        threshold_source=threshold_source,
-        classes=loader.index.classes,
-        num_bootstrap=num_bootstrap,
-        baselines=measure_baselines(known, looks, split=loader.split, num_bootstrap=num_bootstrap),
-        is_phantom=is_phantom(loader),
-        folder=folder,
-        read_images=functools.partial(read_images, loader),
-        explain=functools.partial(explain, network),
-        step=step,
-    )
-
-
-def explain(network: torch.nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The heat maps (n, H, W) in [0, 1] of pictures (n, H, W)."""
-    assert isinstance(network, ResNet)
-    weight = next(network.parameters())
-    grey = to_grey(
-        np.ascontiguousarray(images[:, None]), weight.device, weight.dtype
-    )  # (n, 1, H, W)
-    heats: NDArray[np.float32] = grad_cam(network, grey).float().cpu().numpy()
-    return heats
-
-
-def read_looks(loader: Loader, *, limit: int) -> Looks:
-    """What the baselines see of the first `limit` images of a split, which are a random sample of
-    it.
-
-    `loader` is one of the whole split that does not shuffle; rows stand in the order of their
-    files' hashes.
-    """
-    batches = islice(loader.epoch(0), math.ceil(limit / loader.batch_size))
-    border = [border_features(batch.images[:, 0]) for batch in batches]
-    num = min(limit, loader.num_images)
-    columns = loader.columns("labels", "patient", "width", "height", stop=num)
-    return Looks(
-        labels=columns["labels"],
-        patients=columns["patient"].tolist(),
-        geometry=geometry_features(columns["width"], columns["height"]),
-        border=np.concatenate(border)[:num],
-    )
-
-
-def is_phantom(loader: Loader) -> bool:
-    """Whether the images of a split are drawn ones, which results must say."""
-    return all(
-        Path(source).name.startswith("phantom-")
-        for start in range(0, loader.num_images, _ROWS_AT_ONCE)
-        for source in loader.columns("source", start=start, stop=start + _ROWS_AT_ONCE)["source"]
-    )
-
-
-def describe_dataset(dataset: str, index: DatasetIndex, *, is_phantom: bool) -> DatasetFacts:
-    """What a report says of a data set, from its index and its manifest."""
-    store = open_store(dataset)
-    set_aside: Counter[str] = Counter()
-    patients = {
-        split: array("q") for split in index.splits
-    }  # a hash an image, for names take ten times the memory
-    groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
-    with store.as_file(MANIFEST_KEY) as path, path.open("rb") as lines:
-        for row in parse_manifest(lines, where=store.uri):
-            if row.reason:
-                set_aside[row.reason] += 1
-            elif row.split in patients:
-                patients[row.split].append(hash(row.patient))
-                groups[row.split][group_of(row.patient)] += 1
-    return DatasetFacts(
-        source=index.source,
-        fingerprint=index.fingerprint,
-        image_size=index.image_size,
-        fit=index.config["images"]["fit"],
-        splits={split: index.num_images_per_class(split) for split in index.splits},
-        num_found=index.counts.num_found,
-        set_aside=dict(set_aside),
-        is_phantom=is_phantom,
-        num_patients={
-            split: len(np.unique(np.asarray(found))) for split, found in patients.items()
-        },
-        groups={split: dict(found) for split, found in groups.items()},
-    )
+def _sources(loader: Loader) -> Iterator[str]:
+    """The source of each image of a split, read some at a time."""
+    for start in range(0, loader.num_images, _ROWS_AT_ONCE):
+        yield from loader.columns("source", start=start, stop=start + _ROWS_AT_ONCE)["source"]
 
 
 def is_finished(run: RunFolder | None, *, resume: str) -> bool:
-    """Whether the run has ended before; then its results are shown once more and nothing is
-    done.
-    """
+    """Whether the run has ended before; then its results are printed again."""
     assert run is not None
     if run.store.size(SUMMARY) is None:
         return False
@@ -388,9 +298,8 @@ def is_finished(run: RunFolder | None, *, resume: str) -> bool:
             f"run {run.address} is finished and --resume is never: give another --run_id, or none"
         )
     _logger.info("run %s is finished; give another --run_id to train once more", run.address)
-    print(
-        "\n".join(format_result_lines(json.loads(run.store.read(SUMMARY)), run.address)), flush=True
-    )
+    summary = read_summary(run.store.read(SUMMARY), where=f"{run.address}/{SUMMARY}")
+    print("\n".join(result_lines(summary, run.address)), flush=True)
     return True
 
 
@@ -418,19 +327,3 @@ def describe_devices(config: Config, ranks: Ranks) -> dict[str, Any]:
         else "cpu",
         "precision": resolve_precision(config.train.precision, ranks.device),
     }
-
-
-def read_images(loader: Loader, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The pictures (n, H, W) of some rows of a split, from a loader of one rank that does not
-    shuffle.
-    """
-    batches = {
-        step: next(loader.epoch(0, start=step))
-        for step in set((rows // loader.batch_size).tolist())
-    }
-    return np.stack(
-        [
-            batches[row // loader.batch_size].images[row % loader.batch_size, 0]
-            for row in rows.tolist()
-        ]
-    )

@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,7 +28,6 @@ from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError, run_command
 from xrai.learning.distributed import Ranks, join, record_failures
 from xrai.learning.loop import (
-    Setup,
     explaining_memory,
     fit,
     profile_steps,
@@ -38,7 +38,7 @@ from xrai.learning.predictor import build_model, load_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
-from xrai.run import Job, facts_of, is_finished
+from xrai.run import Job, Trained, facts_of, is_finished
 from xrai.store import open_store
 
 FLAGS = (
@@ -120,11 +120,12 @@ def train(
                 ranks.on_main(lambda: first_weights(flags["init_from"], config))
             )
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
-        setup = Setup(
+        fit(
+            network,
             config,
-            ranks,
-            loaders["train"],
-            loaders["val"],
+            ranks=ranks,
+            train=loaders["train"],
+            val=loaders["val"],
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
             name_of=lambda row: str(
@@ -137,7 +138,6 @@ def train(
             asked_to_stop=asked_to_stop,
             profile_path=run.path / "profile.json" if run is not None else None,
         )
-        fit(network, setup)
         best_epoch, weights = ranks.on_main(job.best)
         network = build_model(config.model)
         network.load_state_dict(weights)
@@ -157,7 +157,7 @@ def train(
         ranks.set_timeout(_RESULTS_TIMEOUT_S)
         lines = ranks.on_main(
             lambda: job.conclude(
-                network, scored, shifted, typicality=typicality, best_epoch=best_epoch, began=began
+                Trained(network, best_epoch, typicality, scored, shifted), began=began
             )
         )
         if ranks.is_main:
@@ -232,7 +232,9 @@ def class_counts(index: DatasetIndex) -> tuple[int, int]:
 
 def first_weights(address: str, config: Config) -> dict[str, torch.Tensor]:
     """The weights of a finished run, for a network of this config."""
-    weights = load_model(open_store(address)).network.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        trained = load_model(open_store(address), folder=Path(folder))
+    weights = trained.network.state_dict()
     own = build_model(config.model).state_dict()
     for name, tensor in own.items():
         if name not in weights or weights[name].shape != tensor.shape:

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import (
@@ -35,16 +34,13 @@ from xrai.config import Config
 from xrai.errors import ForbiddenError, RunError, StoreError, UnreachableError, UserError
 from xrai.results import folder as folder_module
 from xrai.results import publisher
-from xrai.results.calibration import calibrated
 from xrai.results.environment import describe_environment
-from xrai.results.folder import RunFolder, check_run_id, new_run_id
+from xrai.results.folder import FINAL_TAGS, RunFolder, check_run_id, new_run_id
 from xrai.results.history import HISTORY_COLUMNS, TENSORBOARD_TAGS, read_history
-from xrai.results.metrics import evaluate_scores
-from xrai.results.record import pick_examples, pick_mistakes, record_scores
-from xrai.results.report import DatasetFacts, render_report
-from xrai.results.summary import FINAL_TAGS, format_metrics_lines, format_result_lines, make_summary
+from xrai.results.metrics import HEADLINES
 from xrai.results.tables import safe_path, to_json
 from xrai.results.tensorboard import count_calls
+from xrai.results.types import Estimate
 from xrai.store import FolderStore
 
 
@@ -104,29 +100,6 @@ def remote_run(tmp_path: Path, work: str = "work") -> RunFolder:
     folder = RunFolder("s3://bucket/runs", "r1", work_dir=tmp_path / work)
     folder.open()
     return folder
-
-
-def summary_of(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    facts = {
-        "run_id": "r1",
-        "status": "done",
-        "epochs": 3,
-        "best_epoch": 2,
-        "fingerprint": "f",
-        "duration_s": 1.5,
-    }
-    return make_summary(metrics, **{**facts, "is_phantom": False, **changes})
-
-
-@pytest.fixture
-def metrics() -> dict[str, Any]:
-    generator = np.random.default_rng(5)
-    labels = generator.integers(0, 2, 120)
-    scores = np.clip(0.25 + 0.5 * labels + 0.25 * generator.standard_normal(120), 0, 1)
-    return evaluate_scores(
-        labels, scores, threshold=0.47, patients=np.arange(120) // 2, subtypes=[""] * 120, split="val",
-        threshold_source="given", num_bootstrap=50,
-    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- ids, addresses
@@ -288,7 +261,7 @@ def test_a_damaged_history_is_refused_by_name(run: RunFolder) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     program = (
-        "import sys; from xrai.results.folder import RunFolder\n"
+        "import sys; from xrai.results.folder import FINAL_TAGS, RunFolder\n"
         "run = RunFolder(sys.argv[1], 'r1'); run.open(); run.resume_at(epoch=0, step=0)\n"
         "for epoch in range(1, 10**6):\n"
         "    run.append_history({'epoch': epoch, 'step': epoch, 'train_loss': 0.5})\n"
@@ -411,9 +384,8 @@ def test_no_temporary_file_looks_like_events_to_tensorboard(
     assert len(seen) == 1 and "tfevents" not in seen[0]
 
 
-def test_hyperparameters_and_final_results_are_those_of_the_run(
-    run: RunFolder, metrics: dict[str, Any]
-) -> None:
+def test_hyperparameters_and_final_results_are_those_of_the_run(run: RunFolder) -> None:
+    metrics = {name: Estimate(place / 10) for place, name in enumerate(HEADLINES)}
     config = Config().to_mapping()
     run.add_hyperparameters(config)
     run.append_history(row(1))
@@ -441,7 +413,7 @@ def test_hyperparameters_and_final_results_are_those_of_the_run(
         content[hparams_metadata.SESSION_END_INFO_TAG]
     ).status
     for name, tag in FINAL_TAGS.items():
-        assert server_points(run, tag) == [(11, pytest.approx(metrics["metrics"][name]["value"]))]
+        assert server_points(run, tag) == [(11, pytest.approx(metrics[name].value))]
 
 
 @given(
@@ -471,96 +443,7 @@ def test_the_precision_recall_curve_of_one_class_is_left_out(run: RunFolder) -> 
     assert list(events.PluginTagToContent("pr_curves")) == ["both"]
 
 
-def test_examples_are_of_both_classes_and_mistakes_begin_with_the_most_wrong() -> None:
-    labels = np.array([1, 1, 1, 0, 1, 0], np.uint8)
-    scores = np.array([0.9, 0.2, 0.45, 0.7, 0.1, 0.5])
-    assert pick_examples(labels, num=4).tolist() == [3, 5, 0, 1]
-    assert pick_examples(labels, num=100).tolist() == [3, 5, 0, 1, 2, 4]
-    assert pick_examples(np.zeros(3, np.uint8), num=2).tolist() == [0, 1]
-    assert pick_mistakes(labels, scores, threshold=0.4, num=4).tolist() == [4, 1, 3, 5]
-    assert pick_mistakes(labels, scores, threshold=0.4, num=6).tolist()[4:] == [
-        2,
-        0,
-    ]  # the rest are called right
-
-
-def record(run: RunFolder, labels: Any, logits: Any, **options: Any) -> dict[str, Any]:
-    number = len(labels)
-    return record_scores(
-        run,
-        **{
-            "split": "val", "labels": np.asarray(labels, np.uint8), "logits": np.asarray(logits), "temperature": 1.0,
-            "sources": [f"a/{n}.png" for n in range(number)], "patients": [str(n) for n in range(number)],
-            "subtypes": [""] * number, "threshold": 0.5, "threshold_source": "given",
-            "classes": ("NORMAL", "PNEUMONIA"), "num_bootstrap": 10, "is_phantom": False, **options,
-        },
-    )  # fmt: skip
-
-
-def test_predictions_say_what_is_left_to_a_person_and_what_metrics_say(run: RunFolder) -> None:
-    logits, atypicality = [-4.0, 1.0, 3.0, 0.9, 2.0], [0.2, 1.0, 1.01, math.nan, 0.1]
-    patients = ["IM:1", "file:a/1.png", "virus:2", "virus:3", "lonely"]
-    metrics = record(
-        run, [0, 0, 1, 1, 1], logits, temperature=2.0, atypicality=np.array(atypicality), patients=patients
-    )  # fmt: skip
-    with (run.path / "predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["decision"] for row in rows] == [
-        "normal",
-        "pneumonia",
-        "review",
-        "review",
-        "pneumonia",
-    ]
-    assert [row["call"] for row in rows] == ["NORMAL", *["PNEUMONIA"] * 4]
-    assert [row["atypicality"] for row in rows] == ["0.2", "1.0", "1.01", "", "0.1"]
-    assert [row["group"] for row in rows] == ["IM", "", "virus", "virus", ""]
-    assert [float(row["score"]) for row in rows] == pytest.approx(
-        [1 / (1 + math.exp(-z / 2)) for z in logits]
-    )
-    assert metrics["abstention"]["num_review"] == sum(row["decision"] == "review" for row in rows)
-    assert (
-        metrics["calibration"]["before"]["brier"]["value"] != metrics["metrics"]["brier"]["value"]
-    )
-    assert json.loads((run.path / "metrics.json").read_text()) == json.loads(to_json(metrics))
-    record(run, [0, 1], [-1.0, 1.0], folder="plain")  # a run that knows no typicality
-    with (run.path / "plain/predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["atypicality"], row["decision"]) for row in rows] == [
-        ("", "normal"),
-        ("", "pneumonia"),
-    ]
-
-
-def test_the_pictures_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> None:
-    generator = np.random.default_rng(3)
-    labels = (np.arange(30) % 3 == 0).astype(np.uint8)
-    pictures = generator.integers(0, 256, (30, 16, 16), dtype=np.uint8)
-    asked: list[list[int]] = []
-
-    def read_images(rows: np.ndarray) -> np.ndarray:
-        asked.append(rows.tolist())
-        return pictures[rows]
-
-    def explain(images: np.ndarray) -> np.ndarray:
-        assert (images.shape, images.dtype) == ((12, 16, 16), np.uint8)
-        return np.linspace(0, 1, images.size, dtype=np.float32).reshape(images.shape)
-
-    logits = generator.normal(0, 2, 30)
-    record(run, labels, logits, folder="val", read_images=read_images, explain=explain, step=7)
-    run.close_segment()
-    assert asked == [
-        pick_examples(labels).tolist(),
-        pick_mistakes(labels, calibrated(logits), threshold=0.5).tolist(),
-    ]
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    for name in ("examples", "mistakes", "overlays"):
-        (shown,) = events.Images(f"predictions/{name}_val")
-        path = run.path / "val" / "plots" / f"{name}.png"
-        assert (shown.step, shown.encoded_image_string) == (7, path.read_bytes())
-        with Image.open(path) as picture:
-            assert (shown.width, shown.height) == picture.size
+def test_only_png_files_are_kept_as_images(run: RunFolder) -> None:
     (run.path / "no.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match="no PNG"):
         run.add_picture(7, "x", run.path / "no.png")
@@ -844,96 +727,7 @@ def test_tensorboard_reads_a_run_from_a_bucket_as_from_a_folder(
         s3.stop()
 
 
-# --------------------------------------------------------------------------------------- one number
-
-
-def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(
-    run: RunFolder, metrics: dict[str, Any]
-) -> None:
-    run.write_json("metrics.json", metrics)
-    summary = summary_of(metrics)
-    page = render_report(
-        run.path,
-        metrics=metrics,
-        summary=summary,
-        history=[],
-        dataset=DatasetFacts("s", "f", 64, "crop", {"train": {"normal": 1}}, 1),
-        config=Config().to_mapping(),
-        environment=describe_environment(),
-        version="0",
-    )
-    lines = "\n".join(format_result_lines(summary, run.address))
-    assert format_metrics_lines(metrics, run.address)[:5] == lines.splitlines()[:5]
-    run.finish(summary)
-    stored = json.loads((run.path / "metrics.json").read_text())
-    kept = json.loads((run.path / "summary.json").read_text())
-    for name in ("accuracy", "sensitivity", "specificity", "auroc"):
-        entry = stored["metrics"][name]
-        assert kept[name] == entry["value"]
-        assert kept["intervals"][name] == [entry["low"], entry["high"]]
-        percent = name != "auroc"
-        value, low, high = (
-            f"{100 * entry[k]:.1f}" if percent else f"{entry[k]:.3f}"
-            for k in ("value", "low", "high")
-        )
-        for text in (lines, page):
-            assert f"{value} %" in text if percent else value in text
-            assert f"{low}–{high}" in text
-    assert kept["counts"] == stored["counts"]
-    assert f"{stored['counts']['tp']} of {stored['counts']['tp'] + stored['counts']['fn']}" in lines
-    assert kept["threshold"] == stored["threshold"]
-    assert "0.470" in lines
-    assert "0.470" in page
-
-
-def test_the_last_lines_say_where_the_pictures_are_and_when_they_are_of_phantoms(
-    metrics: dict[str, Any],
-) -> None:
-    lines = format_result_lines(summary_of(metrics), "submit/r1")
-    assert any(
-        "submit/r1/curves/loss.png" in line and "submit/r1/curves/accuracy.png" in line
-        for line in lines
-    )
-    assert "phantom" not in "".join(lines)
-    assert (
-        "phantoms, not patients"
-        in format_result_lines(summary_of(metrics, is_phantom=True), "x")[0]
-    )
-
-
-def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(
-    metrics: dict[str, Any],
-) -> None:
-    entry = {"metrics": {"auroc": {"value": 0.8125}}, "reason": ""}
-    metrics["baselines"] = {
-        "geometry": entry,
-        "border": {**entry, "metrics": {"auroc": {"value": math.nan}}},
-    }
-    metrics["abstention"] |= {"num_review": 6, "metrics": {"accuracy": {"value": 0.9}}}
-    lines = format_result_lines(json.loads(to_json(summary_of(metrics))), "x")
-    assert any(
-        line.startswith("review      6 of 120 images") and "90.0 %" in line for line in lines
-    )
-    assert "shortcuts   AUROC of picture size alone 0.812, outer border alone –" in lines
-    older = {
-        key: value
-        for key, value in summary_of(metrics).items()
-        if key not in ("review", "baselines")
-    }
-    assert not any(
-        line.startswith(("review", "shortcuts")) for line in format_result_lines(older, "x")
-    )
-
-
-def test_an_undefined_result_is_a_dash_on_the_terminal_and_null_in_the_summary() -> None:
-    metrics = evaluate_scores(
-        [1, 1], [0.2, 0.9], threshold=0.5, patients=["a", "b"], subtypes=["", ""], split="val",
-        threshold_source="given", num_bootstrap=10,
-    )  # fmt: skip
-    summary = summary_of(metrics)
-    assert json.loads(to_json(summary))["specificity"] is None
-    lines = format_result_lines(json.loads(to_json(summary)), "x")
-    assert any(line.startswith("specificity") and "–" in line for line in lines)
+# ------------------------------------------------------------------------------------- environment
 
 
 def test_the_environment_names_no_host_user_or_key(monkeypatch: pytest.MonkeyPatch) -> None:

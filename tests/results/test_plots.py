@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.results.small import make_scores
 from xrai.results import plots, sheets, style
-from xrai.results.metrics import evaluate_scores
+from xrai.results.measure import measure
+from xrai.results.types import Scores, SplitResults
 
 HISTORY: list[dict[str, Any]] = [
     {"epoch": 1, "train_loss": 0.7, "val_loss": 0.6, "train_accuracy": 0.6, "val_accuracy": 0.7},
@@ -30,19 +32,17 @@ HISTORY = [
 ]
 
 
-def results(labels: list[int], scores: list[float]) -> dict[str, Any]:
-    return evaluate_scores(
-        labels, scores, threshold=0.5, patients=np.arange(len(labels)), subtypes=[""] * len(labels), split="val",
-        threshold_source="given", num_bootstrap=10,
-    )  # fmt: skip
+def measured(labels: Any, scores: Any, **options: Any) -> tuple[Scores, SplitResults]:
+    made = make_scores(labels, scores, **options)
+    return made, measure(made, num_bootstrap=10)
 
 
 def test_curves_show_train_and_validation_and_are_redrawn_in_place(tmp_path: Path) -> None:
-    plots.draw_curves(HISTORY[:1], tmp_path)
+    plots.draw_curves(HISTORY[:1], tmp_path / "curves")
     first = {
         name: (tmp_path / "curves" / name).read_bytes() for name in ("loss.png", "accuracy.png")
     }
-    plots.draw_curves(HISTORY, tmp_path, best_epoch=3)
+    plots.draw_curves(HISTORY, tmp_path / "curves", best_epoch=3)
     for name, before in first.items():
         path = tmp_path / "curves" / name
         with Image.open(path) as image:
@@ -73,9 +73,8 @@ def test_curves_show_train_and_validation_and_are_redrawn_in_place(tmp_path: Pat
 def test_every_plot_is_drawn_for_any_scores_the_same_each_time(
     tmp_path: Path, labels: list[int], scores: list[float]
 ) -> None:
-    metrics = results(labels, scores)
     for folder in ("a", "b"):
-        plots.draw_plots(labels, scores, metrics, tmp_path / folder)
+        plots.draw_plots(*measured(labels, scores), tmp_path / folder / "plots")
     names = [
         "abstention.png",
         "calibration.png",
@@ -94,17 +93,13 @@ def test_every_plot_is_drawn_for_any_scores_the_same_each_time(
 
 def test_phantoms_are_named_as_phantoms_in_every_picture(tmp_path: Path) -> None:
     labels, scores = [0, 1, 1], [0.2, 0.4, 0.9]
-    metrics = results(labels, scores)
     for is_phantom in (False, True):
         folder = tmp_path / str(is_phantom)
         plots.draw_curves(HISTORY, folder, is_phantom=is_phantom)
-        plots.draw_plots(labels, scores, metrics, folder, is_phantom=is_phantom)
-        sheets.draw_sheet(
-            [np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", is_phantom=is_phantom
-        )
-        sheets.draw_class_counts(
-            {"train": {"normal": 1}}, folder / "counts.png", is_phantom=is_phantom
-        )
+        plots.draw_plots(*measured(labels, scores, is_phantom=is_phantom), folder)
+        note = style.note_line(is_phantom=is_phantom)
+        sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], folder / "sheet.png", note=note)
+        sheets.draw_class_counts({"train": {"normal": 1}}, folder / "counts.png", note=note)
     paths = [path.relative_to(tmp_path / "True") for path in (tmp_path / "True").rglob("*.png")]
     assert len(paths) == 10
     for path in paths:
@@ -116,11 +111,10 @@ def test_phantoms_are_named_as_phantoms_in_every_picture(tmp_path: Path) -> None
 def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_changed_them(
     tmp_path: Path,
 ) -> None:
-    labels, before, after = [0, 0, 1, 1] * 9, [0.1, 0.9, 0.2, 0.95] * 9, [0.3, 0.6, 0.4, 0.7] * 9
-    metrics = results(labels, after)
-    plots.draw_calibration(labels, after, metrics, tmp_path / "same.png", uncalibrated=before)
-    metrics["calibration"]["temperature"] = 2.0
-    plots.draw_calibration(labels, after, metrics, tmp_path / "other.png", uncalibrated=before)
+    labels, scores = [0, 0, 1, 1] * 9, [0.3, 0.6, 0.4, 0.7] * 9
+    for name, temperature in (("same", 1.0), ("other", 2.0)):
+        found = measured(labels, scores, temperature=temperature)
+        plots.draw_calibration(*found, tmp_path / f"{name}.png")
     assert (tmp_path / "same.png").read_bytes() != (tmp_path / "other.png").read_bytes()
     assert has_colour(tmp_path / "other.png", "#848e9e")  # TRAIN, let through a little
     assert not has_colour(tmp_path / "same.png", "#848e9e")
@@ -129,11 +123,8 @@ def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_chang
 def test_the_abstention_plot_marks_what_the_run_left_to_a_person(tmp_path: Path) -> None:
     labels, scores = [0, 0, 1, 1] * 9, [0.1, 0.9, 0.2, 0.95] * 9
     for name, atypicality in (("with", np.linspace(0, 1.2, 36)), ("without", None)):
-        metrics = evaluate_scores(
-            labels, scores, threshold=0.5, patients=np.arange(36), subtypes=[""] * 36, split="val",
-            threshold_source="given", num_bootstrap=10, atypicality=atypicality,
-        )  # fmt: skip
-        plots.draw_abstention(metrics, tmp_path / f"{name}.png")
+        found = measured(labels, scores, atypicality=atypicality)
+        plots.draw_abstention(*found, tmp_path / f"{name}.png")
         assert has_colour(tmp_path / f"{name}.png", style.CURVE)
         for colour in (style.SHIFTED, style.PNEUMONIA):
             assert has_colour(tmp_path / f"{name}.png", colour) == (name == "with")

@@ -2,6 +2,7 @@
 browser reads it.
 """
 
+import dataclasses
 import functools
 import html
 import json
@@ -17,19 +18,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+import xrai
+from tests.results.small import make_scores, measure_split
 from xrai.config import Config
 from xrai.results import plots, sheets
-from xrai.results import report as report_module
 from xrai.results.baselines import Looks, measure_baselines
 from xrai.results.environment import describe_environment
-from xrai.results.metrics import METRICS, evaluate_scores, format_value
-from xrai.results.report import DatasetFacts, render_report
-from xrai.results.summary import make_summary
+from xrai.results.measure import measure
+from xrai.results.metrics import METRICS, format_value
+from xrai.results.report import Page, explore, render_report, source_hash
+from xrai.results.types import DatasetFacts, Scores, SplitResults, Training
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
-class Page(HTMLParser):
+class Html(HTMLParser):
     """The page's tags, checked for balance, the addresses it names, and its text."""
 
     def __init__(self, text: str) -> None:
@@ -77,32 +80,33 @@ HISTORY = [{"epoch": 1, "step": 10, "train_loss": 0.5, "val_loss": None, "train_
 
 
 @functools.cache
-def measure(*, split: str = "val") -> tuple[Any, Any, dict[str, Any]]:
+def measured(*, split: str = "val", is_phantom: bool = False) -> tuple[Scores, SplitResults]:
     generator = np.random.default_rng(2)
     labels = generator.integers(0, 2, 90)
-    scores = np.clip(0.3 + 0.4 * labels + 0.25 * generator.standard_normal(90), 0, 1)
-    metrics = evaluate_scores(
-        labels, scores, threshold=0.5123, patients=np.arange(90), subtypes=np.where(labels == 1, "virus", ""),
-        groups=np.where(labels == 1, "virus", np.where(np.arange(90) % 2, "IM", "NORMAL2")), split=split,
-        threshold_source="chosen on validation", num_bootstrap=20, atypicality=np.linspace(0, 1.1, 90),
-    )  # fmt: skip
-    seen = Looks(
+    scores = make_scores(
         labels,
-        list("ab" * 45),
-        generator.random((90, 4)),
-        generator.random((90, 104)) + labels[:, None] / 9,
+        np.clip(0.3 + 0.4 * labels + 0.25 * generator.standard_normal(90), 0.001, 0.999),
+        threshold=0.5123,
+        subtypes=np.where(labels == 1, "virus", "").tolist(),
+        groups=np.where(
+            labels == 1, "virus", np.where(np.arange(90) % 2, "IM", "NORMAL2")
+        ).tolist(),
+        split=split,
+        atypicality=np.linspace(0, 1.1, 90),
+        is_phantom=is_phantom,
     )
-    metrics["baselines"] = measure_baselines(seen, seen, split=split, num_bootstrap=20)
-    return labels, scores, metrics
+    border = generator.random((90, 104)) + labels[:, None] / 9
+    seen = Looks(labels.astype(np.uint8), list("ab" * 45), generator.random((90, 4)), border)
+    baselines = measure_baselines(seen, seen, split=split, num_bootstrap=20)
+    return scores, dataclasses.replace(measure(scores, num_bootstrap=20), baselines=baselines)
 
 
 @functools.cache
 def draw(*, split: str, is_phantom: bool) -> dict[str, bytes]:
-    """All pictures of a page, by name; they take the most time."""
-    labels, scores, metrics = measure(split=split)
+    """All plots of a page, by name; they take the most time."""
     with tempfile.TemporaryDirectory() as folder:
-        plots.draw_curves(HISTORY, Path(folder), is_phantom=is_phantom)
-        plots.draw_plots(labels, scores, metrics, Path(folder), is_phantom=is_phantom)
+        plots.draw_curves(HISTORY, Path(folder) / "curves", is_phantom=is_phantom)
+        plots.draw_plots(*measured(split=split, is_phantom=is_phantom), Path(folder) / "plots")
         return {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in Path(folder).glob("*/*.png")
@@ -117,34 +121,51 @@ def render(
     is_evaluation: bool = False,
     **facts: Any,
 ) -> str:
-    metrics = measure(split=split)[2]
     for name, data in draw(split=split, is_phantom=is_phantom).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    dataset = {
-        "source": "data/chest_xray", "fingerprint": "0123abcd", "image_size": 64, "fit": "crop", "num_found": 103,
-        "splits": {"train": {"normal": 40, "pneumonia": 60}}, "set_aside": {"truncated": 3}, "is_phantom": is_phantom,
-    }  # fmt: skip
-    return render_report(
-        folder,
-        metrics=metrics,
-        summary=make_summary(
-            metrics, run_id="r1", status="done", epochs=24, best_epoch=22, fingerprint="0123abcd", duration_s=95,
-            is_phantom=is_phantom,
-        ),
-        history=HISTORY,
-        dataset=DatasetFacts(**{**dataset, **facts}),
+    values = {
+        "source": "data/chest_xray",
+        "fingerprint": "0123abcd",
+        "image_size": 64,
+        "fit": "crop",
+        "splits": {"train": {"normal": 40, "pneumonia": 60}},
+        "num_found": 103,
+        "excluded": {"truncated": 3},
+        **facts,
+    }
+    dataset = DatasetFacts(**values)
+    page = Page(
+        measured(split=split, is_phantom=is_phantom)[1],
+        training_on(dataset),
+        dataset,
         config=Config().to_mapping(),
         environment={**describe_environment(), "device": "cpu"},
-        version="9.8.7",
-        others={"val": measure(split="val")[2]} if split == "test" else None,
+        history=HISTORY,
+        others=[measured(split="val")[1]] if split == "test" else (),
         is_evaluation=is_evaluation,
-    )  # fmt: skip
+    )
+    return render_report(page, folder)
+
+
+def training_on(dataset: DatasetFacts) -> Training:
+    return Training(
+        run_id="r1",
+        status="done",
+        epochs=24,
+        best_epoch=22,
+        fingerprint="0123abcd",
+        duration_s=95,
+        source=dataset.source,
+        image_size=dataset.image_size,
+        fit=dataset.fit,
+        splits=dataset.splits,
+    )
 
 
 def test_the_page_is_one_file_that_asks_no_network_for_anything(tmp_path: Path) -> None:
     text = render(tmp_path)
-    page = Page(text)
+    page = Html(text)
     assert len(page.images) == 8
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     assert {f"#{name}" for name in page.ids} >= {
@@ -160,44 +181,46 @@ def test_the_page_is_one_file_that_asks_no_network_for_anything(tmp_path: Path) 
 
 def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> None:
     text = render(tmp_path, source="</script><script>alert(1)</script>")
-    scripts = Page(text).scripts
+    scripts = Html(text).scripts
     assert [attributes for attributes, _ in scripts] == [
         {"type": "application/json", "id": "explorer-data"}, {}
     ]  # fmt: skip
     (policy,) = re.findall(r"script-src ([^;\"]*)", html.unescape(text))
-    assert policy == report_module._source_hash(scripts[1][1])
+    assert policy == source_hash(scripts[1][1])
     assert json.loads(scripts[0][1])["threshold"] == 0.5123
 
 
 def test_the_explorer_holds_the_counts_of_metrics_and_draws_each_image_once(tmp_path: Path) -> None:
-    labels, scores, metrics = measure()
-    data = json.loads(Page(render(tmp_path)).scripts[0][1])
-    assert data["counts"] == metrics["counts"]
+    scores, results = measured()
+    found = scores.labelled()
+    data = json.loads(Html(render(tmp_path)).scripts[0][1])
+    assert data["counts"] == vars(results.main.whole.counts)
     for step in (0, 37, 120, 200):
-        calls = scores >= step / 200
+        calls = found.scores >= step / 200
         assert (data["tp"][step], data["fp"][step]) == (
-            (calls & (labels == 1)).sum(),
-            (calls & (labels == 0)).sum(),
+            (calls & (found.labels == 1)).sum(),
+            (calls & (found.labels == 0)).sum(),
         )
-    explorer = report_module._explorer(metrics)
-    tallest = max(height for bars in explorer["bars"].values() for _, height in bars)
+    explorer = explore(results.main)
+    tallest = max(height for bars in explorer.bars.values() for _, height in bars)
+    edges = np.linspace(0, 1, 51)
     biggest = max(
-        np.histogram(scores[labels == label], np.linspace(0, 1, 51))[0].max() for label in (0, 1)
+        np.histogram(found.scores[found.labels == label], edges)[0].max() for label in (0, 1)
     )
-    for name, label in (("normal", 0), ("pneumonia", 1)):
+    for name, label in (("negative", 0), ("positive", 1)):
         counts = [
             round(float(np.expm1(height / tallest * np.log1p(biggest))))
-            for _, height in explorer["bars"][name]
+            for _, height in explorer.bars[name]
         ]
-        assert sum(counts) == (labels == label).sum()
+        assert sum(counts) == (found.labels == label).sum()
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     name = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
     text = render(
-        tmp_path, source=name, splits={name: {name: 1, "b": 2}}, set_aside={name: 1}, fit=name
+        tmp_path, source=name, splits={name: {name: 1, "b": 2}}, excluded={name: 1}, fit=name
     )
-    page = Page(text)
+    page = Html(text)
     assert len(page.scripts) == 2
     assert not any("alert" in script for _, script in page.scripts)
     assert len(page.images) == 8
@@ -205,19 +228,39 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_every_picture_says_in_words_what_it_shows(tmp_path: Path) -> None:
-    assert all(len(image["alt"] or "") > 30 for image in Page(render(tmp_path)).images)
+    assert all(len(image["alt"] or "") > 30 for image in Html(render(tmp_path)).images)
 
 
 def test_the_page_says_all_that_a_reader_must_know(tmp_path: Path) -> None:
-    text = " ".join(Page(render(tmp_path)).text.split())
+    text = " ".join(Html(render(tmp_path)).text.split())
     for part in (
-        "Not a medical device", "data/chest_xray", "0123abcd", "64 × 64", "24 epochs in 1 min 35 s", "of epoch 22",
-        "chosen on validation", "virus", "truncated", "103 files were found", "3 were set aside", "xrai 9.8.7", "cpu",
-        "logit_adjustment", "The weights, the threshold and the temperature were chosen on the same images",
-        "What it is for", "not for diagnosis", "NORMAL2", "all pneumonia", "CLAIM 2024", "Model card", "temperature of",
-        "9 of 90 images (10.0 %)", "the outer border of the stored picture alone", "fitted to 90 images",
+        "Not a medical device",
+        "data/chest_xray",
+        "0123abcd",
+        "64 × 64",
+        "24 epochs in 1 min 35 s",
+        "of epoch 22",
+        "chosen on validation",
+        "virus",
+        "truncated",
+        "103 files were found",
+        "3 were excluded",
+        f"xrai {xrai.__version__}",
+        "cpu",
+        "logit_adjustment",
+        "The weights, the threshold and the temperature were chosen on the same images",
+        "Intended use",
+        "not for diagnosis",
+        "NORMAL2",
+        "all pneumonia",
+        "CLAIM 2024",
+        "Model card",
+        "temperature of",
+        "9 of 90 images (10.0 %)",
+        "the outer border of the stored image alone",
+        "fitted to 90 images",
         *(info.title for info in METRICS.values()),
-    ):  # fmt: skip
+    ):
         assert part in text, part
     assert "phantom" not in text
 
@@ -226,15 +269,17 @@ def test_every_link_of_the_page_leads_to_a_place_on_it(tmp_path: Path) -> None:
     render(tmp_path)
     sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/overlays.png")
     sheets.draw_sheet([np.zeros((8, 8), np.uint8)], ["a"], tmp_path / "plots/mistakes.png")
-    page = Page(render(tmp_path))
+    page = Html(render(tmp_path))
     links = {address for address in page.addresses if address.startswith("#")}
     assert (
         {"#mistakes", "#explorer", "#limits", "#checklists"}
         <= links
         <= {f"#{name}" for name in page.ids}
     )
-    (shown,) = [image for image in page.images if "mistakes" in (image["alt"] or "")]
-    assert "no localiser" in (shown["alt"] or "")  # with heat maps, where there are some
+    (shown,) = [image for image in page.images if "largest errors" in (image["alt"] or "")]
+    assert "does not localise disease" in (
+        shown["alt"] or ""
+    )  # with heat maps, where there are some
     assert "chart" not in (shown.get("class") or ""), "X-rays keep their grey values in the dark"
 
 
@@ -250,7 +295,7 @@ def test_the_public_data_set_is_described_where_its_names_are_found_and_else_not
 
 
 def test_an_evaluation_says_so_and_names_both_data_sets(tmp_path: Path) -> None:
-    text = " ".join(Page(render(tmp_path, split="test", is_evaluation=True)).text.split())
+    text = " ".join(Html(render(tmp_path, split="test", is_evaluation=True)).text.split())
     for part in (
         "evaluation report",
         "On the test split of data/chest_xray",
@@ -259,50 +304,42 @@ def test_an_evaluation_says_so_and_names_both_data_sets(tmp_path: Path) -> None:
         "0123abcd",
     ):
         assert part in text, part
-    assert "training report" in Page(render(tmp_path)).text
-    beside = " ".join(Page(render(tmp_path, split="test")).text.split())
+    assert "training report" in Html(render(tmp_path)).text
+    beside = " ".join(Html(render(tmp_path, split="test")).text.split())
     assert (
-        "Beside the other splits" in beside
-        and "Beside the other splits" not in Page(render(tmp_path)).text
+        "Compared with the other splits" in beside
+        and "Compared with the other splits" not in Html(render(tmp_path)).text
     )
 
 
 def test_a_run_that_knows_no_typicality_or_baselines_has_a_page_too(tmp_path: Path) -> None:
-    metrics = evaluate_scores(
-        [0, 1], [0.2, 0.7], threshold=0.5, patients=["a", "b"], subtypes=["", ""], split="test",
-        threshold_source="given", num_bootstrap=10,
-    )  # fmt: skip
-    assert report_module._abstention(metrics) is None
-    page = Page(render_bare(tmp_path, metrics))
-    assert "shortcuts" not in page.ids and "names neither kinds" in page.text
+    page = Html(render_bare(tmp_path, measure_split([0, 1], [0.2, 0.7], split="test")))
+    assert "shortcuts" not in page.ids and "names neither types" in page.text
+    assert "request for review" not in page.text
 
 
 def test_phantoms_are_named_at_the_top_and_at_the_end(tmp_path: Path) -> None:
-    text = Page(render(tmp_path, is_phantom=True)).text
+    text = Html(render(tmp_path, is_phantom=True)).text
     assert "(phantoms)" in text.partition("What was trained")[0]
     assert text.count("rawn phantoms, not patients") >= 2
 
 
 def test_limits_fit_the_split_and_the_way_pictures_were_fitted(tmp_path: Path) -> None:
-    assert "so they flatter" not in render(tmp_path, split="test")
-    assert "read a picture's proportions" not in html.unescape(render(tmp_path))
-    assert "read a picture's proportions" in html.unescape(render(tmp_path, fit="squash"))
+    assert "so the numbers are too" not in render(tmp_path, split="test")
+    assert "read an image's proportions" not in html.unescape(render(tmp_path))
+    assert "read an image's proportions" in html.unescape(render(tmp_path, fit="squash"))
 
 
-def render_bare(folder: Path, metrics: dict[str, Any]) -> str:
-    return render_report(
-        folder,
-        metrics=metrics,
-        summary=make_summary(
-            metrics, run_id="r", status="done", epochs=1, best_epoch=1, fingerprint="f", duration_s=0.5,
-            is_phantom=False,
-        ),
-        history=[],
-        dataset=DatasetFacts("s", "f", 64, "crop", {}, 1),
+def render_bare(folder: Path, results: SplitResults) -> str:
+    dataset = DatasetFacts("s", "f", 64, "crop", {}, 1)
+    page = Page(
+        results,
+        training_on(dataset),
+        dataset,
         config=Config().to_mapping(),
         environment=describe_environment(),
-        version="1",
-    )  # fmt: skip
+    )
+    return render_report(page, folder)
 
 
 @pytest.mark.parametrize("missing", ["curves", "plots"])
@@ -310,20 +347,10 @@ def test_a_page_without_its_pictures_is_a_page(tmp_path: Path, missing: str) -> 
     render(tmp_path)
     for path in (tmp_path / missing).iterdir():
         path.unlink()
-    metrics = evaluate_scores(
-        [1],
-        [0.7],
-        threshold=0.5,
-        patients=["a"],
-        subtypes=[""],
-        split="test",
-        threshold_source="given",
-        num_bootstrap=10,
-    )
-    page = Page(render_bare(tmp_path, metrics))
+    page = Html(render_bare(tmp_path, measure_split([1], [0.7], split="test")))
     assert len(page.images) == (6 if missing == "curves" else 2)
     assert format_value("specificity", None) in page.text
-    assert "not defined, there are no normal images" in page.text
+    assert "undefined, because there are no normal images" in page.text
 
 
 # ------------------------------------------------------------------------------------------ browser
@@ -365,12 +392,12 @@ def shown_by(document: str) -> dict[str, str]:
 
 
 def expected(
-    metrics: dict[str, Any], *, step: int, prevalence: float | None = None
+    results: SplitResults, *, step: int, prevalence: float | None = None
 ) -> dict[str, str]:
     """The same numbers, by hand, at a step of the slider."""
-    counts, by_threshold = metrics["counts"], metrics["by_threshold"]
-    tp, fp = by_threshold["tp"][step], by_threshold["fp"][step]
-    fn, tn = counts["tp"] + counts["fn"] - tp, counts["fp"] + counts["tn"] - fp
+    counts, calls = results.main.whole.counts, results.main.by_threshold
+    tp, fp = calls.tp[step], calls.fp[step]
+    fn, tn = counts.num_positive - tp, counts.num_negative - fp
     sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
     share = (tp + fn) / (tp + fn + fp + tn) if prevalence is None else prevalence
     called = share * sensitivity + (1 - share) * (1 - specificity)
@@ -394,14 +421,14 @@ def test_the_explorer_agrees_with_metrics_at_the_runs_threshold_and_the_console_
 ) -> None:
     page = tmp_path / "report.html"
     page.write_text(render(tmp_path), encoding="utf-8")
-    metrics = measure()[2]
+    whole = measured()[1].main.whole
     document, console = browse(page, "")
     assert console == []
     shown = shown_by(document)
     assert (shown["threshold"], shown["whose"]) == ("0.512", "the run's own")
     for name in ("sensitivity", "specificity", "ppv", "npv"):
-        assert shown[name] == format_value(name, metrics["metrics"][name]["value"])
-    assert {name: int(shown[name]) for name in metrics["counts"]} == metrics["counts"]
+        assert shown[name] == format_value(name, whole.metrics[name].value)
+    assert {name: int(shown[name]) for name in vars(whole.counts)} == vars(whole.counts)
     assert 'translate(512.3 0)"' in document
     assert re.search(r'id="explorer-controls"[^>]*>', document)[0].count("hidden") == 0  # type: ignore[index]
 
@@ -421,8 +448,8 @@ def test_the_explorer_shows_the_threshold_and_the_prevalence_that_the_address_na
     assert console == []
     shown = shown_by(document)
     assert {
-        name: shown[name] for name in expected(measure()[2], step=step, prevalence=prevalence)
-    } == expected(measure()[2], step=step, prevalence=prevalence)
+        name: shown[name] for name in expected(measured()[1], step=step, prevalence=prevalence)
+    } == expected(measured()[1], step=step, prevalence=prevalence)
     assert shown["whose"] == "tried out"
     assert f'translate({5 * step} 0)"' in document
 
@@ -432,7 +459,7 @@ def test_the_slider_moves_the_numbers_and_the_address_and_the_button_brings_them
     tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]]
 ) -> None:
     text = render(tmp_path)
-    (_, script) = Page(text).scripts[1]
+    (_, script) = Html(text).scripts[1]
     for number, (steps, wanted) in enumerate([
         ("s.dispatchEvent(new Event('change'));", "0.250"),
         ("document.getElementById('explorer-reset').click();", "0.512"),
@@ -441,7 +468,7 @@ def test_the_slider_moves_the_numbers_and_the_address_and_the_button_brings_them
         acting = script + f"{{ const s = document.getElementById('explorer-slider'); {steps}\n"
         acting += "document.title = location.hash; }"
         hashes = [
-            html.escape(report_module._source_hash(source)).replace("&#x27;", "&#39;")
+            html.escape(source_hash(source)).replace("&#x27;", "&#39;")
             for source in (script, acting)
         ]
         assert hashes[0] in text

@@ -37,8 +37,8 @@ _SAMPLES = 12  # images of each class
 _PAIRS = 6  # near-duplicates on the sheet
 _SHOWN = 50  # rows of a table
 
-DrawSheet = Callable[..., None]  # (images (H, W) uint8, titles, path, *, heading, note, is_phantom)
-DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading, is_phantom)
+DrawSheet = Callable[..., None]  # (images (H, W) uint8, titles, path, *, heading, note)
+DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading, note)
 
 
 def make_report(
@@ -50,13 +50,14 @@ def make_report(
     files: dict[str, bytes] = {}
     sheets: list[tuple[str, str]] = []
 
+    warning = "drawn phantoms, not patients" if is_phantom(contents.rows) else ""
+
     def draw(
-        name: str, heading: str, draw: Callable[..., None], *content: object, **more: object
+        name: str, heading: str, draw: Callable[..., None], *content: object, note: str = ""
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
             path = Path(folder) / name
-            phantom = is_phantom(contents.rows)
-            draw(*content, path, heading=heading, is_phantom=phantom, **more)
+            draw(*content, path, heading=heading, note=" · ".join(filter(None, [note, warning])))
             files[REPORT_PREFIX + name] = path.read_bytes()
         sheets.append((heading, name))
 

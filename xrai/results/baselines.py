@@ -1,38 +1,31 @@
 """What shortcuts alone can do: two models that never see a lung, measured beside every result.
 
-`geometry` knows the size of the source picture in pixels, `border` the outer fourteenth of each
-side of the stored picture, which is 16 of 224 pixels. Where one of them tells the classes apart, so
-may a network, without any medicine. Called by `xrai.train` and `xrai.evaluate` with arrays, and by
-benchmarks/shortcuts.py; metrics.json holds the numbers under `baselines`.
+`geometry` knows the size of the source image in pixels, `border` the outer fourteenth of each side
+of the stored image, which is 16 of 224 pixels. Where one of them tells the classes apart, so may a
+network, without any medicine. Called by `xrai.run` and by benchmarks/shortcuts.py.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from xrai.results.calibration import calibrated
-from xrai.results.metrics import evaluate_scores
+from xrai.results.calibration import Floats
+from xrai.results.measure import measure
+from xrai.results.metrics import HEADLINES
+from xrai.results.types import Baseline, Estimate, Output, Scores
 
-MAX_TRAIN, MAX_IMAGES = (
-    5_000,
-    20_000,
-)  # images that are learned from, and measured, so that a large split costs no more
+MAX_TRAIN = 5_000  # images that are learned from, so that a large split costs no more
+MAX_IMAGES = 20_000  # images that are measured
 BASELINES: Mapping[str, str] = {
-    "geometry": "the size of the source picture alone: width, height, aspect and area in pixels",
-    "border": "the outer border of the stored picture alone: a fourteenth of each side",
+    "geometry": "the size of the source image alone: width, height, aspect and area in pixels",
+    "border": "the outer border of the stored image alone: a fourteenth of each side",
 }
-_METRICS = ("accuracy", "sensitivity", "specificity", "auroc")
-_UNDEFINED: Mapping[str, Any] = {"value": math.nan, "low": math.nan, "high": math.nan, "method": ""}
 _CELLS = 14  # a side; the border is the outermost one
 
-Floats = npt.NDArray[np.float64]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Looks:
     """What the baselines see of some images of a split."""
 
@@ -43,9 +36,7 @@ class Looks:
 
 
 def geometry_features(width: npt.ArrayLike, height: npt.ArrayLike) -> Floats:
-    """Logarithms of width, height, aspect and area (n, 4) of pictures of `width` and `height`
-    (n,) pixels.
-    """
+    """Logarithms of width, height, aspect and area, (n, 4), of images of some size in pixels."""
     across, down = (
         np.log(np.maximum(np.asarray(side, dtype=np.float64), 1)) for side in (width, height)
     )
@@ -53,9 +44,7 @@ def geometry_features(width: npt.ArrayLike, height: npt.ArrayLike) -> Floats:
 
 
 def border_features(images: npt.NDArray[np.uint8]) -> Floats:
-    """The mean and standard deviation of each outer cell, (n, 104), of images (n, H, W) cut into
-    14 x 14 cells.
-    """
+    """Mean and standard deviation of the outer cells, (n, 104), of images (n, H, W) of 14 x 14."""
     rows, columns = (
         np.linspace(0, side, _CELLS + 1).round().astype(int) for side in images.shape[1:]
     )
@@ -70,57 +59,70 @@ def border_features(images: npt.NDArray[np.uint8]) -> Floats:
 
 
 def fit_and_score(train: Floats, labels: npt.ArrayLike, others: Floats) -> Floats:
-    """Scores (m,) in [0, 1] of `others` (m, F) by a support vector machine fitted to `train` (n,
-    F), `labels` (n,).
+    """Logits (m,) of `others` (m, F) by an SVM fitted to `train` (n, F) and `labels` (n,).
 
-    Both classes weigh alike and 0.5 is its own threshold; a score is no probability. On the border
-    of 3,965 training films at 64 pixels this kernel found most of what was tried (AUROC on 576
-    held-out films .988, in 0.4 s of one core; logistic regression .950, random forest .975, boosted
-    trees .984 in 7 s).
+    Both classes weigh alike, and the decision is at 0; the logits are not calibrated. On the border
+    of 3,965 training images at 64 pixels this kernel found most of what was tried (AUROC on 576
+    held-out images .988, in 0.4 s of one core; logistic regression .950, random forest .975,
+    boosted trees .984 in 7 s).
     """
-    from sklearn.pipeline import make_pipeline
+    from sklearn.pipeline import make_pipeline  # a second to import
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
 
     model = make_pipeline(StandardScaler(), SVC(C=3.0, gamma="auto", class_weight="balanced"))
-    return calibrated(model.fit(train, labels).decision_function(others))
+    logits: Floats = model.fit(train, labels).decision_function(others)
+    return logits
 
 
 def measure_baselines(
     train: Looks | None, measured: Looks, *, split: str, num_bootstrap: int
-) -> dict[str, Any]:
-    """The `baselines` of metrics.json: each one fitted to `train` and measured on `measured`,
-    images of `split`.
+) -> dict[str, Baseline]:
+    """Each baseline, fitted to `train` and measured on `measured`, images of `split`."""
+    return {
+        name: _measure_one(name, train, measured, split=split, num_bootstrap=num_bootstrap)
+        for name in BASELINES
+    }
 
-    A reason says why there is no number (no training images, or none of a class), or what a number
-    is worth.
-    """
-    found: dict[str, Any] = {}
-    for name, meaning in BASELINES.items():
-        reason = ""
-        metrics: dict[str, Any] = {key: dict(_UNDEFINED) for key in _METRICS}
-        if train is None:
-            reason = "the data set has no train split to fit it to"
-        elif len(np.unique(train.labels)) < 2:
-            reason = "the training images are of one class"
-        else:
-            known, asked = getattr(train, name), getattr(measured, name)
-            if np.ptp(known, axis=0).max(initial=0) == 0:
-                reason = "it is the same for all training images, so it tells nothing"
-                scores = np.full(len(asked), 0.5)
-            else:
-                scores = fit_and_score(known, train.labels, asked)
-            if split == "train":
-                reason = "; ".join(filter(None, [reason, "it was fitted to these very images"]))
-            metrics = evaluate_scores(
-                measured.labels, scores, threshold=0.5, patients=measured.patients,
-                subtypes=[""] * len(scores), split=split, threshold_source="fixed", num_bootstrap=num_bootstrap,
-            )["metrics"]  # fmt: skip
-        found[name] = {
-            "meaning": meaning,
-            "num_train": 0 if train is None else len(train.labels),
-            "num_images": len(measured.labels),
-            "metrics": {key: metrics[key] for key in _METRICS},
-            "reason": reason,
-        }
-    return found
+
+def _measure_one(
+    name: str, train: Looks | None, measured: Looks, *, split: str, num_bootstrap: int
+) -> Baseline:
+    logits, reason = _fit(name, train, measured)
+    metrics: Mapping[str, Estimate] = dict.fromkeys(HEADLINES, Estimate())
+    if logits is not None:
+        if split == "train":
+            reason = "; ".join(filter(None, [reason, "it was fitted to these very images"]))
+        no_texts = [""] * len(logits)
+        scores = Scores(
+            split=split,
+            classes=("NORMAL", "PNEUMONIA"),
+            outputs=(Output("pneumonia", "normal", 1.0, 0.5, "fixed"),),
+            labels=measured.labels[:, None].astype(np.int8),
+            logits=logits[:, None],
+            patients=measured.patients,
+            sources=no_texts,
+            subtypes=no_texts,
+        )
+        found = measure(scores, num_bootstrap=num_bootstrap).main.whole.metrics
+        metrics = {key: found[key] for key in HEADLINES}
+    return Baseline(
+        meaning=BASELINES[name],
+        num_train=0 if train is None else len(train.labels),
+        num_images=len(measured.labels),
+        metrics=metrics,
+        reason=reason,
+    )
+
+
+def _fit(name: str, train: Looks | None, measured: Looks) -> tuple[Floats | None, str]:
+    """The logits of a baseline, if it can be fitted, and what is to be said of them."""
+    if train is None:
+        return None, "the data set has no train split to fit it to"
+    if len(np.unique(train.labels)) < 2:
+        return None, "the training images are of one class"
+    known, asked = getattr(train, name), getattr(measured, name)
+    if np.ptp(known, axis=0).max(initial=0) == 0:
+        reason = "it is the same for all training images, so it carries no information"
+        return np.zeros(len(asked)), reason
+    return fit_and_score(known, train.labels, asked), ""

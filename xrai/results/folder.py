@@ -37,13 +37,15 @@ from xrai.files import cache_folder, sha256_of
 from xrai.log import get_logger
 from xrai.results import tensorboard
 from xrai.results.history import HISTORY_COLUMNS, TENSORBOARD_TAGS, parse_history, read_history
+from xrai.results.metrics import HEADLINES
 from xrai.results.publisher import Publisher
-from xrai.results.summary import FINAL_TAGS, main_results
 from xrai.results.tables import safe_path, to_csv, to_json
+from xrai.results.types import Estimate
 from xrai.store import Store, check_key, open_store
 
 SUMMARY = "summary.json"
 EVENTS = "tensorboard"
+FINAL_TAGS = {name: f"final/{name}" for name in HEADLINES}
 
 PREDICTION_COLUMNS = (
     "split", "source", "patient", "group", "subtype", "label", "score", "call", "atypicality", "decision",
@@ -295,12 +297,9 @@ class RunFolder:
         self._events.append(tensorboard.summary(0, values))
         self.close_segment()
 
-    def add_results(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the main results of the metrics.json dictionary, and that the run succeeded, for
-        the next segment.
-        """
-        results = main_results(metrics)
-        self.add_scalars(step, {tag: results[name] for name, tag in FINAL_TAGS.items()})
+    def add_results(self, step: int, metrics: Mapping[str, Estimate]) -> None:
+        """Keep the headline metrics, and that the run succeeded, for the next segment."""
+        self.add_scalars(step, {tag: metrics[name].value for name, tag in FINAL_TAGS.items()})
         self._events.append(tensorboard.summary(step, [tensorboard.session_success()]))
 
     def close_segment(self) -> None:

@@ -1,11 +1,8 @@
-"""Pictures of results: curves, ROC, precision-recall, confusion, calibration, scores, heat maps
-over images.
+"""Plots of results: curves, ROC, precision-recall, confusion, calibration, scores, abstention.
 
 The one home of matplotlib, by its object-oriented API on the Agg canvas: no pyplot, no global
-figure, no display. Called by `xrai.train` and `xrai.evaluate`; sheets of images are drawn in
-`xrai.results.sheets`. Each function writes a PNG whole or not at all, the same bytes for the same
-input and version of matplotlib (no dates inside). Numbers in a picture come from the metrics.json
-dictionary. Colours: `xrai.results.style`.
+figure, no display. Each function writes a PNG whole or not at all, with the same bytes for the same
+input and version of matplotlib. Numbers in a plot are those of the results.
 """
 
 import gc
@@ -28,32 +25,37 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
-from xrai.results.metrics import calibration_bins, format_interval, format_value, wilson_interval
+from xrai.files import write_atomically
+from xrai.results.calibration import calibrated
+from xrai.results.intervals import wilson_interval
+from xrai.results.metrics import calibration_bins, cumulative_calls, format_interval, format_value
 from xrai.results.style import (
     CURVE,
     DPI,
     INK,
     MUTED,
     NORMAL,
+    NOTE_DOWN,
+    NOTE_SIZE,
     PAPER,
     PNEUMONIA,
     RULE,
     SHIFTED,
-    SUBTITLE_DOWN,
-    SUBTITLE_SIZE,
     TITLE_DOWN,
     TITLE_SIZE,
     TRAIN,
     VALIDATION,
-    subtitle_of,
-    write_picture,
+    note_line,
 )
+from xrai.results.types import Estimate, Scores, SplitResults
 
-_STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so pictures do not depend on the machine's fonts
+_Style = dict[str, Any]  # options of matplotlib, which documents plain values
+
+_STYLE: _Style = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so plots look alike on all machines
     "font.size": 9.5,
     "text.color": INK,
-    "text.parse_math": False,  # names of files are shown as they are, dollar signs too
+    "text.parse_math": False,  # file names are shown as they are, dollar signs too
     "axes.labelcolor": MUTED,
     "axes.edgecolor": "#b6bdc9",
     "axes.linewidth": 0.8,
@@ -72,377 +74,310 @@ _STYLE = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
-_BILINEAR = Image.Resampling.BILINEAR
-_OPACITY = 0.65  # of a heat map where it is 1
+_SQUARE = (5.6, 5.6)  # inches
+_SQUARE_AXES = (0.13, 0.105, 0.81, 0.74)
+_CHANCE: _Style = dict(color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+_POINT: _Style = dict(markersize=9, markeredgecolor=PAPER, markeredgewidth=1.5, zorder=5)
+_AREA: _Style = dict(color=CURVE, alpha=0.08, linewidth=0)
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
+_HEAT_OPACITY = 0.65  # of a heat map where it is 1
 
 
 def draw_curves(
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, float | None]],
     folder: Path,
     *,
     best_epoch: int | None = None,
     is_phantom: bool = False,
 ) -> None:
-    """Write `folder`/curves/loss.png and accuracy.png: training and validation by epoch.
+    """Write `folder`/loss.png and accuracy.png: training and validation by epoch.
 
-    `history` holds the rows of history.csv so far; a value that is missing or not finite leaves a
-    gap. 0.3 s in all.
+    `history` holds the rows of history.csv; a value that is missing or not finite leaves a gap.
     """
-    series = [("train", TRAIN, "train_{}"), ("validation", VALIDATION, "val_{}")]
-    shifted = [("validation,\naugmented", SHIFTED, "shifted_{}")]
-    for kind, unit, lines in (
-        ("loss", "cross-entropy, nats", series),
-        ("accuracy", "share of images called right", series + shifted),
+    lines = [("train", TRAIN, "train"), ("validation", VALIDATION, "val")]
+    shifted = ("validation,\naugmented", SHIFTED, "shifted")
+    for kind, unit, shown in (
+        ("loss", "cross-entropy, nats", lines),
+        ("accuracy", "share of images correctly classified", [*lines, shifted]),
     ):
-        with _figure(
-            folder / "curves" / f"{kind}.png",
-            f"{kind.capitalize()} by epoch",
-            unit,
-            is_phantom=is_phantom,
-        ) as figure:
+        note = note_line(unit, is_phantom=is_phantom)
+        with _figure(folder / f"{kind}.png", f"{kind.capitalize()} by epoch", note) as figure:
             axes = figure.add_subplot()
             figure.subplots_adjust(left=0.1, right=0.745, top=0.795, bottom=0.12)
-            _draw_lines(
-                axes,
-                history,
-                [(name, colour, key.format(kind)) for name, colour, key in lines],
-                kind=kind,
-            )
+            series = [
+                (name, colour, [_number(row.get(f"{key}_{kind}")) for row in history])
+                for name, colour, key in shown
+            ]
+            epochs = [int(row["epoch"] or 0) for row in history]
+            _draw_series(axes, epochs, series, is_share=kind == "accuracy")
             if best_epoch is not None:
-                axes.axvline(best_epoch, color=MUTED, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
-                late = best_epoch > (history[0]["epoch"] + history[-1]["epoch"]) / 2
+                axes.axvline(best_epoch, zorder=1, **_CHANCE)
+                is_late = best_epoch > (epochs[0] + epochs[-1]) / 2
                 axes.annotate(
-                    "saved", (best_epoch, 1), xycoords=("data", "axes fraction"), xytext=(-4 if late else 4, -2),
-                    textcoords="offset points", fontsize=8, color=MUTED, va="top", ha="right" if late else "left",
-                )  # fmt: skip
-
-
-def draw_roc(
-    labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    metrics: Mapping[str, Any],
-    path: Path,
-    *,
-    is_phantom: bool = False,
-) -> None:
-    """Write the ROC curve of labels (N,) and scores (N,), with the operating point of `metrics`
-    (metrics.json).
-    """
-    from sklearn.metrics import roc_curve  # see `xrai.results.metrics`
-
-    with _figure(
-        path, "ROC curve", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom
-    ) as figure:
-        axes = _square_axes(
-            figure, "1 - specificity: normals called pneumonia", "sensitivity: pneumonia found"
-        )
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-        if _has_both(labels):
-            false_positive, true_positive, _ = roc_curve(labels, scores, drop_intermediate=False)
-            axes.fill_between(false_positive, true_positive, color=CURVE, alpha=0.08, linewidth=0)
-            axes.plot(false_positive, true_positive, color=CURVE, linewidth=2.2)
-            x = 1 - metrics["metrics"]["specificity"]["value"]
-            y = metrics["metrics"]["sensitivity"]["value"]
-            _mark_operating_point(axes, x, y, metrics, below=y > 0.25)
-        _say(axes, "auroc", metrics)
-
-
-def draw_precision_recall(
-    labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    metrics: Mapping[str, Any],
-    path: Path,
-    *,
-    is_phantom: bool = False,
-) -> None:
-    """Write the precision-recall curve, with the share of pneumonia as the level of chance."""
-    from sklearn.metrics import precision_recall_curve
-
-    with _figure(
-        path, "Precision and recall", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom
-    ) as figure:
-        axes = _square_axes(
-            figure, "recall: pneumonia found", "precision: calls of pneumonia that are right"
-        )
-        if _has_both(labels):
-            share = float(np.mean(np.asarray(labels)))
-            precision, recall, _ = precision_recall_curve(labels, scores)
-            axes.axhline(share, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-            axes.annotate(
-                f"chance {share:.2f}", (0.02, share), xytext=(0, -4), textcoords="offset points", color=MUTED,
-                fontsize=8, va="top",
-            )  # fmt: skip
-            axes.fill_between(recall, precision, color=CURVE, alpha=0.08, linewidth=0, step="pre")
-            axes.step(recall, precision, color=CURVE, linewidth=2.2, where="pre")
-            ppv = metrics["metrics"]["ppv"]["value"]
-            if _number(ppv) is not None:
-                _mark_operating_point(
-                    axes, metrics["metrics"]["sensitivity"]["value"], ppv, metrics, below=ppv > 0.25
+                    "saved",
+                    (best_epoch, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(-4 if is_late else 4, -2),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=MUTED,
+                    va="top",
+                    ha="right" if is_late else "left",
                 )
-        _say(axes, "average_precision", metrics)
 
 
-def draw_confusion(metrics: Mapping[str, Any], path: Path, *, is_phantom: bool = False) -> None:
-    """Write the four counts of `metrics`, rows the truth, columns the call, tinted by the share
-    of the row.
-    """
-    counts = metrics["counts"]
-    cells = [
-        [("tn", "right", NORMAL), ("fp", "false alarm", PNEUMONIA)],
-        [("fn", "missed", PNEUMONIA), ("tp", "right", NORMAL)],
-    ]
-    with _figure(
-        path, "Calls against truth", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom
-    ) as figure:
+def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
+    """Write all plots of one split, of its first output."""
+    for name, draw in (
+        ("roc", draw_roc),
+        ("precision_recall", draw_precision_recall),
+        ("confusion", draw_confusion),
+        ("calibration", draw_calibration),
+        ("scores", draw_scores),
+        ("abstention", draw_abstention),
+    ):
+        draw(scores, results, folder / f"{name}.png")
+
+
+def draw_roc(scores: Scores, results: SplitResults, path: Path) -> None:
+    """Write the ROC curve with the operating point."""
+    found, metrics = scores.labelled(), results.main.whole.metrics
+    output = results.main.output
+    with _split_figure(path, "ROC curve", results) as figure:
+        axes = _square_axes(
+            figure,
+            f"1 - specificity: {output.opposite} images called {output.name}",
+            f"sensitivity: {output.name} images found",
+        )
+        axes.plot([0, 1], [0, 1], **_CHANCE)
+        tp, fp = cumulative_calls(found.labels, found.scores)
+        if tp[-1] and fp[-1]:
+            axes.fill_between(fp / fp[-1], tp / tp[-1], **_AREA)
+            axes.plot(fp / fp[-1], tp / tp[-1], color=CURVE, linewidth=2.2)
+            x, y = 1 - metrics["specificity"].value, metrics["sensitivity"].value
+            _mark_threshold(axes, x, y, output.threshold)
+        _print_metric(axes, "auroc", "AUROC", metrics["auroc"])
+
+
+def draw_precision_recall(scores: Scores, results: SplitResults, path: Path) -> None:
+    """Write the precision-recall curve, with the share of positive images as chance."""
+    found, metrics = scores.labelled(), results.main.whole.metrics
+    output = results.main.output
+    with _split_figure(path, "Precision and recall", results) as figure:
+        axes = _square_axes(
+            figure,
+            f"recall: {output.name} images found",
+            f"precision: calls of {output.name} that are correct",
+        )
+        tp, fp = cumulative_calls(found.labels, found.scores)
+        if tp[-1] and fp[-1]:
+            share = float(found.labels.mean())
+            axes.axhline(share, **_CHANCE)
+            axes.annotate(
+                f"chance {share:.2f}",
+                (0.02, share),
+                xytext=(0, -4),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8,
+                va="top",
+            )
+            precision = np.append((tp[:0:-1] / (tp + fp)[:0:-1]), 1.0)
+            recall = tp[::-1] / tp[-1]
+            axes.fill_between(recall, precision, step="pre", **_AREA)
+            axes.step(recall, precision, color=CURVE, linewidth=2.2, where="pre")
+            if not metrics["ppv"].is_undefined:
+                x, y = metrics["sensitivity"].value, metrics["ppv"].value
+                _mark_threshold(axes, x, y, output.threshold)
+        _print_metric(axes, "average_precision", "average precision", metrics["average_precision"])
+
+
+def draw_confusion(scores: Scores, results: SplitResults, path: Path) -> None:
+    """Write the four counts: a row is a label, a column a call, tinted by the share of the row."""
+    counts, output = results.main.whole.counts, results.main.output
+    cells = (
+        ((counts.tn, "correct", NORMAL), (counts.fp, "false alarm", PNEUMONIA)),
+        ((counts.fn, "missed", PNEUMONIA), (counts.tp, "correct", NORMAL)),
+    )
+    names = [output.opposite, output.name]
+    centred = _style(ha="center", va="center")
+    with _split_figure(path, "Calls against labels", results) as figure:
         axes = figure.add_axes((0.17, 0.07, 0.79, 0.74))
         axes.set(xlim=(0, 2), ylim=(2, 0), xticks=[0.5, 1.5], yticks=[0.5, 1.5])
-        axes.set_xticklabels(["called normal", "called pneumonia"], color=INK)
-        axes.set_yticklabels(["normal", "pneumonia"], color=INK, rotation=90, va="center")
+        axes.set_xticklabels([f"called {name}" for name in names], color=INK)
+        axes.set_yticklabels(names, color=INK, rotation=90, va="center")
         axes.xaxis.tick_top()
         axes.grid(False)
         axes.spines[:].set_visible(False)
         for row, entries in enumerate(cells):
-            num_row = sum(counts[key] for key, _, _ in entries)
-            for column, (key, word, colour) in enumerate(entries):
-                share = counts[key] / num_row if num_row else 0.0
-                axes.add_patch(
-                    mpl.patches.FancyBboxPatch(
-                        (column + 0.05, row + 0.05), 0.9, 0.9, boxstyle="round,pad=0,rounding_size=0.05",
-                        facecolor=colour, alpha=0.06 + 0.44 * share, edgecolor="none",
-                    )
-                )  # fmt: skip
-                centre = (column + 0.5, row + 0.47)
-                axes.text(
-                    *centre,
-                    f"{counts[key]:,}",
-                    ha="center",
-                    va="center",
-                    fontsize=26,
-                    fontweight="bold",
+            num_row = sum(num for num, _, _ in entries)
+            for column, (num, word, colour) in enumerate(entries):
+                share = num / num_row if num_row else 0.0
+                box = mpl.patches.FancyBboxPatch(
+                    (column + 0.05, row + 0.05),
+                    0.9,
+                    0.9,
+                    boxstyle="round,pad=0,rounding_size=0.05",
+                    facecolor=colour,
+                    alpha=0.06 + 0.44 * share,
+                    edgecolor="none",
                 )
-                note = f"{word} · {100 * share:.1f} % of row" if num_row else word
-                axes.text(
-                    column + 0.5,
-                    row + 0.70,
-                    note,
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                    color="#3d4757",
-                )
+                axes.add_patch(box)
+                x, note = column + 0.5, f"{word} · {100 * share:.1f} % of row" if num_row else word
+                axes.text(x, row + 0.47, f"{num:,}", fontsize=26, fontweight="bold", **centred)
+                axes.text(x, row + 0.70, note, fontsize=8.5, color="#3d4757", **centred)
 
 
-def draw_calibration(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], path: Path, *,
-    uncalibrated: npt.ArrayLike | None = None, is_phantom: bool = False,
-) -> None:  # fmt: skip
-    """Write the reliability plot: observed share of pneumonia against mean score in ten bins, with
-    their counts.
+def draw_calibration(scores: Scores, results: SplitResults, path: Path) -> None:
+    """Write the reliability plot: observed share of positive images against mean score, by bin.
 
-    With `uncalibrated` (N,), the scores at temperature 1, their line is drawn too, thin.
+    A temperature other than 1 has the line of the scores before calibration beside it, thin.
     """
-    bins = calibration_bins(labels, scores)
-    full = [entry for entry in bins if entry.num_images]
-    with _figure(
-        path, "Calibration", _split_line(metrics), size=(5.6, 5.6), is_phantom=is_phantom
-    ) as figure:
+    found, output, metrics = scores.labelled(), results.main.output, results.main.whole.metrics
+    bins = calibration_bins(found.labels, found.scores)
+    with _split_figure(path, "Calibration", results) as figure:
         axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))
-        below = figure.add_axes((0.13, 0.105, 0.81, 0.17), sharex=axes)
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-        if uncalibrated is not None and metrics["calibration"]["temperature"] != 1:
-            earlier = [
-                entry for entry in calibration_bins(labels, uncalibrated) if entry.num_images
-            ]
+        axes.plot([0, 1], [0, 1], **_CHANCE)
+        if output.temperature != 1:
+            before = calibration_bins(found.labels, calibrated(found.logits))
+            full = [each for each in before if each.num_images]
             axes.plot(
-                [entry.mean_score for entry in earlier], [entry.share_pneumonia for entry in earlier], color=TRAIN,
-                linewidth=1.1, marker="o", markersize=3.5, alpha=0.85, zorder=1.5, label="before calibration",
-            )  # fmt: skip
-        # by bin, to show how little a bin of few images says
-        for entry in full:
-            low, high = wilson_interval(entry.share_pneumonia, entry.num_images)
-            axes.plot([entry.mean_score] * 2, [low, high], color=CURVE, linewidth=1.6, alpha=0.45)
+                [each.mean_score for each in full],
+                [each.share_positive for each in full],
+                color=TRAIN,
+                linewidth=1.1,
+                marker="o",
+                markersize=3.5,
+                alpha=0.85,
+                zorder=1.5,
+                label="before calibration",
+            )
+        full = [each for each in bins if each.num_images]
+        for each in full:  # shows how little a bin of few images says
+            ends = wilson_interval(each.share_positive, each.num_images)
+            axes.plot([each.mean_score] * 2, ends, color=CURVE, linewidth=1.6, alpha=0.45)
         axes.plot(
-            [entry.mean_score for entry in full], [entry.share_pneumonia for entry in full],
-            color=CURVE, linewidth=1.4, marker="o", markersize=6, markeredgecolor=PAPER,
-            label=f"temperature {metrics['calibration']['temperature']:.2f}",
-        )  # fmt: skip
+            [each.mean_score for each in full],
+            [each.share_positive for each in full],
+            color=CURVE,
+            linewidth=1.4,
+            marker="o",
+            markersize=6,
+            markeredgecolor=PAPER,
+            label=f"temperature {output.temperature:.2f}",
+        )
         if len(axes.get_legend_handles_labels()[0]) > 1:
+            place = _style(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2)
             axes.legend(
-                loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2, fontsize=8.5, labelcolor=MUTED,
-                columnspacing=1.2, handlelength=1.6,
-            )  # fmt: skip
-        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="observed share of pneumonia")
+                fontsize=8.5, labelcolor=MUTED, columnspacing=1.2, handlelength=1.6, **place
+            )
+        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=f"observed share of {output.name}")
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.tick_params(labelbottom=False)
-        _say(axes, "ece", metrics, others=("brier",))
-        centres = [(entry.low + entry.high) / 2 for entry in bins]
-        heights = [entry.num_images for entry in bins]
-        below.bar(centres, heights, width=0.09, color=CURVE, alpha=0.35)
-        below.set(
-            xlabel="score: predicted probability of pneumonia",
-            ylabel="images",
-            ylim=(0, max(1, *heights) * 1.3),
-        )
-        below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        for centre, height in zip(centres, heights, strict=True):
-            below.annotate(
-                f"{height:,}", (centre, height), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7,
-                color=MUTED,
-            )  # fmt: skip
-        below.xaxis.set_major_formatter(_PERCENT)
+        _print_metric(axes, "ece", "calibration error (ECE)", metrics["ece"])
+        brier = f"Brier score {format_value('brier', metrics['brier'].value)}"
+        _print_small(axes, 0.04, brier)
+        below = figure.add_axes((0.13, 0.105, 0.81, 0.17), sharex=axes)
+        heights = [each.num_images for each in bins]
+        _draw_bins(below, [(each.low + each.high) / 2 for each in bins], heights)
+        below.set_xlabel(f"score: predicted probability of {output.name}")
 
 
-def draw_scores(
-    labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    metrics: Mapping[str, Any],
-    path: Path,
-    *,
-    is_phantom: bool = False,
-) -> None:
-    """Write the histogram of scores of each class; the bars on the wrong side of the threshold
-    are the mistakes.
-    """
-    labels, scores, threshold = (
-        np.asarray(labels),
-        np.asarray(scores, dtype=np.float64),
-        metrics["threshold"],
-    )
-    counts, edges = metrics["counts"], np.linspace(0, 1, 51).tolist()
-    panels = [
-        (0.49, 0, NORMAL, "normal", f"{counts['fp']:,} called pneumonia", scores >= threshold),
-        (0.125, 1, PNEUMONIA, "pneumonia", f"{counts['fn']:,} called normal", scores < threshold),
-    ]
-    with _figure(
-        path, "Scores by class", _split_line(metrics), size=(10.4, 4.4), is_phantom=is_phantom
-    ) as figure:
-        for bottom, label, colour, name, mistakes, is_wrong in panels:
+def draw_scores(scores: Scores, results: SplitResults, path: Path) -> None:
+    """Write the histogram of scores by class; solid bars are on the wrong side of the threshold."""
+    found, output, counts = scores.labelled(), results.main.output, results.main.whole.counts
+    is_called = found.scores >= output.threshold
+    edges = np.linspace(0, 1, 51).tolist()
+    names = [output.opposite, output.name]
+    with _split_figure(path, "Scores by class", results, size=(10.4, 4.4)) as figure:
+        for label, bottom, colour, num_wrong in (
+            (0, 0.49, NORMAL, counts.fp),
+            (1, 0.125, PNEUMONIA, counts.fn),
+        ):
             axes = figure.add_axes((0.185, bottom, 0.785, 0.32))
-            own = labels == label
+            own, is_wrong = found.labels == label, is_called != bool(label)
             axes.hist(
-                [scores[own & is_wrong], scores[own & ~is_wrong]], edges, stacked=True, linewidth=0,
+                [found.scores[own & is_wrong], found.scores[own & ~is_wrong]],
+                edges,
+                stacked=True,
+                linewidth=0,
                 color=[colour, _lighter(colour)],
-            )  # fmt: skip
-            # a few mistakes beside a thousand hits stay visible
+            )
+            # a few mistakes beside a thousand correct calls stay visible
             axes.set_yscale("symlog", linthresh=2, linscale=0.5)
             axes.set(xlim=(0, 1), ylim=(0, max(2.0, axes.get_ylim()[1])))
-            axes.yaxis.set_major_locator(FixedLocator([1, 10, 100, 1_000, 10_000, 100_000]))
+            axes.yaxis.set_major_locator(FixedLocator([10**power for power in range(6)]))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axes.xaxis.set_major_formatter(_PERCENT)
-            axes.axvline(threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-            for line, text, weight, size in (
-                (0.78, name, "bold", 11),
-                (0.58, f"{own.sum():,} images", "normal", 8.5),
+            axes.axvline(output.threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+            wrong = f"{num_wrong:,} called {names[1 - label]}"
+            for height, text, style in (
+                (0.78, names[label], _style(color=colour, fontsize=11, fontweight="bold")),
+                (0.58, f"{own.sum():,} images", _style(color=colour, fontsize=8.5)),
+                (0.40, wrong, _style(color=INK, fontsize=8.5)),
             ):
-                figure.text(
-                    0.022,
-                    bottom + 0.32 * line,
-                    text,
-                    color=colour,
-                    fontweight=weight,
-                    fontsize=size,
-                    va="center",
-                )
-            figure.text(0.0294, bottom + 0.32 * 0.4, mistakes, color=INK, fontsize=8.5, va="center")
-            if label == 0:
-                axes.tick_params(labelbottom=False)
-                shift, side = (-5, "right") if threshold > 0.75 else (5, "left")
-                axes.annotate(
-                    f"threshold {threshold:.3f}", (threshold, 1), xycoords=("data", "axes fraction"),
-                    xytext=(shift, 5), textcoords="offset points", fontsize=8.5, ha=side,
-                )  # fmt: skip
-            else:
-                axes.set_xlabel("score: predicted probability of pneumonia")
+                figure.text(0.022, bottom + 0.32 * height, text, va="center", **style)
+            if label == 1:
+                axes.set_xlabel(f"score: predicted probability of {output.name}")
+                continue
+            axes.tick_params(labelbottom=False)
+            shift, side = (-5, "right") if output.threshold > 0.75 else (5, "left")
+            axes.annotate(
+                f"threshold {output.threshold:.3f}",
+                (output.threshold, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(shift, 5),
+                textcoords="offset points",
+                fontsize=8.5,
+                ha=side,
+            )
 
 
-def draw_abstention(metrics: Mapping[str, Any], path: Path, *, is_phantom: bool = False) -> None:
-    """Write the accuracy of the images that are kept, where more and more are left to a person."""
-    abstention = metrics["abstention"]
-    lines = [
-        ("least sure first", CURVE, "by_doubt"),
-        ("least typical first", SHIFTED, "by_atypicality"),
-    ]
-    with _figure(
-        path,
-        "Leaving images to a person",
-        _split_line(metrics),
-        size=(5.6, 5.6),
-        is_phantom=is_phantom,
-    ) as (figure):
-        axes = figure.add_axes((0.13, 0.105, 0.81, 0.74))
-        curve, lowest = abstention["curve"], 1.0
-        for name, colour, key in lines:
-            values = [entry[key] for entry in curve if key in entry]
+def draw_abstention(scores: Scores, results: SplitResults, path: Path) -> None:
+    """Write the accuracy of the images that are kept as more and more are left to a person."""
+    abstention = results.main.abstention
+    shares = [1 - point.coverage for point in abstention.curve]
+    lines = (
+        ("least certain first", CURVE, [point.by_doubt for point in abstention.curve]),
+        ("least typical first", SHIFTED, [point.by_atypicality for point in abstention.curve]),
+    )
+    with _split_figure(path, "Leaving images to a person", results) as figure:
+        axes = figure.add_axes(_SQUARE_AXES)
+        lowest, style = 1.0, _style(linewidth=2, marker="o", markersize=4)
+        for name, colour, line in lines:
+            values = [value for value in line if value is not None]
             if values:
-                lowest = min([lowest, *values])
-                shares = [1 - entry["coverage"] for entry in curve]
-                axes.plot(
-                    shares, values, color=colour, linewidth=2, marker="o", markersize=4, label=name
-                )
-        kept = abstention["metrics"].get("accuracy", {}).get("value")
-        if _number(kept) is not None:
-            lowest = min(lowest, kept)
-            axes.plot(
-                [abstention["share_review"]], [kept], "o", color=PNEUMONIA, markersize=9, markeredgecolor=PAPER,
-                markeredgewidth=1.5, zorder=5, clip_on=False, label=f"this run's review: {abstention['num_review']:,}",
-            )  # fmt: skip
+                lowest = min(lowest, *values)
+                axes.plot(shares, values, color=colour, label=name, **style)
+        kept = abstention.metrics.get("accuracy", Estimate())
+        if not kept.is_undefined:
+            lowest = min(lowest, kept.value)
+            label = f"this run's review: {abstention.num_review:,}"
+            point = _style(color=PNEUMONIA, clip_on=False, label=label, **_POINT)
+            axes.plot([abstention.share_review], [kept.value], "o", **point)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right", fontsize=8.5, labelcolor=MUTED)
         axes.set(xlabel="share of images left to a person", ylabel="accuracy on the others")
-        axes.set_xlim(0, max(0.5, _number(abstention["share_review"]) or 0.0))
+        axes.set_xlim(0, max(0.5, _number(abstention.share_review) or 0.0))
         axes.set_ylim(max(0.0, math.floor(20 * lowest - 0.2) / 20), 1.002)
         axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.yaxis.set_major_formatter(_PERCENT)
 
 
-def draw_plots(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, metrics: Mapping[str, Any], folder: Path, *,
-    uncalibrated: npt.ArrayLike | None = None, is_phantom: bool = False,
-) -> None:  # fmt: skip
-    """Write all plots of one split under `folder`/plots.
-
-    They are roc, precision_recall, confusion, calibration, scores and abstention.
-    """
-    plots = folder / "plots"
-    draw_roc(labels, scores, metrics, plots / "roc.png", is_phantom=is_phantom)
-    draw_precision_recall(
-        labels, scores, metrics, plots / "precision_recall.png", is_phantom=is_phantom
-    )
-    draw_confusion(metrics, plots / "confusion.png", is_phantom=is_phantom)
-    draw_calibration(
-        labels,
-        scores,
-        metrics,
-        plots / "calibration.png",
-        uncalibrated=uncalibrated,
-        is_phantom=is_phantom,
-    )
-    draw_scores(labels, scores, metrics, plots / "scores.png", is_phantom=is_phantom)
-    draw_abstention(metrics, plots / "abstention.png", is_phantom=is_phantom)
-
-
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """A picture (H, W) under its heat map in [0, 1], of any size, as (H, W, 3) uint8; where it is 0
-    the picture stays.
+    """An image (H, W) under its heat map in [0, 1], of any size, as (H, W, 3) uint8.
 
-    Colours are matplotlib's inferno without its dark end, so that they differ in brightness too;
-    the heat map is scaled to the picture by a triangle filter.
+    Where the heat map is 0 the image is unchanged. Colours are matplotlib's inferno without its
+    dark end, so that they differ in brightness, too.
     """
-    scaled = np.asarray(
-        Image.fromarray(np.asarray(heat, np.float32)).resize(image.shape[::-1], _BILINEAR)
-    )  # (H, W)
-    level = np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
-    opacity = np.linspace(0, _OPACITY, 256, dtype=np.float32)[
-        :, None
-    ]  # (256, 1), as in the colours
-    colours = (
-        opacity
-        * 255
-        * mpl.colormaps["inferno"](np.linspace(0.35, 0.95, 256))[:, :3].astype(np.float32)
-    )
+    bilinear = Image.Resampling.BILINEAR
+    scaled = Image.fromarray(np.asarray(heat, np.float32)).resize(image.shape[::-1], bilinear)
+    level = np.rint(np.asarray(scaled).clip(0, 1) * 255).astype(np.uint8)  # (H, W)
+    opacity = np.linspace(0, _HEAT_OPACITY, 256, dtype=np.float32)[:, None]  # (256, 1)
+    inferno = mpl.colormaps["inferno"](np.linspace(0.35, 0.95, 256))[:, :3].astype(np.float32)
+    colours = opacity * 255 * inferno
     mixed: npt.NDArray[np.uint8] = np.rint(
         (1 - opacity)[level] * image[..., None] + colours[level]
     ).astype(np.uint8)
@@ -451,92 +386,68 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt
 
 @contextmanager
 def _figure(
-    path: Path,
-    title: str,
-    subtitle: str,
-    *,
-    size: tuple[float, float] = (6.2, 4.3),
-    is_phantom: bool,
+    path: Path, title: str, note: str, *, size: tuple[float, float] = (6.2, 4.3)
 ) -> Iterator[Figure]:
-    """A figure with its title and subtitle, written to `path` when the block ends without an
-    error.
-    """
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # plain values are what matplotlib documents
+    """A figure with its heading, written to `path` when the block ends without an error."""
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # its stubs name each key
         figure = Figure(figsize=size, dpi=DPI)
         FigureCanvasAgg(figure)
         left = 0.15 / size[0] + 0.015
-        figure.text(
-            left,
-            1 - TITLE_DOWN / size[1],
-            title,
-            fontsize=TITLE_SIZE,
-            fontweight="bold",
-            va="center",
-        )
-        line = subtitle_of(subtitle, is_phantom=is_phantom)
-        figure.text(
-            left,
-            1 - SUBTITLE_DOWN / size[1],
-            line,
-            fontsize=SUBTITLE_SIZE,
-            color=MUTED,
-            va="center",
-        )
+        bold = _style(fontsize=TITLE_SIZE, fontweight="bold", va="center")
+        small = _style(fontsize=NOTE_SIZE, color=MUTED, va="center")
+        figure.text(left, 1 - TITLE_DOWN / size[1], title, **bold)
+        figure.text(left, 1 - NOTE_DOWN / size[1], note, **small)
         yield figure
         buffer = io.BytesIO()
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Glyph .* missing from font"
-            )  # a name in a script it lacks
-            figure.savefig(
-                buffer, format="png", metadata={"Software": None}
-            )  # no version, no date: comparable bytes
+            # a file name in a script that the font lacks
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            # neither version nor date inside: the same input gives the same bytes
+            figure.savefig(buffer, format="png", metadata={"Software": None})
         figure.clear()
         del figure
-        gc.collect()  # figures are full of cycles: without this a training grew by 5 MiB an epoch
-    write_picture(path, buffer.getvalue())
+        gc.collect()  # figures are full of cycles: a training grew by 5 MiB an epoch
+    write_atomically(path, buffer.getvalue())
 
 
-def _draw_lines(
+@contextmanager
+def _split_figure(
+    path: Path, title: str, results: SplitResults, *, size: tuple[float, float] = _SQUARE
+) -> Iterator[Figure]:
+    """A figure about one split."""
+    note = f"{results.num_images:,} images of {results.num_patients:,} patients"
+    note = note_line(f"{results.split} split", note, is_phantom=results.is_phantom)
+    with _figure(path, title, note, size=size) as figure:
+        yield figure
+
+
+def _draw_series(
     axes: Axes,
-    history: Sequence[Mapping[str, Any]],
-    lines: Sequence[tuple[str, str, str]],
+    epochs: Sequence[int],
+    series: Sequence[tuple[str, str, Sequence[float | None]]],
     *,
-    kind: str,
+    is_share: bool,
 ) -> None:
+    """Draw lines (name, colour, values by epoch) with their names and last values at the right."""
     ends: list[tuple[float, str, str]] = []
-    epochs = [int(row["epoch"]) for row in history]
-    for name, colour, key in lines:
-        values = [_number(row.get(key)) for row in history]
-        known = [value for value in values if value is not None]
-        if not known:
+    known = [[value for value in values if value is not None] for _, _, values in series]
+    for (name, colour, values), shown in zip(series, known, strict=True):
+        if not shown:
             continue
-        marker = "o" if len(known) <= 40 else None
-        axes.plot(
-            epochs,
-            [math.nan if value is None else value for value in values],
-            color=colour,
-            linewidth=2,
-            marker=marker,
-            markersize=3.5,
-            label=name,
-        )
-        text = f"{100 * known[-1]:.1f} %" if kind == "accuracy" else f"{known[-1]:.3f}"
-        ends.append((known[-1], f"{name}\n{text}", colour))
+        style = _style(linewidth=2, marker="o" if len(shown) <= 40 else None, markersize=3.5)
+        gaps = [math.nan if value is None else value for value in values]
+        axes.plot(epochs, gaps, color=colour, label=name, **style)
+        text = f"{100 * shown[-1]:.1f} %" if is_share else f"{shown[-1]:.3f}"
+        ends.append((shown[-1], f"{name}\n{text}", colour))
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
-    shown = [
-        value
-        for _, _, key in lines
-        for value in (_number(row.get(key)) for row in history)
-        if value is not None
-    ]
-    if kind == "accuracy":
+    everything = list(itertools.chain.from_iterable(known))
+    if is_share:
         axes.yaxis.set_major_formatter(_PERCENT)
-        axes.set_ylim(max(0.0, math.floor(20 * min(shown, default=0.0) - 0.1) / 20), 1)
+        axes.set_ylim(max(0.0, math.floor(20 * min(everything, default=0.0) - 0.1) / 20), 1)
     else:
-        axes.set_ylim(0, 1.08 * max(shown, default=1.0))
+        axes.set_ylim(0, 1.08 * max(everything, default=1.0))
     if len(epochs) > 1:
         axes.set_xlim(epochs[0], epochs[-1])
     elif epochs:
@@ -545,15 +456,12 @@ def _draw_lines(
     low, high = axes.get_ylim()
     heights = _spread([(value - low) / (high - low) for value, _, _ in ends], gap=0.15)
     for height, (_, text, colour) in zip(heights, ends, strict=True):
-        axes.text(
-            1.02, height, text, transform=axes.transAxes, color=colour, va="center", fontsize=8.5
-        )
+        style = _style(transform=axes.transAxes, color=colour, va="center", fontsize=8.5)
+        axes.text(1.02, height, text, **style)
 
 
 def _spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """The heights moved apart so that no two are nearer than `gap`, in their order, within 0 and
-    1.
-    """
+    """The heights, in their order, moved apart by at least `gap`, within 0 and 1."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     placed = list(heights)
     for previous, index in itertools.pairwise(order):
@@ -566,73 +474,55 @@ def _spread(heights: Sequence[float], *, gap: float) -> list[float]:
 
 
 def _square_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
-    axes = figure.add_axes((0.13, 0.105, 0.81, 0.74))
+    axes = figure.add_axes(_SQUARE_AXES)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.yaxis.set_major_formatter(_PERCENT)
     return axes
 
 
-def _mark_operating_point(
-    axes: Axes, x: float, y: float, metrics: Mapping[str, Any], *, below: bool
-) -> None:
-    axes.plot(
-        [x],
-        [y],
-        "o",
-        color=PNEUMONIA,
-        markersize=9,
-        markeredgecolor=PAPER,
-        markeredgewidth=1.5,
-        zorder=5,
-    )
-    right = x < 0.55
+def _draw_bins(axes: Axes, centres: Sequence[float], heights: Sequence[int]) -> None:
+    """Draw how many images each bin has."""
+    axes.bar(centres, heights, width=0.09, color=CURVE, alpha=0.35)
+    axes.set(ylabel="images", ylim=(0, max(1, *heights) * 1.3))
+    axes.xaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    style = _style(textcoords="offset points", ha="center", fontsize=7, color=MUTED)
+    for centre, height in zip(centres, heights, strict=True):
+        axes.annotate(f"{height:,}", (centre, height), xytext=(0, 2), **style)
+
+
+def _mark_threshold(axes: Axes, x: float, y: float, threshold: float) -> None:
+    axes.plot([x], [y], "o", color=PNEUMONIA, **_POINT)
+    is_left = x < 0.55
     axes.annotate(
-        f"threshold {metrics['threshold']:.3f}", (x, y), xytext=(10 if right else -10, -14 if below else 12),
-        textcoords="offset points", color=PNEUMONIA, fontsize=8.5, ha="left" if right else "right", va="center",
-    )  # fmt: skip
-
-
-def _say(axes: Axes, name: str, metrics: Mapping[str, Any], *, others: Sequence[str] = ()) -> None:
-    """Print a metric large in the lower right corner, with its interval, and others small below."""
-    entry = metrics["metrics"][name]
-    titles = {
-        "auroc": "AUROC",
-        "average_precision": "average precision",
-        "ece": "calibration error (ECE)",
-    }
-    axes.text(
-        0.97, 0.20, format_value(name, entry["value"]), transform=axes.transAxes, ha="right", va="center", fontsize=22,
-        fontweight="bold", color=CURVE,
-    )  # fmt: skip
-    interval = format_interval(name, entry["low"], entry["high"])
-    line = titles[name] + (f", 95 % interval {interval}" if interval else "")
-    axes.text(
-        0.97,
-        0.11,
-        line,
-        transform=axes.transAxes,
-        ha="right",
-        va="center",
+        f"threshold {threshold:.3f}",
+        (x, y),
+        xytext=(10 if is_left else -10, -14 if y > 0.25 else 12),
+        textcoords="offset points",
+        color=PNEUMONIA,
         fontsize=8.5,
-        color=MUTED,
+        ha="left" if is_left else "right",
+        va="center",
     )
-    for other in others:
-        text = f"Brier score {format_value(other, metrics['metrics'][other]['value'])}"
-        axes.text(
-            0.97,
-            0.04,
-            text,
-            transform=axes.transAxes,
-            ha="right",
-            va="center",
-            fontsize=8.5,
-            color=MUTED,
-        )
 
 
-def _split_line(metrics: Mapping[str, Any]) -> str:
-    return f"{metrics['split']} split · {metrics['num_images']:,} images of {metrics['num_patients']:,} patients"
+def _print_metric(axes: Axes, name: str, title: str, estimate: Estimate) -> None:
+    """Print a metric large in the lower right corner, with its interval below."""
+    large = _style(fontsize=22, fontweight="bold", color=CURVE, ha="right", va="center")
+    value = format_value(name, estimate.value)
+    axes.text(0.97, 0.20, value, transform=axes.transAxes, **large)
+    interval = format_interval(name, estimate.low, estimate.high)
+    _print_small(axes, 0.11, title + (f", 95 % interval {interval}" if interval else ""))
+
+
+def _print_small(axes: Axes, height: float, text: str) -> None:
+    small = _style(fontsize=8.5, color=MUTED, ha="right", va="center")
+    axes.text(0.97, height, text, transform=axes.transAxes, **small)
+
+
+def _style(**options: object) -> _Style:
+    return options
 
 
 def _lighter(colour: str) -> tuple[float, float, float]:
@@ -640,10 +530,6 @@ def _lighter(colour: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _has_both(labels: npt.ArrayLike) -> bool:
-    return len(np.unique(np.asarray(labels))) == 2
-
-
-def _number(value: Any) -> float | None:
+def _number(value: float | None) -> float | None:
     """The value where it is a finite number, else None."""
     return float(value) if value is not None and math.isfinite(value) else None

@@ -1,127 +1,96 @@
-"""From the scores of one split to the files that show them. `xrai.train` and `xrai.evaluate`
-call it on rank 0.
-"""
+"""From the scores of one split to the files that show them; `xrai.run` calls it on rank 0."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.results.calibration import calibrated
 from xrai.results.folder import RunFolder
-from xrai.results.metrics import evaluate_scores
-from xrai.results.plots import draw_plots, overlay
-from xrai.results.review import REVIEW, needs_review
+from xrai.results.measure import measure
+from xrai.results.review import REVIEW
+from xrai.results.schema import metrics_json
 from xrai.results.sheets import draw_sheet
+from xrai.results.style import note_line
+from xrai.results.types import Baseline, Scores, SplitResults
 
-NUM_PICTURES = 12  # on a sheet
+NUM_SHOWN = 12  # images on a sheet
+
+
+class SplitImages(Protocol):
+    """Gives the images of a split, and what in them is evidence for pneumonia."""
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images (n, H, W) of some rows."""
+
+    def explain(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """The heat maps (n, H, W) in [0, 1] of images (n, H, W)."""
 
 
 def record_scores(
     run: RunFolder,
+    scores: Scores,
     *,
-    split: str,
-    labels: NDArray[np.uint8],
-    logits: NDArray[np.float64],
-    temperature: float,
-    sources: Sequence[str],
-    patients: Sequence[str],
-    subtypes: Sequence[str],
-    threshold: float,
-    threshold_source: str,
-    classes: Sequence[str],
     num_bootstrap: int,
-    is_phantom: bool,
-    atypicality: NDArray[np.float64] | None = None,
-    baselines: Mapping[str, Any] | None = None,
+    baselines: Mapping[str, Baseline],
     folder: str = "",
-    read_images: Callable[[NDArray[np.int64]], NDArray[np.uint8]] | None = None,
-    explain: Callable[[NDArray[np.uint8]], NDArray[np.floating]] | None = None,
+    images: SplitImages | None = None,
     step: int | None = None,
-) -> dict[str, Any]:
-    """Write predictions.csv, metrics.json and plots/ of one split under `folder` of the run; return
-    the metrics.
+) -> SplitResults:
+    """Measure one split; write predictions.csv, metrics.json and plots/ below `folder` of the run.
 
-    All arrays are (N,); scores, the probabilities of the second class, are the logistic function of
-    logit / `temperature`; `patients` are resampled by the bootstrap, and what stands before a key's
-    colon is the image's source group; an `atypicality` above 1 leaves an image to a person.
-    `baselines` are those of `measure_baselines`. With `read_images`, which gives the pictures (n,
-    H, W) of n rows, plots/ also holds a sheet of examples and one of mistakes; with `explain`,
-    which gives their heat maps (n, H, W) in [0, 1], the mistakes under these too. With `step` they,
-    and the precision-recall curve, go to TensorBoard under that step too.
+    With `images`, plots/ also has sheets of examples and of mistakes, these with heat maps. With
+    `step`, the sheets and the precision-recall curve go to TensorBoard, too.
     """
-    scores, uncalibrated = calibrated(logits, temperature), calibrated(logits)
-    groups = [group_of(patient) for patient in patients]
-    metrics = evaluate_scores(
-        labels, scores, threshold=threshold, patients=patients, subtypes=subtypes, groups=groups, split=split,
-        threshold_source=threshold_source, uncalibrated=uncalibrated, temperature=temperature, atypicality=atypicality,
-        num_bootstrap=num_bootstrap,
-    )  # fmt: skip
-    metrics["baselines"] = dict(baselines or {})
-    prefix = f"{folder}/" if folder else ""
-    run.write_predictions(
-        (
-            {
-                "split": split, "source": sources[row], "patient": patients[row], "group": groups[row],
-                "subtype": subtypes[row], "label": classes[int(labels[row])], "score": float(scores[row]),
-                "call": classes[int(scores[row] >= threshold)],
-                "atypicality": None if atypicality is None else float(atypicality[row]),
-                "decision": decide(
-                    scores[row], threshold, None if atypicality is None else atypicality[row], classes=classes
-                ),
-            }
-            for row in range(len(labels))
-        ),
-        name=f"{prefix}predictions.csv",
-    )  # fmt: skip
-    run.write_json(f"{prefix}metrics.json", metrics)
-    plots = run.path / folder / "plots"
-    draw_plots(
-        labels, scores, metrics, run.path / folder, uncalibrated=uncalibrated, is_phantom=is_phantom
+    from xrai.results.plots import draw_plots  # matplotlib: on rank 0 alone
+
+    results = dataclasses.replace(
+        measure(scores, num_bootstrap=num_bootstrap), baselines=dict(baselines)
     )
+    prefix = f"{folder}/" if folder else ""
+    run.write_predictions(prediction_rows(scores), name=f"{prefix}predictions.csv")
+    run.write_json(f"{prefix}metrics.json", metrics_json(results))
+    plots = run.path / folder / "plots"
+    draw_plots(scores, results, plots)
+    sheets = [] if images is None else _draw_sheets(scores, images, plots)
     if step is not None:
+        found = scores.labelled()
         run.add_precision_recall(
-            step, f"precision_recall/final_{split}", labels, scores,
-            description=f"{split} split, the best epoch's weights",
-        )  # fmt: skip
-    if read_images is not None:
-        drawn = _draw_sheets(
-            plots, split=split, labels=labels, scores=scores, threshold=threshold, classes=classes,
-            sources=sources, read_images=read_images, explain=explain,
-            is_phantom=is_phantom,
-        )  # fmt: skip
-        if step is not None:
-            for name in drawn:
-                run.add_picture(step, f"predictions/{name}_{split}", plots / f"{name}.png")
-    run.publish(sorted(_names(plots, run.path)))
-    return metrics
+            step,
+            f"precision_recall/final_{scores.split}",
+            found.labels,
+            found.scores,
+            description=f"{scores.split} split, the best epoch's weights",
+        )
+        for name in sheets:
+            run.add_picture(step, f"predictions/{name}_{scores.split}", plots / f"{name}.png")
+    run.publish(sorted(path.relative_to(run.path).as_posix() for path in plots.glob("*.png")))
+    return results
 
 
-def group_of(patient: str) -> str:
-    """The source group of a patient key, the part before its colon; empty where the key states
-    none.
-    """
-    group, colon, _ = patient.partition(":")
-    return group if colon and group != "file" else ""
+def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
+    """The rows of predictions.csv, for networks with one output."""
+    names, labels, called = scores.classes, scores.labels[:, 0], scores.calls[:, 0].astype(int)
+    for row, source in enumerate(scores.sources):
+        call = names[called[row]]
+        yield {
+            "split": scores.split,
+            "source": source,
+            "patient": scores.patients[row],
+            "group": scores.groups[row],
+            "subtype": scores.subtypes[row],
+            "label": names[labels[row]],
+            "score": float(scores.probabilities[row, 0]),
+            "call": call,
+            "atypicality": None if scores.atypicality is None else float(scores.atypicality[row]),
+            "decision": REVIEW if scores.in_review[row] else call.lower(),
+        }
 
 
-def decide(
-    score: float, threshold: float, atypicality: float | None, *, classes: Sequence[str]
-) -> str:
-    """What to tell people of one image: `review` where it is unlike the training images, else
-    its class.
-    """
-    if atypicality is not None and needs_review(float(atypicality)):
-        return REVIEW
-    return classes[int(score >= threshold)].lower()
-
-
-def pick_examples(labels: NDArray[np.uint8], *, num: int = NUM_PICTURES) -> NDArray[np.int64]:
-    """Up to `num` rows, as many of each class as there are: the first ones, which are a random
-    sample of a split.
-    """
+def pick_examples(labels: NDArray[np.integer], *, num: int = NUM_SHOWN) -> NDArray[np.int64]:
+    """The first rows of each class in turn, up to `num`; rows are in random order."""
     rank_in_class = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
@@ -131,86 +100,62 @@ def pick_examples(labels: NDArray[np.uint8], *, num: int = NUM_PICTURES) -> NDAr
 
 
 def pick_mistakes(
-    labels: NDArray[np.uint8],
+    labels: NDArray[np.integer],
     scores: NDArray[np.float64],
     *,
     threshold: float,
-    num: int = NUM_PICTURES,
+    num: int = NUM_SHOWN,
 ) -> NDArray[np.int64]:
-    """Up to `num` rows: those that are called wrong first, and of these (and the others) the
-    largest errors first.
-    """
+    """Up to `num` rows: wrong calls first, and the largest errors first within each kind."""
     is_right = (scores >= threshold) == labels.astype(bool)
     order = np.lexsort((-np.abs(labels - scores), is_right))
     return order[:num].astype(np.int64)
 
 
-def _draw_sheets(
-    plots: Path,
-    *,
-    split: str,
-    labels: NDArray[np.uint8],
-    scores: NDArray[np.float64],
-    threshold: float,
-    classes: Sequence[str],
-    sources: Sequence[str],
-    read_images: Callable[[NDArray[np.int64]], NDArray[np.uint8]],
-    explain: Callable[[NDArray[np.uint8]], NDArray[np.floating]] | None,
-    is_phantom: bool,
-) -> list[str]:
-    """Write examples.png, mistakes.png and, where they can be explained, overlays.png; return
-    their names.
-    """
-    is_right = (scores >= threshold) == labels
-    note = f"label and score; {np.count_nonzero(~is_right):,} of {len(labels):,} called wrong at {threshold:.3f}"
+def _draw_sheets(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
+    """Write examples.png, mistakes.png and overlays.png; return their names."""
+    from xrai.results.plots import overlay
+
+    found, output, split = scores.labelled(), scores.outputs[0], scores.split
+    is_wrong = (found.scores >= output.threshold) != found.labels.astype(bool)
+    note = (
+        f"label and score; {is_wrong.sum():,} of {len(is_wrong):,} misclassified at "
+        f"{output.threshold:.3f}"
+    )
 
     def draw(
-        name: str,
-        pictures: Sequence[NDArray[np.uint8]],
-        titles: Sequence[str],
-        marks: Sequence[str],
+        name: str, shown: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[str, str]], title: str
     ) -> None:
-        heading = {
-            "examples": f"Examples of the {split} split",
-            "mistakes": f"The images of the {split} split that it got most wrong",
-            "overlays": f"The images of the {split} split that it got most wrong, and their heat maps",
-        }[name]
-        ending = "; a heat map is no localiser" if name == "overlays" else ""
-        draw_sheet(
-            pictures, titles, plots / f"{name}.png", marks=marks, heading=heading, note=note + ending,
-            is_phantom=is_phantom,
-        )  # fmt: skip
+        titles, marks = zip(*texts, strict=True)
+        ending = "; a heat map does not localise disease" if name == "overlays" else ""
+        line = note_line(note + ending, is_phantom=scores.is_phantom)
+        path = plots / f"{name}.png"
+        draw_sheet(shown, titles, path, heading=title, note=line, marks=marks)
 
-    drawn = []
-    for name, rows in (
-        ("examples", pick_examples(labels)),
-        ("mistakes", pick_mistakes(labels, scores, threshold=threshold)),
-    ):
-        pictures = read_images(rows)
-        titles = [PurePosixPath(sources[row]).name for row in rows]
-        marks = [
-            f"{classes[int(labels[row])]}  {scores[row]:.3f}" + ("" if is_right[row] else "  wrong")
+    def texts_of(rows: NDArray[np.int64]) -> list[tuple[str, str]]:
+        return [
+            (
+                PurePosixPath(scores.sources[found.rows[row]]).name,
+                f"{scores.classes[found.labels[row]]}  {found.scores[row]:.3f}"
+                + ("  wrong" if is_wrong[row] else ""),
+            )
             for row in rows
         ]
-        draw(name, list(pictures), titles, marks)
-        drawn.append(name)
-        if name == "mistakes" and explain is not None and len(rows):
-            pairs = zip(pictures, explain(pictures), strict=True)
-            shown = [each for image, heat in pairs for each in (image, overlay(image, heat))]
-            blank = [""] * len(rows)
-            draw(
-                "overlays",
-                shown,
-                _alternate(titles, blank),
-                _alternate(marks, ["heat map"] * len(rows)),
-            )
-            drawn.append("overlays")
-    return drawn
 
-
-def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    return [each for pair in zip(first, second, strict=True) for each in pair]
-
-
-def _names(folder: Path, root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in folder.glob("*.png")]
+    examples = pick_examples(found.labels)
+    draw(
+        "examples",
+        list(images.read(found.rows[examples])),
+        texts_of(examples),
+        f"Examples of the {split} split",
+    )
+    worst = pick_mistakes(found.labels, found.scores, threshold=output.threshold)
+    pixels, texts = images.read(found.rows[worst]), texts_of(worst)
+    title = f"The largest errors on the {split} split"
+    draw("mistakes", list(pixels), texts, title)
+    heats = images.explain(pixels)
+    pairs = zip(pixels, heats, strict=True)
+    shown = [each for image, heat in pairs for each in (image, overlay(image, heat))]
+    beside = [text for each in texts for text in (each, ("", "heat map"))]
+    draw("overlays", shown, beside, f"{title}, with heat maps")
+    return ["examples", "mistakes", "overlays"]

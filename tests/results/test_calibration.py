@@ -1,0 +1,112 @@
+"""Calibration and the threshold: the best of all that can be tried, and clear refusals."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.results.small import scored_images
+from xrai.errors import XraiError
+from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
+
+
+@given(scored_images())
+@settings(deadline=None, max_examples=150)
+def test_the_chosen_threshold_has_the_largest_youden_index_of_all(
+    images: tuple[list[int], list[float]],
+) -> None:
+    labels, scores = np.array(images[0]), np.array(images[1])
+
+    def youden(threshold: float) -> int:
+        calls = scores >= threshold
+        return int(
+            (calls & (labels == 1)).sum() * (labels == 0).sum()
+            - (calls & (labels == 0)).sum() * labels.sum()
+        )
+
+    best = max(youden(threshold) for threshold in [*scores, 2.0])
+    assert youden(choose_threshold(labels, scores)) == best
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        ([0, 1], [0.2, 0.8], 0.5),
+        ([0, 0, 1, 1], [0.1, 0.3, 0.4, 0.9], 0.35),
+        ([0, 1], [0.5, 0.5], 0.5),  # no threshold is better than none
+        (
+            [1, 0],
+            [0.2, 0.8],
+            0.1,
+        ),  # the wrong way round: all or nothing, and all is the lower plateau
+        (
+            [0, 0, 1, 0, 1, 1],
+            [0.1, 0.2, 0.25, 0.5, 0.9, 0.95],
+            0.7,
+        ),  # two plateaus of equal J: the wider one
+        ([0, 1, 0, 1], [0.2, 0.6, 0.6, 0.9], 0.55),
+        ([0, 1], [0.0, 5e-324], 5e-324),  # neighbouring numbers have no middle
+    ],
+)
+def test_the_chosen_threshold_is_the_middle_of_the_widest_best_plateau(
+    labels: list[int], scores: list[float], expected: float
+) -> None:
+    assert choose_threshold(labels, scores) == pytest.approx(expected, abs=1e-12)
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    assert choose_threshold(
+        np.array(labels)[shuffled], np.array(scores)[shuffled]
+    ) == choose_threshold(labels, scores)
+
+
+def test_a_threshold_needs_both_classes() -> None:
+    with pytest.raises(XraiError, match="none of them is normal"):
+        choose_threshold([1, 1], [0.2, 0.4])
+    with pytest.raises(XraiError, match="none of them is pneumonia"):
+        choose_threshold([0], [0.2])
+
+
+@given(scored_images(), st.floats(0.1, 8))
+@settings(deadline=None, max_examples=40)
+def test_the_temperature_has_the_smallest_log_loss_of_all(
+    images: tuple[list[int], list[float]], stretch: float
+) -> None:
+    labels, logits = np.array(images[0]), stretch * (np.array(images[1]) * 6 - 3)
+    temperature = fit_temperature(labels, logits)
+
+    def log_loss(tried: float) -> float:
+        return float(np.logaddexp(0, np.where(labels == 1, -logits, logits) / tried).mean())
+
+    assert 0.05 <= temperature <= 20
+    for tried in (*np.geomspace(0.05, 20, 60), temperature * 0.99, temperature * 1.01):
+        if 0.05 <= tried <= 20:
+            assert log_loss(temperature) <= log_loss(tried) + 1e-12
+
+
+def test_the_temperature_undoes_the_stretching_of_calibrated_logits() -> None:
+    generator = np.random.default_rng(1)
+    logits = generator.normal(0, 2, 40_000)
+    labels = (generator.random(40_000) < calibrated(logits)).astype(int)
+    assert fit_temperature(labels, logits) == pytest.approx(1, abs=0.03)
+    assert fit_temperature(labels, 3.5 * logits) == pytest.approx(3.5, rel=0.03)
+    assert calibrated([0.0, 3.5, -1e9, 1e9], 3.5) == pytest.approx(
+        [0.5, 1 / (1 + math.exp(-1)), 0, 1]
+    )
+    with pytest.raises(
+        XraiError, match="no temperature can be chosen on 2 images: none of them is normal"
+    ):
+        fit_temperature([1, 1], [0.2, 0.4])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1])
+def test_a_score_that_is_no_probability_is_refused_with_its_row(bad: float) -> None:
+    with pytest.raises(XraiError, match=r"row 2 is .* \(1 of 3 are wrong\)"):
+        choose_threshold([0, 1, 1], [0.1, 0.2, bad])
+
+
+def test_scores_have_the_shape_of_their_logits() -> None:
+    logits = np.array([[0.0, 2.0], [-2.0, 1e9]])
+    assert calibrated(logits, 2.0) == pytest.approx(
+        np.array([[0.5, 1 / (1 + math.exp(-1))], [1 / (1 + math.exp(1)), 1]])
+    )

@@ -1,0 +1,125 @@
+"""95 % intervals of metrics, by patient.
+
+Percentiles over resamples of whole patients, because one patient's images are alike (Efron and
+Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). Where there are too few errors to
+resample, a proportion has Wilson's interval, and an AUROC of which all resamples agree has
+Newcombe's, both counted in patients.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from xrai.results.calibration import Floats
+from xrai.results.metrics import METRICS, Sample
+from xrai.results.types import Estimate
+
+CONFIDENCE = 0.95
+Key = tuple[str, str]  # of a sample: the kind of a selection of images, and its name
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+_MIN_EVENTS = 5  # patients right, or wrong; fewer make resamples of a proportion uninformative
+_RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
+_WEIGHTS_AT_ONCE = 2**18  # resamples times images of a large split: ten arrays of 2 MiB
+_ROUNDING = 1e-9  # resamples that differ by less agree
+_MIN_DEFINED_SHARE = 0.9  # of resamples in which a metric is defined
+
+# the images that a proportion is a share of
+_DENOMINATORS: Mapping[str, Callable[[Sample], npt.NDArray[np.bool_]]] = {
+    "accuracy": lambda sample: np.ones(len(sample.labels), dtype=bool),
+    "sensitivity": lambda sample: sample.labels == 1,
+    "specificity": lambda sample: sample.labels == 0,
+    "ppv": lambda sample: sample.calls == 1,
+    "npv": lambda sample: sample.calls == 0,
+    "sensitivity_at_specificity_90": lambda sample: sample.labels == 1,
+    "specificity_at_sensitivity_90": lambda sample: sample.labels == 0,
+}
+
+
+def bootstrap(
+    samples: Mapping[Key, Sample], *, num_patients: int, num_bootstrap: int, seed: int
+) -> dict[Key, dict[str, Floats]]:
+    """Each sample's metrics (num_bootstrap,) over the same resamples of patients."""
+    generator = np.random.default_rng(seed)
+    num_images = max(len(sample.labels) for sample in samples.values())
+    at_once = max(1, min(_RESAMPLES_AT_ONCE, _WEIGHTS_AT_ONCE // max(num_images, num_patients, 1)))
+    parts: dict[Key, list[dict[str, Floats]]] = {key: [] for key in samples}
+    for start in range(0, num_bootstrap if num_patients else 0, at_once):
+        num_rows = min(at_once, num_bootstrap - start)
+        drawn = generator.integers(0, num_patients, size=(num_rows, num_patients))
+        drawn += np.arange(num_rows)[:, None] * num_patients
+        weights = np.bincount(drawn.ravel(), minlength=num_rows * num_patients)
+        times_drawn = weights.reshape(num_rows, num_patients).astype(np.float64)
+        for key, sample in samples.items():
+            parts[key].append(sample.resampled(times_drawn))
+    return {
+        key: {name: np.concatenate([part[name] for part in found]) for name in METRICS}
+        if found
+        else dict.fromkeys(METRICS, np.zeros(0))
+        for key, found in parts.items()
+    }
+
+
+def estimate_all(sample: Sample, resampled: Mapping[str, Floats]) -> dict[str, Estimate]:
+    """Every metric of a sample with its interval, or with the reason why it has none."""
+    num_patients, values = len(np.unique(sample.patient_of)), sample.values()
+    found = {}
+    for name, info in METRICS.items():
+        value = values[name]
+        if math.isnan(value):
+            found[name] = Estimate(reason=info.undefined)
+        elif num_patients < 2:
+            found[name] = Estimate(value, reason="one patient alone cannot be resampled")
+        else:
+            found[name] = _estimate(name, value, sample, resampled[name])
+    return found
+
+
+def _estimate(name: str, value: float, sample: Sample, resampled: Floats) -> Estimate:
+    if name in _DENOMINATORS:
+        num_patients = len(np.unique(sample.patient_of[_DENOMINATORS[name](sample)]))
+        # where each patient has one image the product is a whole number
+        if min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5:
+            return Estimate(value, *wilson_interval(value, num_patients), "wilson")
+    defined = resampled[np.isfinite(resampled)]
+    if len(defined) and len(defined) >= _MIN_DEFINED_SHARE * len(resampled):
+        tail = 100 * (1 - CONFIDENCE) / 2
+        low, high = (float(edge) for edge in np.percentile(defined, [tail, 100 - tail]))
+        if high - low > _ROUNDING:
+            return Estimate(value, low, high, "bootstrap")
+    if name == "auroc":
+        positive, negative = (
+            len(np.unique(sample.patient_of[sample.labels == label])) for label in (1, 0)
+        )
+        return Estimate(value, *newcombe_interval(value, positive, negative), "newcombe")
+    return Estimate(value, reason="too few resamples define it, or all give the same")
+
+
+def wilson_interval(share: float, number: float) -> tuple[float, float]:
+    """The score interval of a proportion of `number` (Wilson 1927); not empty at 0 or 1."""
+    centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
+    spread = math.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2))
+    half = _Z / (1 + _Z**2 / number) * spread
+    return 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half
+
+
+def newcombe_interval(area: float, num_positive: int, num_negative: int) -> tuple[float, float]:
+    """The score interval of an AUROC (Newcombe 2006, part 2, method 5); not empty at 0 or 1."""
+
+    def excess(theta: float) -> float:
+        """Above 0 where theta is further from the area than its own standard error allows."""
+        half = (num_positive + num_negative) / 2 - 1
+        spread = 1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta)
+        variance = theta * (1 - theta) * spread / (num_positive * num_negative)
+        return (theta - area) ** 2 - _Z**2 * variance
+
+    edges = []
+    for outside in (0.0, 1.0):
+        inside = area
+        for _ in range(60):
+            middle = (outside + inside) / 2
+            outside, inside = (middle, inside) if excess(middle) > 0 else (outside, middle)
+        edges.append(inside)
+    return edges[0], edges[1]
