@@ -55,8 +55,7 @@ def main() -> None:
         help="NAME=DIR, a folder of pictures; may be repeated",
     )
     flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_model(open_store(flags.run), folder=Path(folder))
+    model = load_model(open_store(flags.run))
     print(
         f"{'kind':<34} {'n':>6} {'review':>8} {'median':>8}   (atypicality; above 1 is left to review)"
     )
@@ -204,7 +203,7 @@ def read_folder(folder: Path, model: TrainedModel) -> tuple[Pictures, int]:
                     path.read_bytes(),
                     size=model.image_size,
                     fit=model.fit,
-                    max_pixels=model.max_pixels,
+                    max_pixels=model.images.max_pixels,
                 )
             )
         except ImageError:

@@ -46,6 +46,7 @@ from xrai.ingest.images import decode
 from xrai.ingest.layout import Entry, lay_out
 from xrai.ingest.sources import Source, open_source
 from xrai.learning.predictor import TrainedModel, load_model
+from xrai.results.calibration import calibrated
 from xrai.store import open_store
 
 NUM_FOLDS = 5
@@ -93,8 +94,7 @@ def main() -> None:
                     "--run_id", f"seed-{seed}", f"--train.seed={seed}", *flags.options, processes=flags.processes,
                 )  # fmt: skip
                 seconds = time.monotonic() - began
-                with tempfile.TemporaryDirectory() as cache:
-                    model = load_model(open_store(str(place / f"seed-{seed}")), folder=Path(cache))
+                model = load_model(open_store(str(place / f"seed-{seed}")))
                 for framing, height in FRAMINGS.items():
                     measured = measure(model, source, held_out, normal_height=height)
                     results.append(
@@ -181,7 +181,7 @@ def measure(
         )
         grey = torch.from_numpy(pictures)[:, None].float() / 255  # (B, 1, H, W)
         logits, atypicality = model.typicality.atypicality(model.network, grey)
-        scores.append(model.probabilities(logits.double().numpy()))
+        scores.append(calibrated(logits.double().numpy(), model.temperature))
         reviews.append(atypicality.numpy() > 1)
     probabilities = np.concatenate(scores)
     calls = probabilities >= model.threshold
@@ -206,7 +206,7 @@ def read(model: TrainedModel, source: Source, path: str, *, height: float) -> ND
         margin = whole.height * (1 - height) / 2
         box = (0, margin, whole.width, whole.height - margin)
         data = np.asarray(whole.resize(whole.size, Image.Resampling.BILINEAR, box=box))
-    return decode(data, size=model.image_size, fit=model.fit, max_pixels=model.max_pixels)
+    return decode(data, size=model.image_size, fit=model.fit, max_pixels=model.images.max_pixels)
 
 
 def show(row: dict[str, Any]) -> None:

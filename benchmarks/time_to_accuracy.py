@@ -124,7 +124,7 @@ def measure_run(
     with (scratch / "run" / "history.csv").open(newline="") as file:
         history = list(csv.DictReader(file))
     summary = open_store(str(scratch / "run")).read("summary.json")
-    model = load_model(open_store(str(scratch / "run")), folder=scratch)
+    model = load_model(open_store(str(scratch / "run")))
     opened = open_source(source)
     entries = [entry for entry in lay_out((file.path for file in opened.files()), source=source).entries
                if is_held_out(entry, TRAINING)]  # fmt: skip

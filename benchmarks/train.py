@@ -44,8 +44,8 @@ from xrai.dataset.loader import Batch, Loader
 from xrai.learning import optim
 from xrai.learning.augment import augment
 from xrai.learning.distributed import join
-from xrai.learning.loop import EpochResult, Precision, fit
-from xrai.learning.model import ResNet
+from xrai.learning.loop import EpochResult, Precision, Setup, fit
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model
 from xrai.train import class_counts
 
@@ -195,11 +195,16 @@ def measure_turns(*, scratch: Path, dataset: str, turns: int, threads: int) -> d
     observer = Between(alternating.batches, config, log_odds=float(np.log(counts[1] / counts[0])))
     torch.manual_seed(0)
     with join(timeout_s=60) as ranks:
-        fit(
-            build_model(config.model), config, ranks=ranks, train=alternating, val=val, class_counts=counts,
-            val_labels=val.labels, name_of=str, observer=observer, checkpoints=None, facts={}, resumed=None,
-            asked_to_stop=lambda: False,
-        )  # fmt: skip
+        setup = Setup(
+            config,
+            ranks,
+            alternating,
+            val,
+            class_counts=counts,
+            val_labels=val.labels,
+            observer=observer,
+        )
+        fit(build_model(config.model), setup)
     return {name: statistics.median(values) for name, values in observer.figures.items()}
 
 
@@ -319,12 +324,16 @@ def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
         val = Loader(dataset, split="val", batch_size=config.evaluate.batch_size, **options)
         torch.manual_seed(0)
         observer = Rates()
-        fit(
-            build_model(config.model), config, ranks=ranks, train=loader, val=val,
-            class_counts=class_counts(loader.index), val_labels=val.labels, name_of=str,
-            observer=observer if ranks.is_main else None, checkpoints=None, facts={}, resumed=None,
-            asked_to_stop=lambda: False,
-        )  # fmt: skip
+        setup = Setup(
+            config,
+            ranks,
+            loader,
+            val,
+            class_counts=class_counts(loader.index),
+            val_labels=val.labels,
+            observer=observer if ranks.is_main else None,
+        )
+        fit(build_model(config.model), setup)
         if ranks.is_main:
             rate = statistics.median(observer.images_per_s[1:])  # the first epoch is warm-up
             told.write_text(json.dumps({"images_per_s": rate}))

@@ -15,8 +15,8 @@ from xrai.config import Config, Images
 from xrai.config import Model as ModelConfig
 from xrai.ingest.images import decode
 from xrai.learning.distributed import join
-from xrai.learning.model import ResNet
-from xrai.learning.predictor import build_model, save_model
+from xrai.learning.network import ResNet
+from xrai.learning.predictor import TrainedModel, build_model, save_model
 from xrai.learning.typicality import fit_typicality
 from xrai.phantom import draw_phantom, plan
 
@@ -74,8 +74,16 @@ def save_run(
         typicality = fit_typicality(network, loader, loader, ranks=ranks)
     run = folder / run_id
     run.mkdir(parents=True)
-    save_model(
-        run / "model.pt", network, config=config, classes=("NORMAL", "PNEUMONIA"), threshold=threshold,
-        temperature=temperature, typicality=typicality, run_id=run_id, fingerprint=FINGERPRINT,
-    )  # fmt: skip
+    trained = TrainedModel(
+        network,
+        config.model,
+        config.images,
+        ("NORMAL", "PNEUMONIA"),
+        threshold,
+        temperature,
+        typicality,
+        run_id,
+        FINGERPRINT,
+    )
+    save_model(run / "model.pt", trained)
     return run

@@ -22,6 +22,7 @@ from xrai.dataset.loader import Loader
 from xrai.errors import UserError
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import load_model
+from xrai.results.calibration import calibrated
 from xrai.store import open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
@@ -132,13 +133,12 @@ def test_the_model_file_alone_gives_the_same_scores(
     finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path, tmp_path: Path
 ):
     folder, _ = finished
-    model = load_model(open_store(str(folder)), folder=tmp_path)
+    model = load_model(open_store(str(folder)))
     assert (model.image_size, model.fit, model.classes) == (32, "crop", ("NORMAL", "PNEUMONIA"))
     batch = next(Loader(str(dataset), split="test", batch_size=1000).epoch(0))
     with torch.inference_mode():
-        scores = model.probabilities(
-            model.network(torch.from_numpy(batch.images) / 255).double().numpy()
-        )
+        logits = model.network(torch.from_numpy(batch.images) / 255).double().numpy()
+    scores = calibrated(logits, model.temperature)
     with (folder / "predictions.csv").open(newline="") as file:
         written = [float(row["score"]) for row in csv.DictReader(file)]
     assert scores == pytest.approx(np.array(written), abs=1e-5)
@@ -324,9 +324,7 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
         *common, "--run_id=warm", *SMALL, "--train.epochs=1", "--optim.lr=1e-9", capsys=capsys
     )
     assert (status, lines) == (0, [])
-    warm, first = (
-        load_model(open_store(str(place)), folder=tmp_path) for place in (tmp_path / "warm", folder)
-    )
+    warm, first = (load_model(open_store(str(place))) for place in (tmp_path / "warm", folder))
     for name, tensor in first.network.state_dict().items():
         assert torch.allclose(warm.network.state_dict()[name], tensor, atol=1e-5), name
 

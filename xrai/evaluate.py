@@ -7,8 +7,6 @@ results of each split go into the run's folder below evaluate/, the same files a
 """
 
 import json
-import tempfile
-from pathlib import Path
 
 import torch
 import yaml
@@ -49,8 +47,7 @@ def main() -> None:
         )
     dataset = flags["dataset"]
     loaders = [open_split(config, dataset, split) for split in parse_splits(flags["split"])]
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_model(open_store(flags["run"]), folder=Path(folder))
+    model = load_model(open_store(flags["run"]))
     refuse_other_pixels(model, loaders[0])
     scored = score(model, loaders, config)
     run = RunFolder(artifacts or ".", run_id)

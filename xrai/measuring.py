@@ -13,14 +13,13 @@ from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from xrai.dataset.loader import Loader
 from xrai.dataset.manifest import parse_manifest
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import Predictions
 from xrai.results.baselines import (
     MAX_IMAGES,
@@ -41,7 +40,7 @@ class Measuring:
     """A trained network, how its logit is read, and the run that its results go to."""
 
     run: RunFolder
-    network: nn.Module
+    network: ResNet
     output: Output
     num_bootstrap: int
     known: Looks | None  # training images of the same data set, for the baselines
@@ -89,7 +88,7 @@ class _Images:
     """The images of a split and what a network sees in them."""
 
     loader: Loader
-    network: nn.Module
+    network: ResNet
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The images (n, H, W) of some rows."""
@@ -100,7 +99,6 @@ class _Images:
 
     def explain(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The heat maps (n, H, W) in [0, 1] of images (n, H, W)."""
-        assert isinstance(self.network, ResNet)
         weight = next(self.network.parameters())
         grey = to_grey(np.ascontiguousarray(images[:, None]), weight.device, weight.dtype)
         heats: NDArray[np.float32] = grad_cam(self.network, grey).float().cpu().numpy()

@@ -9,7 +9,6 @@ never a missing row.
 import functools
 import glob
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,9 +28,10 @@ from xrai.ingest.images import decode
 from xrai.ingest.sources import FolderSource, Source, open_source
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
-from xrai.learning.model import fold_filters
+from xrai.learning.network import fold_filters
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.log import get_logger
+from xrai.results.calibration import calibrated
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64
@@ -85,7 +85,7 @@ class Pipeline:
         device: torch.device | None = None,
     ) -> None:
         self.model = model
-        self.max_pixels = max_pixels or model.max_pixels
+        self.max_pixels = max_pixels or model.images.max_pixels
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = fold_filters(model.network).to(self._device)
         self._typicality = model.typicality.to(self._device)
@@ -145,9 +145,8 @@ class Pipeline:
         """
         with torch.inference_mode():
             logits, atypicality = self._typicality.atypicality(self._network, self._grey(pictures))
-        return self.model.probabilities(
-            logits.double().cpu().numpy()
-        ), atypicality.double().cpu().numpy()
+        scores = calibrated(logits.double().cpu().numpy(), self.model.temperature)
+        return scores, atypicality.double().cpu().numpy()
 
     def explain(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Heat maps (n, size, size) in [0, 1] of fitted pictures (n, size, size); see
@@ -218,9 +217,7 @@ class _Pixels:
 
 def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:
     """The pipeline of the finished run at an address; `xrai.load` says more."""
-    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-        model = load_model(open_store(run), folder=Path(folder))
-    return Pipeline(model, max_pixels=max_pixels)
+    return Pipeline(load_model(open_store(run)), max_pixels=max_pixels)
 
 
 # -------------------------------------------------------------------------------------------- files

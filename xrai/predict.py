@@ -111,7 +111,9 @@ def fit_to_run(images: Images, model: TrainedModel) -> Images:
             raise RunError(
                 f"images.{key} = {value!r}, but run {model.run_id} was trained with {own!r}: leave the key out"
             )
-    max_pixels = model.max_pixels if images.max_pixels == Images().max_pixels else images.max_pixels
+    max_pixels = (
+        model.images.max_pixels if images.max_pixels == Images().max_pixels else images.max_pixels
+    )
     return replace(images, size=model.image_size, fit=model.fit, max_pixels=max_pixels)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,8 @@ from xrai.errors import RunError
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.loop import EpochResult, resolve_precision
-from xrai.learning.predictor import MODEL_FILE, Predictions, save_model
+from xrai.learning.network import ResNet
+from xrai.learning.predictor import MODEL_FILE, Predictions, TrainedModel, save_model
 from xrai.learning.typicality import Typicality
 from xrai.log import get_logger
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
@@ -45,7 +46,7 @@ _logger = get_logger(__name__)
 class Trained:
     """The best epoch's network, and what it gives for the images that it was not trained on."""
 
-    network: torch.nn.Module
+    network: ResNet
     epoch: int  # counted from 1
     typicality: Typicality
     scored: dict[str, Predictions]  # by split
@@ -139,7 +140,7 @@ class Job:
                ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")},
         }  # fmt: skip
         self.run.add_precision_recall(
-            result.step, "precision_recall/val", labels, result.val.probabilities[0]
+            result.step, "precision_recall/val", labels, calibrated(result.val.logits[0])
         )
         self.run.append_history(row)
         self._draw_curves()
@@ -227,17 +228,18 @@ class Job:
         return results
 
     def _save_model(self, trained: Trained, output: Output) -> None:
-        save_model(
-            self.run.path / MODEL_FILE,
+        model = TrainedModel(
             trained.network,
-            config=self.config,
-            classes=self.index.classes,
-            threshold=output.threshold,
-            temperature=output.temperature,
-            typicality=trained.typicality,
-            run_id=self.run.run_id,
-            fingerprint=self.index.fingerprint,
+            self.config.model,
+            self.config.images,
+            self.index.classes,
+            output.threshold,
+            output.temperature,
+            trained.typicality,
+            self.run.run_id,
+            self.index.fingerprint,
         )
+        save_model(self.run.path / MODEL_FILE, model)
         self.run.publish([MODEL_FILE])
 
     def _draw_curves(self, *, best_epoch: int | None = None) -> None:

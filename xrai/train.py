@@ -11,7 +11,6 @@ import functools
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError, run_command
 from xrai.learning.distributed import Ranks, join, record_failures
 from xrai.learning.loop import (
+    Setup,
     explaining_memory,
     fit,
     profile_steps,
@@ -120,12 +120,11 @@ def train(
                 ranks.on_main(lambda: first_weights(flags["init_from"], config))
             )
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
-        fit(
-            network,
+        setup = Setup(
             config,
-            ranks=ranks,
-            train=loaders["train"],
-            val=loaders["val"],
+            ranks,
+            loaders["train"],
+            loaders["val"],
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
             name_of=lambda row: str(
@@ -138,6 +137,7 @@ def train(
             asked_to_stop=asked_to_stop,
             profile_path=run.path / "profile.json" if run is not None else None,
         )
+        fit(network, setup)
         best_epoch, weights = ranks.on_main(job.best)
         network = build_model(config.model)
         network.load_state_dict(weights)
@@ -232,9 +232,7 @@ def class_counts(index: DatasetIndex) -> tuple[int, int]:
 
 def first_weights(address: str, config: Config) -> dict[str, torch.Tensor]:
     """The weights of a finished run, for a network of this config."""
-    with tempfile.TemporaryDirectory() as folder:
-        trained = load_model(open_store(address), folder=Path(folder))
-    weights = trained.network.state_dict()
+    weights = load_model(open_store(address)).network.state_dict()
     own = build_model(config.model).state_dict()
     for name, tensor in own.items():
         if name not in weights or weights[name].shape != tensor.shape:

@@ -284,10 +284,7 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_bucket_on_another_machine
     measured = [name for name in rows[0] if name.split("_")[0] in ("train", "val", "shifted")]
     for ours, theirs in zip(rows, history(expected), strict=True):
         assert {name: ours[name] for name in measured} == {name: theirs[name] for name in measured}
-    one, other = (
-        load_model(place, folder=tmp_path / "model").network.state_dict()
-        for place in (store, expected)
-    )
+    one, other = (load_model(place).network.state_dict() for place in (store, expected))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert store.read("predictions.csv") == expected.read("predictions.csv")
     assert last_stored(s3_bucket) == "runs/r/summary.json"
@@ -370,9 +367,7 @@ def test_a_bucket_that_stays_away_is_one_line_that_names_the_folder_and_a_later_
         assert again.ended() == 0, again.text()
     assert "epoch 2:" not in again.text(), "nothing is trained twice"
     check_whole(store)
-    assert load_model(store, folder=tmp_path).threshold == pytest.approx(
-        threshold_of(weights, tmp_path)
-    )
+    assert load_model(store).threshold == pytest.approx(threshold_of(weights, tmp_path))
     assert len(history(store)) == 2
 
 

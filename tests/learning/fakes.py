@@ -129,19 +129,27 @@ def train_discs(
             results.append(result)
             return -result.val_loss
 
+    def is_time_to_stop() -> bool:
+        return stop_after is not None and len(sums) >= stop_after * config.train.accumulation_steps
+
     stopped = False
     optim.image_losses = recorded
     try:
-        loop.fit(
-            network, config, ranks=ranks, train=train,
-            val=FakeLoader(val_images, val_labels, batch_size=16, **share),
-            class_counts=(int((labels == 0).sum()), int(labels.sum())), val_labels=val_labels,
+        setup = loop.Setup(
+            config,
+            ranks,
+            train,
+            FakeLoader(val_images, val_labels, batch_size=16, **share),
+            class_counts=(int((labels == 0).sum()), int(labels.sum())),
+            val_labels=val_labels,
             name_of=lambda row: f"disc-{row}",
-            observer=Watcher() if ranks.is_main else None, checkpoints=checkpoints if ranks.is_main else None,
-            facts={}, resumed=resumed,
+            observer=Watcher() if ranks.is_main else None,
+            checkpoints=checkpoints if ranks.is_main else None,
+            resumed=resumed,
+            asked_to_stop=is_time_to_stop,
             profile_path=profile_path,
-            asked_to_stop=lambda: stop_after is not None and len(sums) >= stop_after * config.train.accumulation_steps,
-        )  # fmt: skip
+        )
+        loop.fit(network, setup)
     except StoppedError:
         stopped = True
     finally:

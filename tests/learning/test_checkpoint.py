@@ -114,14 +114,13 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path):
         folder.save(state_of(step), step=step, epoch=1, score=None)
     newest = tmp_path / "checkpoints/step-000000010.pt"
     data = bytearray(newest.read_bytes())
-    store = open_store(str(tmp_path))
     digest = json.loads((tmp_path / "checkpoints/step-000000010.json").read_text())["sha256"]
     for position in range(0, len(data), len(data) // 9):
         damaged = data.copy()
         damaged[position] ^= 1
         newest.write_bytes(damaged)
         with pytest.raises(CorruptError, match="does not have the hash"):
-            read_state(store, "checkpoints/step-000000010.pt", sha256=digest, folder=tmp_path)
+            read_state(newest, name="the newest", sha256=digest)
 
 
 def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path):
@@ -153,16 +152,16 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path):
 
     (tmp_path / "model.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(CorruptError):
-        read_state(open_store(str(tmp_path)), "model.pt", sha256=None, folder=tmp_path)
+        read_state(tmp_path / "model.pt", name="model.pt")
     torch.save({"model": Evil()}, tmp_path / "model.pt")
     with pytest.raises(CorruptError):
-        read_state(open_store(str(tmp_path)), "model.pt", sha256=None, folder=tmp_path)
+        read_state(tmp_path / "model.pt", name="model.pt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_missing_file_is_not_called_damaged(tmp_path: Path):
     with pytest.raises(NotFoundError):
-        read_state(open_store(str(tmp_path)), "model.pt", sha256=None, folder=tmp_path)
+        read_state(tmp_path / "model.pt", name="model.pt")
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.models import train
 from xrai.learning.explain import MIN_CELLS, grad_cam
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 
 
 def make_discs(

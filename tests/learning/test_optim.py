@@ -7,7 +7,7 @@ from torch import nn
 
 from xrai.config import Optim
 from xrai.learning import optim
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine():

@@ -1,9 +1,5 @@
 """Scores of a split, and the file of a finished run: nothing is lost between them."""
 
-import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +7,18 @@ import pytest
 import torch
 
 from tests.learning.fakes import FakeLoader, make_discs
-from xrai.config import Augment, Config, Images, Model
+from xrai.config import Augment, Images, Model
 from xrai.errors import RunError
 from xrai.learning.distributed import Ranks
-from xrai.learning.model import ResNet
-from xrai.learning.predictor import MODEL_FILE, build_model, load_model, predict_split, save_model
+from xrai.learning.network import ResNet
+from xrai.learning.predictor import (
+    MODEL_FILE,
+    TrainedModel,
+    build_model,
+    load_model,
+    predict_split,
+    save_model,
+)
 from xrai.learning.typicality import Typicality, fit_typicality
 from xrai.store import open_store
 
@@ -35,16 +38,23 @@ def fitted() -> tuple[ResNet, Typicality]:
 
 @pytest.fixture
 def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
-    config = Config(model=Model(width=8), images=Images(size=32))
-    save_model(
-        tmp_path / MODEL_FILE, fitted[0], config=config, classes=("NORMAL", "PNEUMONIA"), threshold=0.25,
-        temperature=1.5, typicality=fitted[1], run_id="discs", fingerprint="f" * 64,
-    )  # fmt: skip
+    trained = TrainedModel(
+        fitted[0],
+        Model(width=8),
+        Images(size=32),
+        ("NORMAL", "PNEUMONIA"),
+        threshold=0.25,
+        temperature=1.5,
+        typicality=fitted[1],
+        run_id="discs",
+        fingerprint="f" * 64,
+    )
+    save_model(tmp_path / MODEL_FILE, trained)
     return tmp_path
 
 
 def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path):
-    model = load_model(open_store(str(run)), folder=run)
+    model = load_model(open_store(str(run)))
     assert (model.threshold, model.temperature, model.run_id, model.image_size) == (
         0.25,
         1.5,
@@ -59,18 +69,11 @@ def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: 
     assert after.atypicality == pytest.approx(before.atypicality, rel=1e-4)
 
 
-def test_probabilities_are_divided_by_the_temperature_and_saturate_without_a_warning(run: Path):
-    model = load_model(open_store(str(run)), folder=run)
-    logits = np.array([[-1e9, -3.0, 0.0], [1.5, 6.0, 1e9]])
-    expected = [[0, 1 / (1 + np.exp(2)), 0.5], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(-4)), 1]]
-    assert model.probabilities(logits) == pytest.approx(np.array(expected), abs=1e-15)
-
-
 def test_a_model_of_another_version_is_refused(run: Path):
     content = torch.load(run / MODEL_FILE, weights_only=True)
     torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
     with pytest.raises(RunError, match="schema version 1, this xrai reads version 2"):
-        load_model(open_store(str(run)), folder=run)
+        load_model(open_store(str(run)))
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -116,39 +119,3 @@ def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(
         images = torch.from_numpy(batch.images).float() / 255
         logits = network(images.contiguous(memory_format=torch.channels_last))
     assert np.array_equal(found.logits[0], logits.double().numpy()[np.argsort(batch.rows)])
-
-
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way"
-)
-def test_freed_memory_is_used_again_without_page_faults():
-    program = """
-import resource, sys, torch
-from xrai.learning.predictor import _keep_freed_memory
-if sys.argv[1] == "keep":
-    _keep_freed_memory()
-def batch():
-    return sum(float(block.sum()) for block in [torch.ones(1 << 20) for _ in range(4)])
-batch(); batch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    batch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    plain = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))
-    }
-
-    def num_faults(how: str) -> int:
-        command = [sys.executable, "-c", program, how]
-        return int(
-            subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
-        )
-
-    if (without := num_faults("as it is")) < 1000:  # of 4,096 pages a batch
-        pytest.skip(
-            f"{without} faults without it, as where all memory is in huge pages: nothing to see"
-        )
-    assert num_faults("keep") < 1000

@@ -14,7 +14,7 @@ from xrai.ingest.images import decode
 from xrai.learning import loop
 from xrai.learning.augment import augment
 from xrai.learning.distributed import Ranks
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model, predict_split
 from xrai.learning.typicality import (
     SHIFT_SEED,
@@ -223,11 +223,16 @@ def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
         FakeLoader(*phantoms[split], batch_size=32, shuffle=split == "train")
         for split in ("train", "val")
     )
-    loop.fit(
-        network, config, ranks=ONE, train=train, val=val, class_counts=(int((labels == 0).sum()), int(labels.sum())),
-        val_labels=phantoms["val"][1], name_of=str, observer=_NoScore(), checkpoints=None, facts={}, resumed=None,
-        asked_to_stop=lambda: False,
-    )  # fmt: skip
+    setup = loop.Setup(
+        config,
+        ONE,
+        train,
+        val,
+        class_counts=(int((labels == 0).sum()), int(labels.sum())),
+        val_labels=phantoms["val"][1],
+        observer=_NoScore(),
+    )
+    loop.fit(network, setup)
     return network, fit_typicality(network, train, val, ranks=ONE)
 
 

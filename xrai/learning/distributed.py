@@ -160,7 +160,7 @@ class Ranks:
         """From now on wait at most so long for the other ranks."""
         if self.world_size > 1:
             for group in {dist.group.WORLD, self._control}:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+                group.set_timeout(timedelta(seconds=timeout_s))
         if self._near is not None:
             self._near.timeout_s = timeout_s
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 
 MIN_CELLS = 8  # a side of the feature maps that are shown
 

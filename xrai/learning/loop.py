@@ -1,8 +1,8 @@
-"""The training loop, in full view.
+"""The training loop, in full view: `fit`, `train_step`, `end_epoch`.
 
-`fit` trains a network over all ranks and leaves it with the averaged weights of its best epoch in
-the checkpoints. What a step does stands here from top to bottom; what an epoch's figures mean and
-where they are shown is the observer's business (the command passes one in).
+`fit` trains a network over all ranks and leaves the averaged weights of its best epoch in the
+checkpoints. How an epoch's results are scored and shown is up to the observer, which the command
+passes in.
 """
 
 import math
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -31,6 +31,7 @@ from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import Predictions, predict_split
 from xrai.log import get_logger, progress
 
+_GO_ON, _STOP_LIMIT, _STOP_ASKED = 0, 1, 2  # the largest of all ranks' values counts
 _logger = get_logger(__name__)
 
 
@@ -41,30 +42,11 @@ class TrainLoader(Loader, Protocol):
         """Seconds of the current epoch, by stage."""
 
 
-@dataclass
-class Progress:
-    """Where training stands: all that is not a tensor, saved with every checkpoint."""
-
-    epoch: int = 0
-    batch: int = 0  # the next one of the epoch
-    step: int = 0  # of the whole run
-    best_score: float = float("-inf")
-    best_epoch: int = -1
-    epochs_without_better: int = 0
-    # sums over this rank's images since the epoch began
-    loss_sum: float = 0.0
-    num_correct: int = 0
-    num_seen: int = 0
-    train_s: float = 0.0  # over all epochs
-
-
 @dataclass(frozen=True)
 class EpochResult:
-    """What an observer is told after each epoch, on every rank the same but for the timings,
-    which are this rank's.
-    """
+    """What the observer is told after each epoch; timings are those of its own rank."""
 
-    epoch: int
+    epoch: int  # from 0
     step: int
     train_loss: float
     train_accuracy: float
@@ -80,221 +62,280 @@ class EpochResult:
 
 
 class Observer(Protocol):
-    """Who turns results into numbers and pictures. Called on rank 0 alone."""
+    """Turns results into numbers and plots. Called on rank 0 alone."""
 
     def after_epoch(self, result: EpochResult) -> float:
-        """Show the epoch's results; return its score, larger is better (NaN counts as no score)."""
+        """Show the results; return the epoch's score, larger is better (NaN: no score)."""
 
 
-def fit(
-    model: nn.Module,
-    config: Config,
-    *,
-    ranks: Ranks,
-    train: TrainLoader,
-    val: Loader,
-    class_counts: tuple[int, int],
-    val_labels: NDArray[np.uint8],
-    name_of: Callable[[int], str],
-    observer: Observer | None,
-    checkpoints: CheckpointFolder | None,
-    facts: dict[str, Any],
-    resumed: dict[str, Any] | None,
-    asked_to_stop: Callable[[], bool],
-    profile_path: Path | None = None,
-) -> Progress:
-    """Train `model` in place; on return the best epoch's averaged weights are in the checkpoints.
+@dataclass(frozen=True)
+class Setup:
+    """What a run hands to `fit`."""
 
-    `class_counts` are the normal and the pneumonia images of the training split; `val_labels` (N,)
-    are the validation split's; `name_of` names an image of the training split in messages.
-    `observer` and `checkpoints` are rank 0's and None elsewhere. `facts` must not change over a run
-    and are saved with it; `resumed` is the state to go on from, the same on every rank. The profile
-    that the config may ask for goes to `profile_path`.
+    config: Config
+    ranks: Ranks
+    train: TrainLoader
+    val: Loader
+    class_counts: tuple[int, int]  # normal and pneumonia images of the training split
+    val_labels: NDArray[np.uint8]  # (N,)
+    name_of: Callable[[int], str] = str  # names a training image in messages
+    observer: Observer | None = None  # rank 0 only
+    checkpoints: CheckpointFolder | None = None  # rank 0 only
+    facts: dict[str, Any] = field(default_factory=dict)  # constant over a run, saved with it
+    resumed: dict[str, Any] | None = None  # the checkpoint to resume from, on every rank
+    asked_to_stop: Callable[[], bool] = lambda: False
+    profile_path: Path | None = None  # where the profile goes that the config may ask for
 
-    Raises `StoppedError` after saving when `asked_to_stop` on any rank, `TrainingError` when a loss
+
+@dataclass
+class Progress:
+    """Where training stands: everything in a checkpoint that is not a tensor."""
+
+    epoch: int = 0
+    batch: int = 0  # the next one of the epoch
+    step: int = 0  # of the whole run
+    best_score: float = float("-inf")
+    best_epoch: int = -1
+    epochs_without_better: int = 0
+    # sums over this rank's images since the epoch began
+    loss_sum: float = 0.0
+    num_correct: int = 0
+    num_seen: int = 0
+    train_s: float = 0.0  # over all epochs
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loop needs to know of the last step."""
+
+    learning_rate: float = 0.0
+    grad_norm: float = float("nan")
+    stop: int = _GO_ON
+
+
+def fit(model: nn.Module, setup: Setup) -> Progress:
+    """Train `model` in place; the best epoch's averaged weights end up in the checkpoints.
+
+    Raises `StoppedError` after saving if any rank was asked to stop, and `TrainingError` if a loss
     or gradient is not finite, before any weight has changed.
     """
+    config, ranks = setup.config, setup.ranks
     rank_batch_size(config.train, world_size=ranks.world_size)
-    precision = Precision(config.train, ranks.device)
-    model.to(device=ranks.device, dtype=precision.weights, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = deepcopy(model).requires_grad_(False)
-    optimizer = optim.make_optimizer(model, config.optim)
-    done = Progress()
-    if resumed is not None:
-        done = _restore(resumed, model, average, optimizer, precision, ranks=ranks)
-    wrapped = ranks.wrap(model)
-    network = torch.compile(wrapped) if config.train.compile else wrapped
-    num_steps = config.train.epochs * train.num_batches
-    log_odds = config.optim.logit_adjustment * math.log(class_counts[1] / class_counts[0])
-    weights = optim.class_weights(class_counts, config.optim.class_weighting)
-    profiler = Profiler(config.train.profile, profile_path)
-    started = time.monotonic() - done.train_s
-    steps_here = 0  # done by this process
-
-    def save(score: float | None) -> None:
-        done.train_s = time.monotonic() - started
-        # each rank's own sums, so that the same world size goes on exactly
-        sums = ranks.gather([done.loss_sum, done.num_correct, done.num_seen])
-        if checkpoints is not None:
-            state = {
-                "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": precision.scaler.state_dict(), "progress": asdict(done), "sums": sums, "facts": facts,
-            }  # fmt: skip
-            checkpoints.save(state, step=done.step, epoch=done.epoch, score=score)
-
-    while not (ended := _ended(config.train, done)):
-        clock = Clock(ranks.device)
+    training = Training(model, setup)
+    done = training.done
+    profiler = Profiler(config.train.profile, setup.profile_path)
+    first_step = done.step
+    while not (reason := _end_reason(config.train, done)):
+        clock, last = Clock(ranks.device), Step()
         model.train()
-        grad_norm = float("nan")
-        rate = 0.0
-        stop = 0
-        first_batch, epoch_began = done.batch, time.monotonic()
         name = f"epoch {done.epoch + 1}/{config.train.epochs}"
-        with progress(name, total=train.num_batches, unit="steps", closing_line=False) as bar:
-            for batch in clock.waits(train.epoch(done.epoch, start=done.batch)):
+        with progress(name, total=setup.train.num_batches, unit="steps", closing_line=False) as bar:
+            for batch in clock.waits(setup.train.epoch(done.epoch, start=done.batch)):
                 profiler.before_step(done.step + 1)
-                rate = optim.learning_rate(
-                    done.step,
-                    num_steps=num_steps,
-                    peak=config.optim.lr,
-                    warmup_fraction=config.optim.warmup_fraction,
-                )
-                optim.set_learning_rate(optimizer, rate)
-
-                # Gradients of the mean loss over the global batch, in parts where memory is short
-                losses, logits = [], []
-                stop_of_all: Callable[[], int] | None = None
-                parts = _parts(batch, config.train.accumulation_steps)
-                for number, (pixels, part_labels, part_rows) in enumerate(parts):
-                    with clock.transfers():
-                        images = to_grey(pixels, ranks.device, precision.weights)  # (b, 1, H, W)
-                        targets = torch.from_numpy(part_labels).to(ranks.device)  # (b,)
-                        rows = torch.from_numpy(part_rows).to(ranks.device)  # (b,)
-                    last = number == len(parts) - 1
-                    images = augment(
-                        images,
-                        rows,
-                        seed=config.train.seed,
-                        epoch=done.epoch,
-                        strength=config.augment,
-                    ).contiguous(memory_format=torch.channels_last)
-                    with ranks.synchronized(wrapped, last=last):
-                        with precision.autocast():
-                            part_logits = network(images)  # (b,)
-                        part_losses = optim.image_losses(
-                            part_logits.to(precision.losses), targets,
-                            log_odds=log_odds, smoothing=config.optim.label_smoothing, weights=weights,
-                        )  # fmt: skip
-                        # DistributedDataParallel divides by the number of ranks, and the sum must
-                        # not be
-                        mean = part_losses.sum() * (ranks.world_size / batch.num_global)
-                        if last:  # ranks agree on stopping while they compute the gradients
-                            elapsed_s = time.monotonic() - started
-                            stop = _stop_reason(
-                                config.train, done.step + 1, asked_to_stop(), elapsed_s=elapsed_s
-                            )
-                            stop_of_all = ranks.find_largest(stop)
-                        precision.scaler.scale(mean).backward()
-                    losses.append(part_losses.detach())
-                    logits.append(part_logits.detach())
-
-                # The guard: all ranks hold the same gradients, so all come to the same verdict
-                # before the step
-                precision.scaler.unscale_(optimizer)
-                grad_norm = float(optim.clip_gradients(model.parameters(), config.optim.clip_norm))
-                batch_losses = torch.cat(losses)
-                if not np.isfinite(grad_norm) and not precision.overflowed(ranks, batch_losses):
-                    _refuse_not_finite(
-                        batch, batch_losses, grad_norm, done, ranks=ranks, name_of=name_of
-                    )
-                precision.scaler.step(optimizer)
-                precision.scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                optim.update_average(average, model, step=done.step, decay=config.optim.ema_decay)
-
-                done.loss_sum += float(batch_losses.double().sum())
-                done.num_correct += int(
-                    np.count_nonzero((torch.cat(logits) > 0).cpu().numpy() == batch.labels)
-                )
-                done.num_seen += len(batch.labels)
-                done.step += 1
-                done.batch += 1
-                bar.update()
-                ranks.note(done.step)
-                if steps_here == 0:
-                    ranks.set_timeout(config.train.step_timeout_s)
-                steps_here += 1
+                last = train_step(training, batch, clock)
                 profiler.after_step(done.step)
-                assert stop_of_all is not None  # there is a last part
-                stop = stop_of_all()
-                if stop == _STOP_ASKED:
-                    save(None)
-                    raise _stopped(done, train.num_batches)
-                if stop:
+                if done.step == first_step + 1:
+                    ranks.set_timeout(config.train.step_timeout_s)
+                bar.update()
+                if last.stop == _STOP_ASKED:
+                    training.save(None)
+                    raise _stopped(done, setup.train.num_batches)
+                if last.stop:
                     break
                 if config.checkpoint.every and done.step % config.checkpoint.every == 0:
-                    save(None)
-
-        epoch_s = time.monotonic() - epoch_began
-        loss_sum, num_correct, num_seen = ranks.sum(
-            torch.tensor([done.loss_sum, done.num_correct, done.num_seen], dtype=torch.float64)
-        ).tolist()
-        eval_began = time.monotonic()
-        predictions = predict_split(average, val, ranks=ranks)
-        shifted = predict_split(
-            average, val, ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws
-        )
-        eval_s = time.monotonic() - eval_began
-        val_losses = optim.image_losses(
-            torch.from_numpy(predictions.logits[0]),
-            torch.from_numpy(val_labels),
-            log_odds=log_odds,
-            smoothing=0.0,
-        )
-        images_done = (done.batch - first_batch) * config.train.global_batch_size
-        shown: float | None = None
-        if observer is not None:
-            shown = observer.after_epoch(
-                EpochResult(
-                    epoch=done.epoch,
-                    step=done.step,
-                    train_loss=loss_sum / max(num_seen, 1),
-                    train_accuracy=num_correct / max(num_seen, 1),
-                    val_loss=float(val_losses.mean()),
-                    val=predictions,
-                    shifted=shifted,
-                    learning_rate=rate,
-                    grad_norm=grad_norm,
-                    images_per_s=images_done / epoch_s,
-                    data_wait_share=clock.wait_s / epoch_s,
-                    seconds={
-                        **train.timings(), "wait": clock.wait_s, "transfer": clock.transfer_s,
-                        "compute": epoch_s - clock.wait_s - clock.transfer_s, "eval": eval_s, "epoch": epoch_s,
-                    },
-                    peak_memory_mib=clock.peak_memory_mib(),
-                )
-            )  # fmt: skip
-        score: float = ranks.from_main(shown)
-        if score > done.best_score:
-            done.best_score, done.best_epoch, done.epochs_without_better = score, done.epoch, 0
-        else:
-            done.epochs_without_better += 1
-        done.epoch, done.batch = done.epoch + 1, 0
-        done.loss_sum, done.num_correct, done.num_seen = 0.0, 0, 0
-        save(score)
-        if ranks.largest(int(asked_to_stop())):
-            raise _stopped(done, train.num_batches)
-        if stop:
-            ended = "a limit of the train section is reached"
+                    training.save(None)
+        end_epoch(training, clock, last)
+        if ranks.largest(int(setup.asked_to_stop())):
+            raise _stopped(done, setup.train.num_batches)
+        if last.stop:
+            reason = "a limit of the train section is reached"
             break
-    _logger.info("training ends after epoch %d, step %d: %s", done.epoch, done.step, ended)
+    _logger.info("training ends after epoch %d, step %d: %s", done.epoch, done.step, reason)
     return done
 
 
+class Training:
+    """A training under way: what its steps change, and how that is saved and restored."""
+
+    def __init__(self, model: nn.Module, setup: Setup) -> None:
+        config, ranks = setup.config, setup.ranks
+        self.setup = setup
+        self.precision = Precision(config.train, ranks.device)
+        self.model = model
+        model.to(  # type: ignore[call-overload]
+            device=ranks.device, dtype=self.precision.weights, memory_format=torch.channels_last
+        )
+        self.average = deepcopy(model).requires_grad_(False)
+        self.optimizer = optim.make_optimizer(model, config.optim)
+        self.done = Progress()
+        if setup.resumed is not None:
+            self._restore(setup.resumed)
+        self.wrapped = ranks.wrap(model)
+        self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
+        self.log_odds = optim.log_odds(setup.class_counts, config.optim.logit_adjustment)
+        self.weights = optim.class_weights(setup.class_counts, config.optim.class_weighting)
+        self._started = time.monotonic() - self.done.train_s
+
+    def stop_reason(self) -> int:
+        """Why this rank would stop after the step under way."""
+        config = self.setup.config.train
+        if self.setup.asked_to_stop():
+            return _STOP_ASKED
+        elapsed_s = time.monotonic() - self._started
+        if config.max_minutes and elapsed_s >= config.max_minutes * 60:
+            return _STOP_LIMIT
+        return _STOP_LIMIT if config.max_steps and self.done.step + 1 >= config.max_steps else 0
+
+    def save(self, score: float | None) -> None:
+        """Save a checkpoint; called on every rank, for each has sums of its own."""
+        done = self.done
+        done.train_s = time.monotonic() - self._started
+        sums = self.setup.ranks.gather([done.loss_sum, done.num_correct, done.num_seen])
+        if self.setup.checkpoints is not None:
+            state = {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
+                "progress": asdict(done),
+                "sums": sums,
+                "facts": self.setup.facts,
+            }
+            self.setup.checkpoints.save(state, step=done.step, epoch=done.epoch, score=score)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.precision.name == "fp16" and state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        self.done = done = Progress(**state["progress"])
+        sums, ranks = state["sums"], self.setup.ranks
+        if len(sums) != ranks.world_size:  # another world size: rank 0 takes over all sums
+            total = [math.fsum(column) for column in zip(*sums, strict=True)]
+            sums = [total] + [[0.0, 0.0, 0.0]] * (ranks.world_size - 1)
+        loss_sum, num_correct, num_seen = sums[ranks.rank]
+        done.loss_sum, done.num_correct, done.num_seen = loss_sum, int(num_correct), int(num_seen)
+
+
+def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
+    """One step of the optimizer on a global batch, of which `batch` is this rank's share."""
+    config, ranks, done = training.setup.config, training.setup.ranks, training.done
+    precision, optimizer = training.precision, training.optimizer
+    rate = optim.learning_rate(
+        done.step,
+        num_steps=config.train.epochs * training.setup.train.num_batches,
+        peak=config.optim.lr,
+        warmup_fraction=config.optim.warmup_fraction,
+    )
+    optim.set_learning_rate(optimizer, rate)
+
+    # Gradients of the mean loss over the global batch, in parts to save memory
+    losses, logits = [], []
+    stop_of_all: Callable[[], int] | None = None
+    parts = _parts(batch, config.train.accumulation_steps)
+    for number, (pixels, labels, numbers) in enumerate(parts, start=1):
+        with clock.transfers():
+            images = to_grey(pixels, ranks.device, precision.weights)  # (b, 1, H, W)
+            targets = torch.from_numpy(labels).to(ranks.device)  # (b,)
+            rows = torch.from_numpy(numbers).to(ranks.device)  # (b,)
+        images = augment(
+            images, rows, seed=config.train.seed, epoch=done.epoch, strength=config.augment
+        ).contiguous(memory_format=torch.channels_last)
+        is_last = number == len(parts)
+        with ranks.synchronized(training.wrapped, last=is_last):
+            with precision.autocast():
+                part_logits = training.network(images)  # (b,)
+            part_losses = optim.image_losses(
+                part_logits.to(precision.weights),
+                targets,
+                log_odds=training.log_odds,
+                smoothing=config.optim.label_smoothing,
+                weights=training.weights,
+            )
+            # DistributedDataParallel divides the sum over ranks by their number; undo that
+            mean = part_losses.sum() * (ranks.world_size / batch.num_global)
+            if is_last:  # ranks agree on stopping while they compute the gradients
+                stop_of_all = ranks.find_largest(training.stop_reason())
+            precision.scaler.scale(mean).backward()
+        losses.append(part_losses.detach())
+        logits.append(part_logits.detach())
+
+    # The guard: all ranks hold the same gradients, so all decide alike before the step
+    precision.scaler.unscale_(optimizer)
+    norm = float(optim.clip_gradients(training.model.parameters(), config.optim.clip_norm))
+    batch_losses = torch.cat(losses)
+    if not math.isfinite(norm) and not precision.overflowed(ranks, batch_losses):
+        _refuse_not_finite(training, batch, batch_losses, norm)
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    decay = config.optim.ema_decay
+    optim.update_average(training.average, training.model, step=done.step, decay=decay)
+
+    calls = (torch.cat(logits) > 0).cpu().numpy()
+    done.loss_sum += float(batch_losses.double().sum())
+    done.num_correct += int(np.count_nonzero(calls == batch.labels))
+    done.num_seen += len(batch.labels)
+    done.step, done.batch = done.step + 1, done.batch + 1
+    ranks.note(done.step)
+    assert stop_of_all is not None  # there is a last part
+    return Step(rate, norm, stop_of_all())
+
+
+def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
+    """Validate the averaged weights, have rank 0 show and score them, and save a checkpoint."""
+    setup, done = training.setup, training.done
+    config, ranks = setup.config, setup.ranks
+    epoch_s = clock.elapsed_s()
+    own_sums = [done.loss_sum, done.num_correct, done.num_seen]
+    sums = ranks.sum(torch.tensor(own_sums, dtype=torch.float64)).tolist()
+    loss_sum, num_correct, num_seen = sums
+    val = predict_split(training.average, setup.val, ranks=ranks)
+    shifted = predict_split(
+        training.average,
+        setup.val,
+        ranks=ranks,
+        shift=config.augment,
+        draws=config.evaluate.shift_draws,
+    )
+    eval_s = clock.elapsed_s() - epoch_s
+    val_losses = optim.image_losses(
+        torch.from_numpy(val.logits[0]),
+        torch.from_numpy(setup.val_labels),
+        log_odds=training.log_odds,
+    )
+    own_score: float | None = None
+    if setup.observer is not None:
+        seconds = {**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s}
+        result = EpochResult(
+            epoch=done.epoch,
+            step=done.step,
+            train_loss=loss_sum / max(num_seen, 1),
+            train_accuracy=num_correct / max(num_seen, 1),
+            val_loss=float(val_losses.mean()),
+            val=val,
+            shifted=shifted,
+            learning_rate=last.learning_rate,
+            grad_norm=last.grad_norm,
+            images_per_s=clock.num_batches * config.train.global_batch_size / epoch_s,
+            data_wait_share=clock.wait_s / epoch_s,
+            seconds=seconds,
+            peak_memory_mib=clock.peak_memory_mib(),
+        )
+        own_score = setup.observer.after_epoch(result)
+    score: float = ranks.from_main(own_score)
+    if score > done.best_score:
+        done.best_score, done.best_epoch, done.epochs_without_better = score, done.epoch, 0
+    else:
+        done.epochs_without_better += 1
+    done.epoch, done.batch = done.epoch + 1, 0
+    done.loss_sum, done.num_correct, done.num_seen = 0.0, 0, 0
+    training.save(score)
+
+
 def rank_batch_size(config: Train, *, world_size: int) -> int:
-    """Images a rank and step. Raises `UserError`, naming sizes that would do, where ranks do not
-    divide the batch.
-    """
+    """Images of a rank in a step. Raises `UserError` if ranks do not divide the batch."""
     size = config.global_batch_size
     if size % world_size or size // world_size < config.accumulation_steps:
         unit = world_size * config.accumulation_steps
@@ -302,7 +343,8 @@ def rank_batch_size(config: Train, *, world_size: int) -> int:
         nearest = " or ".join(str(value) for value in sorted({lower, upper}) if value > 0)
         raise UserError(
             f"train.global_batch_size = {size} cannot be shared by {world_size} ranks in parts of "
-            f"train.accumulation_steps = {config.accumulation_steps}: the nearest that can is {nearest}"
+            f"train.accumulation_steps = {config.accumulation_steps}: the nearest that can is "
+            f"{nearest}"
         )
     return size // world_size
 
@@ -312,8 +354,7 @@ class Precision:
 
     def __init__(self, config: Train, device: torch.device) -> None:
         self.name = resolve_precision(config.precision, device)
-        self.weights = torch.float64 if self.name == "fp64" else torch.float32
-        self.losses = self.weights
+        self.weights = torch.float64 if self.name == "fp64" else torch.float32  # of losses, too
         self._device = device.type
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
@@ -323,47 +364,46 @@ class Precision:
         return torch.autocast(self._device, dtype=lower, enabled=self.name in ("fp16", "bf16"))
 
     def overflowed(self, ranks: Ranks, losses: Tensor) -> bool:
-        """Whether gradients that are not finite come from fp16's range alone: then the scaler
-        skips the step.
-        """
+        """Whether only fp16's range made gradients infinite; the scaler then skips the step."""
         if self.name != "fp16":
             return False
         return ranks.largest(int(not bool(torch.isfinite(losses).all()))) == 0
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """What `auto` means on a device: bf16 where it computes it natively, else fp16 on CUDA and
-    fp32 on the CPU.
-    """
+    """What `auto` means on a device: bf16 where it is native, else fp16 on CUDA, fp32 on a CPU."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return (
-        "bf16"
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        else "off"
-    )
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_tile") else "off"
 
 
 class Clock:
     """Where the time of an epoch goes, on this rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self.wait_s = 0.0
-        self.transfer_s = 0.0
+        self.num_batches = 0
+        self.wait_s = self._transfer_s = 0.0
+        self._began = time.monotonic()
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
+    def elapsed_s(self) -> float:
+        """Seconds since the epoch began."""
+        return time.monotonic() - self._began
+
     def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the time spent waiting for each one added up."""
+        """The same batches; counts them and the time spent waiting for each."""
         while True:
             began = time.monotonic()
             batch = next(batches, None)
             self.wait_s += time.monotonic() - began
             if batch is None:
                 return
+            self.num_batches += 1
             yield batch
 
     @contextmanager
@@ -371,21 +411,27 @@ class Clock:
         """Adds up the time of the block."""
         began = time.monotonic()
         yield
-        self.transfer_s += time.monotonic() - began
+        self._transfer_s += time.monotonic() - began
+
+    def seconds(self, epoch_s: float) -> dict[str, float]:
+        """The parts of an epoch of `epoch_s` seconds."""
+        compute_s = epoch_s - self.wait_s - self._transfer_s
+        return {
+            "wait": self.wait_s,
+            "transfer": self._transfer_s,
+            "compute": compute_s,
+            "epoch": epoch_s,
+        }
 
     def peak_memory_mib(self) -> float:
-        """Of the device since the epoch began on CUDA; of the process since its start on the
-        CPU.
-        """
+        """On CUDA that of the device in this epoch, else that of the process since its start."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
 
 
 class Profiler:
-    """Records the steps that `train.profile` names into a Chrome trace (chrome://tracing,
-    Perfetto).
-    """
+    """Records the steps that `train.profile` names as a Chrome trace, which Perfetto shows."""
 
     def __init__(self, steps: str, path: Path | None) -> None:
         self._path = path
@@ -393,13 +439,13 @@ class Profiler:
         self._running: torch.profiler.profile | None = None
 
     def before_step(self, step: int) -> None:
-        """Begin where `step`, counted from 1, is the first to record."""
+        """Start if `step`, counted from 1, is the first to record."""
         if self._first and self._first <= step <= self._last and self._running is None:
             self._running = torch.profiler.profile(record_shapes=True, profile_memory=True)
             self._running.start()
 
     def after_step(self, step: int) -> None:
-        """Write the trace where `step` was the last to record."""
+        """Write the trace if `step` was the last to record."""
         if self._running is not None and step >= self._last:
             assert self._path is not None
             self._running.stop()
@@ -409,72 +455,54 @@ class Profiler:
 
 
 def profile_steps(text: str) -> tuple[int, int]:
-    """The first and last step of `train.profile`; (0, 0) for none. Raises `ConfigError` where it
-    is not A:B.
-    """
+    """First and last step of `train.profile`, (0, 0) for none. Raises `ConfigError` unless A:B."""
     if not text:
         return 0, 0
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ConfigError(
-            f"train.profile = {text!r} is not allowed: it takes steps A:B, counted from 1, such as 10:20"
+            f"train.profile = {text!r} is not allowed: it takes steps A:B, counted from 1, such as "
+            "10:20"
         )
     return int(first), int(last)
 
 
 @contextmanager
 def explaining_memory(config: Train, *, world_size: int) -> Iterator[None]:
-    """Turns CUDA's lack of memory in the block into a `TrainingError` that says what to try."""
+    """Turns CUDA's out-of-memory error into a `TrainingError` that says what to try."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        share = config.global_batch_size // world_size
         parts = 2 * config.accumulation_steps
-        size = max(1, config.global_batch_size // world_size // parts)
         raise TrainingError(
-            f"out of memory on the device with {config.global_batch_size // world_size // config.accumulation_steps} "
-            f"images at a time: try --train.accumulation_steps={parts} ({size} at a time, the same result), or a "
-            "smaller train.global_batch_size, model.width or images.size"
+            f"out of memory on the device with {share // config.accumulation_steps} images at a "
+            f"time: try --train.accumulation_steps={parts} ({max(1, share // parts)} at a time, "
+            "the same result), or a smaller train.global_batch_size, model.width or images.size"
         ) from error
 
 
-_STOP_LIMIT, _STOP_ASKED = 1, 2
-
-
-def _ended(config: Train, done: Progress) -> str:
-    """Why there is no further epoch; empty where there is one."""
+def _end_reason(config: Train, done: Progress) -> str:
+    """Why there is no further epoch; empty if there is one."""
     if done.epoch >= config.epochs:
         return f"all {config.epochs} epochs are done"
     if config.patience and done.epochs_without_better >= config.patience:
         return f"no better validation score for {done.epochs_without_better} epochs"
-    return (
-        "train.max_steps is reached" if config.max_steps and done.step >= config.max_steps else ""
-    )
-
-
-def _stop_reason(config: Train, step: int, asked: bool, *, elapsed_s: float) -> int:
-    """Why to stop after step number `step`, from 1; 0 to go on. The largest of all ranks'
-    reasons counts.
-    """
-    if asked:
-        return _STOP_ASKED
-    if config.max_steps and step >= config.max_steps:
-        return _STOP_LIMIT
-    return _STOP_LIMIT if config.max_minutes and elapsed_s >= config.max_minutes * 60 else 0
+    is_over = config.max_steps and done.step >= config.max_steps
+    return "train.max_steps is reached" if is_over else ""
 
 
 def _stopped(done: Progress, num_batches: int) -> StoppedError:
     return StoppedError(
-        f"stopped as asked after step {done.step} (epoch {done.epoch + 1}, {done.batch} of {num_batches} batches): "
-        "the state is saved, start again with the same --run_id to go on"
+        f"stopped as asked after step {done.step} (epoch {done.epoch + 1}, {done.batch} of "
+        f"{num_batches} batches): the state is saved, start again with the same --run_id to resume"
     )
 
 
 def _parts(
     batch: Batch, num_parts: int
 ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]]:
-    """This rank's share of a batch in nearly equal parts, the same number on every rank; a part
-    may be empty.
-    """
+    """A batch in nearly equal parts, the same number on every rank; a part may be empty."""
     cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
     return [
         (batch.images[low:high], batch.labels[low:high], batch.rows[low:high])
@@ -482,45 +510,21 @@ def _parts(
     ]
 
 
-def _refuse_not_finite(
-    batch: Batch,
-    losses: Tensor,
-    grad_norm: float,
-    done: Progress,
-    *,
-    ranks: Ranks,
-    name_of: Callable[[int], str],
-) -> NoReturn:
-    """Raise `TrainingError` naming the images whose loss is not finite, or else all of the
-    batch.
-    """
+def _refuse_not_finite(training: Training, batch: Batch, losses: Tensor, norm: float) -> NoReturn:
+    """Raise `TrainingError` naming the images whose loss is not finite, else all of the batch."""
+    done, ranks = training.done, training.setup.ranks
     bad = ~torch.isfinite(losses).cpu().numpy()
     found = [row for rows in ranks.gather(batch.rows[bad].tolist()) for row in rows]
     what = f"the loss of {len(found)} images is not finite"
     if not found:
         found = [row for rows in ranks.gather(batch.rows.tolist()) for row in rows]
-        what = f"the gradient is not finite (norm {grad_norm}) though the losses are; its batch had {len(found)} images"
-    shown = ", ".join(name_of(row) for row in found[:5]) + (", …" if len(found) > 5 else "")
+        what = (
+            f"the gradient is not finite (norm {norm}) though the losses are; its batch had "
+            f"{len(found)} images"
+        )
+    names = ", ".join(map(training.setup.name_of, found[:5])) + (", …" if len(found) > 5 else "")
     raise TrainingError(
-        f"step {done.step + 1} (epoch {done.epoch + 1}, batch {done.batch + 1}): {what}: {shown}; the weights are as "
-        "before the step. Look at these images; a lower optim.lr or optim.clip_norm, or train.precision=off, may help"
+        f"step {done.step + 1} (epoch {done.epoch + 1}, batch {done.batch + 1}): {what}: {names}; "
+        "the weights are as before the step. Look at these images; a lower optim.lr or "
+        "optim.clip_norm, or train.precision=off, may help"
     )
-
-
-def _restore(
-    state: dict[str, Any], model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision,
-    *, ranks: Ranks,
-) -> Progress:  # fmt: skip
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    if precision.name == "fp16" and state["scaler"]:
-        precision.scaler.load_state_dict(state["scaler"])
-    done = Progress(**state["progress"])
-    sums = state["sums"]
-    if len(sums) != ranks.world_size:  # another world size: rank 0 takes over all sums
-        total = [math.fsum(column) for column in zip(*sums, strict=True)]
-        sums = [total] + [[0.0, 0.0, 0.0]] * (ranks.world_size - 1)
-    loss_sum, num_correct, num_seen = sums[ranks.rank]
-    done.loss_sum, done.num_correct, done.num_seen = loss_sum, int(num_correct), int(num_seen)
-    return done

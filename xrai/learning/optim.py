@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import swa_utils
 
 from xrai.config import Optim
 
@@ -58,8 +59,13 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     The decay grows as (1 + step) / (10 + step) up to `decay`, so that the first weights are soon
     forgotten.
     """
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    update = swa_utils.get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    update(list(average.parameters()), list(model.parameters()), None)
+
+
+def log_odds(counts: tuple[int, int], adjustment: float) -> float:
+    """What logit adjustment adds to the logits in training, see `image_losses`."""
+    return adjustment * math.log(counts[1] / counts[0])
 
 
 def class_weights(counts: tuple[int, int], weighting: float) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from xrai.config import Augment
 from xrai.learning.augment import augment, uniform
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.distributed import Ranks
-from xrai.learning.model import ResNet
+from xrai.learning.network import ResNet
 
 SHIFT_SEED = 20_180_222  # the draws that stand for other hospitals are the same in every run
 REVIEW_SHARE = (

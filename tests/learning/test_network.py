@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from xrai.learning.model import ResNet, StandardizedConv2d, fold_filters
+from xrai.learning.network import ResNet, StandardizedConv2d, fold_filters
 
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
