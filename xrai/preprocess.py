@@ -24,14 +24,8 @@ from typing import NoReturn
 
 from xrai import config as configuration
 from xrai.config import Config, Flag
-from xrai.dataset.shards import (
-    INDEX_KEY,
-    MANIFEST_KEY,
-    REPORT_PREFIX,
-    DatasetIndex,
-    is_shard_name,
-    read_index,
-)
+from xrai.dataset import shards
+from xrai.dataset.shards import INDEX_KEY, DatasetIndex, read_index
 from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError, run_command
 from xrai.files import num_cores
 from xrai.ingest.build import Builder
@@ -47,28 +41,13 @@ from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
+    Flag("source", "data/chest_xray", "raw images: folder, .zip, .npz or s3://…", "XRAI_SOURCE"),
     Flag(
-        "source",
-        "data/chest_xray",
-        "raw images: a folder, .zip, MedMNIST .npz or s3://bucket/prefix",
-        "XRAI_SOURCE",
+        "labels", "", "CSV file of path, label, patient, split; else class folders", "XRAI_LABELS"
     ),
-    Flag(
-        "labels",
-        "",
-        "CSV file: path, label, and patient, split where known; empty: class folders",
-        "XRAI_LABELS",
-    ),
-    Flag(
-        "dataset",
-        "data/dataset",
-        "where the data set goes: a folder or s3://bucket/prefix",
-        "XRAI_DATASET",
-    ),
+    Flag("dataset", "data/dataset", "where the data set goes: folder or s3://…", "XRAI_DATASET"),
     Flag("workers", 0, "processes that decode; 0: one per core", type=int),
-    Flag(
-        "partition", "0/1", "the share of this process, I/N with I from 0 to N-1", "XRAI_PARTITION"
-    ),
+    Flag("partition", "0/1", "this process's share, I/N with I from 0 to N-1", "XRAI_PARTITION"),
     Flag("overwrite", False, "replace the data set, finished or not, that is there", type=bool),
 )
 _logger = get_logger("xrai.preprocess")
@@ -139,18 +118,9 @@ def preprocess(
     try:
         if share.num_workers > 1:
             start_workers_soon()
-        plan = make_plan(
-            listing,
-            hash_source(
-                source,
-                listing,
-                unfinished,
-                number=share.number,
-                num_partitions=share.num_partitions,
-            ),
-            config,
-        )
-        del listing  # frees its entries: the plan has its own rows
+        rows = hash_source(source, listing, unfinished, share.number, share.num_partitions)
+        plan = make_plan(listing, rows, config)
+        del listing, rows  # frees memory: the plan has its own rows
         for note in plan.notes:
             _logger.warning("%s", note)
         builder = Builder(plan, source, store, unfinished, num_workers=share.num_workers)
@@ -229,21 +199,23 @@ def remove_dataset(store: Store) -> None:
     _remove(store, keep=frozenset())
     folder = store.local_path(INDEX_KEY)
     if folder is not None:
-        for empty in (folder.parent / REPORT_PREFIX, folder.parent):
+        for empty in (folder.parent / shards.REPORT_PREFIX, folder.parent):
             with contextlib.suppress(OSError):  # it is not empty, or was not there
                 empty.rmdir()
 
 
 def remove_leftovers(store: Store, index: DatasetIndex) -> None:
     """Remove what xrai wrote beside a finished data set, or for one that it replaced."""
-    shards = {info.name for infos in index.splits.values() for info in infos}
-    _remove(store, keep=shards | {info.name for info in index.objects})
+    keep = {info.name for infos in index.splits.values() for info in infos}
+    _remove(store, keep=keep | {info.name for info in index.objects})
 
 
 def _remove(store: Store, *, keep: Set[str]) -> None:
     for key in [entry.key for entry in store.list()]:
         is_ours = (
-            is_shard_name(key) or key.startswith(UNFINISHED) or key in (MANIFEST_KEY, *REPORT_KEYS)
+            shards.is_shard_name(key)
+            or key.startswith(UNFINISHED)
+            or key in (shards.MANIFEST_KEY, *REPORT_KEYS)
         )
         if is_ours and key not in keep:
             store.delete(key)
@@ -262,7 +234,7 @@ def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) 
         f"{counts.num_set_aside} excluded{rate}",
         "; ".join(splits),
         f"data set {index.fingerprint[:16]} is at {store.uri}; its card: "
-        f"{store.uri}/{REPORT_PREFIX}card.md",
+        f"{store.uri}/{shards.REPORT_PREFIX}card.md",
     ]
 
 

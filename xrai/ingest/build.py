@@ -20,20 +20,10 @@ from numpy.typing import NDArray
 
 from xrai import __version__
 from xrai.config import Images
+from xrai.dataset import shards
 from xrai.dataset.manifest import CLASSES, Row, manifest_lines
 from xrai.dataset.rules import grey_histogram, mean_and_std
-from xrai.dataset.shards import (
-    INDEX_KEY,
-    MANIFEST_KEY,
-    SPLITS,
-    Counts,
-    DatasetIndex,
-    ObjectInfo,
-    ShardInfo,
-    hash_object,
-    read_index,
-    write_shard,
-)
+from xrai.dataset.shards import SPLITS, DatasetIndex, ObjectInfo, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, SourceError
 from xrai.files import explaining
 from xrai.ingest.decode import Decoded, decode_rows
@@ -92,21 +82,21 @@ class Builder:
         self._images = Images(**plan.config["images"])
         self._num_workers = num_workers
 
-    def build(self, shards: Sequence[PlannedShard]) -> None:
-        """Make those of the shards that are not stored yet, each with its part.
+    def build(self, planned: Sequence[PlannedShard]) -> None:
+        """Make those of the planned shards that are not stored yet, each with its part.
 
         Raises `SourceError` as soon as too many files are excluded, or when the source changes.
         """
         unusable, missing = [*self._plan.unusable], []
-        for shard in shards:
+        for shard in planned:
             part = self._stored_part(shard)
             if part is None:
                 missing.append(shard)
             else:
                 unusable += _excluded(shard, part.reasons)
-        if len(missing) < len(shards):
-            num_stored = len(shards) - len(missing)
-            _logger.info("%d of %d shards are stored already", num_stored, len(shards))
+        if len(missing) < len(planned):
+            num_stored = len(planned) - len(missing)
+            _logger.info("%d of %d shards are stored already", num_stored, len(planned))
         rows = [row for shard in missing for row in shard.rows]
         decoded_rows = decode_rows(self._source, self._images, rows, num_workers=self._num_workers)
         with (
@@ -116,12 +106,8 @@ class Builder:
         ):
             storing: Future[None] | None = None
             for shard in missing:
-                decoded = gather(
-                    shard,
-                    islice(pending, len(shard.rows)),
-                    size=self._images.size,
-                    on_done=bar.update,
-                )
+                rows_of_shard = islice(pending, len(shard.rows))
+                decoded = gather(shard, rows_of_shard, size=self._images.size, on_done=bar.update)
                 unusable += _excluded(shard, decoded.reasons)
                 check_excluded(
                     unusable, num_files=len(self._plan.rows), limit=self._images.max_set_aside
@@ -139,22 +125,21 @@ class Builder:
         shards whose stored bytes are not those that were made; their parts are removed, so that the
         next start makes them again.
         """
+        plan = self._plan
         with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
-            found = list(
-                pool.map(lambda shard: self._unfinished.part(shard, self._plan), self._plan.shards)
-            )
+            found = list(pool.map(lambda shard: self._unfinished.part(shard, plan), plan.shards))
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
             return None
         self._check_stored(parts)
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-            index, objects = assemble(self._plan, parts, self._store, report, Path(folder))
+            index, objects = assemble(plan, parts, self._store, report, Path(folder))
             for key, path in objects.items():
                 self._store.upload(key, path)
         try:
-            self._store.write(INDEX_KEY, index.to_json().encode(), only_if_absent=True)
+            self._store.write(shards.INDEX_KEY, index.to_json().encode(), only_if_absent=True)
         except AlreadyExistsError:  # another process was faster; both made the same
-            if read_index(self._store) != index:
+            if shards.read_index(self._store) != index:
                 raise DatasetError(
                     f"another data set was stored at {self._store.uri} meanwhile"
                 ) from None
@@ -180,12 +165,12 @@ class Builder:
         part = self._unfinished.part(shard, self._plan)
         if part is None or part.shard is None:
             return part
-        return part if hash_object(self._store, shard.name) == part.shard.sha256 else None
+        return part if shards.hash_object(self._store, shard.name) == part.shard.sha256 else None
 
     def _check_stored(self, parts: Sequence[Part]) -> None:
         infos = [part.shard for part in parts if part.shard is not None]
         with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
-            digests = list(pool.map(lambda info: hash_object(self._store, info.name), infos))
+            digests = list(pool.map(lambda info: shards.hash_object(self._store, info.name), infos))
         bad = [
             info.name for info, digest in zip(infos, digests, strict=True) if digest != info.sha256
         ]
@@ -226,7 +211,7 @@ def write_decoded(path: Path, decoded: DecodedShard) -> None:
     """Write a shard to a local file."""
     rows = decoded.rows
     with _explaining(path, path.name):
-        write_shard(
+        shards.write_shard(
             path,
             images=decoded.images,
             labels=np.array([row.label for row in rows], np.uint8),
@@ -264,7 +249,7 @@ def assemble(
             first.one.path,
             first.other.path,
         )
-    contents: dict[str, Iterable[bytes]] = {MANIFEST_KEY: manifest_lines(rows)}
+    contents: dict[str, Iterable[bytes]] = {shards.MANIFEST_KEY: manifest_lines(rows)}
     reported = report(store, Contents(index, rows, near, plan.notes))
     contents.update((key, [data]) for key, data in reported.items())
     paths = {key: folder / str(number) for number, key in enumerate(contents)}
@@ -346,24 +331,24 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
         raise SourceError(
             "no image of val could be decoded; fix them, or raise splits.val_fraction"
         )
-    shards: dict[str, list[ShardInfo]] = {}
+    infos: dict[str, list[ShardInfo]] = {}
     histogram = np.zeros(256, np.int64)  # of train
     for shard, part in zip(plan.shards, parts, strict=True):
         if part.shard is not None:
-            shards.setdefault(shard.split, []).append(part.shard)
+            infos.setdefault(shard.split, []).append(part.shard)
         if shard.split == "train":
             histogram += np.array(part.histogram)
     mean, std = mean_and_std(histogram)
     return DatasetIndex(
         classes=CLASSES,
         image_size=int(plan.config["images"]["size"]),
-        splits={split: tuple(shards[split]) for split in SPLITS if split in shards},
+        splits={split: tuple(infos[split]) for split in SPLITS if split in infos},
         carved=plan.carved,
         pixel_mean=mean,
         pixel_std=std,
         source=plan.source,
         plan_sha256=plan.sha256,
-        counts=Counts(len(rows), len(used), len(rows) - len(used), plan.num_not_data),
+        counts=shards.Counts(len(rows), len(used), len(rows) - len(used), plan.num_not_data),
         objects=(),
         config=plan.config,
         tool_version=__version__,

@@ -239,15 +239,17 @@ def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False)
     return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
 
 
+def _code(dataset: "Dataset", name: str, default: str = "") -> str:
+    return str(dataset.get(name) or default).strip().upper()
+
+
 def _refuse_other_kinds(dataset: "Dataset") -> None:
-    modality, view = (
-        str(dataset.get(name) or "").strip().upper() for name in ("Modality", "ViewPosition")
-    )
+    modality = _code(dataset, "Modality")
     if modality in _OTHER_MODALITIES:
         raise ImageError(f"is DICOM of modality {modality}; radiographs (CR, DX, RG) are read")
-    if str(dataset.get("PresentationIntentType") or "").strip().upper() == "FOR PROCESSING":
+    if _code(dataset, "PresentationIntentType") == "FOR PROCESSING":
         raise ImageError("is DICOM of raw detector data (FOR PROCESSING), not an image to look at")
-    if view in _SIDE_VIEWS:
+    if _code(dataset, "ViewPosition") in _SIDE_VIEWS:
         raise ImageError("is DICOM of a chest from the side (ViewPosition)")
 
 
@@ -288,10 +290,8 @@ def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
     photometric = str(dataset.PhotometricInterpretation).strip().upper()
     is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
     if not is_grey and not photometric.startswith(("RGB", "YBR")):
-        raise ImageError(
-            "is DICOM whose PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB "
-            "and YBR"
-        )
+        allowed = "MONOCHROME1, MONOCHROME2, RGB and YBR"
+        raise ImageError(f"is DICOM whose PhotometricInterpretation is not one of {allowed}")
     allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
     high = int(dataset.HighBit)
     if allocated not in (8, 16) or not stored <= high + 1 <= allocated or stored < 1:
@@ -300,10 +300,7 @@ def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
         )
     samples = _unpack(data, dataset)
     if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
-        raise ImageError(
-            "is DICOM whose number of samples per pixel is not that of its "
-            "PhotometricInterpretation"
-        )
+        raise ImageError("is DICOM of other samples per pixel than PhotometricInterpretation says")
     if not is_grey:
         luma = samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
         return np.asarray(luma, np.float32)
@@ -336,9 +333,8 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
     except NotImplementedError:
         raise ImageError("is DICOM compressed in a way that no installed package unpacks") from None
     plugins = decoder.available_plugins
-    if syntax.is_encapsulated and (
-        not plugins or (syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8)
-    ):
+    is_12_bit = syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8
+    if syntax.is_encapsulated and (not plugins or is_12_bit):
         raise ImageError(
             f"is DICOM compressed as {syntax.name}, which no installed package unpacks"
         )
@@ -346,9 +342,7 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
         return np.asarray(decoder.as_array(dataset, index=0, correct_unused_bits=False)[0])
     stated = _size_in_frame(get_frame(dataset.PixelData, 0, number_of_frames=1))
     if stated != (dataset.Columns, dataset.Rows):
-        raise ImageError(
-            "is DICOM whose compressed image is not of the size that its header states"
-        )
+        raise ImageError("is DICOM whose compressed image is not of the size in its header")
     if "pillow" not in plugins:
         return _elsewhere.unpack(data)
     return np.asarray(decoder.as_array(dataset, index=0, decoding_plugin="pillow")[0])
@@ -414,8 +408,7 @@ def _look_up(
     values = np.asarray(values, np.float32)
     centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
     if centre is not None and width is not None:
-        function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
-        return _window(values, centre, width, function=function)
+        return _window(values, centre, width, _code(dataset, "VOILUTFunction", "LINEAR"))
     low, high = (float(end) for end in ends)
     if not math.isfinite(high - low) or high <= low:
         raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
@@ -441,7 +434,7 @@ def _top_of(table: "Dataset") -> int:
 
 
 def _window(
-    values: NDArray[np.float32], centre: float, width: float, *, function: str
+    values: NDArray[np.float32], centre: float, width: float, function: str
 ) -> NDArray[np.float32]:
     """PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 and 1."""
     narrowest = 1 if function == "LINEAR" else 1e-6

@@ -25,7 +25,6 @@ def hash_source(
     source: Source,
     listing: Listing,
     unfinished: Unfinished | None,
-    *,
     number: int = 0,
     num_partitions: int = 1,
 ) -> list[Row]:
