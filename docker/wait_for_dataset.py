@@ -8,7 +8,8 @@ for as well; wrong keys or a missing bucket end it at once, with status 2.
 import os
 import time
 
-from xrai.errors import ConfigError, UnreachableError, XraiError, run_command
+from xrai.command import run_command
+from xrai.errors import ConfigError, UnreachableError, XraiError
 from xrai.log import get_logger, setup_logging
 from xrai.store import open_store
 

@@ -28,7 +28,17 @@ def lint_imports(folder: Path, config: Path) -> subprocess.CompletedProcess[str]
 
 
 def write_package(folder: Path, changes: dict[str, str]) -> None:
-    modules = ["preprocess", "train", "store.s3", "config", "errors", "files", "log", "workers"]
+    modules = [
+        "preprocess",
+        "train",
+        "store.s3",
+        "command",
+        "config",
+        "errors",
+        "files",
+        "log",
+        "workers",
+    ]
     modules += [
         "ingest.images",
         "dataset.shards",

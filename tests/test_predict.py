@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +257,9 @@ def test_the_limit_of_pixels_is_the_runs_unless_another_is_given(
     run: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load_pipeline(str(run)).model
-    assert fit_to_run(Images(), model).max_pixels == MAX_PIXELS
+    assert fit_to_run(Images(), model, given=set()).max_pixels == MAX_PIXELS
+    given = fit_to_run(Images(), model, given={"images.max_pixels"})
+    assert given.max_pixels == Images().max_pixels
     call(
         "--run",
         run,
@@ -461,6 +463,14 @@ def test_another_size_or_fit_than_the_runs_is_refused(
     ):
         with pytest.raises(RunError, match=message):
             call("--run", run, films, option, monkeypatch=monkeypatch)
+
+
+def test_another_size_is_refused_even_where_it_is_the_default(run: Path) -> None:
+    model = load_pipeline(str(run)).model
+    model = replace(model, images=replace(model.images, size=32))
+    assert fit_to_run(Images(), model, given={"images.fit"}).size == 32
+    with pytest.raises(RunError, match=r"images\.size = 64, but run tiny was trained with 32"):
+        fit_to_run(Images(), model, given={"images.size"})
 
 
 def test_an_unwritable_place_is_refused_before_any_work(

@@ -26,9 +26,9 @@ from tests.dataset.pictures import (
     write_zip,
 )
 from xrai import preprocess, verify
+from xrai.command import run_command
 from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
-from xrai.errors import run_command
 from xrai.ingest.sources import FolderSource
 from xrai.phantom import make_phantoms
 from xrai.store import open_store

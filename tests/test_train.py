@@ -226,6 +226,8 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
         (["--dataset={tmp}/nothing"], "holds no dataset.json"),
         (["--artifacts={tmp}/file/below"], "results cannot be written to"),
         (["--images.size=48"], "images.size = 48, but the data set was made with 32"),
+        (["--images.size=64"], "images.size = 64, but the data set was made with 32"),
+        (["--config=pneumonia"], "images.size = 64, but the data set was made with 32"),
         (
             ["--train.global_batch_size=16", "--train.accumulation_steps=32"],
             "the nearest that can is 32",
@@ -272,7 +274,7 @@ def test_more_processes_than_images_are_refused(dataset: Path):
     index = Loader(str(dataset), split="train", batch_size=8).index
     crowd = Ranks(0, 1000, 0, 1000, torch.device("cpu"))
     with pytest.raises(UserError, match=r"1000 processes, but only \d+ training images"):
-        train.fit_to_dataset(Config(), index, ranks=crowd)
+        train.fit_to_dataset(Config(), index, given=set(), ranks=crowd)
 
 
 def test_a_run_of_another_data_set_is_not_gone_on_with(

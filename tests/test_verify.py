@@ -15,10 +15,10 @@ import pytest
 
 from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai import preprocess, verify
+from xrai.command import run_command
 from xrai.dataset.manifest import Row, manifest_lines, read_manifest
 from xrai.dataset.shards import DatasetIndex, ObjectInfo, compute_fingerprint, read_index
 from xrai.dataset.verify import find_faults
-from xrai.errors import run_command
 from xrai.store import open_store
 
 Command = Callable[..., tuple[int, str, str]]

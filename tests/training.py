@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xrai import errors, preprocess
+from xrai import command, preprocess
 from xrai.phantom import make_phantoms
 
 REPOSITORY = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def call_main(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(module), *arguments])
         with pytest.raises(SystemExit) as caught:
-            errors.run_command(module.main)  # type: ignore[attr-defined]
+            command.run_command(module.main)  # type: ignore[attr-defined]
     lines = capsys.readouterr().err.splitlines()
     assert isinstance(caught.value.code, int)
     return caught.value.code, [line for line in lines if line.startswith("xrai:")]

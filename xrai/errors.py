@@ -1,13 +1,4 @@
-"""The one tree of errors, and how a command turns them into an exit status. Everyone may import
-this.
-
-Exit status: 0 done; 2 the user's mistake (one clear line, no traceback); 1 anything else; 143
-stopped by SIGTERM with its state saved.
-"""
-
-import os
-import sys
-from collections.abc import Callable
+"""The one tree of errors; `xrai.command.run_command` turns them into an exit status."""
 
 
 class XraiError(Exception):
@@ -102,38 +93,3 @@ class StoppedError(XraiError):
     """The job was asked to stop (SIGTERM or SIGINT) and has saved its state."""
 
     exit_status = 143
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command's body and leave the process with the exit status of its outcome.
-
-    An `XraiError` becomes one line on stderr. Any other exception keeps its traceback (and exit
-    status 1). On a rank other than 0 of a distributed job the user's mistakes, which all ranks see
-    alike, are printed by rank 0 alone.
-    """
-    status = 0
-    try:
-        command()
-    except XraiError as error:
-        told_by_rank_0 = (
-            isinstance(error, UserError | StoppedError) and os.environ.get("RANK", "0") != "0"
-        )
-        if not told_by_rank_0:
-            text = " ".join(str(error).split())
-            print(
-                f"xrai: {'' if isinstance(error, StoppedError) else 'error: '}{text}",
-                file=sys.stderr,
-                flush=True,
-            )
-        status = error.exit_status
-    except KeyboardInterrupt:
-        print("xrai: interrupted", file=sys.stderr, flush=True)
-        status = 130
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A rank leaves at once: in the interpreter's own end the threads of torch's process groups
-        # abort now and then (seen with torch 2.13.0), and torchrun takes that for a failure. All
-        # files are closed by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)

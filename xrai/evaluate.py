@@ -11,10 +11,10 @@ import json
 import torch
 import yaml
 
-from xrai import config as configuration
-from xrai.config import Config, Flag
+from xrai.command import Flag, parse, run_command
+from xrai.config import Config
 from xrai.dataset.loader import Loader, open_split
-from xrai.errors import DatasetError, UserError, run_command
+from xrai.errors import DatasetError, UserError
 from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, load_model, predict_split
 from xrai.log import get_logger, setup_logging
@@ -35,9 +35,7 @@ _logger = get_logger("xrai.evaluate")
 
 def main() -> None:
     """Read the command line, score each split, write and print the results."""
-    config, flags = configuration.parse(
-        "evaluate", description="Measure a run on a data set.", flags=FLAGS
-    )
+    config, flags, _ = parse("evaluate", description="Measure a run on a data set.", flags=FLAGS)
     setup_logging()
     artifacts, _, run_id = flags["run"].rstrip("/").rpartition("/")
     if not run_id:

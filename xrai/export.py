@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xrai import __version__
-from xrai import config as configuration
-from xrai.config import Flag
-from xrai.errors import UserError, run_command
+from xrai.command import Flag, parse, run_command
+from xrai.errors import UserError
 from xrai.ingest.images import decode
 from xrai.learning.export import (
     ONNX_FILE,
@@ -64,9 +63,7 @@ _logger = get_logger("xrai.export")
 
 def main() -> None:
     """Read the command line, write, check and store the files, and say how well they agree."""
-    config, flags = configuration.parse(
-        "export", description="Write a run for other programs.", flags=FLAGS
-    )
+    config, flags, _ = parse("export", description="Write a run for other programs.", flags=FLAGS)
     setup_logging()
     if not flags["run"]:
         raise UserError(

@@ -11,7 +11,7 @@ all could be read.
 import io
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 
@@ -19,9 +19,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from xrai import __version__
-from xrai import config as configuration
-from xrai.config import Flag, Images
-from xrai.errors import RunError, UserError, run_command
+from xrai.command import Flag, parse, run_command
+from xrai.config import Images
+from xrai.errors import RunError, UserError
 from xrai.learning.predictor import TrainedModel
 from xrai.log import progress, setup_logging
 from xrai.pipeline import REVIEW, Explained, Prediction, find_files, load_pipeline
@@ -58,7 +58,7 @@ _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
 def main() -> None:
     """Read the command line, classify, print and write the table."""
-    config, flags = configuration.parse(
+    config, flags, given = parse(
         "predict", description="Classify X-rays with a finished run.", flags=FLAGS
     )
     setup_logging()
@@ -68,7 +68,7 @@ def main() -> None:
         )
     files = find_files(flags["paths"])
     pipeline = load_pipeline(flags["run"])
-    images = fit_to_run(config.images, pipeline.model)
+    images = fit_to_run(config.images, pipeline.model, given=given)
     pipeline.max_pixels = images.max_pixels
     out = open_store(flags["out"]) if flags["out"] else None
     if out is not None:
@@ -99,22 +99,19 @@ def main() -> None:
         )
 
 
-def fit_to_run(images: Images, model: TrainedModel) -> Images:
-    """How files become pixels for this run: as in its training, but `images.max_pixels` where the
-    user gave one.
-
-    Raises `RunError` where the user asked for another size or fit than the run's.
+def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Images:
+    """How files become pixels for this run: as in its training, but for `images.max_pixels` where
+    the user gave it. Raises `RunError` where the user gave another size or fit than the run's.
     """
     for key, own in (("size", model.image_size), ("fit", model.fit)):
         value = getattr(images, key)
-        if value not in (own, getattr(Images(), key)):
+        if f"images.{key}" in given and value != own:
             raise RunError(
                 f"images.{key} = {value!r}, but run {model.run_id} was trained with {own!r}: leave the key out"
             )
-    max_pixels = (
-        model.images.max_pixels if images.max_pixels == Images().max_pixels else images.max_pixels
-    )
-    return replace(images, size=model.image_size, fit=model.fit, max_pixels=max_pixels)  # type: ignore[arg-type]
+    if "images.max_pixels" not in given:
+        return model.images
+    return replace(model.images, max_pixels=images.max_pixels)
 
 
 # -------------------------------------------------------------------------------------------- table

@@ -22,11 +22,11 @@ from functools import partial
 from types import FrameType
 from typing import NoReturn
 
-from xrai import config as configuration
-from xrai.config import Config, Flag
+from xrai.command import Flag, parse, run_command
+from xrai.config import Config
 from xrai.dataset import shards
 from xrai.dataset.shards import INDEX_KEY, DatasetIndex, read_index
-from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError, run_command
+from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError
 from xrai.files import num_cores
 from xrai.ingest.build import Builder
 from xrai.ingest.card import REPORT_KEYS, make_report
@@ -64,7 +64,7 @@ class Share:
 
 def main() -> None:
     """Read the command line and make the data set."""
-    config, flags = configuration.parse(
+    config, flags, _ = parse(
         "preprocess", description="Turn raw X-rays into a data set.", flags=FLAGS
     )
     workers, address, overwrite = flags["workers"], flags["dataset"], flags["overwrite"]

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from xrai import config as configuration
-from xrai.config import Config, Flag, Images
+from xrai.command import Flag, Parsed, parse, run_command
+from xrai.config import Config, Images
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
-from xrai.errors import ConfigError, DatasetError, RunError, UserError, run_command
-from xrai.learning.distributed import Ranks, join, record_failures
+from xrai.errors import ConfigError, DatasetError, RunError, UserError
+from xrai.learning.distributed import Ranks, join, own_place, record_failures
 from xrai.learning.loop import (
     Setup,
     explaining_memory,
@@ -74,32 +74,30 @@ _logger = get_logger("xrai.train")
 
 def main() -> None:
     """Read the command line, join the job, and do this rank's part of it."""
-    config, flags = configuration.parse(
-        "train", description="Train a network on a data set.", flags=FLAGS
-    )
+    parsed = parse("train", description="Train a network on a data set.", flags=FLAGS)
+    config, flags, _ = parsed
     if flags["resume"] not in ("auto", "must", "never"):
         raise ConfigError(
             f"--resume = {flags['resume']!r} is not allowed: it takes auto, must or never"
         )
     profile_steps(config.train.profile)
-    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    setup_logging(rank=own_place().rank)
     stop = StopRequest()
     with join(timeout_s=config.train.timeout_s) as ranks:
         torch.set_num_threads(config.train.threads or max(1, num_cores() // ranks.local_world_size))
         with ranks.explaining(), explaining_memory(config.train, world_size=ranks.world_size):
-            train(config, flags, ranks=ranks, asked_to_stop=stop.is_set)
+            train(parsed, ranks=ranks, asked_to_stop=stop.is_set)
 
 
-def train(
-    config: Config, flags: dict[str, Any], *, ranks: Ranks, asked_to_stop: Callable[[], bool]
-) -> None:
+def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) -> None:
     """One rank's part of the job, from the addresses to the last file. Raises `UserError` before
     any work.
     """
     began = time.monotonic()
+    config, flags, given = parsed
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
     index = loaders["train"].index
-    config = fit_to_dataset(config, index, ranks=ranks)
+    config = fit_to_dataset(config, index, given=given, ranks=ranks)
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
     if flags["check"]:
         ranks.on_main(lambda: check_disk(config, index, flags))
@@ -200,13 +198,13 @@ def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loa
     return {"train": train, **{split: open_share(split) for split in held_out}}
 
 
-def fit_to_dataset(config: Config, index: DatasetIndex, *, ranks: Ranks) -> Config:
+def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], ranks: Ranks) -> Config:
     """The config with the data set's own `images` section. Raises `UserError` where they, or the
     ranks, do not fit.
     """
     stored = Images(**index.config["images"])
     for key, value in dataclasses.asdict(config.images).items():
-        if value not in (getattr(Images(), key), getattr(stored, key)):
+        if f"images.{key}" in given and value != getattr(stored, key):
             raise DatasetError(
                 f"images.{key} = {value!r}, but the data set was made with {getattr(stored, key)!r}: leave the key "
                 "out, or run xrai.preprocess anew with it"
@@ -275,4 +273,5 @@ def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
 
 
 if __name__ == "__main__":
-    run_command(record_failures(main))
+    place = own_place()
+    run_command(record_failures(main), rank=place.rank, world_size=place.world_size)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from xrai import config as configuration
-from xrai.config import Flag
+from xrai.command import Flag, parse, run_command
 from xrai.dataset.shards import DatasetIndex, read_index
 from xrai.dataset.verify import Fault, find_faults
-from xrai.errors import CorruptError, run_command
+from xrai.errors import CorruptError
 from xrai.files import num_cores
 from xrai.ingest.card import make_report
 from xrai.ingest.hashing import hash_source
@@ -51,7 +51,7 @@ FLAGS = (
 
 def main() -> None:
     """Read the command line, check, and repair if asked."""
-    _, flags = configuration.parse("verify", description="Re-check a data set.", flags=FLAGS)
+    flags = parse("verify", description="Re-check a data set.", flags=FLAGS).flags
     setup_logging()
     store = open_store(flags["dataset"])
     index = read_index(store)

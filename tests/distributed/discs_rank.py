@@ -17,10 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.learning.fakes import FakeBatch, FakeLoader, train_discs
-from xrai import config as configuration
-from xrai.config import Flag
-from xrai.errors import run_command
-from xrai.learning.distributed import join, record_failures
+from xrai.command import Flag, parse, run_command
+from xrai.learning.distributed import join, own_place, record_failures
 
 
 def main() -> None:
@@ -34,7 +32,7 @@ def main() -> None:
         Flag("num_images", 150, "training images", type=int),
         Flag("num_val", 41, "validation images", type=int),
     ]
-    config, values = configuration.parse("train", description="discs", flags=flags)
+    config, values, _ = parse("train", description="discs", flags=flags)
     torch.set_num_threads(1)
     with join(timeout_s=config.train.timeout_s) as ranks, ranks.explaining():
 
@@ -87,4 +85,5 @@ def main() -> None:
     )
 
 
-run_command(record_failures(main))
+place = own_place()
+run_command(record_failures(main), rank=place.rank, world_size=place.world_size)

@@ -7,8 +7,8 @@ It prints a line for each batch, its step and a hash of what it holds, and ends 
 import hashlib
 import sys
 
+from xrai.command import run_command
 from xrai.dataset.loader import Batch, Loader, LoaderOptions
-from xrai.errors import run_command
 from xrai.log import setup_logging
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.dataset.pictures import source_files, write_files
 from xrai import preprocess
-from xrai.errors import run_command
+from xrai.command import run_command
 from xrai.ingest.sources import FolderSource
 from xrai.store import FolderStore
 

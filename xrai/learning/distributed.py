@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -284,6 +284,37 @@ class Ranks:
         return model.no_sync()
 
 
+class Place(NamedTuple):
+    """A process's place in the job that torchrun, or another launcher, started it for."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    is_torchrun: bool = False
+
+
+def own_place() -> Place:
+    """The place that the environment states, if it states all of it; a stray RANK or WORLD_SIZE
+    does not make a process a rank.
+    """
+    defaults = {
+        "RANK": "",
+        "WORLD_SIZE": "",
+        "MASTER_PORT": "",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    texts = [os.environ.get(name, default) for name, default in defaults.items()]
+    if "MASTER_ADDR" not in os.environ or not all(text.isdecimal() for text in texts):
+        return Place()
+    rank, world_size, _, local_rank, local_world_size = (int(text) for text in texts)
+    if not (rank < world_size and local_rank < local_world_size):
+        return Place()
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return Place(rank, world_size, local_rank, local_world_size, is_torchrun)
+
+
 @contextmanager
 def join(*, timeout_s: float) -> Iterator[Ranks]:
     """Join the job that torchrun started (or be one process), and leave it at the end.
@@ -291,12 +322,11 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
     `timeout_s` is how long one rank waits for another. On CUDA the process takes the device of its
     local rank. Raises `UserError` where there are more ranks on the machine than CUDA devices.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = own_place()
+    rank, world_size = place.rank, place.world_size
+    local_rank, local_world_size = place.local_rank, place.local_world_size
     device = _device(local_rank, local_world_size)
-    if world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if world_size == 1 and not place.is_torchrun:
         yield Ranks(0, 1, 0, 1, device)
         return
     timeout = timedelta(seconds=timeout_s)

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from xrai.errors import UserError, run_command
+from xrai.command import run_command
+from xrai.errors import UserError
 from xrai.log import setup_logging
 from xrai.phantom.folder import SUFFIXES, make_phantoms
 

@@ -1,0 +1,187 @@
+"""How a command reads its command line and ends; each `xrai.WORD` calls `parse` and `run_command`.
+
+Exit status: 0 done; 2 the user's mistake (one clear line, no traceback); 1 anything else; 143
+stopped by SIGTERM with its state saved.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+
+from xrai.config import SECTIONS, USES, Config, KeySpec, all_keys, build, nearest, read_file
+from xrai.errors import ConfigError, StoppedError, UserError, XraiError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one command that is not a config key: an address or a switch.
+
+    `env` names an environment variable that gives the default, for containers.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    env: str | None = None
+    type: Any = str
+    nargs: str | None = None  # "+" or "*" makes it a positional list
+
+
+class Parsed(NamedTuple):
+    """A command line that has been read."""
+
+    config: Config
+    flags: dict[str, Any]  # values of the command's own flags
+    given: frozenset[str]  # keys (section.key) that the user gave, by flag or file
+
+
+def parse(
+    command: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str,
+    flags: Sequence[Flag] = (),
+) -> Parsed:
+    """Read a command line. Flags are those in `flags` and the keys that `config.USES` names for
+    `command`; a config file may hold keys of other commands, too, which do not count as given.
+
+    `--help` and `--print_config` print and exit with 0. Raises `ConfigError` for an unknown key, a
+    wrong type, a value out of range, or a config file that cannot be read.
+    """
+    keys = {spec.name: spec for spec in all_keys()}
+    own = {name: spec for name, spec in keys.items() if _takes(command, name)}
+    parsed, unknown = _parser(command, description, own, flags).parse_known_intermixed_args(
+        arguments
+    )
+    if unknown:
+        _refuse(unknown[0], command, [*own, *(flag.name for flag in flags if not flag.nargs)])
+    found = vars(parsed)
+    values: dict[str, Any] = {}
+    for file in found["config"]:  # before the flags, so that these win wherever they stand
+        values |= read_file(file)
+    values |= {
+        name: spec.check(_value(spec, found[name])) for name, spec in own.items() if name in found
+    }
+    config = build(values)
+    if found["print_config"]:
+        print(config.to_yaml(), end="")
+        sys.exit(0)
+    return Parsed(
+        config, {flag.name: found[flag.name] for flag in flags}, frozenset(own.keys() & values)
+    )
+
+
+def run_command(command: Callable[[], None], *, rank: int = 0, world_size: int = 1) -> NoReturn:
+    """Run a command's body and leave the process with the exit status of its outcome.
+
+    An `XraiError` becomes one line on stderr; any other exception keeps its traceback. The user's
+    mistakes, which all ranks of a training meet alike, are printed by rank 0 alone.
+    """
+    status = 0
+    try:
+        command()
+    except XraiError as error:
+        if rank == 0 or not isinstance(error, UserError | StoppedError):
+            kind = "" if isinstance(error, StoppedError) else "error: "
+            text = " ".join(str(error).split())
+            print(f"xrai: {kind}{text}", file=sys.stderr, flush=True)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print("xrai: interrupted", file=sys.stderr, flush=True)
+        status = 130
+    if world_size > 1:
+        # While the interpreter shuts down, threads of torch's process groups sometimes abort (seen
+        # with torch 2.13.0), and torchrun takes that for a failure. All files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as our one-line `ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{' '.join(message.split())}; see {self.prog} --help")
+
+
+def _takes(command: str, name: str) -> bool:
+    return name in USES[command] or name.partition(".")[0] in USES[command]
+
+
+def _value(spec: KeySpec, text: str) -> Any:
+    """What a flag's text means: what it would mean in YAML."""
+    if spec.type in (int, float, bool):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+def _parser(
+    command: str, description: str, keys: dict[str, KeySpec], flags: Sequence[Flag]
+) -> _Parser:
+    parser = _Parser(prog=f"xrai {command}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with any config keys, or the name of a config that comes with xrai; may be "
+        "repeated, the last one wins",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved config as YAML and exit"
+    )
+    for flag in flags:
+        text = _help(
+            flag.meaning + (f"; environment: {flag.env}" if flag.env else ""), flag.default
+        )
+        if flag.nargs:
+            parser.add_argument(flag.name, nargs=flag.nargs, type=flag.type, help=text)
+        elif flag.type is bool:
+            parser.add_argument(f"--{flag.name}", action="store_true", help=text)
+        else:
+            default = (flag.env and os.environ.get(flag.env)) or flag.default
+            parser.add_argument(f"--{flag.name}", type=flag.type, default=default, help=text)
+    for section in dict.fromkeys(name.partition(".")[0] for name in keys):
+        group = parser.add_argument_group(section, (SECTIONS[section].__doc__ or "").split("\n")[0])
+        for name, spec in keys.items():
+            if name.startswith(f"{section}."):
+                group.add_argument(
+                    f"--{name}",
+                    default=argparse.SUPPRESS,
+                    metavar=name.partition(".")[2].upper(),
+                    help=_help(f"{spec.meaning}; {spec.allowed()}", spec.default),
+                )
+    return parser
+
+
+def _help(text: str, default: Any) -> str:
+    shown = "" if default in ("", None, []) else f" (default: {default})"
+    return f"{text}{shown}".replace("%", "%%")
+
+
+def _refuse(argument: str, command: str, valid: Sequence[str]) -> NoReturn:
+    """Raise `ConfigError` for an argument that is none of the `valid` flags."""
+    name, equals, value = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--"):
+        raise ConfigError(f"unexpected argument {argument!r}; see xrai {command} --help")
+    section = name.partition(".")[0]
+    if section in SECTIONS and (
+        name in {spec.name for spec in all_keys()}
+        or not any(own.startswith(f"{section}.") for own in valid)
+    ):
+        takers = ", ".join(word for word in USES if _takes(word, name))
+        raise ConfigError(
+            f"xrai {command} does not take --{name}: section {section} belongs to xrai {takers}"
+        )
+    value = f" (value {value!r})" if equals else ""
+    hint = nearest(name, [*valid, "config", "print_config", "help"], prefix="--")
+    raise ConfigError(f"unknown option --{name}{value} of xrai {command}{hint}")
