@@ -5,6 +5,7 @@ every file of the run; the others' are empty shells.
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from xrai.log import get_logger
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.environment import describe_environment
 from xrai.results.folder import SUMMARY, RunFolder
+from xrai.results.history import EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import (
@@ -38,6 +40,7 @@ from xrai.results.types import (
     binary_output,
 )
 
+_STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
 _ROWS_AT_ONCE = 4096  # of a column of texts, where each is looked at once
 _logger = get_logger(__name__)
 
@@ -100,18 +103,16 @@ class Job:
                 found[1]["facts"], facts_of(self.config, self.index), name=found[0].file
             )
         self.run.open()
-        self.run.write_config(self.config.to_yaml())
-        self.run.write_environment(self._environment())
-        if found is None:
+        self.run.write_text("config.yaml", self.config.to_yaml())
+        self.run.write_json("environment.json", self._environment())
+        entry, state = found or (None, None)
+        if entry is None:
             self.run.resume_at(epoch=0, step=0)
-            self.run.add_hyperparameters(self.config.to_mapping())
-            return None
-        entry, state = found
-        self.run.resume_at(
-            epoch=entry.epoch + 1, step=entry.step + 1
-        )  # the first that are not done
-        self.run.add_hyperparameters(self.config.to_mapping())
-        _logger.info("going on after step %d, in epoch %d", entry.step, entry.epoch + 1)
+        else:  # at the first epoch and step that are not done
+            self.run.resume_at(epoch=entry.epoch + 1, step=entry.step + 1)
+            _logger.info("going on after step %d, in epoch %d", entry.step, entry.epoch + 1)
+        self.run.events.add_hyperparameters(self.config.to_mapping())
+        self.run.close_segment()  # now, so that TensorBoard lists runs that are not finished
         return state
 
     def after_epoch(self, result: EpochResult) -> float:
@@ -123,33 +124,30 @@ class Job:
         labels = self.loaders["val"].labels
         shifted_labels = np.tile(labels, len(result.shifted.logits))
         shifted_auroc = auroc(shifted_labels, result.shifted.logits.ravel())
-        seconds = result.seconds
-        row = {
-            "epoch": result.epoch + 1, "step": result.step, "train_loss": result.train_loss,
-            "train_accuracy": result.train_accuracy, "val_loss": result.val_loss,
-            "val_accuracy": float(np.mean((result.val.logits[0] > 0) == labels)),
-            "val_auroc": auroc(labels, result.val.logits[0]),
-            "shifted_accuracy": float(np.mean((result.shifted.logits.ravel() > 0) == shifted_labels)),
-            "shifted_auroc": shifted_auroc,
-            "lr": result.learning_rate, "grad_norm": result.grad_norm, "images_per_s": result.images_per_s,
-            "data_wait_share": result.data_wait_share,
-            # compute time over total time, as MLPerf Storage defines it; of the training part of
-            # the epoch
-            "accelerator_utilisation": seconds["compute"] / seconds["epoch"], "peak_memory_mib": result.peak_memory_mib,
-            **{f"{stage}_s": seconds.get(stage) for stage in
-               ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")},
-        }  # fmt: skip
-        self.run.add_precision_recall(
+        row = EpochRow(
+            epoch=result.epoch + 1,
+            step=result.step,
+            train_loss=result.train_loss,
+            train_accuracy=result.train_accuracy,
+            val_loss=result.val_loss,
+            val_accuracy=float(np.mean((result.val.logits[0] > 0) == labels)),
+            val_auroc=auroc(labels, result.val.logits[0]),
+            shifted_accuracy=float(np.mean((result.shifted.logits.ravel() > 0) == shifted_labels)),
+            shifted_auroc=shifted_auroc,
+            lr=result.learning_rate,
+            grad_norm=result.grad_norm,
+            images_per_s=result.images_per_s,
+            data_wait_share=result.data_wait_share,
+            accelerator_utilisation=result.seconds["compute"] / result.seconds["epoch"],
+            peak_memory_mib=result.peak_memory_mib,
+            **{f"{stage}_s": result.seconds.get(stage, math.nan) for stage in _STAGES},
+        )
+        self.run.events.add_precision_recall(
             result.step, "precision_recall/val", labels, calibrated(result.val.logits[0])
         )
         self.run.append_history(row)
         self._draw_curves()
-        _logger.info(
-            "epoch %d: loss %.4f, val loss %.4f, val accuracy %.4f, val AUROC %.4f (augmented %.4f), %.0f images/s, "
-            "%.1f %% waiting for data, peak memory %.0f MiB",
-            result.epoch + 1, result.train_loss, result.val_loss, row["val_accuracy"], row["val_auroc"],
-            row["shifted_auroc"], result.images_per_s, 100 * result.data_wait_share, result.peak_memory_mib,
-        )  # fmt: skip
+        _logger.info("%s", row)
         return shifted_auroc if np.isfinite(shifted_auroc) else -result.val_loss
 
     def best(self) -> tuple[int, dict[str, torch.Tensor]]:
@@ -209,7 +207,7 @@ class Job:
         # what draws is loaded on rank 0 alone, and only now
         from xrai.measuring import Measuring, read_known
 
-        step = self.run.history()[-1]["step"] + 1  # after all epochs; the same when repeated
+        step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
         measuring = Measuring(
             self.run,
             trained.network,
@@ -224,7 +222,7 @@ class Job:
             )
             for split, found in trained.scored.items()
         }
-        self.run.add_results(step, results[main].main.whole.metrics)
+        self.run.events.add_results(step, results[main].main.whole.metrics)
         return results
 
     def _save_model(self, trained: Trained, output: Output) -> None:

@@ -1,6 +1,5 @@
 """Pictures are there, whole, the same each time, and say when they show phantoms."""
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +11,16 @@ from PIL import Image
 
 from tests.results.small import make_scores
 from xrai.results import plots, sheets, style
+from xrai.results.history import EpochRow
 from xrai.results.measure import measure
 from xrai.results.types import Scores, SplitResults
 
-HISTORY: list[dict[str, Any]] = [
-    {"epoch": 1, "train_loss": 0.7, "val_loss": 0.6, "train_accuracy": 0.6, "val_accuracy": 0.7},
-    {
-        "epoch": 2,
-        "train_loss": 0.5,
-        "val_loss": math.nan,
-        "train_accuracy": 0.7,
-        "val_accuracy": None,
-    },
-    {"epoch": 3, "train_loss": 0.4, "val_loss": 0.3, "train_accuracy": 0.8, "val_accuracy": 0.9},
-]
+_FIRST = {"train_loss": 0.7, "val_loss": 0.6, "train_accuracy": 0.6, "val_accuracy": 0.7}
+_LAST = {"train_loss": 0.4, "val_loss": 0.3, "train_accuracy": 0.8, "val_accuracy": 0.9}
 HISTORY = [
-    {**row, "shifted_accuracy": row["val_accuracy"] and row["val_accuracy"] - 0.1}
-    for row in HISTORY
+    EpochRow(epoch=1, step=1, shifted_accuracy=0.6, **_FIRST),
+    EpochRow(epoch=2, step=2, train_loss=0.5, train_accuracy=0.7),  # the rest is NaN
+    EpochRow(epoch=3, step=3, shifted_accuracy=0.8, **_LAST),
 ]
 
 

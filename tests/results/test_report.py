@@ -24,6 +24,7 @@ from xrai.config import Config
 from xrai.results import plots, sheets
 from xrai.results.baselines import Looks, measure_baselines
 from xrai.results.environment import describe_environment
+from xrai.results.history import EpochRow
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS, format_value
 from xrai.results.report import Page, explore, render_report, source_hash
@@ -76,7 +77,7 @@ class Html(HTMLParser):
             self.text += data
 
 
-HISTORY = [{"epoch": 1, "step": 10, "train_loss": 0.5, "val_loss": None, "train_accuracy": 0.7}]
+HISTORY = [EpochRow(epoch=1, step=10, train_loss=0.5, train_accuracy=0.7)]
 
 
 @functools.cache

@@ -1,59 +1,97 @@
-"""history.csv: one row an epoch."""
+"""What is measured in an epoch: a row of history.csv, points in TensorBoard, a line of the log.
+
+A metric is one field of `EpochRow`; everything else follows from the field.
+"""
 
 import csv
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from xrai.errors import RunError
 
-HISTORY_COLUMNS = (
-    "epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "shifted_accuracy",
-    "shifted_auroc", "lr", "grad_norm", "images_per_s", "data_wait_share", "accelerator_utilisation", "fetch_s",
-    "verify_s", "assemble_s", "transfer_s", "compute_s", "eval_s", "epoch_s", "peak_memory_mib",
-)  # fmt: skip
-TENSORBOARD_TAGS = {
-    "train_loss": "loss/train",
-    "val_loss": "loss/val",
-    "train_accuracy": "accuracy/train",
-    "val_accuracy": "accuracy/val",
-    "shifted_accuracy": "accuracy/val_shifted",
-    "val_auroc": "auroc/val",
-    "shifted_auroc": "auroc/val_shifted",
-    "lr": "optim/lr",
-    "grad_norm": "optim/grad_norm",
-    "images_per_s": "throughput/images_per_s",
-    "data_wait_share": "throughput/data_wait_share",
-    "accelerator_utilisation": "throughput/accelerator_utilisation",
-    "fetch_s": "time/fetch_s",
-    "verify_s": "time/verify_s",
-    "assemble_s": "time/assemble_s",
-    "transfer_s": "time/transfer_s",
-    "compute_s": "time/compute_s",
-    "eval_s": "time/eval_s",
-    "epoch_s": "time/epoch_s",
-    "peak_memory_mib": "memory/peak_mib",
+
+def _metric(tag: str, *, log: str = "", title: str = "") -> float:
+    """A field with its tag in TensorBoard, its part of the log line and, with a `title`, its
+    column in TensorBoard's table of runs.
+    """
+    return field(default=math.nan, metadata={"tag": tag, "log": log, "title": title})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """The metrics of one epoch, in the order of history.csv's columns; NaN is an empty field.
+
+    `epoch` counts from 1, `step` is the last one of the epoch. `shifted` stands for augmented
+    validation images, `accelerator_utilisation` is as MLPerf Storage defines it.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float = _metric("loss/train", log="loss {:.4f}")
+    train_accuracy: float = _metric("accuracy/train")
+    val_loss: float = _metric("loss/val", log="val loss {:.4f}")
+    val_accuracy: float = _metric(
+        "accuracy/val", log="val accuracy {:.4f}", title="accuracy, validation"
+    )
+    val_auroc: float = _metric("auroc/val", log="val AUROC {:.4f}")
+    shifted_accuracy: float = _metric("accuracy/val_shifted")
+    shifted_auroc: float = _metric(
+        "auroc/val_shifted", log="augmented val AUROC {:.4f}", title="AUROC, augmented validation"
+    )
+    lr: float = _metric("optim/lr")
+    grad_norm: float = _metric("optim/grad_norm")
+    images_per_s: float = _metric("throughput/images_per_s", log="{:.0f} images/s")
+    data_wait_share: float = _metric(
+        "throughput/data_wait_share", log="{:.1%} of the time waiting for data"
+    )
+    accelerator_utilisation: float = _metric("throughput/accelerator_utilisation")
+    fetch_s: float = _metric("time/fetch_s")
+    verify_s: float = _metric("time/verify_s")
+    assemble_s: float = _metric("time/assemble_s")
+    transfer_s: float = _metric("time/transfer_s")
+    compute_s: float = _metric("time/compute_s")
+    eval_s: float = _metric("time/eval_s")
+    epoch_s: float = _metric("time/epoch_s")
+    peak_memory_mib: float = _metric("memory/peak_mib", log="peak memory {:.0f} MiB")
+
+    def by_tag(self) -> dict[str, float]:
+        """The metrics by TensorBoard tag."""
+        return {tag: getattr(self, column) for column, tag in TAGS.items()}
+
+    def __str__(self) -> str:
+        """The line of the log."""
+        shown = ((field.metadata.get("log"), field.name) for field in fields(self))
+        parts = [text.format(getattr(self, name)) for text, name in shown if text]
+        return f"epoch {self.epoch}: {', '.join(parts)}"
+
+
+COLUMNS = tuple(column.name for column in fields(EpochRow))
+TAGS = {column.name: str(column.metadata["tag"]) for column in fields(EpochRow) if column.metadata}
+TITLES = {  # by tag: the metrics of an epoch in TensorBoard's table of runs
+    str(column.metadata["tag"]): str(column.metadata["title"])
+    for column in fields(EpochRow)
+    if column.metadata.get("title")
 }
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a history.csv: epoch and step whole numbers, the rest numbers, None where a
-    field is empty.
-    """
+def read_history(path: Path) -> list[EpochRow]:
+    """The rows of a history.csv."""
     with path.open(newline="", encoding="utf-8") as file:
         return parse_history(file, where=str(path))
 
 
-def parse_history(lines: Iterable[str], *, where: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def parse_history(lines: Iterable[str], *, where: str) -> list[EpochRow]:
+    """The rows of a history.csv in text; `where` is its name in the `RunError` of a damaged one."""
     try:
-        for fields in csv.DictReader(lines):
-            row: dict[str, Any] = {
-                key: float(text) if text else None for key, text in fields.items()
-            }
-            rows.append({**row, "epoch": int(fields["epoch"]), "step": int(fields["step"])})
+        return [_parse_row(cells) for cells in csv.DictReader(lines)]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{where} is not a history of xrai: {error}; remove it, or start a new run"
-        ) from error
-    return rows
+        text = f"{where} is not a history of xrai: {error}; remove it, or start a new run"
+        raise RunError(text) from error
+
+
+def _parse_row(cells: dict[str, str]) -> EpochRow:
+    epoch, step = int(cells.pop("epoch")), int(cells.pop("step"))
+    metrics = {name: float(text) if text else math.nan for name, text in cells.items()}
+    return EpochRow(epoch=epoch, step=step, **metrics)

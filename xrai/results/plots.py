@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from PIL import Image
 
 from xrai.files import write_atomically
 from xrai.results.calibration import calibrated
+from xrai.results.history import EpochRow
 from xrai.results.intervals import wilson_interval
 from xrai.results.metrics import calibration_bins, cumulative_calls, format_interval, format_value
 from xrai.results.style import (
@@ -84,7 +85,7 @@ _HEAT_OPACITY = 0.65  # of a heat map where it is 1
 
 
 def draw_curves(
-    history: Sequence[Mapping[str, float | None]],
+    history: Sequence[EpochRow],
     folder: Path,
     *,
     best_epoch: int | None = None,
@@ -92,7 +93,7 @@ def draw_curves(
 ) -> None:
     """Write `folder`/loss.png and accuracy.png: training and validation by epoch.
 
-    `history` holds the rows of history.csv; a value that is missing or not finite leaves a gap.
+    A value that is NaN leaves a gap.
     """
     lines = [("train", TRAIN, "train"), ("validation", VALIDATION, "val")]
     shifted = ("validation,\naugmented", SHIFTED, "shifted")
@@ -105,10 +106,10 @@ def draw_curves(
             axes = figure.add_subplot()
             figure.subplots_adjust(left=0.1, right=0.745, top=0.795, bottom=0.12)
             series = [
-                (name, colour, [_number(row.get(f"{key}_{kind}")) for row in history])
+                (name, colour, [_number(getattr(row, f"{key}_{kind}")) for row in history])
                 for name, colour, key in shown
             ]
-            epochs = [int(row["epoch"] or 0) for row in history]
+            epochs = [row.epoch for row in history]
             _draw_series(axes, epochs, series, is_share=kind == "accuracy")
             if best_epoch is not None:
                 axes.axvline(best_epoch, zorder=1, **_CHANCE)

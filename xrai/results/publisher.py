@@ -1,4 +1,4 @@
-"""A thread that stores a run's files in a bucket, and never blocks or ends the training."""
+"""A thread that uploads a run's files to a bucket, and never blocks or ends the training."""
 
 import threading
 import time
@@ -15,50 +15,50 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _logger = get_logger(__name__)
 
 
+@dataclass(eq=False)
+class _Task:
+    name: str
+    keep: bool  # upload the file, or delete it from the bucket
+
+
 class Publisher:
-    """Stores announced files in order, in a thread of its own. The first in line is tried until
-    it works.
-    """
+    """Uploads files in the order in which they were queued. The first is retried until it works."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.num_failures = 0
         self.last_error: Exception | None = None
-        self.stored: dict[str, str] = {}  # name -> SHA-256 of what the bucket got from here
+        self.stored: dict[str, str] = {}  # name -> SHA-256 of what this process uploaded
+        self.is_closed = False
         self._store, self._folder = store, folder
-        self._line: dict[str, _Task] = {}
+        self._queue: dict[str, _Task] = {}  # in order
         self._attempts = 0  # failed ones since the last success or call to drain
-        self._hurry = self._closed = False
+        self._hurry = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="xrai-publisher", daemon=True)
         self._thread.start()
 
     def announce(self, tasks: Iterable[tuple[str, bool]]) -> None:
-        """Put (name, whether to keep it) at the end of the line; a name that waits already moves
-        there.
-        """
+        """Append (name, whether to keep it) to the queue; a name that waits already moves back."""
         with self._changed:
             for name, keep in tasks:
-                self._line.pop(name, None)
-                self._line[name] = _Task(name, keep)
+                self._queue.pop(name, None)
+                self._queue[name] = _Task(name, keep)
             self._changed.notify_all()
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing more will be stored."""
-        return self._closed
-
     def drain(self, *, timeout_s: float, max_attempts: int | None = None) -> bool:
-        """Wait for the line to empty; False when time is over, `max_attempts` failed in a row,
-        or it was closed.
+        """Wait until the queue is empty.
+
+        False if that takes longer than `timeout_s`, `max_attempts` in a row failed, or the
+        publisher is closed.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._attempts, self._hurry = 0, True
             self._changed.notify_all()
-            while self._line:
+            while self._queue:
                 left_s = deadline - time.monotonic()
                 gave_up = max_attempts is not None and self._attempts >= max_attempts
-                if left_s <= 0 or gave_up or self._closed or not self._thread.is_alive():
+                if left_s <= 0 or gave_up or self.is_closed or not self._thread.is_alive():
                     return False
                 self._changed.wait(min(left_s, 1.0))
             return True
@@ -66,69 +66,55 @@ class Publisher:
     def waiting(self) -> list[str]:
         """The names that are not stored yet."""
         with self._changed:
-            return list(self._line)
+            return list(self._queue)
 
     def close(self) -> None:
-        """End the thread after the transfer it is at."""
+        """End the thread after the current transfer."""
         with self._changed:
-            self._closed = True
+            self.is_closed = True
             self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._line or self._closed)
-                if self._closed:
+                self._changed.wait_for(lambda: self._queue or self.is_closed)
+                if self.is_closed:
                     return
-                task = next(iter(self._line.values()))
+                task = next(iter(self._queue.values()))
             try:
-                digest = self._do(task)
+                self._do(task)
             except (XraiError, OSError) as error:
                 self._pause_after(task, error)
                 continue
             with self._changed:
                 if self._attempts:
-                    _logger.info(
-                        "%s is stored now; %d more files wait", task.name, len(self._line) - 1
-                    )
+                    num_left = len(self._queue) - 1
+                    _logger.info("%s is stored now; %d more files wait", task.name, num_left)
                 self._attempts = 0
-                if digest is not None:
-                    self.stored[task.name] = digest
-                if self._line.get(task.name) is task:  # else it was announced once more meanwhile
-                    del self._line[task.name]
+                if self._queue.get(task.name) is task:  # else it was announced again meanwhile
+                    del self._queue[task.name]
                 self._changed.notify_all()
 
-    def _do(self, task: "_Task") -> str | None:
-        if task.keep:
-            path = self._folder / task.name
-            return (
-                self._store.upload(task.name, path) if path.exists() else None
-            )  # gone since, as old checkpoints are
+    def _do(self, task: _Task) -> None:
         self.stored.pop(task.name, None)
-        try:
-            self._store.delete(task.name)
-        except StoreAccessError as error:  # a bucket may take files and let none be deleted
-            _logger.warning("%s stays in the bucket: %s", task.name, error)
-        return None
+        path = self._folder / task.name
+        if not task.keep:
+            try:
+                self._store.delete(task.name)
+            except StoreAccessError as error:  # the bucket's policy may forbid deletion alone
+                _logger.warning("%s stays in the bucket: %s", task.name, error)
+        elif path.exists():  # an old checkpoint may be gone by now
+            self.stored[task.name] = self._store.upload(task.name, path)
 
-    def _pause_after(self, task: "_Task", error: Exception) -> None:
+    def _pause_after(self, task: _Task, error: Exception) -> None:
         with self._changed:
             self.num_failures += 1
             self.last_error = error
             self._attempts += 1
             if self._attempts == 1:
-                _logger.warning(
-                    "%s is not stored yet and will be tried again; the run goes on: %s",
-                    task.name,
-                    error,
-                )
+                text = f"{task.name} is not stored yet and will be tried again; the run goes on"
+                _logger.warning("%s: %s", text, error)
             self._hurry = False
             self._changed.notify_all()
             pause_s = min(_FIRST_PAUSE_S * 2 ** (self._attempts - 1), _LONGEST_PAUSE_S)
-            self._changed.wait_for(lambda: self._closed or self._hurry, timeout=pause_s)
-
-
-@dataclass(eq=False)
-class _Task:
-    name: str
-    keep: bool  # store it, or delete it from the bucket
+            self._changed.wait_for(lambda: self.is_closed or self._hurry, timeout=pause_s)

@@ -57,15 +57,11 @@ def record_scores(
     sheets = [] if images is None else _draw_sheets(scores, images, plots)
     if step is not None:
         found = scores.labelled()
-        run.add_precision_recall(
-            step,
-            f"precision_recall/final_{scores.split}",
-            found.labels,
-            found.scores,
-            description=f"{scores.split} split, the best epoch's weights",
-        )
+        curve = f"precision_recall/final_{scores.split}"
+        run.events.add_precision_recall(step, curve, found.labels, found.scores)
         for name in sheets:
-            run.add_picture(step, f"predictions/{name}_{scores.split}", plots / f"{name}.png")
+            path, tag = plots / f"{name}.png", f"predictions/{name}_{scores.split}"
+            run.events.add_image(step, tag, path)
     run.publish(sorted(path.relative_to(run.path).as_posix() for path in plots.glob("*.png")))
     return results
 

@@ -18,7 +18,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 import xrai
-from xrai.results import style
+from xrai.results import history, style
+from xrai.results.history import EpochRow
 from xrai.results.metrics import FIXED_RATE, HEADLINES, METRICS, format_interval, format_value
 from xrai.results.types import DatasetFacts, Estimate, OutputResults, SplitResults, Training
 
@@ -40,7 +41,7 @@ class Page:
     dataset: DatasetFacts  # the one that `results` come from
     config: Mapping[str, Mapping[str, object]]
     environment: Mapping[str, object]  # environment.json
-    history: Sequence[Mapping[str, float | None]] = ()
+    history: Sequence[EpochRow] = ()
     others: Sequence[SplitResults] = ()  # the run's other splits
     is_evaluation: bool = False  # of a finished run, perhaps on another data set
 
@@ -113,6 +114,7 @@ def render_report(page: Page, folder: Path) -> str:
         has=lambda name: (folder / name).exists(),
         show=show,
         history_cell=_format_cell,
+        history_columns=history.COLUMNS,
         metrics=METRICS,
         headlines=HEADLINES,
         fixed_rate=FIXED_RATE,
@@ -197,8 +199,8 @@ def _percent(value: float) -> float | None:
     return None if math.isnan(value) else round(100 * min(max(value, 0.0), 1.0), 2)
 
 
-def _format_cell(column: str, value: float | None) -> str:
-    if value is None:
+def _format_cell(column: str, value: float) -> str:
+    if math.isnan(value):
         return ""
     return f"{int(value):,}" if column in ("epoch", "step") else f"{value:.4g}"
 

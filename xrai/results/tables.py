@@ -1,4 +1,6 @@
-"""Plain values as JSON and CSV text."""
+"""Plain values, mappings and dataclasses as JSON and CSV text."""
+
+from __future__ import annotations
 
 import csv
 import io
@@ -6,46 +8,52 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def to_json(value: Any) -> str:
-    """JSON text of plain values, NumPy scalars and dataclasses; what is not finite becomes null."""
+
+def to_json(value: object) -> str:
+    """JSON text; what is not finite becomes null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_csv(columns: Sequence[str], rows: Iterable[Any]) -> str:
-    """CSV text with a header; what is missing, None or not finite is an empty field. See
-    `safe_path` for names.
+def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object] | DataclassInstance]) -> str:
+    """CSV text with a header; what is missing, None or not finite is an empty field.
+
+    Pass paths through `safe_path`.
     """
+    table = [[_plain(value) for value in _cells(columns, row)] for row in rows]
+    # csv.writer quotes "\r" only if it ends lines, but readers take it for the end of a line
+    has_return = any(isinstance(cell, str) and "\r" in cell for cells in table for cell in cells)
     buffer = io.StringIO(newline="")
-    plain = [
-        {key: "" if value is None else value for key, value in _plain(row).items()} for row in rows
-    ]
-    # csv quotes a carriage return only where it ends lines, and readers take a bare one for the end
-    # of a line
-    has_return = any(
-        isinstance(value, str) and "\r" in value for row in plain for value in row.values()
-    )
-    quoting: Any = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n", quoting=quoting)
-    writer.writeheader()
-    writer.writerows(plain)
+    quote_all = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer = quote_all if has_return else csv.writer(buffer, lineterminator="\n")
+    writer.writerows([columns, *table])
     return buffer.getvalue()
 
 
 def safe_path(path: str) -> str:
-    """The same relative path, such that no spreadsheet takes it for a formula.
+    """The same relative path, with `./` in front if a spreadsheet would take it for a formula.
 
-    Names of files come from anywhere, and `=cmd|' /C …'!A0` at the head of a cell is run by a click
-    (OWASP, CSV injection). `./` in front changes no path's meaning.
+    File names come from anywhere, and a click on a cell `=cmd|' /C …'!A0` runs it (OWASP, CSV
+    injection).
     """
     return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else path
 
 
-def _plain(value: Any) -> Any:
+def _cells(columns: Sequence[str], row: Mapping[str, object] | DataclassInstance) -> list[object]:
+    if isinstance(row, Mapping):
+        if unknown := set(row) - set(columns):
+            raise ValueError(f"{sorted(unknown)} are not among the columns {', '.join(columns)}")
+        return [row.get(column) for column in columns]
+    return [getattr(row, column) for column in columns]
+
+
+def _plain(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

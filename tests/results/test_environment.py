@@ -1,0 +1,17 @@
+"""environment.json."""
+
+import json
+import os
+
+import pytest
+
+from xrai.results.environment import describe_environment
+from xrai.results.tables import to_json
+
+
+def test_the_environment_names_no_host_user_or_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret-value")
+    text = to_json(describe_environment())
+    assert "s3cret-value" not in text
+    assert os.uname().nodename not in text
+    assert "torch" in json.loads(text)["packages"]
