@@ -232,13 +232,13 @@ def assemble(
     Empties the parts' perceptual hashes. Raises `SourceError` when too many files are excluded, or
     a class or val has none left.
     """
-    rows = _finished_rows(plan, parts)
+    rows, stored = _finished_rows(plan, parts)
     unusable = [*plan.unusable]
     for shard, part in zip(plan.shards, parts, strict=True):
         unusable += _excluded(shard, part.reasons)
     check_excluded(unusable, num_files=len(rows), limit=plan.config["images"]["max_set_aside"])
     index = _make_index(plan, parts, rows)
-    near = _near_duplicates(plan, parts, rows)
+    near = _near_duplicates(plan, parts, stored)
     for part in parts:
         part.perceptual_hashes.clear()  # a tenth of all memory
     if near:
@@ -283,41 +283,38 @@ def _excluded(shard: PlannedShard, reasons: Mapping[str, str]) -> list[Row]:
     return [replace(row, reason=reasons[row.path]) for row in shard.rows if row.path in reasons]
 
 
-def _finished_rows(plan: Plan, parts: Sequence[Part]) -> list[Row]:
-    """The manifest: the plan's rows with shard, place, and what decoding excluded."""
+def _finished_rows(plan: Plan, parts: Sequence[Part]) -> tuple[list[Row], dict[str, list[Row]]]:
+    """The manifest: the plan's rows with shard, place, and what decoding excluded.
+
+    Also the rows of each split that are in shards, in their order.
+    """
     finished = [row for row in plan.rows if row.reason or row.split not in SPLITS]
+    stored: dict[str, list[Row]] = {}
     longest = max((len(shard.rows) for shard in plan.shards), default=0)
     places = list(range(longest))  # the same numbers for all shards, to save memory
     for shard, part in zip(plan.shards, parts, strict=True):
         kept = (row for row in shard.rows if row.path not in part.reasons)
-        finished += [
+        stored.setdefault(shard.split, []).extend(
             replace(row, shard=shard.name, row=place)
             for place, row in zip(places, kept, strict=False)
-        ]
+        )
         finished += _excluded(shard, part.reasons)
+    for rows in stored.values():
+        finished += rows
     finished.sort(key=attrgetter("path"))
-    return finished
+    return finished, stored
 
 
-def _near_duplicates(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> list[NearDuplicate]:
+def _near_duplicates(
+    plan: Plan, parts: Sequence[Part], stored: Mapping[str, Sequence[Row]]
+) -> list[NearDuplicate]:
     hashes: dict[str, list[str]] = {}
-    starts: dict[str, int] = {}  # of a shard: how many hashes of its split come before its own
     for shard, part in zip(plan.shards, parts, strict=True):
-        of_split = hashes.setdefault(shard.split, [])
-        starts[shard.name] = len(of_split)
-        of_split.extend(part.perceptual_hashes)
+        hashes.setdefault(shard.split, []).extend(part.perceptual_hashes)
     with progress("near-duplicates", total=num_pairs(hashes), unit="pairs") as bar:
         found = find_near_pairs(hashes, on_done=bar.update)
-    wanted = {(split, pair.one) for (split, _), pairs in found.items() for pair in pairs}
-    wanted |= {(other, pair.other) for (_, other), pairs in found.items() for pair in pairs}
-    written = {}
-    for row in rows:
-        if row.shard is not None:
-            place = (row.split, starts[row.shard] + (row.row or 0))
-            if place in wanted:
-                written[place] = row
     near = [
-        NearDuplicate(pair.distance, written[split, pair.one], written[other, pair.other])
+        NearDuplicate(pair.distance, stored[split][pair.one], stored[other][pair.other])
         for (split, other), pairs in found.items()
         for pair in pairs
     ]

@@ -46,7 +46,7 @@ def perceptual_hash(image: NDArray[np.uint8]) -> str:
 
     Which of the lowest 16 x 16 coefficients of the cosine transform (DCT-II) of the image at 64 x
     64 pixels are above their lower median; equality within rounding counts as not above. Where no
-    coefficients tie, these are the bits of ImageHash's `phash` (docs/decisions/0014).
+    coefficients tie, these are the bits of ImageHash's `phash` (docs/decisions/0014-ingest.md).
     """
     side = _SIDE * 4
     small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
