@@ -1,8 +1,6 @@
-"""Compose the picture at the top of README.md from a finished run, and print the sentences for the
-text below it.
+"""Compose the picture at the top of README.md from a finished run, and print its caption.
 
-`python docs/results.py submit/<run_id>`. To be repeated when the recipe, the plots or the measures
-change.
+`python docs/results.py submit/<run_id>`. Repeat it when the recipe, the plots or the metrics change.
 """
 
 import json
@@ -14,12 +12,12 @@ import yaml
 from PIL import Image
 
 TARGET = Path(__file__).with_name("results.png")
-ROWS = (("curves/loss.png", "curves/accuracy.png"), ("plots/roc.png", "plots/confusion.png"))
-WIDTH = 1400  # pixels
+PLOTS = ("curves/accuracy.png", "plots/roc.png", "plots/confusion.png")
+HEIGHT = 520  # pixels
 
 
 def main(run: Path) -> None:
-    """Write the picture and print what to say of it."""
+    """Write the picture and print its caption."""
     compose(run)
     summary = json.loads((run / "summary.json").read_text())
     environment = json.loads((run / "environment.json").read_text())
@@ -28,17 +26,17 @@ def main(run: Path) -> None:
 
 
 def compose(run: Path) -> None:
-    """Draw the run's four plots at one scale, two in a row."""
-    rows = [[Image.open(run / name).convert("RGB") for name in names] for names in ROWS]
-    cell = max(plot.width for row in rows for plot in row)
-    heights = [max(plot.height for plot in row) for row in rows]
-    sheet = Image.new("RGB", (2 * cell, sum(heights)), "white")
-    for number, row in enumerate(rows):
-        for column, plot in enumerate(row):
-            sheet.paste(plot, (column * cell, sum(heights[:number])))
-    sheet = sheet.resize(
-        (WIDTH, round(sheet.height * WIDTH / sheet.width)), Image.Resampling.LANCZOS
-    )
+    """Draw the run's plots side by side, at one height."""
+    plots = [Image.open(run / name).convert("RGB") for name in PLOTS]
+    plots = [
+        plot.resize((round(plot.width * HEIGHT / plot.height), HEIGHT), Image.Resampling.LANCZOS)
+        for plot in plots
+    ]
+    sheet = Image.new("RGB", (sum(plot.width for plot in plots), HEIGHT), "white")
+    left = 0
+    for plot in plots:
+        sheet.paste(plot, (left, 0))
+        left += plot.width
     sheet.save(TARGET, optimize=True)
 
 
@@ -47,13 +45,18 @@ def caption(summary: dict[str, Any], environment: dict[str, Any], config: dict[s
     low, high = summary["intervals"]["auroc"]
     counts = summary["counts"]
     num_sick, num_normal = counts["tp"] + counts["fn"], counts["tn"] + counts["fp"]
+    accuracy, sensitivity, specificity = (
+        f"{100 * summary[name]:.1f} %" for name in ("accuracy", "sensitivity", "specificity")
+    )
     return (
-        f"{summary['epochs']} epochs with {environment['world_size']} processes on {environment['num_cores']} cores "
-        f"({environment['processor']}), {summary['duration_s']:.0f} s, seed {config['train']['seed']}. Measured on "
-        f"{summary['num_images']} images of {summary['num_patients']} patients who were held out: accuracy "
-        f"{100 * summary['accuracy']:.1f} %, sensitivity {100 * summary['sensitivity']:.1f} % ({counts['tp']} of "
-        f"{num_sick} pneumonia images found), specificity {100 * summary['specificity']:.1f} % ({counts['tn']} of "
-        f"{num_normal} normal images left alone), AUROC {summary['auroc']:.3f} (95 % interval {low:.3f} to {high:.3f})."
+        f"{summary['epochs']} epochs, {environment['world_size']} processes on "
+        f"{environment['num_cores']} cores ({environment['processor']}), "
+        f"seed {config['train']['seed']}, {summary['duration_s']:.0f} s. On "
+        f"{summary['num_images']} images of {summary['num_patients']} held-out patients: accuracy "
+        f"{accuracy}, sensitivity {sensitivity} ({counts['tp']} of {num_sick} pneumonia images "
+        f"found), specificity {specificity} ({counts['tn']} of {num_normal} normal images "
+        f"correctly classified), AUROC {summary['auroc']:.3f} (95 % interval {low:.3f} to "
+        f"{high:.3f})."
     )
 
 
