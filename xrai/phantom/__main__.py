@@ -12,13 +12,13 @@ from xrai.phantom.folder import SUFFIXES, make_phantoms
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m xrai.phantom --help")
+        raise UserError(f"{message}; see xrai phantom --help")
 
 
 def main() -> None:
     """Read the command line and draw."""
     parser = _Parser(
-        prog="python -m xrai.phantom",
+        prog="xrai phantom",
         description="Draw made-up chest X-rays (phantoms) to try xrai with, and for tests. They "
         "show no patient.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

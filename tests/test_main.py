@@ -1,0 +1,157 @@
+"""The command `xrai`: its words, and how `xrai train` becomes torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import run_module
+from xrai import __main__ as program
+from xrai import __version__
+
+REPOSITORY = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_every_word_is_a_command_and_every_command_a_word():
+    commands = {
+        path.stem if path.stem != "__main__" else path.parent.name
+        for path in [*REPOSITORY.glob("xrai/*.py"), *REPOSITORY.glob("xrai/*/__main__.py")]
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    }
+    assert commands - {"xrai"} == program.WORDS.keys()
+
+
+def test_help_names_each_word_and_loads_nothing_heavy():
+    script = (
+        "import sys; sys.argv = ['xrai']; from xrai.__main__ import main\n"
+        "try: main()\nexcept SystemExit as ended: assert ended.code == 0\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    usage, loaded = done.stdout.rstrip().rsplit("\n", 1)
+    assert all(f"  {word} " in usage for word in program.WORDS)
+    assert not {"torch", "numpy", "yaml", "argparse"} & set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("trian", "unknown word 'trian'; did you mean train?"),
+        ("zzz", "unknown word 'zzz'; allowed: preprocess, train"),
+    ],
+)
+def test_an_unknown_word_is_refused(word: str, said: str):
+    done = run_module("xrai", word)
+    assert done.returncode == 2 and done.stderr.startswith(f"xrai: error: {said}")
+
+
+def test_the_version_is_that_of_the_package():
+    assert run_module("xrai", "--version").stdout == f"xrai {__version__}\n"
+
+
+@pytest.mark.parametrize("word", ["verify", "phantom"])
+def test_a_word_is_its_module(word: str):
+    done, same = run_module("xrai", word, "--help"), run_module(f"xrai.{word}", "--help")
+    assert done.stdout == same.stdout and done.stdout.startswith(f"usage: xrai {word} [-h]")
+    assert (done.returncode, done.stderr) == (0, "")
+    refused = run_module("xrai", word, "--zzz=1")
+    assert refused.returncode == 2 and refused.stderr.startswith("xrai: error: ")
+
+
+class StartedError(Exception):
+    """What was started in place of this process."""
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The preflight checks that were run; each succeeds."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    def execv(path: str, command: list[str]) -> None:
+        raise StartedError(command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in [name for name in os.environ if name.startswith(("PET_", "XRAI_"))]:
+        monkeypatch.delenv(name)
+    return ran
+
+
+def launched(*arguments: str) -> list[str]:
+    with pytest.raises(StartedError) as caught:
+        program.launch(list(arguments))
+    command = caught.value.args[0]
+    assert command[:3] == TORCHRUN
+    return list(command[3:])
+
+
+def test_training_without_options_of_torchrun_stays_in_this_process(checks: list[list[str]]):
+    assert program.launch(["--train.epochs=3"]) == ["--train.epochs=3"] and not checks
+
+
+def test_options_of_torchrun_are_told_from_those_of_training_wherever_they_stand(
+    checks: list[list[str]],
+):
+    own = ["--config=c.yaml", "--train.epochs=3", "--run_id", "x"]
+    options = [
+        "--nnodes=2", "--nproc_per_node=4", "--rdzv_backend=c10d", "--rdzv-endpoint=a:29400",
+        "--max_restarts=3", "--node_rank=1", "--master_addr=a", "--rdzv_conf=timeout=9",
+        "--shutdown-timeout=60",
+    ]  # fmt: skip
+    assert launched(*own[:2], *options, *own[2:]) == [*options, "-m", "xrai.train", *own]
+    assert checks == [[sys.executable, "-m", "xrai.train", "--check", *own]]
+
+
+def test_a_single_machine_is_found_without_a_network(
+    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XRAI_PREFLIGHT", "0")
+    assert launched("--standalone", "--nproc_per_node=2") == [
+        "--standalone", "--nproc_per_node=2", "--local_addr=localhost", "-m", "xrai.train",
+    ]  # fmt: skip
+    assert not checks
+
+
+def test_variables_of_torchrun_start_it_too(
+    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert launched() == ["-m", "xrai.train"]
+
+
+@pytest.mark.parametrize("option", ["--check", "--help", "--print_config"])
+def test_what_does_not_train_needs_no_torchrun(checks: list[list[str]], option: str):
+    assert program.launch(["--nproc_per_node=4", option, "--config=c"]) == [option, "--config=c"]
+    assert not checks
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_a_check_that_fails_ends_it_with_its_own_status(
+    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch, status: int
+):
+    def fail(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(SystemExit) as caught:
+        program.launch(["--standalone"])
+    assert caught.value.code == status
+
+
+@pytest.mark.parametrize("flag", ["--nproc_per_node", "--nnodes", "--rdzv_endpoint"])
+def test_an_option_without_its_value_is_refused(
+    checks: list[list[str]], flag: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as caught:
+        program.launch([flag, "2"])
+    assert caught.value.code == 2 and f"write {flag}=VALUE" in capsys.readouterr().err

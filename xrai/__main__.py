@@ -1,0 +1,93 @@
+"""`xrai WORD …`: each word starts `python -m xrai.WORD` in this process, and imports that alone.
+
+`xrai train` also takes flags of torchrun (--standalone, --nproc_per_node=2, --nnodes=…, written
+--flag=value, anywhere) or its PET_* variables, and then becomes torchrun.
+"""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from typing import NoReturn
+
+from xrai import __version__
+
+WORDS = {
+    "preprocess": "turn raw X-rays into a data set",
+    "train": "train a network on a data set; --nproc_per_node=N starts N processes",
+    "evaluate": "measure a finished run on a data set",
+    "predict": "classify X-rays with a finished run",
+    "export": "write a finished run for other programs, as ONNX or torch.export",
+    "verify": "check a data set against its hashes, and repair it",
+    "phantom": "draw made-up X-rays to try things with",
+}
+USAGE = "\n".join(
+    [
+        "usage: xrai WORD [OPTIONS]",
+        "",
+        *(f"  {word:<11} {meaning}" for word, meaning in WORDS.items()),
+        "",
+        "xrai WORD --help lists the options of a word; xrai --version prints the version.",
+    ]
+)
+_TORCHRUN = re.compile(  # its options, each with either spelling of `_`
+    r"--(standalone|nnodes|nproc.per.node|node.rank|rdzv.\w+|max.restarts|monitor.interval|role|tee"
+    r"|shutdown.timeout|master.\w+|local.addr|log.dir|redirects|local.ranks.filter|numa.binding)(=|$)"
+)
+
+
+def main() -> NoReturn:
+    """Do what the command line says, and leave with the exit status of it."""
+    word, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if word in ("-h", "--help", "--version"):
+        print(f"xrai {__version__}" if word == "--version" else USAGE)
+        sys.exit(0)
+    if word not in WORDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(word, WORDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(WORDS)}"
+        _refuse(f"unknown word {word!r}{hint}")
+    if word == "train":
+        arguments = launch(arguments)
+    sys.argv = [f"xrai {word}", *arguments]
+    runpy.run_module(f"xrai.{word}", run_name="__main__", alter_sys=True)
+    sys.exit(0)
+
+
+def launch(arguments: list[str]) -> list[str]:
+    """Become torchrun if `arguments` or the environment name any of its options; else return
+    `arguments`.
+
+    torchrun exits with 1 whatever its processes exit with. So `train --check` runs before it, and
+    a check that fails ends this process with its own status. XRAI_PREFLIGHT=0 skips the check.
+    """
+    options = [text for text in arguments if _TORCHRUN.match(text)]
+    own = [text for text in arguments if text not in options]
+    if not options and not any(name.startswith("PET_") for name in os.environ):
+        return own
+    if any(re.match(r"(--check|--help|-h|--print_config)(=|$)", text) for text in own):
+        return own
+    for text in options:
+        if "=" not in text and text != "--standalone":
+            _refuse(f"{text} lacks its value; write {text}=VALUE")
+    train = ["-m", "xrai.train"]
+    if os.environ.get("XRAI_PREFLIGHT", "1") != "0":
+        status = subprocess.run([sys.executable, *train, "--check", *own], check=False).returncode
+        if status:
+            sys.exit(status)
+    if "--standalone" in options:  # without a network the machine cannot be found by its name
+        options.append("--local_addr=localhost")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *train, *own]
+    os.execv(sys.executable, torchrun)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"xrai: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
