@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_that_the_readme_lists(
     }  # fmt: skip
     assert any(name.startswith("tensorboard/") for name in names)
     lines = done.stdout.splitlines()
-    for word in ("accuracy", "sensitivity", "specificity", "pictures"):
+    for word in ("accuracy", "sensitivity", "specificity", "plots"):
         assert any(line.startswith(word) for line in lines[-10:])
     assert "phantoms, not patients" in done.stdout
 

@@ -35,6 +35,7 @@ from xrai.results.types import (
     DatasetFacts,
     Output,
     SplitResults,
+    TrainedOn,
     Training,
     are_phantoms,
     binary_output,
@@ -177,10 +178,7 @@ class Job:
             best_epoch=trained.epoch,
             fingerprint=self.index.fingerprint,
             duration_s=time.monotonic() - began,
-            source=dataset.source,
-            image_size=dataset.image_size,
-            fit=dataset.fit,
-            splits=dataset.splits,
+            trained_on=TrainedOn(dataset.source, dataset.image_size, dataset.fit, dataset.splits),
         )
         val = results.get("val", main).main.whole.metrics
         validation = {name: val[name].value for name in HEADLINES}

@@ -23,9 +23,11 @@ from xrai.results.report import Page, render_report
 from xrai.results.schema import metrics_json
 from xrai.results.summary import Summary, main_results, read_summary, result_lines, split_lines
 from xrai.results.tables import to_json
-from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, Training
+from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, TrainedOn, Training
 
-TRAINING = Training("r1", "done", 3, 2, "f", 1.5, "s", 64, "crop", {"train": {"normal": 1}})
+TRAINING = Training(
+    "r1", "done", 3, 2, "f", 1.5, TrainedOn("s", 64, "crop", {"train": {"normal": 1}})
+)
 
 
 @pytest.fixture(scope="module")

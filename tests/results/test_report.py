@@ -28,7 +28,7 @@ from xrai.results.history import EpochRow
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS, format_value
 from xrai.results.report import Page, explore, render_report, source_hash
-from xrai.results.types import DatasetFacts, Scores, SplitResults, Training
+from xrai.results.types import DatasetFacts, Scores, SplitResults, TrainedOn, Training
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -157,10 +157,7 @@ def training_on(dataset: DatasetFacts) -> Training:
         best_epoch=22,
         fingerprint="0123abcd",
         duration_s=95,
-        source=dataset.source,
-        image_size=dataset.image_size,
-        fit=dataset.fit,
-        splits=dataset.splits,
+        trained_on=TrainedOn(dataset.source, dataset.image_size, dataset.fit, dataset.splits),
     )
 
 

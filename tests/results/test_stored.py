@@ -17,7 +17,7 @@ from xrai.results.record import record_scores
 from xrai.results.schema import metrics_json
 from xrai.results.summary import Summary, main_results, result_lines
 from xrai.results.tables import to_json
-from xrai.results.types import Output, Scores, SplitResults, Training
+from xrai.results.types import Output, Scores, SplitResults, TrainedOn, Training
 
 STORED = Path(__file__).with_name("stored")
 
@@ -106,7 +106,13 @@ def test_the_summary_and_the_last_lines_are_those_of_the_results(
     _, results = recorded
     splits = {"train": {"NORMAL": 40, "PNEUMONIA": 60}}
     training = Training(
-        "r1", "finished", 24, 22, "0123abcd", 95.25, "data/chest_xray", 64, "crop", splits
+        "r1",
+        "finished",
+        24,
+        22,
+        "0123abcd",
+        95.25,
+        TrainedOn("data/chest_xray", 64, "crop", splits),
     )
     validation = {name: results.main.whole.metrics[name].value for name in HEADLINES}
     summary = Summary(training, main_results(results), validation)

@@ -19,8 +19,8 @@ from xrai.results.types import Baseline, Estimate, Output, Scores
 MAX_TRAIN = 5_000  # images that are learned from, so that a large split costs no more
 MAX_IMAGES = 20_000  # images that are measured
 BASELINES: Mapping[str, str] = {
-    "geometry": "the size of the source image alone: width, height, aspect and area in pixels",
-    "border": "the outer border of the stored image alone: a fourteenth of each side",
+    "geometry": "the size of the source image alone (width, height, aspect and area in pixels)",
+    "border": "the outer border of the stored image alone (a fourteenth of each side)",
 }
 _CELLS = 14  # a side; the border is the outermost one
 

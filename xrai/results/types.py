@@ -295,6 +295,16 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
+class TrainedOn:
+    """The data set of a training."""
+
+    source: str
+    image_size: int
+    fit: str
+    splits: Mapping[str, Mapping[str, int]]  # split -> class -> number of images
+
+
+@dataclass(frozen=True)
 class Training:
     """A finished training: what was trained, on what, for how long."""
 
@@ -304,7 +314,4 @@ class Training:
     best_epoch: int
     fingerprint: str
     duration_s: float
-    source: str
-    image_size: int
-    fit: str
-    splits: Mapping[str, Mapping[str, int]]  # split -> class -> number of images
+    trained_on: TrainedOn
