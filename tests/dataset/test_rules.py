@@ -1,7 +1,9 @@
+import hashlib
+
 import numpy as np
 import pytest
 
-from xrai.dataset.rules import grey_histogram, mean_and_std
+from xrai.dataset.rules import carve_share, grey_histogram, mean_and_std
 
 
 @pytest.mark.parametrize("num", [0, 1, 5])
@@ -17,3 +19,8 @@ def test_mean_and_deviation_are_those_of_all_pixels() -> None:
     mean, std = mean_and_std(grey_histogram(images))
     assert mean == pytest.approx(images.mean(), rel=1e-12)
     assert std == pytest.approx(images.std(), rel=1e-12)
+
+
+def test_the_carving_hash_is_sha256_of_the_patient_and_never_changes() -> None:
+    assert carve_share("IM:0115") == int(hashlib.sha256(b"IM:0115").hexdigest()[:13], 16) / 16**13
+    assert round(carve_share("IM:0115"), 6) == 0.613989
