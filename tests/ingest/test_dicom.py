@@ -500,7 +500,7 @@ def test_a_file_that_is_no_radiograph_is_refused_with_its_reason(name: str) -> N
 def test_a_file_that_declares_too_much_is_refused_before_anything_is_unpacked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dicom, "_displayed", lambda *_: pytest.fail("unpacked"))
+    monkeypatch.setattr(dicom, "_samples_and_table", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ImageError, match="more than"):
         decode(
             dicom_file(SMALL, Rows=20_000, Columns=20_000),

@@ -49,10 +49,9 @@ def make_report(
     train = [row for row in contents.rows if row.split == "train" and row.shard is not None]
     files: dict[str, bytes] = {}
     sheets: list[tuple[str, str]] = []
-
     warning = "drawn phantoms, not patients" if is_phantom(contents.rows) else ""
 
-    def draw(
+    def add(
         name: str, heading: str, draw: Callable[..., None], *content: object, note: str = ""
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
@@ -66,15 +65,15 @@ def make_report(
         samples = nsmallest(_SAMPLES, (row for row in train if row.label == label), key=_by_place)
         images, titles = _read_images(store, samples), [_name(row) for row in samples]
         name, heading = f"samples-{class_name.lower()}.png", f"Samples of train: {class_name}"
-        draw(name, heading, draw_sheet, images, titles)
+        add(name, heading, draw_sheet, images, titles)
     counts = {split: index.num_images_per_class(split) for split in index.splits}
-    draw("class-counts.png", "Images by split and class", draw_counts, counts)
+    add("class-counts.png", "Images by split and class", draw_counts, counts)
     if near:
         shown = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
         titles = [f"{row.split}: {_name(row)}" for row in shown]
         heading, note = "Near-duplicates in two splits, the nearest", f"{len(near)} pairs in all"
         images = _read_images(store, shown)
-        draw("near-duplicates.png", heading, draw_sheet, images, titles, note=note)
+        add("near-duplicates.png", heading, draw_sheet, images, titles, note=note)
         files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
     files[f"{REPORT_PREFIX}card.md"] = write_card(contents, sheets=sheets).encode()
     return files

@@ -92,7 +92,7 @@ def read_patient_id(data: bytes) -> str:
     Raises `SourceError` where pydicom is not installed.
     """
     try:
-        with _reading():
+        with _reading(), _quiet():
             found = _read(data, ["PatientID"], stop_before_pixels=True).get("PatientID")
             return str(found or "").strip()
     except ImageError:
@@ -116,7 +116,11 @@ class Radiograph:
         Raises `ImageError` when the pixels are damaged, or no installed package unpacks them.
         """
         with _reading():
-            grey = _turned(_displayed(self._data, self._dataset), self._directions)
+            with _quiet():
+                samples, lowest, shown = _samples_and_table(self._data, self._dataset)
+            if shown is not None:  # outside, so that several threads get on with it at once
+                samples = np.take(shown, samples.astype(np.int32) - lowest)
+            grey = _turned(samples, self._directions)
         assert grey.shape == (self.height, self.width)
         return grey
 
@@ -127,7 +131,7 @@ def open_radiograph(data: bytes) -> Radiograph:
     Raises `ImageError` with a short reason when it is damaged or no single frontal image of a
     chest, `SourceError` where pydicom is not installed.
     """
-    with _reading():
+    with _reading(), _quiet():
         dataset = _read(data, _TAGS)
         if "PixelData" not in dataset:
             raise ImageError("is DICOM without an image, or cut short before it")
@@ -190,8 +194,7 @@ def _reading() -> Iterator[None]:
             "reading DICOM needs pydicom, which is not installed: pip install 'xrai[dicom]'"
         ) from error
     try:
-        with _quiet():
-            yield
+        yield
     except (*_DAMAGE, BytesLengthException, InvalidDicomError) as error:
         raise ImageError(
             f"is DICOM that is cut short or damaged ({type(error).__name__})"
@@ -283,8 +286,12 @@ def _aspect(dataset: "Dataset") -> float:
 # ------------------------------------------------------------------------------------------- pixels
 
 
-def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
-    """The image as a viewer shows it: (H, W), 0 to 255."""
+def _samples_and_table(
+    data: bytes, dataset: "Dataset"
+) -> tuple[NDArray[Any], int, NDArray[np.float32] | None]:
+    """The image as a viewer shows it, 0 to 255: stored samples (H, W), the lowest of them, and the
+    levels shown for it and for those that follow; without a table the samples are the levels.
+    """
     from pydicom.uid import RLELossless
 
     photometric = str(dataset.PhotometricInterpretation).strip().upper()
@@ -303,7 +310,7 @@ def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
         raise ImageError("is DICOM of other samples per pixel than PhotometricInterpretation says")
     if not is_grey:
         luma = samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
-        return np.asarray(luma, np.float32)
+        return np.asarray(luma, np.float32), 0, None
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated or syntax == RLELossless:
         # The other bits may hold overlays
@@ -318,7 +325,7 @@ def _displayed(data: bytes, dataset: "Dataset") -> NDArray[np.float32]:
     if photometric == "MONOCHROME1":
         shown = 1 - shown
     shown[is_padding] = 0
-    return np.take(np.asarray(shown * 255, np.float32), samples.astype(np.int32) - lowest)
+    return samples, lowest, np.asarray(shown * 255, np.float32)
 
 
 def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
@@ -542,7 +549,7 @@ def _serve(pipe: Connection) -> None:
             return
         answer = io.BytesIO()
         try:
-            with _reading():
+            with _reading(), _quiet():
                 np.save(answer, pixel_array(_read(data, _TAGS), index=0), allow_pickle=False)
         except ImageError:
             pipe.send_bytes(_REFUSED)
