@@ -28,6 +28,7 @@ class Bucket(FolderStore):
         super().__init__(folder)
         self.log: list[str] = []
         self.error: Callable[[str], Exception | None] = lambda key: None
+        self.started = threading.Event()  # an upload
         self.gate = threading.Event()
         self.gate.set()
 
@@ -35,6 +36,7 @@ class Bucket(FolderStore):
         return None
 
     def upload(self, key: str, path: Path) -> str:
+        self.started.set()
         assert self.gate.wait(200)
         if (error := self.error(key)) is not None:
             raise error

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.results.runs import Bucket, read_events, remote_run, row, server_points
 from xrai.errors import ForbiddenError, StoreError, UnreachableError, UserError
 from xrai.results.folder import RunFolder
+from xrai.results.publisher import Publisher
 
 
 def test_a_bucket_gets_everything_each_byte_once_and_the_summary_last(
@@ -35,6 +37,24 @@ def test_a_bucket_gets_everything_each_byte_once_and_the_summary_last(
     assert uploads.count("config.yaml") == 1
     assert uploads.count("tensorboard/events.out.tfevents.000000.xrai") == 1
     assert summary["num_failed_uploads"] == 0
+
+
+def test_a_file_that_is_being_uploaded_when_the_run_finishes_is_uploaded_once(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drain = Publisher.drain
+
+    def open_the_gate_and_drain(publisher: Publisher, **options: Any) -> bool:
+        bucket.gate.set()
+        return drain(publisher, **options)
+
+    monkeypatch.setattr(Publisher, "drain", open_the_gate_and_drain)
+    bucket.gate.clear()
+    run = remote_run(tmp_path)
+    run.write("model.pt", b"large")
+    assert bucket.started.wait(60)
+    run.finish({})
+    assert bucket.log.count("model.pt") == 1
 
 
 def test_a_bucket_that_hangs_or_fails_never_blocks_the_run(bucket: Bucket, tmp_path: Path) -> None:

@@ -1,85 +1,65 @@
 """JSON and CSV of any values, read back by others."""
 
 import csv
+import io
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from xrai.results.folder import RunFolder
-from xrai.results.tables import safe_path
+from xrai.results.tables import safe_path, to_csv, to_json
 
 
-def test_json_has_null_for_what_is_not_finite_and_plain_numbers_for_numpy_ones(
-    run: RunFolder,
-) -> None:
-    path = run.write_json(
-        "x.json",
-        {"a": np.float32(0.5), "b": [math.nan, np.int64(3)], "c": {"d": math.inf}, "e": "ü"},
-    )
-    assert json.loads(path.read_text()) == {"a": 0.5, "b": [None, 3], "c": {"d": None}, "e": "ü"}
+@dataclass(frozen=True)
+class Row:
+    source: str
+    score: object
 
 
-def test_predictions_come_back_as_they_were_whatever_the_names(run: RunFolder) -> None:
-    rows: list[dict[str, Any]] = [
-        {
-            "source": 'a,"b"\nc.png',
-            "patient": "p1",
-            "subtype": "",
-            "label": 1,
-            "score": 0.1 + 0.2,
-            "call": 0,
-        },
-        {
-            "source": "d.png",
-            "patient": "p2",
-            "subtype": "virus",
-            "label": 0,
-            "score": np.float32(0.3),
-        },
-    ]
-    path = run.write_predictions(rows)
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [entry["source"] for entry in found] == ['a,"b"\nc.png', "d.png"]
-    assert float(found[0]["score"]) == 0.1 + 0.2
-    assert np.float32(found[1]["score"]) == np.float32(0.3)
-    assert found[1]["call"] == ""
+def read(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_json_has_null_for_what_is_not_finite_and_plain_numbers_for_numpy_ones() -> None:
+    value = {"a": np.float32(0.5), "b": [math.nan, np.int64(3)], "c": {"d": math.inf}, "e": "ü"}
+    assert json.loads(to_json(value)) == {"a": 0.5, "b": [None, 3], "c": {"d": None}, "e": "ü"}
+    assert json.loads(to_json({"rows": (Row("a", math.nan),)})) == {
+        "rows": [{"source": "a", "score": None}]
+    }
+
+
+@pytest.mark.parametrize("name", ['a,"b"\nc.png', "a\rb.png", "a\r\nb", "ä b.png", ""])
+def test_csv_gives_every_name_and_every_number_back(name: str) -> None:
+    columns = ["source", "score"]
+    rows = [{"source": name, "score": 0.1 + 0.2}, Row(name, np.float32(0.3)), {"source": name}]
+    first, second, third = read(to_csv(columns, rows))
+    assert [row["source"] for row in (first, second, third)] == [name] * 3
+    assert float(first["score"]) == 0.1 + 0.2
+    assert np.float32(second["score"]) == np.float32(0.3)
+    assert third["score"] == ""
+
+
+def test_a_field_of_csv_is_empty_where_a_value_is_none_or_not_finite() -> None:
+    rows = [Row("a", None), Row("b", math.nan), Row("c", np.float32("inf"))]
+    assert to_csv(["source", "score"], rows) == "source,score\na,\nb,\nc,\n"
+
+
+def test_a_key_that_is_no_column_of_csv_is_refused() -> None:
+    with pytest.raises(ValueError, match="'accuracy'"):
+        to_csv(["source", "score"], [{"source": "a", "accuracy": 1.0}])
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "=1+1.png",
-        "+1.png",
-        "-1.png",
-        "@x/y.png",
-        "\tx.png",
-        "\r=x.png",
-        "\n-x",
-        "=cmd|' /C calc'!A0",
-    ],
+    ["=1+1.png", "+1.png", "-1.png", "@x/y", "\tx.png", "\r=x.png", "\n-x", "=cmd|' /C calc'!A0"],
 )
-def test_no_cell_of_predictions_begins_as_a_formula_does_and_the_path_stays_the_same(
-    run: RunFolder, name: str
-) -> None:
-    values = {
-        "split": "val",
-        "patient": "file:x",
-        "subtype": "",
-        "label": "NORMAL",
-        "score": 0.5,
-        "call": "NORMAL",
-    }
-    path = run.write_predictions(
-        [{"source": name, **values}, {"source": "train/a=b.png", **values}]
-    )
-    with path.open(newline="") as file:
-        hostile, plain = csv.DictReader(file)
-    assert all(cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n") for cell in hostile.values())
+def test_no_path_begins_as_a_formula_does_and_it_stays_the_same_path(name: str) -> None:
+    rows = [{"source": safe_path(name)}, {"source": safe_path("train/a=b.png")}]
+    hostile, plain = read(to_csv(["source"], rows))
+    assert hostile["source"][:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")
     assert Path("raw", hostile["source"]) == Path("raw", name)
     assert plain["source"] == "train/a=b.png"
     assert safe_path(safe_path(name)) == safe_path(name)

@@ -17,7 +17,7 @@ import hashlib
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -27,18 +27,13 @@ from xrai.files import cache_folder, explaining, sha256_of, write_atomically
 from xrai.log import get_logger
 from xrai.results.history import COLUMNS, EpochRow, parse_history, read_history
 from xrai.results.publisher import Publisher
-from xrai.results.tables import safe_path, to_csv, to_json
+from xrai.results.tables import to_csv, to_json
 from xrai.results.tensorboard import Events
 from xrai.store import Store, check_key, open_store
 
 SUMMARY = "summary.json"
 EVENTS = "tensorboard"
 HISTORY = "history.csv"
-
-PREDICTION_COLUMNS = (
-    *("split", "source", "patient", "group", "subtype", "label"),
-    *("score", "call", "atypicality", "decision"),
-)
 
 _FETCHED_WHEN_NEEDED = ("checkpoints/",)  # large; learning fetches the one that it needs
 _FINISH_ATTEMPTS = 4
@@ -166,13 +161,6 @@ class RunFolder:
         """Write plain values as JSON; see `to_json`."""
         return self.write_text(name, to_json(value))
 
-    def write_predictions(
-        self, rows: Iterable[Mapping[str, object]], name: str = "predictions.csv"
-    ) -> Path:
-        """Write one row for each image, with `PREDICTION_COLUMNS`; numbers in full precision."""
-        safe = ({**row, "source": safe_path(str(row["source"]))} for row in rows)
-        return self.write_text(name, to_csv(PREDICTION_COLUMNS, safe))
-
     def history(self) -> list[EpochRow]:
         """The rows of history.csv so far."""
         path = self.path / HISTORY
@@ -235,10 +223,10 @@ class RunFolder:
         """Wait until all published files are stored. Raises `StoreError` as `finish` does."""
         self.close_segment()
         publisher = self._publisher
-        if publisher is None:
+        if publisher is None or publisher.drain(timeout_s=timeout_s, max_attempts=_FINISH_ATTEMPTS):
             return
-        if not publisher.drain(timeout_s=timeout_s, max_attempts=_FINISH_ATTEMPTS):
-            waiting, cause = publisher.waiting(), publisher.last_error
+        if waiting := publisher.waiting():
+            cause = publisher.last_error
             publisher.close()
             raise StoreError(
                 f"{len(waiting)} files of run {self.run_id} could not be stored at {self.address}, "

@@ -14,9 +14,24 @@ from xrai.results.review import REVIEW
 from xrai.results.schema import metrics_json
 from xrai.results.sheets import draw_sheet
 from xrai.results.style import note_line
+from xrai.results.tables import safe_path, to_csv
 from xrai.results.types import Baseline, Scores, SplitResults
 
 NUM_SHOWN = 12  # images on a sheet
+PREDICTION_COLUMNS = tuple(
+    [
+        "split",
+        "source",
+        "patient",
+        "group",
+        "subtype",
+        "label",
+        "score",
+        "call",
+        "atypicality",
+        "decision",
+    ]
+)
 
 
 class SplitImages(Protocol):
@@ -50,7 +65,8 @@ def record_scores(
         measure(scores, num_bootstrap=num_bootstrap), baselines=dict(baselines)
     )
     prefix = f"{folder}/" if folder else ""
-    run.write_predictions(prediction_rows(scores), name=f"{prefix}predictions.csv")
+    table = to_csv(PREDICTION_COLUMNS, prediction_rows(scores))
+    run.write_text(f"{prefix}predictions.csv", table)
     run.write_json(f"{prefix}metrics.json", metrics_json(results))
     plots = run.path / folder / "plots"
     draw_plots(scores, results, plots)
@@ -73,7 +89,7 @@ def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
         call = names[called[row]]
         yield {
             "split": scores.split,
-            "source": source,
+            "source": safe_path(source),
             "patient": scores.patients[row],
             "group": scores.groups[row],
             "subtype": scores.subtypes[row],
