@@ -1,0 +1,64 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import multiprocessing, os, sys, time
+from xrai.workers import start_pool
+
+def begin(text):
+    os.environ["BEGUN"] = text
+
+def who():
+    return os.getpid(), os.environ["BEGUN"]
+
+if __name__ == "__main__":
+    with start_pool(1, multiprocessing.get_context(sys.argv[1]), begin, "yes") as pool:
+        print(*pool.submit(who).result(), flush=True)
+        sys.stdin.read()
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_worker_ends_with_its_killed_parent_and_ignores_interrupts(
+    method: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with subprocess.Popen(
+        [sys.executable, str(program), method],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        process, begun = parent.stdout.readline().split()
+        worker = int(process)
+        assert begun == "yes"
+        assert "SIGINT" in ignored_signals(worker)
+        assert is_alive(worker)
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while is_alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ignored_signals(process: int) -> set[str]:
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
+    (mask,) = (int(line.split()[1], 16) for line in status if line.startswith("SigIgn:"))
+    return {known.name for known in signal.Signals if mask >> (known - 1) & 1}
