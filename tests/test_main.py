@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,17 @@ def test_an_option_without_its_value_is_refused(
     with pytest.raises(SystemExit) as caught:
         program.launch([flag, "2"])
     assert caught.value.code == 2 and f"write {flag}=VALUE" in capsys.readouterr().err
+
+
+def test_every_file_of_the_package_is_in_the_wheel():
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["*"]
+    folder = REPOSITORY / "xrai"
+    packages = [path.parent for path in folder.rglob("__init__.py")]
+    taken = {file for package in packages for glob in patterns for file in package.glob(glob)}
+    others = {
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
+    }
+    assert others == taken and {"py.typed", "pneumonia.yaml"} <= {path.name for path in taken}
