@@ -61,7 +61,7 @@ def make_report(
         sheets.append((heading, name))
 
     for label, class_name in enumerate(index.classes):
-        # The first shard alone is read, if it holds enough
+        # From the first shard alone, if it holds enough
         samples = nsmallest(_SAMPLES, (row for row in train if row.label == label), key=_by_place)
         images, titles = _read_images(store, samples), [_name(row) for row in samples]
         name, heading = f"samples-{class_name.lower()}.png", f"Samples of train: {class_name}"
