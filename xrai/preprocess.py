@@ -41,16 +41,9 @@ from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
-    Flag(
-        "source", "data/chest_xray", "raw images: folder, .zip, .npz or s3://bucket", "XRAI_SOURCE"
-    ),
+    Flag("source", "data/chest_xray", "images: folder, .zip, .npz or s3://bucket", "XRAI_SOURCE"),
     Flag("labels", "", "CSV file: path, label, patient, split; else class folders", "XRAI_LABELS"),
-    Flag(
-        "dataset",
-        "data/dataset",
-        "where the data set goes: folder or s3://bucket/dir",
-        "XRAI_DATASET",
-    ),
+    Flag("dataset", "data/dataset", "the data set: folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag("workers", 0, "processes that decode; 0: one per core", type=int),
     Flag("partition", "0/1", "this process's share, I/N with I from 0 to N-1", "XRAI_PARTITION"),
     Flag("overwrite", False, "replace the data set, finished or not, that is there", type=bool),
