@@ -25,6 +25,7 @@ from xrai.config import Config, Images
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
+from xrai.files import num_cores
 from xrai.learning.distributed import Ranks, join, own_place, record_failures
 from xrai.learning.loop import (
     Setup,
@@ -167,7 +168,11 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGINT; the second one of a kind ends the process as usual."""
+    """Set by the first SIGTERM or SIGINT; a second SIGINT ends the process as usual.
+
+    A second SIGTERM does not: as soon as one rank has left, torchrun sends SIGTERM to the others,
+    and those that were asked before it would end with files half uploaded and nothing said.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -180,12 +185,8 @@ class StopRequest:
 
     def _note(self, kind: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(kind, signal.SIG_DFL)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+        if kind == signal.SIGINT:
+            signal.signal(kind, signal.SIG_DFL)
 
 
 def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loader]:

@@ -68,8 +68,14 @@ class Started:
         self.process.wait(20)
 
 
-def start(dataset: Path, run_id: str, *options: str, launcher: list[str] | None = None) -> Started:
-    command = [*(launcher or [sys.executable]), "-m", "xrai.train", f"--dataset={dataset}"]
+def start(
+    dataset: Path,
+    run_id: str,
+    *options: str,
+    launcher: list[str] | None = None,
+    program: tuple[str, ...] = ("-m", "xrai.train"),
+) -> Started:
+    command = [*(launcher or [sys.executable]), *program, f"--dataset={dataset}"]
     log = dataset.parent / f"{run_id}-{time.monotonic_ns()}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -117,7 +123,7 @@ def workers_of(started: Started) -> list[psutil.Process]:
     children = [
         child
         for child in psutil.Process(started.process.pid).children()
-        if "xrai.train" in child.cmdline()
+        if "--dataset=" in " ".join(child.cmdline())
     ]
     return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
@@ -185,6 +191,19 @@ def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(dataset: 
     (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
     assert int(said) == last_step(dataset, run_id) >= 5
     finish(start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"]))
+
+
+def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stopped(dataset: Path):
+    """Rank 1 leaves first, and torchrun then sends SIGTERM to rank 0 as well, a second time."""
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+    program = ("tests/faults/slow_to_leave.py",)
+    started = start(dataset, "slow-to-leave", launcher=launcher, program=program)
+    wait_for_step(started, dataset, "slow-to-leave", 5)
+    workers_of(started)[0].send_signal(signal.SIGTERM)
+    text = started.ended(timeout_s=60)
+    assert started.process.returncode != 0
+    (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
+    assert int(said) == last_step(dataset, "slow-to-leave") >= 5
 
 
 def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(dataset: Path):
