@@ -1,9 +1,9 @@
 """Random changes of the training images, on the device, a batch at a time.
 
-Every image's draw is a pure function of (seed, epoch, image): a counter-based hash stands in for a
-generator's state, so the draw does not depend on the batch, the world size, the order or an
-interruption. Geometry (one affine resampling) and intensity (gamma, contrast, blur, noise) are such
-as an X-ray room varies; pictures are never flipped, for the heart lies on one side.
+Every image's draw is a pure function of (seed, epoch, image): a counter-based hash replaces a
+generator's state, so a draw does not depend on the batch, the world size, the order or an
+interruption. Geometry (one affine resampling) and intensity (gamma, contrast, blur, noise) vary as
+between X-ray rooms. Images are never flipped, because the heart is on one side.
 """
 
 import math
@@ -21,8 +21,7 @@ def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Au
     """Return grey values (B, 1, H, W) float in [0, 1], each image changed by its own draw.
 
     `images` is (B, 1, H, W) float in [0, 1]; `rows` (B,) int64 are the images' positions in their
-    split, on the same device; `strength` is the config's section. The result keeps dtype and
-    device.
+    split, on the same device. The result keeps dtype and device.
     """
     if len(rows) == 0:
         return images
@@ -35,17 +34,15 @@ def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Au
 def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
     """One affine resampling, bilinear. draws (B, 6) in [-1, 1).
 
-    Outside of the picture its edge goes on: black there is a border that only training pictures
-    would have, and the network came to count on it (docs/decisions/0005-recipe.md).
+    Outside the image its edge is repeated: black would be a border that only training images have,
+    and the network learned to rely on it (docs/decisions/0005-recipe.md).
     """
     angle = draws[:, 0] * math.radians(strength.rotation_deg)
     scale = 1 + draws[:, 1] * strength.scale
     stretch = torch.sqrt(1 + draws[:, 2] * strength.aspect)
     shear = draws[:, 3] * strength.shear
-    shift_x, shift_y = (
-        2 * strength.shift * draws[:, 4],
-        2 * strength.shift * draws[:, 5],
-    )  # side is 2 units long
+    shift_x = 2 * strength.shift * draws[:, 4]  # a side is 2 units long
+    shift_y = 2 * strength.shift * draws[:, 5]
     cos, sin = torch.cos(angle), torch.sin(angle)
     wide, high = stretch / scale, 1 / (stretch * scale)
     theta = torch.stack(
@@ -62,9 +59,7 @@ def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
 
 
 def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
-    """Gamma, contrast about the mean and, in half of the images, some 3x3 binomial blur. draws
-    (B, 3) in [-1, 1).
-    """
+    """Gamma, contrast about the mean and, in half of the images, some 3x3 binomial blur."""
     gamma, contrast, blur = (column[:, None, None, None] for column in draws.unbind(dim=1))
     changed = images.clamp_min(1e-4).pow(torch.exp(gamma * strength.gamma))
     mean = changed.mean(dim=(1, 2, 3), keepdim=True)
@@ -78,9 +73,7 @@ def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
 def _add_noise(
     images: Tensor, rows: Tensor, draws: Tensor, *, seed: int, epoch: int, strength: Augment
 ) -> Tensor:
-    """In half of the images, uniform noise of an own standard deviation; and the clip to [0, 1].
-    draws (B,).
-    """
+    """Clip to [0, 1] and, in half of the images, uniform noise. draws (B,)."""
     if strength.noise == 0:
         return images.clamp(0, 1)
     height, width = images.shape[2:]
@@ -93,22 +86,14 @@ def _add_noise(
 def uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     """(B, count) float64 in [-1, 1), a pure function of (seed, epoch, row, column).
 
-    Four 16-bit numbers are cut from each 64-bit output of SplitMix64 (Steele, Lea, Flood 2014),
-    which is a bijective hash of a counter.
+    Four 16-bit numbers come from each 64-bit output of SplitMix64 (Steele, Lea, Flood 2014), a
+    bijective hash of a counter.
     """
     words = -(-count // 4)
     key = _splitmix64(_splitmix64(torch.tensor(seed, dtype=torch.int64)) + epoch).to(rows.device)
     streams = _splitmix64(rows + key)[:, None]  # (B, 1)
     hashed = _splitmix64(streams + torch.arange(words, device=rows.device))  # (B, words)
-    parts = torch.stack(
-        [
-            hashed & 0xFFFF,
-            (hashed >> 16) & 0xFFFF,
-            (hashed >> 32) & 0xFFFF,
-            (hashed >> 48) & 0xFFFF,
-        ],
-        2,
-    )
+    parts = torch.stack([(hashed >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], dim=2)
     return parts.flatten(1)[:, :count].to(torch.float32) / 32768 - 1
 
 
@@ -117,7 +102,7 @@ def _signed(word: int) -> int:
 
 
 def _splitmix64(state: Tensor) -> Tensor:
-    """The SplitMix64 output function on int64 words; products wrap as unsigned ones do."""
+    """The SplitMix64 output function on int64 words, whose products wrap like unsigned ones."""
     state = state + _signed(0x9E3779B97F4A7C15)
     state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)

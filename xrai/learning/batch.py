@@ -1,4 +1,4 @@
-"""What a loader hands out, and how its pictures come to the device."""
+"""What a loader yields, and how its images get to the device."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 class Batch(Protocol):
-    """What a loader hands out: this rank's part of a global batch. It may be empty at a ragged
-    end.
-    """
+    """This rank's part of a global batch; in the last batch of an epoch it may be empty."""
 
     @property
     def images(self) -> NDArray[np.uint8]:

@@ -1,20 +1,19 @@
-"""Heat maps: where in a picture the network found what speaks for pneumonia. They explain the
-network, not the lungs.
+"""Heat maps: where in an image the network found evidence for pneumonia.
 
-Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) weighs the last feature maps by
-the mean gradient of the logit. At 64 pixels those maps are 2 x 2, too coarse to show a lobe, and on
-finer maps one weight for a whole map says little. So the weight is each place's own gradient, as in
-LayerCAM (Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943), on the last maps of at least
-`MIN_CELLS` x `MIN_CELLS`.
+They explain the network, not the lungs. Grad-CAM (Selvaraju et al. 2017,
+https://arxiv.org/abs/1610.02391) weighs the last feature maps by the mean gradient of the logit. At
+64 pixels those maps are 2 x 2, too coarse to show a lobe, and on finer maps one weight for a whole
+map says little. So the weight is each position's own gradient, as in LayerCAM (Jiang et al. 2021,
+https://doi.org/10.1109/TIP.2021.3089943), on the last maps of at least `MIN_CELLS` x `MIN_CELLS`.
 
-Chosen on 160 real films with pneumonia (one run, 64 pixels): the hottest 10 % of each picture were
-painted over, by its mean grey, by the same place of a normal film, or by a strong blur, and the
-logit fell by
+Chosen on 160 real images with pneumonia (one run, 64 pixels): the hottest 10 % of each image were
+replaced by its mean grey, by the same area of a normal image, or by a strong blur, and the logit
+fell by
     LayerCAM at 16 x 16: 3.8, 4.5, 2.2    at 8 x 8: 6.0, 4.0, 1.0    at 4 x 4: 6.9, 4.5, 0.8
     Grad-CAM at 16 x 16: 0.2, 1.6, 0.0    at 8 x 8: 3.4, 2.0, 0.4    at 4 x 4: 6.2, 3.4, 0.9
-    places at random:    3.5, 3.3, 0.5
-At 16 x 16 the maps are speckled, at 4 x 4 nearly all show one blob in the middle. A heat map is no
-localiser: it has not been compared with what radiologists mark.
+    random positions:    3.5, 3.3, 0.5
+At 16 x 16 the maps are speckled; at 4 x 4 nearly all show one blob in the middle. A heat map does
+not localize disease: it has not been compared with what radiologists mark.
 """
 
 from collections.abc import Iterator
@@ -30,19 +29,17 @@ MIN_CELLS = 8  # a side of the feature maps that are shown
 
 
 def grad_cam(network: ResNet, images: Tensor) -> Tensor:
-    """Heat maps (B, H, W) in [0, 1] of grey values (B, 1, H, W) in [0, 1]; 1 is each picture's own
-    hottest place.
+    """Heat maps (B, H, W) in [0, 1] of grey values (B, 1, H, W) in [0, 1].
 
-    A picture in which nothing speaks for pneumonia has a map of zeros. Works inside
-    `torch.inference_mode` too.
+    1 is each image's hottest position. An image without evidence for pneumonia has a map of zeros.
+    Works inside `torch.inference_mode` too.
     """
     blocks: list[Tensor] = []
     network.eval()
     with torch.inference_mode(False), torch.enable_grad(), _recording(network.stages, blocks):
         logits = network(images.clone().requires_grad_())  # (B,)
-        maps = next(
-            (maps for maps in reversed(blocks) if min(maps.shape[2:]) >= MIN_CELLS), blocks[0]
-        )
+        fine_enough = [maps for maps in blocks if min(maps.shape[2:]) >= MIN_CELLS]
+        maps = fine_enough[-1] if fine_enough else blocks[0]
         (gradients,) = torch.autograd.grad(logits.sum(), maps)  # (B, C, h, w)
         heat = (gradients.relu() * maps.detach()).sum(dim=1).relu()  # (B, h, w)
         fine = functional.interpolate(
@@ -54,7 +51,7 @@ def grad_cam(network: ResNet, images: Tensor) -> Tensor:
 
 @contextmanager
 def _recording(blocks: nn.Sequential, outputs: list[Tensor]) -> Iterator[None]:
-    """Add what each of the blocks gives out to `outputs`, while the `with` block runs."""
+    """Appends the output of each block to `outputs`."""
     with ExitStack() as hooks:
         for block in blocks:
             hooks.callback(

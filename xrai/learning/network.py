@@ -1,14 +1,13 @@
-"""The network: a small residual network for one-channel pictures, trained from scratch, without
-normalisation layers.
+"""The network: a small residual network for one-channel images, without normalization layers.
 
-Pictures go in as grey values in [0, 1] of any height and width from 16 up; standardisation is the
-network's first layer, so that training, serving and export cannot differ in it. One logit comes
-out: above 0 speaks for pneumonia.
+Images are grey values in [0, 1] of any height and width from 16 up; standardization is the
+network's first layer, so that training, serving and export cannot differ in it. The output is one
+logit; above 0 is evidence for pneumonia.
 
-Batch statistics would tie an image's result to the images beside it, and so to the number of ranks.
-Weights are standardised instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692), which
-trained as well here and needs no word between ranks; the measurements are in
-docs/decisions/0002-no-batch-statistics.md.
+Batch statistics would make an image's result depend on the rest of its batch, and so on the number
+of ranks. Weights are standardized instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692),
+which trained as well here and needs no communication; docs/decisions/0002-no-batch-statistics.md
+has the measurements.
 """
 
 import copy
@@ -18,26 +17,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _BLOCKS_PER_STAGE = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
-# The standard deviation of relu(x) is 0.5838 for normal x: its inverse keeps the variance from
-# layer to layer
+# 1 / 0.5838, the standard deviation of relu(x) for normal x; keeps the variance across layers
 _RELU_GAIN = 1.7139588594436646
 _FIRST_BRANCH_GAIN = 0.2  # residual branches begin small
 
 
 class Standardize(nn.Module):
-    """Give each picture mean 0 and standard deviation 1: exposure says nothing about the lungs."""
+    """Give each image mean 0 and standard deviation 1: exposure says nothing about the lungs."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) to (B, 1, H, W); a flat picture becomes zeros."""
-        centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
-        deviation = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
-        return centred / (deviation + 1e-3)
+        """(B, 1, H, W) to (B, 1, H, W); a flat image becomes zeros."""
+        centered = images - images.mean(dim=(1, 2, 3), keepdim=True)
+        deviation = centered.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
+        return centered / (deviation + 1e-3)
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters have mean 0, fixed variance and a learned gain each (Brock et
-    al. 2021).
-    """
+    """A convolution whose filters have mean 0, fixed variance and a learned gain each."""
 
     def __init__(self, channels_in: int, channels_out: int, size: int, *, stride: int = 1) -> None:
         super().__init__(channels_in, channels_out, size, stride=stride, padding=size // 2)
@@ -46,7 +42,7 @@ class StandardizedConv2d(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(channels_out))
 
     def filters(self) -> Tensor:
-        """The standardised filters, (C_out, C_in, size, size)."""
+        """The standardized filters, (C_out, C_in, size, size)."""
         variance, mean = torch.var_mean(
             self.weight, dim=(1, 2, 3), keepdim=True, correction=0
         )  # (C_out, 1, 1, 1)
@@ -62,9 +58,7 @@ class StandardizedConv2d(nn.Conv2d):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a learned gain beside a shortcut (He et al. 2016,
-    https://arxiv.org/abs/1512.03385).
-    """
+    """Two 3x3 convolutions with a learned gain, plus a shortcut (He et al. 2016)."""
 
     def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
         super().__init__()
@@ -82,9 +76,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem of a 5x5 convolution and a max pool, four stages of basic blocks, global average
-    pool, one logit.
-    """
+    """A 5x5 convolution, a max pool, four stages of basic blocks, a global average pool, one logit."""
 
     def __init__(self, *, name: str = "resnet10", width: int = 16) -> None:
         super().__init__()
@@ -107,8 +99,9 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) grey values in [0, 1] to the last feature maps, (B, 8 x width, ceil(H /
-        32), ceil(W / 32)).
+        """Grey values (B, 1, H, W) in [0, 1] to the last feature maps.
+
+        They are (B, 8 x width, ceil(H / 32), ceil(W / 32)).
         """
         out: Tensor = self.stages(self.stem(self.standardize(images)))
         return out
@@ -121,20 +114,22 @@ class ResNet(nn.Module):
 
 
 def fold_filters(network: ResNet) -> ResNet:
-    """A copy for inference alone, with the same outputs: filters are standardised once, not at each
-    call.
+    """A copy for inference with the same outputs, whose filters are standardized once.
 
-    The stem's max pool comes before its ReLU, which gives the same maps and leaves it a quarter of
-    the places.
+    The stem's max pool comes before its ReLU: the same maps for a quarter of the work.
     """
     folded = copy.deepcopy(network)
     for parent in list(folded.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, StandardizedConv2d):
                 plain = nn.Conv2d(
-                    child.in_channels, child.out_channels, child.weight.shape[2], stride=child.stride[0],
-                    padding=int(child.padding[0]), device="meta",
-                )  # fmt: skip
+                    child.in_channels,
+                    child.out_channels,
+                    child.weight.shape[2],
+                    stride=child.stride[0],
+                    padding=int(child.padding[0]),
+                    device="meta",
+                )
                 plain.weight = nn.Parameter(child.filters().detach(), requires_grad=False)
                 plain.bias = child.bias
                 setattr(parent, name, plain)

@@ -1,6 +1,4 @@
-"""The optimizer, its schedule, the averaged weights and the loss: small parts that the loop puts
-together.
-"""
+"""The optimizer, its schedule, the averaged weights and the loss."""
 
 import math
 from collections.abc import Iterable
@@ -28,8 +26,9 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup_fraction: float) -> float:
-    """The rate of step `step` (from 0): linear warm-up to `peak`, then half a cosine to 0
-    (Loshchilov, Hutter 2017).
+    """The rate of step `step` (from 0): linear warm-up to `peak`, then half a cosine to 0.
+
+    Loshchilov, Hutter 2017, https://arxiv.org/abs/1608.03983.
     """
     num_warmup = int(warmup_fraction * num_steps)
     if step < num_warmup:
@@ -45,16 +44,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients down to an L2 norm of `max_norm` (0: leave them) and return the norm
-    before, a scalar.
-    """
+    """Scale gradients down to an L2 norm of `max_norm` (0: never); return the norm before that."""
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: float) -> None:
-    """Move the averaged weights toward the model's after step `step` (from 0): an exponential
-    moving average.
+    """Update the exponential moving average of the weights after step `step` (from 0).
 
     The decay grows as (1 + step) / (10 + step) up to `decay`, so that the first weights are soon
     forgotten.
@@ -69,9 +65,7 @@ def log_odds(counts: tuple[int, int], adjustment: float) -> float:
 
 
 def class_weights(counts: tuple[int, int], weighting: float) -> tuple[float, float]:
-    """How much a normal and a pneumonia image weigh: (N / 2 N_class) ** `weighting`, so 1
-    balances the classes.
-    """
+    """Loss weights of normal and pneumonia, (N / 2 N_class) ** `weighting`: 1 balances them."""
     total = sum(counts)
     return (total / (2 * counts[0])) ** weighting, (total / (2 * counts[1])) ** weighting
 
@@ -84,19 +78,16 @@ def image_losses(
     smoothing: float = 0.0,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Binary cross-entropy of each image, (B,), from logits (B,) and labels (B,) in {0, 1};
-    `weights` are the classes'.
+    """Binary cross-entropy of each image, (B,), from logits (B,) and labels (B,) in {0, 1}.
 
     `log_odds` is added to the logits: with the log of the classes' ratio in training, the logits
-    themselves learn what a balanced population would show (logit adjustment; Menon et al. 2021,
-    https://arxiv.org/abs/2007.07314).
+    themselves fit a balanced population (logit adjustment; Menon et al. 2021,
+    https://arxiv.org/abs/2007.07314). `weights` are those of the classes.
     """
     targets = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
     losses = functional.binary_cross_entropy_with_logits(
         logits + log_odds, targets, reduction="none"
     )
-    return (
-        losses
-        if weights == (1.0, 1.0)
-        else losses * torch.where(labels > 0, weights[1], weights[0])
-    )
+    if weights == (1.0, 1.0):
+        return losses
+    return losses * torch.where(labels > 0, weights[1], weights[0])

@@ -1,20 +1,20 @@
-"""How unlike the training images a picture is: what sends it to review instead of giving it a
-class.
+"""How unlike the training images an image is: what sends it to review instead of classifying it.
 
-A network gives every picture a probability, a photograph too. The score here says whether the
-picture is of the kind that the network was trained on. It is the largest of several numbers, each 0
-for the median validation image and 1 for the 99th percentile:
+A network gives every image a probability, even a photograph. The score here says whether the image
+is in distribution. It is the largest of several numbers, each scaled to 0 for the median validation
+image and 1 for the 99th percentile:
 
-- the distance of the network's features, after each block, from those of the training images (Mahalanobis distance, as
-  in Lee et al. 2018, https://arxiv.org/abs/1807.03888),
-- the same distance of the picture itself, reduced to 16 x 16,
-- for each way to spoil a picture in `SPOILED` (inverted, turned, cut out, ...): how far it lies in the direction
-  in which training images move when they are spoiled so (Fisher's linear discriminant). Outliers made from the training
-  images stand in for those that nobody has (outlier exposure, Hendrycks et al. 2019, https://arxiv.org/abs/1812.04606).
+- the Mahalanobis distance of the network's features, after each block, from those of the training
+  images (Lee et al. 2018, https://arxiv.org/abs/1807.03888),
+- the same distance of the image itself, reduced to 16 x 16,
+- for each way to spoil an image in `SPOILED` (inverted, turned, cut out, ...): how far it lies in
+  the direction in which training images move when they are spoiled so (Fisher's linear
+  discriminant). Outliers made from training images stand in for real ones (outlier exposure,
+  Hendrycks et al. 2019, https://arxiv.org/abs/1812.04606).
 
-All is fitted in closed form from sums over training images, so that it does not depend on the
-number of ranks; the limit is chosen on validation images. What was tried, and what it finds and
-misses: docs/decisions/0008-review.md.
+Everything is fitted in closed form from sums over training images, so it does not depend on the
+number of ranks; the limit is chosen on validation images. docs/decisions/0008-review.md says what
+was tried, what it finds and what it misses.
 """
 
 import math
@@ -36,11 +36,8 @@ from xrai.learning.distributed import Ranks
 from xrai.learning.network import ResNet
 
 SHIFT_SEED = 20_180_222  # the draws that stand for other hospitals are the same in every run
-REVIEW_SHARE = (
-    0.04  # of validation images, changed ones among them, that the limit leaves to a person
-)
-# How films of one kind may differ. It stays the same where a recipe changes its images more than
-# X-ray rooms do
+REVIEW_SHARE = 0.04  # of validation images, augmented ones included, that the limit sends to review
+# How X-rays of one kind may differ; independent of the recipe's augmentation, which may be stronger
 VARIATION = Augment(
     rotation_deg=10.0,
     scale=0.12,
@@ -52,25 +49,21 @@ VARIATION = Augment(
     blur=0.5,
     noise=0.04,
 )
-_PICTURE_SIZE = 16
+_THUMBNAIL_SIZE = 16
 _NUM_FITTED = 8192  # training images behind mean and covariance, at most
 _NUM_SPOILED = 1024  # training images that are spoiled, at most
-_NUM_DRAWS = 2  # changed copies of each validation image
-_DISTANCE_SHRINKAGE, _DIRECTION_SHRINKAGE = (
-    0.01,
-    0.03,
-)  # of each variance, added to it: no direction is without spread
+_NUM_DRAWS = 2  # augmented copies of each validation image
+_DISTANCE_SHRINKAGE = 0.01  # of each variance, added to it, so that no direction has none
+_DIRECTION_SHRINKAGE = 0.03
 _DIRECTION_RIDGE = 0.1
-_FARTHEST = (
-    20.0  # standard deviations beyond which a spoiled picture does not pull its direction further
-)
+_FARTHEST = 20.0  # standard deviations at which a spoiled image's pull on its direction is capped
 
 
 class Typicality(nn.Module):
-    """The fitted score. Its tensors are constants; `.to(device)` moves them. `fit_typicality` makes
-    one.
+    """The fitted score, made by `fit_typicality`. Its tensors are constants.
 
-    Beside those below, `whitening_0` and so on are (d, d), one for each group of the description.
+    Besides those below there are `whitening_0` and so on, (d, d), one for each group of the
+    description.
     """
 
     mean: Tensor  # (D,)
@@ -80,44 +73,44 @@ class Typicality(nn.Module):
     limit: Tensor  # ()
 
     def __init__(
-        self, *, mean: Tensor, whitenings: list[Tensor], directions: Tensor, offset: Tensor, scale: Tensor,
+        self,
+        *,
+        mean: Tensor,
+        whitenings: list[Tensor],
+        directions: Tensor,
+        offset: Tensor,
+        scale: Tensor,
         limit: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
-        for name, tensor in (
-            ("mean", mean),
-            ("directions", directions),
-            ("offset", offset),
-            ("scale", scale),
-        ):
-            self.register_buffer(name, tensor)
+        self.register_buffer("mean", mean)
+        self.register_buffer("directions", directions)
+        self.register_buffer("offset", offset)
+        self.register_buffer("scale", scale)
         self.register_buffer("limit", limit)
         self._num_groups = len(whitenings)
         for number, whitening in enumerate(whitenings):
             self.register_buffer(f"whitening_{number}", whitening)
 
     def atypicality(self, network: ResNet, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,) and scores (B,), 0 and up, of grey values (B, 1, H, W) in [0, 1]; above 1
-        asks for review.
+        """Logits (B,) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1 asks for review.
 
-        An image's score does not depend on the images beside it, and is finite for any picture.
+        A score is at least 0, finite for any image, and does not depend on the rest of the batch.
         """
         logits, groups = describe(network, images)
         largest = self.measure(groups).sub(self.offset).div(self.scale).amax(dim=1)
         return logits, largest.div(self.limit).clamp_min(0)
 
     def measure(self, groups: list[Tensor]) -> Tensor:
-        """Distances of features and picture, and the places along all directions, (B, 2 + K), in
-        their own units.
-        """
-        centred = torch.cat(groups, dim=1) - self.mean  # (B, D)
+        """The two distances and the positions along all directions, (B, 2 + K), not yet scaled."""
+        centered = torch.cat(groups, dim=1) - self.mean  # (B, D)
         whitenings = [self.get_buffer(f"whitening_{number}") for number in range(self._num_groups)]
-        parts = centred.split([len(whitening) for whitening in whitenings], dim=1)
+        parts = centered.split([len(whitening) for whitening in whitenings], dim=1)
         squares = [
             (part @ own).square().mean(dim=1) for part, own in zip(parts, whitenings, strict=True)
         ]
         distances = [torch.stack(squares[:-1]).mean(dim=0).sqrt(), squares[-1].sqrt()]
-        return torch.cat([torch.stack(distances, dim=1), centred @ self.directions], dim=1)
+        return torch.cat([torch.stack(distances, dim=1), centered @ self.directions], dim=1)
 
     def to_state(self) -> dict[str, Any]:
         """All that `from_state` needs: tensors by name, on the CPU."""
@@ -126,21 +119,17 @@ class Typicality(nn.Module):
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Typicality":
         """The inverse of `to_state`."""
-        others = {
-            name: tensor for name, tensor in state.items() if not name.startswith("whitening_")
-        }
-        return cls(
-            whitenings=[state[f"whitening_{number}"] for number in range(len(state) - len(others))],
-            **others,
-        )
+        others = {name: state[name] for name in state if not name.startswith("whitening_")}
+        num_groups = len(state) - len(others)
+        whitenings = [state[f"whitening_{number}"] for number in range(num_groups)]
+        return cls(whitenings=whitenings, **others)
 
 
 def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits (B,), as the network itself gives them, and the description of grey values (B, 1, H,
-    W) in [0, 1].
+    """The network's logits (B,) and the description of grey values (B, 1, H, W) in [0, 1].
 
     The description is a group (B, d) for the stem and each block, logarithms of the means and
-    standard deviations of its maps, and one for the standardised picture at 16 x 16.
+    standard deviations of its maps, and one for the standardized image at 16 x 16.
     """
     standardized = network.standardize(images)
     maps = network.stem(standardized)
@@ -149,25 +138,21 @@ def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         maps = block(maps)
         groups.append(_summarize(maps))
     logits: Tensor = network.head(maps.mean(dim=(2, 3))).squeeze(1)
-    small = functional.adaptive_avg_pool2d(standardized, _PICTURE_SIZE).flatten(1)  # (B, 256)
-    centred = small - small.mean(dim=1, keepdim=True)
-    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
-    return logits, [*groups, centred / (deviation + 1e-2)]
+    small = functional.adaptive_avg_pool2d(standardized, _THUMBNAIL_SIZE).flatten(1)  # (B, 256)
+    centered = small - small.mean(dim=1, keepdim=True)
+    deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
+    return logits, [*groups, centered / (deviation + 1e-2)]
 
 
 def _summarize(maps: Tensor) -> Tensor:
-    """Logarithms of mean and standard deviation, (B, 2 C), of each map of (B, C, h, w), which
-    are 0 and up.
-    """
+    """Log mean and log standard deviation, (B, 2 C), of each map of (B, C, h, w); maps are >= 0."""
     mean = maps.mean(dim=(2, 3))
     deviation = (maps - mean[:, :, None, None]).square().mean(dim=(2, 3)).add(1e-6).sqrt()
     return torch.cat([mean, deviation], dim=1).clamp_min(0).add(0.02).log()
 
 
-Draws = Tensor  # (B, 56) in [-1, 1), an own row for each picture
-Pictures = tuple[
-    NDArray[np.uint8], NDArray[np.int64]
-]  # (n, 1, H, W), and (n,) their numbers in the split
+Draws = Tensor  # (B, 56) in [-1, 1), a row for each image
+Pixels = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, 1, H, W), and (n,) numbers in the split
 
 
 def _resize(
@@ -178,9 +163,7 @@ def _resize(
     height: tuple[float, float],
     shift: float,
 ) -> Tensor:
-    """The pictures magnified by factors from the two ranges and shifted, mirrored where they
-    end.
-    """
+    """Images magnified by factors from the two ranges and shifted; beyond the edge, mirrored."""
     theta = images.new_zeros(len(images), 2, 3)
     for axis, (low, high) in enumerate((width, height)):
         theta[:, axis, axis] = 1 / (low + (high - low) * (draws[:, axis] + 1) / 2)
@@ -190,7 +173,7 @@ def _resize(
 
 
 def _shuffle(images: Tensor, draws: Draws) -> Tensor:
-    """The pictures as 4 x 4 tiles in another order."""
+    """Images as 4 x 4 tiles in another order."""
     tall, wide = (side // 4 for side in images.shape[2:])
     tiles = images[:, 0, : 4 * tall, : 4 * wide].unflatten(2, (4, wide)).unflatten(1, (4, tall))
     tiles = tiles.transpose(2, 3).flatten(1, 2)  # (B, 16, tall, wide)
@@ -200,7 +183,7 @@ def _shuffle(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _cloud(images: Tensor, draws: Draws) -> Tensor:
-    """Smooth random grey levels in place of the pictures."""
+    """Smooth random grey levels in place of the images."""
     coarse = (draws[:, 20:].reshape(-1, 1, 6, 6) + 1) / 2
     return functional.interpolate(
         coarse, size=images.shape[2:], mode="bicubic", align_corners=False
@@ -214,8 +197,8 @@ def _blur(images: Tensor, draws: Draws) -> Tensor:
     )
 
 
-# Ways to make pictures (B, 1, H, W) in [0, 1] that are no longer of the training images' kind. Not
-# among them: chests that are too narrow, for so a wide film looks that was squashed to a square
+# Ways to make images (B, 1, H, W) in [0, 1] out-of-distribution. Chests that are too narrow are not
+# among them, because a wide image squashed to a square looks like this
 SPOILED: Mapping[str, Callable[[Tensor, Draws], Tensor]] = {
     "inverted": lambda images, draws: 1 - images,
     "turned left": lambda images, draws: images.rot90(1, (2, 3)),
@@ -237,53 +220,16 @@ def fit_typicality(
 ) -> Typicality:
     """Fit the score on the training split and its limit on the validation split, over all ranks.
 
-    The limit leaves the share `share` of the validation images, as they are and changed by
+    The limit sends the share `share` of the validation images, as they are and changed by
     `VARIATION`, to review. Memory does not grow with the training split.
     """
     network.eval()
-    dtype = next(network.parameters()).dtype
-
-    def describe_all(images: Tensor) -> Tensor:
-        return torch.cat(
-            describe(network, images.contiguous(memory_format=torch.channels_last))[1], dim=1
-        )  # (B, D)
-
-    # Mean and covariance of the descriptions of training images, as they are and changed by
-    # `VARIATION`
-    blank = torch.zeros(1, 1, 32, 32, device=ranks.device, dtype=dtype)
-    sizes = [group.shape[1] for group in describe(network, blank)[1]]
-    sums = _Sums(sum(sizes), ranks.device)
-    to_spoil: list[Pictures] = []
-    for pixels, numbers in _every(-(-train.num_images // _NUM_FITTED), train):
-        images, rows = (
-            to_grey(pixels, ranks.device, dtype),
-            torch.from_numpy(numbers).to(ranks.device),
-        )
-        for seen in (images, augment(images, rows, seed=SHIFT_SEED, epoch=0, strength=VARIATION)):
-            sums.add(describe_all(seen))
-        chosen = numbers % -(-train.num_images // _NUM_SPOILED) == 0
-        to_spoil.append((pixels[chosen], numbers[chosen]))
-    mean, covariance = sums.reduce(ranks)
-
-    # For each way to spoil them the direction that best parts spoiled ones from training images,
-    # whose covariance is 1 after whitening
+    fit = _Fit(network, ranks)
+    mean, covariance, sample = fit.moments(train)
     whitening = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D)
-    directions = []
-    for change in SPOILED.values():
-        sums = _Sums(len(mean), ranks.device)
-        for pixels, numbers in _rebatch(to_spoil):
-            rows = torch.from_numpy(numbers).to(ranks.device)
-            draws = uniform(rows, 56, seed=SHIFT_SEED, epoch=0).to(dtype)
-            spoiled = change(to_grey(pixels, ranks.device, dtype), draws)
-            sums.add(
-                ((describe_all(spoiled).double() - mean) @ whitening).clamp(-_FARTHEST, _FARTHEST)
-            )
-        moved, spread = sums.reduce(ranks)
-        pooled = (spread + torch.eye(len(mean), dtype=torch.float64, device=ranks.device)) / 2
-        pooled.diagonal().add_(_DIRECTION_RIDGE)
-        directions.append(whitening @ torch.linalg.solve(pooled, moved))
-
-    ends = np.cumsum([0, *sizes])
+    directions = [fit.direction(change, sample, mean, whitening) for change in SPOILED.values()]
+    ends = np.cumsum([0, *fit.sizes])
+    dtype, num_scores = fit.dtype, 2 + len(directions)
     fitted = Typicality(
         mean=mean.to(dtype),
         whitenings=[
@@ -291,39 +237,94 @@ def fit_typicality(
             for low, high in pairwise(ends)
         ],
         directions=torch.stack(directions, dim=1).to(dtype),
-        offset=mean.new_zeros(2 + len(directions), dtype=dtype),
-        scale=mean.new_ones(2 + len(directions), dtype=dtype),
+        offset=mean.new_zeros(num_scores, dtype=dtype),
+        scale=mean.new_ones(num_scores, dtype=dtype),
         limit=mean.new_ones((), dtype=dtype),
     )
-
-    # The scale of each number, and the limit of the largest, on validation images
-    measured = []
-    for pixels, numbers in _every(1, val):
-        images, rows = (
-            to_grey(pixels, ranks.device, dtype),
-            torch.from_numpy(numbers).to(ranks.device),
-        )
-        changed = [
-            augment(images, rows, seed=SHIFT_SEED, epoch=draw, strength=VARIATION)
-            for draw in range(_NUM_DRAWS)
-        ]
-        for seen in (images, *changed):
-            groups = describe(network, seen.contiguous(memory_format=torch.channels_last))[1]
-            measured.append(fitted.measure(groups).double().cpu().numpy())
-    values = np.concatenate(
-        [part for parts in ranks.gather(measured) for part in parts]
-    )  # (3 x N, 2 + K)
+    values = fit.measured(fitted, val)  # (3 x N, 2 + K)
     offset, high = np.quantile(values, (0.5, 0.99), axis=0)
     scale = np.maximum(high - offset, 1e-6)
     limit = max(float(np.quantile(((values - offset) / scale).max(axis=1), 1 - share)), 1e-6)
     assert math.isfinite(limit)
-    for own, found in (
-        (fitted.offset, offset),
-        (fitted.scale, scale),
-        (fitted.limit, np.array(limit)),
-    ):
-        own.copy_(torch.from_numpy(found))
+    fitted.offset.copy_(torch.from_numpy(offset))
+    fitted.scale.copy_(torch.from_numpy(scale))
+    fitted.limit.fill_(limit)
     return fitted
+
+
+class _Fit:
+    """The passes over images that a fit takes."""
+
+    def __init__(self, network: ResNet, ranks: Ranks) -> None:
+        self._network, self._ranks = network, ranks
+        self.dtype = next(network.parameters()).dtype
+        blank = torch.zeros(1, 1, 32, 32, device=ranks.device, dtype=self.dtype)
+        self.sizes = [group.shape[1] for group in describe(network, blank)[1]]
+
+    def moments(self, train: Loader) -> tuple[Tensor, Tensor, list[Pixels]]:
+        """Mean (D,) and covariance (D, D) of training images, as they are and augmented.
+
+        Also returns this rank's sample of them to spoil.
+        """
+        sums = _Sums(sum(self.sizes), self._ranks.device)
+        sample: list[Pixels] = []
+        for pixels, numbers in _every(-(-train.num_images // _NUM_FITTED), train):
+            images, rows = self._to_device(pixels, numbers)
+            augmented = augment(images, rows, seed=SHIFT_SEED, epoch=0, strength=VARIATION)
+            for seen in (images, augmented):
+                sums.add(self._describe(seen))
+            chosen = numbers % -(-train.num_images // _NUM_SPOILED) == 0
+            sample.append((pixels[chosen], numbers[chosen]))
+        return *sums.reduce(self._ranks), sample
+
+    def direction(
+        self,
+        change: Callable[[Tensor, Draws], Tensor],
+        sample: list[Pixels],
+        mean: Tensor,
+        whitening: Tensor,
+    ) -> Tensor:
+        """The direction (D,) that best separates images spoiled by `change` from training images.
+
+        The covariance of training images is 1 after whitening.
+        """
+        sums = _Sums(len(mean), self._ranks.device)
+        for pixels, numbers in _rebatch(sample):
+            images, rows = self._to_device(pixels, numbers)
+            draws = uniform(rows, 56, seed=SHIFT_SEED, epoch=0).to(self.dtype)
+            away = (self._describe(change(images, draws)).double() - mean) @ whitening
+            sums.add(away.clamp(-_FARTHEST, _FARTHEST))
+        moved, spread = sums.reduce(self._ranks)
+        pooled = (spread + torch.eye(len(mean), dtype=torch.float64, device=mean.device)) / 2
+        pooled.diagonal().add_(_DIRECTION_RIDGE)
+        direction: Tensor = whitening @ torch.linalg.solve(pooled, moved)
+        return direction
+
+    def measured(self, fitted: Typicality, val: Loader) -> NDArray[np.float64]:
+        """What `fitted` measures on all validation images, as they are and augmented."""
+        found = []
+        for pixels, numbers in _every(1, val):
+            images, rows = self._to_device(pixels, numbers)
+            augmented = [
+                augment(images, rows, seed=SHIFT_SEED, epoch=draw, strength=VARIATION)
+                for draw in range(_NUM_DRAWS)
+            ]
+            for seen in (images, *augmented):
+                groups = describe(
+                    self._network, seen.contiguous(memory_format=torch.channels_last)
+                )[1]
+                found.append(fitted.measure(groups).double().cpu().numpy())
+        return np.concatenate([part for parts in self._ranks.gather(found) for part in parts])
+
+    def _to_device(
+        self, pixels: NDArray[np.uint8], numbers: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        device = self._ranks.device
+        return to_grey(pixels, device, self.dtype), torch.from_numpy(numbers).to(device)
+
+    def _describe(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)
+        return torch.cat(describe(self._network, images)[1], dim=1)  # (B, D)
 
 
 class _Sums:
@@ -343,33 +344,30 @@ class _Sums:
     def reduce(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) over all ranks."""
         count = torch.tensor([self._count], dtype=torch.float64)
-        sums = ranks.sum(torch.cat([count, self._total.cpu(), self._products.flatten().cpu()])).to(
-            ranks.device
-        )
+        own = torch.cat([count, self._total.cpu(), self._products.flatten().cpu()])
+        sums = ranks.sum(own).to(ranks.device)
         mean = sums[1 : len(self._total) + 1] / sums[0]
         products = sums[len(mean) + 1 :].view_as(self._products) / sums[0]
         return mean, products - torch.outer(mean, mean)
 
 
 def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
-    """The matrix (D, D) that gives centred rows unit covariance from the right; variances are
-    raised by a share.
-    """
+    """The matrix (D, D) that gives centered rows unit covariance; variances are raised first."""
     raised = covariance + torch.diag(covariance.diagonal().clamp_min(0) * shrinkage + 1e-8)
     whitening: Tensor = torch.linalg.inv(torch.linalg.cholesky(raised)).T.contiguous()
     return whitening
 
 
-def _every(stride: int, loader: Loader) -> Iterator[Pictures]:
-    """This rank's pictures of a split, those whose number `stride` divides."""
+def _every(stride: int, loader: Loader) -> Iterator[Pixels]:
+    """This rank's images of a split whose number is a multiple of `stride`."""
     for batch in loader.epoch(0):
         chosen = batch.rows % stride == 0
         if chosen.any():
             yield batch.images[chosen], batch.rows[chosen]
 
 
-def _rebatch(parts: list[Pictures]) -> Iterator[Pictures]:
-    """The same pictures in batches of 256: parts may be too small to compute well with."""
+def _rebatch(parts: list[Pixels]) -> Iterator[Pixels]:
+    """The same images in batches of 256: parts may be too small to compute efficiently."""
     if parts:
         pixels, numbers = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         for start in range(0, len(numbers), 256):
