@@ -1,17 +1,15 @@
-"""A run's network as one file for other programs: ONNX, and torch.export's own format. Called by
-`xrai.export`.
+"""A run's network as one file for other programs: ONNX, and torch.export's own format.
 
-All that happens to a picture is in the graph, so that a program that serves it cannot treat
-pictures otherwise than training did: grey pictures of 8 bits and any height and width go in,
+Called by `xrai.export`. All preprocessing is in the graph, so that a program that serves it cannot
+treat images otherwise than training did: grey 8-bit images of any height and width go in,
 probability and atypicality come out.
 
-Pillow scales 8-bit pictures in whole numbers: each output pixel is a sum of input pixels, weighted
-by a triangle in steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits
-after each. The graph does the same by two matrix products in float64, which holds such sums without
-rounding, so that it gives the same pixels everywhere. Pillow gives these very pixels, but Pillow 13
-scales the columns of some pictures that are higher than wide first, and a pixel may then differ by
-one grey level. A JPEG that is larger than needed is another matter: the program's own path decodes
-it at reduced size (xrai/ingest/images.py).
+Pillow scales 8-bit images in integers: each output pixel is a sum of input pixels, weighted by a
+triangle in steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits after
+each. The graph does the same by two matrix products in float64, which holds such sums exactly, so
+it gives the same pixels everywhere. They are Pillow's, except that Pillow 13 scales the columns of
+some tall images first, where a pixel may differ by one grey level. Large JPEGs are another matter:
+`xrai.ingest.images` decodes them at reduced size.
 
 Graphs are traced with dynamic batch, height and width; torch 2.13's exporter (dynamo) handles all
 three.
@@ -19,6 +17,7 @@ three.
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -34,15 +33,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xrai.errors import UserError, XraiError
+from xrai.files import write_atomically
 from xrai.learning.predictor import TrainedModel
 
 ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"
 METADATA_FILE = "metadata.json"  # inside of TORCH_FILE
 OUTPUTS = ("probability", "atypicality")
 TOLERANCE = 1e-5  # largest difference of a probability
-TOLERANCE_ATYPICALITY = (
-    1e-4  # relative to the larger of 1 and the value; its whitening magnifies rounding
-)
+# relative to the larger of 1 and the value; whitening magnifies rounding
+TOLERANCE_ATYPICALITY = 1e-4
 SCHEMA_VERSION = 1
 NOTE = "No medical device: for research, not for diagnosis."
 
@@ -54,31 +53,29 @@ Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # OUTPUTS, each (B,)
 
 
 class Fitting(nn.Module):
-    """Pictures of any size to squares, as `xrai.ingest.images.decode` fits arrays."""
+    """Images of any size to squares, as `xrai.ingest.images.decode` fits arrays."""
 
     def __init__(self, *, size: int, fit: str) -> None:
         super().__init__()
         assert fit in ("crop", "squash", "pad"), fit
         self._size, self._fit = size, fit
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(B, H, W) uint8 to (B, size, size) float64 of whole numbers from 0 to 255."""
         rows, columns = (
-            torch.arange(side, device=pictures.device).double() for side in pictures.shape[1:]
+            torch.arange(side, device=images.device).double() for side in images.shape[1:]
         )
-        height, width = rows[-1] + 1, columns[-1] + 1  # tensors, for they differ from call to call
+        height, width = rows[-1] + 1, columns[-1] + 1  # tensors: they differ between calls
         short, long = torch.minimum(height, width), torch.maximum(height, width)
         across = _rounded(
-            pictures.double() @ self._weights(columns, width, short, long).T
+            images.double() @ self._weights(columns, width, short, long).T
         )  # (B, H, size)
         return _rounded(self._weights(rows, height, short, long) @ across)
 
     def _weights(self, places: Tensor, side: Tensor, short: Tensor, long: Tensor) -> Tensor:
-        """What each of `side` pixels adds to each of `size`, (size, side), whole numbers of
-        2^-22.
-        """
+        """Weights of each of `side` pixels for each of `size`, (size, side), in units of 2^-22."""
         number = torch.arange(self._size, device=places.device).double()
-        if self._fit == "pad":  # black before and after the picture
+        if self._fit == "pad":  # black before and after the image
             filled = torch.round(side * (self._size / long)).clamp(min=1)
             number = number - torch.floor((self._size - filled) / 2)
             first, kept = torch.zeros_like(side), side
@@ -104,12 +101,12 @@ def _rounded(sums: Tensor) -> Tensor:
 
 
 class Serving(nn.Module):
-    """All that happens to a picture, from its pixels to what is said of it."""
+    """Everything from an image's pixels to its scores."""
 
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
         self.fitting = Fitting(size=model.image_size, fit=model.fit)
-        # tensors of their own in the plain layout: the exporter warns of others
+        # copies in the plain layout: the exporter warns about others
         network = copy.deepcopy(model.network).cpu().float()
         self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.typicality = copy.deepcopy(model.typicality).cpu().float()
@@ -117,22 +114,20 @@ class Serving(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W) uint8 to calibrated probabilities of the second class and atypicality, (B,)
-        each.
-        """
+        """Images (B, H, W) uint8 to calibrated probabilities and atypicality, (B,) each."""
         grey = self.fitting(images).float()[:, None] / 255  # (B, 1, size, size)
         logits, atypicality = self.typicality.atypicality(self.network, grey)
         return torch.sigmoid(logits / self._temperature), atypicality
 
     def fit(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The squares (B, size, size) uint8 that pictures (B, H, W) become."""
+        """The squares (B, size, size) uint8 that images (B, H, W) become."""
         squares: NDArray[np.uint8] = self.fitting(torch.from_numpy(images)).to(torch.uint8).numpy()
         return squares
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a written file is from torch on the pictures that it was checked with."""
+    """How far an exported file is from torch on the images that it was checked with."""
 
     num_pictures: int
     num_shapes: int
@@ -141,14 +136,14 @@ class Agreement:
 
 
 def serve(serving: Serving, images: NDArray[np.uint8]) -> Scores:
-    """Probabilities and atypicality, (B,) each, of pictures (B, H, W), by torch."""
+    """Probabilities and atypicality, (B,) each, of images (B, H, W), by torch."""
     with torch.inference_mode():
         probability, atypicality = serving(torch.from_numpy(images))
     return probability.numpy(), atypicality.numpy()
 
 
 def require_onnx() -> None:
-    """Raise `UserError` where the packages that write and run ONNX are not installed."""
+    """Raise `UserError` unless the packages that write and run ONNX are installed."""
     missing = [
         name
         for name in ("onnx", "onnxscript", "onnxruntime")
@@ -156,16 +151,14 @@ def require_onnx() -> None:
     ]
     if missing:
         raise UserError(
-            f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'xrai[export]', or leave it out with "
-            "--formats=torch"
+            f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'xrai[export]', "
+            "or leave it out with --formats=torch"
         )
 
 
 def trace(serving: Serving) -> torch.export.ExportedProgram:
     """The graph of a model, with dynamic batch, height and width."""
-    example = torch.zeros(
-        2, 70, 90, dtype=torch.uint8
-    )  # no side of 1, which would be taken for a constant
+    example = torch.zeros(2, 70, 90, dtype=torch.uint8)  # a side of 1 would become a constant
     shapes = {
         number: torch.export.Dim(name, min=1, max=_LARGEST)
         for number, name in enumerate(_DIMENSIONS)
@@ -184,10 +177,9 @@ def write_onnx(
     metadata: dict[str, Any],
     batches: Sequence[NDArray[np.uint8]],
 ) -> Agreement:
-    """Write a traced graph with its metadata as ONNX; keep it if onnxruntime agrees with torch on
-    `batches`.
+    """Write a traced graph with its metadata as ONNX if onnxruntime agrees with torch on `batches`.
 
-    Those are (B, H, W) uint8 each. Raises `XraiError` where it does not, and `UserError` where a
+    Those are (B, H, W) uint8 each. Raises `XraiError` if it does not agree, and `UserError` if a
     package is missing.
     """
     require_onnx()
@@ -201,15 +193,14 @@ def write_onnx(
     _tidy(proto)
     onnx.helper.set_model_props(proto, {key: _as_text(value) for key, value in metadata.items()})
     onnx.checker.check_model(proto, full_check=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(proto.SerializeToString(deterministic=True))
-    session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+    data = proto.SerializeToString(deterministic=True)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
     def run(images: NDArray[np.uint8]) -> Scores:
         probability, atypicality = session.run(list(OUTPUTS), {"images": images})
         return probability, atypicality
 
-    return _keep(temporary, path, _compare(serving, run, batches))
+    return _write(path, data, _compare(serving, run, batches))
 
 
 def write_torch(
@@ -220,26 +211,25 @@ def write_torch(
     metadata: dict[str, Any],
     batches: Sequence[NDArray[np.uint8]],
 ) -> Agreement:
-    """Write the graph with its metadata as torch.export does; checked and kept as by
-    `write_onnx`.
-    """
-    temporary = path.with_name(f".{path.stem}.tmp.pt2")  # torch asks for the suffix
+    """Write the graph with its metadata in torch.export's format, checked as by `write_onnx`."""
+    buffer = io.BytesIO()
     with _quiet():
-        torch.export.save(
-            program, temporary, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)}
-        )
-        loaded = torch.export.load(temporary).module()
+        extra = {METADATA_FILE: json.dumps(metadata, indent=2)}
+        torch.export.save(program, buffer, extra_files=extra)
+        buffer.seek(0)
+        loaded = torch.export.load(buffer).module()
 
     def run(images: NDArray[np.uint8]) -> Scores:
         with torch.inference_mode():
             probability, atypicality = loaded(torch.from_numpy(images))
         return probability.numpy(), atypicality.numpy()
 
-    return _keep(temporary, path, _compare(serving, run, batches))
+    return _write(path, buffer.getvalue(), _compare(serving, run, batches))
 
 
 def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
-    """What a program that serves the file needs to know, and what it must say."""
+    """What a program that serves the file needs to know, and what it must tell its users."""
+    negative, positive = model.classes
     return {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version,
@@ -248,23 +238,22 @@ def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
         "dataset_fingerprint": model.fingerprint,
         "classes": list(model.classes),
         "threshold": model.threshold,
-        "decision": f"review where atypicality is above 1; else {model.classes[1].lower()} where probability is at "
-        f"least the threshold; else {model.classes[0].lower()}",
+        "decision": f"review where atypicality is above 1; else {positive.lower()} where "
+        f"probability is at least the threshold; else {negative.lower()}",
         "temperature": model.temperature,
         "image_size": model.image_size,
         "fit": model.fit,
         "input": "images (batch, height, width) uint8, grey, upright, 0 is black",
         "outputs": {
-            "probability": f"(batch,) float32, calibrated, of {model.classes[1]}",
-            "atypicality": "(batch,) float32, how unlike the training images; above 1 asks for review",
+            "probability": f"(batch,) float32, calibrated, of {positive}",
+            "atypicality": "(batch,) float32, how unlike the training images; above 1 asks for "
+            "review",
         },
     }
 
 
 def _tidy(proto: Any) -> None:
-    """Give inputs, outputs and dimensions their names, and leave out what tells of the machine
-    that traced.
-    """
+    """Name inputs, outputs and dimensions, and remove traces of the machine that exported."""
     names = {value.name: name for value, name in zip(proto.graph.output, OUTPUTS, strict=True)}
     names[proto.graph.input[0].name] = "images"
     sides = [side.dim_param for side in proto.graph.input[0].type.tensor_type.shape.dim]
@@ -279,15 +268,10 @@ def _tidy(proto: Any) -> None:
         for side in value.type.tensor_type.shape.dim:
             if side.dim_param:
                 side.dim_param = dimensions[side.dim_param]
-    for entry in (
-        proto,
-        proto.graph,
-        *proto.graph.input,
-        *proto.graph.output,
-        *proto.graph.initializer,
-    ):
+    graph = proto.graph
+    for entry in (proto, graph, *graph.input, *graph.output, *graph.initializer):
         del entry.metadata_props[:]
-    del proto.graph.value_info[:], proto.functions[:]
+    del graph.value_info[:], proto.functions[:]
 
 
 def _as_text(value: Any) -> str:
@@ -301,34 +285,30 @@ def _compare(
 ) -> Agreement:
     worst = [0.0, 0.0]
     for images in batches:
-        for number, (ours, theirs) in enumerate(
-            zip(serve(serving, images), run(images), strict=True)
-        ):
+        pairs = zip(serve(serving, images), run(images), strict=True)
+        for number, (ours, theirs) in enumerate(pairs):
             scale = np.maximum(1, np.abs(ours))  # a probability is at most 1
             found = float(np.max(np.abs(ours.astype(np.float64) - theirs) / scale))
             worst[number] = max(worst[number], found if np.isfinite(found) else np.inf)
-    return Agreement(
-        sum(len(images) for images in batches), len({images.shape for images in batches}), *worst
-    )
+    shapes = {images.shape for images in batches}
+    return Agreement(sum(map(len, batches)), len(shapes), *worst)
 
 
-def _keep(temporary: Path, path: Path, agreement: Agreement) -> Agreement:
+def _write(path: Path, data: bytes, agreement: Agreement) -> Agreement:
     if agreement.probability > TOLERANCE or agreement.atypicality > TOLERANCE_ATYPICALITY:
-        temporary.unlink()
         raise XraiError(
-            f"{path.name} is not kept: it differs from torch by {agreement.probability:.1e} in probability, where "
-            f"{TOLERANCE:.0e} is allowed, and by {agreement.atypicality:.1e} in atypicality, where "
-            f"{TOLERANCE_ATYPICALITY:.0e} is; other versions of torch, onnx or onnxruntime may do better"
+            f"{path.name} is not kept: it differs from torch by {agreement.probability:.1e} in "
+            f"probability, where {TOLERANCE:.0e} is allowed, and by {agreement.atypicality:.1e} in "
+            f"atypicality, where {TOLERANCE_ATYPICALITY:.0e} is; other versions of torch, onnx or "
+            "onnxruntime may do better"
         )
-    temporary.replace(path)
+    write_atomically(path, data)
     return agreement
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings of its own old functions and its notes that torchvision is
-    missing.
-    """
+    """Silences torch's deprecation warnings and its notes that torchvision is missing."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
