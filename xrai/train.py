@@ -8,7 +8,6 @@ images that they have not seen.
 
 import dataclasses
 import functools
-import os
 import shutil
 import signal
 import time
