@@ -22,7 +22,13 @@ FIXED_RATE = 0.90  # the specificity at which sensitivity is read off the ROC cu
 NUM_THRESHOLDS = 200  # equal steps from 0 to 1, for which metrics.json counts the calls
 
 _NO_IMAGES = "there are no images"
+_NO_PNEUMONIA, _NO_NORMAL = "there are no pneumonia images", "there are no normal images"
 _NEEDS_BOTH = "it needs images of both classes"
+_NONE = "no image was called"
+_ONE_KIND = "all images have one label or got one call"
+_MIX = "depends on this split's mix of classes"
+_LOWER = "lower is better"
+_BEST = "the highest of any threshold with at least 90 %"
 
 
 @dataclass(frozen=True)
@@ -40,34 +46,19 @@ METRICS: Mapping[str, MetricInfo] = {
         "Accuracy", "share of images correctly classified", "percent", _NO_IMAGES
     ),
     "sensitivity": MetricInfo(
-        "Sensitivity",
-        "share of pneumonia images called pneumonia",
-        "percent",
-        "there are no pneumonia images",
+        "Sensitivity", "share of pneumonia images called pneumonia", "percent", _NO_PNEUMONIA
     ),
     "specificity": MetricInfo(
-        "Specificity",
-        "share of normal images called normal",
-        "percent",
-        "there are no normal images",
+        "Specificity", "share of normal images called normal", "percent", _NO_NORMAL
     ),
     "ppv": MetricInfo(
-        "PPV",
-        "share of pneumonia calls that are correct; depends on this split's mix of classes",
-        "percent",
-        "no image was called pneumonia",
+        "PPV", f"share of pneumonia calls that are correct; {_MIX}", "percent", f"{_NONE} pneumonia"
     ),
     "npv": MetricInfo(
-        "NPV",
-        "share of normal calls that are correct; depends on this split's mix of classes",
-        "percent",
-        "no image was called normal",
+        "NPV", f"share of normal calls that are correct; {_MIX}", "percent", f"{_NONE} normal"
     ),
     "auroc": MetricInfo(
-        "AUROC",
-        "chance that a pneumonia image scores above a normal one; needs no threshold",
-        "number",
-        _NEEDS_BOTH,
+        "AUROC", "chance that a pneumonia image scores above a normal one", "number", _NEEDS_BOTH
     ),
     "average_precision": MetricInfo(
         "Average precision", "area under the precision-recall curve", "number", _NEEDS_BOTH
@@ -76,38 +67,22 @@ METRICS: Mapping[str, MetricInfo] = {
         "F1",
         "harmonic mean of PPV and sensitivity",
         "number",
-        "no image is pneumonia and none was called pneumonia",
+        "no image is, or was called, pneumonia",
     ),
     "mcc": MetricInfo(
-        "MCC",
-        "correlation of calls with labels, -1 to 1 (Matthews)",
-        "number",
-        "all images have one label or got one call",
+        "MCC", "correlation of calls with labels, -1 to 1 (Matthews)", "number", _ONE_KIND
     ),
     "brier": MetricInfo(
-        "Brier score",
-        "mean squared distance of score and label; lower is better",
-        "number",
-        _NO_IMAGES,
+        "Brier score", f"mean squared distance of score and label; {_LOWER}", "number", _NO_IMAGES
     ),
     "ece": MetricInfo(
-        "ECE",
-        f"mean distance of score and observed share in {NUM_CALIBRATION_BINS} bins; lower is "
-        "better",
-        "number",
-        _NO_IMAGES,
+        "ECE", f"mean distance of score and observed share; {_LOWER}", "number", _NO_IMAGES
     ),
     "sensitivity_at_specificity_90": MetricInfo(
-        "Sensitivity at 90 % specificity",
-        "the highest that a threshold with at least 90 % specificity reaches on these images",
-        "percent",
-        _NEEDS_BOTH,
+        "Sensitivity at 90 % specificity", f"{_BEST} specificity", "percent", _NEEDS_BOTH
     ),
     "specificity_at_sensitivity_90": MetricInfo(
-        "Specificity at 90 % sensitivity",
-        "the highest that a threshold with at least 90 % sensitivity reaches on these images",
-        "percent",
-        _NEEDS_BOTH,
+        "Specificity at 90 % sensitivity", f"{_BEST} sensitivity", "percent", _NEEDS_BOTH
     ),
 }
 

@@ -26,33 +26,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from PIL import Image
 
 from xrai.files import write_atomically
+from xrai.results import style
 from xrai.results.calibration import calibrated
 from xrai.results.history import EpochRow
 from xrai.results.intervals import wilson_interval
 from xrai.results.metrics import calibration_bins, cumulative_calls, format_interval, format_value
-from xrai.results.style import (
-    CURVE,
-    DPI,
-    INK,
-    MUTED,
-    NORMAL,
-    NOTE_DOWN,
-    NOTE_SIZE,
-    PAPER,
-    PNEUMONIA,
-    RULE,
-    SHIFTED,
-    TITLE_DOWN,
-    TITLE_SIZE,
-    TRAIN,
-    VALIDATION,
-    note_line,
-)
+from xrai.results.style import CURVE, INK, MUTED, NORMAL, PAPER, PNEUMONIA, note_line
 from xrai.results.types import Estimate, Scores, SplitResults
 
-_Style = dict[str, Any]  # options of matplotlib, which documents plain values
+_Look = dict[str, Any]  # options of matplotlib, which documents plain values
 
-_STYLE: _Style = {
+_DEFAULTS: _Look = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so plots look alike on all machines
     "font.size": 9.5,
     "text.color": INK,
@@ -64,7 +48,7 @@ _STYLE: _Style = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": RULE,
+    "grid.color": style.RULE,
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -77,9 +61,11 @@ _STYLE: _Style = {
 }
 _SQUARE = (5.6, 5.6)  # inches
 _SQUARE_AXES = (0.13, 0.105, 0.81, 0.74)
-_CHANCE: _Style = dict(color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-_POINT: _Style = dict(markersize=9, markeredgecolor=PAPER, markeredgewidth=1.5, zorder=5)
-_AREA: _Style = dict(color=CURVE, alpha=0.08, linewidth=0)
+_CHANCE: _Look = {"color": MUTED, "linewidth": 1, "linestyle": (0, (2, 3))}
+_AREA: _Look = {"color": CURVE, "alpha": 0.08, "linewidth": 0}
+_POINT: _Look = {"markersize": 9, "markeredgecolor": PAPER, "markeredgewidth": 1.5, "zorder": 5}
+_SMALL: _Look = {"fontsize": 8.5, "color": MUTED}
+_CENTRED: _Look = {"ha": "center", "va": "center"}
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 _HEAT_OPACITY = 0.65  # of a heat map where it is 1
 
@@ -95,36 +81,28 @@ def draw_curves(
 
     A value that is NaN leaves a gap.
     """
-    lines = [("train", TRAIN, "train"), ("validation", VALIDATION, "val")]
-    shifted = ("validation,\naugmented", SHIFTED, "shifted")
-    for kind, unit, shown in (
-        ("loss", "cross-entropy, nats", lines),
-        ("accuracy", "share of images correctly classified", [*lines, shifted]),
+    shown = [("train", style.TRAIN, "train"), ("validation", style.VALIDATION, "val")]
+    shifted = ("validation,\naugmented", style.SHIFTED, "shifted")
+    epochs = [row.epoch for row in history]
+    for kind, unit, lines in (
+        ("loss", "cross-entropy, nats", shown),
+        ("accuracy", "share of images correctly classified", [*shown, shifted]),
     ):
         note = note_line(unit, is_phantom=is_phantom)
         with _figure(folder / f"{kind}.png", f"{kind.capitalize()} by epoch", note) as figure:
             axes = figure.add_subplot()
             figure.subplots_adjust(left=0.1, right=0.745, top=0.795, bottom=0.12)
             series = [
-                (name, colour, [_number(getattr(row, f"{key}_{kind}")) for row in history])
-                for name, colour, key in shown
+                (name, colour, [float(getattr(row, f"{key}_{kind}")) for row in history])
+                for name, colour, key in lines
             ]
-            epochs = [row.epoch for row in history]
             _draw_series(axes, epochs, series, is_share=kind == "accuracy")
             if best_epoch is not None:
                 axes.axvline(best_epoch, zorder=1, **_CHANCE)
                 is_late = best_epoch > (epochs[0] + epochs[-1]) / 2
-                axes.annotate(
-                    "saved",
-                    (best_epoch, 1),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(-4 if is_late else 4, -2),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=MUTED,
-                    va="top",
-                    ha="right" if is_late else "left",
-                )
+                side: _Look = {"ha": "right" if is_late else "left", "va": "top"}
+                place = {"xycoords": ("data", "axes fraction"), **side}
+                _note(axes, "saved", (best_epoch, 1), (-4 if is_late else 4, -2), **place)
 
 
 def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
@@ -144,12 +122,9 @@ def draw_roc(scores: Scores, results: SplitResults, path: Path) -> None:
     """Write the ROC curve with the operating point."""
     found, metrics = scores.labelled(), results.main.whole.metrics
     output = results.main.output
+    false, true = f"{output.opposite} images called {output.name}", f"{output.name} images found"
     with _split_figure(path, "ROC curve", results) as figure:
-        axes = _square_axes(
-            figure,
-            f"1 - specificity: {output.opposite} images called {output.name}",
-            f"sensitivity: {output.name} images found",
-        )
+        axes = _square_axes(figure, f"1 - specificity: {false}", f"sensitivity: {true}")
         axes.plot([0, 1], [0, 1], **_CHANCE)
         tp, fp = cumulative_calls(found.labels, found.scores)
         if tp[-1] and fp[-1]:
@@ -164,26 +139,15 @@ def draw_precision_recall(scores: Scores, results: SplitResults, path: Path) -> 
     """Write the precision-recall curve, with the share of positive images as chance."""
     found, metrics = scores.labelled(), results.main.whole.metrics
     output = results.main.output
+    correct = f"calls of {output.name} that are correct"
     with _split_figure(path, "Precision and recall", results) as figure:
-        axes = _square_axes(
-            figure,
-            f"recall: {output.name} images found",
-            f"precision: calls of {output.name} that are correct",
-        )
+        axes = _square_axes(figure, f"recall: {output.name} images found", f"precision: {correct}")
         tp, fp = cumulative_calls(found.labels, found.scores)
         if tp[-1] and fp[-1]:
             share = float(found.labels.mean())
             axes.axhline(share, **_CHANCE)
-            axes.annotate(
-                f"chance {share:.2f}",
-                (0.02, share),
-                xytext=(0, -4),
-                textcoords="offset points",
-                color=MUTED,
-                fontsize=8,
-                va="top",
-            )
-            precision = np.append((tp[:0:-1] / (tp + fp)[:0:-1]), 1.0)
+            _note(axes, f"chance {share:.2f}", (0.02, share), (0, -4), va="top")
+            precision = np.append(tp[:0:-1] / (tp + fp)[:0:-1], 1.0)
             recall = tp[::-1] / tp[-1]
             axes.fill_between(recall, precision, step="pre", **_AREA)
             axes.step(recall, precision, color=CURVE, linewidth=2.2, where="pre")
@@ -201,7 +165,7 @@ def draw_confusion(scores: Scores, results: SplitResults, path: Path) -> None:
         ((counts.fn, "missed", PNEUMONIA), (counts.tp, "correct", NORMAL)),
     )
     names = [output.opposite, output.name]
-    centred = _style(ha="center", va="center")
+    shape: _Look = {"boxstyle": "round,pad=0,rounding_size=0.05", "edgecolor": "none"}
     with _split_figure(path, "Calls against labels", results) as figure:
         axes = figure.add_axes((0.17, 0.07, 0.79, 0.74))
         axes.set(xlim=(0, 2), ylim=(2, 0), xticks=[0.5, 1.5], yticks=[0.5, 1.5])
@@ -214,19 +178,14 @@ def draw_confusion(scores: Scores, results: SplitResults, path: Path) -> None:
             num_row = sum(num for num, _, _ in entries)
             for column, (num, word, colour) in enumerate(entries):
                 share = num / num_row if num_row else 0.0
+                corner, tint = (column + 0.05, row + 0.05), 0.06 + 0.44 * share
                 box = mpl.patches.FancyBboxPatch(
-                    (column + 0.05, row + 0.05),
-                    0.9,
-                    0.9,
-                    boxstyle="round,pad=0,rounding_size=0.05",
-                    facecolor=colour,
-                    alpha=0.06 + 0.44 * share,
-                    edgecolor="none",
+                    corner, 0.9, 0.9, facecolor=colour, alpha=tint, **shape
                 )
                 axes.add_patch(box)
                 x, note = column + 0.5, f"{word} · {100 * share:.1f} % of row" if num_row else word
-                axes.text(x, row + 0.47, f"{num:,}", fontsize=26, fontweight="bold", **centred)
-                axes.text(x, row + 0.70, note, fontsize=8.5, color="#3d4757", **centred)
+                axes.text(x, row + 0.47, f"{num:,}", fontsize=26, fontweight="bold", **_CENTRED)
+                axes.text(x, row + 0.70, note, fontsize=8.5, color="#3d4757", **_CENTRED)
 
 
 def draw_calibration(scores: Scores, results: SplitResults, path: Path) -> None:
@@ -235,53 +194,39 @@ def draw_calibration(scores: Scores, results: SplitResults, path: Path) -> None:
     A temperature other than 1 has the line of the scores before calibration beside it, thin.
     """
     found, output, metrics = scores.labelled(), results.main.output, results.main.whole.metrics
-    bins = calibration_bins(found.labels, found.scores)
+    before, after = (
+        [each for each in calibration_bins(found.labels, of) if each.num_images]
+        for of in (calibrated(found.logits), found.scores)
+    )
+    thin: _Look = {"color": style.TRAIN, "linewidth": 1.1, "markersize": 3.5, "alpha": 0.85}
+    thick: _Look = {"color": CURVE, "linewidth": 1.4, "markersize": 6, "markeredgecolor": PAPER}
+    lines = [
+        ("before calibration", before, {**thin, "zorder": 1.5}),
+        (f"temperature {output.temperature:.2f}", after, thick),
+    ]
     with _split_figure(path, "Calibration", results) as figure:
         axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))
         axes.plot([0, 1], [0, 1], **_CHANCE)
-        if output.temperature != 1:
-            before = calibration_bins(found.labels, calibrated(found.logits))
-            full = [each for each in before if each.num_images]
-            axes.plot(
-                [each.mean_score for each in full],
-                [each.share_positive for each in full],
-                color=TRAIN,
-                linewidth=1.1,
-                marker="o",
-                markersize=3.5,
-                alpha=0.85,
-                zorder=1.5,
-                label="before calibration",
-            )
-        full = [each for each in bins if each.num_images]
-        for each in full:  # shows how little a bin of few images says
+        for each in after:  # shows how little a bin of few images says
             ends = wilson_interval(each.share_positive, each.num_images)
             axes.plot([each.mean_score] * 2, ends, color=CURVE, linewidth=1.6, alpha=0.45)
-        axes.plot(
-            [each.mean_score for each in full],
-            [each.share_positive for each in full],
-            color=CURVE,
-            linewidth=1.4,
-            marker="o",
-            markersize=6,
-            markeredgecolor=PAPER,
-            label=f"temperature {output.temperature:.2f}",
-        )
-        if len(axes.get_legend_handles_labels()[0]) > 1:
-            place = _style(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2)
-            axes.legend(
-                fontsize=8.5, labelcolor=MUTED, columnspacing=1.2, handlelength=1.6, **place
-            )
+        for label, bins, look in lines if output.temperature != 1 else lines[1:]:
+            means = [each.mean_score for each in bins]
+            shares = [each.share_positive for each in bins]
+            axes.plot(means, shares, marker="o", label=label, **look)
+        if output.temperature != 1:
+            place: _Look = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.985), "ncols": 2}
+            size: _Look = {"fontsize": 8.5, "columnspacing": 1.2, "handlelength": 1.6}
+            axes.legend(labelcolor=MUTED, **place, **size)
         axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=f"observed share of {output.name}")
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.tick_params(labelbottom=False)
-        _print_metric(axes, "ece", "calibration error (ECE)", metrics["ece"])
+        _print_metric(axes, "ece", "ECE", metrics["ece"])
         brier = f"Brier score {format_value('brier', metrics['brier'].value)}"
-        _print_small(axes, 0.04, brier)
+        axes.text(0.97, 0.04, brier, transform=axes.transAxes, ha="right", va="center", **_SMALL)
         below = figure.add_axes((0.13, 0.105, 0.81, 0.17), sharex=axes)
-        heights = [each.num_images for each in bins]
-        _draw_bins(below, [(each.low + each.high) / 2 for each in bins], heights)
-        below.set_xlabel(f"score: predicted probability of {output.name}")
+        below.set(xlabel=f"score: predicted probability of {output.name}", ylabel="images")
+        _draw_bins(below, scores)
 
 
 def draw_scores(scores: Scores, results: SplitResults, path: Path) -> None:
@@ -297,13 +242,8 @@ def draw_scores(scores: Scores, results: SplitResults, path: Path) -> None:
         ):
             axes = figure.add_axes((0.185, bottom, 0.785, 0.32))
             own, is_wrong = found.labels == label, is_called != bool(label)
-            axes.hist(
-                [found.scores[own & is_wrong], found.scores[own & ~is_wrong]],
-                edges,
-                stacked=True,
-                linewidth=0,
-                color=[colour, _lighter(colour)],
-            )
+            parts = [found.scores[own & is_wrong], found.scores[own & ~is_wrong]]
+            axes.hist(parts, edges, stacked=True, linewidth=0, color=[colour, _lighter(colour)])
             # a few mistakes beside a thousand correct calls stay visible
             axes.set_yscale("symlog", linthresh=2, linscale=0.5)
             axes.set(xlim=(0, 1), ylim=(0, max(2.0, axes.get_ylim()[1])))
@@ -312,27 +252,21 @@ def draw_scores(scores: Scores, results: SplitResults, path: Path) -> None:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axes.xaxis.set_major_formatter(_PERCENT)
             axes.axvline(output.threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-            wrong = f"{num_wrong:,} called {names[1 - label]}"
-            for height, text, style in (
-                (0.78, names[label], _style(color=colour, fontsize=11, fontweight="bold")),
-                (0.58, f"{own.sum():,} images", _style(color=colour, fontsize=8.5)),
-                (0.40, wrong, _style(color=INK, fontsize=8.5)),
+            bold: _Look = {"color": colour, "fontsize": 11, "fontweight": "bold"}
+            for height, text, look in (
+                (0.78, names[label], bold),
+                (0.58, f"{own.sum():,} images", {"color": colour, "fontsize": 8.5}),
+                (0.40, f"{num_wrong:,} called {names[1 - label]}", {"fontsize": 8.5}),
             ):
-                figure.text(0.022, bottom + 0.32 * height, text, va="center", **style)
+                figure.text(0.022, bottom + 0.32 * height, text, va="center", **look)
             if label == 1:
                 axes.set_xlabel(f"score: predicted probability of {output.name}")
                 continue
             axes.tick_params(labelbottom=False)
             shift, side = (-5, "right") if output.threshold > 0.75 else (5, "left")
-            axes.annotate(
-                f"threshold {output.threshold:.3f}",
-                (output.threshold, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(shift, 5),
-                textcoords="offset points",
-                fontsize=8.5,
-                ha=side,
-            )
+            place: _Look = {"xycoords": ("data", "axes fraction"), "ha": side, "color": INK}
+            text = f"threshold {output.threshold:.3f}"
+            _note(axes, text, (output.threshold, 1), (shift, 5), **place)
 
 
 def draw_abstention(scores: Scores, results: SplitResults, path: Path) -> None:
@@ -341,26 +275,26 @@ def draw_abstention(scores: Scores, results: SplitResults, path: Path) -> None:
     shares = [1 - point.coverage for point in abstention.curve]
     lines = (
         ("least certain first", CURVE, [point.by_doubt for point in abstention.curve]),
-        ("least typical first", SHIFTED, [point.by_atypicality for point in abstention.curve]),
+        ("least typical first", style.SHIFTED, [each.by_atypicality for each in abstention.curve]),
     )
+    look: _Look = {"linewidth": 2, "marker": "o", "markersize": 4}
     with _split_figure(path, "Leaving images to a person", results) as figure:
         axes = figure.add_axes(_SQUARE_AXES)
-        lowest, style = 1.0, _style(linewidth=2, marker="o", markersize=4)
+        lowest = 1.0
         for name, colour, line in lines:
-            values = [value for value in line if value is not None]
-            if values:
+            if values := [value for value in line if value is not None]:
                 lowest = min(lowest, *values)
-                axes.plot(shares, values, color=colour, label=name, **style)
+                axes.plot(shares, values, color=colour, label=name, **look)
         kept = abstention.metrics.get("accuracy", Estimate())
         if not kept.is_undefined:
             lowest = min(lowest, kept.value)
             label = f"this run's review: {abstention.num_review:,}"
-            point = _style(color=PNEUMONIA, clip_on=False, label=label, **_POINT)
+            point: _Look = {"color": PNEUMONIA, "clip_on": False, "label": label, **_POINT}
             axes.plot([abstention.share_review], [kept.value], "o", **point)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right", fontsize=8.5, labelcolor=MUTED)
         axes.set(xlabel="share of images left to a person", ylabel="accuracy on the others")
-        axes.set_xlim(0, max(0.5, _number(abstention.share_review) or 0.0))
+        axes.set_xlim(0, np.fmax(0.5, abstention.share_review))
         axes.set_ylim(max(0.0, math.floor(20 * lowest - 0.2) / 20), 1.002)
         axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(_PERCENT)
@@ -378,11 +312,9 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt
     level = np.rint(np.asarray(scaled).clip(0, 1) * 255).astype(np.uint8)  # (H, W)
     opacity = np.linspace(0, _HEAT_OPACITY, 256, dtype=np.float32)[:, None]  # (256, 1)
     inferno = mpl.colormaps["inferno"](np.linspace(0.35, 0.95, 256))[:, :3].astype(np.float32)
-    colours = opacity * 255 * inferno
-    mixed: npt.NDArray[np.uint8] = np.rint(
-        (1 - opacity)[level] * image[..., None] + colours[level]
-    ).astype(np.uint8)
-    return mixed
+    mixed = (1 - opacity)[level] * image[..., None] + (opacity * 255 * inferno)[level]
+    result: npt.NDArray[np.uint8] = np.rint(mixed).astype(np.uint8)
+    return result
 
 
 @contextmanager
@@ -390,14 +322,14 @@ def _figure(
     path: Path, title: str, note: str, *, size: tuple[float, float] = (6.2, 4.3)
 ) -> Iterator[Figure]:
     """A figure with its heading, written to `path` when the block ends without an error."""
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # its stubs name each key
-        figure = Figure(figsize=size, dpi=DPI)
+    with mpl.rc_context(_DEFAULTS):  # type: ignore[arg-type]  # its stubs name each key
+        figure = Figure(figsize=size, dpi=style.DPI)
         FigureCanvasAgg(figure)
-        left = 0.15 / size[0] + 0.015
-        bold = _style(fontsize=TITLE_SIZE, fontweight="bold", va="center")
-        small = _style(fontsize=NOTE_SIZE, color=MUTED, va="center")
-        figure.text(left, 1 - TITLE_DOWN / size[1], title, **bold)
-        figure.text(left, 1 - NOTE_DOWN / size[1], note, **small)
+        left, height = 0.15 / size[0] + 0.015, size[1]
+        bold: _Look = {"fontsize": style.TITLE_SIZE, "fontweight": "bold", "va": "center"}
+        small: _Look = {"fontsize": style.NOTE_SIZE, "color": MUTED, "va": "center"}
+        figure.text(left, 1 - style.TITLE_DOWN / height, title, **bold)
+        figure.text(left, 1 - style.NOTE_DOWN / height, note, **small)
         yield figure
         buffer = io.BytesIO()
         with warnings.catch_warnings():
@@ -425,40 +357,38 @@ def _split_figure(
 def _draw_series(
     axes: Axes,
     epochs: Sequence[int],
-    series: Sequence[tuple[str, str, Sequence[float | None]]],
+    series: Sequence[tuple[str, str, Sequence[float]]],
     *,
     is_share: bool,
 ) -> None:
     """Draw lines (name, colour, values by epoch) with their names and last values at the right."""
     ends: list[tuple[float, str, str]] = []
-    known = [[value for value in values if value is not None] for _, _, values in series]
-    for (name, colour, values), shown in zip(series, known, strict=True):
-        if not shown:
-            continue
-        style = _style(linewidth=2, marker="o" if len(shown) <= 40 else None, markersize=3.5)
-        gaps = [math.nan if value is None else value for value in values]
-        axes.plot(epochs, gaps, color=colour, label=name, **style)
-        text = f"{100 * shown[-1]:.1f} %" if is_share else f"{shown[-1]:.3f}"
-        ends.append((shown[-1], f"{name}\n{text}", colour))
+    shown: list[float] = []
+    for name, colour, values in series:
+        if known := [value for value in values if math.isfinite(value)]:
+            marker = "o" if len(known) <= 40 else None
+            look: _Look = {"linewidth": 2, "marker": marker, "markersize": 3.5}
+            axes.plot(epochs, values, color=colour, label=name, **look)
+            text = f"{100 * known[-1]:.1f} %" if is_share else f"{known[-1]:.3f}"
+            ends.append((known[-1], f"{name}\n{text}", colour))
+            shown += known
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
-    everything = list(itertools.chain.from_iterable(known))
     if is_share:
         axes.yaxis.set_major_formatter(_PERCENT)
-        axes.set_ylim(max(0.0, math.floor(20 * min(everything, default=0.0) - 0.1) / 20), 1)
+        axes.set_ylim(max(0.0, math.floor(20 * min(shown, default=0.0) - 0.1) / 20), 1)
     else:
-        axes.set_ylim(0, 1.08 * max(everything, default=1.0))
+        axes.set_ylim(0, 1.08 * max(shown, default=1.0))
     if len(epochs) > 1:
         axes.set_xlim(epochs[0], epochs[-1])
     elif epochs:
-        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
-        axes.set_xticks(epochs)
+        axes.set(xlim=(epochs[0] - 1, epochs[0] + 1), xticks=epochs)
     low, high = axes.get_ylim()
     heights = _spread([(value - low) / (high - low) for value, _, _ in ends], gap=0.15)
     for height, (_, text, colour) in zip(heights, ends, strict=True):
-        style = _style(transform=axes.transAxes, color=colour, va="center", fontsize=8.5)
-        axes.text(1.02, height, text, **style)
+        place: _Look = {"transform": axes.transAxes, "va": "center", "fontsize": 8.5}
+        axes.text(1.02, height, text, color=colour, **place)
 
 
 def _spread(heights: Sequence[float], *, gap: float) -> list[float]:
@@ -482,55 +412,44 @@ def _square_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
     return axes
 
 
-def _draw_bins(axes: Axes, centres: Sequence[float], heights: Sequence[int]) -> None:
-    """Draw how many images each bin has."""
+def _draw_bins(axes: Axes, scores: Scores) -> None:
+    """Draw how many images each bin of the calibration has."""
+    found = scores.labelled()
+    bins = calibration_bins(found.labels, found.scores)
+    centres = [(each.low + each.high) / 2 for each in bins]
+    heights = [each.num_images for each in bins]
     axes.bar(centres, heights, width=0.09, color=CURVE, alpha=0.35)
-    axes.set(ylabel="images", ylim=(0, max(1, *heights) * 1.3))
+    axes.set_ylim(0, max(1, *heights) * 1.3)
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    style = _style(textcoords="offset points", ha="center", fontsize=7, color=MUTED)
     for centre, height in zip(centres, heights, strict=True):
-        axes.annotate(f"{height:,}", (centre, height), xytext=(0, 2), **style)
+        _note(axes, f"{height:,}", (centre, height), (0, 2), ha="center", fontsize=7)
 
 
 def _mark_threshold(axes: Axes, x: float, y: float, threshold: float) -> None:
     axes.plot([x], [y], "o", color=PNEUMONIA, **_POINT)
-    is_left = x < 0.55
-    axes.annotate(
-        f"threshold {threshold:.3f}",
-        (x, y),
-        xytext=(10 if is_left else -10, -14 if y > 0.25 else 12),
-        textcoords="offset points",
-        color=PNEUMONIA,
-        fontsize=8.5,
-        ha="left" if is_left else "right",
-        va="center",
-    )
+    side, shift = ("left", 10) if x < 0.55 else ("right", -10)
+    look: _Look = {"color": PNEUMONIA, "ha": side, "va": "center"}
+    _note(axes, f"threshold {threshold:.3f}", (x, y), (shift, -14 if y > 0.25 else 12), **look)
+
+
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], **look: object
+) -> None:
+    """Write a small text near a point, shifted by some typographic points."""
+    axes.annotate(text, at, xytext=shift, textcoords="offset points", **{**_SMALL, **look})
 
 
 def _print_metric(axes: Axes, name: str, title: str, estimate: Estimate) -> None:
     """Print a metric large in the lower right corner, with its interval below."""
-    large = _style(fontsize=22, fontweight="bold", color=CURVE, ha="right", va="center")
+    place: _Look = {"transform": axes.transAxes, "ha": "right", "va": "center"}
     value = format_value(name, estimate.value)
-    axes.text(0.97, 0.20, value, transform=axes.transAxes, **large)
+    axes.text(0.97, 0.20, value, fontsize=22, fontweight="bold", color=CURVE, **place)
     interval = format_interval(name, estimate.low, estimate.high)
-    _print_small(axes, 0.11, title + (f", 95 % interval {interval}" if interval else ""))
-
-
-def _print_small(axes: Axes, height: float, text: str) -> None:
-    small = _style(fontsize=8.5, color=MUTED, ha="right", va="center")
-    axes.text(0.97, height, text, transform=axes.transAxes, **small)
-
-
-def _style(**options: object) -> _Style:
-    return options
+    line = title + (f", 95 % interval {interval}" if interval else "")
+    axes.text(0.97, 0.11, line, **place, **_SMALL)
 
 
 def _lighter(colour: str) -> tuple[float, float, float]:
     red, green, blue = (1 - 0.4 * (1 - part) for part in to_rgb(colour))
     return red, green, blue
-
-
-def _number(value: float | None) -> float | None:
-    """The value where it is a finite number, else None."""
-    return float(value) if value is not None and math.isfinite(value) else None

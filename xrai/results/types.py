@@ -101,7 +101,7 @@ class Scores:
         """Which images are left to a person, (N,); none where typicality is unknown."""
         if self.atypicality is None:
             return np.zeros(len(self.labels), dtype=bool)
-        return needs_review(np.asarray(self.atypicality, np.float64))
+        return needs_review(self.atypicality)
 
     def labelled(self, column: int = 0) -> Labelled:
         """The images whose label for an output is known."""
