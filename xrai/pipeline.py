@@ -32,10 +32,10 @@ from xrai.learning.network import fold_filters
 from xrai.learning.predictor import TrainedModel, load_model
 from xrai.log import get_logger
 from xrai.results.calibration import calibrated
+from xrai.results.review import REVIEW, needs_review
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64
-REVIEW: Final = "review"  # the decision beside the names of the classes
 
 _KINDS = "name JPEG, PNG or DICOM files or folders of them"
 _WILDCARDS = frozenset("*?[")
@@ -201,7 +201,7 @@ class Pipeline:
 
     def _decide(self, probability: float, atypicality: float) -> tuple[str, str]:
         """The decision and, for a review, its reason."""
-        if not atypicality <= 1:
+        if needs_review(atypicality):
             return (
                 REVIEW,
                 f"does not look like the training images: atypicality {atypicality:.2f}, above the limit of 1",

@@ -24,9 +24,10 @@ from xrai.config import Images
 from xrai.errors import RunError, UserError
 from xrai.learning.predictor import TrainedModel
 from xrai.log import progress, setup_logging
-from xrai.pipeline import REVIEW, Explained, Prediction, find_files, load_pipeline
+from xrai.pipeline import Explained, Prediction, find_files, load_pipeline
 from xrai.results.folder import RunFolder
 from xrai.results.plots import overlay
+from xrai.results.review import REVIEW
 from xrai.results.tables import safe_path, to_csv, to_json
 from xrai.store import Store, open_store
 
