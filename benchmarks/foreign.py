@@ -1,7 +1,8 @@
 """What a finished run leaves to review. The numbers stand in docs/decisions/0008.
 
     python -m benchmarks.foreign --run submit/ID --dataset data/dataset
-    python -m benchmarks.foreign --run submit/ID --dataset data/dataset --folder adults=adults --folder hands=hands
+    python -m benchmarks.foreign --run submit/ID --dataset data/dataset \\
+        --folder adults=adults --folder hands=hands
 
 The first rows are pictures that should pass: the data set's held-out splits, as they are and
 changed as the fit changes them. The others should not, and are made here: films of the last split
@@ -57,7 +58,8 @@ def main() -> None:
     flags = parser.parse_args()
     model = load_model(open_store(flags.run))
     print(
-        f"{'kind':<34} {'n':>6} {'review':>8} {'median':>8}   (atypicality; above 1 is left to review)"
+        f"{'kind':<34} {'n':>6} {'review':>8} {'median':>8}   "
+        "(atypicality; above 1 is left to review)"
     )
     held_out = {split: read_split(flags.dataset, split) for split in splits_of(flags.dataset)}
     for split, films in held_out.items():

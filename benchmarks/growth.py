@@ -1,7 +1,7 @@
 """What a data set of 1,000, 10,000 and 100,000 images costs: seconds and memory to make, to load
 and to train on.
 
-    python -m benchmarks.growth                                   # 1,000, 10,000 and 100,000 phantoms: some 25 minutes
+    python -m benchmarks.growth  # 1,000, 10,000 and 100,000 phantoms: some 25 minutes
     python -m benchmarks.growth --sizes 500 1000 2000 --rounds 1  # a trial
 
 Time should grow as the number of images does, and memory hardly at all. Seconds are taken as a + b
@@ -81,16 +81,24 @@ _MEMORY = (
     Figure("peak_memory_mib", "with mapped files, MiB", "lower"),
 )
 FIGURES: Mapping[str, Sequence[Figure]] = {
-    "preprocess": (Figure("seconds", "seconds", "lower", 1), Figure("images_per_s", "images/s"), *_MEMORY),
+    "preprocess": (
+        Figure("seconds", "seconds", "lower", 1),
+        Figure("images_per_s", "images/s"),
+        *_MEMORY,
+    ),
     "load": (
-        Figure("seconds", "seconds an epoch", "lower", 4), Figure("images_per_s", "images/s"),
-        Figure("first_batch_ms", "first batch, ms", "lower", 1), *_MEMORY,
+        Figure("seconds", "seconds an epoch", "lower", 4),
+        Figure("images_per_s", "images/s"),
+        Figure("first_batch_ms", "first batch, ms", "lower", 1),
+        *_MEMORY,
     ),
     "train": (
-        Figure("seconds", "seconds an epoch", "lower", 1), Figure("images_per_s", "images/s"),
-        Figure("command_s", "seconds, whole command", "lower", 1), *_MEMORY,
+        Figure("seconds", "seconds an epoch", "lower", 1),
+        Figure("images_per_s", "images/s"),
+        Figure("command_s", "seconds, whole command", "lower", 1),
+        *_MEMORY,
     ),
-}  # fmt: skip
+}
 MAX_BYTES_AN_IMAGE = 1024  # of memory: a quarter of the pixels of a stored image
 
 _QUALITY = 85
@@ -323,10 +331,17 @@ def measure_train(*, scratch: Path, dataset: str) -> dict[str, float]:
     alone.
     """
     command_s, anonymous_mib = run_command(
-        "xrai.train", "--dataset", dataset, "--artifacts", str(scratch), "--run_id", "growth", "--train.epochs=1",
+        "xrai.train",
+        "--dataset",
+        dataset,
+        "--artifacts",
+        str(scratch),
+        "--run_id",
+        "growth",
+        "--train.epochs=1",
         "--train.threads=1",
         scratch=scratch,
-    )  # fmt: skip
+    )
     with (scratch / "growth" / "history.csv").open(newline="") as file:
         row = list(csv.DictReader(file))[-1]
     seconds = float(row["epoch_s"])

@@ -7,11 +7,14 @@ Ratios are formed inside a round and then summarised, like everything here, by t
 smallest and the largest. The harness adds what it sees from outside: seconds by the clock and of
 processor time, and the memory of all processes of the run together.
 
-    runs = run_in_turn([Contender("xrai", "benchmarks.load:measure_xrai", {"workers": 2}), ...], rounds=5)
+    xrai = Contender("xrai", "benchmarks.load:measure_xrai", {"workers": 2})
+    runs = run_in_turn([xrai, ...], rounds=5)
     report = Report("load", settings={"batch_size": 64})
-    report.add_table("warm", "From a warm cache", runs, ours="xrai", figures=[Figure("images_per_s", "images/s")])
+    rate = Figure("images_per_s", "images/s")
+    report.add_table("warm", "From a warm cache", runs, ours="xrai", figures=[rate])
     report.demand("warm: times the best peer", best_ratio, at_least=5)
-    report.save()   # prints the tables; writes benchmarks/results/load.json and load.png
+    report.save()   # prints the tables; writes benchmarks/results/load.json and load.png, and every
+                    # run to benchmarks/results/raw/load.json, which git ignores
 """
 
 import contextlib
@@ -20,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -42,9 +46,9 @@ SCHEMA_VERSION = 1
 
 _SAMPLE_S = 0.1  # between two looks at the memory of a run
 _PACKAGES = (
-    "torch", "torchvision", "numpy", "h5py", "pillow", "scipy",
-    "mosaicml-streaming", "litdata", "webdataset", "onnxruntime",
-)  # fmt: skip
+    *("torch", "torchvision", "numpy", "h5py", "pillow", "scipy"),
+    *("mosaicml-streaming", "litdata", "webdataset", "onnxruntime"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,14 @@ def _run(contender: Contender, number: int, *, timeout_s: float, scratch: Path |
         with words.open("wb") as output:
             began = time.perf_counter()
             process = subprocess.Popen(
-                [*command, str(work), str(told)], cwd=ROOT, env={**os.environ, **contender.env},
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [*command, str(work), str(told)],
+                cwd=ROOT,
+                env={**os.environ, **contender.env},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             with watch_memory(process.pid) as memory:
                 status, usage = _wait(process, timeout_s)
             wall_s = time.perf_counter() - began
@@ -269,6 +278,7 @@ class Report:
         self.tables: list[dict[str, Any]] = []
         self.demands: list[dict[str, Any]] = []
         self._settings = dict(settings)
+        self._runs: dict[str, list[dict[str, Any]]] = {}
         self._load_before = os.getloadavg()[0]
 
     def add_table(
@@ -298,10 +308,11 @@ class Report:
             ):
                 row["ours_over_it"] = ratio(runs, ours, contender, figures[0].key)
             rows.append(row)
-        self.tables.append({
-            "name": name, "title": title, "ours": ours, "figures": [asdict(figure) for figure in figures],
-            "rows": rows, "runs": [asdict(run) for run in runs],
-        })  # fmt: skip
+        columns = [asdict(figure) for figure in figures]
+        self.tables.append(
+            {"name": name, "title": title, "ours": ours, "figures": columns, "rows": rows}
+        )
+        self._runs[name] = [asdict(run) for run in runs]
         print(f"\n{title}\n\n" + "\n".join(format_table(self.tables[-1])), flush=True)
 
     def demand(
@@ -315,25 +326,49 @@ class Report:
     ) -> None:
         """Note what was demanded of a figure and whether it was reached."""
         reached = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-        self.demands.append({
-            "text": text, "value": value, "at_least": at_least, "at_most": at_most, "reached": reached,
-            "digits": digits,
-        })  # fmt: skip
+        self.demands.append(
+            {
+                "text": text,
+                "value": value,
+                "at_least": at_least,
+                "at_most": at_most,
+                "reached": reached,
+                "digits": digits,
+            }
+        )
         print("\n".join(format_demands(self.demands[-1:])[2:]), flush=True)
 
     def save(self, folder: Path = RESULTS) -> None:
-        """Write NAME.json and NAME.png."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write NAME.json (medians and spread), NAME.png, and each single run to raw/NAME.json."""
+        raw = folder / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        load = {"load_before": self._load_before, "load_after": os.getloadavg()[0]}
         content = {
-            "schema_version": SCHEMA_VERSION, "benchmark": self.name, "settings": self._settings,
-            "machine": {**describe_machine(), "load_before": self._load_before, "load_after": os.getloadavg()[0]},
-            "versions": describe_versions(), "demands": self.demands, "tables": self.tables,
-        }  # fmt: skip
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": self.name,
+            "settings": self._settings,
+            "machine": {**describe_machine(), **load},
+            "versions": describe_versions(),
+            "demands": self.demands,
+            "tables": self.tables,
+        }
         path = folder / f"{self.name}.json"
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        path.write_text(to_json(content))
+        (raw / path.name).write_text(to_json({**content, "runs": self._runs}))
         if self.tables:
             draw(content, folder / f"{self.name}.png")
         print(f"\nwritten: {path} and {path.with_suffix('.png').name}", flush=True)
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON with the innermost objects on a line each, numbers of nine digits."""
+    rounded = json.loads(json.dumps(content, allow_nan=False), parse_float=_round)
+    text = json.dumps(rounded, indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text) + "\n"
+
+
+def _round(digits: str) -> float:
+    return float(f"{float(digits):.9g}")
 
 
 def format_table(table: Mapping[str, Any]) -> list[str]:
@@ -389,9 +424,11 @@ def describe_machine() -> dict[str, Any]:
             line.partition(":")[2].strip() for line in lines if line.startswith("model name")
         )
     return {
-        "processor": model, "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform(terse=True),
-    }  # fmt: skip
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(terse=True),
+    }
 
 
 def describe_versions() -> dict[str, str]:

@@ -54,9 +54,18 @@ class Relay:
         self.counts = str(Path(self._folder.name) / "counts")
         Path(self.counts).write_bytes(_COUNTS.pack(0, 0))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.latency", urlsplit(upstream).netloc, str(latency_s), self.counts],
-            cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.latency",
+                urlsplit(upstream).netloc,
+                str(latency_s),
+                self.counts,
+            ],
+            cwd=Path(__file__).resolve().parent.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert self._process.stdout is not None
         self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
 

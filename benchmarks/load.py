@@ -1,7 +1,7 @@
 """From stored images to batches: xrai beside its peers and the limit, from a warm local cache and
 cold from S3.
 
-    python -m benchmarks.load                                # needs XRAI_TEST_DATA, or draws phantoms
+    python -m benchmarks.load  # needs XRAI_TEST_DATA, or draws phantoms
     python -m benchmarks.load --rounds 1 --parts warm
 
 An S3 server that runs on the same machine disturbs what is measured warm: stop it, or begin with
@@ -9,14 +9,16 @@ An S3 server that runs on the same machine disturbs what is measured warm: stop 
 and give batches of 64 as torch tensors (64, 1, 224, 224) uint8 with their labels. Imports are done
 before a clock starts.
 
-    warm   one consumer: images/s after the first epoch has begun and for `--seconds` and 300 batches at least, and the
-           time from making the loader to its first batch. `numpy` is the limit: rows in random order, gathered from
-           one mapped array. Peers read with no worker process and with two.
-    two    two consumers at once, each with its half of a global batch of 128, as two ranks of a job: the sum of their
-           rates. Peers as they were best alone, in this run or in the last one that had `warm`.
-    cold   an empty cache, an S3 server at AWS_ENDPOINT_URL (with the AWS_* keys), as it is and with 20 ms for each
-           round trip: see benchmarks/latency.py. Both ways lead through its relay, which counts what came. Left out
-           where AWS_ENDPOINT_URL is not set.
+    warm   one consumer: images/s after the first epoch has begun and for `--seconds` and 300
+           batches at least, and the time from making the loader to its first batch. `numpy` is the
+           limit: rows in random order, gathered from one mapped array. Peers read with no worker
+           process and with two.
+    two    two consumers at once, each with its half of a global batch of 128, as two ranks of a
+           job: the sum of their rates. Peers as they were best alone, in this run or in the last
+           one that had `warm`.
+    cold   an empty cache, an S3 server at AWS_ENDPOINT_URL (with the AWS_* keys), as it is and with
+           20 ms for each round trip: see benchmarks/latency.py. Both ways lead through its relay,
+           which counts what came. Left out where AWS_ENDPOINT_URL is not set.
 
 Memory counts the pages of mapped files while they are resident, which is all of the images for xrai
 and litdata.
@@ -60,16 +62,23 @@ BUCKET = "xrai-benchmark-load"
 LATENCY_S = 0.02
 PARTS = ("warm", "two", "cold")
 MODULES = {
-    "xrai": ("torch", "xrai.dataset.loader", "boto3"), "numpy": ("torch",), "streaming": ("streaming", "boto3"),
-    "litdata": ("litdata",), "webdataset": ("torch", "webdataset"), "h5py": ("torch", "h5py", "boto3"),
+    "xrai": ("torch", "xrai.dataset.loader", "boto3"),
+    "numpy": ("torch",),
+    "streaming": ("streaming", "boto3"),
+    "litdata": ("litdata",),
+    "webdataset": ("torch", "webdataset"),
+    "h5py": ("torch", "h5py", "boto3"),
     "files": ("torchvision.datasets", "torchvision.transforms"),
-}  # fmt: skip
+}
 NOTES = {
     "xrai": "Loader with its defaults",
     "numpy": "images[rows] from one mapped array, rows permuted: the limit",
-    "streaming": "raw arrays in MDS, static shape, no compression; batch_size told to the data set, as its docs ask",
-    "litdata": "torch tensors, which it maps without a copy (its default for local folders); StreamingDataLoader",
-    "webdataset": ".ten tensors, shards shuffled and a buffer of 1,000, batched in the pipeline, as its docs say",
+    "streaming": "raw arrays in MDS, static shape, no compression; "
+    "batch_size told to the data set, as its docs ask",
+    "litdata": "torch tensors, which it maps without a copy (its default for local folders); "
+    "StreamingDataLoader",
+    "webdataset": ".ten tensors, shards shuffled and a buffer of 1,000, batched in the pipeline, "
+    "as its docs say",
     "h5py": "contiguous images; opened lazily in __getitem__, an image at a time, DataLoader",
     "files": "torchvision's ImageFolder over JPEG files of the same size, DataLoader",
 }
@@ -99,10 +108,14 @@ def main() -> None:
         )
         num_images = prepare(Path(source), folder)
         settings = {
-            "source": described, "images": num_images, "size": SIZE, "batch_size": BATCH_SIZE,
-            "shard_rows": peers.SHARD_ROWS, "shard_mib": SIZE * SIZE * peers.SHARD_ROWS / 2**20,
+            "source": described,
+            "images": num_images,
+            "size": SIZE,
+            "batch_size": BATCH_SIZE,
+            "shard_rows": peers.SHARD_ROWS,
+            "shard_mib": SIZE * SIZE * peers.SHARD_ROWS / 2**20,
             "rounds": flags.rounds,
-        }  # fmt: skip
+        }
         warm_flags = {"batch_size": BATCH_SIZE, "seconds": flags.seconds, "batches": flags.batches}
         if "warm" in flags.parts:
             report = Report("load_warm", settings={**settings, "seconds": flags.seconds})
@@ -134,12 +147,22 @@ def prepare(source: Path, folder: Path) -> int:
     say("preparing the data")
     subprocess.run(
         [
-            sys.executable, "-m", "xrai.preprocess", "--source", str(source), "--dataset", str(folder / "xrai"),
-            f"--images.size={SIZE}", f"--shards.rows={peers.SHARD_ROWS}", "--splits.test_fraction=0",
+            sys.executable,
+            "-m",
+            "xrai.preprocess",
+            "--source",
+            str(source),
+            "--dataset",
+            str(folder / "xrai"),
+            f"--images.size={SIZE}",
+            f"--shards.rows={peers.SHARD_ROWS}",
+            "--splits.test_fraction=0",
             "--splits.val_fraction=0.01",
         ],
-        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     loader = Loader(str(folder / "xrai"), split="train", batch_size=BATCH_SIZE)
     arrays = folder / "numpy"
     arrays.mkdir()
@@ -239,9 +262,10 @@ def compare_two(
     ]
     found = best_of(runs, names, RATE)
     report.demand(
-        f"two consumers: images/s, times the best peer ({found})", ratio(runs, "xrai", found, RATE.key)["median"],
+        f"two consumers: images/s, times the best peer ({found})",
+        ratio(runs, "xrai", found, RATE.key)["median"],
         at_least=5,
-    )  # fmt: skip
+    )
 
 
 def compare_cold(report: Report, folder: Path, *, rounds: int) -> None:
@@ -255,9 +279,12 @@ def compare_cold(report: Report, folder: Path, *, rounds: int) -> None:
             contenders = _cold(folder, relay)
             runs = run_in_turn(contenders, rounds=rounds)
         figures = [
-            RATE, FIRST, Figure("first_batch_shards", "came by then, shards", "lower", 2),
-            Figure("requests", "requests", "lower"), MEMORY,
-        ]  # fmt: skip
+            RATE,
+            FIRST,
+            Figure("first_batch_shards", "came by then, shards", "lower", 2),
+            Figure("requests", "requests", "lower"),
+            MEMORY,
+        ]
         report.add_table(
             f"cold_{key}",
             f"The first epoch from S3, empty cache, {words}",
@@ -273,12 +300,14 @@ def compare_cold(report: Report, folder: Path, *, rounds: int) -> None:
         best = best_of(runs, names, RATE)
         report.demand(
             f"cold, {words}: images/s, times the best peer ({best})",
-            ratio(runs, "xrai", best, RATE.key)["median"], at_least=1,
-        )  # fmt: skip
+            ratio(runs, "xrai", best, RATE.key)["median"],
+            at_least=1,
+        )
         report.demand(
             f"cold, {words}: shards that had come when the first batch was there, index included",
-            max(values_of(runs, "xrai", "first_batch_shards").values()), at_most=1.05,
-        )  # fmt: skip
+            max(values_of(runs, "xrai", "first_batch_shards").values()),
+            at_most=1.05,
+        )
 
 
 def _cold(folder: Path, relay: Relay) -> list[Contender]:
@@ -290,9 +319,14 @@ def _cold(folder: Path, relay: Relay) -> list[Contender]:
 
     def contender(name: str, shown: str, note: str, **more: Any) -> Contender:
         arguments = {
-            "reader": name, "address": addresses.get(name, commands), "num_workers": 0, "batch_size": BATCH_SIZE,
-            "counts": relay.counts, "shard_bytes": shard_bytes(folder / name), **more,
-        }  # fmt: skip
+            "reader": name,
+            "address": addresses.get(name, commands),
+            "num_workers": 0,
+            "batch_size": BATCH_SIZE,
+            "counts": relay.counts,
+            "shard_bytes": shard_bytes(folder / name),
+            **more,
+        }
         return Contender(shown, "benchmarks.load:measure_cold", arguments, note, env)
 
     curl = "pipe:curl on presigned addresses, for want of the aws command that its docs pipe from"
@@ -444,9 +478,17 @@ def measure_two(
 
 
 def _consume(
-    rank: int, reader: str, address: str, num_workers: int, batch_size: int, seconds: float, batches: int,
-    barrier: Any, go_on: Any, told: Any,
-) -> None:  # fmt: skip
+    rank: int,
+    reader: str,
+    address: str,
+    num_workers: int,
+    batch_size: int,
+    seconds: float,
+    batches: int,
+    barrier: Any,
+    go_on: Any,
+    told: Any,
+) -> None:
     """One of two consumers. Both stop after the same epoch: some peers wait for each other
     between epochs.
     """
@@ -474,9 +516,16 @@ def _consume(
 
 
 def measure_cold(
-    *, scratch: Path, reader: str, address: str, num_workers: int, batch_size: int, counts: str, shard_bytes: int,
+    *,
+    scratch: Path,
+    reader: str,
+    address: str,
+    num_workers: int,
+    batch_size: int,
+    counts: str,
+    shard_bytes: int,
     cached: bool = True,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Images/s of the first epoch, the time to its first batch, and what had come from the
     server by then.
     """
@@ -500,10 +549,11 @@ def measure_cold(
     num_images += sum(len(images) for images, _ in epoch)
     epoch_s = time.perf_counter() - began
     return {
-        "images_per_s": num_images / epoch_s, "first_batch_s": first_s,
+        "images_per_s": num_images / epoch_s,
+        "first_batch_s": first_s,
         "first_batch_shards": (by_then.num_bytes - before.num_bytes) / shard_bytes,
         "requests": read_counts(counts).num_requests - before.num_requests,
-    }  # fmt: skip
+    }
 
 
 def _download(address: str, folder: Path) -> str:
@@ -564,9 +614,14 @@ class XraiBatches:
         from xrai.dataset.loader import Loader, LoaderOptions
 
         self._loader = Loader(
-            address, split="train", batch_size=batch_size, shuffle=True, rank=rank, world_size=world_size,
+            address,
+            split="train",
+            batch_size=batch_size,
+            shuffle=True,
+            rank=rank,
+            world_size=world_size,
             options=LoaderOptions(cache_dir=cache),
-        )  # fmt: skip
+        )
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         import torch

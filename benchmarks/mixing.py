@@ -1,13 +1,13 @@
 """How well the window shuffle mixes, beside a full shuffle. The numbers stand in
 docs/decisions/0004.
 
-    python benchmarks/mixing.py                       # statistics of the order alone, 100,000 rows in 98 shards
-    python benchmarks/mixing.py --dataset data/set    # and stochastic gradient descent on the images of a data set
+    python benchmarks/mixing.py  # statistics of the order alone, 100,000 rows in 98 shards
+    python benchmarks/mixing.py --dataset data/set  # and gradient descent on a data set's images
 
 Each figure of the first table is divided by what a full shuffle gives, so that 1 is as good as it
 gets:
-  classes     standard deviation of the share of a class in a batch, where shards stand in hash order, as ours do
-  sorted      the same where they stand sorted by class, as no data set of ours does: what the hash order buys
+  classes     standard deviation of the share of a class in a batch, rows in hash order, as ours are
+  sorted      the same with rows sorted by class, as no data set of ours: what the hash order buys
   again       pairs of images that share a batch in two epochs that follow each other
   moved       mean distance between an image's places in two epochs that follow each other
   shards      different shards in a batch
@@ -132,7 +132,8 @@ def print_descent(address: str, *, num_seeds: int) -> None:
     by_class = np.argsort(labels, kind="stable")
     shard_rows = cut(len(labels), 64)
     print(
-        f"\nlogistic regression on {len(labels)} images in {len(shard_rows)} shards, {num_seeds} orders each"
+        f"\nlogistic regression on {len(labels)} images in {len(shard_rows)} shards, "
+        f"{num_seeds} orders each"
     )
     print(f"{'order':>22} {'val loss':>9} {'sd':>7}")
     for name, window, rows in (

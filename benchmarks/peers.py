@@ -5,9 +5,11 @@ stored raw, not as JPEG.
 each format holds as many images as ours, `SHARD_ROWS`; h5py's is one file, as most people write it.
 How each peer is set up:
 
-    streaming   static `ndarray:uint8:H,W` and `uint8` columns, no compression; a writer per process, then `merge_index`
+    streaming   static `ndarray:uint8:H,W` and `uint8` columns, no compression; a writer per
+                process, then `merge_index`
     litdata     `optimize` with torch tensors, which its reader maps without a copy
-    webdataset  `.ten`, its own format for tensors, read without a copy, and `.cls`; a `ShardWriter` per process
+    webdataset  `.ten`, its own format for tensors, read without a copy, and `.cls`; a `ShardWriter`
+                per process
     h5py        contiguous `images` (N, H, W) and `labels`; a pool of processes feeds one writer
 
 The peers are imported inside the functions: none of them is needed to import this module.
@@ -69,9 +71,13 @@ def write_litdata(read: Read, paths: Sequence[str], folder: Path, *, num_workers
     import litdata
 
     litdata.optimize(
-        fn=partial(_read_tensor, read), inputs=list(paths), output_dir=str(folder), chunk_size=SHARD_ROWS,
-        num_workers=num_workers, verbose=False,
-    )  # fmt: skip
+        fn=partial(_read_tensor, read),
+        inputs=list(paths),
+        output_dir=str(folder),
+        chunk_size=SHARD_ROWS,
+        num_workers=num_workers,
+        verbose=False,
+    )
 
 
 def _read_tensor(read: Read, path: str) -> dict[str, Any]:
@@ -141,8 +147,11 @@ def _parts(paths: Sequence[str], num: int) -> list[Sequence[str]]:
 
 
 WRITERS: dict[str, Callable[..., None]] = {
-    "streaming": write_streaming, "litdata": write_litdata, "webdataset": write_webdataset, "h5py": write_h5py,
-}  # fmt: skip
+    "streaming": write_streaming,
+    "litdata": write_litdata,
+    "webdataset": write_webdataset,
+    "h5py": write_h5py,
+}
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -182,9 +191,14 @@ def read_streaming(
     """
     from streaming import StreamingDataset
 
-    os.environ.update({
-        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-    })  # fmt: skip
+    os.environ.update(
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+        }
+    )
     remote, local = (address, str(cache)) if cache else (None, address)
     dataset = StreamingDataset(remote=remote, local=local, shuffle=True, batch_size=batch_size)
     return Batches(_data_loader(dataset, batch_size=batch_size, num_workers=num_workers))
@@ -348,12 +362,19 @@ def _data_loader(
 
     sampler = DistributedSampler(dataset, world_size, rank) if shuffle and world_size > 1 else None
     return DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, shuffle=shuffle and sampler is None, sampler=sampler,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
         persistent_workers=num_workers > 0,
-    )  # fmt: skip
+    )
 
 
 READERS: dict[str, Callable[..., Batches]] = {
-    "streaming": read_streaming, "litdata": read_litdata, "webdataset": read_webdataset, "h5py": read_h5py,
+    "streaming": read_streaming,
+    "litdata": read_litdata,
+    "webdataset": read_webdataset,
+    "h5py": read_h5py,
     "files": read_files,
-}  # fmt: skip
+}

@@ -1,7 +1,7 @@
 """Scores a second from files and from arrays, and the time of one picture, beside onnxruntime with
 the same network.
 
-    python -m benchmarks.predict                   # a network trained for two epochs on phantoms: speed is the same
+    python -m benchmarks.predict  # a network trained for two epochs on phantoms: speed is the same
     python -m benchmarks.predict --run submit/ID --source DIR
 
 `xrai.load(run).predict` against `export/model.onnx` of the same run in onnxruntime, which holds the
@@ -61,9 +61,15 @@ def main() -> None:
         run = flags.run or train_one(place)
         size = xrai.load(str(run)).model.image_size
         module("xrai.export", "--run", run, "--out", place / "export", "--formats", "onnx")
-        report = Report("predict", settings={
-            "files": flags.files, "seconds": flags.seconds, "rounds": flags.rounds, "batch_size": BATCH_SIZE,
-        })  # fmt: skip
+        report = Report(
+            "predict",
+            settings={
+                "files": flags.files,
+                "seconds": flags.seconds,
+                "rounds": flags.rounds,
+                "batch_size": BATCH_SIZE,
+            },
+        )
         for name, source in (("files", flags.source), ("full_size", flags.full_size)):
             found, what = source_or_phantoms(source, place / "source", num_phantoms=flags.files)
             if name == "full_size" and not source:
@@ -73,11 +79,19 @@ def main() -> None:
             listed = place / f"{name}.txt"
             listed.write_text("\n".join(paths))
             arguments = {"listed": str(listed), "seconds": flags.seconds}
-            runs = run_in_turn([
-                Contender(XRAI, "benchmarks.predict:measure_files", {**arguments, "run": str(run)}),
-                Contender(ONNX, "benchmarks.predict:measure_files_onnx",
-                          {**arguments, "model": str(place / "export" / "model.onnx")}),
-            ], rounds=flags.rounds)  # fmt: skip
+            runs = run_in_turn(
+                [
+                    Contender(
+                        XRAI, "benchmarks.predict:measure_files", {**arguments, "run": str(run)}
+                    ),
+                    Contender(
+                        ONNX,
+                        "benchmarks.predict:measure_files_onnx",
+                        {**arguments, "model": str(place / "export" / "model.onnx")},
+                    ),
+                ],
+                rounds=flags.rounds,
+            )
             report.add_table(
                 name,
                 f"Files of {what}, {len(paths)} of them",
@@ -91,11 +105,19 @@ def main() -> None:
                 at_least=1,
             )
         arguments = {"seconds": flags.seconds}
-        runs = run_in_turn([
-            Contender(XRAI, "benchmarks.predict:measure_arrays", {**arguments, "run": str(run)}),
-            Contender(ONNX, "benchmarks.predict:measure_arrays_onnx",
-                      {**arguments, "size": size, "model": str(place / "export" / "model.onnx")}),
-        ], rounds=flags.rounds)  # fmt: skip
+        runs = run_in_turn(
+            [
+                Contender(
+                    XRAI, "benchmarks.predict:measure_arrays", {**arguments, "run": str(run)}
+                ),
+                Contender(
+                    ONNX,
+                    "benchmarks.predict:measure_arrays_onnx",
+                    {**arguments, "size": size, "model": str(place / "export" / "model.onnx")},
+                ),
+            ],
+            rounds=flags.rounds,
+        )
     report.add_table(
         "arrays",
         "Fitted pictures in memory, batches of 64",

@@ -7,14 +7,18 @@ decoding alone.
 Every contender is a whole job in a process of its own, start-up and imports included, from the same
 folder on a warm local disk to a finished data set on that disk:
 
-    xrai         `python -m xrai.preprocess`, the command as it is. Beside the pictures it makes what peers have not:
-                 SHA-256 of each source file, splits by patient, perceptual hashes and the search for near-duplicates
-                 over splits, shards that are hashed, read back and compared, manifest, data card with sheets.
-    peers        their writers (`benchmarks.peers`), which get each picture as their users write it: PIL opens it,
-                 decodes all of it, makes it grey, cuts the middle square, scales it with the filter that xrai takes.
-    xrai decode  the same writers, but the picture comes from `xrai.ingest.images.decode`, which lets libjpeg decode a
-                 large film at reduced size. Shown so that format and decoding can be told apart.
-    the limit    each file read and decoded at the size that xrai asks for, by processes that do nothing else.
+    xrai         `python -m xrai.preprocess`, the command as it is. Beside the pictures it makes
+                 what peers have not: SHA-256 of each source file, splits by patient, perceptual
+                 hashes and the search for near-duplicates over splits, shards that are hashed, read
+                 back and compared, manifest, data card with sheets.
+    peers        their writers (`benchmarks.peers`), which get each picture as their users write it:
+                 PIL opens it, decodes all of it, makes it grey, cuts the middle square, scales it
+                 with the filter that xrai takes.
+    xrai decode  the same writers, but the picture comes from `xrai.ingest.images.decode`, which
+                 lets libjpeg decode a large film at reduced size. Shown so that format and decoding
+                 can be told apart.
+    the limit    each file read and decoded at the size that xrai asks for, by processes that do
+                 nothing else.
 
 Two sources: real full-size films, repeated (each copy has another hash, and is of the same patient,
 so that it lands in the same split) until there are about as many as in the public training set, to
@@ -84,13 +88,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         kinds = {"full": flags.originals, "small": flags.source}
-        pictures = {kind: list_pictures(Path(path) if path else draw(folder / f"{kind}-drawn", kind, flags.phantoms))
-                    for kind, path in kinds.items()}  # fmt: skip
-        report = Report("preprocess", settings={
-            "workers": flags.workers, "copies": flags.copies, "rounds": flags.rounds,
-            "full": "real films" if flags.originals else "phantoms",
-            "small": "the public set at 224 px" if flags.source else "phantoms",
-        })  # fmt: skip
+        pictures = {
+            kind: list_pictures(
+                Path(path) if path else draw(folder / f"{kind}-drawn", kind, flags.phantoms)
+            )
+            for kind, path in kinds.items()
+        }
+        report = Report(
+            "preprocess",
+            settings={
+                "workers": flags.workers,
+                "copies": flags.copies,
+                "rounds": flags.rounds,
+                "full": "real films" if flags.originals else "phantoms",
+                "small": "the public set at 224 px" if flags.source else "phantoms",
+            },
+        )
 
         def compare(name: str, source: Path, size: int, kind: str, *, variants: bool) -> list[Run]:
             runs = measure(
@@ -121,8 +134,11 @@ def main() -> None:
             report.demand(
                 f"full-size to {size} px: times the best peer ({best})", times["median"], at_least=2
             )
-            report.demand(f"full-size to {size} px: share of the limit, {flags.workers} workers", share["median"],
-                          at_least=0.8)  # fmt: skip
+            report.demand(
+                f"full-size to {size} px: share of the limit, {flags.workers} workers",
+                share["median"],
+                at_least=0.8,
+            )
         if "small" in flags.only:
             source = repeat(spread(pictures["small"], flags.num_small), folder / "small", copies=1)
             compare("small", source, LARGE, "JPEG files of 224 px", variants=True)
@@ -151,21 +167,38 @@ def measure(
     ours = f"the command, `--images.size={size}` and all else as it comes"
     common = {"source": str(source), "num_workers": num_workers, "size": size}
     contenders = [
-        Contender(f"xrai, {num_workers} workers", f"{place}:measure_xrai",
-                  common, ours),
-        *[Contender(peer, f"{place}:measure_peer",
-                    {**common, "peer": peer, "read": "read_as_users_do"},
-                    "its writer as `benchmarks.peers` sets it up; PIL, decoded in full") for peer in PEERS],
-        Contender("the limit", f"{place}:measure_limit", common,
-                  "read and decode at the size that xrai picks; nothing scaled, kept or written"),
-    ]  # fmt: skip
+        Contender(f"xrai, {num_workers} workers", f"{place}:measure_xrai", common, ours),
+        *[
+            Contender(
+                peer,
+                f"{place}:measure_peer",
+                {**common, "peer": peer, "read": "read_as_users_do"},
+                "its writer as `benchmarks.peers` sets it up; PIL, decoded in full",
+            )
+            for peer in PEERS
+        ],
+        Contender(
+            "the limit",
+            f"{place}:measure_limit",
+            common,
+            "read and decode at the size that xrai picks; nothing scaled, kept or written",
+        ),
+    ]
     if variants:
         contenders += [
-            Contender("xrai, 1 worker", f"{place}:measure_xrai", {**common, "num_workers": 1}, ours),
-            *[Contender(f"{peer}, xrai decode", f"{place}:measure_peer",
-                        {**common, "peer": peer, "read": "read_as_xrai_does"},
-                        "its writer; `xrai.ingest.images.decode`") for peer in WITH_OUR_DECODE],
-        ]  # fmt: skip
+            Contender(
+                "xrai, 1 worker", f"{place}:measure_xrai", {**common, "num_workers": 1}, ours
+            ),
+            *[
+                Contender(
+                    f"{peer}, xrai decode",
+                    f"{place}:measure_peer",
+                    {**common, "peer": peer, "read": "read_as_xrai_does"},
+                    "its writer; `xrai.ingest.images.decode`",
+                )
+                for peer in WITH_OUR_DECODE
+            ],
+        ]
     runs = run_in_turn(contenders, rounds=rounds, scratch=scratch)
     num_images = len(list_pictures(source))
     for run in runs:

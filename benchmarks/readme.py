@@ -48,8 +48,14 @@ def describe(content: Mapping[str, Any]) -> list[str]:
     )
     load = f"load {machine['load_before']:.1f} before and {machine['load_after']:.1f} after"
     name = content["benchmark"]
-    on = f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']:g} GiB, {load}; {versions}"
-    return [*lines, "", f"![{name}](results/{name}.png)", "", f"{on}. {settings}."]
+    on = f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']:g} GiB"
+    return [
+        *lines,
+        "",
+        f"![{name}](results/{name}.png)",
+        "",
+        f"{on}, {load}; {versions}. {settings}.",
+    ]
 
 
 if __name__ == "__main__":

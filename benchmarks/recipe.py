@@ -1,8 +1,8 @@
 """How well a recipe holds where pictures are not like those of training: cross-validation by
 patient, and under shift.
 
-    python -m benchmarks.recipe --source DIR                                   # configs/pneumonia.yaml, seeds 0, 1, 2
-    python -m benchmarks.recipe --source DIR --config configs/fast.yaml --seeds 0 --trainings "fold 0"
+    python -m benchmarks.recipe --source DIR  # configs/pneumonia.yaml, seeds 0, 1, 2
+    python -m benchmarks.recipe --source DIR --config configs/fast.yaml --trainings "fold 0"
 
 Each training runs as users run it: labels in a table, `xrai.preprocess`, `torchrun -m xrai.train`;
 validation images are carved from its training patients, and the threshold, temperature and review
@@ -10,7 +10,8 @@ limit are those that it stored. Then the images that were held out are scored as
 two framings (below). Trainings:
 
     fold k             a fifth of the patients of each class is held out
-    IM to NORMAL2      trained on the normals of stream IM, tested on those of NORMAL2 (and a fifth of the pneumonias)
+    IM to NORMAL2      trained on the normals of stream IM, tested on those of NORMAL2 (and a fifth
+                       of the pneumonias)
     NORMAL2 to IM      the reverse
 
 Framings: the public copy at hand squashes films of any shape to squares. A normal of which the
@@ -84,15 +85,32 @@ def main() -> None:
             held_out = [entry for entry in entries if is_held_out(entry, training)]
             write_labels(place / "labels.csv", entries, held_out)
             run_module(
-                "xrai.preprocess", "--config", flags.config, "--source", flags.source,
-                "--labels", place / "labels.csv", "--dataset", place / "dataset",
-            )  # fmt: skip
+                "xrai.preprocess",
+                "--config",
+                flags.config,
+                "--source",
+                flags.source,
+                "--labels",
+                place / "labels.csv",
+                "--dataset",
+                place / "dataset",
+            )
             for seed in flags.seeds:
                 began = time.monotonic()
                 run_module(
-                    "xrai.train", "--config", flags.config, "--dataset", place / "dataset", "--artifacts", place,
-                    "--run_id", f"seed-{seed}", f"--train.seed={seed}", *flags.options, processes=flags.processes,
-                )  # fmt: skip
+                    "xrai.train",
+                    "--config",
+                    flags.config,
+                    "--dataset",
+                    place / "dataset",
+                    "--artifacts",
+                    place,
+                    "--run_id",
+                    f"seed-{seed}",
+                    f"--train.seed={seed}",
+                    *flags.options,
+                    processes=flags.processes,
+                )
                 seconds = time.monotonic() - began
                 model = load_model(open_store(str(place / f"seed-{seed}")))
                 for framing, height in FRAMINGS.items():
@@ -121,7 +139,8 @@ def is_held_out(entry: Entry, training: str) -> bool:
         return fold == int(training.removeprefix("fold "))
     if training not in SHIFTS:
         raise SystemExit(
-            f"unknown training {training!r}: it takes {', '.join(SHIFTS)} and fold 0 to {NUM_FOLDS - 1}"
+            f"unknown training {training!r}: it takes {', '.join(SHIFTS)} "
+            f"and fold 0 to {NUM_FOLDS - 1}"
         )
     if entry.label == 1:
         return fold == 0
@@ -213,7 +232,8 @@ def show(row: dict[str, Any]) -> None:
     """One line of progress."""
     figures = "  ".join(f"{name} {row[name]:.4f}" for name in MEASURES)
     print(
-        f"{row['training']:14} seed {row['seed']}  {row['images']:18} {figures}  {row['seconds']:.0f} s",
+        f"{row['training']:14} seed {row['seed']}  {row['images']:18} {figures}  "
+        f"{row['seconds']:.0f} s",
         flush=True,
     )
 

@@ -5,8 +5,8 @@
 Patient-grouped, stratified cross-validation, repeated with several seeds. For each fit:
   geometry   AUROC of the source picture's size alone, the same for all fits: what there is to leak
   border     AUROC of the outer fourteenth of each side of the stored picture alone
-  aspect     how well the stored picture's 14 x 14 cells tell the source's aspect: what the fit lets through (R squared
-             of a kernel regression of its logarithm; 0: not at all)
+  aspect     how well the stored picture's 14 x 14 cells tell the source's aspect: what the fit lets
+             through (R squared of a kernel regression of its logarithm; 0: not at all)
 """
 
 import argparse
@@ -71,7 +71,8 @@ def main() -> None:
     geometry = geometry_features(sizes[:, 0], sizes[:, 1])
     print(
         f"{len(labels)} films ({(labels == 0).sum()} normal, {(labels == 1).sum()} pneumonia) of "
-        f"{len(set(patients.tolist()))} patients, {flags.size} pixels; {flags.folds} folds by patient, {flags.seeds} "
+        f"{len(set(patients.tolist()))} patients, {flags.size} pixels; "
+        f"{flags.folds} folds by patient, {flags.seeds} "
         f"seeds, mean and range over seeds"
     )
     print(f"{'fit':<8}{'geometry AUROC':>24}{'border AUROC':>24}{'aspect R squared':>24}")
@@ -98,7 +99,8 @@ def main() -> None:
         ]
         print(f"{fit:<8}" + "".join(f"{describe(values):>24}" for values in found))
     print(
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, scikit-learn {sklearn.__version__}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"scikit-learn {sklearn.__version__}, "
         f"{time.perf_counter() - began:.0f} s"
     )
 

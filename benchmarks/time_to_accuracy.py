@@ -1,7 +1,7 @@
 """Seconds of training to 0.75, 0.90 and 0.94 accuracy on patients that were held out, under a shift
 of framing.
 
-    python -m benchmarks.time_to_accuracy --source data/chest_xray            # five seeds of each recipe
+    python -m benchmarks.time_to_accuracy --source data/chest_xray  # five seeds of each recipe
     python -m benchmarks.time_to_accuracy --source data/chest_xray --seeds 0 --only 0.75 0.90
 
 In the manner of airbench (https://github.com/KellerJordan/cifar10-airbench): each target has a
@@ -61,12 +61,20 @@ def main() -> None:
     flags = parser.parse_args()
     if not flags.source:
         raise SystemExit(
-            "--source is missing, and XRAI_TEST_DATA names no public data set: phantoms would show nothing"
+            "--source is missing, and XRAI_TEST_DATA names no public data set: "
+            "phantoms would show nothing"
         )
-    report = Report("time_to_accuracy", settings={
-        "source": Path(flags.source).name, "seeds": flags.seeds, "processes": flags.processes, "training": TRAINING,
-        "shift": SHIFT, "recipes": {target: RECIPES[target] for target in flags.only},
-    })  # fmt: skip
+    report = Report(
+        "time_to_accuracy",
+        settings={
+            "source": Path(flags.source).name,
+            "seeds": flags.seeds,
+            "processes": flags.processes,
+            "training": TRAINING,
+            "shift": SHIFT,
+            "recipes": {target: RECIPES[target] for target in flags.only},
+        },
+    )
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         source = open_source(flags.source)
         entries = lay_out((file.path for file in source.files()), source=source.name).entries
@@ -79,12 +87,24 @@ def main() -> None:
             place.mkdir()
             config = place / "config.yaml"
             config.write_text(yaml.safe_dump(RECIPES[target]))
-            run_module("xrai.preprocess", "--config", config, "--source", flags.source, "--labels", labels,
-                       "--dataset", place / "dataset")  # fmt: skip
+            run_module(
+                "xrai.preprocess",
+                "--config",
+                config,
+                "--source",
+                flags.source,
+                "--labels",
+                labels,
+                "--dataset",
+                place / "dataset",
+            )
             for seed in range(flags.seeds):
                 arguments = {
-                    "place": str(place), "seed": seed, "source": flags.source, "processes": flags.processes,
-                }  # fmt: skip
+                    "place": str(place),
+                    "seed": seed,
+                    "source": flags.source,
+                    "processes": flags.processes,
+                }
                 contenders.append(
                     Contender(target, "benchmarks.time_to_accuracy:measure_run", arguments)
                 )
@@ -118,16 +138,28 @@ def measure_run(
 ) -> dict[str, float]:
     """Train one seed and score what was held out."""
     run_module(
-        "xrai.train", "--config", Path(place) / "config.yaml", "--dataset", Path(place) / "dataset",
-        "--artifacts", scratch, "--run_id", "run", f"--train.seed={seed}", processes=processes,
-    )  # fmt: skip
+        "xrai.train",
+        "--config",
+        Path(place) / "config.yaml",
+        "--dataset",
+        Path(place) / "dataset",
+        "--artifacts",
+        scratch,
+        "--run_id",
+        "run",
+        f"--train.seed={seed}",
+        processes=processes,
+    )
     with (scratch / "run" / "history.csv").open(newline="") as file:
         history = list(csv.DictReader(file))
     summary = open_store(str(scratch / "run")).read("summary.json")
     model = load_model(open_store(str(scratch / "run")))
     opened = open_source(source)
-    entries = [entry for entry in lay_out((file.path for file in opened.files()), source=source).entries
-               if is_held_out(entry, TRAINING)]  # fmt: skip
+    entries = [
+        entry
+        for entry in lay_out((file.path for file in opened.files()), source=source).entries
+        if is_held_out(entry, TRAINING)
+    ]
     shifted = measure(model, opened, entries, normal_height=FRAMINGS[SHIFT])
     plain = measure(model, opened, entries, normal_height=FRAMINGS[PLAIN])
     return {

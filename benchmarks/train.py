@@ -1,7 +1,7 @@
 """What the training loop costs beside the network: waiting for data, the loop itself, and a second
 rank.
 
-    python -m benchmarks.train                      # the public data set where XRAI_TEST_DATA says so, else phantoms
+    python -m benchmarks.train  # the public data set where XRAI_TEST_DATA says so, else phantoms
     python -m benchmarks.train --source DIR --rounds 5
 
 One process takes turns by epochs, so that all see the same machine: an epoch of
@@ -81,9 +81,21 @@ def main() -> None:
         )
         dataset = str(Path(folder) / "dataset")
         subprocess.run(
-            [sys.executable, "-m", "xrai.preprocess", "--source", source, "--dataset", dataset,
-             f"--images.size={flags.size}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "xrai.preprocess",
+                "--source",
+                source,
+                "--dataset",
+                dataset,
+                f"--images.size={flags.size}",
+            ],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         arguments = {"dataset": dataset, "turns": flags.turns, "threads": flags.threads}
         turns = run_in_turn(
             [Contender("epochs in turn", "benchmarks.train:measure_turns", arguments)],
@@ -91,22 +103,42 @@ def main() -> None:
         )
         ranks = {
             size: run_in_turn(
-                [Contender(name, "benchmarks.train:measure_ranks",
-                           {"dataset": dataset, "kind": kind, "batch_size": size, "turns": flags.turns})
-                 for kind, name in KINDS.items()],
+                [
+                    Contender(
+                        name,
+                        "benchmarks.train:measure_ranks",
+                        {
+                            "dataset": dataset,
+                            "kind": kind,
+                            "batch_size": size,
+                            "turns": flags.turns,
+                        },
+                    )
+                    for kind, name in KINDS.items()
+                ],
                 rounds=flags.rounds,
             )
             for size in (batch // 2, batch)
-        }  # fmt: skip
-    report = Report("train", settings={
-        "images": what, "size": flags.size, "batch_size": batch, "rounds": flags.rounds,
-        "epochs_of_each_kind_in_a_round": flags.turns, "threads": flags.threads,
-    })  # fmt: skip
+        }
+    report = Report(
+        "train",
+        settings={
+            "images": what,
+            "size": flags.size,
+            "batch_size": batch,
+            "rounds": flags.rounds,
+            "epochs_of_each_kind_in_a_round": flags.turns,
+            "threads": flags.threads,
+        },
+    )
     loops = split_turns(turns)
     report.add_table(
-        "loop", f"One process of {flags.threads} threads, {flags.size} pixels", loops, ours=LOADED,
+        "loop",
+        f"One process of {flags.threads} threads, {flags.size} pixels",
+        loops,
+        ours=LOADED,
         figures=[RATE, Figure("utilisation", "accelerator utilisation", digits=4)],
-    )  # fmt: skip
+    )
     for size, runs in ranks.items():
         title = f"Ranks of one thread, {size} images a rank"
         report.add_table(f"ranks-{size}", title, runs, ours=KINDS["ranks"], figures=[RATE])
@@ -114,8 +146,12 @@ def main() -> None:
         run.figures["utilisation"] for run in loops if run.contender == LOADED
     )
     report.demand("accelerator utilisation, as the loop states it", stated, at_least=0.98, digits=4)
-    report.demand("rate with the loader over rate from memory", ratio(loops, LOADED, IN_MEMORY, RATE.key)["median"],
-                  at_least=0.98, digits=3)  # fmt: skip
+    report.demand(
+        "rate with the loader over rate from memory",
+        ratio(loops, LOADED, IN_MEMORY, RATE.key)["median"],
+        at_least=0.98,
+        digits=3,
+    )
     overhead = 1 - ratio(loops, IN_MEMORY, BARE, RATE.key)["median"]
     report.demand("overhead of the loop over a bare one, %", 100 * overhead, at_most=3)
     for size, runs in ranks.items():

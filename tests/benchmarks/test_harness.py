@@ -78,8 +78,10 @@ def test_a_contender_that_fails_or_hangs_is_kept_as_a_failure_with_its_last_word
 ) -> None:
     failed, late = run_in_turn(
         [Contender("bad", f"{__name__}:fail"), Contender("slow", f"{__name__}:hang")],
-        rounds=1, timeout_s=4, scratch=tmp_path,
-    )  # fmt: skip
+        rounds=1,
+        timeout_s=4,
+        scratch=tmp_path,
+    )
     assert (
         failed.failure.startswith("exit status 1: OSError: [Errno 28] no room")
         and failed.figures == {}

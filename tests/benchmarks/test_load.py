@@ -43,8 +43,12 @@ def test_a_peers_best_number_of_workers_is_that_of_its_larger_median(tmp_path: P
     report.add_table("warm", "Warm", runs, figures=[RATE])
     report.save(tmp_path)
     assert read_best(tmp_path / "load_warm.json") == {
-        "streaming": 0, "litdata": 0, "webdataset": 0, "h5py": 2, "files": 0
-    }  # fmt: skip
+        "streaming": 0,
+        "litdata": 0,
+        "webdataset": 0,
+        "h5py": 2,
+        "files": 0,
+    }
 
 
 def test_a_rate_is_taken_over_as_many_epochs_as_it_takes() -> None:
