@@ -11,8 +11,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.training import Finished
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,17 +27,27 @@ FIXTURE_MARKS = {
     "s3_server": "s3",
 }  # a user of one has the mark
 
+# How many examples an invariant is tried with, where a test does not say; the machine may be busy
+hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=100, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
 
 class NotHereError(Exception):
     """What a mark needs is not on this machine."""
 
 
 def _find_real_data() -> Path:
-    folder = Path(os.environ.get("XRAI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not (folder := Path(os.environ.get("XRAI_TEST_DATA", ""))).name:
+        raise NotHereError(
+            "no real images: XRAI_TEST_DATA names the folder that holds chest_xray/ and "
+            "chest_xray_originals/"
+        )
     for name in ("chest_xray", "chest_xray_originals"):
         if not (folder / name).is_dir():
             raise NotHereError(
-                f"{folder} holds no {name}/; XRAI_TEST_DATA names the folder of the real images"
+                f"XRAI_TEST_DATA is {folder}, which holds no {name}/; it names the folder of the "
+                "real images"
             )
     return folder.resolve()
 
@@ -91,9 +106,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixture in FIXTURE_MARKS:
                 item.add_marker(FIXTURE_MARKS[fixture])
         if item.get_closest_marker("distributed"):
-            item.add_marker(
-                pytest.mark.xdist_group("distributed")
-            )  # one after the other: each fills several cores
+            # one after the other: each fills several cores
+            item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -160,3 +174,19 @@ def s3_bucket(s3_server: str) -> Iterator[str]:
 
     with new_bucket(s3_server) as name:
         yield name
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
+    """A run of two epochs on phantoms, trained once for the whole session. Read only."""
+    from tests.training import finished_run
+
+    return finished_run(tmp_path_factory, num_ranks=1)
+
+
+@pytest.fixture(scope="session")
+def finished_by_two(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
+    """The same, trained by two processes."""
+    from tests.training import finished_run
+
+    return finished_run(tmp_path_factory, num_ranks=2)

@@ -57,9 +57,17 @@ def train(
 
 
 def save_run(
-    folder: Path, *, size: int = 64, fit: str = "crop", threshold: float = 0.5, temperature: float = 1.5,
-    num_images: int = 48, num_steps: int = 25, run_id: str = "tiny", max_pixels: int = MAX_PIXELS,
-) -> Path:  # fmt: skip
+    folder: Path,
+    *,
+    size: int = 64,
+    fit: str = "crop",
+    threshold: float = 0.5,
+    temperature: float = 1.5,
+    num_images: int = 48,
+    num_steps: int = 25,
+    run_id: str = "tiny",
+    max_pixels: int = MAX_PIXELS,
+) -> Path:
     """`folder`/`run_id` with the model.pt of a network trained on phantoms."""
     films, labels = phantoms(num_images)
     images = np.stack([decode(film, size=size, fit=fit, max_pixels=MAX_PIXELS) for film in films])

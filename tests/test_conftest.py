@@ -43,7 +43,7 @@ def run_pytest(repository: Path, folder: Path, *options: str, **environment: str
 def test_what_is_missing_is_skipped_with_its_reason(repository: Path, tmp_path: Path) -> None:
     output = run_pytest(repository, tmp_path)
     assert "1 passed, 3 skipped" in output
-    assert "XRAI_TEST_DATA names the folder of the real images" in output
+    assert "XRAI_TEST_DATA names the folder that holds chest_xray/" in output
     assert "XRAI_TEST_S3_ENDPOINT names one" in output
     assert "XRAI_TEST_CONTAINERS=1 asks for them" in output
 
@@ -51,7 +51,7 @@ def test_what_is_missing_is_skipped_with_its_reason(repository: Path, tmp_path: 
 def test_images_that_were_asked_for_must_be_there(repository: Path, tmp_path: Path) -> None:
     output = run_pytest(repository, tmp_path, XRAI_TEST_DATA=str(tmp_path))
     assert "1 passed, 2 skipped, 1 error" in output or "1 failed, 1 passed, 2 skipped" in output
-    assert f"{tmp_path} holds no chest_xray/" in output
+    assert f"XRAI_TEST_DATA is {tmp_path}, which holds no chest_xray/" in output
 
 
 def test_real_images_are_found_where_the_variable_says(repository: Path, tmp_path: Path) -> None:

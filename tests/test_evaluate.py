@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.dataset.small import write_dataset
-from tests.training import SMALL, call_main, make_dataset, run_module
+from tests.training import Finished, call_main, run_module
 from xrai import evaluate
 from xrai.dataset.loader import Loader
 from xrai.errors import UserError
@@ -23,18 +23,13 @@ FEW = "--evaluate.num_bootstrap=50"
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("evaluate"))
+def dataset(finished: Finished) -> Path:
+    return finished.dataset
 
 
 @pytest.fixture(scope="module")
-def run(dataset: Path) -> Path:
-    artifacts = dataset.parent / "submit"
-    done = run_module(
-        "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}", "--run_id=whole", *SMALL
-    )
-    assert done.returncode == 0, done.stderr
-    return artifacts / "whole"
+def run(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of(finished.folder, tmp_path_factory.mktemp("evaluate"))
 
 
 def copy_of(run: Path, folder: Path) -> Path:

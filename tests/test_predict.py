@@ -5,9 +5,8 @@ safe to open.
 import csv
 import io
 import json
-import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,55 +16,17 @@ from PIL import Image
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import FINGERPRINT, phantoms, save_run
-from tests.training import call_main
+from tests.training import Finished, call_main
 from xrai import predict
 from xrai.config import Images
 from xrai.errors import CorruptError, RunError, StoreError, UserError
-from xrai.phantom import draw_phantom, encode, make_phantoms, plan
+from xrai.phantom import draw_phantom, encode, plan
 from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.predict import Drawing, draw_panel, fit_to_run, format_table, overlay_name
 from xrai.store import FolderStore, open_store
 
 MAX_PIXELS = 200_000
 COLUMNS = ["path", "probability", "threshold", "decision", "reason", "model"]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that was trained here, and the images that it was trained on."""
-
-    source: Path
-    run: Path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One epoch on 60 phantoms, by the commands."""
-    folder = tmp_path_factory.mktemp("finished")
-    make_phantoms(folder / "phantoms", num_images=60, seed=3, workers=1)
-    for command in (
-        (
-            "preprocess",
-            "--source=phantoms",
-            "--dataset=dataset",
-            "--workers=1",
-            "--splits.test_fraction=0.3",
-        ),
-        (
-            "train",
-            "--dataset=dataset",
-            "--artifacts=submit",
-            "--run_id=tiny",
-            "--train.epochs=1",
-            "--train.threads=1",
-        ),
-    ):
-        command_line = [sys.executable, "-m", f"xrai.{command[0]}", *command[1:]]
-        done = subprocess.run(
-            command_line, cwd=folder, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    return Finished(folder / "phantoms", folder / "submit/tiny")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +77,17 @@ def row(
 def test_files_score_as_they_did_in_the_evaluation_at_the_end_of_training(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated = {row["source"]: row for row in read_table(finished.run)}
-    paths = [finished.source / source for source in evaluated]
-    call("--run", finished.run, *paths, "--out", tmp_path, "--no_overlays", monkeypatch=monkeypatch)
+    evaluated = {row["source"]: row for row in read_table(finished.folder)}
+    paths = [finished.phantoms / source for source in evaluated]
+    call(
+        "--run",
+        finished.folder,
+        *paths,
+        "--out",
+        tmp_path,
+        "--no_overlays",
+        monkeypatch=monkeypatch,
+    )
     predicted = {row["path"]: row for row in read_table(tmp_path)}
     assert len(predicted) == len(evaluated) >= 5
     for path, source in zip(paths, evaluated, strict=True):
@@ -127,7 +96,7 @@ def test_files_score_as_they_did_in_the_evaluation_at_the_end_of_training(
             float(evaluated[source]["score"]), abs=1e-5
         )
         assert found["decision"] == evaluated[source]["decision"]
-    threshold = json.loads((finished.run / "summary.json").read_text())["threshold"]
+    threshold = json.loads((finished.folder / "summary.json").read_text())["threshold"]
     assert {float(row["threshold"]) for row in predicted.values()} == {threshold}
 
 

@@ -5,7 +5,6 @@ line.
 import csv
 import json
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.training import SMALL, call_main, make_dataset, run_module
+from tests.training import SMALL, Finished, call_main, make_dataset, run_module
 from xrai import evaluate, train
 from xrai.config import Config
 from xrai.dataset.loader import Loader
@@ -29,18 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(scope="module")
-def finished(dataset: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    artifacts = dataset.parent / "submit"
-    done = run_module(
-        "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}", "--run_id=whole", *SMALL
-    )
-    assert done.returncode == 0, done.stderr
-    return artifacts / "whole", done
+def dataset(finished: Finished) -> Path:
+    return finished.dataset
 
 
 @pytest.fixture(autouse=True)
@@ -56,39 +45,46 @@ def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list
     return call_main(train, *arguments, capsys=capsys)
 
 
-def test_a_run_leaves_everything_that_the_readme_lists(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-):
-    folder, done = finished
+def test_a_run_leaves_everything_that_the_readme_lists(finished: Finished):
+    folder = finished.folder
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names >= {
-        "config.yaml", "environment.json", "history.csv", "curves/loss.png", "curves/accuracy.png", "model.pt",
-        "metrics.json", "predictions.csv", "plots/roc.png", "plots/precision_recall.png", "plots/confusion.png",
-        "plots/calibration.png", "report.html", "summary.json", "checkpoints/latest.json", "val/metrics.json",
-    }  # fmt: skip
+        "config.yaml",
+        "environment.json",
+        "history.csv",
+        "curves/loss.png",
+        "curves/accuracy.png",
+        "model.pt",
+        "metrics.json",
+        "predictions.csv",
+        "plots/roc.png",
+        "plots/precision_recall.png",
+        "plots/confusion.png",
+        "plots/calibration.png",
+        "report.html",
+        "summary.json",
+        "checkpoints/latest.json",
+        "val/metrics.json",
+    }
     assert any(name.startswith("tensorboard/") for name in names)
-    lines = done.stdout.splitlines()
+    lines = finished.stdout.splitlines()
     for word in ("accuracy", "sensitivity", "specificity", "plots"):
         assert any(line.startswith(word) for line in lines[-10:])
-    assert "phantoms, not patients" in done.stdout
+    assert "phantoms, not patients" in finished.stdout
 
 
-def test_the_summary_names_every_file_with_its_hash(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-):
+def test_the_summary_names_every_file_with_its_hash(finished: Finished):
     import hashlib
 
-    folder, _ = finished
+    folder = finished.folder
     summary = json.loads((folder / "summary.json").read_text())
     for name, digest in summary["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
     assert {"model.pt", "metrics.json", "report.html", "history.csv"} <= set(summary["files"])
 
 
-def test_metrics_are_those_of_the_predictions_by_scikit_learn(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path
-):
-    folder, _ = finished
+def test_metrics_are_those_of_the_predictions_by_scikit_learn(finished: Finished, dataset: Path):
+    folder = finished.folder
     for split, place in (("test", folder), ("val", folder / "val")):
         metrics = json.loads((place / "metrics.json").read_text())
         with (place / "predictions.csv").open(newline="") as file:
@@ -108,20 +104,22 @@ def test_metrics_are_those_of_the_predictions_by_scikit_learn(
         assert metrics["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(labels, scores))
 
 
-def test_tensorboards_own_reader_finds_the_curves(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-):
-    folder, _ = finished
+def test_tensorboards_own_reader_finds_the_curves(finished: Finished):
+    folder = finished.folder
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     with (folder / "history.csv").open(newline="") as file:
         history = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in history] == [1, 2]
     for tag, column in (
-        ("loss/train", "train_loss"), ("loss/val", "val_loss"), ("accuracy/val", "val_accuracy"),
-        ("auroc/val", "val_auroc"), ("optim/lr", "lr"), ("throughput/images_per_s", "images_per_s"),
+        ("loss/train", "train_loss"),
+        ("loss/val", "val_loss"),
+        ("accuracy/val", "val_accuracy"),
+        ("auroc/val", "val_auroc"),
+        ("optim/lr", "lr"),
+        ("throughput/images_per_s", "images_per_s"),
         ("throughput/data_wait_share", "data_wait_share"),
-    ):  # fmt: skip
+    ):
         points = events.Scalars(tag)
         assert [point.step for point in points] == [int(row["step"]) for row in history]
         assert [point.value for point in points] == pytest.approx(
@@ -130,9 +128,9 @@ def test_tensorboards_own_reader_finds_the_curves(
 
 
 def test_the_model_file_alone_gives_the_same_scores(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path, tmp_path: Path
+    finished: Finished, dataset: Path, tmp_path: Path
 ):
-    folder, _ = finished
+    folder = finished.folder
     model = load_model(open_store(str(folder)))
     assert (model.image_size, model.fit, model.classes) == (32, "crop", ("NORMAL", "PNEUMONIA"))
     batch = next(Loader(str(dataset), split="test", batch_size=1000).epoch(0))
@@ -150,9 +148,9 @@ def test_the_model_file_alone_gives_the_same_scores(
 
 
 def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path
+    finished: Finished, dataset: Path
 ):
-    folder, done = finished
+    folder = finished.folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again = run_module(
         "xrai.train",
@@ -161,48 +159,16 @@ def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(
         "--run_id=whole",
         *SMALL,
     )
-    assert again.returncode == 0 and again.stdout == done.stdout
+    assert again.returncode == 0 and again.stdout == finished.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_evaluate_measures_a_run_with_the_numbers_of_training(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    dataset: Path,
-    capsys: pytest.CaptureFixture[str],
-):
-    folder, _ = finished
-    status, lines = call_main(
-        evaluate,
-        f"--run={folder}",
-        f"--dataset={dataset}",
-        "--evaluate.num_bootstrap=50",
-        capsys=capsys,
-    )
-    assert (status, lines) == (0, [])
-    (written,) = (folder / "evaluate").glob("test-*/metrics.json")
-    ours, theirs = (
-        json.loads(written.read_text()),
-        json.loads((folder / "metrics.json").read_text()),
-    )
-    assert ours["metrics"]["auroc"]["value"] == pytest.approx(
-        theirs["metrics"]["auroc"]["value"], abs=1e-9
-    )
-    assert ours["counts"] == theirs["counts"]
-
-
-@pytest.mark.distributed
 def test_one_and_two_processes_give_the_same_validation_numbers(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path
+    finished: Finished, finished_by_two: Finished
 ):
-    folder, _ = finished
-    two = run_module(
-        "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "xrai.train", f"--dataset={dataset}",
-        f"--artifacts={folder.parent}", "--run_id=two", *SMALL,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
     rows = []
-    for name in ("whole", "two"):
-        with (folder.parent / name / "history.csv").open(newline="") as file:
+    for folder in (finished.folder, finished_by_two.folder):
+        with (folder / "history.csv").open(newline="") as file:
             rows.append(list(csv.DictReader(file)))
     for ours, theirs in zip(*rows, strict=True):
         for column in (
@@ -215,7 +181,8 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
         ):
             assert float(ours[column]) == pytest.approx(float(theirs[column]), abs=2e-4), column
     metrics = [
-        json.loads((folder.parent / name / "metrics.json").read_text()) for name in ("whole", "two")
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (finished.folder, finished_by_two.folder)
     ]
     assert metrics[0]["counts"] == metrics[1]["counts"]
 
@@ -278,18 +245,15 @@ def test_more_processes_than_images_are_refused(dataset: Path):
 
 
 def test_a_run_of_another_data_set_is_not_gone_on_with(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder, _ = finished
+    folder = finished.folder
     other = make_dataset(tmp_path, num_images=40, seed=5, options=("--splits.test_fraction=0.1",))
-    (folder.parent / "other").mkdir()
-    for name in ("checkpoints",):
-        (folder.parent / "other" / name).symlink_to(folder / name)
+    (tmp_path / "submit" / "other").mkdir(parents=True)
+    (tmp_path / "submit" / "other" / "checkpoints").symlink_to(folder / "checkpoints")
     status, lines = call(
         f"--dataset={other}",
-        f"--artifacts={folder.parent}",
+        f"--artifacts={tmp_path}/submit",
         "--run_id=other",
         "--model.width=8",
         capsys=capsys,
@@ -298,11 +262,9 @@ def test_a_run_of_another_data_set_is_not_gone_on_with(
 
 
 def test_a_run_that_exists_is_not_begun_again_with_resume_never(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    dataset: Path,
-    capsys: pytest.CaptureFixture[str],
+    finished: Finished, dataset: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder, _ = finished
+    folder = finished.folder
     status, lines = call(
         f"--dataset={dataset}",
         f"--artifacts={folder.parent}",
@@ -315,10 +277,9 @@ def test_a_run_that_exists_is_not_begun_again_with_resume_never(
 
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], dataset: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
-    folder, _ = finished
+    finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = finished.folder
     common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", f"--init_from={folder}"]
     status, lines = call(*common, "--model.width=16", capsys=capsys)
     assert status == 2 and "holds another network" in lines[0]
@@ -332,11 +293,9 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
 
 
 def test_evaluate_refuses_pictures_of_another_size(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder, _ = finished
+    folder = finished.folder
     other = make_dataset(tmp_path, num_images=40, options=("--images.size=48",))
     status, lines = call_main(
         evaluate, f"--run={folder}", f"--dataset={other}", "--split=val", capsys=capsys

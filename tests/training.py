@@ -1,9 +1,15 @@
-"""A small real training through the real commands, for the tests of train, evaluate and predict."""
+"""Small real trainings through the real commands, for the tests of train, evaluate and predict."""
 
+import fcntl
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -12,9 +18,69 @@ from xrai.phantom import make_phantoms
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
-    "--images.size=32", "--model.width=8", "--train.epochs=2", "--train.global_batch_size=16", "--train.precision=off",
+    "--images.size=32",
+    "--model.width=8",
+    "--train.epochs=2",
+    "--train.global_batch_size=16",
+    "--train.precision=off",
     "--evaluate.num_bootstrap=50",
-]  # fmt: skip
+]
+
+
+class Command(Protocol):
+    """A module such as `xrai.train`."""
+
+    def main(self) -> None: ...
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that was trained with the options SMALL. A test that changes it works on a copy."""
+
+    phantoms: Path
+    dataset: Path
+    folder: Path
+    stdout: str
+
+
+def once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
+    """A folder that `make` fills once for all xdist workers of this session; the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own in that of the session
+    folder = base / f"once-{name}"
+    with (base / f"once-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def finished_run(tmp_path_factory: pytest.TempPathFactory, *, num_ranks: int) -> Finished:
+    """The run of the fixtures `finished` and `finished_by_two`, on one data set."""
+    made = once(tmp_path_factory, "dataset", make_dataset)
+    launcher = TORCHRUN if num_ranks == 2 else []
+
+    def train(folder: Path) -> None:
+        options = [f"--dataset={made}/dataset", f"--artifacts={folder}/submit", "--run_id=whole"]
+        done = run_module(*launcher, "xrai.train", *options, *SMALL)
+        assert done.returncode == 0, done.stderr
+        (folder / "stdout").write_text(done.stdout)
+
+    folder = once(tmp_path_factory, f"run-{num_ranks}", train)
+    return Finished(
+        phantoms=made / "phantoms",
+        dataset=made / "dataset",
+        folder=folder / "submit" / "whole",
+        stdout=(folder / "stdout").read_text(),
+    )
 
 
 def make_dataset(
@@ -27,11 +93,10 @@ def make_dataset(
         f"--dataset={folder / 'dataset'}",
         "--workers=1",
         "--images.size=32",
+        "--splits.val_fraction=0.25",
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", ["xrai.preprocess", *arguments, "--splits.val_fraction=0.25", *options]
-        )
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", ["xrai.preprocess", *arguments, *options])
         preprocess.main()
     return folder / "dataset"
 
@@ -43,21 +108,23 @@ def run_module(
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def call_main(
-    module: object, *arguments: str, capsys: pytest.CaptureFixture[str]
+    module: Command, *arguments: str, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, list[str]]:
-    """A command in this process: its exit status and the lines of stderr that begin with
-    `xrai:`.
-    """
+    """A command in this process: its status, and the lines of stderr that begin with `xrai:`."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(module), *arguments])
         with pytest.raises(SystemExit) as caught:
-            command.run_command(module.main)  # type: ignore[attr-defined]
+            command.run_command(module.main)
     lines = capsys.readouterr().err.splitlines()
     assert isinstance(caught.value.code, int)
     return caught.value.code, [line for line in lines if line.startswith("xrai:")]

@@ -407,10 +407,10 @@ def test_room_is_taken_as_soon_as_another_lets_go(
 ) -> None:
     cache = ShardCache(bucket, index, folder=folder, max_bytes=index.splits["train"][0].size_bytes)
     timer = threading.Timer(0.5, cache.open(index.splits["train"][0]).close)
-    timer.start()
     started = time.monotonic()
+    timer.start()
     open_and_close(cache, index, 1)
-    assert 0.4 < time.monotonic() - started < 5
+    assert time.monotonic() - started > 0.4
     timer.join()
 
 
@@ -477,17 +477,21 @@ def test_a_fetch_that_is_killed_leaves_the_others_free(
 def test_a_fetch_that_fails_leaves_the_others_free(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
+    begun, fail = threading.Event(), threading.Event()
+
     class Broken(RemoteFolder):
         def download(self, key: str, path: Path) -> str:
-            time.sleep(0.2)
+            begun.set()
+            assert fail.wait(20)
             raise UnreachableError(f"{key} cannot be read")
 
     broken = ShardCache(Broken(Path(bucket.uri)), index, folder=folder)
     good = ShardCache(bucket, index, folder=folder)
     with ThreadPoolExecutor(3) as pool:
         failing = pool.submit(broken.open, index.splits["train"][0])
-        time.sleep(0.1)
+        assert begun.wait(20)
         waiting = [pool.submit(good.open, index.splits["train"][0]) for _ in range(2)]
+        fail.set()
         with pytest.raises(UnreachableError, match="train-00000"):
             failing.result(20)
         for done in waiting:
@@ -502,13 +506,11 @@ def test_a_fetch_that_stands_still_is_waited_for_only_so_long(
     first = in_child(lambda: open_and_close(ShardCache(slow, index, folder=folder), index, 0))
     try:
         wait_until(lambda: slow.downloads() == ["begun"], "the first process to begin")
-        started = time.monotonic()
         with pytest.raises(
             StoreError,
             match=r"waited 0\.5 s for another process to fetch .*train-00000-of-00005\.h5",
         ):
             ShardCache(bucket, index, folder=folder, timeout_s=0.5).open(index.splits["train"][0])
-        assert time.monotonic() - started < 5
     finally:
         first.kill()
         first.join(10)
@@ -732,8 +734,8 @@ def test_settling_sees_the_last_thread_out_of_hdf5_and_lets_none_in(
     ]
     threads[0].start()
     assert inside.wait(20)
-    threading.Timer(0.3, leave.set).start()
     started = time.monotonic()
+    threading.Timer(0.3, leave.set).start()
     cache.settle()
     assert time.monotonic() - started > 0.2
     for thread in threads[1:]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xrai.dataset.order import EpochOrder, most_held, plan_windows, rank_slice, shards_to_hold
@@ -11,7 +11,6 @@ shard_rows = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 seeds = st.integers(0, 2**31 - 1)
 epochs = st.integers(0, 1000)
 windows = st.integers(1, 8)
-no_deadline = settings(deadline=None)  # the machine may be busy
 
 
 def whole_epoch(
@@ -21,7 +20,6 @@ def whole_epoch(
     return [int(row) for row in order.rows(0, sum(rows))]
 
 
-@no_deadline
 @given(shard_rows, seeds, epochs, windows, st.booleans())
 def test_an_epoch_visits_each_row_once(
     rows: list[int], seed: int, epoch: int, window: int, shuffle: bool
@@ -29,7 +27,6 @@ def test_an_epoch_visits_each_row_once(
     assert sorted(whole_epoch(rows, seed, epoch, window, shuffle=shuffle)) == list(range(sum(rows)))
 
 
-@no_deadline
 @given(shard_rows, seeds, epochs, windows, st.booleans(), st.data())
 def test_any_cut_of_the_order_is_the_same_as_in_the_whole(
     rows: list[int], seed: int, epoch: int, window: int, shuffle: bool, data: st.DataObject
@@ -41,7 +38,6 @@ def test_any_cut_of_the_order_is_the_same_as_in_the_whole(
     )[start:stop]
 
 
-@no_deadline
 @given(shard_rows, seeds, epochs, windows)
 def test_the_rows_of_a_cut_stand_in_the_shards_of_its_windows(
     rows: list[int], seed: int, epoch: int, window: int
@@ -54,7 +50,6 @@ def test_the_rows_of_a_cut_stand_in_the_shards_of_its_windows(
         assert shard_of[order.rows(start, start + 1)[0]] in order.windows[used.start]
 
 
-@no_deadline
 @given(st.integers(1, 200), seeds, epochs, st.integers(1, 64))
 def test_windows_begin_with_one_shard_and_double_to_their_limit(
     num_shards: int, seed: int, epoch: int, window: int
@@ -67,7 +62,6 @@ def test_windows_begin_with_one_shard_and_double_to_their_limit(
     assert all(size == min(sum(sizes[:k]), window) for k, size in enumerate(sizes[:-1]) if k)
 
 
-@no_deadline
 @given(st.integers(0, 1000), st.integers(1, 64))
 def test_ranks_share_a_batch_without_gap_or_overlap_and_evenly(num: int, world_size: int) -> None:
     parts = [
@@ -77,7 +71,6 @@ def test_ranks_share_a_batch_without_gap_or_overlap_and_evenly(num: int, world_s
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@no_deadline
 @given(shard_rows)
 def test_without_shuffling_the_order_is_that_of_the_shards(rows: list[int]) -> None:
     assert whole_epoch(rows, 7, 3, 4, shuffle=False) == list(range(sum(rows)))
@@ -98,7 +91,6 @@ def test_the_order_is_the_one_that_earlier_runs_had() -> None:
     assert whole_epoch([3] * 5, 1, 2, 64) == [4, 3, 5, 10, 9, 11, 1, 2, 13, 14, 0, 12, 8, 6, 7]
 
 
-@no_deadline
 @given(shard_rows, seeds, epochs, windows)
 def test_the_first_rows_need_one_shard(rows: list[int], seed: int, epoch: int, window: int) -> None:
     order = EpochOrder(rows, seed=seed, epoch=epoch, window=window, shuffle=True)
@@ -137,7 +129,6 @@ class Reader:
             self.held.append(shards_to_hold(self.order.windows, used, num_ahead=num_ahead))
 
 
-@no_deadline
 @given(shard_rows, seeds, windows, st.integers(1, 8), st.integers(1, 40))
 def test_a_reader_holds_what_it_uses_and_then_what_comes_next(
     rows: list[int], seed: int, window: int, num_ahead: int, batch_size: int
@@ -157,7 +148,6 @@ def test_a_reader_holds_what_it_uses_and_then_what_comes_next(
             assert set(reader.order.windows[place[held[0]] + 1]) <= set(held)
 
 
-@no_deadline
 @given(shard_rows, seeds, windows, st.integers(1, 8), st.integers(1, 40))
 def test_no_reader_holds_more_than_is_promised(
     rows: list[int], seed: int, window: int, num_ahead: int, batch_size: int
@@ -167,7 +157,6 @@ def test_no_reader_holds_more_than_is_promised(
     assert max(map(len, reader.held)) <= most
 
 
-@settings(max_examples=400, deadline=None)
 @given(shard_rows, seeds, windows, st.integers(1, 8), st.integers(1, 20), st.integers(1, 4))
 def test_readers_that_are_some_batches_apart_hold_no_more_together(
     rows: list[int], seed: int, window: int, num_ahead: int, batch_size: int, apart: int

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xrai.dataset.shards import (
@@ -51,7 +51,6 @@ def write(path: Path, *, num_rows: int = 5, size: int = 8, seed: int = 0) -> dic
 # ------------------------------------------------------------------------------------------- shards
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     num_rows=st.integers(1, 12), size=st.integers(1, 40), seed=st.integers(0, 99), data=st.data()
 )
@@ -91,7 +90,9 @@ def test_a_shard_reads_back_as_it_was_written(
 
 def test_the_same_rows_give_the_same_bytes_at_any_time_and_place(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", num_rows=300)
-    time.sleep(1.1)  # HDF5 can keep times, in seconds
+    second = int(time.time())
+    while int(time.time()) == second:  # HDF5 can keep times, in seconds
+        time.sleep(0.01)
     (tmp_path / "deep").mkdir()
     write(tmp_path / "deep" / "another name.h5", num_rows=300)
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "deep" / "another name.h5").read_bytes()
@@ -229,7 +230,6 @@ def test_a_shard_is_mapped_by_a_known_layout_unless_it_was_cut(tmp_path: Path) -
         map_shard(path, layout)
 
 
-@settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_flipped_byte_never_crashes_a_reader(
     tmp_path_factory: pytest.TempPathFactory, place: float, value: int
@@ -299,7 +299,6 @@ def test_counts_by_split_and_class_are_summed_over_shards() -> None:
     assert index().num_images_per_class("train") == {"NORMAL": 1, "PNEUMONIA": 2}
 
 
-@settings(max_examples=200, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_any_flipped_byte_of_an_index_is_noticed(place: float, value: int) -> None:
     data = bytearray(index().to_json().encode())

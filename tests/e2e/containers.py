@@ -35,9 +35,16 @@ def run(
         name: value for name, value in os.environ.items() if not name.startswith(("XRAI_", "AWS_"))
     }
     done = subprocess.run(
-        command, env={**clean, "PWD": str(cwd), **environment}, cwd=cwd, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
-    )  # fmt: skip
+        command,
+        env={**clean, "PWD": str(cwd), **environment},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
     assert not check or done.returncode == 0, (
         f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
     )
@@ -74,8 +81,9 @@ def wait_for_exit(container: str, *, timeout_s: float = 240) -> int:
     """The exit status of a container, when it has ended."""
     state = wait_until(
         lambda: (state := inspect(container)["State"])["Status"] == "exited" and state,
-        what=f"{container} to end", timeout_s=timeout_s,
-    )  # fmt: skip
+        what=f"{container} to end",
+        timeout_s=timeout_s,
+    )
     status: int = state["ExitCode"]
     return status
 
@@ -124,14 +132,29 @@ class Stack:
             f"--file={REPOSITORY}/tests/e2e/compose.ceph.yaml",
         )
         defaults = {
-            "XRAI_IMAGE": TAG, "XRAI_S3_ENDPOINT": self.inside, "XRAI_S3_KEY": self.key,
-            "XRAI_S3_SECRET": self.secret, "XRAI_NUM_PHANTOMS": "120", "XRAI_TENSORBOARD_PORT": "0",
-            "XRAI_DATASET": DATASET, "XRAI_NAME": RUN, "XRAI_CONFIG": str(self.config("small.yaml")),
-        }  # fmt: skip
+            "XRAI_IMAGE": TAG,
+            "XRAI_S3_ENDPOINT": self.inside,
+            "XRAI_S3_KEY": self.key,
+            "XRAI_S3_SECRET": self.secret,
+            "XRAI_NUM_PHANTOMS": "120",
+            "XRAI_TENSORBOARD_PORT": "0",
+            "XRAI_DATASET": DATASET,
+            "XRAI_NAME": RUN,
+            "XRAI_CONFIG": str(self.config("small.yaml")),
+        }
         return run(
-            "docker", "compose", f"--project-name={PROJECT}", "--ansi=never", "--progress=plain", *files, *arguments,
-            timeout_s=timeout_s, check=check, cwd=cwd, **{**defaults, **environment},
-        )  # fmt: skip
+            "docker",
+            "compose",
+            f"--project-name={PROJECT}",
+            "--ansi=never",
+            "--progress=plain",
+            *files,
+            *arguments,
+            timeout_s=timeout_s,
+            check=check,
+            cwd=cwd,
+            **{**defaults, **environment},
+        )
 
     def up(self, *services: str, timeout_s: float = 400, **environment: str) -> str:
         """`docker compose up SERVICES…` to the end of all of them; what they printed."""
@@ -171,7 +194,8 @@ class Stack:
         path = self.folder / name
         path.write_text(
             f"images: {{size: 32}}\nsplits: {{val_fraction: 0.2}}\nmodel: {{width: {width}}}\n"
-            f'train: {{epochs: {epochs}, global_batch_size: {batch}, precision: "off", threads: 1}}\n'
+            f"train: {{epochs: {epochs}, global_batch_size: {batch}, "
+            'precision: "off", threads: 1}\n'
             f"checkpoint: {{every: {every}}}\nevaluate: {{num_bootstrap: 50}}\n"
         )
         path.chmod(0o644)
@@ -182,9 +206,12 @@ class Stack:
         import boto3
 
         return boto3.client(
-            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id=self.key,
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.key,
             aws_secret_access_key=self.secret,
-        )  # fmt: skip
+        )
 
     def keys(self, prefix: str, *, bucket: str = "xrai-runs") -> set[str]:
         """The keys below a prefix, without it."""
@@ -233,6 +260,13 @@ class Stack:
 def build_image(tag: str, *options: str) -> None:
     """Build docker/Dockerfile."""
     run(
-        "docker", "build", "--file=docker/Dockerfile", f"--tag={tag}", "--progress=plain", *options, ".",
-        timeout_s=1200, DOCKER_BUILDKIT="1",
-    )  # fmt: skip
+        "docker",
+        "build",
+        "--file=docker/Dockerfile",
+        f"--tag={tag}",
+        "--progress=plain",
+        *options,
+        ".",
+        timeout_s=1200,
+        DOCKER_BUILDKIT="1",
+    )

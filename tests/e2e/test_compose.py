@@ -28,9 +28,19 @@ from tests.e2e.containers import (
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
 
 RESULTS = {
-    "config.yaml", "environment.json", "history.csv", "curves/loss.png", "curves/accuracy.png", "model.pt",
-    "metrics.json", "predictions.csv", "report.html", "summary.json", "plots/roc.png", "val/metrics.json",
-}  # fmt: skip
+    "config.yaml",
+    "environment.json",
+    "history.csv",
+    "curves/loss.png",
+    "curves/accuracy.png",
+    "model.pt",
+    "metrics.json",
+    "predictions.csv",
+    "report.html",
+    "summary.json",
+    "plots/roc.png",
+    "val/metrics.json",
+}
 SERVICES = {"s3", "phantoms", "preprocess", "train", "train-0", "train-1", "tensorboard", "predict"}
 GPU = "--file=docker/compose.gpu.yaml"
 CEPH = "--file=tests/e2e/compose.ceph.yaml"
@@ -107,9 +117,10 @@ def faults_of(services: dict[str, Any]) -> list[str]:
             needs = {
                 key: value["condition"] for key, value in service.get("depends_on", {}).items()
             }
-            wanted["order"] = needs.items() >= {
-                "s3": "service_healthy", "preprocess": "service_completed_successfully"
-            }.items()  # fmt: skip
+            wanted["order"] = (
+                needs.items()
+                >= {"s3": "service_healthy", "preprocess": "service_completed_successfully"}.items()
+            )
         faults += [f"{name}: {rule}" for rule, holds in wanted.items() if not holds]
     return faults
 
@@ -272,7 +283,9 @@ id -u; id -g
 for place in / /opt/venv /opt/xrai /etc /usr/bin /home /root /var/tmp; do
   if touch "$place/probe" 2>/dev/null; then echo "can write to $place"; fi
 done
-for place in /tmp /cache /dev/shm; do touch "$place/probe" && rm "$place/probe" && echo "mount $place"; done
+for place in /tmp /cache /dev/shm; do
+  touch "$place/probe" && rm "$place/probe" && echo "mount $place"
+done
 grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status
 awk '$2 == "/" {print "root", $4}' /proc/mounts | tr , ' '
 """
@@ -418,9 +431,14 @@ def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_
 
 def test_the_whole_job_stops_where_preprocessing_is_refused(s3: Stack):
     done = s3.compose(
-        "up", "--no-build", "preprocess", "train", check=False, XRAI_NAME="refused",
+        "up",
+        "--no-build",
+        "preprocess",
+        "train",
+        check=False,
+        XRAI_NAME="refused",
         XRAI_DATASET="s3://no-such-bucket/x",
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert 'service "preprocess" didn\'t complete successfully: exit 2' in done.stdout
     assert s3.keys("submit/refused/") == set()

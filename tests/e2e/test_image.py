@@ -76,9 +76,13 @@ def test_no_secret_of_the_build_is_in_its_files_settings_or_history(image: str, 
     assert not re.search(r"(?i)(secret|password|token)[\w]*=\S", history + settings)
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save:
         found = subprocess.run(
-            ["grep", "--count", "--text", secret_marker], stdin=save.stdout, capture_output=True, text=True,
-            check=False, timeout=300,
-        )  # fmt: skip
+            ["grep", "--count", "--text", secret_marker],
+            stdin=save.stdout,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
     assert save.returncode == 0 and found.stdout.strip() == "0"
 
 
@@ -119,14 +123,24 @@ def test_one_process_ends_with_its_own_status(image: str):
 
 def test_an_image_folder_becomes_a_trained_network_without_any_network(image: str):
     script = (
-        "xrai phantom --num-images=60 --out=films && xrai preprocess --source=films --images.size=32 "
-        "--splits.val_fraction=0.2 && xrai train --standalone --nproc_per_node=1 --train.epochs=1 --model.width=8 "
+        "xrai phantom --num-images=60 --out=films && "
+        "xrai preprocess --source=films --images.size=32 "
+        "--splits.val_fraction=0.2 && "
+        "xrai train --standalone --nproc_per_node=1 --train.epochs=1 --model.width=8 "
         "--train.global_batch_size=8 --run_id=own && ls submit/own && xrai verify"
     )
     said = docker(
-        "run", "--rm", "--network=none", "--read-only", "--tmpfs=/tmp", "--tmpfs=/work:uid=10001,gid=10001", image,
-        "bash", "-ec", script,
-    ).stdout  # fmt: skip
+        "run",
+        "--rm",
+        "--network=none",
+        "--read-only",
+        "--tmpfs=/tmp",
+        "--tmpfs=/work:uid=10001,gid=10001",
+        image,
+        "bash",
+        "-ec",
+        script,
+    ).stdout
     assert (
         "60 files found = 60 written" in said
         and "summary.json" in said
@@ -136,10 +150,18 @@ def test_an_image_folder_becomes_a_trained_network_without_any_network(image: st
 
 def test_a_job_that_no_longer_beats_is_unhealthy(image: str):
     container = docker(
-        "run", "--detach", "--tmpfs=/tmp:mode=1777", "--env=XRAI_HEARTBEAT_MAX_AGE_S=8", "--health-interval=1s",
-        "--health-retries=1", "--health-start-period=1s", image, "bash", "-c",
+        "run",
+        "--detach",
+        "--tmpfs=/tmp:mode=1777",
+        "--env=XRAI_HEARTBEAT_MAX_AGE_S=8",
+        "--health-interval=1s",
+        "--health-retries=1",
+        "--health-start-period=1s",
+        image,
+        "bash",
+        "-c",
         "for _ in $(seq 5); do touch /tmp/heartbeat; sleep 1; done; sleep 600",
-    ).stdout.strip()  # fmt: skip
+    ).stdout.strip()
     try:
         for status in ("healthy", "unhealthy"):
             wait_until(

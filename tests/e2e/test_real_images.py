@@ -19,10 +19,17 @@ def test_ten_epochs_on_the_public_training_images_tell_pneumonia_from_normal(
     done = run_module("xrai.verify", f"--dataset={tmp_path}/dataset")
     assert done.returncode == 0, done.stdout
     done = run_module(
-        "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "xrai.train",
-        "--config=configs/quickstart.yaml", f"--dataset={tmp_path}/dataset", f"--artifacts={tmp_path}/submit",
-        "--run_id=real", "--train.epochs=10",
-    )  # fmt: skip
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "xrai.train",
+        "--config=configs/quickstart.yaml",
+        f"--dataset={tmp_path}/dataset",
+        f"--artifacts={tmp_path}/submit",
+        "--run_id=real",
+        "--train.epochs=10",
+    )
     assert done.returncode == 0, done.stderr
     for split, folder in (
         ("val", tmp_path / "submit/real/val"),

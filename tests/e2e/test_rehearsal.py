@@ -106,8 +106,13 @@ class Pod:
             else ""
         )
         options = [
-            f"--network={self.cluster.network}", f"--hostname={self.job}-{self.index}",
-            *([f"--domainname={domain}", f"--network-alias={self.job}-{self.index}.{domain}"] if domain else []),
+            f"--network={self.cluster.network}",
+            f"--hostname={self.job}-{self.index}",
+            *(
+                [f"--domainname={domain}", f"--network-alias={self.job}-{self.index}.{domain}"]
+                if domain
+                else []
+            ),
             f"--user={security['runAsUser']}:{security['runAsGroup']}",
             *(["--read-only"] if security["readOnlyRootFilesystem"] else []),
             *(f"--cap-drop={capability}" for capability in security["capabilities"]["drop"]),
@@ -115,7 +120,7 @@ class Pod:
             f"--memory={container['resources']['limits']['memory'].rstrip('i').lower()}",
             *(f"--env={name}={value}" for name, value in environment.items()),
             *self._mounts(container),
-        ]  # fmt: skip
+        ]
         assert "command" not in container
         name = f"{self.name}-{container['name']}"
         arguments = [expand(argument, environment) for argument in container.get("args", [])]
@@ -239,9 +244,14 @@ def cluster(
     documents.append({"kind": "Secret", "metadata": {"name": "xrai-s3"}, "stringData": keys})
     cluster = Cluster(documents, s3.network, folder, f"xrai.rehearsal={uuid.uuid4().hex}")
     cluster.change(
-        "xrai", XRAI_SOURCE=f"s3://{runs.bucket}/films", XRAI_DATASET=f"s3://{runs.bucket}/dataset",
-        XRAI_ARTIFACTS=f"s3://{runs.bucket}/submit", AWS_ENDPOINT_URL_S3=s3.inside, NUM_THREADS="1", NUM_PARTITIONS="2",
-    )  # fmt: skip
+        "xrai",
+        XRAI_SOURCE=f"s3://{runs.bucket}/films",
+        XRAI_DATASET=f"s3://{runs.bucket}/dataset",
+        XRAI_ARTIFACTS=f"s3://{runs.bucket}/submit",
+        AWS_ENDPOINT_URL_S3=s3.inside,
+        NUM_THREADS="1",
+        NUM_PARTITIONS="2",
+    )
     cluster.change("xrai-config", **{"config.yaml": CONFIG})
     make_phantoms(folder / "films", num_images=240, seed=0, workers=1)
     for path in sorted((folder / "films").rglob("*")):

@@ -2,8 +2,8 @@
 worst, for real.
 
     with Proxy("http://127.0.0.1:7480") as proxy:
-        proxy.fail("cut", path="train-00000", times=2)     # the next two answers to a GET of it stop half way
-        proxy.vanish()                                     # nobody listens, and open connections break
+        proxy.fail("cut", path="train-00000", times=2)  # its next two GETs stop half way
+        proxy.vanish()  # nobody listens, and open connections break
         proxy.appear()
 
 Headers pass unchanged, Host too, so that the server's check of the signature holds.
@@ -31,7 +31,7 @@ Kind = Literal[
     "cut",  # the body ends half way
     "flip",  # one bit of the body is not what the server sent
     "damage",  # one bit of the request's body is not what the client sent
-    "whole",  # a request for a range is answered by the whole object, as it was when it was last read
+    "whole",  # a request for a range gets the whole object, as it was when it was last read
     "garbage",  # an answer that is no S3 server's
     "forbid",  # 403
 ]

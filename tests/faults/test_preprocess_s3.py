@@ -151,10 +151,14 @@ def test_faults_that_pass_change_nothing(
 ) -> None:
     fill(f"{uri}/raw", files)
     faults: list[tuple[Kind, str, str]] = [
-        ("503", "GET", "/raw/"), ("cut", "GET", "/raw/train/NORMAL"), ("reset", "GET", "/raw/train/PNEUMONIA"),
-        ("503", "PUT", "/made/"), ("lose", "PUT", "/made/unfinished"), ("reset", "PUT", ".h5"),
+        ("503", "GET", "/raw/"),
+        ("cut", "GET", "/raw/train/NORMAL"),
+        ("reset", "GET", "/raw/train/PNEUMONIA"),
+        ("503", "PUT", "/made/"),
+        ("lose", "PUT", "/made/unfinished"),
+        ("reset", "PUT", ".h5"),
         ("lose", "PUT", "/made/dataset.json"),
-    ]  # fmt: skip
+    ]
     for kind, method, path in faults:
         proxy.fail(kind, method=method, path=path, times=3)
     assert finish(start(f"{uri}/raw", f"{uri}/made")) == 0

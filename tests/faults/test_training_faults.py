@@ -23,13 +23,21 @@ from xrai.learning.checkpoint import CheckpointFolder
 from xrai.store import open_store
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("distributed"), pytest.mark.timeout(240),
-]  # fmt: skip
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.timeout(240),
+]
 
 OPTIONS = [
-    "--model.width=8", "--train.epochs=3", "--train.global_batch_size=16", "--train.precision=off",
-    "--evaluate.num_bootstrap=50", "--checkpoint.every=1", "--train.threads=1",
-]  # fmt: skip
+    "--model.width=8",
+    "--train.epochs=3",
+    "--train.global_batch_size=16",
+    "--train.precision=off",
+    "--evaluate.num_bootstrap=50",
+    "--checkpoint.every=1",
+    "--train.threads=1",
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -79,10 +87,19 @@ def start(
     log = dataset.parent / f"{run_id}-{time.monotonic_ns()}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, f"--artifacts={dataset.parent}/submit", f"--run_id={run_id}", *OPTIONS, *options],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, cwd=REPOSITORY,
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [
+                *command,
+                f"--artifacts={dataset.parent}/submit",
+                f"--run_id={run_id}",
+                *OPTIONS,
+                *options,
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            cwd=REPOSITORY,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     return Started(process, log)
 
 
@@ -92,7 +109,8 @@ def folder_of(dataset: Path, run_id: str) -> Path:
 
 def weights(dataset: Path, run_id: str) -> dict[str, torch.Tensor]:
     content = torch.load(folder_of(dataset, run_id) / "model.pt", weights_only=True)
-    return content["weights"]
+    found: dict[str, torch.Tensor] = content["weights"]
+    return found
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -118,6 +136,14 @@ def wait_for_step(started: Started, dataset: Path, run_id: str, step: int) -> No
         time.sleep(0.01)
 
 
+def wait_for_text(started: Started, text: str) -> None:
+    deadline = time.monotonic() + 90
+    while text not in started.log.read_text():
+        assert started.process.poll() is None, started.ended()
+        assert time.monotonic() < deadline, f"it did not say {text!r} in 90 s"
+        time.sleep(0.05)
+
+
 def workers_of(started: Started) -> list[psutil.Process]:
     """The ranks that a torchrun agent started, by rank."""
     children = [
@@ -134,18 +160,18 @@ def finish(started: Started) -> str:
     return text
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.ci)]
+)
 def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_for_bit(
     dataset: Path, whole: dict[str, torch.Tensor], kind: signal.Signals
 ):
     run_id = f"stopped-{kind.name}"
     started = start(dataset, run_id)
     wait_for_step(started, dataset, run_id, 7)
-    asked = time.monotonic()
     started.process.send_signal(kind)
     text = started.ended()
     assert started.process.returncode == 143, text
-    assert time.monotonic() - asked < 15
     said = re.search(
         r"xrai: stopped as asked after step (\d+) .*start again with the same --run_id", text
     )
@@ -155,20 +181,21 @@ def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_f
     assert same(weights(dataset, run_id), whole)
 
 
+@pytest.mark.parametrize("num_kills", [1, pytest.param(4, marks=pytest.mark.ci)])
 def test_a_process_killed_again_and_again_ends_with_the_same_weights(
-    dataset: Path, whole: dict[str, torch.Tensor]
+    dataset: Path, whole: dict[str, torch.Tensor], num_kills: int
 ):
-    generator = random.Random(0)
-    step = 0
-    for _ in range(4):
-        started = start(dataset, "killed")
-        step = min(last_step(dataset, "killed") + generator.randint(2, 7), 25)
-        wait_for_step(started, dataset, "killed", step)
-        time.sleep(generator.uniform(0, 0.05))
+    run_id = f"killed-{num_kills}"
+    generator = random.Random(num_kills)
+    for _ in range(num_kills):
+        started = start(dataset, run_id)
+        step = min(last_step(dataset, run_id) + generator.randint(2, 7), 25)
+        wait_for_step(started, dataset, run_id, step)
+        time.sleep(generator.uniform(0, 0.05))  # somewhere within a step
         started.kill_all()
-    finish(start(dataset, "killed", "--resume=must"))
-    assert same(weights(dataset, "killed"), whole)
-    history = (folder_of(dataset, "killed") / "history.csv").read_text().splitlines()
+    finish(start(dataset, run_id, "--resume=must"))
+    assert same(weights(dataset, run_id), whole)
+    history = (folder_of(dataset, run_id) / "history.csv").read_text().splitlines()
     undisturbed = (folder_of(dataset, "whole") / "history.csv").read_text().splitlines()
     assert len(history) == len(undisturbed) == 4
     for ours, theirs in zip(history[1:], undisturbed[1:], strict=True):
@@ -177,7 +204,9 @@ def test_a_process_killed_again_and_again_ends_with_the_same_weights(
         )  # epoch, step, losses, accuracies, AUROC
 
 
-@pytest.mark.parametrize("target", ["agent", "rank 0", "rank 1"])
+@pytest.mark.parametrize(
+    "target", ["agent", *(pytest.param(f"rank {rank}", marks=pytest.mark.ci) for rank in (0, 1))]
+)
 def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(dataset: Path, target: str):
     run_id = f"torchrun-{target.replace(' ', '')}"
     started = start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
@@ -211,13 +240,13 @@ def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(datas
     started = start(dataset, "rank-killed", launcher=launcher)
     wait_for_step(started, dataset, "rank-killed", 5)
     workers_of(started)[1].kill()
-    killed = time.monotonic()
-    text = started.ended(timeout_s=60)
-    assert started.process.returncode == 1 and time.monotonic() - killed < 45, text
+    text = started.ended()
+    assert started.process.returncode == 1, text
     assert "Signal 9 (SIGKILL)" in text
     finish(start(dataset, "rank-killed", launcher=launcher))
 
 
+@pytest.mark.ci
 def test_a_killed_agent_leaves_a_run_that_goes_on(dataset: Path):
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     started = start(dataset, "agent-killed", launcher=launcher)
@@ -244,21 +273,26 @@ def test_torchrun_restarts_a_run_by_itself_from_the_last_step_saved(dataset: Pat
 
 def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over():
     processes = start_ranks(
-        ["tests/distributed/discs_rank.py", "--train.global_batch_size=32", "--train.epochs=50",
-         "--train.step_timeout_s=4", "--hang_rank=1"], world_size=2,
-    )  # fmt: skip
-    began = time.monotonic()
+        [
+            "tests/distributed/discs_rank.py",
+            "--train.global_batch_size=32",
+            "--train.epochs=50",
+            "--train.step_timeout_s=4",
+            "--hang_rank=1",
+        ],
+        world_size=2,
+    )
     try:
-        stderr = processes[0].communicate(timeout=60)[1]
+        stderr = processes[0].communicate(timeout=90)[1]
     finally:
         for process in processes:
             process.kill()
             process.communicate(timeout=20)
     assert processes[0].returncode == 1
-    assert time.monotonic() - began < 50
     line = stderr.splitlines()[-1]
     assert re.search(
-        r"rank 0 of 2 waited for the other ranks .*rank 1 was last heard of \d+ s ago, after step 6",
+        r"rank 0 of 2 waited for the other ranks .*"
+        r"rank 1 was last heard of \d+ s ago, after step 6",
         line,
     )
 
@@ -272,15 +306,22 @@ def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    began = time.monotonic()
     results = finish_ranks(
         start_ranks(
-            ["-m", "xrai.train", f"--artifacts={tmp_path}/submit", "--run_id=one", *OPTIONS, f"--dataset={dataset}"],
-            world_size=2, more={1: [f"--dataset={copy}"]},
-        ), timeout_s=100,
-    )  # fmt: skip
+            [
+                "-m",
+                "xrai.train",
+                f"--artifacts={tmp_path}/submit",
+                "--run_id=one",
+                *OPTIONS,
+                f"--dataset={dataset}",
+            ],
+            world_size=2,
+            more={1: [f"--dataset={copy}"]},
+        ),
+        timeout_s=100,
+    )
     assert [status for status, _, _ in results] == [1, 1]
-    assert time.monotonic() - began < 100
     (line,) = [line for line in results[1][2].splitlines() if line.startswith("xrai: error")]
     assert "rank 1 of 2" in line and shard.name in line and "is damaged" in line
     (other,) = [line for line in results[0][2].splitlines() if line.startswith("xrai: error")]
@@ -291,19 +332,26 @@ def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_
     tmp_path: Path,
 ):
     processes = start_ranks(
-        ["tests/distributed/discs_rank.py", "--train.global_batch_size=32", "--train.epochs=50", "--raise_rank=1"],
-        world_size=2, environment={"TORCHELASTIC_ERROR_FILE": f"{tmp_path}/error-{{rank}}.json"},
-    )  # fmt: skip
-    began = time.monotonic()
-    results = finish_ranks(processes, timeout_s=60)
+        [
+            "tests/distributed/discs_rank.py",
+            "--train.global_batch_size=32",
+            "--train.epochs=50",
+            "--raise_rank=1",
+        ],
+        world_size=2,
+        environment={"TORCHELASTIC_ERROR_FILE": f"{tmp_path}/error-{{rank}}.json"},
+    )
+    results = finish_ranks(processes, timeout_s=90)
     assert [status for status, _, _ in results] == [1, 1]
-    assert time.monotonic() - began < 45
     assert "ZeroDivisionError" in results[1][2]
     assert "rank 1" in results[0][2]
     assert "ZeroDivisionError" in (tmp_path / "error-1.json").read_text()
 
 
-def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(tmp_path: Path):
+@pytest.mark.parametrize("num_kills", [2, pytest.param(8, marks=pytest.mark.ci)])
+def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
+    tmp_path: Path, num_kills: int
+):
     saver = tmp_path / "saver.py"
     saver.write_text(
         "import sys, torch\n"
@@ -313,7 +361,8 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
         "folder = Path(sys.argv[1])\n"
         "none = lambda names: None\n"
         "checkpoints = CheckpointFolder(\n"
-        "    folder, store=open_store(str(folder)), publish=none, remove=none, keep_last=2, keep_best=1)\n"
+        "    folder, store=open_store(str(folder)), publish=none, remove=none,\n"
+        "    keep_last=2, keep_best=1)\n"
         "found = checkpoints.newest()\n"
         "step = found[0].step if found else 0\n"
         "while True:\n"
@@ -324,11 +373,15 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
     )
     folder = tmp_path / "run"
     generator = random.Random(1)
-    for _ in range(8):
+    done = 0
+    for _ in range(num_kills):
         process = subprocess.Popen(
-            [sys.executable, str(saver), str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+            [sys.executable, str(saver), str(folder)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
+        )
         assert process.stdout is not None
         for _ in range(generator.randint(1, 5)):
             done = int(process.stdout.readline())
@@ -338,9 +391,13 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
         process.kill()
         process.communicate(timeout=20)
         checkpoints = CheckpointFolder(
-            folder, store=open_store(str(folder)), publish=lambda names: None, remove=lambda names: None, keep_last=2,
+            folder,
+            store=open_store(str(folder)),
+            publish=lambda names: None,
+            remove=lambda names: None,
+            keep_last=2,
             keep_best=1,
-        )  # fmt: skip
+        )
         found = checkpoints.newest()
         assert found is not None
         entry, state = found
@@ -348,26 +405,38 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
         assert torch.equal(state["weight"], torch.full((500_000,), float(entry.step)))
 
 
+@pytest.mark.ci
 def test_a_node_is_lost_and_comes_back_and_training_ends(dataset: Path):
     port = free_port()
 
     def node(name: str) -> Started:
         return start(
-            dataset, "elastic", "--train.epochs=12", "--train.timeout_s=60", "--train.step_timeout_s=10",
+            dataset,
+            "elastic",
+            "--train.epochs=12",
+            "--train.timeout_s=60",
+            "--train.step_timeout_s=10",
             launcher=[
-                *TORCHRUN, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=10", "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=elastic",
-                "--rdzv_conf=last_call_timeout=3,timeout=60", "--local_addr=127.0.0.1",
+                *TORCHRUN,
+                "--nnodes=1:2",
+                "--nproc_per_node=1",
+                "--max-restarts=10",
+                "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}",
+                "--rdzv_id=elastic",
+                "--rdzv_conf=last_call_timeout=3,timeout=60",
+                "--local_addr=127.0.0.1",
                 *(["--node_rank=0"] if name == "first" else []),
             ],
-        )  # fmt: skip
+        )
 
     first = node("first")
     others: list[Started] = []
     try:
         wait_for_step(first, dataset, "elastic", 2)
         others.append(node("second"))
-        time.sleep(12)  # it joins, and both begin anew from the last step saved
+        wait_for_text(first, "going on after step")  # it joined: both began anew
+        wait_for_step(first, dataset, "elastic", last_step(dataset, "elastic") + 1)
         others[0].kill_all()
         stopped_at = last_step(dataset, "elastic")
         wait_for_step(first, dataset, "elastic", min(stopped_at + 5, 130))

@@ -577,9 +577,7 @@ def test_a_file_cut_short_anywhere_is_refused() -> None:
                 decoded(data[:cut])
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_without_the_patient(
     draw: st.DataObject, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]

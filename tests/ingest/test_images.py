@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -342,7 +342,6 @@ VALID = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_and_nothing_else(
     data: st.DataObject,

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xrai.errors import SourceError
@@ -94,7 +94,6 @@ def test_the_same_table_is_read_however_it_is_written(name: str) -> None:
     assert entries(VARIANTS[name]) == entries(GOOD)
 
 
-@settings(max_examples=50, deadline=None)
 @given(order=st.permutations(GOOD.splitlines()[1:]))
 def test_the_order_of_rows_does_not_matter(order: list[str]) -> None:
     assert entries("\n".join([GOOD.splitlines()[0], *order])) == entries(GOOD)
@@ -183,7 +182,6 @@ def test_a_table_that_is_none_is_refused(text: str, words: str) -> None:
     assert words in refusal(text)
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.text(st.sampled_from('path,label;\t\n\r"\0 NORMAL.dcm'), max_size=60))
 def test_any_text_is_a_table_or_refused_in_one_line(text: str) -> None:
     for start in ("", "path,label\n"):

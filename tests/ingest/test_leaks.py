@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.fft
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
@@ -72,7 +72,6 @@ near_hashes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     train=near_hashes,
     val=near_hashes,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.dataset.pictures import picture_file, source_files, write_files
@@ -68,7 +68,6 @@ def test_every_file_is_in_one_shard_of_its_split_in_the_order_of_hashes() -> Non
         assert all(len(shard.rows) == 10 for shard in shards[:-1])
 
 
-@settings(max_examples=20, deadline=None)
 @given(order=st.permutations(sorted(FILES)))
 def test_the_plan_does_not_depend_on_the_order_of_listing(order: list[str]) -> None:
     assert plan_of({path: FILES[path] for path in order}) == plan_of(FILES)

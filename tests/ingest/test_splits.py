@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xrai.config import Splits
@@ -63,7 +63,6 @@ def rows_of(pairs: list[tuple[int, int]]) -> list[Row]:
     ]
 
 
-@settings(max_examples=80, deadline=None)
 @given(pairs=patients)
 def test_no_patient_and_no_image_is_in_two_carved_splits(pairs: list[tuple[int, int]]) -> None:
     by_patient, by_image = defaultdict(set), defaultdict(set)
@@ -73,7 +72,6 @@ def test_no_patient_and_no_image_is_in_two_carved_splits(pairs: list[tuple[int, 
     assert all(len(splits) == 1 for splits in (*by_patient.values(), *by_image.values()))
 
 
-@settings(max_examples=80, deadline=None)
 @given(pairs=patients, seed=st.randoms(use_true_random=False))
 def test_splits_do_not_depend_on_the_order_of_files(
     pairs: list[tuple[int, int]], seed: "object"
@@ -84,7 +82,6 @@ def test_splits_do_not_depend_on_the_order_of_files(
     assert splits_of(shuffled) == splits_of(rows)
 
 
-@settings(max_examples=80, deadline=None)
 @given(num_before=st.integers(60, 100), num_added=st.integers(0, 60), images_each=st.integers(1, 3))
 def test_adding_images_moves_nobody(num_before: int, num_added: int, images_each: int) -> None:
     before = many(num_before)
@@ -231,7 +228,6 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
 # ---------------------------------------------------------------------------------- for xrai.verify
 
 
-@settings(max_examples=40, deadline=None)
 @given(pairs=patients)
 def test_what_was_assigned_breaks_no_rule(pairs: list[tuple[int, int]]) -> None:
     assignment = assign_splits(rows_of(pairs), CARVE)

@@ -150,7 +150,8 @@ def failures_explained(documents: list[Document]) -> list[str]:
                     and variable.get("value") == message
                 ):
                     broken.append(
-                        f"{workload.name}/{container['name']}: torch removes {message} first, which is a mount"
+                        f"{workload.name}/{container['name']}: "
+                        f"torch removes {message} first, which is a mount"
                     )
     return broken
 
@@ -193,7 +194,8 @@ def cache_fits_its_volume(documents: list[Document]) -> list[str]:
     config = yaml.safe_load(of_kind(documents, "ConfigMap")["xrai-config"]["data"]["config.yaml"])
     max_bytes = config.get("cache", {}).get("max_gib", 0) * 2**30
     return [
-        f"{workload.name}: cache.max_gib does not stay below the volume's {volume['emptyDir']['sizeLimit']}"
+        f"{workload.name}: cache.max_gib does not stay below the volume's "
+        f"{volume['emptyDir']['sizeLimit']}"
         for workload in workloads(documents)
         for volume in workload.pod.get("volumes", [])
         if volume["name"] == "cache" and not 0 < max_bytes < _bytes(volume["emptyDir"]["sizeLimit"])
@@ -259,7 +261,8 @@ def nodes_meet(documents: list[Document]) -> list[str]:
         )
         if not job["completions"] == job["parallelism"] == int(args.get("--nnodes", "0")):
             broken.append(
-                f"{workload.name} has {job['parallelism']} pods of {job['completions']}, args say {args}"
+                f"{workload.name} has {job['parallelism']} pods of {job['completions']}, "
+                f"args say {args}"
             )
         service = services.get(pod.get("subdomain", ""))
         if service is None:
@@ -443,10 +446,23 @@ def network_denied(documents: list[Document]) -> list[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    locked_down, no_token, no_secrets, bounded_resources, pinned_images, failures_explained, mounts_fit,
-    cache_fits_its_volume, jobs_replace_what_was_lost, nodes_meet, time_to_save, checked_before, cores_suffice,
-    partitions_add_up, variables_known, network_denied,
-)  # fmt: skip
+    locked_down,
+    no_token,
+    no_secrets,
+    bounded_resources,
+    pinned_images,
+    failures_explained,
+    mounts_fit,
+    cache_fits_its_volume,
+    jobs_replace_what_was_lost,
+    nodes_meet,
+    time_to_save,
+    checked_before,
+    cores_suffice,
+    partitions_add_up,
+    variables_known,
+    network_denied,
+)
 
 
 def _trainings_and_preprocessings(documents: list[Document]) -> list[Workload]:

@@ -42,7 +42,8 @@ def problems(document: Document, version: str) -> str | None:
     try:
         kubernetes_validate.validate(document, version, strict=True)
     except kubernetes_validate.ValidationError as error:
-        return f"{document['kind']}/{document['metadata']['name']} in {version}: {list(error.path)}: {error.message}"
+        name = f"{document['kind']}/{document['metadata']['name']}"
+        return f"{name} in {version}: {list(error.path)}: {error.message}"
     return None
 
 

@@ -182,19 +182,17 @@ def test_a_rank_that_does_not_come_is_named_when_time_is_over(tmp_path: Path):
     began = time.monotonic()
     with pytest.raises(MissingRankError, match="no word from rank 2 for"):
         near[0].largest(near[0].leave(0, purpose=WORDS), purpose=WORDS)
-    assert 0.5 <= time.monotonic() - began < 10
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_rank_whose_process_has_ended_is_named_at_once(tmp_path: Path):
-    near = new_neighbours(tmp_path, 2, timeout_s=60)
+    near = new_neighbours(tmp_path, 2, timeout_s=3600)
     process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR, str(tmp_path / "neighbours")])
     while not near[0].notes():
         time.sleep(0.01)
-    began = time.monotonic()
     process.kill()  # nobody asks for its status before the end of this test
     with pytest.raises(MissingRankError, match="rank 1 has ended"):
         near[0].largest(near[0].leave(0, purpose=WORDS), purpose=WORDS)
-    assert time.monotonic() - began < 10
     assert near[0].is_there(0)
     assert not near[0].is_there(1)
     process.wait()

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.results.small import scored_images
@@ -13,7 +13,6 @@ from xrai.results.calibration import calibrated, choose_threshold, fit_temperatu
 
 
 @given(scored_images())
-@settings(deadline=None, max_examples=150)
 def test_the_chosen_threshold_has_the_largest_youden_index_of_all(
     images: tuple[list[int], list[float]],
 ) -> None:
@@ -68,7 +67,6 @@ def test_a_threshold_needs_both_classes() -> None:
 
 
 @given(scored_images(), st.floats(0.1, 8))
-@settings(deadline=None, max_examples=40)
 def test_the_temperature_has_the_smallest_log_loss_of_all(
     images: tuple[list[int], list[float]], stretch: float
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn import metrics as scikit
 
@@ -58,7 +58,6 @@ def plain_metrics(labels: Any, scores: Any, threshold: float) -> dict[str, float
 
 
 @given(scored_images(), st.floats(0.05, 0.95))
-@settings(deadline=None, max_examples=60)
 def test_every_value_is_that_of_scikit_learn_or_of_its_definition(
     images: tuple[list[int], list[float]], threshold: float
 ) -> None:
@@ -107,7 +106,6 @@ def test_intervals_are_those_of_a_plain_loop_that_draws_patients() -> None:
 @example(
     ([0, 1, 0, 1], [0.5, 0.0, 0.5, 0.0]), 2
 )  # all wrong: resamples of MCC differ by rounding alone
-@settings(deadline=None, max_examples=30)
 def test_more_images_of_the_same_patients_make_no_interval_narrower(
     images: tuple[list[int], list[float]], copies: int
 ) -> None:
@@ -271,7 +269,6 @@ def test_auroc_takes_logits_and_is_nan_with_one_class() -> None:
 
 
 @given(scored_images())
-@settings(deadline=None, max_examples=40)
 def test_the_calibration_bins_hold_each_image_once_and_add_up_to_the_ece(
     images: tuple[list[int], list[float]],
 ) -> None:
@@ -365,7 +362,6 @@ def test_the_abstention_curve_leaves_out_the_least_certain_and_the_least_typical
 
 
 @given(scored_images())
-@settings(deadline=None, max_examples=40)
 def test_the_calls_at_each_threshold_are_those_of_a_plain_count(
     images: tuple[list[int], list[float]],
 ) -> None:
@@ -433,7 +429,6 @@ def test_counting_results_loads_no_other_library_than_numpy() -> None:
 
 
 @given(scored_images())
-@settings(deadline=None, max_examples=60)
 def test_the_curves_are_those_of_scikit_learn(images: tuple[list[int], list[float]]) -> None:
     labels, scores = np.array(images[0]), np.array(images[1])
     tp, fp = cumulative_calls(labels, scores)
