@@ -1,6 +1,7 @@
 """Starts the ranks of a job as real processes and collects what they print."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -98,13 +99,19 @@ def fork_ranks(
                 wiring(world_size=world_size, environment=environment), outputs, strict=True
             )
         ]
-        zygote.stdin.write(json.dumps(request) + "\n")
-        zygote.stdin.flush()
-        pids = json.loads(zygote.stdout.readline())
-        timer = threading.Timer(timeout_s, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
-        timer.start()
-        statuses = json.loads(zygote.stdout.readline())
-        timer.cancel()
+        late = threading.Timer(timeout_s, lambda: os.killpg(zygote.pid, signal.SIGKILL))
+        late.start()
+        try:
+            zygote.stdin.write(json.dumps(request) + "\n")
+            zygote.stdin.flush()
+            statuses = json.loads(zygote.stdout.readline())
+        except BaseException:  # a time-out of the test, too: the next test needs another zygote
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(zygote.pid, signal.SIGKILL)
+            _zygote.cache_clear()
+            raise
+        finally:
+            late.cancel()
         return [
             (status, *(output.with_suffix(f".{kind}").read_text() for kind in ("stdout", "stderr")))
             for status, output in zip(statuses, outputs, strict=True)
@@ -120,8 +127,9 @@ def _zygote() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # its ranks are in its process group
     )
-    atexit.register(process.communicate)  # its stdin is closed: it ends
+    atexit.register(process.communicate)  # which closes its stdin: it ends
     return process
 
 

@@ -10,21 +10,17 @@ import pytest
 
 from tests.distributed.ranks import finish_ranks, run_ranks, start_ranks
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.xdist_group("distributed"),
-    pytest.mark.timeout(180),
-]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
 
 MEMORY = Path("/dev/shm")
 RANK = "tests/distributed/discs_rank.py"
 ON_ONE_MACHINE = {"LOCAL_WORLD_SIZE": "2"}  # of two ranks, as torchrun tells them
-ON_TWO_MACHINES = {"LOCAL_WORLD_SIZE": "1"}
+ON_TWO_MACHINES = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 WRAP = """
 import json
 from torch import nn
 from xrai.learning.distributed import join
-with join(timeout_s=20) as ranks:
+with join(timeout_s=60) as ranks:
     wrapped = ranks.wrap(nn.Linear(4, 2))
     print(json.dumps([type(state).__name__ for _, state in wrapped._comm_hooks]))
 """

@@ -2,8 +2,7 @@
 
 A start costs a fork instead of seconds of imports. Reads requests, one JSON line each: a list of
 ranks, each with `arguments` (as `python` takes them), `environment` and `output`, the path to
-which `.stdout` and `.stderr` are added. Answers with a line of process ids, and with a line of
-exit statuses when all ranks have ended.
+which `.stdout` and `.stderr` are added. Answers with a line of exit statuses when all have ended.
 """
 
 import json
@@ -25,7 +24,6 @@ def main() -> None:
             if not (pid := os.fork()):
                 return become(rank)
             pids.append(pid)
-        print(json.dumps(pids), flush=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print(json.dumps(statuses), flush=True)
 
