@@ -186,6 +186,12 @@ def test_preprocessing_loads_no_package_that_it_does_not_use(module: str) -> Non
     assert not loaded & {*heavy, "pydicom", "gdcm"}
 
 
+def test_training_loads_what_draws_when_it_draws_which_is_on_rank_0_alone() -> None:
+    loaded = loaded_after("import xrai.train")
+    assert "torch" in loaded
+    assert not loaded & {"sklearn", "scipy", "matplotlib", "jinja2", "tensorboard", "boto3"}
+
+
 def test_every_module_can_be_loaded_where_boto3_can_not(repository: Path) -> None:
     files = sorted((repository / "xrai").rglob("*.py"))
     modules = [".".join(path.relative_to(repository).with_suffix("").parts) for path in files]
