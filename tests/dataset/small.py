@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.shards import Counts, DatasetIndex, ShardInfo, shard_name, write_shard
+from xrai.dataset.shards import Columns, Counts, DatasetIndex, ShardInfo, shard_name, write_shard
 
 SIZE = 16
 CLASSES = ("NORMAL", "PNEUMONIA")
@@ -71,14 +71,16 @@ def _write_split(
         images[:, 0, :4] = places.astype("<u4")[:, None].view(np.uint8)
         write_shard(
             folder / name,
-            images=images,
-            labels=(places % 2).astype(np.uint8),
-            source=[f"{split}/{place}.png" for place in places],
-            patient=[f"IM/{place}" for place in places],
-            subtype=["bacterial" if place % 2 else "" for place in places],
-            sha256=[hashlib.sha256(f"{seed}/{place}".encode()).hexdigest() for place in places],
-            width=(1000 + places).tolist(),
-            height=(800 + places).tolist(),
+            Columns(
+                images=images,
+                labels=(places % 2).astype(np.uint8),
+                source=[f"{split}/{place}.png" for place in places],
+                patient=[f"IM/{place}" for place in places],
+                subtype=["bacterial" if place % 2 else "" for place in places],
+                sha256=[hashlib.sha256(f"{seed}/{place}".encode()).hexdigest() for place in places],
+                width=(1000 + places).tolist(),
+                height=(800 + places).tolist(),
+            ),
         )
         data = (folder / name).read_bytes()
         num_odd = int((places % 2).sum())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xrai.dataset.manifest import Row
-from xrai.dataset.shards import Counts, DatasetIndex, ShardInfo, shard_name, write_shard
+from xrai.dataset.shards import Columns, Counts, DatasetIndex, ShardInfo, shard_name, write_shard
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.card import REPORT_KEYS, is_phantom, make_report, write_card
 from xrai.store import Store, open_store
@@ -141,11 +141,18 @@ def stored(folder: Path, rows: list[Row]) -> Store:
             + np.arange(start, start + len(here), dtype=np.uint8)[:, None, None]
         )
         write_shard(
-            folder / shard_name(split, 0, 1), images=images, labels=np.array([found.label for found in here], np.uint8),
-            source=[found.path for found in here], patient=[found.patient for found in here],
-            subtype=[found.subtype for found in here], sha256=[found.sha256 for found in here],
-            width=[8] * len(here), height=[8] * len(here),
-        )  # fmt: skip
+            folder / shard_name(split, 0, 1),
+            Columns(
+                images=images,
+                labels=np.array([found.label for found in here], np.uint8),
+                source=[found.path for found in here],
+                patient=[found.patient for found in here],
+                subtype=[found.subtype for found in here],
+                sha256=[found.sha256 for found in here],
+                width=[8] * len(here),
+                height=[8] * len(here),
+            ),
+        )
     return open_store(str(folder))
 
 

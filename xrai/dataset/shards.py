@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.errors import CorruptError, DatasetError, NotFoundError
+from xrai.files import sha256_of, write_atomically
 from xrai.store import Store
 
 SCHEMA_VERSION: Final = 1
@@ -36,9 +37,7 @@ _PAGE_BYTES = 4096
 
 
 def shard_name(split: str, number: int, num_shards: int) -> str:
-    """`train-00000-of-00008.h5`: the key of the shard at place `number` of the `num_shards`
-    planned for a split.
-    """
+    """`train-00000-of-00008.h5`: the key of shard `number` of a split's `num_shards`."""
     return f"{split}-{number:05d}-of-{num_shards:05d}.h5"
 
 
@@ -51,24 +50,53 @@ def is_shard_name(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """What a shard is written from; all but the images are (N,), N at least 1."""
+
+    images: NDArray[np.uint8]  # (N, H, W)
+    labels: NDArray[np.uint8]  # positions in `DatasetIndex.classes`
+    source: Sequence[str]  # paths of the source files
+    patient: Sequence[str]  # keys of the patients
+    subtype: Sequence[str]  # "bacterial", "viral" or ""
+    sha256: Sequence[str]  # hex digests of the source files
+    width: Sequence[int]  # of the source image, upright, pixels
+    height: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Layout:
-    """What opening a shard finds out: whoever keeps it maps the same file again without going
-    through HDF5.
-    """
+    """What opening a shard finds out, to map the same file again without HDF5."""
 
     shape: tuple[int, int, int]  # of `images`, (N, H, W)
     offset: int  # of `images` in the file, bytes
     labels: NDArray[np.uint8]  # (N,)
 
 
+class _Column:
+    """A column of `Shard`, read from the mapped file each time. Raises `CorruptError`.
+
+    Training needs none of them; as Python objects they would take 300 bytes a row, and most of the
+    time of opening.
+    """
+
+    def __set_name__(self, owner: type["Shard"], name: str) -> None:
+        self._name = name
+
+    def __get__(self, shard: "Shard", owner: type["Shard"]) -> NDArray[Any]:
+        with _explained(shard._path), h5py.File(shard._mapped, "r") as file:
+            column = file[self._name]
+            is_text = h5py.check_string_dtype(column.dtype) is not None
+            values: NDArray[Any] = column.asstr()[:].astype(object) if is_text else column[:]
+        if len(values) != len(shard.labels):
+            raise CorruptError(
+                f"{shard._path} is not laid out as a shard: {self._name} has {len(values)} rows"
+            )
+        return values
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One open shard. `images` is a view on the mapped file: pages are read when they are touched.
-
-    The columns below, which training does not need, are read from the mapped file each time that
-    they are asked for: as Python objects they would take 300 bytes a row, and most of the time of
-    opening. They raise `CorruptError`.
-    """
+    """An open shard. `images` is a view of the mapped file: pages are read when touched."""
 
     images: NDArray[np.uint8]  # (N, H, W), read-only
     labels: NDArray[np.uint8]  # (N,), positions in `DatasetIndex.classes`
@@ -76,115 +104,57 @@ class Shard:
     _path: Path = field(repr=False)  # for messages: the file may have gone
     _mapped: mmap.mmap = field(repr=False)
 
-    @property
-    def source(self) -> NDArray[np.object_]:
-        """(N,) str, paths of the source files."""
-        return self._read_texts("source")
-
-    @property
-    def patient(self) -> NDArray[np.object_]:
-        """(N,) str, keys of the patients."""
-        return self._read_texts("patient")
-
-    @property
-    def subtype(self) -> NDArray[np.object_]:
-        """(N,) str, "bacterial", "viral" or ""."""
-        return self._read_texts("subtype")
-
-    @property
-    def sha256(self) -> NDArray[np.object_]:
-        """(N,) str, hex digests of the source files."""
-        return self._read_texts("sha256")
-
-    @property
-    def width(self) -> NDArray[np.uint32]:
-        """(N,), of the source pictures, upright and before they were fitted, pixels."""
-        return self._read("width").astype(np.uint32)
-
-    @property
-    def height(self) -> NDArray[np.uint32]:
-        """(N,), of the source pictures, pixels."""
-        return self._read("height").astype(np.uint32)
-
-    def _read_texts(self, name: str) -> NDArray[np.object_]:
-        return self._read(name, is_text=True).astype(object)
-
-    def _read(self, name: str, *, is_text: bool = False) -> NDArray[Any]:
-        with _explained(self._path), h5py.File(self._mapped, "r") as file:
-            values: NDArray[Any] = file[name].asstr()[:] if is_text else file[name][:]
-        if len(values) != len(self.labels):
-            raise CorruptError(
-                f"{self._path} is not laid out as a shard: {name} has {len(values)} rows"
-            )
-        return values
+    source = _Column()  # (N,) str, as in `Columns`; so are the others
+    patient = _Column()
+    subtype = _Column()
+    sha256 = _Column()
+    width = _Column()  # (N,) uint32
+    height = _Column()
 
 
-def write_shard(
-    path: Path,
-    *,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.uint8],
-    source: Sequence[str],
-    patient: Sequence[str],
-    subtype: Sequence[str],
-    sha256: Sequence[str],
-    width: Sequence[int],
-    height: Sequence[int],
-) -> None:
-    """Write one shard, byte-identical for the same input and version of HDF5.
+def write_shard(path: Path, columns: Columns) -> None:
+    """Write a shard, atomically; the same bytes for the same columns and version of HDF5.
 
-    `images` is (N, H, W), `labels` and the others (N,), N at least 1; `sha256` holds hex digests,
-    `width` and `height` the pixels of the source picture. The file appears under `path` only when
-    it is whole. Raises OSError when the disk is full or `path` cannot be written.
+    Raises OSError if the disk is full or `path` cannot be written.
     """
-    num_rows = len(images)
-    assert num_rows > 0
-    assert images.ndim == 3
-    assert images.dtype == labels.dtype == np.uint8
-    assert num_rows == len(labels) == len(source) == len(patient) == len(subtype) == len(sha256)
-    assert num_rows == len(width) == len(height)
-    partial = path.with_name(f"{path.name}.partial")
-    # One fixed range of format versions; v110 also puts a checksum on all of HDF5's own metadata.
-    # Large objects start on a page, so that `images` can be mapped well. In memory first: HDF5 can
-    # not close a file on a full disk, and prints that of each object in it.
+    assert columns.images.ndim == 3 and len(columns.images) > 0
+    assert columns.images.dtype == columns.labels.dtype == np.uint8
+    text = h5py.string_dtype("utf-8")
+    types = {"source": text, "patient": text, "subtype": text, "sha256": "S64"}
+    types |= {"width": np.uint32, "height": np.uint32}
+    values = {item.name: getattr(columns, item.name) for item in fields(columns)}
+    assert {len(column) for column in values.values()} == {len(columns.images)}
+    # One fixed range of format versions; v110 also adds checksums to all of HDF5's own metadata.
+    # Large objects start on a page, so `images` can be mapped. In memory first: HDF5 cannot close
+    # a file on a full disk, and prints that for each object in it.
     with h5py.File(
-        path.name, "w", driver="core", backing_store=False, libver=("v110", "v110"),
-        alignment_threshold=_PAGE_BYTES, alignment_interval=_PAGE_BYTES,
-    ) as file:  # fmt: skip
+        path.name,
+        "w",
+        driver="core",
+        backing_store=False,
+        libver=("v110", "v110"),
+        alignment_threshold=_PAGE_BYTES,
+        alignment_interval=_PAGE_BYTES,
+    ) as file:
         file.attrs["schema_version"] = SCHEMA_VERSION
-        file.create_dataset(
-            "images", data=images, track_times=False
-        )  # (N, H, W), contiguous: no chunks, no filter
-        file.create_dataset("labels", data=labels, track_times=False)  # (N,)
-        for name, texts in (("source", source), ("patient", patient), ("subtype", subtype)):
-            file.create_dataset(
-                name, data=list(texts), dtype=h5py.string_dtype("utf-8"), track_times=False
-            )  # (N,)
-        file.create_dataset("sha256", data=np.array(sha256, dtype="S64"), track_times=False)  # (N,)
-        for name, sides in (("width", width), ("height", height)):
-            file.create_dataset(name, data=np.array(sides, np.uint32), track_times=False)  # (N,)
+        for name, column in values.items():  # contiguous: no chunks, no filter
+            data = np.asarray(column, dtype=types.get(name, np.uint8))
+            file.create_dataset(name, data=data, track_times=False)
         file.flush()
-        data = file.id.get_file_image()
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        content = file.id.get_file_image()
+    write_atomically(path, content)
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a shard. The caller has checked its hash: pixels carry no check sum of their own.
+    """Map a shard. The caller has checked its hash: pixels carry no checksum of their own.
 
-    Raises `CorruptError` when the file is no shard of this schema version, or is cut short,
-    `DatasetError` when it lacks what a version of xrai before the first release did not write.
+    Raises `CorruptError` if the file is no shard of this schema version, or is cut short.
     """
     return map_shard(path, _read_layout(path))
 
 
 def map_shard(path: Path, layout: Layout) -> Shard:
-    """Map a shard whose layout is known, as `open_shard` does. Raises `CorruptError` when the
-    file is cut short.
-    """
+    """Map a shard whose layout is known. Raises `CorruptError` if the file is cut short."""
     with _explained(path), path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     num_pixels = math.prod(layout.shape)
@@ -192,10 +162,8 @@ def map_shard(path: Path, layout: Layout) -> Shard:
         raise CorruptError(
             f"{path} is cut short: {len(mapped)} bytes do not hold images of {layout.shape}"
         )
-    images = np.frombuffer(mapped, np.uint8, count=num_pixels, offset=layout.offset).reshape(
-        layout.shape
-    )
-    return Shard(images, layout.labels, layout, path, mapped)
+    images = np.frombuffer(mapped, np.uint8, count=num_pixels, offset=layout.offset)
+    return Shard(images.reshape(layout.shape), layout.labels, layout, path, mapped)
 
 
 def _read_layout(path: Path) -> Layout:
@@ -205,18 +173,8 @@ def _read_layout(path: Path) -> Layout:
             raise CorruptError(
                 f"{path} is a shard of schema version {version}; this xrai reads {SCHEMA_VERSION}"
             )
-        shape, dtype, offset = (
-            file["images"].shape,
-            file["images"].dtype,
-            file["images"].id.get_offset(),
-        )
-        labels = file["labels"][:]
-        absent = [name for name in ("width", "height") if name not in file]
-    if absent:
-        raise DatasetError(
-            f"{path} lacks {' and '.join(absent)}: an xrai before the first release wrote it; "
-            "`python -m xrai.preprocess --overwrite` makes the data set anew"
-        )
+        images, labels = file["images"], file["labels"][:]
+        shape, dtype, offset = images.shape, images.dtype, images.id.get_offset()
     if dtype != np.uint8 or len(shape) != 3 or offset is None or labels.shape != shape[:1]:
         raise CorruptError(
             f"{path} is not laid out as a shard: images are {shape} {dtype}, labels {labels.shape}"
@@ -228,13 +186,7 @@ def _read_layout(path: Path) -> Layout:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # what h5py raises on damaged files
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py's, if damaged
         raise CorruptError(f"{path} cannot be read as a shard: {error}") from error
 
 
@@ -263,8 +215,8 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class Counts:
-    """Source files. `num_found` = `num_written` + `num_set_aside`; `num_not_data` (hidden files
-    and such) is apart.
+    """Source files: `num_found` = `num_written` + `num_set_aside` (excluded). Hidden files and such
+    are not data, and counted apart.
     """
 
     num_found: int
@@ -280,9 +232,7 @@ class DatasetIndex:
     classes: tuple[str, ...]
     image_size: int  # pixels, height and width
     splits: Mapping[str, tuple[ShardInfo, ...]]  # of train, val and test, those that exist
-    carved: tuple[
-        str, ...
-    ]  # the splits that were carved from train, by patient; the others the source gave
+    carved: tuple[str, ...]  # splits carved from train, by patient; the source gave the others
     pixel_mean: float  # of all pixels of the train split, grey levels 0 to 255
     pixel_std: float
     source: str
@@ -311,9 +261,7 @@ class DatasetIndex:
         }
 
     def to_json(self) -> str:
-        """The text of `dataset.json`. Its last key is a hash of all the others, so that any
-        change shows.
-        """
+        """The text of `dataset.json`; its last key is a hash of all others, so any change shows."""
         mapping = asdict(replace(self, splits=dict(self.splits), config=dict(self.config)))
         ordered = {key: mapping[key] for key in ("schema_version", "fingerprint")} | mapping
         return json.dumps(ordered | {"index_sha256": _hash_json(ordered)}, indent=1) + "\n"
@@ -322,7 +270,7 @@ class DatasetIndex:
     def from_json(cls, text: str | bytes, *, where: str) -> "DatasetIndex":
         """Read `dataset.json` back. `where` names it in messages.
 
-        Raises `CorruptError` when it is not what was written, `DatasetError` for another schema
+        Raises `CorruptError` if it is not what was written, `DatasetError` for another schema
         version.
         """
         try:
@@ -334,9 +282,7 @@ class DatasetIndex:
                 f"{where} is not the index of a data set, or is damaged: {error}"
             ) from error
         if stated != _hash_json(mapping):
-            raise CorruptError(
-                f"{where} is damaged: its contents do not have the hash that it states"
-            )
+            raise CorruptError(f"{where} is damaged: its contents do not have the hash it states")
         if version != SCHEMA_VERSION:
             raise DatasetError(
                 f"{where} has schema version {version}; this xrai reads version {SCHEMA_VERSION}"
@@ -345,25 +291,20 @@ class DatasetIndex:
         mapping["carved"] = tuple(mapping["carved"])
         mapping["counts"] = Counts(**mapping["counts"])
         mapping["objects"] = tuple(ObjectInfo(**entry) for entry in mapping["objects"])
-        mapping["splits"] = {
-            split: tuple(
+        for split, entries in mapping["splits"].items():
+            mapping["splits"][split] = tuple(
                 ShardInfo(**{**entry, "num_rows_per_class": tuple(entry["num_rows_per_class"])})
                 for entry in entries
             )
-            for split, entries in mapping["splits"].items()
-        }
         index = cls(**mapping)
-        if not all(
-            is_shard_name(shard.name) for shards in index.splits.values() for shard in shards
-        ):
+        names = (shard.name for shards in index.splits.values() for shard in shards)
+        if not all(map(is_shard_name, names)):
             raise CorruptError(f"{where} lists shards under names that xrai never writes")
         return index
 
 
 def compute_fingerprint(index: DatasetIndex) -> str:
-    """Hex sha256 of a data set's contents: classes, image size and the hashes of its shards, in
-    order.
-    """
+    """Hex sha256 of a data set's contents: classes, image size and the hashes of its shards."""
     shards = {
         split: [shard.sha256 for shard in index.splits[split]]
         for split in SPLITS
@@ -373,32 +314,27 @@ def compute_fingerprint(index: DatasetIndex) -> str:
 
 
 def read_index(store: Store) -> DatasetIndex:
-    """Read `dataset.json` of a data set.
-
-    Raises `DatasetError` where there is none, `CorruptError` where it is damaged.
-    """
+    """Read `dataset.json`. Raises `DatasetError` if there is none, `CorruptError` if damaged."""
     try:
         data = store.read(INDEX_KEY)
     except NotFoundError as error:
         raise DatasetError(
-            f"{store.uri} holds no {INDEX_KEY}, so no data set; "
-            f"`python -m xrai.preprocess --source FOLDER --dataset {store.uri}` makes one"
+            f"{store.uri} holds no {INDEX_KEY}, so no data set; `python -m xrai.preprocess "
+            f"--source FOLDER --dataset {store.uri}` makes one"
         ) from error
     try:
         return DatasetIndex.from_json(data, where=f"{store.uri}/{INDEX_KEY}")
     except CorruptError as error:
-        raise CorruptError(
-            f"{error}; `python -m xrai.preprocess --overwrite` makes the data set anew"
-        ) from error
+        advice = "`python -m xrai.preprocess --overwrite` makes the data set anew"
+        raise CorruptError(f"{error}; {advice}") from error
 
 
 def hash_object(store: Store, key: str) -> str | None:
-    """Hex sha256 of an object's stored bytes, or None where there is no such object."""
+    """Hex sha256 of an object's stored bytes, or None if there is no such object."""
     path = store.local_path(key)
     try:
         if path is not None:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_of(path)
         with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
             return store.download(key, Path(folder) / "object")
     except (NotFoundError, FileNotFoundError):
@@ -406,6 +342,5 @@ def hash_object(store: Store, key: str) -> str | None:
 
 
 def _hash_json(value: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

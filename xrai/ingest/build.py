@@ -213,14 +213,16 @@ def write_decoded(path: Path, decoded: DecodedShard) -> None:
     with _explaining(path, path.name):
         shards.write_shard(
             path,
-            images=decoded.images,
-            labels=np.array([row.label for row in rows], np.uint8),
-            source=[row.path for row in rows],
-            patient=[row.patient for row in rows],
-            subtype=[row.subtype for row in rows],
-            sha256=[row.sha256 for row in rows],
-            width=[width for width, _ in decoded.sizes],
-            height=[height for _, height in decoded.sizes],
+            shards.Columns(
+                images=decoded.images,
+                labels=np.array([row.label for row in rows], np.uint8),
+                source=[row.path for row in rows],
+                patient=[row.patient for row in rows],
+                subtype=[row.subtype for row in rows],
+                sha256=[row.sha256 for row in rows],
+                width=[width for width, _ in decoded.sizes],
+                height=[height for _, height in decoded.sizes],
+            ),
         )
 
 
