@@ -55,14 +55,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Exported:
     """One run written in both formats by the command."""
-    programs = []
+    programs, really_trace = [], writing.trace
 
     def trace(serving: Serving) -> torch.export.ExportedProgram:
-        programs.append(writing.trace(serving))
+        programs.append(really_trace(serving))
         return programs[0]
 
     with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace", trace)  # which takes seconds: other tests use it too
+        patch.setattr(writing, "trace", trace)  # which takes seconds: other tests use it too
         call("--run", run)
     return Exported(
         run, run / "export", load_pipeline(str(run)), programs[0], printed.getvalue().splitlines()
@@ -226,7 +226,7 @@ def test_a_run_in_a_bucket_is_written_back_to_it(
         return writing.Agreement(1, 1, 0.0, 0.0)
 
     monkeypatch.setattr(export, "WRITERS", {"torch": (write, "model.pt2")})
-    monkeypatch.setattr(export, "trace", lambda serving: None)
+    monkeypatch.setattr(writing, "trace", lambda serving: None)
     monkeypatch.setattr(export, "draw_phantoms", lambda: list(phantoms(2)[0]))
     with moto_server() as url, new_bucket(url) as bucket:
         use_endpoint(monkeypatch, url)

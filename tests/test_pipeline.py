@@ -22,9 +22,10 @@ import xrai
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import MAX_PIXELS, phantoms, save_run
 from xrai.errors import ForbiddenError, RunError, SourceError, UserError
+from xrai.ingest.find import File, find_files
 from xrai.ingest.images import decode
 from xrai.phantom import draw_phantom, encode, plan
-from xrai.pipeline import BATCH_SIZE, File, Pipeline, Prediction, find_files
+from xrai.pipeline import BATCH_SIZE, Pipeline, Prediction
 from xrai.store import open_store
 
 
@@ -185,9 +186,9 @@ def test_explained_rows_have_a_picture_and_its_heat_map_and_others_none(run: Run
     film = phantoms(1)[0][0]
     files = [File("a", lambda: film), File("b", lambda: b"none"), File("c", lambda: film[:, ::-1])]
     first, second, third = run.pipeline.classify(files, explain_side=100)
-    assert second.picture is None and second.heat is None
-    assert first.picture is not None and third.picture is not None
-    assert np.array_equal(first.picture, decode(film, size=100, fit="crop", max_pixels=MAX_PIXELS))
+    assert second.image is None and second.heat is None
+    assert first.image is not None and third.image is not None
+    assert np.array_equal(first.image, decode(film, size=100, fit="crop", max_pixels=MAX_PIXELS))
     assert first.heat is not None and third.heat is not None and first.heat.shape == (64, 64)
     assert not np.allclose(first.heat, third.heat)
     [plain] = run.pipeline.classify(files[:1])
@@ -370,7 +371,7 @@ def test_a_place_without_a_finished_run_is_refused(tmp_path: Path) -> None:
         xrai.load(str(tmp_path))
 
 
-def test_an_array_that_is_no_grey_picture_is_a_row_that_says_so(run: Run) -> None:
+def test_an_array_that_is_no_grey_image_is_a_row_that_says_so(run: Run) -> None:
     rows = run.pipeline.predict([np.zeros((5, 5, 3), np.uint8), np.zeros((9, 9), np.float32)])  # type: ignore[list-item]
     assert [row.decision for row in rows] == ["review", "review"]
-    assert rows[0].reason == "is an array of shape (5, 5, 3) and type uint8, not a grey picture"
+    assert rows[0].reason == "is an array of shape (5, 5, 3) and type uint8, not a grey image"

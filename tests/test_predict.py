@@ -20,9 +20,10 @@ from tests.training import Finished, call_main
 from xrai import predict
 from xrai.config import Images
 from xrai.errors import CorruptError, RunError, StoreError, UserError
+from xrai.ingest.find import find_files
 from xrai.phantom import draw_phantom, encode, plan
 from xrai.pipeline import Explained, Prediction, load_pipeline
-from xrai.predict import Drawing, draw_panel, fit_to_run, format_table, overlay_name
+from xrai.predict import Drawing, draw_overlay, fit_to_run, format_table, overlay_name
 from xrai.store import FolderStore, open_store
 
 MAX_PIXELS = 200_000
@@ -140,9 +141,7 @@ def test_every_file_is_a_row_and_one_for_review_has_its_reason(
     assert (
         f"table: {tmp_path}/new/out/predictions.csv  {tmp_path}/new/out/predictions.json" in lines
     )
-    assert (
-        f"overlays: 3 in {tmp_path}/new/out/overlays/, numbered as the rows of the table" in lines
-    )
+    assert f"overlays: 3 in {tmp_path}/new/out/overlays/, numbered like the table's rows" in lines
     assert "No medical device" in lines[-1]
 
 
@@ -277,16 +276,14 @@ def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text
     run: Path, films: Path
 ) -> None:
     pipeline = load_pipeline(str(run))
-    from xrai.pipeline import find_files
-
     [explained] = pipeline.classify(find_files([str(films / "more" / "b.jpeg")]), explain_side=512)
-    data = draw_panel(explained)
-    assert explained.picture is not None
+    data = draw_overlay(explained)
+    assert explained.image is not None
     with Image.open(io.BytesIO(data)) as panel:
         assert panel.format == "PNG" and panel.mode == "RGB" and not panel.info
         pixels = np.asarray(panel).astype(int)
     left, right = pixels[40:552, 12:524], pixels[40:552, 536:1048]
-    assert np.array_equal(left, np.repeat(explained.picture[..., None], 3, axis=2))
+    assert np.array_equal(left, np.repeat(explained.image[..., None], 3, axis=2))
     changed = np.abs(right - left).max(axis=2)
     heat = np.asarray(Image.fromarray(explained.heat).resize((512, 512), Image.Resampling.BILINEAR))
     assert changed[heat > 0.6].min() > changed[heat < 0.02].max() - 1
@@ -299,7 +296,7 @@ def test_the_heat_of_a_film_called_normal_fades_with_its_probability() -> None:
 
     def strength(probability: float) -> float:
         with Image.open(
-            io.BytesIO(draw_panel(Explained(row("x", probability), picture, heat)))
+            io.BytesIO(draw_overlay(Explained(row("x", probability), picture, heat)))
         ) as panel:
             return float(np.abs(np.asarray(panel).astype(int)[40:552, 536:1048] - 100).mean())
 

@@ -21,8 +21,6 @@ def load(run: str) -> "Pipeline":
     Raises `RunError` where there is no finished run, and the `StoreError` kinds where it cannot be
     read.
     """
-    from xrai.pipeline import (
-        load_pipeline,
-    )  # here, for it loads torch, which preprocessing does without
+    from xrai.pipeline import load_pipeline  # here: it loads torch, which preprocessing never does
 
     return load_pipeline(run)

@@ -1,11 +1,10 @@
-"""Write a finished run as a file for other programs: `python -m xrai.export --run URI/ID [--out
-DIR]`.
+"""Write a finished run for other programs: `python -m xrai.export --run URI/ID [--out DIR]`.
 
-model.onnx (any ONNX runtime) and model.pt2 (torch.export) hold all that happens to a picture: grey
-pictures of 8 bits and any size go in, the calibrated probability and the atypicality come out; see
-`xrai.learning.export`. Each file is run beside torch on random pictures and drawn phantoms of
-several sizes before it is kept. export.json, written last, says how well they agree with each other
-and with the program's own path from files.
+model.onnx (any ONNX runtime) and model.pt2 (torch.export) hold all that happens to an image: grey
+images of 8 bits and any size go in, the calibrated probability and the atypicality come out; see
+`xrai.learning.export`. Each file is compared with torch on random images and phantoms of several
+sizes before it is kept. export.json, written last, states how well they agree with each other and
+with the program's own path from files.
 """
 
 import io
@@ -24,18 +23,7 @@ from xrai import __version__
 from xrai.command import Flag, parse, run_command
 from xrai.errors import UserError
 from xrai.ingest.images import decode
-from xrai.learning.export import (
-    ONNX_FILE,
-    TOLERANCE,
-    TORCH_FILE,
-    Serving,
-    describe_model,
-    require_onnx,
-    serve,
-    trace,
-    write_onnx,
-    write_torch,
-)
+from xrai.learning import export
 from xrai.log import get_logger, setup_logging
 from xrai.phantom import draw_phantom, plan
 from xrai.pipeline import Pipeline, load_pipeline
@@ -46,16 +34,14 @@ from xrai.store import open_store
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
     Flag("out", "", "folder or s3://bucket/prefix for the files; empty: export/ of the run"),
-    Flag("formats", "onnx,torch", "what to write: onnx, torch, or both with a comma between"),
+    Flag("formats", "onnx,torch", "what to write: onnx, torch, or both, separated by a comma"),
 )
-WRITERS = {"onnx": (write_onnx, ONNX_FILE), "torch": (write_torch, TORCH_FILE)}
-SHAPES = (
-    (1, 64, 64),
-    (3, 130, 97),
-    (2, 60, 200),
-    (5, 256, 256),
-    (1, 1000, 801),
-)  # of random pictures to check with
+WRITERS = {
+    "onnx": (export.write_onnx, export.ONNX_FILE),
+    "torch": (export.write_torch, export.TORCH_FILE),
+}
+# Of the random images to check with, (n, H, W)
+SHAPES = ((1, 64, 64), (3, 130, 97), (2, 60, 200), (5, 256, 256), (1, 1000, 801))
 _NUM_PHANTOMS = 6
 _SEED = 20_261_123
 _logger = get_logger("xrai.export")
@@ -67,18 +53,19 @@ def main() -> None:
     setup_logging()
     if not flags["run"]:
         raise UserError(
-            "--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3"
+            "--run is missing: give the address of a finished run, such as "
+            "submit/20261123-031500-a1b2c3"
         )
     formats = parse_formats(flags["formats"])
     out_uri = flags["out"] or f"{flags['run'].rstrip('/')}/export"
     pipeline = load_pipeline(flags["run"])
     RunFolder.check_writable(out_uri, flag="--out")
     out = open_store(out_uri)
-    serving = Serving(pipeline.model)
+    serving = export.Serving(pipeline.model)
     phantoms = draw_phantoms()
-    batches = [*random_pictures(), *(phantom[None] for phantom in phantoms)]
-    metadata = describe_model(pipeline.model, version=__version__)
-    program = trace(serving)
+    batches = [*random_images(), *(phantom[None] for phantom in phantoms)]
+    metadata = export.describe_model(pipeline.model, version=__version__)
+    program = export.trace(serving)
     _logger.info("traced; writing and checking %s", " and ".join(formats))
     lines, agreements = [], {}
     with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
@@ -89,72 +76,67 @@ def main() -> None:
             out.upload(name, path)
             agreements[name] = asdict(agreement)
             lines.append(
-                f"{out.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within {agreement.probability:.0e} of torch "
-                f"on {agreement.num_pictures} pictures of {agreement.num_shapes} shapes ({TOLERANCE:.0e} is allowed)"
+                f"{out.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within "
+                f"{agreement.probability:.0e} of torch on {agreement.num_pictures} images of "
+                f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
-    files = compare_with_files(pipeline, serving, phantoms)
+    beside = compare_with_files(pipeline, serving, phantoms)
     out.write("config.yaml", config.to_yaml().encode())
-    out.write(
-        "export.json",
-        to_json({**metadata, "agreement": agreements, "beside_own_path": files}).encode(),
-    )
+    content = {**metadata, "agreement": agreements, "beside_own_path": beside}
+    out.write("export.json", to_json(content).encode())
     lines.append(
-        f"beside xrai.predict, on {len(phantoms)} phantoms: PNG within {files['png_probability']:.0e} in probability "
-        f"({files['num_other_pixels']} of {files['num_pixels']} pixels differ), JPEG, which xrai.predict decodes at "
-        f"reduced size, within {files['jpeg_probability']:.0e}"
+        f"beside xrai.predict, on {len(phantoms)} phantoms: PNG within "
+        f"{beside['png_probability']:.0e} in probability ({beside['num_other_pixels']} of "
+        f"{beside['num_pixels']} pixels differ), JPEG, which xrai.predict decodes at reduced size, "
+        f"within {beside['jpeg_probability']:.0e}"
     )
     print("\n".join([*lines, metadata["note"]]), flush=True)
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
-    """The formats of a list with commas. Raises `UserError` where one is not known, or lacks its
+    """The formats of a comma-separated list. Raises `UserError` if one is unknown, or lacks its
     packages.
     """
     formats = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not WRITERS.keys() >= set(formats):
         raise UserError(f"--formats = {text!r} is not allowed: it takes onnx, torch or onnx,torch")
     if "onnx" in formats:
-        require_onnx()
+        export.require_onnx()
     return formats
 
 
-def random_pictures() -> list[NDArray[np.uint8]]:
+def random_images() -> list[NDArray[np.uint8]]:
     """Noise in batches of `SHAPES`, the same each time."""
     generator = np.random.default_rng(_SEED)
     return [generator.integers(0, 256, shape, np.uint8) for shape in SHAPES]
 
 
 def draw_phantoms() -> list[NDArray[np.uint8]]:
-    """Drawn films (H, W), each of a size of its own, the same each time."""
-    films = (
+    """Phantoms (H, W), each of its own size, the same each time."""
+    images = (
         draw_phantom(_SEED, phantom, full_size=True)
         for phantom in islice(plan(_SEED), _NUM_PHANTOMS)
     )
-    return [np.rint(film * 255).astype(np.uint8) for film in films]
+    return [np.rint(image * 255).astype(np.uint8) for image in images]
 
 
 def compare_with_files(
-    pipeline: Pipeline, serving: Serving, pictures: Sequence[NDArray[np.uint8]]
+    pipeline: Pipeline, serving: export.Serving, images: Sequence[NDArray[np.uint8]]
 ) -> dict[str, Any]:
-    """How the graph differs from the program's own path on pictures (H, W) saved as PNG and as
-    JPEG files.
-    """
+    """How the graph differs from the program's own path on images (H, W) saved as PNG and JPEG."""
     model = pipeline.model
-    found: dict[str, Any] = {"num_pictures": len(pictures), "num_pixels": 0, "num_other_pixels": 0}
+    found: dict[str, Any] = {"num_pictures": len(images), "num_pixels": 0, "num_other_pixels": 0}
     for kind, options in (("PNG", {"compress_level": 1}), ("JPEG", {"quality": 90})):
         worst = 0.0
-        for picture in pictures:
+        for image in images:
             buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, kind, **options)
+            Image.fromarray(image).save(buffer, kind, **options)
             with Image.open(buffer) as whole:
                 pixels = np.array(whole)[None]  # (1, H, W)
-            own = decode(
-                buffer.getvalue(), size=model.image_size, fit=model.fit, max_pixels=picture.size
-            )[None]
-            worst = max(
-                worst,
-                abs(float(pipeline.score(own.copy())[0][0]) - float(serve(serving, pixels)[0][0])),
-            )
+            data = buffer.getvalue()
+            own = decode(data, size=model.image_size, fit=model.fit, max_pixels=image.size)[None]
+            ours, graph = pipeline.score(own.copy())[0][0], export.serve(serving, pixels)[0][0]
+            worst = max(worst, abs(float(ours) - float(graph)))
             if kind == "PNG":
                 found["num_pixels"] += own.size
                 found["num_other_pixels"] += int((serving.fit(pixels) != own).sum())

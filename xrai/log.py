@@ -44,6 +44,11 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def printable(text: str) -> str:
+    """Text from outside as one line that cannot control a terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 class Heartbeat:
     """Touches the file that XRAI_HEARTBEAT names, at most once a second; does nothing where it
     names none.

@@ -1,14 +1,12 @@
 """Classify X-rays with a finished run: `python -m xrai.predict --run URI/ID PATH... [--out DIR]`.
 
-A PATH is a JPEG, PNG or DICOM file, a folder of them, a pattern in quotes, or any other source that
+A PATH is a JPEG, PNG or DICOM file, a folder of them, a quoted pattern, or any other source that
 `xrai.preprocess` reads. Each file is one row of the table, in the order given: normal, pneumonia,
-or review with the reason why. The table is printed; with --out it is also written, as
-predictions.csv and predictions.json, with each readable picture beside its heat map in overlays/.
-Nothing from a DICOM header but its picture is shown or kept. The exit status is 2 where no file at
-all could be read.
+or review with the reason. The table is printed; with --out it is also written, as predictions.csv
+and predictions.json, with each readable image beside its heat map in overlays/. Of a DICOM file,
+only the image is shown or kept. The exit status is 2 if no file could be read.
 """
 
-import io
 import re
 from collections import deque
 from collections.abc import Sequence, Set
@@ -16,32 +14,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from xrai import __version__
 from xrai.command import Flag, parse, run_command
 from xrai.config import Images
 from xrai.errors import RunError, UserError
+from xrai.ingest.find import find_files
 from xrai.learning.predictor import TrainedModel
-from xrai.log import progress, setup_logging
-from xrai.pipeline import Explained, Prediction, find_files, load_pipeline
+from xrai.log import printable, progress, setup_logging
+from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.results.folder import RunFolder
-from xrai.results.plots import overlay
+from xrai.results.panel import draw_panel
 from xrai.results.review import REVIEW
 from xrai.results.tables import safe_path, to_csv, to_json
 from xrai.store import Store, open_store
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
-    Flag(
-        "out", "", "folder or s3://bucket/prefix for the table and the overlays; empty: print only"
-    ),
-    Flag(
-        "no_overlays",
-        False,
-        "with --out: write the table alone, without a picture of each file",
-        type=bool,
-    ),
+    Flag("out", "", "folder or s3://… for the table and the overlays; empty: print only"),
+    Flag("no_overlays", False, "with --out: write the table alone, no overlays", type=bool),
     Flag(
         "paths",
         [],
@@ -51,8 +42,8 @@ FLAGS = (
 )
 NOTE = "No medical device: for research, not for diagnosis."
 SCHEMA_VERSION = 2
-_SHOWN = 50  # rows that are printed where all of them are written to files
-_SIDE = 512  # of the picture in an overlay, pixels
+_SHOWN = 50  # rows that are printed if files hold all of them
+_SIDE = 512  # of the image in an overlay, pixels
 _NUM_DRAWING = 32  # overlays that wait to be drawn or stored, at most
 _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
@@ -65,7 +56,8 @@ def main() -> None:
     setup_logging()
     if not flags["run"]:
         raise UserError(
-            "--run is missing: give the address of a finished run, such as submit/20261123-031500-a1b2c3"
+            "--run is missing: give the address of a finished run, such as "
+            "submit/20261123-031500-a1b2c3"
         )
     files = find_files(flags["paths"])
     pipeline = load_pipeline(flags["run"])
@@ -91,24 +83,26 @@ def main() -> None:
         remove_others(out, set(names.values()))
         out.write("config.yaml", replace(config, images=images).to_yaml().encode())
         write_table(out, rows, pipeline.model, overlays=names)
-    print(
-        "\n".join(format_table(rows, pipeline.model, out=out, num_overlays=len(names))), flush=True
-    )
+    lines = format_table(rows, pipeline.model, out=out, num_overlays=len(names))
+    print("\n".join(lines), flush=True)
     if all(row.probability is None for row in rows):
         raise UserError(
-            f"none of the {len(rows)} files could be read as an image: {rows[0].path} {rows[0].reason}"
+            f"none of the {len(rows)} files could be read as an image: {rows[0].path} "
+            f"{rows[0].reason}"
         )
 
 
 def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Images:
-    """How files become pixels for this run: as in its training, but for `images.max_pixels` where
-    the user gave it. Raises `RunError` where the user gave another size or fit than the run's.
+    """How files become pixels for this run: as in its training, but with a given max_pixels.
+
+    Raises `RunError` if the user gave another size or fit than the run's.
     """
     for key, own in (("size", model.image_size), ("fit", model.fit)):
         value = getattr(images, key)
         if f"images.{key}" in given and value != own:
             raise RunError(
-                f"images.{key} = {value!r}, but run {model.run_id} was trained with {own!r}: leave the key out"
+                f"images.{key} = {value!r}, but run {model.run_id} was trained with {own!r}: "
+                "leave the key out"
             )
     if "images.max_pixels" not in given:
         return model.images
@@ -121,9 +115,7 @@ def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Image
 def write_table(
     out: Store, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
 ) -> None:
-    """Write predictions.csv, then predictions.json, which also says what classified and which
-    overlay is whose.
-    """
+    """Write predictions.csv, then predictions.json, which also states the model and overlays."""
     cells = ({**asdict(row), "path": safe_path(row.path)} for row in rows)
     table = to_csv([field.name for field in fields(Prediction)], cells)
     content = {
@@ -151,51 +143,43 @@ def write_table(
 def format_table(
     rows: Sequence[Prediction], model: TrainedModel, *, out: Store | None, num_overlays: int = 0
 ) -> list[str]:
-    """The lines for people: the table and what it sums up to. Where files hold all rows, only
-    the first are shown.
-    """
+    """The lines for people: the table, of which only the first rows if files hold all, and sums."""
     shown = rows if out is None else rows[:_SHOWN]
-    paths = [_printable(row.path) for row in shown]
+    paths = [printable(row.path) for row in shown]
     width = min(80, max(len(path) for path in ["file", *paths]))
     lines = [f"{'file':<{width}}  probability  decision"]
     for row, path in zip(shown, paths, strict=True):
         probability = "-" if row.probability is None else f"{row.probability:.3f}"
-        reason = f": {_printable(row.reason)}" if row.reason else ""
+        reason = f": {printable(row.reason)}" if row.reason else ""
         lines.append(f"{path:<{width}}  {probability:>11}  {row.decision}{reason}")
     if len(shown) < len(rows):
         lines.append(f"... and {len(rows) - len(shown)} more in predictions.csv")
-    decisions = [name.lower() for name in model.classes]
+    normal, pneumonia = (name.lower() for name in model.classes)
     counts = [
         f"{sum(row.decision == decision for row in rows)} {decision}"
-        for decision in (*decisions, REVIEW)
+        for decision in (normal, pneumonia, REVIEW)
     ]
     num_unreadable = sum(row.probability is None for row in rows)
     lines += [
         "",
         f"files: {len(rows)} = {' + '.join(counts)}, {num_unreadable} of which could not be read",
-        f"{decisions[1]} is called from a probability of {model.threshold:.3f} up, the threshold of {model.run_id}",
+        f"{pneumonia} is called from a probability of {model.threshold:.3f} up, the threshold of "
+        f"{model.run_id}",
     ]
     if out is not None:
         lines.append(f"table: {out.uri}/predictions.csv  {out.uri}/predictions.json")
     if out is not None and num_overlays:
         lines.append(
-            f"overlays: {num_overlays} in {out.uri}/overlays/, numbered as the rows of the table"
+            f"overlays: {num_overlays} in {out.uri}/overlays/, numbered like the table's rows"
         )
     return [*lines, NOTE]
-
-
-def _printable(text: str) -> str:
-    """Text from outside as one line that cannot steer a terminal."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 # ----------------------------------------------------------------------------------------- overlays
 
 
 class Drawing:
-    """Draws and stores overlays beside the classification. Does nothing where there is no place
-    to store them.
-    """
+    """Draws and stores overlays beside the classification. Does nothing without a store."""
 
     def __init__(self, out: Store | None) -> None:
         self._out = out
@@ -215,9 +199,7 @@ class Drawing:
             self._settle(leave=0)
 
     def draw(self, explained: Explained, *, number: int) -> str | None:
-        """Begin to draw the overlay of a row, counted from 1; its name, or None where there is
-        nothing to draw.
-        """
+        """Begin to draw the overlay of a row, counted from 1; its name, or None without one."""
         if self._out is None or explained.heat is None:
             return None
         name = overlay_name(number, explained.prediction.path)
@@ -227,61 +209,41 @@ class Drawing:
 
     @staticmethod
     def _store(out: Store, name: str, explained: Explained) -> None:
-        out.write(name, draw_panel(explained))
+        out.write(name, draw_overlay(explained))
 
     def _settle(self, *, leave: int) -> None:
-        """Wait for all but `leave` overlays, and raise what one met."""
+        """Wait for all but `leave` overlays, and raise their errors."""
         while len(self._waiting) > leave:
             self._waiting.popleft().result()
 
 
 def overlay_name(number: int, path: str) -> str:
-    """`overlays/00007-film.png`: the row's number makes it unique; of the file's name what is
-    safe anywhere is kept.
-    """
+    """`overlays/00007-film.png`: the row's number, and what is safe anywhere of the file's name."""
     stem = path.replace("\\", "/").rpartition("/")[2].rpartition(".")
     kept = re.sub(r"[^A-Za-z0-9]+", "_", stem[0] or stem[2]).strip("_")[:60]
     return f"overlays/{number:05d}{'-' if kept else ''}{kept}.png"
 
 
 def remove_others(out: Store, names: set[str]) -> None:
-    """Remove what an earlier table left in overlays/, so that no picture is taken for a row of
-    this one.
-    """
+    """Remove the overlays of an earlier table, so none is mistaken for a row of this one."""
     for entry in list(out.list("overlays/")):
         if _OVERLAY.fullmatch(entry.key) and entry.key not in names:
             out.delete(entry.key)
 
 
-def draw_panel(explained: Explained) -> bytes:
-    """A PNG: the picture, and beside it the same under its heat map. Its words are all our own.
-
-    Below the threshold the heat map fades with the probability, so that a normal film does not
-    glow.
+def draw_overlay(explained: Explained) -> bytes:
+    """A PNG of the image beside its heat map, which fades with the probability below the
+    threshold, so that a normal image does not glow.
     """
-    assert explained.picture is not None and explained.heat is not None
+    assert explained.image is not None and explained.heat is not None
     row = explained.prediction
-    side, gap, above, below = len(explained.picture), 12, 40, 66
-    panel = Image.new("RGB", (2 * side + 3 * gap, side + above + below), "#101318")
-    draw = ImageDraw.Draw(panel)
-    large, small = ImageFont.load_default(size=19), ImageFont.load_default(size=14)
-    strength = min(1.0, (row.probability or 0.0) / max(row.threshold, 1e-9))
-    pictures = (explained.picture, overlay(explained.picture, explained.heat * strength))
-    titles = ("X-ray, the part that the model sees", "Grad-CAM: what spoke for pneumonia")
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        left = gap + number * (side + gap)
-        panel.paste(Image.fromarray(picture), (left, above))
-        draw.text((left, above / 2), title, fill="#e4e7ec", font=large, anchor="lm")
-    verdict = f"{row.decision}, probability {row.probability:.3f}, threshold {row.threshold:.3f}"
-    draw.text((gap, side + above + 21), verdict, fill="#ffffff", font=large, anchor="lm")
-    note = (
-        "Brightest where most of it was found, fainter below the threshold. "
-        "It shows what the model used, not disease."
+    return draw_panel(
+        explained.image,
+        explained.heat,
+        verdict=f"{row.decision}, probability {row.probability:.3f}, threshold {row.threshold:.3f}",
+        note=NOTE,
+        strength=min(1.0, (row.probability or 0.0) / max(row.threshold, 1e-9)),
     )
-    draw.text((gap, side + above + 47), f"{note} {NOTE}", fill="#9aa4b2", font=small, anchor="lm")
-    buffer = io.BytesIO()
-    panel.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Re-check a data set: `python -m xrai.verify --dataset URI [--repair --source S [--labels
-FILE.csv]]`.
+"""Check a data set: `python -m xrai.verify --dataset URI [--repair --source S [--labels FILE]]`.
 
-Every hash, count and split rule and the fingerprint. Exit 0 when all hold, 1 when something does
-not: one line an object says what. `--repair` writes what is damaged anew, bit for bit, from the
-source the data set was made of.
+Checks every hash, count and split rule and the fingerprint. The exit status is 0 if all hold, else
+1, with a line for each fault. `--repair` makes damaged objects anew, bit for bit, from the source
+that the data set was made from.
 """
 
 from collections.abc import Sequence
@@ -27,31 +26,18 @@ from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import Store, open_store
 
 FLAGS = (
+    Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
+    Flag("repair", False, "make damaged objects anew from --source", type=bool),
     Flag(
-        "dataset",
-        "data/dataset",
-        "the data set to check: a folder or s3://bucket/prefix",
-        "XRAI_DATASET",
+        "source", "data/chest_xray", "for --repair: the raw images it was made from", "XRAI_SOURCE"
     ),
-    Flag("repair", False, "write damaged objects anew from --source", type=bool),
-    Flag(
-        "source",
-        "data/chest_xray",
-        "the raw images that the data set was made of, for --repair",
-        "XRAI_SOURCE",
-    ),
-    Flag(
-        "labels",
-        "",
-        "the CSV file of labels, where the data set was made with one, for --repair",
-        "XRAI_LABELS",
-    ),
+    Flag("labels", "", "for --repair: the CSV file of labels it was made with", "XRAI_LABELS"),
 )
 
 
 def main() -> None:
     """Read the command line, check, and repair if asked."""
-    flags = parse("verify", description="Re-check a data set.", flags=FLAGS).flags
+    flags = parse("verify", description="Check a data set.", flags=FLAGS).flags
     setup_logging()
     store = open_store(flags["dataset"])
     index = read_index(store)
@@ -78,7 +64,7 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
         print(f"{fault.key} {fault.words}", flush=True)
     for entry in store.list(UNFINISHED):
         print(
-            f"{entry.key} is left over from making it, which is no fault; preprocess removes it",
+            f"{entry.key} is left over from preprocess (no fault; the next run removes it)",
             flush=True,
         )
     return faults
@@ -92,7 +78,7 @@ def repair_from(
     source_uri: str,
     labels_uri: str = "",
 ) -> None:
-    """Write the objects of these faults anew. The config is the one that the data set states."""
+    """Make the objects of these faults anew, with the config that the data set states."""
     config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
     source = open_source(source_uri)
     listing = list_source(source, read_labels(labels_uri) if labels_uri else None)
@@ -107,9 +93,8 @@ def repair_from(
 
 def _listed(index: DatasetIndex) -> set[str]:
     """The keys of all objects that can be made anew."""
-    return {info.name for shards in index.splits.values() for info in shards} | {
-        info.name for info in index.objects
-    }
+    shards = (info.name for infos in index.splits.values() for info in infos)
+    return {*shards, *(info.name for info in index.objects)}
 
 
 def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str:
@@ -117,7 +102,7 @@ def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str
         return ""
     if tried:
         return "; `python -m xrai.preprocess --overwrite` makes the data set anew"
-    return "; --repair --source S makes damaged objects anew from the images that the data set was made of"
+    return "; --repair --source S makes damaged objects anew from the data set's raw images"
 
 
 if __name__ == "__main__":

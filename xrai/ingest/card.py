@@ -20,6 +20,7 @@ from xrai.dataset.manifest import CLASSES, Row
 from xrai.dataset.shards import REPORT_PREFIX, open_shard
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
+from xrai.log import printable
 from xrai.store import Store
 
 REPORT_KEYS: Final = tuple(
@@ -151,7 +152,7 @@ def _table(head: str, lines: Sequence[str], *, rest: str) -> list[str]:
 
 def _text(text: str) -> str:
     """Text from outside as one line of Markdown that cannot be anything but text."""
-    plain = "".join(character if character.isprintable() else "\ufffd" for character in text)
+    plain = printable(text)
     return re.sub(r"([\\`*_{}\[\]<>()#+!|])", r"\\\1", plain)
 
 
