@@ -94,11 +94,31 @@ def cache_folder(*parts: str) -> Path:
     return Path(cache, "xrai", *parts)
 
 
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def num_cores(root: Path = Path("/")) -> int:
+    """CPU cores that this process may use, by its affinity and the CPU quota of its cgroups. A
+    quota of 1.5 CPUs counts as 2 cores.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min([cores, *_cpu_quotas(root)])
+
+
+def _cpu_quotas(root: Path) -> Iterator[int]:
+    """The quota of this process's cgroups (v2 and v1) and of their parents, where they have one."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            folder = top / name.strip("/")
+            for place in [folder, *folder.parents][: len(folder.parts) - len(top.parts) + 1]:
+                with suppress(OSError, ValueError):  # no such file, or "max"
+                    texts = [(place / file).read_text() for file in files]
+                    quota, period = (int(number) for number in " ".join(texts).split())
+                    if quota > 0 and period > 0:
+                        yield -(-quota // period)
 
 
 @contextmanager

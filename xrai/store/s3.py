@@ -11,19 +11,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from xrai.errors import (
-    AlreadyExistsError,
-    CorruptError,
-    ForbiddenError,
-    NoCredentialsError,
-    NoSuchBucketError,
-    NotFoundError,
-    StoreAccessError,
-    StoreError,
-    UnreachableError,
-    WrongEndpointError,
-    XraiError,
-)
+from xrai import errors
+from xrai.errors import AlreadyExistsError, NotFoundError, WrongEndpointError, XraiError
 from xrai.files import explaining, replacing
 from xrai.log import get_logger
 from xrai.store.base import Store, StoredObject, check_key
@@ -32,9 +21,7 @@ _CHUNK_BYTES = 256 * 1024
 _PART_BYTES = 32 * 1024 * 1024  # objects above this go up in parts; S3 takes parts from 5 MiB
 _MAX_PARTS = 10_000  # S3's limit
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 4.0
-_NUM_UNREADABLE = (
-    2  # answers that make no sense, before they are taken for those of another kind of server
-)
+_NUM_UNREADABLE = 2  # answers that make no sense before the server is taken for something else
 
 _logger = get_logger(__name__)
 _T = TypeVar("_T")
@@ -48,9 +35,8 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str, *, timeout_s: float, retry_s: float) -> None:
         self._bucket, self._prefix = bucket, check_key(prefix) + "/" if prefix else ""
         self._timeout_s, self._retry_s = timeout_s, retry_s
-        self._connection: tuple[int, Any] | None = (
-            None  # (process id, client); boto3's clients do not survive a fork
-        )
+        # (process id, client): boto3's clients do not survive a fork
+        self._connection: tuple[int, Any] | None = None
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,37 +61,26 @@ class S3Store(Store):
         with explaining("read", str(path)), path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes > _PART_BYTES:
-                return self._put_parts(
-                    key, file, part_bytes=max(_PART_BYTES, -(-size_bytes // _MAX_PARTS))
-                )
+                part_bytes = max(_PART_BYTES, -(-size_bytes // _MAX_PARTS))
+                return self._put_parts(key, file, part_bytes=part_bytes)
             data = file.read()
         self._put(key, data)
         return hashlib.sha256(data).hexdigest()
 
     def size(self, key: str) -> int | None:
-        name = self._name(key)
         try:
-            answer = self._call(
-                "read", key, lambda client: client.head_object(Bucket=self._bucket, Key=name)
-            )
+            return int(self._ask("read", key, "head_object", Key=self._name(key))["ContentLength"])
         except NotFoundError:
-            # an answer to HEAD has no text, so that a bucket that is missing looks like an object
-            # that is
-            with suppress(
-                ForbiddenError
-            ):  # keys that may read and write need not have the right to list
-                self._call(
-                    "read",
-                    "",
-                    lambda client: client.list_objects_v2(Bucket=self._bucket, MaxKeys=1),
-                )
+            # HEAD carries no error code, so a missing bucket looks like a missing object. Keys
+            # that may read and write need not have the right to list.
+            with suppress(errors.ForbiddenError):
+                self._ask("read", "", "list_objects_v2", MaxKeys=1)
             return None
-        return int(answer["ContentLength"])
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        request = {"Prefix": self._prefix + prefix}
         while True:
-            page = self._call("listed", prefix, lambda client: client.list_objects_v2(**request))
+            page = self._ask("listed", prefix, "list_objects_v2", **request)
             for entry in page.get("Contents", []):
                 key = entry["Key"][len(self._prefix) :]
                 if key and not key.endswith("/"):  # consoles mark folders by empty objects
@@ -115,10 +90,7 @@ class S3Store(Store):
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
-        name = self._name(key)
-        self._call(
-            "deleted", key, lambda client: client.delete_object(Bucket=self._bucket, Key=name)
-        )
+        self._ask("deleted", key, "delete_object", Key=self._name(key))
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)
@@ -128,79 +100,51 @@ class S3Store(Store):
         return self._prefix + check_key(key)
 
     def _put(self, key: str, data: bytes, **conditions: str) -> None:
-        request = {
-            "Bucket": self._bucket,
-            "Key": self._name(key),
-            "Body": data,
-            "ContentMD5": _md5(data),
-            **conditions,
-        }
-        self._call("written", key, lambda client: client.put_object(**request))
+        self._ask("written", key, "put_object", Key=self._name(key), **_body(data), **conditions)
 
     def _create(self, key: str, data: bytes) -> None:
-        """Put only where there is no object (If-None-Match), and know our own object from
-        another's.
-        """
+        """Put only if there is no object (If-None-Match)."""
         try:
             self._put(key, data, IfNoneMatch="*")
         except AlreadyExistsError:
-            # the answer to our own first try may have been lost, and the repeated one refused
-            # because of it
+            # The answer to our own first try may have been lost, and the second try refused
+            # because of it.
             if self.read(key) != data:
                 raise
-        except (
-            _NotImplementedError
-        ):  # a server without conditional writes: check first, the window is small
+        except _NotImplementedError:  # no conditional writes: check first, the window is small
             if self.size(key) is not None:
                 raise AlreadyExistsError(f"{self._where(key)} exists already") from None
             self._put(key, data)
 
     def _put_parts(self, key: str, file: BinaryIO, *, part_bytes: int) -> str:
-        target = {"Bucket": self._bucket, "Key": self._name(key)}
-        upload = {
-            **target,
-            "UploadId": self._call(
-                "written", key, lambda client: client.create_multipart_upload(**target)
-            )["UploadId"],
-        }
+        upload = {"Key": self._name(key)}
+        started = self._ask("written", key, "create_multipart_upload", **upload)
+        upload["UploadId"] = started["UploadId"]
         digest = hashlib.sha256()
         parts: list[dict[str, Any]] = []
         try:
             while data := file.read(part_bytes):
                 digest.update(data)
-                part = {
-                    **upload,
-                    "PartNumber": len(parts) + 1,
-                    "Body": data,
-                    "ContentMD5": _md5(data),
-                }
-                answer = self._call("written", key, lambda client: client.upload_part(**part))  # noqa: B023
-                parts.append({"PartNumber": part["PartNumber"], "ETag": answer["ETag"]})
+                part = {"PartNumber": len(parts) + 1}
+                answer = self._ask("written", key, "upload_part", **upload, **part, **_body(data))
+                parts.append({**part, "ETag": answer["ETag"]})
             whole = {**upload, "MultipartUpload": {"Parts": parts}}
-            self._call("written", key, lambda client: client.complete_multipart_upload(**whole))
+            self._ask("written", key, "complete_multipart_upload", **whole)
         except NotFoundError:
-            # no such upload: an answer to our own completion was lost, if the object is there in
-            # full
+            # There is no such upload: if the object is there in full, the answer to our own
+            # completion was lost.
             if self.size(key) != file.tell():
                 raise
         except BaseException:
-            self._abort(upload)
+            try:  # best effort: the bucket's lifecycle rule frees what stays
+                self._client().abort_multipart_upload(Bucket=self._bucket, **upload)
+            except _network_errors() as error:
+                _logger.warning("the parts of a failed upload stay in %s: %s", self.uri, error)
             raise
         return digest.hexdigest()
 
-    def _abort(self, upload: dict[str, str]) -> None:
-        """Free the parts of a failed upload, once and without hope: a bucket's life-cycle rule
-        frees the others.
-        """
-        try:
-            self._client().abort_multipart_upload(**upload)
-        except _network_errors() as error:
-            _logger.warning(
-                "the parts of a failed upload stay in %s/%s: %s", self.uri, upload["Key"], error
-            )
-
     def _receive(self, key: str, write: Callable[[bytes], object]) -> str:
-        """Stream the object into `write`, going on after a cut where it was cut. Returns the
+        """Stream the object into `write`; after a cut, continue where it was cut. Returns the
         SHA-256 in hex.
         """
         name = self._name(key)
@@ -213,12 +157,10 @@ class S3Store(Store):
                 return
             rest = {"Range": f"bytes={done}-", "IfMatch": etag} if done else {}
             answer = client.get_object(Bucket=self._bucket, Key=name, **rest)
-            if (
-                "ETag" not in answer
-            ):  # the head of a web page, say; botocore does not look at a body that is streamed
+            if "ETag" not in answer:  # a web page, say: botocore does not read a streamed body
                 raise WrongEndpointError(
-                    f"{self._where(key)} cannot be read: the endpoint {_endpoint(client)} does not speak S3 "
-                    "(its answer has no ETag); see AWS_ENDPOINT_URL_S3"
+                    f"{self._where(key)} cannot be read: the endpoint {client.meta.endpoint_url} "
+                    "does not speak S3 (its answer has no ETag); see AWS_ENDPOINT_URL_S3"
                 )
             place = _range_start(answer)
             if place > done:
@@ -226,9 +168,7 @@ class S3Store(Store):
             etag, size_bytes = answer["ETag"], place + int(answer["ContentLength"])
             with closing(answer["Body"]) as body:
                 while chunk := body.read(_CHUNK_BYTES):
-                    new = chunk[
-                        max(done - place, 0) :
-                    ]  # a server may know no ranges and begin anew
+                    new = chunk[max(done - place, 0) :]  # a server without ranges starts over
                     place += len(chunk)
                     digest.update(new)
                     write(new)
@@ -242,9 +182,15 @@ class S3Store(Store):
     def _client(self) -> Any:
         process = os.getpid()
         if self._connection is None or self._connection[0] != process:
-            # two threads may both come here: each makes a client, either serves
+            # if two threads come here, each makes a client and either serves
             self._connection = (process, _connect(self._timeout_s, self.uri))
         return self._connection[1]
+
+    def _ask(self, done: str, key: str, operation: str, **request: Any) -> Any:
+        """The answer to one request about the bucket; see `_call`."""
+        return self._call(
+            done, key, lambda client: getattr(client, operation)(Bucket=self._bucket, **request)
+        )
 
     def _call(
         self,
@@ -254,8 +200,8 @@ class S3Store(Store):
         *,
         progress: Callable[[], int] = lambda: 0,
     ) -> _T:
-        """`request(client)`, repeated while it fails for a reason that may pass; see the
-        module's first lines.
+        """`request(client)`, repeated while it fails for a transient reason; see `xrai.store`.
+        `done` says in messages what was tried: read, written, listed or deleted.
         """
         where = self._where(key)
         reached, tries = progress(), 0
@@ -275,39 +221,36 @@ class S3Store(Store):
             tries += 1
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise UnreachableError(
-                    f"{where} cannot be {done}: no success in {tries} tries within {self._retry_s:g} s "
-                    f"(endpoint {_endpoint(self._client())}): {_plain(cause)}"
+                raise errors.UnreachableError(
+                    f"{where} cannot be {done}: no success in {tries} tries within "
+                    f"{self._retry_s:g} s (endpoint {self._client().meta.endpoint_url}): "
+                    f"{_plain(cause)}"
                 ) from cause
             if tries == 1:
-                _logger.warning(
-                    "%s: %s; trying again for up to %g s", where, _plain(cause), self._retry_s
-                )
-            pause_s = min(
-                _FIRST_PAUSE_S * 2 ** min(tries - 1, 16), _LONGEST_PAUSE_S
-            ) * jitter.uniform(0.5, 1)
-            time.sleep(min(pause_s, left_s))
+                text = "%s: %s; trying again for up to %g s"
+                _logger.warning(text, where, _plain(cause), self._retry_s)
+            pause_s = min(_FIRST_PAUSE_S * 2 ** min(tries - 1, 16), _LONGEST_PAUSE_S)
+            time.sleep(min(pause_s * jitter.uniform(0.5, 1), left_s))
+
+
+class _NotImplementedError(errors.StoreError):
+    """The server does not know a request that not all servers know."""
+
+
+def _body(data: bytes) -> dict[str, Any]:
+    """A body with its MD5, so that the server refuses what was damaged on the way."""
+    md5 = hashlib.md5(data, usedforsecurity=False).digest()
+    return {"Body": data, "ContentMD5": base64.b64encode(md5).decode()}
 
 
 def _range_start(answer: Any) -> int:
-    """The place in the object of the first byte of an answer to GET."""
+    """The offset in the object of an answer's first byte."""
     if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
         return 0
     found = re.match(r"bytes (\d+)-", answer.get("ContentRange", ""))
     if found is None:
-        raise ConnectionError(
-            f"part of an object came, and not which: {answer.get('ContentRange')!r}"
-        )
+        raise ConnectionError(f"an unknown part of an object: {answer.get('ContentRange')!r}")
     return int(found[1])
-
-
-class _NotImplementedError(StoreError):
-    """The server does not know a request that not all servers know."""
-
-
-def _md5(data: bytes) -> str:
-    """Content-MD5: the server refuses an upload that was damaged on its way."""
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def _connect(timeout_s: float, uri: str) -> Any:
@@ -315,25 +258,27 @@ def _connect(timeout_s: float, uri: str) -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    checksums = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    validation = os.environ.get("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    checksums: Any = {  # boto3#4392: other servers lack the checksums that are now the default
+        name: os.environ.get(f"AWS_{name.upper()}", "when_required")
+        for name in ("request_checksum_calculation", "response_checksum_validation")
+    }
     config = Config(
         connect_timeout=timeout_s,
         read_timeout=timeout_s,
         retries={"mode": "standard", "total_max_attempts": 1},  # _call repeats, bodies included
         max_pool_connections=32,
-        request_checksum_calculation=checksums,  # type: ignore[arg-type]  # boto3#4392: others' S3 lack the new ones
-        response_checksum_validation=validation,  # type: ignore[arg-type]
+        **checksums,
     )
     try:
-        # a session of our own: boto3's default one may not be shared by threads
+        # a session of our own: threads may not share boto3's default one
         return boto3.session.Session().client("s3", config=config)
     except ValueError as error:
         raise WrongEndpointError(
             f"{uri}: {error}; AWS_ENDPOINT_URL_S3 takes a URL such as http://s3:8333"
         ) from error
     except BotoCoreError as error:
-        raise NoCredentialsError(f"{uri}: the AWS settings cannot be used: {error}") from error
+        text = f"{uri}: the AWS settings cannot be used: {error}"
+        raise errors.NoCredentialsError(text) from error
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -341,136 +286,95 @@ def _network_errors() -> tuple[type[Exception], ...]:
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
-    return (
-        BotoCoreError,
-        ClientError,
-        ResponseParserError,
-        HTTPError,
-        ConnectionError,
-        TimeoutError,
-    )
-
-
-def _endpoint(client: Any) -> str:
-    return str(client.meta.endpoint_url)
+    ours = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
+    return (*ours, ConnectionError, TimeoutError)
 
 
 def _plain(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-_PASSING_CODES = {
-    "BadDigest",  # the body was damaged on its way
-    "XAmzContentSHA256Mismatch",
-    "IncompleteBody",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-}
-_KEY_CODES = {
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "TokenRefreshRequired",
-}
-_REGION_CODES = {
-    "301",
-    "307",
-    "400",  # to a HEAD of another region
-    "405",
-    "AuthorizationHeaderMalformed",
-    "IllegalLocationConstraintException",
-    "MethodNotAllowed",
-    "PermanentRedirect",
-}
+_DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}  # on the way
+_BUSY = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
+_TRANSIENT = _DAMAGED | _BUSY | {"ConditionalRequestConflict", "OperationAborted"}
+_BAD_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_BAD_KEYS |= {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_WRONG_REGION = {"301", "307", "400", "405"}  # 400: to a HEAD of another region
+_WRONG_REGION |= {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_WRONG_REGION |= {"MethodNotAllowed", "PermanentRedirect"}
 
 
 def _explain(
     error: Exception, *, done: str, where: str, bucket: str, tries: int = 0
 ) -> XraiError | None:
-    """The error of ours for one that trying again cannot mend, or None for one that may pass.
-
-    `tries` is how often it was tried again before.
+    """Our error for one that trying again cannot fix; None for a transient one, of which there
+    were `tries` before.
     """
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
 
-    what = f"{where} cannot be {done}"
+    what, plain = f"{where} cannot be {done}", _plain(error)
+    no_s3 = WrongEndpointError(
+        f"{what}: the endpoint does not speak S3 ({plain}); see AWS_ENDPOINT_URL_S3"
+    )
     if isinstance(error, exceptions.ClientError):
-        in_no_words = error.response.get("Error", {}).get("Code") in ("404", "501")
-        if in_no_words and error.operation_name != "HeadObject":
-            return WrongEndpointError(
-                f"{what}: the endpoint does not speak S3 ({_plain(error)}); see AWS_ENDPOINT_URL_S3"
-            )
+        has_no_code = error.response.get("Error", {}).get("Code") in ("404", "501")
+        if has_no_code and error.operation_name != "HeadObject":
+            return no_s3
         return _explain_answer(error.response, done=done, where=where, bucket=bucket)
     no_keys = (
-        exceptions.NoCredentialsError,
-        exceptions.PartialCredentialsError,
-        exceptions.CredentialRetrievalError,
-        exceptions.TokenRetrievalError,
-        exceptions.SSOError,
+        *(exceptions.NoCredentialsError, exceptions.PartialCredentialsError),
+        *(exceptions.CredentialRetrievalError, exceptions.TokenRetrievalError, exceptions.SSOError),
     )
     if isinstance(error, no_keys):
-        return NoCredentialsError(
-            f"{what}: {_plain(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or any other standard AWS way"
+        return errors.NoCredentialsError(
+            f"{what}: {plain}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
+            "credentials in any other standard AWS way"
         )
     if isinstance(error, ResponseParserError):
-        if tries < _NUM_UNREADABLE:  # may have been damaged on its way
-            return None
-        return WrongEndpointError(
-            f"{what}: the endpoint does not speak S3 ({_plain(error)}); see AWS_ENDPOINT_URL_S3"
-        )
+        return no_s3 if tries >= _NUM_UNREADABLE else None  # it may have been damaged on the way
     if isinstance(error, exceptions.SSLError):
-        return WrongEndpointError(
-            f"{what}: {_plain(error)}; AWS_CA_BUNDLE names the certificates to trust"
-        )
+        text = f"{what}: {plain}; AWS_CA_BUNDLE names the certificates to trust"
+        return WrongEndpointError(text)
     if isinstance(error, exceptions.ParamValidationError | exceptions.InvalidRegionError):
-        return StoreAccessError(f"{what}: {_plain(error)}")
+        return errors.StoreAccessError(f"{what}: {plain}")
     return None
 
 
 def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> XraiError | None:
-    """The same for an answer of the server that is no success."""
+    """The same for an answer of the server."""
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     answer = response.get("Error", {})
-    code, text = (
-        str(answer.get("Code", status)),
-        str(answer.get("Message", "no further explanation")),
-    )
-    what, said = f"{where} cannot be {done}", f"{code}: {text}"
+    code = str(answer.get("Code", status))
+    what = f"{where} cannot be {done}"
+    said = f"{code}: {answer.get('Message', 'no further explanation')}"
     if code == "NotImplemented":
         return _NotImplementedError(f"{what}: {said}")
-    if status >= 500 or status == 429 or code in _PASSING_CODES:
+    if status >= 500 or status == 429 or code in _TRANSIENT:
         return None
     if code == "NoSuchBucket":
-        return NoSuchBucketError(
-            f"{what}: there is no bucket {bucket!r}; make it first, or mend the address"
+        return errors.NoSuchBucketError(
+            f"{what}: there is no bucket {bucket!r}; create it, or correct the address"
         )
-    if code in _REGION_CODES:
-        region = answer.get("Region")
-        hint = (
-            f"the bucket is in {region}, set AWS_DEFAULT_REGION"
-            if region
-            else "see AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3"
-        )
+    if code in _WRONG_REGION:
+        hint = "see AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3"
+        if region := answer.get("Region"):
+            hint = f"the bucket is in {region}, set AWS_DEFAULT_REGION"
         return WrongEndpointError(f"{what}: wrong region or endpoint ({said}); {hint}")
     if code == "PreconditionFailed" and done == "read":
-        return CorruptError(f"{what}: it was replaced while it was read; start again")
+        return errors.CorruptError(f"{what}: it was replaced while it was read; start again")
     if code == "PreconditionFailed":
         return AlreadyExistsError(f"{where} exists already")
-    if code in _KEY_CODES:
-        return ForbiddenError(
-            f"{what}: the keys are refused ({said}); see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if code in _BAD_KEYS:
+        return errors.ForbiddenError(
+            f"{what}: the keys are refused ({said}); check AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
         )
     if status in (401, 403):
-        return ForbiddenError(
-            f"{what}: forbidden ({said}); these keys lack the right, or this machine's clock is wrong"
+        return errors.ForbiddenError(
+            f"{what}: forbidden ({said}); these keys lack the permission, or this machine's clock "
+            "is wrong"
         )
     if status == 404:
         return NotFoundError(f"there is no {where}")
-    return StoreError(f"{what}: {said}")
+    return errors.StoreError(f"{what}: {said}")
