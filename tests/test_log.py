@@ -100,3 +100,7 @@ def test_without_a_name_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     with log.progress("epoch", total=1, unit="steps") as bar:
         bar.update()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_text_from_outside_cannot_control_a_terminal() -> None:
+    assert log.printable("a\x1b[31mb\nc\u202ed é") == "a\ufffd[31mb\ufffdc\ufffdd é"

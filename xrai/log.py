@@ -1,8 +1,8 @@
-"""Plain log lines, progress and a sign of life, for all rooms and commands.
+"""Log lines, progress and a sign of life, for all rooms and commands.
 
-On a terminal long work shows a bar; elsewhere (a file, a container's log) it prints a plain line
-now and then. Lines and steps also touch the file that XRAI_HEARTBEAT names, if it names one: while
-that file is young the job lives, which a container's health check can see.
+On a terminal, long work shows a bar; elsewhere (a file, a container's log) it logs a line now and
+then. Lines and steps also touch the file that XRAI_HEARTBEAT names, if it names one: a container's
+liveness check looks at the age of that file.
 """
 
 import logging
@@ -22,8 +22,7 @@ _BEAT_EVERY_S = 1.0
 
 
 def setup_logging(*, rank: int = 0) -> None:
-    """Send xrai's log lines to stderr. Ranks other than 0 speak only of warnings, with their rank
-    in front.
+    """Send xrai's log lines to stderr; of ranks other than 0 only warnings, with the rank in front.
 
     Raises `ConfigError` where XRAI_HEARTBEAT names a file that cannot be written.
     """
@@ -50,9 +49,7 @@ def printable(text: str) -> str:
 
 
 class Heartbeat:
-    """Touches the file that XRAI_HEARTBEAT names, at most once a second; does nothing where it
-    names none.
-    """
+    """Touches the file that XRAI_HEARTBEAT names, if any, at most once a second."""
 
     def __init__(self) -> None:
         name = os.environ.get("XRAI_HEARTBEAT", "")
@@ -65,14 +62,12 @@ class Heartbeat:
             self._touch()
         except OSError as error:
             raise ConfigError(
-                f"XRAI_HEARTBEAT = {self._path} cannot be written ({error.strerror}): name a file in a writable "
-                "folder, or leave it empty"
+                f"XRAI_HEARTBEAT = {self._path} cannot be written ({error.strerror}): name a file "
+                "in a writable folder, or leave it empty"
             ) from error
 
     def beat(self) -> None:
-        """Say that the job lives. A beat that fails is missing, which is what the file is looked
-        at for.
-        """
+        """Report that the job is alive. A touch that fails counts as no sign of life."""
         if self._path is not None and time.monotonic() - self._last >= _BEAT_EVERY_S:
             with suppress(OSError):
                 self._touch()
@@ -102,32 +97,30 @@ class Progress(Protocol):
 
 
 class _Lines:
-    """Progress as plain log lines, at most one every ten seconds and one at the end."""
+    """Progress as log lines, at most one every ten seconds and one at the end."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
-        self._logger = get_logger("xrai.progress")
 
     def update(self, amount: int = 1) -> None:
         self._done += amount
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY_S:
             self._last = now
-            self.say()
+            self.log()
 
-    def say(self) -> None:
+    def log(self) -> None:
         elapsed_s = max(time.monotonic() - self._start, 1e-9)
         rate = self._done / elapsed_s
         total = "" if self._total is None else f"/{self._total}"
         left = ""
         if self._total is not None and 0 < self._done < self._total:
             left = f", {(self._total - self._done) / rate:.0f} s left"
-        self._logger.info(
-            "%s: %d%s %s in %.1f s, %.0f %s/s%s",
-            self._description, self._done, total, self._unit, elapsed_s, rate, self._unit, left,
-        )  # fmt: skip
+        done = f"{self._description}: {self._done}{total} {self._unit}"
+        speed = f"{elapsed_s:.1f} s, {rate:.0f} {self._unit}/s"
+        get_logger("xrai.progress").info("%s in %s%s", done, speed, left)
 
 
 class _Beating:
@@ -145,20 +138,21 @@ class _Beating:
 def progress(
     description: str, *, total: int | None, unit: str, closing_line: bool = True
 ) -> Iterator[Progress]:
-    """A bar with rate and time left on a terminal, plain lines elsewhere.
+    """A bar with rate and time left on a terminal, log lines elsewhere.
 
-    `total` is the number of units of work, or None where it is not known beforehand. Without
-    `closing_line` short work says nothing, for a caller that says more itself.
+    `total` is the number of units of work, None where it is unknown. Without `closing_line`, work
+    of less than ten seconds logs nothing.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
+        unit = f" {unit}"
         with tqdm(
-            total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=closing_line
+            total=total, desc=description, unit=unit, dynamic_ncols=True, leave=closing_line
         ) as bar:
             yield _Beating(bar)
         return
     lines = _Lines(description, total, unit)
     yield _Beating(lines)
     if closing_line:
-        lines.say()
+        lines.log()

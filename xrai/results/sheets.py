@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from xrai.files import write_atomically
+from xrai.log import printable
 from xrai.results import style
 from xrai.results.style import DPI
 
@@ -134,7 +135,7 @@ def _fit(image: Image.Image) -> Image.Image:
 
 
 def _shorten(title: str) -> str:
-    plain = "".join(letter if letter.isprintable() else "?" for letter in title)
+    plain = printable(title)
     return plain if len(plain) <= _LONGEST_TITLE else plain[:11] + "…" + plain[-12:]
 
 
