@@ -33,7 +33,7 @@ from tests.training import REPOSITORY, Finished, make_dataset
 from xrai.learning.predictor import load_model
 from xrai.store import Store, open_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("artifact_store"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("artifact_store"), pytest.mark.timeout(600)]
 
 OPTIONS = [
     "--model.width=8",
@@ -80,7 +80,7 @@ class Training:
 
     def ended(self) -> int:
         """The exit status."""
-        return self.process.wait(120)
+        return self.process.wait(400)
 
     def stopped(self) -> None:
         self.process.kill()
@@ -120,7 +120,7 @@ def training(
         started.stopped()
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = 200) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := condition():
