@@ -1,3 +1,1 @@
-"""From raw image files to batches of pixels: sources, manifest, splits, shards, cache and
-loader.
-"""
+"""The format of a data set and its readers: manifest, shards, order, cache, loader, checks."""

@@ -29,31 +29,23 @@ class Row:
     reason: str = ""  # why it was excluded
 
     def to_mapping(self) -> dict[str, str | int | None]:
-        """Names and values of the fields, as `dataclasses.asdict` gives them, in a tenth of its
-        time.
-        """
+        """As `dataclasses.asdict`, in a tenth of its time."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 def manifest_lines(rows: Iterable[Row]) -> Iterator[bytes]:
-    """The lines of `manifest.jsonl`, each with its end: JSON, one a row. All of them take 280
-    bytes a row.
-    """
+    """The lines of `manifest.jsonl`: JSON, 280 bytes a row."""
     for row in rows:
         yield json.dumps(row.to_mapping()).encode() + b"\n"
 
 
 def read_manifest(data: bytes, *, where: str) -> list[Row]:
-    """Read `manifest.jsonl` back. Raises `CorruptError` naming the line when it is not what was
-    written.
-    """
+    """All rows of `manifest.jsonl`. Raises `CorruptError` that names a line that is no row."""
     return list(parse_manifest(data.splitlines(), where=where))
 
 
 def parse_manifest(lines: Iterable[bytes], *, where: str) -> Iterator[Row]:
-    """The rows of lines of `manifest.jsonl`, one at a time: all of them take 700 bytes each.
-    Raises `CorruptError`.
-    """
+    """The rows of `manifest.jsonl`, one at a time: held together they take 700 bytes each."""
     for number, line in enumerate(lines, start=1):
         try:
             row = Row(**json.loads(line))

@@ -21,9 +21,7 @@ Rows = NDArray[np.int64]  # (n,) positions in the split
 
 
 def rank_slice(num: int, *, rank: int, world_size: int) -> slice:
-    """The part of a global batch of `num` images that one rank takes. The parts differ by one
-    image at most.
-    """
+    """The part of a global batch of `num` images that a rank takes; parts differ by one at most."""
     return slice(num * rank // world_size, num * (rank + 1) // world_size)
 
 
@@ -44,11 +42,10 @@ def plan_windows(
 
 
 def shards_to_hold(windows: Sequence[Sequence[int]], used: range, *, num_ahead: int) -> list[int]:
-    """The shards that a reader keeps open while it uses some windows, in the order in which it
-    needs them.
+    """The shards that a reader keeps open while it uses some windows, in the order of use.
 
-    They are those of the windows in use, of the window after the first of these, and of later ones
-    until `num_ahead` shards follow the first window.
+    These are the shards of the windows in use, of the window after the first of them, and of later
+    ones until `num_ahead` shards follow the first window.
     """
     first = windows[used.start]
     last_whole = min(max(used.stop, used.start + 2), len(windows))
@@ -65,10 +62,10 @@ def most_held(
     batch_size: int,
     batches_apart: int = 0,
 ) -> int:
-    """The largest number of shards that `shards_to_hold` can give, whatever the seed and the epoch.
+    """The most shards that `shards_to_hold` can give, for any seed and epoch.
 
-    Readers that share a cache may be some batches apart; then it is the number that all of them
-    hold together.
+    With `batches_apart`, the most that readers hold together who share a cache and are at most so
+    many batches apart.
     """
     window = min(window, len(shard_rows))
     inside = _num_inside(shard_rows, batch_size)
@@ -87,17 +84,12 @@ class EpochOrder:
     def __init__(
         self, shard_rows: Sequence[int], *, seed: int, epoch: int, window: int, shuffle: bool
     ) -> None:
-        self._shard_rows, self._seed, self._epoch, self._shuffle = (
-            tuple(shard_rows),
-            seed,
-            epoch,
-            shuffle,
-        )
-        self._shard_starts = tuple(accumulate(self._shard_rows, initial=0))
+        self._seed, self._epoch, self._shuffle = seed, epoch, shuffle
+        self._shard_starts = tuple(accumulate(shard_rows, initial=0))
         self.windows = plan_windows(
             len(shard_rows), seed=seed, epoch=epoch, window=window, shuffle=shuffle
         )
-        rows = [sum(self._shard_rows[shard] for shard in shards) for shards in self.windows]
+        rows = [sum(shard_rows[shard] for shard in shards) for shards in self.windows]
         self._window_starts = np.array([0, *accumulate(rows)])
         self._latest: dict[int, Rows] = {}
 
@@ -109,30 +101,21 @@ class EpochOrder:
 
     def rows(self, start: int, stop: int) -> Rows:
         """The rows at the places `start` to `stop` (not included) of the order."""
-        windows = self.windows_of(start, stop)
-        self._latest = {
-            window: self._latest[window] if window in self._latest else self._window_rows(window)
-            for window in windows
-        }
-        parts = [
-            rows[
-                max(start - int(self._window_starts[window]), 0) : stop
-                - int(self._window_starts[window])
-            ]
-            for window, rows in self._latest.items()
-        ]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        latest, self._latest = self._latest, {}
+        parts = [np.empty(0, np.int64)]
+        for window in self.windows_of(start, stop):
+            rows = latest[window] if window in latest else self._window_rows(window)
+            self._latest[window] = rows
+            first = int(self._window_starts[window])
+            parts.append(rows[max(start - first, 0) : stop - first])
+        return np.concatenate(parts)
 
     def _window_rows(self, window: int) -> Rows:
-        starts = self._shard_starts
-        rows = np.concatenate(
-            [np.arange(starts[shard], starts[shard + 1]) for shard in self.windows[window]]
-        )
-        return (
-            rows[_permutation(len(rows), self._seed, self._epoch, 1 + window)]
-            if self._shuffle
-            else rows
-        )
+        starts, shards = self._shard_starts, self.windows[window]
+        rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+        if not self._shuffle:
+            return rows
+        return rows[_permutation(len(rows), self._seed, self._epoch, 1 + window)]
 
 
 def _permutation(num: int, seed: int, epoch: int, stream: int) -> Rows:

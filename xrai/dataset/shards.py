@@ -1,8 +1,8 @@
 """HDF5 shards and `dataset.json`, the commit mark of a data set. The one home of h5py.
 
 `xrai.preprocess` writes both, the loader and `xrai.verify` read them. A shard's pixels are stored
-contiguously, so a reader maps the file and never goes through h5py for them. The same rows give the
-same bytes, whoever writes them.
+contiguously, so a reader maps the file instead of going through h5py. The same rows always give the
+same bytes.
 """
 
 import hashlib
