@@ -117,10 +117,8 @@ class Job:
         return state
 
     def after_epoch(self, result: EpochResult) -> float:
-        """Show an epoch's results; its score is the AUROC on augmented validation images, which
-        tracks other hospitals.
-
-        Where that is undefined (one class alone) the score is the negative validation loss.
+        """Record an epoch. Its score is the AUROC on augmented validation images, which follows
+        results at other hospitals; with one class only, the negative validation loss.
         """
         labels = self.loaders["val"].labels
         shifted_labels = np.tile(labels, len(result.shifted.logits))

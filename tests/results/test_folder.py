@@ -1,5 +1,6 @@
 """A run's folder: ids, addresses, whole files, and what a finished run says of itself."""
 
+import errno
 import hashlib
 import json
 from datetime import UTC, datetime
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.results.runs import Bucket, row
-from xrai.errors import UserError
+from xrai.errors import StoreError, UserError
+from xrai.results import folder as folder_module
 from xrai.results.folder import RunFolder, check_run_id, new_run_id
 
 
-def test_a_new_run_id_sorts_by_time_is_allowed_and_is_not_given_twice() -> None:
+def test_a_new_run_id_sorts_by_time_is_allowed_and_is_unique() -> None:
     now = datetime(2026, 11, 23, 3, 15, 0, tzinfo=UTC)
     ids = {new_run_id(now) for _ in range(50)}
     assert len(ids) == 50
@@ -27,7 +29,7 @@ def test_a_run_id_that_could_leave_its_folder_or_mislead_is_refused(run_id: str)
         check_run_id(run_id)
 
 
-def test_a_place_that_can_not_be_written_is_refused_in_one_line_and_nothing_is_left(
+def test_an_address_that_cannot_be_written_is_refused_in_one_line_and_nothing_is_left(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -45,12 +47,28 @@ def test_a_place_that_can_not_be_written_is_refused_in_one_line_and_nothing_is_l
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_bucket_is_tried_with_an_object_that_is_taken_back(
+def test_a_bucket_is_tested_with_an_object_that_is_deleted_again(
     bucket: Bucket, tmp_path: Path
 ) -> None:
     RunFolder.check_writable("s3://bucket/runs")
     assert list(bucket.list()) == []
     assert bucket.log[0].startswith("-.write-check-")
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(folder_module, "write_atomically", fail)
+    run.events.add_scalars(1, {"x": 1.0})
+    for write in (lambda: run.write_text("a.txt", "a"), run.close_segment):
+        with pytest.raises(
+            StoreError, match=r"of run r1 .*No space.*free some.*--run_id"
+        ) as caught:
+            write()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: RunFolder) -> None:
@@ -70,7 +88,7 @@ def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: R
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
 
 
-def test_opening_a_finished_run_takes_its_summary_back(run: RunFolder) -> None:
+def test_opening_a_finished_run_withdraws_its_summary(run: RunFolder) -> None:
     run.write_text("config.yaml", "a: {}\n")
     run.finish({})
     again = RunFolder(str(run.path.parent), "r1")

@@ -166,9 +166,12 @@ def test_what_an_earlier_process_could_not_store_is_stored_first_and_marks_last(
     assert [entry.epoch for entry in again.history()] == [1, 2]
     assert again.flush(timeout_s=10)
     assert [key for key in bucket.log if not key.startswith("-")] == [
-        "checkpoints/step-000000020.pt", "history.csv", "tensorboard/events.out.tfevents.000001.xrai",
-        "checkpoints/step-000000020.json", "checkpoints/latest.json",
-    ]  # fmt: skip
+        "checkpoints/step-000000020.pt",
+        "history.csv",
+        "tensorboard/events.out.tfevents.000001.xrai",
+        "checkpoints/step-000000020.json",
+        "checkpoints/latest.json",
+    ]
     again.close()
 
 

@@ -173,10 +173,9 @@ class RunFolder:
         self.close_segment()
 
     def close_segment(self) -> None:
-        """Write the events collected so far to a file that never changes, so that a bucket gets
-        each byte once.
+        """Write the events collected so far to a file that never changes again.
 
-        TensorBoard reads the files in the order of their names, hence the number.
+        So a bucket gets each byte once. TensorBoard reads the files in the order of their numbers.
         """
         found = (_SEGMENT.fullmatch(path.name) for path in (self.path / EVENTS).glob("*.xrai"))
         number = max((int(segment[1]) + 1 for segment in found if segment), default=0)
@@ -185,7 +184,7 @@ class RunFolder:
         # TensorBoard reads all files with "tfevents" in their name, temporary ones included
         hidden = path.with_name(f".{number:06d}")
         with self._explained(path):
-            # TensorBoard's server purges nothing at the first session of a run, so that is this one
+            # TensorBoard's server purges nothing at a run's first session: the first file starts it
             data = self.events.take(purge_step=self._purge_step if number else 0)
             if data is None:
                 return

@@ -13,9 +13,7 @@ from xrai.errors import RunError
 
 
 def _metric(tag: str, *, log: str = "", title: str = "") -> float:
-    """A field with its tag in TensorBoard, its part of the log line and, with a `title`, its
-    column in TensorBoard's table of runs.
-    """
+    """A field; `log` is its part of the log line, `title` a column in TensorBoard's run table."""
     return field(default=math.nan, metadata={"tag": tag, "log": log, "title": title})
 
 
