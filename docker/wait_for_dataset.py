@@ -31,7 +31,7 @@ def main() -> None:
         try:
             if store.size("dataset.json") is not None:
                 return
-            found = "it has no dataset.json yet; xrai.preprocess writes that last"
+            found = "it has no dataset.json yet; xrai preprocess writes it last"
         except UnreachableError as error:
             found = str(error)
         if time.monotonic() - began > wait_s:

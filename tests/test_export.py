@@ -214,7 +214,7 @@ def test_the_command_says_how_well_the_files_agree_and_keeps_it(exported: Export
         files["num_other_pixels"] == 0
         and files["png_probability"] < TOLERANCE < files["jpeg_probability"] < 0.2
     )
-    assert any("beside xrai.predict" in line for line in exported.printed)
+    assert any("beside xrai predict" in line for line in exported.printed)
     assert "No medical device" in exported.printed[-1]
 
 

@@ -85,9 +85,9 @@ def main() -> None:
     content = {**metadata, "agreement": agreements, "beside_own_path": beside}
     out.write("export.json", to_json(content).encode())
     lines.append(
-        f"beside xrai.predict, on {len(phantoms)} phantoms: PNG within "
+        f"beside xrai predict, on {len(phantoms)} phantoms: PNG within "
         f"{beside['png_probability']:.0e} in probability ({beside['num_other_pixels']} of "
-        f"{beside['num_pixels']} pixels differ), JPEG, which xrai.predict decodes at reduced size, "
+        f"{beside['num_pixels']} pixels differ), JPEG, which xrai predict decodes at reduced size, "
         f"within {beside['jpeg_probability']:.0e}"
     )
     print("\n".join([*lines, metadata["note"]]), flush=True)

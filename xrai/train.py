@@ -207,7 +207,7 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
         if f"images.{key}" in given and value != getattr(stored, key):
             raise DatasetError(
                 f"images.{key} = {value!r}, but the data set was made with {getattr(stored, key)!r}: leave the key "
-                "out, or run xrai.preprocess anew with it"
+                "out, or run xrai preprocess again with it"
             )
     num_images = index.num_images("train")
     if num_images < ranks.world_size:

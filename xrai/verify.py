@@ -1,4 +1,4 @@
-"""Check a data set: `python -m xrai.verify --dataset URI [--repair --source S [--labels FILE]]`.
+"""Check a data set: `xrai verify --dataset URI [--repair --source S [--labels FILE]]`.
 
 Checks every hash, count and split rule and the fingerprint. The exit status is 0 if all hold, else
 1, with a line for each fault. `--repair` makes damaged objects anew, bit for bit, from the source
@@ -101,7 +101,7 @@ def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str
     if not _listed(index).intersection(fault.key for fault in faults):
         return ""
     if tried:
-        return "; `python -m xrai.preprocess --overwrite` makes the data set anew"
+        return "; `xrai preprocess --overwrite` makes the data set anew"
     return "; --repair --source S makes damaged objects anew from the data set's raw images"
 
 

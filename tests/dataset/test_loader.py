@@ -675,8 +675,7 @@ def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(
 def test_no_index_is_no_data_set(spoiled: Path):
     (spoiled / "dataset.json").unlink()
     with pytest.raises(
-        DatasetError,
-        match=rf"{spoiled} holds no dataset.json, so no data set; `python -m xrai.prep",
+        DatasetError, match=rf"{spoiled} holds no dataset.json, so no data set; `xrai prep"
     ):
         make_loader(spoiled)
 

@@ -333,7 +333,7 @@ def test_the_fingerprint_follows_the_contents_and_nothing_else() -> None:
 
 def test_an_address_without_dataset_json_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        DatasetError, match=r"holds no dataset\.json, so no data set; `python -m xrai\.preprocess"
+        DatasetError, match=r"holds no dataset\.json, so no data set; `xrai preprocess"
     ) as caught:
         read_index(open_store(str(tmp_path)))
     assert "\n" not in str(caught.value)

@@ -215,7 +215,7 @@ def test_a_damaged_object_is_named_with_exit_status_1(
         status, batches, (line,) = outcome_of(start_reader(address, tmp_path / "cache"))
         assert (status, len(batches) < NUM_BATCHES) == (1, True)
         assert f"shard {address}/train-00005-of-00006.h5 is damaged" in line
-        assert f"`python -m xrai.verify --dataset {address} --repair --source SOURCE`" in line
+        assert f"`xrai verify --dataset {address} --repair --source SOURCE`" in line
 
 
 def test_a_damaged_index_is_named_with_exit_status_1(folder: Path, address: str, tmp_path: Path):

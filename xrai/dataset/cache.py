@@ -241,8 +241,7 @@ class ShardCache:
 
     def _how_to_repair(self) -> str:
         return (
-            f"; `python -m xrai.verify --dataset {self._store.uri} --repair --source SOURCE` "
-            "writes it anew"
+            f"; `xrai verify --dataset {self._store.uri} --repair --source SOURCE` writes it anew"
         )
 
     def _fetch(

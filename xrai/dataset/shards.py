@@ -319,13 +319,13 @@ def read_index(store: Store) -> DatasetIndex:
         data = store.read(INDEX_KEY)
     except NotFoundError as error:
         raise DatasetError(
-            f"{store.uri} holds no {INDEX_KEY}, so no data set; `python -m xrai.preprocess "
+            f"{store.uri} holds no {INDEX_KEY}, so no data set; `xrai preprocess "
             f"--source FOLDER --dataset {store.uri}` makes one"
         ) from error
     try:
         return DatasetIndex.from_json(data, where=f"{store.uri}/{INDEX_KEY}")
     except CorruptError as error:
-        advice = "`python -m xrai.preprocess --overwrite` makes the data set anew"
+        advice = "`xrai preprocess --overwrite` makes the data set anew"
         raise CorruptError(f"{error}; {advice}") from error
 
 

@@ -43,7 +43,7 @@ def find_files(paths: Sequence[str]) -> list[File]:
     if a path is missing or holds no file.
     """
     if not paths:
-        raise UserError(f"no PATH given: {_KINDS}, as in `xrai.predict --run R images/`")
+        raise UserError(f"no PATH given: {_KINDS}, as in `xrai predict --run R images/`")
     found: dict[str, File] = {}
     num_hidden = 0
     for path in paths:

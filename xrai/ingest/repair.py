@@ -72,7 +72,7 @@ def _replace(store: Store, index: DatasetIndex, key: str, path: Path | None) -> 
         raise CorruptError(
             f"{key} made again is not the one that {store.uri} lists: it was made by xrai "
             f"{index.tool_version}, perhaps with other versions of Pillow, pydicom or HDF5; "
-            "`python -m xrai.preprocess --overwrite` makes the whole data set again"
+            "`xrai preprocess --overwrite` makes the whole data set again"
         )
     store.upload(key, path)
 

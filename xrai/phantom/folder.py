@@ -194,7 +194,7 @@ def _readme(job: _Job, *, num_images: int) -> str:
     size = "1,000 to 2,500" if job.full_size else "160 to 320"
     return f"""{_README_TITLE}
 
-These images are phantoms: drawn by a program (python -m xrai.phantom), not taken of any person.
+These images are phantoms: drawn by a program (xrai phantom), not taken of any person.
 They serve tests and demonstrations. A model trained on them knows nothing about patients.
 
 images: {num_images}
