@@ -61,6 +61,9 @@ def on_files(files: "Files", *, config: "MkDocsConfig") -> "Files":
     )
     for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
+    for plot in sorted((ROOT / "benchmarks/results").glob("*.png")):
+        path = f"results/{plot.name}"
+        files.append(File.generated(config, path, abs_src_path=str(plot)))
     return files
 
 

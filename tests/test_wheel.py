@@ -13,10 +13,7 @@ import pytest
 import xrai
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / "xrai/__main__.py").exists(), reason="no console script yet"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
