@@ -16,7 +16,6 @@ from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xrai import __version__
 from xrai.config import Images
@@ -65,9 +64,7 @@ Report = Callable[[Store, Contents], dict[str, bytes]]  # the report's files by 
 class DecodedShard:
     """The images of one planned shard, and its files that have none."""
 
-    rows: list[Row]  # (N,)
-    images: NDArray[np.uint8]  # (N, H, W)
-    sizes: list[tuple[int, int]]  # (N,) (width, height) of the source images
+    columns: shards.Columns
     hashes: list[str]  # (N,)
     reasons: dict[str, str]  # path -> why it was excluded
 
@@ -147,16 +144,16 @@ class Builder:
         return index
 
     def _store_decoded(self, shard: PlannedShard, decoded: DecodedShard) -> None:
-        info = None
-        if decoded.rows:
-            labels = [row.label for row in decoded.rows]
-            counts = tuple(labels.count(label) for label in range(len(CLASSES)))
+        info, labels = None, decoded.columns.labels
+        if len(labels):
             with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
                 path = Path(folder) / shard.name
                 write_decoded(path, decoded)
                 digest = self._store.upload(shard.name, path)
-                info = ShardInfo(shard.name, len(labels), path.stat().st_size, digest, counts)
-        histogram = grey_histogram(decoded.images).tolist()
+                size_bytes = path.stat().st_size
+            counts = tuple(np.bincount(labels, minlength=len(CLASSES)).tolist())
+            info = ShardInfo(shard.name, len(labels), size_bytes, digest, counts)
+        histogram = grey_histogram(decoded.columns.images).tolist()
         part = Part(self._plan.sha256, info, decoded.reasons, histogram, decoded.hashes)
         self._unfinished.store_part(shard, part)
 
@@ -204,26 +201,23 @@ def gather(
         hashes.append(image.perceptual_hash)
         sizes.append(image.size)
         rows.append(row)
-    return DecodedShard(rows, images[: len(rows)], sizes, hashes, reasons)
+    columns = shards.Columns(
+        images=images[: len(rows)],
+        labels=np.array([row.label for row in rows], np.uint8),
+        source=[row.path for row in rows],
+        patient=[row.patient for row in rows],
+        subtype=[row.subtype for row in rows],
+        sha256=[row.sha256 for row in rows],
+        width=[width for width, _ in sizes],
+        height=[height for _, height in sizes],
+    )
+    return DecodedShard(columns, hashes, reasons)
 
 
 def write_decoded(path: Path, decoded: DecodedShard) -> None:
     """Write a shard to a local file."""
-    rows = decoded.rows
     with _explaining(path, path.name):
-        shards.write_shard(
-            path,
-            shards.Columns(
-                images=decoded.images,
-                labels=np.array([row.label for row in rows], np.uint8),
-                source=[row.path for row in rows],
-                patient=[row.patient for row in rows],
-                subtype=[row.subtype for row in rows],
-                sha256=[row.sha256 for row in rows],
-                width=[width for width, _ in decoded.sizes],
-                height=[height for _, height in decoded.sizes],
-            ),
-        )
+        shards.write_shard(path, decoded.columns)
 
 
 def assemble(
