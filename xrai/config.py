@@ -42,36 +42,23 @@ class Images:
 
     size: int = _key(64, "height and width of the stored square, pixels", "[16, 1024]")
     fit: Literal["crop", "squash", "pad"] = _key(
-        "crop", "how an image is made square: center-crop, stretch, or pad with black"
+        "crop", "how an image is made square: crop the center, stretch, or pad"
     )
     max_pixels: int = _key(
-        100_000_000,
-        "a file that declares more pixels is excluded undecoded (decompression bombs)",
-        "[1024, inf)",
+        100_000_000, "a file that declares more pixels is excluded undecoded", "[1024, inf)"
     )
-    max_set_aside: float = _key(
-        0.05, "largest share of the source files that may be excluded", "[0, 1]"
-    )
+    max_set_aside: float = _key(0.05, "share of source files that may be excluded", "[0, 1]")
 
 
 @dataclass(frozen=True)
 class Splits:
     """How patients are divided into train, val and test where the source does not say."""
 
-    val_fraction: float = _key(
-        0.1, "share of patients drawn for val when the source has none", "(0, 1)"
-    )
-    test_fraction: float = _key(
-        0.1, "share of patients drawn for test when the source has none", "[0, 1)"
-    )
-    min_val_images: int = _key(
-        32,
-        "a val folder with fewer images is too small to measure with and joins train",
-        "[0, inf)",
-    )
+    val_fraction: float = _key(0.1, "share of patients for val if the source has none", "(0, 1)")
+    test_fraction: float = _key(0.1, "share of patients for test if the source has none", "[0, 1)")
+    min_val_images: int = _key(32, "a val folder with fewer images joins train", "[0, inf)")
     duplicates: Literal["error", "drop"] = _key(
-        "error",
-        "the same image in two splits of the source: refuse, or keep only the one in test, else val",
+        "error", "the same image in two splits: refuse, or keep that in test, else val"
     )
 
 
@@ -104,10 +91,10 @@ class Model:
     """The network."""
 
     name: Literal["resnet10", "resnet18"] = _key(
-        "resnet10", "residual network with one or two basic blocks a stage"
+        "resnet10", "residual network, 1 or 2 blocks a stage"
     )
     width: int = _key(
-        16, "channels of the first of four stages; each later stage doubles them", "[8, 256]"
+        16, "channels of the first stage; each of the three later ones doubles", "[8, 256]"
     )
 
 
@@ -123,7 +110,7 @@ class Augment:
     gamma: float = _key(0.4, "largest change of the logarithm of gamma", "[0, 3]")
     contrast: float = _key(0.3, "largest relative change of contrast", "[0, 1)")
     blur: float = _key(0.5, "largest share of a 3x3 binomial blur that is mixed in", "[0, 1]")
-    noise: float = _key(0.04, "largest standard deviation of added noise, grey range 1", "[0, 1]")
+    noise: float = _key(0.04, "largest sigma of added noise, grey range 1", "[0, 1]")
 
 
 @dataclass(frozen=True)
@@ -132,27 +119,19 @@ class Optim:
 
     name: Literal["adamw", "sgd"] = _key("adamw", "AdamW, or SGD with Nesterov momentum")
     lr: float = _key(3e-3, "peak learning rate", "(0, 100]")
-    weight_decay: float = _key(
-        0.05, "decoupled weight decay, not applied to norms and biases", "[0, 10]"
-    )
+    weight_decay: float = _key(0.05, "decoupled; not applied to norms and biases", "[0, 10]")
     momentum: float = _key(0.9, "momentum of sgd, beta1 of adamw", "[0, 1)")
-    warmup_fraction: float = _key(
-        0.1, "share of all steps in linear warm-up, before the cosine", "[0, 1)"
-    )
+    warmup_fraction: float = _key(0.1, "share of all steps in linear warm-up", "[0, 1)")
     clip_norm: float = _key(1.0, "largest L2 norm of the gradient; 0: no clipping", "[0, inf)")
     ema_decay: float = _key(
         0.998, "decay a step of the averaged weights, which are saved", "[0, 1)"
     )
     label_smoothing: float = _key(0.0, "label smoothing", "[0, 1)")
     class_weighting: float = _key(
-        0.0,
-        "how much more the rarer class weighs in the loss; 1: both classes weigh alike",
-        "[0, 1]",
+        0.0, "balance of the classes in the loss; 0: as they are; 1: equal", "[0, 1]"
     )
     logit_adjustment: float = _key(
-        1.0,
-        "weight of the log class prior added to the logits in training (Menon et al. 2021); 0: off",
-        "[0, inf)",
+        1.0, "weight of the log class prior in the logits (Menon et al. 2021); 0: off", "[0, inf)"
     )
 
 
@@ -163,31 +142,23 @@ class Train:
     epochs: int = _key(40, "passes over the training split", "[1, 100000]")
     seed: int = _key(0, "seed of weights, order and augmentation", "[0, 2147483647]")
     global_batch_size: int = _key(64, "images a step, over all ranks together", "[1, inf)")
-    accumulation_steps: int = _key(
-        1, "parts in which a rank's share of a batch is computed, to save memory", "[1, inf)"
-    )
+    accumulation_steps: int = _key(1, "parts of a rank's batch, to save memory", "[1, inf)")
     precision: Literal["auto", "bf16", "fp16", "off", "fp64"] = _key(
-        "auto",
-        "mixed precision; auto: bf16 where the device is fast at it; off: fp32; "
-        "fp64: for exact comparison of runs",
+        "auto", "auto: bf16 where that is fast; off: fp32; fp64: to compare runs exactly"
     )
     compile: bool = _key(False, "torch.compile the network")
-    threads: int = _key(
-        0, "CPU threads a rank; 0: the machine's cores divided by its ranks", "[0, 1024]"
-    )
+    threads: int = _key(0, "CPU threads a rank; 0: cores divided by ranks", "[0, 1024]")
     patience: int = _key(
-        0, "stop after this many epochs without a better validation score; 0: never", "[0, inf)"
+        0, "stop after so many epochs without a better score; 0: never", "[0, inf)"
     )
     max_steps: int = _key(0, "stop after this many steps; 0: no limit", "[0, inf)")
     max_minutes: float = _key(0.0, "stop after this many minutes; 0: no limit", "[0, inf)")
-    profile: str = _key(
-        "", "steps A:B to profile into profile.json, a Chrome trace; counted from 1; empty: none"
-    )
+    profile: str = _key("", "steps A:B, from 1, to profile into profile.json (Chrome trace)")
     timeout_s: float = _key(
-        600.0, "how long a rank waits for the others up to the end of the first step", "(0, inf)"
+        600.0, "seconds to wait for other ranks until the first step ends", "(0, inf)"
     )
     step_timeout_s: float = _key(
-        300.0, "how long a rank waits for the others after the first step, seconds", "(0, inf)"
+        300.0, "seconds to wait for other ranks after the first step", "(0, inf)"
     )
 
 
@@ -197,9 +168,7 @@ class Checkpoint:
 
     every: int = _key(0, "steps between checkpoints; 0: one at the end of each epoch", "[0, inf)")
     keep_last: int = _key(2, "how many of the newest checkpoints are kept", "[1, inf)")
-    keep_best: int = _key(
-        1, "how many of the best checkpoints, by validation, are kept", "[1, inf)"
-    )
+    keep_best: int = _key(1, "how many of the best checkpoints are kept", "[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -207,9 +176,7 @@ class Evaluate:
     """How results are measured."""
 
     batch_size: int = _key(256, "images a step in evaluation, over all ranks together", "[1, inf)")
-    shift_draws: int = _key(
-        2, "augmented copies of each val image that stand for other hospitals' images", "[1, 100]"
-    )
+    shift_draws: int = _key(2, "augmented copies scored for each val image", "[1, 100]")
     num_bootstrap: int = _key(1000, "bootstrap samples behind each 95 % interval", "[10, 1000000]")
 
 

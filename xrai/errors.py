@@ -2,9 +2,7 @@
 
 
 class XraiError(Exception):
-    """Something went wrong in a way that one line can explain. The message says what, the value,
-    and what to do.
-    """
+    """What one line can explain. The message says what, the value, and what to do."""
 
     exit_status = 1
 
@@ -16,9 +14,7 @@ class UserError(XraiError):
 
 
 class ConfigError(UserError):
-    """An unknown key, a wrong type or a value out of range in a config file or on the command
-    line.
-    """
+    """An unknown key, a wrong type or a value out of range, in a config file or a flag."""
 
 
 class SourceError(UserError):
@@ -42,9 +38,7 @@ class CorruptError(XraiError):
 
 
 class StoreError(XraiError):
-    """The object store could not do what was asked. The message names the address, the key and
-    the cause.
-    """
+    """The object store failed. The message names the address, the key and the cause."""
 
 
 class NotFoundError(StoreError):
@@ -52,9 +46,7 @@ class NotFoundError(StoreError):
 
 
 class StoreAccessError(StoreError, UserError):
-    """The store's address or keys are wrong: forbidden, no credentials, no such bucket, wrong
-    region or endpoint.
-    """
+    """The store's address or credentials are wrong."""
 
     exit_status = 2
 
@@ -84,9 +76,7 @@ class AlreadyExistsError(StoreError):
 
 
 class TrainingError(XraiError):
-    """Training cannot go on: a loss that is not finite, a rank that is gone, a deadline that
-    passed.
-    """
+    """Training cannot continue: a loss that is not finite, a lost rank, a missed deadline."""
 
 
 class StoppedError(XraiError):

@@ -1,14 +1,15 @@
-"""The object store: a folder or a bucket behind one small interface. The one home of boto3.
+"""A folder or a bucket behind one small interface. The one home of boto3.
 
 Rooms and commands open an address and pass the store on:
 
     store = open_store("data/dataset")             # also file:///abs/dir
     store = open_store("s3://bucket/prefix")       # AWS_ENDPOINT_URL_S3 names another S3
+
 Keys are relative paths with forward slashes. A write is atomic: a reader sees the whole object, the
 one before, or none. A store may be pickled, used from many threads, and used in a child after fork.
-Every S3 request has a time-out; one that fails for a reason that may pass (no answer, a reset, a
-cut body, 5xx, throttling) is repeated with growing, jittered pauses until nothing has succeeded for
-`retry_s`. What cannot pass is told apart at once by its class: `NotFoundError`, `ForbiddenError`,
+Every S3 request has a timeout; one that fails for a transient reason (no answer, a reset, a cut
+body, 5xx, throttling) is repeated with growing, jittered pauses until nothing has succeeded for
+`retry_s`. Permanent failures raise at once: `NotFoundError`, `ForbiddenError`,
 `NoCredentialsError`, `NoSuchBucketError`, `WrongEndpointError`.
 """
 
@@ -30,11 +31,10 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     """The store at an address: a folder's path, `file:///abs/dir`, or `s3://bucket/prefix`. Nothing
     is contacted yet.
 
-    For a bucket `timeout_s` is how long one request may be without an answer, and `retry_s` how
-    long a failing one is repeated: a call ends within `retry_s + 2 timeout_s` (one to connect, one
-    to be answered) of the last 256 KiB that arrived. Where they are not given, XRAI_S3_TIMEOUT_S
-    and XRAI_S3_RETRY_S say, else they are 20 and 120 s. Raises `StoreAccessError` for any other
-    address.
+    For a bucket, `timeout_s` is how long one request may take to be answered, and `retry_s` how
+    long a failing one is repeated: a call ends within `retry_s + 2 timeout_s` (to connect, and to
+    be answered) of the last 256 KiB that arrived. Defaults: XRAI_S3_TIMEOUT_S and XRAI_S3_RETRY_S,
+    else 20 and 120 s. Raises `StoreAccessError` for any other address.
     """
     allowed = "give a folder, file:///folder or s3://bucket/prefix"
     scheme = urlsplit(uri).scheme if "://" in uri else ""
