@@ -121,12 +121,11 @@ def write_h5py(read: Read, paths: Sequence[str], folder: Path, *, num_workers: i
 
     folder.mkdir(parents=True, exist_ok=True)
     with h5py.File(folder / "images.h5", "w") as file:
+        labels = file.create_dataset("labels", (len(paths),), np.uint8)  # (N,)
+        images = None  # (N, H, W)
         for number, (pixels, label) in enumerate(_read_all(read, paths, num_workers)):
-            if number == 0:
-                images = file.create_dataset(
-                    "images", (len(paths), *pixels.shape), np.uint8
-                )  # (N, H, W)
-                labels = file.create_dataset("labels", (len(paths),), np.uint8)  # (N,)
+            if images is None:
+                images = file.create_dataset("images", (len(paths), *pixels.shape), np.uint8)
             images[number], labels[number] = pixels, label
 
 
@@ -360,7 +359,9 @@ def _data_loader(
 ) -> Any:
     from torch.utils.data import DataLoader, DistributedSampler
 
-    sampler = DistributedSampler(dataset, world_size, rank) if shuffle and world_size > 1 else None
+    sampler: Any = (
+        DistributedSampler(dataset, world_size, rank) if shuffle and world_size > 1 else None
+    )
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +182,7 @@ class Alternating:
             self._loader.epoch(epoch, start=start) if epoch % 2 == 0 else iter(self.batches[start:])
         )
 
-    def timings(self) -> Mapping[str, float]:
+    def timings(self) -> dict[str, float]:
         """The loader's."""
         return self._loader.timings()
 

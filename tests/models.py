@@ -5,6 +5,7 @@ memory for seconds.
 import functools
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def save_run(
     folder: Path,
     *,
     size: int = 64,
-    fit: str = "crop",
+    fit: Literal["crop", "squash", "pad"] = "crop",
     threshold: float = 0.5,
     temperature: float = 1.5,
     num_images: int = 48,

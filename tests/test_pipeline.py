@@ -10,8 +10,10 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +96,7 @@ def test_probabilities_are_calibrated_and_the_threshold_stands_on_their_scale(ru
     with torch.no_grad():
         logit = float(model.network(torch.from_numpy(fitted.copy())[None, None] / 255))
     [row] = run.pipeline.predict(film)
+    assert row.probability is not None
     assert row.probability == pytest.approx(1 / (1 + np.exp(-logit / 1.5)), abs=1e-5)
     for threshold, decision in (
         (row.probability, "pneumonia"),
@@ -138,12 +141,15 @@ def test_rows_keep_their_files_across_batches_and_memory_does_not_grow_with_them
     expected = [row.probability for row in run.pipeline.predict(films)]
     begun, yielded = 0, 0
 
+    def give(data: Any) -> Any:
+        return data
+
     def files() -> Iterator[File]:
         nonlocal begun
         for number in range(num_files):
             begun += 1
             data = b"no picture" if number % 5 == 2 else films[number % 7]
-            yield File(f"{number}", lambda data=data: data)
+            yield File(f"{number}", partial(give, data))
 
     for number, explained in enumerate(run.pipeline.classify(files())):
         row = explained.prediction
@@ -372,6 +378,6 @@ def test_a_place_without_a_finished_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_array_that_is_no_grey_image_is_a_row_that_says_so(run: Run) -> None:
-    rows = run.pipeline.predict([np.zeros((5, 5, 3), np.uint8), np.zeros((9, 9), np.float32)])  # type: ignore[list-item]
+    rows = run.pipeline.predict([np.zeros((5, 5, 3), np.uint8), np.zeros((9, 9), np.float32)])
     assert [row.decision for row in rows] == ["review", "review"]
     assert rows[0].reason == "is an array of shape (5, 5, 3) and type uint8, not a grey image"

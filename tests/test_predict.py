@@ -278,7 +278,7 @@ def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text
     pipeline = load_pipeline(str(run))
     [explained] = pipeline.classify(find_files([str(films / "more" / "b.jpeg")]), explain_side=512)
     data = draw_overlay(explained)
-    assert explained.image is not None
+    assert explained.image is not None and explained.heat is not None
     with Image.open(io.BytesIO(data)) as panel:
         assert panel.format == "PNG" and panel.mode == "RGB" and not panel.info
         pixels = np.asarray(panel).astype(int)

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -274,7 +275,7 @@ def test_a_folder_a_nested_folder_and_zips_of_them_hold_the_same_images(
 
 def test_a_medmnist_file_becomes_a_data_set(run: Callable[..., Done], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for split, num in (("train", 60), ("val", 40), ("test", 20)):
         arrays[f"{split}_images"] = rng.integers(0, 256, (num, 28, 28), dtype=np.uint8)
         arrays[f"{split}_labels"] = (np.arange(num) % 2).reshape(-1, 1).astype(np.uint8)
@@ -309,7 +310,7 @@ def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(
     }
     source = write_files(tmp_path / "chest", {**source_files(), **kinds})
     index = make(run, source, tmp_path / "dataset")
-    images = {}
+    images: dict[str, Any] = {}
     for shards in index.splits.values():
         for info in shards:
             shard = open_shard(tmp_path / "dataset" / info.name)
@@ -369,7 +370,7 @@ def test_dicom_and_png_of_the_same_phantoms_become_the_same_data_set(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
-    images = {}
+    images: dict[str, Any] = {}
     for image_format in ("dicom", "png"):
         make_phantoms(
             tmp_path / image_format, num_images=40, seed=5, image_format=image_format, workers=1

@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ def gradient(width: int, height: int, *, seed: int = 0) -> NDArray[np.uint8]:
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     a, b, c = rng.uniform(0.5, 4, 3)
     waves = np.sin(a * x * 3 + seed) + np.cos(b * y * 3) + x * c
-    return np.rint((waves - waves.min()) / max(float(np.ptp(waves)), 1e-9) * 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(
+        (waves - waves.min()) / max(float(np.ptp(waves)), 1e-9) * 255
+    ).astype(np.uint8)
+    return levels
 
 
 def encoded(
@@ -96,7 +100,7 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def dicom_file(
-    samples: NDArray[np.integer], *, leave_out: tuple[str, ...] = (), **tags: object
+    samples: NDArray[np.integer], *, leave_out: tuple[str, ...] = (), **tags: Any
 ) -> bytes:
     """A DICOM file of samples (H, W) or (H, W, 3) as they stand; `tags` are set after those that
     the samples need.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ def open_and_close(cache: ShardCache, index: DatasetIndex, *numbers: int) -> Non
         cache.open(index.splits["train"][number]).close()
 
 
-def in_child(work: Callable[[], None]) -> ForkProcess:
+def in_child(work: Callable[[], object]) -> ForkProcess:
     child = _fork.Process(target=work)
     child.start()
     return child
@@ -356,7 +357,7 @@ def test_the_limit_holds_for_several_processes_together(
             open_and_close(cache, of, number)
 
     children = [
-        in_child(lambda store=store, of=of, seed=seed: work(store, of, seed))
+        in_child(partial(work, store, of, seed))
         for seed, (store, of) in enumerate([(bucket, index), (other, other_index)] * 2)
     ]
     largest = 0
@@ -523,7 +524,7 @@ def test_a_forked_child_keeps_no_lock_of_its_parent(
 
     class Forking(RemoteFolder):
         def download(self, key: str, path: Path) -> str:
-            self.child = in_child(lambda: end.wait(30) and None)
+            self.child = in_child(lambda: end.wait(30))
             started.set()
             return super().download(key, path)
 

@@ -155,7 +155,7 @@ def test_global_batch_k_is_the_same_for_every_world_size_threads_and_restart(
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world_size: int):
-    options = {
+    options: dict[str, Any] = {
         "shuffle": True,
         "seed": 5,
         "window": 2,
@@ -498,7 +498,11 @@ def test_a_child_forked_in_an_epoch_ends_and_leaves_the_epoch_to_its_parent(
     folder: Path, tmp_path: Path
 ):
     size_bytes = max(path.stat().st_size for path in folder.glob("train*.h5"))
-    options = {"cache_dir": tmp_path, "cache_max_gib": 5 * size_bytes / 2**30, "batch_size": 1}
+    options: dict[str, Any] = {
+        "cache_dir": tmp_path,
+        "cache_max_gib": 5 * size_bytes / 2**30,
+        "batch_size": 1,
+    }
     batches = make_loader(RemoteFolder(folder), prefetch=1, **options).epoch(0)
     first = next(batches)
     child = os.fork()
@@ -697,7 +701,7 @@ def test_an_unknown_split_is_refused_with_those_that_exist(tmp_path: Path):
         ({"seed": -1}, "seed = -1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(folder: Path, options: dict[str, int], message: str):
+def test_numbers_out_of_range_are_refused(folder: Path, options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         make_loader(folder, **options)
 
@@ -736,7 +740,13 @@ def size_of(paths: Iterable[Path]) -> int:
 def test_a_small_cache_gives_the_same_batches_within_its_limit(
     many: Path, tmp_path: Path, world_size: int
 ):
-    options = {"batch_size": 16, "shuffle": True, "window": 2, "threads": 2, "prefetch": 1}
+    options: dict[str, Any] = {
+        "batch_size": 16,
+        "shuffle": True,
+        "window": 2,
+        "threads": 2,
+        "prefetch": 1,
+    }
     limit = gib_for(many, 4 if world_size == 1 else 7)
     store = RemoteFolder(many)
     step = threading.Barrier(
@@ -771,7 +781,7 @@ def test_a_small_cache_gives_the_same_batches_within_its_limit(
 def test_a_cache_too_small_for_its_windows_is_refused_before_any_work(
     many: Path, tmp_path: Path, world_size: int, num_held: int
 ):
-    options = {
+    options: dict[str, Any] = {
         "shuffle": True,
         "window": 2,
         "threads": 2,

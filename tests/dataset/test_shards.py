@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -66,12 +67,12 @@ def test_a_shard_reads_back_as_it_was_written(
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (num_rows, size, size), dtype=np.uint8)
     labels = rng.integers(0, 2, num_rows, dtype=np.uint8)
-    texts = {
+    texts: dict[str, Any] = {
         name: data.draw(st.lists(TEXT, min_size=num_rows, max_size=num_rows))
         for name in ("source", "patient", "subtype")
     }
     sha256 = [hashlib.sha256(bytes([k])).hexdigest() for k in range(num_rows)]
-    sides = {
+    sides: dict[str, Any] = {
         name: data.draw(st.lists(SIDE, min_size=num_rows, max_size=num_rows))
         for name in ("width", "height")
     }

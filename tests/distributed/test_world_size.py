@@ -124,7 +124,8 @@ def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path):
 def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_path: Path):
     options = [RANK, *EXACT, "--train.epochs=3", f"--folder={tmp_path}"]
     whole = train("--train.epochs=3", world_size=1)
-    losses, epochs = [], []
+    losses: list[float] = []
+    epochs: list[dict[str, Any]] = []
     for world_size, stop_after in ((2, 4), (1, 4), (4, 0)):
         outcome = run_ranks([*options, f"--stop_after={stop_after}"], world_size=world_size)[0]
         losses, epochs = losses + outcome["losses"], epochs + outcome["epochs"]

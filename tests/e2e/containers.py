@@ -58,7 +58,9 @@ def docker(
     return run("docker", *arguments, timeout_s=timeout_s, check=check)
 
 
-def wait_until(found: Callable[[], Any], *, what: str, timeout_s: float = 180) -> Any:
+def wait_until(
+    found: Callable[[], Any], *, what: str | Callable[[], str], timeout_s: float = 180
+) -> Any:
     """Ask until the answer is true, and return it; fail after the time, saying what was waited
     for.
     """
@@ -131,7 +133,7 @@ class Stack:
             f"--file={REPOSITORY}/compose.yaml",
             f"--file={REPOSITORY}/tests/e2e/compose.ceph.yaml",
         )
-        defaults = {
+        defaults: dict[str, Any] = {
             "XRAI_IMAGE": TAG,
             "XRAI_S3_ENDPOINT": self.inside,
             "XRAI_S3_KEY": self.key,
@@ -158,9 +160,8 @@ class Stack:
 
     def up(self, *services: str, timeout_s: float = 400, **environment: str) -> str:
         """`docker compose up SERVICES…` to the end of all of them; what they printed."""
-        return self.compose(
-            "up", "--no-build", *services, timeout_s=timeout_s, **environment
-        ).stdout
+        variables: dict[str, Any] = dict(environment)
+        return self.compose("up", "--no-build", *services, timeout_s=timeout_s, **variables).stdout
 
     def once(
         self,
@@ -173,17 +174,9 @@ class Stack:
         """`docker compose run --rm SERVICE ARGUMENTS…` to its end, without the services that it
         depends on.
         """
-        return self.compose(
-            "run",
-            "--rm",
-            "-T",
-            "--no-deps",
-            *options,
-            service,
-            *arguments,
-            check=check,
-            **environment,
-        )
+        command = ["run", "--rm", "-T", "--no-deps", *options, service, *arguments]
+        variables: dict[str, Any] = dict(environment)
+        return self.compose(*command, check=check, **variables)
 
     def config(
         self, name: str, *, epochs: int = 2, batch: int = 16, width: int = 8, every: int = 0

@@ -62,13 +62,15 @@ def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(
     files: tuple[str, ...], profile: str
 ):
     options = ["--file=compose.yaml", *files, *([f"--profile={profile}"] if profile else [])]
-    keys = {"XRAI_S3_KEY": "key", "XRAI_S3_SECRET": "secret"} if CEPH in files else {}
+    keys: dict[str, Any] = (
+        {"XRAI_S3_KEY": "key", "XRAI_S3_SECRET": "secret"} if CEPH in files else {}
+    )
     for source, mounted in {
         "": "phantoms",
         "/films": "/films",
         "./films": f"{REPOSITORY}/films",
     }.items():
-        settings = {"XRAI_SOURCE": source} if source else {}
+        settings: dict[str, Any] = {"XRAI_SOURCE": source} if source else {}
         config = run(
             "docker", "compose", *options, "config", "--format=json", **settings, **keys
         ).stdout
@@ -330,7 +332,9 @@ def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(
     trained: str, s3: Stack
 ):
     config = s3.config("stopped.yaml", epochs=10_000, batch=2, every=1)
-    settings = {"XRAI_NAME": "stopped", "XRAI_CONFIG": str(config)}
+    settings: dict[str, Any] = {"XRAI_NAME": "stopped", "XRAI_CONFIG": str(config)}
+    step = batch = num_batches = 0
+    said = ""
     for _ in range(3):  # a stop may fall on the last step of an epoch
         s3.compose("up", "--detach", "--no-build", "--no-deps", "train", **settings)
         container = container_of(s3, "train")
@@ -360,7 +364,7 @@ def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(
 
 def test_a_node_that_is_killed_and_started_again_rejoins_and_both_go_on(trained: str, s3: Stack):
     config = s3.config("nodes.yaml", epochs=10_000, every=1)
-    settings = {"XRAI_NAME": "nodes", "XRAI_CONFIG": str(config)}
+    settings: dict[str, Any] = {"XRAI_NAME": "nodes", "XRAI_CONFIG": str(config)}
     start = ("--profile=multinode", "up", "--detach", "--no-build", "--no-deps")
     s3.compose(*start, "train-0", "train-1", **settings)
     first, second = (container_of(s3, service) for service in ("train-0", "train-1"))

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from functools import partial
 
 import pytest
 
@@ -148,6 +149,10 @@ def test_an_image_folder_becomes_a_trained_network_without_any_network(image: st
     )
 
 
+def has_health(container: str, status: str) -> bool:
+    return bool(inspect(container)["State"]["Health"]["Status"] == status)
+
+
 def test_a_job_that_no_longer_beats_is_unhealthy(image: str):
     container = docker(
         "run",
@@ -164,10 +169,7 @@ def test_a_job_that_no_longer_beats_is_unhealthy(image: str):
     ).stdout.strip()
     try:
         for status in ("healthy", "unhealthy"):
-            wait_until(
-                lambda status=status: inspect(container)["State"]["Health"]["Status"] == status,
-                what=f"it to be {status}",
-            )
+            wait_until(partial(has_health, container, status), what=f"it to be {status}")
     finally:
         docker("rm", "--force", container)
 

@@ -278,9 +278,7 @@ def undisturbed(cluster: Cluster, runs: Runs) -> list[Pod]:
     with ThreadPoolExecutor(2) as threads:
         waiting = [threads.submit(pod.begin) for pod in pods]
         for pod in pods:
-            wait_until(
-                lambda pod=pod: pod.waits(), what=f"pod {pod.index} to wait for the data set"
-            )
+            wait_until(pod.waits, what=f"pod {pod.index} to wait for the data set")
         partitions = [cluster.pod("preprocess", index).begin() for index in range(2)]
         assert [pod.end() for pod in partitions] == [0, 0], [pod.log() for pod in partitions]
         for future in waiting:

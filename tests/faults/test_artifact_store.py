@@ -253,7 +253,7 @@ def check_tensorboard(tensorboard: TensorBoard, store: Store) -> None:
         Image.open(io.BytesIO(served)) as image,
         Image.open(io.BytesIO(store.read("plots/mistakes.png"))) as stored,
     ):
-        assert np.array_equal(image, stored.convert("RGB"))
+        assert np.array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
 
     (group,) = tensorboard.get(
         "hparams/session_groups",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -306,7 +307,7 @@ def test_three_at_once_at_one_address_do_each_other_no_harm(
 ) -> None:
     dataset = tmp_path / "dataset"
     children = [
-        start(source, dataset, before=lambda k=k: time.sleep(0.07 * k * attempt)) for k in range(3)
+        start(source, dataset, before=partial(time.sleep, 0.07 * k * attempt)) for k in range(3)
     ]
     ends = [wait(child) for child in children]
     assert ends == [0, 0, 0], dataset.with_suffix(".log").read_text()

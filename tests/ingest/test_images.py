@@ -3,6 +3,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def decoded(
     return decode(data, size=size, fit=fit, max_pixels=10_000_000)
 
 
-def grey_png(**options: object) -> bytes:
+def grey_png(**options: Any) -> bytes:
     return encoded(gradient(50, 40), **options)
 
 

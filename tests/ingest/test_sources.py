@@ -4,6 +4,7 @@ import stat
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ FILES = {
 }
 
 
-def npz(path: Path, **arrays: np.ndarray) -> str:
+def npz(path: Path, **arrays: Any) -> str:
     np.savez(path, **arrays)
     return str(path)
 

@@ -93,7 +93,7 @@ def train_discs(
     """
     images, labels = make_discs(num_images)
     val_images, val_labels = make_discs(num_val, seed=1)
-    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(
         images,
         labels,

@@ -38,7 +38,7 @@ def trained() -> ResNet:
     torch.manual_seed(3)
     network = ResNet(width=8)
     images, discs = make_discs(128, size=64)
-    train(network, images, discs.any(axis=(1, 2)).astype(np.uint8), num_steps=60)
+    train(network, images, np.asarray(discs.any(axis=(1, 2)), np.uint8), num_steps=60)
     return network
 
 
@@ -59,11 +59,9 @@ def by_hand(network: ResNet, image: Tensor, num_blocks: int) -> NDArray[np.float
         moved = torch.eye(maps.numel(), dtype=maps.dtype).reshape(-1, *maps.shape) * step
 
         def logits(changed: Tensor) -> NDArray[np.float64]:
-            return (
-                network.head(network.stages[num_blocks:](changed).mean(dim=(2, 3)))
-                .squeeze(1)
-                .numpy()
-            )
+            pooled = network.stages[num_blocks:](changed).mean(dim=(2, 3))
+            found: NDArray[np.float64] = network.head(pooled).squeeze(1).numpy()
+            return found
 
         gradients = ((logits(maps + moved) - logits(maps - moved)) / (2 * step)).reshape(maps.shape)
     num_channels, height, width = maps.shape
@@ -82,7 +80,8 @@ def by_hand(network: ResNet, image: Tensor, num_blocks: int) -> NDArray[np.float
             fine[i, j] = (1 - (y - top)) * (
                 (1 - (x - left)) * coarse[top, left] + (x - left) * coarse[top, right]
             ) + (y - top) * ((1 - (x - left)) * coarse[low, left] + (x - left) * coarse[low, right])
-    return fine / fine.max()
+    scaled: NDArray[np.float64] = fine / fine.max()
+    return scaled
 
 
 @pytest.mark.parametrize(("height", "width", "num_blocks"), [(36, 44, 1), (64, 72, 2)])

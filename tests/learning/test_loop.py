@@ -72,7 +72,9 @@ def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(
 
 def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: Path):
     whole = train_discs(SMALL, ranks=alone)
-    results, losses, outcome = [], [], None
+    results: list[Any] = []
+    losses: list[float] = []
+    outcome = None
     for _ in range(6):
         outcome = train_discs(SMALL, ranks=alone, folder=tmp_path, stop_after=2)
         results, losses = results + outcome.results, losses + outcome.losses

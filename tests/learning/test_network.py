@@ -64,7 +64,8 @@ def test_variance_is_kept_through_a_relu_and_a_convolution():
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
 @pytest.mark.parametrize("size", [64, 97])
 def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(name: str, size: int):
-    network = ResNet(name=name).eval().to(memory_format=torch.channels_last)
+    network = ResNet(name=name).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -2,6 +2,8 @@
 on phantoms.
 """
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
@@ -42,14 +44,14 @@ with join(timeout_s=60) as ranks:
 
 def fit_numbers(ranks: Ranks, *, batch_size: int) -> dict[str, list[float]]:
     """What a fit on discs comes to."""
-    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(*make_discs(150), batch_size=batch_size, shuffle=True, **share)
     val = FakeLoader(*make_discs(41, seed=1), batch_size=16, **share)
     state = fit_typicality(small_network(), train, val, ranks=ranks).to_state()
     return {name: state[name].flatten().tolist() for name in ("mean", "offset", "scale", "limit")}
 
 
-def small_network(seed: int = 0, *, name: str = "resnet10") -> ResNet:
+def small_network(seed: int = 0, *, name: Literal["resnet10", "resnet18"] = "resnet10") -> ResNet:
     torch.manual_seed(seed)
     return build_model(Model(name=name, width=8)).double().eval()
 
@@ -70,7 +72,7 @@ def to_grey(images: NDArray[np.uint8]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
 @pytest.mark.parametrize("size", [16, 33, 64])
-def test_the_logits_are_the_networks_own(name: str, size: int):
+def test_the_logits_are_the_networks_own(name: Literal["resnet10", "resnet18"], size: int):
     network = small_network(name=name)
     images = torch.rand(5, 1, size, size, dtype=torch.float64)
     logits, groups = describe(network, images)

@@ -99,7 +99,8 @@ def test_the_images_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> N
     class Images:
         def read(self, rows: np.ndarray) -> np.ndarray:
             asked.append(rows.tolist())
-            return pixels[rows]
+            chosen: np.ndarray = pixels[rows]
+            return chosen
 
         def explain(self, images: np.ndarray) -> np.ndarray:
             assert (images.shape, images.dtype) == ((12, 16, 16), np.uint8)
@@ -122,7 +123,7 @@ def test_the_images_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> N
         path = run.path / "val" / "plots" / f"{name}.png"
         assert shown.step == 7
         with Image.open(path) as image, Image.open(io.BytesIO(shown.encoded_image_string)) as got:
-            assert np.array_equal(got, image.convert("RGB"))
+            assert np.array_equal(np.asarray(got), np.asarray(image.convert("RGB")))
 
 
 def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(

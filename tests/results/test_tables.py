@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,11 @@ def test_json_has_null_for_what_is_not_finite_and_plain_numbers_for_numpy_ones()
 @pytest.mark.parametrize("name", ['a,"b"\nc.png', "a\rb.png", "a\r\nb", "ä b.png", ""])
 def test_csv_gives_every_name_and_every_number_back(name: str) -> None:
     columns = ["source", "score"]
-    rows = [{"source": name, "score": 0.1 + 0.2}, Row(name, np.float32(0.3)), {"source": name}]
+    rows: list[Any] = [
+        {"source": name, "score": 0.1 + 0.2},
+        Row(name, np.float32(0.3)),
+        {"source": name},
+    ]
     first, second, third = read(to_csv(columns, rows))
     assert [row["source"] for row in (first, second, third)] == [name] * 3
     assert float(first["score"]) == 0.1 + 0.2
