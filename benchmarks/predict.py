@@ -218,7 +218,7 @@ def measure_arrays_onnx(
     )
 
 
-def open_session(model: str):  # type: ignore[no-untyped-def]
+def open_session(model: str):
     """A session on as many threads as there are cores, onnxruntime's default."""
     import onnxruntime
 

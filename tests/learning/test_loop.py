@@ -111,7 +111,7 @@ def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Rank
     seen: list[int] = []
 
     class Watched(FakeLoader):
-        def epoch(self, epoch: int, *, start: int = 0):  # type: ignore[no-untyped-def]
+        def epoch(self, epoch: int, *, start: int = 0):
             for batch in super().epoch(epoch, start=start):
                 seen.extend(batch.rows.tolist())
                 yield batch
