@@ -1,7 +1,7 @@
 """A training run's folder and all that goes into it: where data set, learning and results meet.
 
-`xrai.train` makes one `Job` a rank. Rank 0's observes the loop, keeps the checkpoints and writes
-every file of the run; the others' are empty shells.
+`xrai.train` makes one `Job` on each rank. Rank 0's observes the loop, keeps the checkpoints and
+writes every file of the run; the others do nothing.
 """
 
 import functools
@@ -32,7 +32,6 @@ from xrai.results.history import EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import (
-    DatasetFacts,
     Output,
     SplitResults,
     TrainedOn,
@@ -42,7 +41,7 @@ from xrai.results.types import (
 )
 
 _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
-_ROWS_AT_ONCE = 4096  # of a column of texts, where each is looked at once
+_ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
 _logger = get_logger(__name__)
 
 
@@ -58,7 +57,7 @@ class Trained:
 
 
 class Job:
-    """The run's folder and all that is written into it, on rank 0; an empty shell on the others."""
+    """The run's folder and all that is written into it; on other ranks than 0 it does nothing."""
 
     def __init__(
         self,
@@ -76,14 +75,18 @@ class Job:
         self._run = run
         if run is not None:
             self.checkpoints = CheckpointFolder(
-                run.path, store=run.store, publish=run.publish, remove=run.remove,
-                keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best,
-            )  # fmt: skip
+                run.path,
+                store=run.store,
+                publish=run.publish,
+                remove=run.remove,
+                keep_last=config.checkpoint.keep_last,
+                keep_best=config.checkpoint.keep_best,
+            )
 
     @property
     def run(self) -> RunFolder:
-        """The folder; rank 0's alone."""
-        assert self._run is not None, "rank 0 alone writes"
+        """The folder; on rank 0 alone."""
+        assert self._run is not None, "only rank 0 writes"
         return self._run
 
     def open(self, *, resume: str) -> dict[str, Any] | None:
@@ -92,12 +95,14 @@ class Job:
         existed = self.run.exists()
         if resume == "never" and existed:
             raise RunError(
-                f"run {self.run.address} exists and --resume is never: give another --run_id, or none"
+                f"run {self.run.address} exists and --resume is never: give another --run_id, or "
+                "none"
             )
         found = self.checkpoints.newest()
         if found is None and resume == "must":
             raise RunError(
-                f"{self.run.address} holds no checkpoint and --resume is must: look at --run_id, or use auto"
+                f"{self.run.address} holds no checkpoint and --resume is must: check --run_id, or "
+                "use auto"
             )
         if found is not None:
             refuse_other_run(
@@ -117,8 +122,10 @@ class Job:
         return state
 
     def after_epoch(self, result: EpochResult) -> float:
-        """Record an epoch. Its score is the AUROC on augmented validation images, which follows
-        results at other hospitals; with one class only, the negative validation loss.
+        """Record an epoch; its score is the AUROC on augmented validation images.
+
+        That tracks the AUROC on other hospitals' images. With one class alone it is undefined, and
+        the score is the negative validation loss.
         """
         labels = self.loaders["val"].labels
         shifted_labels = np.tile(labels, len(result.shifted.logits))
@@ -155,14 +162,17 @@ class Job:
         found = self.checkpoints.best() or self.checkpoints.newest()
         if found is None:
             raise RunError(
-                f"no checkpoint in {self.run.address} can be read, so there are no weights to measure"
+                f"no checkpoint in {self.run.address} can be read, so there are no weights to "
+                "measure"
             )
         entry, state = found
         return entry.epoch, state["average"]
 
     def conclude(self, trained: Trained, *, began: float) -> list[str]:
         """Write model.pt and all results, summary.json last; return the lines to end with."""
-        from xrai.measuring import describe_dataset  # see `_measure`
+        # what draws is loaded on rank 0 alone, and only now
+        from xrai.measuring import describe_dataset
+        from xrai.results.report import Page, render_report
 
         output = self._choose_output(trained.shifted)
         results = self._measure(trained, output)
@@ -182,7 +192,16 @@ class Job:
         validation = {name: val[name].value for name in HEADLINES}
         summary = Summary(training, main_results(main), validation)
         self._draw_curves(best_epoch=trained.epoch)
-        self._write_page(main, training, dataset, others=list(results.values()))
+        page = Page(
+            main,
+            training,
+            dataset,
+            config=self.config.to_mapping(),
+            environment=self._environment(),
+            history=self.run.history(),
+            others=list(results.values()),
+        )
+        self.run.write_text("report.html", render_report(page, self.run.path))
         self.run.finish(summary.to_mapping())
         return result_lines(summary, self.run.address)
 
@@ -200,7 +219,6 @@ class Job:
 
     def _measure(self, trained: Trained, output: Output) -> dict[str, SplitResults]:
         """Write the results of each split that was scored; the main split's are on top."""
-        # what draws is loaded on rank 0 alone, and only now
         from xrai.measuring import Measuring, read_known
 
         step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
@@ -243,27 +261,6 @@ class Job:
         history, is_phantom = self.run.history(), self._is_phantom
         draw_curves(history, folder, best_epoch=best_epoch, is_phantom=is_phantom)
         self.run.publish(["curves/loss.png", "curves/accuracy.png"])
-
-    def _write_page(
-        self,
-        results: SplitResults,
-        training: Training,
-        dataset: DatasetFacts,
-        *,
-        others: list[SplitResults],
-    ) -> None:
-        from xrai.results.report import Page, render_report  # jinja2, on rank 0 alone
-
-        page = Page(
-            results,
-            training,
-            dataset,
-            config=self.config.to_mapping(),
-            environment=self._environment(),
-            history=self.run.history(),
-            others=others,
-        )
-        self.run.write_text("report.html", render_report(page, self.run.path))
 
     def _whole(self, split: str) -> Loader:
         """All images of a split, where the rank's own loader has a share of them."""

@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 import xrai
 from xrai.results import history, style
 from xrai.results.history import EpochRow
-from xrai.results.metrics import FIXED_RATE, HEADLINES, METRICS, format_interval, format_value
+from xrai.results.metrics import HEADLINES, METRICS, format_interval, format_value
 from xrai.results.types import DatasetFacts, Estimate, OutputResults, SplitResults, Training
 
 _NUM_BARS = 50  # of the explorer's histogram
@@ -117,7 +117,6 @@ def render_report(page: Page, folder: Path) -> str:
         history_columns=history.COLUMNS,
         metrics=METRICS,
         headlines=HEADLINES,
-        fixed_rate=FIXED_RATE,
         style=style,
         version=xrai.__version__,
     )
