@@ -136,9 +136,9 @@ def test_what_does_not_train_needs_no_torchrun(checks: list[list[str]], option: 
     assert not checks
 
 
-@pytest.mark.parametrize("status", [1, 2])
+@pytest.mark.parametrize(("status", "said"), [(1, 1), (2, 2), (-15, 143)])
 def test_a_check_that_fails_ends_it_with_its_own_status(
-    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch, status: int
+    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch, status: int, said: int
 ):
     def fail(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, status)
@@ -146,7 +146,7 @@ def test_a_check_that_fails_ends_it_with_its_own_status(
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(SystemExit) as caught:
         program.launch(["--standalone"])
-    assert caught.value.code == status
+    assert caught.value.code == said
 
 
 @pytest.mark.parametrize("flag", ["--nproc_per_node", "--nnodes", "--rdzv_endpoint"])

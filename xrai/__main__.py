@@ -76,7 +76,7 @@ def launch(arguments: list[str]) -> list[str]:
     if os.environ.get("XRAI_PREFLIGHT", "1") != "0":
         status = subprocess.run([sys.executable, *train, "--check", *own], check=False).returncode
         if status:
-            sys.exit(status)
+            sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell says it
     if "--standalone" in options:  # without a network the machine cannot be found by its name
         options.append("--local_addr=localhost")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this
