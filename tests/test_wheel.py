@@ -13,7 +13,7 @@ import pytest
 import xrai
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def test_the_wheel_holds_modules_templates_configs_and_types(wheel: Path) -> Non
     assert "Requires-Python: >=3.11" in metadata and "# xrai" in metadata
 
 
+@pytest.mark.ci
 def test_an_installed_wheel_goes_from_phantoms_to_predictions(
     environment: Path, tmp_path: Path
 ) -> None:
