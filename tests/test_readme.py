@@ -123,3 +123,15 @@ def test_each_row_of_the_table_of_results_is_a_file_that_some_module_writes() ->
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "xrai").rglob("*.py"))
     for name in names:
         assert name.strip("/").rpartition("/")[2] in source, name
+
+
+def test_every_test_file_that_a_decision_names_exists() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("*.md"))
+    named = {
+        path
+        for page in pages
+        for path in re.findall(r"tests/[\w/]+\.py", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) >= 10
+    missing = [path for path in sorted(named) if not (ROOT / path).exists()]
+    assert not missing
