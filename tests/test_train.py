@@ -14,6 +14,7 @@ import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.distributed.ranks import run_ranks
 from tests.training import SMALL, Finished, call_main, make_dataset, run_module
 from xrai import evaluate, train
 from xrai.config import Config
@@ -23,6 +24,14 @@ from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import load_model
 from xrai.results.calibration import calibrated
 from xrai.store import open_store
+
+RANK_0_ONLY = {"matplotlib", "sklearn", "tensorboard", "jinja2"}
+NAME_PACKAGES = """
+import json, sys
+from xrai import train
+train.main()
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules} | {"xrai.run"} & set(sys.modules))))
+"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
@@ -185,6 +194,14 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
         for folder in (finished.folder, finished_by_two.folder)
     ]
     assert metrics[0]["counts"] == metrics[1]["counts"]
+
+
+@pytest.mark.distributed
+def test_ranks_other_than_0_never_load_what_measures_and_draws(dataset: Path, tmp_path: Path):
+    options = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=light", *SMALL]
+    loaded = run_ranks(["-c", NAME_PACKAGES, *options, "--train.epochs=1"], world_size=2)
+    assert set(loaded[0]) >= {"torch", *RANK_0_ONLY}
+    assert set(loaded[1]) >= {"torch"} and not set(loaded[1]) & {"xrai.run", *RANK_0_ONLY}
 
 
 @pytest.mark.parametrize(

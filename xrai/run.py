@@ -1,14 +1,13 @@
 """A training run's folder and all that goes into it: where data set, learning and results meet.
 
-`xrai.train` makes one `Job` on each rank. Rank 0's observes the loop, keeps the checkpoints and
-writes every file of the run; the others do nothing.
+`xrai.train` makes a `Job` on rank 0. It observes the loop, keeps the checkpoints and writes every
+file of the run.
 """
 
 import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,7 @@ from xrai.errors import RunError
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.loop import EpochResult, resolve_precision
-from xrai.learning.network import ResNet
-from xrai.learning.predictor import MODEL_FILE, Predictions, TrainedModel, save_model
-from xrai.learning.typicality import Typicality
+from xrai.learning.predictor import MODEL_FILE, Predictions, Trained, TrainedModel, save_model
 from xrai.log import get_logger
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.environment import describe_environment
@@ -45,53 +42,60 @@ _ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
 _logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The best epoch's network, and what it gives for the images that it was not trained on."""
-
-    network: ResNet
-    epoch: int  # counted from 1
-    typicality: Typicality
-    scored: dict[str, Predictions]  # by split
-    shifted: Predictions  # of augmented validation images
-
-
 class Job:
-    """The run's folder and all that is written into it; on other ranks than 0 it does nothing."""
+    """A run's folder and everything that is written into it. Made on rank 0 alone."""
 
     def __init__(
         self,
         config: Config,
         dataset: str,
-        run: RunFolder | None,
+        run: RunFolder,
         loaders: dict[str, Loader],
         *,
         ranks: Ranks,
     ) -> None:
-        self.config, self.loaders, self.ranks = config, loaders, ranks
+        self.config, self.run, self.loaders, self.ranks = config, run, loaders, ranks
         self.index: DatasetIndex = loaders["train"].index
         self._dataset = dataset
-        self.checkpoints: CheckpointFolder | None = None
-        self._run = run
-        if run is not None:
-            self.checkpoints = CheckpointFolder(
-                run.path,
-                store=run.store,
-                publish=run.publish,
-                remove=run.remove,
-                keep_last=config.checkpoint.keep_last,
-                keep_best=config.checkpoint.keep_best,
-            )
+        self.checkpoints = CheckpointFolder(
+            run.path,
+            store=run.store,
+            publish=run.publish,
+            remove=run.remove,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        )
 
-    @property
-    def run(self) -> RunFolder:
-        """The folder; on rank 0 alone."""
-        assert self._run is not None, "only rank 0 writes"
-        return self._run
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that resumes from it."""
+        return {
+            "data set fingerprint": self.index.fingerprint,
+            "image size": self.index.image_size,
+            "model.name": self.config.model.name,
+            "model.width": self.config.model.width,
+            "optim.name": self.config.optim.name,
+            "train.seed": self.config.train.seed,
+            "train.global_batch_size": self.config.train.global_batch_size,
+            "loader.window": self.config.loader.window,
+        }
+
+    def is_finished(self, *, resume: str) -> bool:
+        """Whether the run has ended before; then its results are printed again."""
+        address = self.run.address
+        if self.run.store.size(SUMMARY) is None:
+            return False
+        if resume == "never":
+            raise RunError(
+                f"run {address} is finished and --resume is never: give another --run_id, or none"
+            )
+        _logger.info("run %s is finished; give another --run_id to train once more", address)
+        summary = read_summary(self.run.store.read(SUMMARY), where=f"{address}/{SUMMARY}")
+        print("\n".join(result_lines(summary, address)), flush=True)
+        return True
 
     def open(self, *, resume: str) -> dict[str, Any] | None:
         """Open the folder and return the newest checkpoint's state, or None to start anew."""
-        assert self.checkpoints is not None
         existed = self.run.exists()
         if resume == "never" and existed:
             raise RunError(
@@ -105,9 +109,7 @@ class Job:
                 "use auto"
             )
         if found is not None:
-            refuse_other_run(
-                found[1]["facts"], facts_of(self.config, self.index), name=found[0].file
-            )
+            refuse_other_run(found[1]["facts"], self.facts, name=found[0].file)
         self.run.open()
         self.run.write_text("config.yaml", self.config.to_yaml())
         self.run.write_json("environment.json", self._environment())
@@ -158,7 +160,6 @@ class Job:
 
     def best(self) -> tuple[int, dict[str, torch.Tensor]]:
         """The epoch with the best score, counted from 1, and its averaged weights."""
-        assert self.checkpoints is not None
         found = self.checkpoints.best() or self.checkpoints.newest()
         if found is None:
             raise RunError(
@@ -279,35 +280,6 @@ def _sources(loader: Loader) -> Iterator[str]:
     """The source of each image of a split, read some at a time."""
     for start in range(0, loader.num_images, _ROWS_AT_ONCE):
         yield from loader.columns("source", start=start, stop=start + _ROWS_AT_ONCE)["source"]
-
-
-def is_finished(run: RunFolder | None, *, resume: str) -> bool:
-    """Whether the run has ended before; then its results are printed again."""
-    assert run is not None
-    if run.store.size(SUMMARY) is None:
-        return False
-    if resume == "never":
-        raise RunError(
-            f"run {run.address} is finished and --resume is never: give another --run_id, or none"
-        )
-    _logger.info("run %s is finished; give another --run_id to train once more", run.address)
-    summary = read_summary(run.store.read(SUMMARY), where=f"{run.address}/{SUMMARY}")
-    print("\n".join(result_lines(summary, run.address)), flush=True)
-    return True
-
-
-def facts_of(config: Config, index: DatasetIndex) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that goes on from it."""
-    return {
-        "data set fingerprint": index.fingerprint,
-        "image size": index.image_size,
-        "model.name": config.model.name,
-        "model.width": config.model.width,
-        "optim.name": config.optim.name,
-        "train.seed": config.train.seed,
-        "train.global_batch_size": config.train.global_batch_size,
-        "loader.window": config.loader.window,
-    }
 
 
 def describe_devices(config: Config, ranks: Ranks) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""Train a network: `torchrun --nproc_per_node=N -m xrai.train`, or `python -m xrai.train` for one
-process.
+"""Train a network: `torchrun --nproc_per_node=N -m xrai.train`, or without torchrun in one process.
 
-All ranks open the data set and run the loop; rank 0 alone owns the run's folder. A run of a name
-that exists goes on from its newest checkpoint. In the end the best epoch's weights are measured on
+All ranks open the data set and run the loop; rank 0 alone owns the run's folder. A run whose name
+exists is resumed from its newest checkpoint. At the end the best epoch's weights are measured on
 images that they have not seen.
 """
 
@@ -11,11 +10,12 @@ import functools
 import shutil
 import signal
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -34,12 +34,16 @@ from xrai.learning.loop import (
     rank_batch_size,
     resolve_precision,
 )
-from xrai.learning.predictor import build_model, load_model, predict_split
+from xrai.learning.predictor import Trained, build_model, load_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
-from xrai.run import Job, Trained, facts_of, is_finished
 from xrai.store import open_store
+
+if TYPE_CHECKING:
+    from xrai.run import Job
+
+T = TypeVar("T")
 
 FLAGS = (
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
@@ -90,9 +94,7 @@ def main() -> None:
 
 
 def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) -> None:
-    """One rank's part of the job, from the addresses to the last file. Raises `UserError` before
-    any work.
-    """
+    """One rank's part of the job. Raises `UserError` before any work."""
     began = time.monotonic()
     config, flags, given = parsed
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
@@ -103,20 +105,17 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         ranks.on_main(lambda: check_disk(config, index, flags))
         _logger.info("all checks passed: %s", describe(config, index, ranks=ranks))
         return
-
     run_id = flags["run_id"] or ranks.from_main(new_run_id(datetime.now(UTC)))
-    run = RunFolder(flags["artifacts"], run_id) if ranks.is_main else None
-    try:
-        if ranks.on_main(lambda: is_finished(run, resume=flags["resume"])):
+    with open_job(config, flags, run_id, loaders, ranks=ranks) as job:
+        on_job = functools.partial(call_on_main, job, ranks=ranks)
+        if on_job(lambda job: job.is_finished(resume=flags["resume"])):
             return
-        job = Job(config, flags["dataset"], run, loaders, ranks=ranks)
-        resumed = ranks.on_main(lambda: job.open(resume=flags["resume"]))
+        resumed = on_job(lambda job: job.open(resume=flags["resume"]))
         torch.manual_seed(config.train.seed)
         network = build_model(config.model)
         if flags["init_from"] and resumed is None:
-            network.load_state_dict(
-                ranks.on_main(lambda: first_weights(flags["init_from"], config))
-            )
+            weights = ranks.on_main(lambda: first_weights(flags["init_from"], config))
+            network.load_state_dict(weights)
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
         setup = Setup(
             config,
@@ -125,45 +124,79 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             loaders["val"],
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
-            name_of=lambda row: str(
-                loaders["train"].columns("source", start=row, stop=row + 1)["source"][0]
-            ),
-            observer=job if ranks.is_main else None,
-            checkpoints=job.checkpoints,
-            facts=facts_of(config, index),
+            name_of=functools.partial(name_of, loaders["train"]),
+            observer=job,
+            checkpoints=job.checkpoints if job else None,
+            facts=job.facts if job else {},
             resumed=resumed,
             asked_to_stop=asked_to_stop,
-            profile_path=run.path / "profile.json" if run is not None else None,
+            profile_path=job.run.path / "profile.json" if job else None,
         )
         fit(network, setup)
-        best_epoch, weights = ranks.on_main(job.best)
-        network = build_model(config.model)
-        network.load_state_dict(weights)
-        network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
-        scored = {
-            split: predict_split(network, loader, ranks=ranks, typicality=typicality)
-            for split, loader in loaders.items()
-            if split != "train"
-        }
-        shifted = predict_split(
-            network, loaders["val"], ranks=ranks, shift=config.augment, draws=config.evaluate.shift_draws,
-            typicality=typicality,
-        )  # fmt: skip
-        # All ranks stay to the end: were rank 0 lost while they had left, it could not start again
-        # alone
+        best = on_job(lambda job: job.best())
+        trained = score(best, config, loaders, ranks=ranks)
+        # All ranks stay to the end: if rank 0 were lost after they had left, torchrun could not
+        # start it again alone
         ranks.set_timeout(_RESULTS_TIMEOUT_S)
-        lines = ranks.on_main(
-            lambda: job.conclude(
-                Trained(network, best_epoch, typicality, scored, shifted), began=began
-            )
-        )
+        lines = on_job(lambda job: job.conclude(trained, began=began))
         if ranks.is_main:
             print("\n".join(lines), flush=True)
+
+
+@contextmanager
+def open_job(
+    config: Config, flags: dict[str, Any], run_id: str, loaders: dict[str, Loader], *, ranks: Ranks
+) -> Iterator["Job | None"]:
+    """The run's folder and everything written into it, on rank 0; None on the others.
+
+    They do not import `xrai.run`, which brings the packages that measure and draw.
+    """
+    if not ranks.is_main:
+        yield None
+        return
+    from xrai.run import Job
+
+    run = RunFolder(flags["artifacts"], run_id)
+    try:
+        yield Job(config, flags["dataset"], run, loaders, ranks=ranks)
     finally:
-        if run is not None:
-            run.flush(timeout_s=_FLUSH_TIMEOUT_S)
-            run.close()
+        run.flush(timeout_s=_FLUSH_TIMEOUT_S)
+        run.close()
+
+
+def call_on_main(job: "Job | None", work: Callable[["Job"], T], *, ranks: Ranks) -> T:
+    """Rank 0's result of `work` on its job, on every rank."""
+
+    def call() -> T:
+        assert job is not None
+        return work(job)
+
+    return ranks.on_main(call)
+
+
+def score(
+    best: tuple[int, dict[str, torch.Tensor]],
+    config: Config,
+    loaders: dict[str, Loader],
+    *,
+    ranks: Ranks,
+) -> Trained:
+    """Score the images held out with the weights of the best epoch."""
+    epoch, weights = best
+    network = build_model(config.model)
+    network.load_state_dict(weights)
+    network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
+    predict = functools.partial(predict_split, network, ranks=ranks, typicality=typicality)
+    scored = {split: predict(loaders[split]) for split in loaders if split != "train"}
+    draws = config.evaluate.shift_draws
+    shifted = predict(loaders["val"], shift=config.augment, draws=draws)
+    return Trained(network, epoch, typicality, scored, shifted)
+
+
+def name_of(loader: Loader, row: int) -> str:
+    """The source of an image of a split."""
+    return str(loader.columns("source", start=row, stop=row + 1)["source"][0])
 
 
 class StopRequest:

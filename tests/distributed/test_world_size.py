@@ -1,7 +1,5 @@
 """What must not depend on how many ranks there are, with real processes over gloo."""
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,7 @@ from tests.distributed.ranks import finish_ranks, run_ranks, start_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
 
-MEMORY = Path("/dev/shm")
 RANK = "tests/distributed/discs_rank.py"
-ON_ONE_MACHINE = {"LOCAL_WORLD_SIZE": "2"}  # of two ranks, as torchrun tells them
-ON_TWO_MACHINES = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-WRAP = """
-import json
-from torch import nn
-from xrai.learning.distributed import join
-with join(timeout_s=60) as ranks:
-    wrapped = ranks.wrap(nn.Linear(4, 2))
-    print(json.dumps([type(state).__name__ for _, state in wrapped._comm_hooks]))
-"""
 EXACT = ["--train.precision=fp64", "--train.global_batch_size=32"]
 BATCHES = np.array([32, 32, 32, 32, 22])
 
@@ -64,33 +51,6 @@ def test_every_validation_image_is_scored_once_whatever_the_ranks(num_val: int):
 def test_every_rank_ends_with_the_same_weights():
     outcomes = run_ranks([RANK, "--train.epochs=1", "--train.global_batch_size=32"], world_size=2)
     assert outcomes[0]["weights"] == outcomes[1]["weights"]
-
-
-def test_neighbours_average_in_shared_memory_and_leave_nothing_there_and_others_through_sockets():
-    if not os.access(MEMORY, os.W_OK):
-        pytest.skip("this machine has no /dev/shm that can be written")
-    before = set(MEMORY.glob("xrai-*"))
-    assert run_ranks(["-c", WRAP], world_size=2, environment=ON_ONE_MACHINE) == [["SharedMean"]] * 2
-    assert run_ranks(["-c", WRAP], world_size=2, environment=ON_TWO_MACHINES) == [[], []]
-    deadline = time.monotonic() + 10
-    while (
-        left := set(MEMORY.glob("xrai-*")) - before
-    ):  # another job on this machine may be about to begin
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_neighbours_come_to_the_same_weights_bit_for_bit_as_two_machines(accumulation: int):
-    options = [
-        RANK,
-        "--train.epochs=2",
-        "--train.global_batch_size=32",
-        f"--train.accumulation_steps={accumulation}",
-    ]
-    near = run_ranks(options, world_size=2, environment=ON_ONE_MACHINE)
-    far = run_ranks(options, world_size=2, environment=ON_TWO_MACHINES)
-    assert near == far
 
 
 def test_accumulation_over_two_ranks_equals_one_batch():

@@ -33,6 +33,17 @@ class Predictions:
     atypicality: NDArray[np.float64] | None = None  # above 1 asks for review; None: not asked for
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The best epoch's network, and its scores of images that it was not trained on."""
+
+    network: ResNet
+    epoch: int  # counted from 1
+    typicality: Typicality
+    scored: dict[str, Predictions]  # by split
+    shifted: Predictions  # of augmented validation images
+
+
 @torch.inference_mode()
 def predict_split(
     model: nn.Module,
