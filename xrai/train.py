@@ -47,22 +47,17 @@ T = TypeVar("T")
 
 FLAGS = (
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
-    Flag(
-        "artifacts",
-        "submit",
-        "where runs are kept: a folder or s3://bucket/prefix",
-        "XRAI_ARTIFACTS",
-    ),
+    Flag("artifacts", "submit", "where runs go: a folder or s3://bucket/prefix", "XRAI_ARTIFACTS"),
     Flag("run_id", "", "name of the run; default: the time and a short hash", "XRAI_RUN_ID"),
     Flag(
         "resume",
         "auto",
-        "auto: go on with a run of this name; must: refuse if there is none; never: if there is one",
+        "auto: resume a run of this name; must: refuse if there is none; never: if there is one",
     ),
     Flag(
         "init_from",
         "",
-        "take the first weights, and nothing else, from the finished run at this address, URI/ID",
+        "take the initial weights, and nothing else, from the finished run at this address, URI/ID",
     ),
     Flag(
         "check",
@@ -222,7 +217,7 @@ class StopRequest:
 
 
 def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loader]:
-    """The loaders of train (shuffled), val, and test where the data set has one."""
+    """The loaders of train (shuffled), val and, if the data set has one, test."""
     open_share = functools.partial(
         open_split, config, dataset, rank=ranks.rank, world_size=ranks.world_size
     )
@@ -232,20 +227,22 @@ def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loa
 
 
 def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], ranks: Ranks) -> Config:
-    """The config with the data set's own `images` section. Raises `UserError` where they, or the
-    ranks, do not fit.
+    """The config with the data set's own `images` section.
+
+    Raises `UserError` if what was given, or the number of ranks, does not fit the data set.
     """
     stored = Images(**index.config["images"])
     for key, value in dataclasses.asdict(config.images).items():
         if f"images.{key}" in given and value != getattr(stored, key):
             raise DatasetError(
-                f"images.{key} = {value!r}, but the data set was made with {getattr(stored, key)!r}: leave the key "
-                "out, or run xrai preprocess again with it"
+                f"images.{key} = {value!r}, but the data set was made with "
+                f"{getattr(stored, key)!r}: leave the key out, or run xrai preprocess again with it"
             )
     num_images = index.num_images("train")
     if num_images < ranks.world_size:
         raise UserError(
-            f"{ranks.world_size} processes, but only {num_images} training images: each process needs one at least"
+            f"{ranks.world_size} processes, but only {num_images} training images: each process "
+            "needs at least one"
         )
     if min(class_counts(index)) == 0:
         raise DatasetError(
@@ -268,14 +265,14 @@ def first_weights(address: str, config: Config) -> dict[str, torch.Tensor]:
     for name, tensor in own.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise RunError(
-                f"--init_from {address} holds another network: {name} does not fit model.name = {config.model.name}, "
-                f"model.width = {config.model.width}"
+                f"--init_from {address} holds another network: {name} does not fit model.name = "
+                f"{config.model.name}, model.width = {config.model.width}"
             )
     return weights
 
 
 def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> None:
-    """Raise `UserError` where the disk has no room for the cache of a remote data set."""
+    """Raise `UserError` if the disk has no room for the cache of a remote data set."""
     if open_store(flags["dataset"]).local_path("dataset.json") is not None:
         return
     needed = sum(shard.size_bytes for shards in index.splits.values() for shard in shards)
@@ -287,18 +284,19 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"the cache needs {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free: set cache.dir to "
-            "another disk, or cache.max_gib to a smaller size"
+            f"the cache needs {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB "
+            "free: set cache.dir to another disk, or cache.max_gib to a smaller size"
         )
 
 
 def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
-    """One line on what will be trained, on what, with what."""
+    """One line about the network, the data and the devices."""
     normal, pneumonia = class_counts(index)
     share = rank_batch_size(config.train, world_size=ranks.world_size)
     return (
-        f"{config.model.name} on {normal + pneumonia} images ({normal} normal, {pneumonia} pneumonia) of "
-        f"{index.image_size} x {index.image_size} pixels, {config.train.epochs} epochs, batches of "
+        f"{config.model.name} on {normal + pneumonia} images ({normal} normal, {pneumonia} "
+        f"pneumonia) of {index.image_size} x {index.image_size} pixels, {config.train.epochs} "
+        "epochs, batches of "
         f"{config.train.global_batch_size} = {ranks.world_size} x {share}, "
         f"{resolve_precision(config.train.precision, ranks.device)} on {ranks.device.type}, "
         f"{torch.get_num_threads()} threads a rank"

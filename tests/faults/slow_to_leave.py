@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from xrai import train
 from xrai.command import run_command
+from xrai.learning.distributed import own_place
 from xrai.results.folder import RunFolder
 
 close = RunFolder.close
@@ -19,4 +20,5 @@ def close_late(self: RunFolder) -> None:
 
 
 RunFolder.close = close_late  # type: ignore[method-assign]
-run_command(train.main)
+place = own_place()
+run_command(train.main, rank=place.rank, world_size=place.world_size)

@@ -54,7 +54,7 @@ class Ranks:
         return self.find_largest(value)()
 
     def find_largest(self, value: int) -> Callable[[], int]:
-        """Start finding the largest of all ranks' values; call the result, on every rank, to wait."""
+        """Start finding the largest of all ranks' values; calling the result waits for it."""
         if self.world_size == 1:
             return lambda: value
         tensor = torch.tensor(value, dtype=torch.int64)
@@ -123,7 +123,7 @@ class Ranks:
 
     @contextmanager
     def explaining(self, purpose: str = "to do their part") -> Iterator[None]:
-        """Turns a failed collective in the block into a `TrainingError` that names who is missing."""
+        """Turns a failed collective in the block into a `TrainingError` that names the missing."""
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
@@ -131,8 +131,8 @@ class Ranks:
                 raise
             raise TrainingError(
                 f"rank {self.rank} of {self.world_size} waited for the other ranks {purpose}: "
-                f"{self._missing()} ({str(error).splitlines()[0]}); if a rank failed by itself, its "
-                "own error says why"
+                f"{self._missing()} ({str(error).splitlines()[0]}); if a rank failed by itself, "
+                "its own error says why"
             ) from error
 
     def _missing(self) -> str:

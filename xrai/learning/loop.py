@@ -176,6 +176,17 @@ class Training:
         self.weights = optim.class_weights(setup.class_counts, config.optim.class_weighting)
         self._started = time.monotonic() - self.done.train_s
 
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        num_steps = self.setup.config.train.epochs * self.setup.train.num_batches
+        config = self.setup.config.optim
+        return optim.learning_rate(
+            self.done.step,
+            num_steps=num_steps,
+            peak=config.lr,
+            warmup_fraction=config.warmup_fraction,
+        )
+
     def stop_reason(self) -> int:
         """Why this rank would stop after the step under way."""
         config = self.setup.config.train
@@ -222,12 +233,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
     """One step of the optimizer on a global batch, of which `batch` is this rank's share."""
     config, ranks, done = training.setup.config, training.setup.ranks, training.done
     precision, optimizer = training.precision, training.optimizer
-    rate = optim.learning_rate(
-        done.step,
-        num_steps=config.train.epochs * training.setup.train.num_batches,
-        peak=config.optim.lr,
-        warmup_fraction=config.optim.warmup_fraction,
-    )
+    rate = training.learning_rate()
     optim.set_learning_rate(optimizer, rate)
 
     # Gradients of the mean loss over the global batch, in parts to save memory

@@ -76,7 +76,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 5x5 convolution, a max pool, four stages of basic blocks, a global average pool, one logit."""
+    """A 5x5 convolution, max pool, four stages of basic blocks, global average pool, one logit."""
 
     def __init__(self, *, name: str = "resnet10", width: int = 16) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ class Typicality(nn.Module):
             self.register_buffer(f"whitening_{number}", whitening)
 
     def atypicality(self, network: ResNet, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1 asks for review.
+        """Logits (B,) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1: review.
 
         A score is at least 0, finite for any image, and does not depend on the rest of the batch.
         """
