@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,7 +219,7 @@ def measure_arrays_onnx(
     )
 
 
-def open_session(model: str):
+def open_session(model: str) -> Any:
     """A session on as many threads as there are cores, onnxruntime's default."""
     import onnxruntime
 

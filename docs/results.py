@@ -1,6 +1,7 @@
 """Compose the picture at the top of README.md from a finished run, and print its caption.
 
-`python docs/results.py submit/<run_id>`. Repeat it when the recipe, the plots or the metrics change.
+`python docs/results.py submit/<run_id>`. Repeat it when the recipe, the plots or the metrics
+change.
 """
 
 import json

@@ -24,7 +24,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path):
+def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path) -> None:
     file = write(tmp_path / "c.yaml", "train: {epochs: 3, seed: 5}\noptim: {lr: 1e-3}\n")
     for arguments in (
         ["--config", file, "--train.epochs=7"],
@@ -34,14 +34,14 @@ def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path):
         assert (config.train.epochs, config.train.seed, config.optim.lr) == (7, 5, 0.001)
 
 
-def test_a_later_file_wins_over_an_earlier_one(tmp_path: Path):
+def test_a_later_file_wins_over_an_earlier_one(tmp_path: Path) -> None:
     first = write(tmp_path / "a.yaml", "train: {epochs: 3, seed: 1}")
     second = write(tmp_path / "b.yaml", "train: {epochs: 4}")
     config = read("--config", first, "--config", second).config
     assert (config.train.epochs, config.train.seed) == (4, 1)
 
 
-def test_what_was_given_is_remembered_even_where_it_equals_the_default(tmp_path: Path):
+def test_what_was_given_is_remembered_even_where_it_equals_the_default(tmp_path: Path) -> None:
     assert read().given == set()
     assert read("--images.size=64").given == {"images.size"}
     file = write(tmp_path / "c.yaml", "images: {size: 64}\nsplits: {val_fraction: 0.1}")
@@ -60,7 +60,8 @@ def test_what_was_given_is_remembered_even_where_it_equals_the_default(tmp_path:
         ("--zzz", "unknown option --zzz of xrai train; --help lists what is allowed"),
         (
             "--train.epochs=x",
-            "train.epochs = 'x' is not allowed: it takes a whole number at least 1 and at most 100000",
+            "train.epochs = 'x' is not allowed: it takes a whole number at least 1 and at most "
+            "100000",
         ),
         ("--train.epochs=0", "train.epochs = 0 is not allowed"),
         ("--train.epochs=100001", "train.epochs = 100001 is not allowed"),
@@ -79,7 +80,9 @@ def test_what_was_given_is_remembered_even_where_it_equals_the_default(tmp_path:
         ("surplus", "unexpected argument 'surplus'"),
     ],
 )
-def test_a_wrong_option_is_refused_with_key_value_and_what_is_allowed(argument: str, message: str):
+def test_a_wrong_option_is_refused_with_key_value_and_what_is_allowed(
+    argument: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read(argument)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -96,7 +99,9 @@ def test_a_wrong_option_is_refused_with_key_value_and_what_is_allowed(argument: 
         ("export", "--images.size", "section images belongs to xrai preprocess, train, predict"),
     ],
 )
-def test_a_flag_of_other_commands_is_refused_naming_them(command: str, argument: str, takers: str):
+def test_a_flag_of_other_commands_is_refused_naming_them(
+    command: str, argument: str, takers: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read(argument, command=command)
     name = argument.partition("=")[0]
@@ -104,7 +109,9 @@ def test_a_flag_of_other_commands_is_refused_naming_them(command: str, argument:
 
 
 @pytest.mark.parametrize("command", USES)
-def test_one_config_file_serves_all_commands_and_is_checked_by_each(command: str, tmp_path: Path):
+def test_one_config_file_serves_all_commands_and_is_checked_by_each(
+    command: str, tmp_path: Path
+) -> None:
     assert read("--config", str(REPOSITORY / "configs/fast.yaml"), command=command)
     with pytest.raises(ConfigError, match=r"optim\.lr = -1 in .* is not allowed"):
         read("--config", write(tmp_path / "c.yaml", "optim: {lr: -1}"), command=command)
@@ -112,7 +119,7 @@ def test_one_config_file_serves_all_commands_and_is_checked_by_each(command: str
 
 def test_a_config_that_comes_with_xrai_is_found_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert read("--config", "fast").config.train.epochs == 8
     with pytest.raises(ConfigError, match=r"there is no config file fats; .* or fast, pneumonia, "):
@@ -121,7 +128,7 @@ def test_a_config_that_comes_with_xrai_is_found_by_its_name(
     assert read("--config", "fast").config.train.epochs == 5
 
 
-def test_flags_take_their_default_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+def test_flags_take_their_default_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [
         Flag("dataset", "data/dataset", "address", "XRAI_DATASET"),
         Flag("check", False, "dry run", type=bool),
@@ -138,7 +145,7 @@ def test_flags_take_their_default_from_the_environment(monkeypatch: pytest.Monke
     assert values()["dataset"] == "data/dataset"
 
 
-def test_paths_may_stand_before_and_after_flags():
+def test_paths_may_stand_before_and_after_flags() -> None:
     flags = [Flag("run", "", "address"), Flag("paths", [], "files", nargs="*")]
     found = parse("predict", ["a", "--run", "r", "b"], description="d", flags=flags).flags
     assert found == {"run": "r", "paths": ["a", "b"]}
@@ -153,7 +160,9 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_help_lists_the_commands_keys_with_default_and_meaning(capsys: pytest.CaptureFixture[str]):
+def test_help_lists_the_commands_keys_with_default_and_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = {command: help_of(command, capsys) for command in USES}
     for spec in all_keys():
         takers = {
@@ -171,14 +180,16 @@ def test_help_lists_the_commands_keys_with_default_and_meaning(capsys: pytest.Ca
     assert all(each.startswith(f"usage: xrai {command}") for command, each in text.items())
 
 
-def test_print_config_prints_what_a_config_file_can_hold(capsys: pytest.CaptureFixture[str]):
+def test_print_config_prints_what_a_config_file_can_hold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as caught:
         read("--train.epochs=9", "--print_config")
     assert caught.value.code == 0
     assert from_mapping(yaml.safe_load(capsys.readouterr().out), where="there").train.epochs == 9
 
 
-def test_the_reference_recipe_is_the_defaults():
+def test_the_reference_recipe_is_the_defaults() -> None:
     assert read("--config", str(REPOSITORY / "configs/pneumonia.yaml")).config == Config()
 
 
@@ -197,7 +208,7 @@ def outcome(error: BaseException, *, rank: int, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_0_tells_what_all_ranks_meet_and_any_rank_what_it_meets_alone(
     rank: int, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     told = rank == 0
     assert outcome(UserError("a\n b"), rank=rank, capsys=capsys) == (2, "xrai: error: a b\n" * told)
     assert outcome(StoppedError("c"), rank=rank, capsys=capsys) == (143, "xrai: c\n" * told)
@@ -205,7 +216,7 @@ def test_rank_0_tells_what_all_ranks_meet_and_any_rank_what_it_meets_alone(
     assert outcome(KeyboardInterrupt(), rank=rank, capsys=capsys) == (130, "xrai: interrupted\n")
 
 
-def test_stray_variables_of_torchrun_change_nothing(tmp_path: Path):
+def test_stray_variables_of_torchrun_change_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "xrai.train", f"--dataset={tmp_path}"],
         env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"},

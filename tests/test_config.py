@@ -22,20 +22,20 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_every_key_is_in_the_checked_in_list():
+def test_every_key_is_in_the_checked_in_list() -> None:
     keys = [f"{spec.name} = {spec.default!r}" for spec in all_keys()]
     assert KEYS_FILE.read_text().splitlines() == keys, (
         f"write the new list to {KEYS_FILE.name} if you meant the change"
     )
 
 
-def test_every_default_is_allowed_and_survives_the_way_through_yaml():
+def test_every_default_is_allowed_and_survives_the_way_through_yaml() -> None:
     config = read()
     assert config == Config()
     assert from_mapping(yaml.safe_load(config.to_yaml()), where="here") == config
 
 
-def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path):
+def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path) -> None:
     config = read(
         "--config", write(tmp_path / "c.yaml", "train: {precision: off}\noptim: {lr: 3e-3}")
     )
@@ -59,19 +59,21 @@ def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path):
         ("train: {seed: 1}\noptim: {lr: 1}\ntrain: {epochs: 3}", "'train' in line 3 is already"),
     ],
 )
-def test_a_wrong_file_is_refused_naming_file_key_and_value(tmp_path: Path, text: str, message: str):
+def test_a_wrong_file_is_refused_naming_file_key_and_value(
+    tmp_path: Path, text: str, message: str
+) -> None:
     file = write(tmp_path / "c.yaml", text)
     with pytest.raises(ConfigError) as caught:
         read("--config", file)
     assert message.format(file=file) in str(caught.value)
 
 
-def test_a_missing_file_is_refused():
+def test_a_missing_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"there is no config file /nowhere/c\.yaml"):
         read("--config=/nowhere/c.yaml")
 
 
-def test_splits_that_leave_nothing_to_train_on_are_refused():
+def test_splits_that_leave_nothing_to_train_on_are_refused() -> None:
     with pytest.raises(ConfigError, match="leave nothing to train on"):
         from_mapping({"splits": {"val_fraction": 0.5, "test_fraction": 0.5}}, where="here")
 
@@ -79,7 +81,7 @@ def test_splits_that_leave_nothing_to_train_on_are_refused():
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name
 )
-def test_every_config_file_can_be_read_and_has_a_header(path: Path):
+def test_every_config_file_can_be_read_and_has_a_header(path: Path) -> None:
     read("--config", str(path))
     assert read("--config", path.stem) == read("--config", str(path))
     header = path.read_text().partition("\n\n")[0]
@@ -87,7 +89,7 @@ def test_every_config_file_can_be_read_and_has_a_header(path: Path):
     assert all(word in path.read_text() for word in ("Hardware:", "Expected:"))
 
 
-def test_every_key_has_a_meaning_and_numbers_have_bounds():
+def test_every_key_has_a_meaning_and_numbers_have_bounds() -> None:
     for spec in all_keys():
         assert len(spec.meaning) > 5
         if get_origin(spec.type) is not Literal and spec.type in (int, float):

@@ -23,16 +23,19 @@ def enter(programs: Path, *arguments: str, **environment: str) -> subprocess.Com
     return subprocess.run(
         [str(REPOSITORY / "docker/entrypoint"), *arguments],
         env={"PATH": f"{programs}:{os.environ['PATH']}", **environment},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize("word", ["preprocess", "train", "phantom", "an-unknown-word"])
-def test_words_go_to_the_package_with_their_arguments(programs: Path, word: str):
+def test_words_go_to_the_package_with_their_arguments(programs: Path, word: str) -> None:
     assert enter(programs, word, "--a=b c", "d").stdout == f"python -m xrai {word} --a=b c d\n"
 
 
-def test_other_words_start_what_they_name(programs: Path):
+def test_other_words_start_what_they_name(programs: Path) -> None:
     assert enter(programs, "wait").stdout == "python -m wait_for_dataset\n"
     assert enter(programs, "python", "-c", "1").stdout == "python -c 1\n"
     assert enter(
@@ -45,18 +48,20 @@ def test_other_words_start_what_they_name(programs: Path):
 @pytest.mark.parametrize("address", ["s3://bucket", "s3://bucket/"])
 def test_a_whole_bucket_is_refused_where_tensorboard_would_show_nothing(
     programs: Path, address: str
-):
+) -> None:
     done = enter(programs, "tensorboard", XRAI_ARTIFACTS=address)
     assert done.returncode == 2 and "must be s3://bucket/prefix" in done.stderr and not done.stdout
 
 
-def test_help_is_that_of_the_package_and_of_the_containers_own_words(programs: Path):
+def test_help_is_that_of_the_package_and_of_the_containers_own_words(programs: Path) -> None:
     said = enter(programs, "--help").stdout
     assert said.startswith("python -m xrai --help\n") and "tensorboard   shows" in said
     assert enter(programs).stdout == said
 
 
-def test_it_is_alive_from_its_start_and_while_the_file_is_young(programs: Path, tmp_path: Path):
+def test_it_is_alive_from_its_start_and_while_the_file_is_young(
+    programs: Path, tmp_path: Path
+) -> None:
     heartbeat = tmp_path / "heartbeat"
     name = {"XRAI_HEARTBEAT": str(heartbeat)}
     assert enter(programs, "healthy", **name).returncode == 1  # there is no such file

@@ -198,8 +198,11 @@ def test_the_files_say_what_they_are_and_nothing_of_the_machine(
 @pytest.mark.slow
 def test_the_command_says_how_well_the_files_agree_and_keeps_it(exported: Exported) -> None:
     assert sorted(path.name for path in exported.out.iterdir()) == [
-        "config.yaml", "export.json", "model.onnx", "model.pt2",
-    ]  # fmt: skip
+        "config.yaml",
+        "export.json",
+        "model.onnx",
+        "model.pt2",
+    ]
     content = json.loads((exported.out / "export.json").read_text())
     for name in ("model.onnx", "model.pt2"):
         agreement = content["agreement"][name]
@@ -295,7 +298,8 @@ def test_what_can_not_be_exported_is_refused_before_any_work(
     status, lines = call_main(export, f"--run={run}", capsys=capsys)
     assert status == 2
     assert lines == [
-        "xrai: error: ONNX needs onnx and onnxscript and onnxruntime, not installed here: pip install 'xrai[export]', "
+        "xrai: error: ONNX needs onnx and onnxscript and onnxruntime, not installed here: pip "
+        "install 'xrai[export]', "
         "or leave it out with --formats=torch"
     ]
 

@@ -68,7 +68,8 @@ def test_a_package_that_keeps_the_rules_passes(repository: Path, tmp_path: Path)
         "dataset.shards": "import h5py\nfrom xrai.store import *",
         "learning.loop": "import torch\nfrom xrai import config",
         "results.plots": "import matplotlib.pyplot",
-        "store.s3": "def connect():\n    import boto3.session\n    from botocore.config import Config",
+        "store.s3": "def connect():\n    import boto3.session\n"
+        "    from botocore.config import Config",
     }
     write_package(tmp_path, rules_kept)
     done = lint_imports(tmp_path, repository / "pyproject.toml")

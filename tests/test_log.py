@@ -36,7 +36,7 @@ def is_old(path: Path) -> bool:
     return path.stat().st_mtime == 1e9
 
 
-def test_a_command_beats_when_it_begins(heartbeat: Path):
+def test_a_command_beats_when_it_begins(heartbeat: Path) -> None:
     log.setup_logging()
     assert heartbeat.exists()
 
@@ -44,7 +44,7 @@ def test_a_command_beats_when_it_begins(heartbeat: Path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_beats_on_every_rank_on_a_terminal_and_elsewhere(
     heartbeat: Path, monkeypatch: pytest.MonkeyPatch, rank: int
-):
+) -> None:
     log.setup_logging(rank=rank)
     for is_terminal in (True, False):
         monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
@@ -57,7 +57,7 @@ def test_a_step_beats_on_every_rank_on_a_terminal_and_elsewhere(
 
 def test_a_line_beats_a_second_after_the_last_beat(
     heartbeat: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     log.setup_logging()
@@ -69,7 +69,9 @@ def test_a_line_beats_a_second_after_the_last_beat(
     assert not is_old(heartbeat)
 
 
-def test_many_steps_touch_the_file_once_a_second(heartbeat: Path, monkeypatch: pytest.MonkeyPatch):
+def test_many_steps_touch_the_file_once_a_second(
+    heartbeat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, touched = 100.0, []
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr(Path, "touch", lambda path: touched.append(now))
@@ -82,7 +84,7 @@ def test_many_steps_touch_the_file_once_a_second(heartbeat: Path, monkeypatch: p
 
 def test_a_heartbeat_that_can_not_be_written_is_refused_at_the_start_and_missing_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     path = tmp_path / "missing" / "heartbeat"
     monkeypatch.setenv("XRAI_HEARTBEAT", str(path))
     with pytest.raises(
@@ -94,7 +96,7 @@ def test_a_heartbeat_that_can_not_be_written_is_refused_at_the_start_and_missing
     assert not path.exists()
 
 
-def test_without_a_name_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_name_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log.setup_logging()
     with log.progress("epoch", total=1, unit="steps") as bar:

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def test_every_word_is_a_command_and_every_command_a_word():
+def test_every_word_is_a_command_and_every_command_a_word() -> None:
     commands = {
         path.stem if path.stem != "__main__" else path.parent.name
         for path in [*REPOSITORY.glob("xrai/*.py"), *REPOSITORY.glob("xrai/*/__main__.py")]
@@ -25,7 +25,7 @@ def test_every_word_is_a_command_and_every_command_a_word():
     assert commands - {"xrai"} == program.WORDS.keys()
 
 
-def test_help_names_each_word_and_loads_nothing_heavy():
+def test_help_names_each_word_and_loads_nothing_heavy() -> None:
     script = (
         "import sys; sys.argv = ['xrai']; from xrai.__main__ import main\n"
         "try: main()\nexcept SystemExit as ended: assert ended.code == 0\n"
@@ -46,17 +46,17 @@ def test_help_names_each_word_and_loads_nothing_heavy():
         ("zzz", "unknown word 'zzz'; allowed: preprocess, train"),
     ],
 )
-def test_an_unknown_word_is_refused(word: str, said: str):
+def test_an_unknown_word_is_refused(word: str, said: str) -> None:
     done = run_module("xrai", word)
     assert done.returncode == 2 and done.stderr.startswith(f"xrai: error: {said}")
 
 
-def test_the_version_is_that_of_the_package():
+def test_the_version_is_that_of_the_package() -> None:
     assert run_module("xrai", "--version").stdout == f"xrai {__version__}\n"
 
 
 @pytest.mark.parametrize("word", ["verify", "phantom"])
-def test_a_word_is_its_module(word: str):
+def test_a_word_is_its_module(word: str) -> None:
     done, same = run_module("xrai", word, "--help"), run_module(f"xrai.{word}", "--help")
     assert done.stdout == same.stdout and done.stdout.startswith(f"usage: xrai {word} [-h]")
     assert (done.returncode, done.stderr) == (0, "")
@@ -96,42 +96,54 @@ def launched(*arguments: str) -> list[str]:
     return list(command[3:])
 
 
-def test_training_without_options_of_torchrun_stays_in_this_process(checks: list[list[str]]):
+def test_training_without_options_of_torchrun_stays_in_this_process(
+    checks: list[list[str]],
+) -> None:
     assert program.launch(["--train.epochs=3"]) == ["--train.epochs=3"] and not checks
 
 
 def test_options_of_torchrun_are_told_from_those_of_training_wherever_they_stand(
     checks: list[list[str]],
-):
+) -> None:
     own = ["--config=c.yaml", "--train.epochs=3", "--run_id", "x"]
     options = [
-        "--nnodes=2", "--nproc_per_node=4", "--rdzv_backend=c10d", "--rdzv-endpoint=a:29400",
-        "--max_restarts=3", "--node_rank=1", "--master_addr=a", "--rdzv_conf=timeout=9",
+        "--nnodes=2",
+        "--nproc_per_node=4",
+        "--rdzv_backend=c10d",
+        "--rdzv-endpoint=a:29400",
+        "--max_restarts=3",
+        "--node_rank=1",
+        "--master_addr=a",
+        "--rdzv_conf=timeout=9",
         "--shutdown-timeout=60",
-    ]  # fmt: skip
+    ]
     assert launched(*own[:2], *options, *own[2:]) == [*options, "-m", "xrai.train", *own]
     assert checks == [[sys.executable, "-m", "xrai.train", "--check", *own]]
 
 
 def test_a_single_machine_is_found_without_a_network(
     checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setenv("XRAI_PREFLIGHT", "0")
     assert launched("--standalone", "--nproc_per_node=2") == [
-        "--standalone", "--nproc_per_node=2", "--local_addr=localhost", "-m", "xrai.train",
-    ]  # fmt: skip
+        "--standalone",
+        "--nproc_per_node=2",
+        "--local_addr=localhost",
+        "-m",
+        "xrai.train",
+    ]
     assert not checks
 
 
 def test_variables_of_torchrun_start_it_too(
     checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setenv("PET_NNODES", "2")
     assert launched() == ["-m", "xrai.train"]
 
 
 @pytest.mark.parametrize("option", ["--check", "--help", "--print_config"])
-def test_what_does_not_train_needs_no_torchrun(checks: list[list[str]], option: str):
+def test_what_does_not_train_needs_no_torchrun(checks: list[list[str]], option: str) -> None:
     assert program.launch(["--nproc_per_node=4", option, "--config=c"]) == [option, "--config=c"]
     assert not checks
 
@@ -139,7 +151,7 @@ def test_what_does_not_train_needs_no_torchrun(checks: list[list[str]], option: 
 @pytest.mark.parametrize(("status", "said"), [(1, 1), (2, 2), (-15, 143)])
 def test_a_check_that_fails_ends_it_with_its_own_status(
     checks: list[list[str]], monkeypatch: pytest.MonkeyPatch, status: int, said: int
-):
+) -> None:
     def fail(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, status)
 
@@ -152,13 +164,13 @@ def test_a_check_that_fails_ends_it_with_its_own_status(
 @pytest.mark.parametrize("flag", ["--nproc_per_node", "--nnodes", "--rdzv_endpoint"])
 def test_an_option_without_its_value_is_refused(
     checks: list[list[str]], flag: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     with pytest.raises(SystemExit) as caught:
         program.launch([flag, "2"])
     assert caught.value.code == 2 and f"write {flag}=VALUE" in capsys.readouterr().err
 
 
-def test_every_file_of_the_package_is_in_the_wheel():
+def test_every_file_of_the_package_is_in_the_wheel() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["*"]
     folder = REPOSITORY / "xrai"

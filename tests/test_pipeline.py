@@ -270,8 +270,11 @@ def test_patterns_find_what_the_shell_would(films: Path, monkeypatch: pytest.Mon
         "more/日本 ü.png",
     ]
     assert names([f"{films}/[!a-c]*"], below=films) == [
-        "empty.jpg", "more/deep/c.png", "more/notes.txt", "more/日本 ü.png",
-    ]  # fmt: skip
+        "empty.jpg",
+        "more/deep/c.png",
+        "more/notes.txt",
+        "more/日本 ü.png",
+    ]
     assert sorted(names([f"{films}/**"], below=films)) == sorted(names([str(films)], below=films))
     assert names([f"{films}/?.jpeg"], below=films) == ["b.jpeg"]
     monkeypatch.chdir(films)

@@ -158,13 +158,30 @@ def test_json_holds_the_same_rows_with_their_overlays_and_what_classified(
     ]
     assert as_text == read_table(out)
     assert overlays == [
-        "overlays/00001-a_film.png", None, None, None, "overlays/00005-b.png", None, "overlays/00007-noise.png", None,
-    ]  # fmt: skip
+        "overlays/00001-a_film.png",
+        None,
+        None,
+        None,
+        "overlays/00005-b.png",
+        None,
+        "overlays/00007-noise.png",
+        None,
+    ]
     assert content == {
-        "schema_version": 2, "tool_version": content["tool_version"], "note": content["note"], "run_id": "tiny",
-        "dataset_fingerprint": FINGERPRINT, "classes": ["NORMAL", "PNEUMONIA"], "threshold": 0.5, "temperature": 1.5,
-        "image_size": 64, "fit": "crop", "num_files": 8, "num_review": 6, "num_unreadable": 5,
-    }  # fmt: skip
+        "schema_version": 2,
+        "tool_version": content["tool_version"],
+        "note": content["note"],
+        "run_id": "tiny",
+        "dataset_fingerprint": FINGERPRINT,
+        "classes": ["NORMAL", "PNEUMONIA"],
+        "threshold": 0.5,
+        "temperature": 1.5,
+        "image_size": 64,
+        "fit": "crop",
+        "num_files": 8,
+        "num_review": 6,
+        "num_unreadable": 5,
+    }
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert written == [
         "config.yaml",
@@ -258,9 +275,9 @@ def test_nothing_of_a_dicom_header_is_shown_or_kept(
         (tmp_path / "in" / f"{name}.dcm").write_bytes(data)
     call("--run", run, tmp_path / "in", "--out", tmp_path / "out", monkeypatch=monkeypatch)
     printed = capsys.readouterr()
-    assert {Path(row["path"]).stem: bool(row["probability"]) for row in read_table(tmp_path / "out")} == {
-        "cut": False, "good": True, "odd": False,
-    }  # fmt: skip
+    assert {
+        Path(row["path"]).stem: bool(row["probability"]) for row in read_table(tmp_path / "out")
+    } == {"cut": False, "good": True, "odd": False}
     texts = [
         printed.out,
         printed.err,
@@ -374,9 +391,14 @@ def test_a_bucket_takes_table_and_overlays_and_gives_the_films(
         open_store(f"s3://{bucket}/runs/tiny").upload("model.pt", run / "model.pt")
         open_store(f"s3://{bucket}/films").upload("a.png", films / "a, film.png")
         call(
-            "--run", f"s3://{bucket}/runs/tiny", f"s3://{bucket}/films/*.png", films / "empty.jpg",
-            "--out", f"s3://{bucket}/out", monkeypatch=monkeypatch,
-        )  # fmt: skip
+            "--run",
+            f"s3://{bucket}/runs/tiny",
+            f"s3://{bucket}/films/*.png",
+            films / "empty.jpg",
+            "--out",
+            f"s3://{bucket}/out",
+            monkeypatch=monkeypatch,
+        )
         out = open_store(f"s3://{bucket}/out")
         keys = [entry.key for entry in out.list()]
         content = json.loads(out.read("predictions.json"))
@@ -466,7 +488,8 @@ def test_when_no_file_can_be_read_the_table_says_why_and_the_status_is_2(
     status, lines = call_main(predict, *arguments, capsys=capsys)
     assert status == 2
     assert lines == [
-        f"xrai: error: none of the 2 files could be read as an image: {films}/empty.jpg is empty (0 bytes)"
+        f"xrai: error: none of the 2 files could be read as an image: {films}/empty.jpg is empty "
+        f"(0 bytes)"
     ]
     assert [row["decision"] for row in read_table(tmp_path / "out")] == ["review", "review"]
     # a picture that is read but not like the others is an answer

@@ -127,9 +127,13 @@ def test_a_folder_becomes_a_data_set_whose_parts_agree(
             for place in range(info.num_rows):
                 row = here[place]
                 assert (row.path, row.patient, row.subtype, row.sha256, row.label, row.split) == (
-                    shard.source[place], shard.patient[place], shard.subtype[place], shard.sha256[place],
-                    shard.labels[place], split,
-                )  # fmt: skip
+                    shard.source[place],
+                    shard.patient[place],
+                    shard.subtype[place],
+                    shard.sha256[place],
+                    shard.labels[place],
+                    split,
+                )
                 assert row.sha256 == hashlib.sha256(files[row.path]).hexdigest()
 
 
@@ -434,7 +438,8 @@ def labelled(folder: Path) -> tuple[Path, list[str]]:
     }
     splits = {0: "val", 1: "val", 2: "test", 3: "test"}
     rows = [
-        f"films/{k:02d}.png,{('normal', 'PNEUMONIA')[k // 2 % 2]},Ann {k // 2},{splits.get(k // 2, 'train')}"
+        f"films/{k:02d}.png,{('normal', 'PNEUMONIA')[k // 2 % 2]},Ann "
+        f"{k // 2},{splits.get(k // 2, 'train')}"
         for k in range(40)
     ]
     return write_files(folder, files), rows
@@ -520,13 +525,22 @@ def test_another_table_is_another_data_set(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: [*rows, "films/99.png,NORMAL,Bob,train"], "line 42: there is no file 'films/99.png' in chest"),
-        (lambda rows: [rows[0].replace("normal", "healthy"), *rows[1:]], "line 2: unknown label 'healthy'"),
-        (lambda rows: [rows[0].replace("val", "train"), *rows[1:]], "a patient in val who is in train in line 2"),
+        (
+            lambda rows: [*rows, "films/99.png,NORMAL,Bob,train"],
+            "line 42: there is no file 'films/99.png' in chest",
+        ),
+        (
+            lambda rows: [rows[0].replace("normal", "healthy"), *rows[1:]],
+            "line 2: unknown label 'healthy'",
+        ),
+        (
+            lambda rows: [rows[0].replace("val", "train"), *rows[1:]],
+            "a patient in val who is in train in line 2",
+        ),
         (lambda rows: [*rows, rows[3]], "line 42: path 'films/03.png' is in line 5, too"),
         (lambda rows: rows[::4], "has no usable PNEUMONIA images"),
     ],
-)  # fmt: skip
+)
 def test_a_table_that_does_not_fit_is_refused_by_its_lines_and_nothing_is_written(
     run: Callable[..., Done], tmp_path: Path, change: Callable[[list[str]], list[str]], words: str
 ) -> None:
@@ -733,24 +747,46 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "missing": (tmp_path / "nowhere", "there is no source"),
         "empty": (tmp_path / "empty", "it is empty"),
         "text": (tmp_path / "notes.txt", "of no known kind"),
-        "no tree": (write_files(tmp_path / "flat", {"a.png": picture_file(1)}), "holds no images laid out as"),
+        "no tree": (
+            write_files(tmp_path / "flat", {"a.png": picture_file(1)}),
+            "holds no images laid out as",
+        ),
         "one class": (write_files(tmp_path / "normal", normal), "PNEUMONIA"),
         "one class unusable": (
-            write_files(tmp_path / "unusable", {**normal, "train/PNEUMONIA/x.png": b""}), "PNEUMONIA"),
-        "unknown class": (write_files(tmp_path / "covid", {**good, "train/COVID/a.png": picture_file(1)}), "'COVID'"),
+            write_files(tmp_path / "unusable", {**normal, "train/PNEUMONIA/x.png": b""}),
+            "PNEUMONIA",
+        ),
+        "unknown class": (
+            write_files(tmp_path / "covid", {**good, "train/COVID/a.png": picture_file(1)}),
+            "'COVID'",
+        ),
         "broken zip": (tmp_path / "broken.zip", "cannot be read as a zip"),
-        "unsafe zip": (write_zip(tmp_path / "unsafe.zip", {**good, "../x.png": b""}), "unsafe name"),
-        "same image in two splits": (write_files(tmp_path / "both", both), "--splits.duplicates=drop"),
-    }  # fmt: skip
+        "unsafe zip": (
+            write_zip(tmp_path / "unsafe.zip", {**good, "../x.png": b""}),
+            "unsafe name",
+        ),
+        "same image in two splits": (
+            write_files(tmp_path / "both", both),
+            "--splits.duplicates=drop",
+        ),
+    }
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "missing", "empty", "text", "no tree", "one class", "one class unusable", "unknown class", "broken zip",
-        "unsafe zip", "same image in two splits",
+        "missing",
+        "empty",
+        "text",
+        "no tree",
+        "one class",
+        "one class unusable",
+        "unknown class",
+        "broken zip",
+        "unsafe zip",
+        "same image in two splits",
     ],
-)  # fmt: skip
+)
 def test_a_bad_source_is_refused_in_one_line_and_nothing_is_written(
     run: Callable[..., Done], tmp_path: Path, name: str
 ) -> None:

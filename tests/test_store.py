@@ -104,9 +104,11 @@ def test_the_listing_is_sorted_complete_and_of_one_prefix(store: Store) -> None:
     for key in ("train-1.h5", "report/card.md", "train-0.h5", "trained"):
         store.write(key, key.encode())
     assert list(store.list()) == [
-        StoredObject("report/card.md", 14), StoredObject("train-0.h5", 10),
-        StoredObject("train-1.h5", 10), StoredObject("trained", 7),
-    ]  # fmt: skip
+        StoredObject("report/card.md", 14),
+        StoredObject("train-0.h5", 10),
+        StoredObject("train-1.h5", 10),
+        StoredObject("trained", 7),
+    ]
     assert [found.key for found in store.list("train-")] == ["train-0.h5", "train-1.h5"]
     assert [found.key for found in store.list("report/")] == ["report/card.md"]
     assert list(store.list("nothing/here")) == []
@@ -165,9 +167,13 @@ def test_a_key_that_could_leave_the_store_is_refused(
 ) -> None:
     store = open_store(address)
     calls: list[Callable[[], Any]] = [
-        lambda: store.read(key), lambda: store.write(key, b""), lambda: store.size(key), lambda: store.delete(key),
-        lambda: store.local_path(key), lambda: store.download(key, tmp_path / "x"),
-    ]  # fmt: skip
+        lambda: store.read(key),
+        lambda: store.write(key, b""),
+        lambda: store.size(key),
+        lambda: store.delete(key),
+        lambda: store.local_path(key),
+        lambda: store.download(key, tmp_path / "x"),
+    ]
     for call in calls:
         with pytest.raises(StoreError, match="is not a key"):
             call()
@@ -247,7 +253,8 @@ def test_a_retry_budget_that_is_no_number_of_seconds_is_refused(
 
 def test_a_folder_never_loads_the_s3_library(tmp_path: Path) -> None:
     code = (
-        "import sys; from xrai.store import open_store; s = open_store(sys.argv[1]); s.write('k', b'1'); s.read('k');"
+        "import sys; from xrai.store import open_store; s = open_store(sys.argv[1]); "
+        "s.write('k', b'1'); s.read('k');"
         "sys.exit(any(name in sys.modules for name in ('boto3', 'botocore', 'torch')))"
     )
     assert (

@@ -54,7 +54,7 @@ def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list
     return call_main(train, *arguments, capsys=capsys)
 
 
-def test_a_run_leaves_everything_that_the_readme_lists(finished: Finished):
+def test_a_run_leaves_everything_that_the_readme_lists(finished: Finished) -> None:
     folder = finished.folder
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names >= {
@@ -82,7 +82,7 @@ def test_a_run_leaves_everything_that_the_readme_lists(finished: Finished):
     assert "phantoms, not patients" in finished.stdout
 
 
-def test_the_summary_names_every_file_with_its_hash(finished: Finished):
+def test_the_summary_names_every_file_with_its_hash(finished: Finished) -> None:
     import hashlib
 
     folder = finished.folder
@@ -92,7 +92,9 @@ def test_the_summary_names_every_file_with_its_hash(finished: Finished):
     assert {"model.pt", "metrics.json", "report.html", "history.csv"} <= set(summary["files"])
 
 
-def test_metrics_are_those_of_the_predictions_by_scikit_learn(finished: Finished, dataset: Path):
+def test_metrics_are_those_of_the_predictions_by_scikit_learn(
+    finished: Finished, dataset: Path
+) -> None:
     folder = finished.folder
     for split, place in (("test", folder), ("val", folder / "val")):
         metrics = json.loads((place / "metrics.json").read_text())
@@ -113,7 +115,7 @@ def test_metrics_are_those_of_the_predictions_by_scikit_learn(finished: Finished
         assert metrics["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(labels, scores))
 
 
-def test_tensorboards_own_reader_finds_the_curves(finished: Finished):
+def test_tensorboards_own_reader_finds_the_curves(finished: Finished) -> None:
     folder = finished.folder
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -138,7 +140,7 @@ def test_tensorboards_own_reader_finds_the_curves(finished: Finished):
 
 def test_the_model_file_alone_gives_the_same_scores(
     finished: Finished, dataset: Path, tmp_path: Path
-):
+) -> None:
     folder = finished.folder
     model = load_model(open_store(str(folder)))
     assert (model.image_size, model.fit, model.classes) == (32, "crop", ("NORMAL", "PNEUMONIA"))
@@ -158,7 +160,7 @@ def test_the_model_file_alone_gives_the_same_scores(
 
 def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(
     finished: Finished, dataset: Path
-):
+) -> None:
     folder = finished.folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again = run_module(
@@ -174,7 +176,7 @@ def test_a_finished_run_started_again_shows_its_results_and_changes_nothing(
 
 def test_one_and_two_processes_give_the_same_validation_numbers(
     finished: Finished, finished_by_two: Finished
-):
+) -> None:
     rows = []
     for folder in (finished.folder, finished_by_two.folder):
         with (folder / "history.csv").open(newline="") as file:
@@ -230,7 +232,7 @@ def test_a_mistake_is_one_clear_line_with_status_2_and_leaves_nothing(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     (tmp_path / "file").write_text("a file where a folder should be")
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     default = [
@@ -247,14 +249,14 @@ def test_a_mistake_is_one_clear_line_with_status_2_and_leaves_nothing(
 
 def test_an_image_size_other_than_the_data_sets_is_taken_from_the_data_set_when_none_is_given(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     status, lines = call(
         f"--dataset={dataset}", f"--artifacts={tmp_path}", "--check", capsys=capsys
     )
     assert (status, lines) == (0, []) and list(tmp_path.iterdir()) == []  # a dry run leaves nothing
 
 
-def test_more_processes_than_images_are_refused(dataset: Path):
+def test_more_processes_than_images_are_refused(dataset: Path) -> None:
     index = Loader(str(dataset), split="train", batch_size=8).index
     crowd = Ranks(0, 1000, 0, 1000, torch.device("cpu"))
     with pytest.raises(UserError, match=r"1000 processes, but only \d+ training images"):
@@ -263,7 +265,7 @@ def test_more_processes_than_images_are_refused(dataset: Path):
 
 def test_a_run_of_another_data_set_is_not_gone_on_with(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     folder = finished.folder
     other = make_dataset(tmp_path, num_images=40, seed=5, options=("--splits.test_fraction=0.1",))
     (tmp_path / "submit" / "other").mkdir(parents=True)
@@ -280,7 +282,7 @@ def test_a_run_of_another_data_set_is_not_gone_on_with(
 
 def test_a_run_that_exists_is_not_begun_again_with_resume_never(
     finished: Finished, dataset: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     folder = finished.folder
     status, lines = call(
         f"--dataset={dataset}",
@@ -295,7 +297,7 @@ def test_a_run_that_exists_is_not_begun_again_with_resume_never(
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
     finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     folder = finished.folder
     common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", f"--init_from={folder}"]
     status, lines = call(*common, "--model.width=16", capsys=capsys)
@@ -311,7 +313,7 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
 
 def test_evaluate_refuses_pictures_of_another_size(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     folder = finished.folder
     other = make_dataset(tmp_path, num_images=40, options=("--images.size=48",))
     status, lines = call_main(

@@ -45,11 +45,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert (
             run(
-                monkeypatch, preprocess.main, f"--source={source}", f"--dataset={folder / 'dataset'}", "--workers=1",
-                "--images.size=16", "--shards.rows=20",
+                monkeypatch,
+                preprocess.main,
+                f"--source={source}",
+                f"--dataset={folder / 'dataset'}",
+                "--workers=1",
+                "--images.size=16",
+                "--shards.rows=20",
             )
             == 0
-        )  # fmt: skip
+        )
     return source, folder / "dataset"
 
 

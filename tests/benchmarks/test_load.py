@@ -6,6 +6,7 @@ import http.server
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_a_rate_is_taken_over_as_many_epochs_as_it_takes() -> None:
     made = []
 
     class Loader:
-        def __iter__(self):
+        def __iter__(self) -> Iterator[tuple[np.ndarray, None]]:
             for number in range(3):
                 made.append(number)
                 yield np.empty((4, 1, 2, 2), np.uint8), None

@@ -113,14 +113,24 @@ def dicom_file(
     dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
     bits = 8 * samples.itemsize
     values = {
-        "SOPClassUID": dataset.file_meta.MediaStorageSOPClassUID, "SOPInstanceUID": "1.2.3", "Modality": "DX",
-        "PatientID": PATIENT_ID, "PatientName": PATIENT_NAME, "ImageComments": PATIENT_NAME,
-        "Rows": samples.shape[0], "Columns": samples.shape[1], "SamplesPerPixel": 1 if samples.ndim == 2 else 3,
-        "PhotometricInterpretation": "MONOCHROME2" if samples.ndim == 2 else "RGB", "PlanarConfiguration": 0,
-        "BitsAllocated": bits, "BitsStored": bits, "HighBit": int(tags.get("BitsStored", bits)) - 1,
+        "SOPClassUID": dataset.file_meta.MediaStorageSOPClassUID,
+        "SOPInstanceUID": "1.2.3",
+        "Modality": "DX",
+        "PatientID": PATIENT_ID,
+        "PatientName": PATIENT_NAME,
+        "ImageComments": PATIENT_NAME,
+        "Rows": samples.shape[0],
+        "Columns": samples.shape[1],
+        "SamplesPerPixel": 1 if samples.ndim == 2 else 3,
+        "PhotometricInterpretation": "MONOCHROME2" if samples.ndim == 2 else "RGB",
+        "PlanarConfiguration": 0,
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": int(tags.get("BitsStored", bits)) - 1,
         "PixelRepresentation": int(np.issubdtype(samples.dtype, np.signedinteger)),
-        "PixelData": np.ascontiguousarray(samples).tobytes() + b"\0" * (samples.nbytes % 2), **tags,
-    }  # fmt: skip
+        "PixelData": np.ascontiguousarray(samples).tobytes() + b"\0" * (samples.nbytes % 2),
+        **tags,
+    }
     for name, value in values.items():
         if name not in leave_out:
             setattr(dataset, name, value)

@@ -324,8 +324,10 @@ def test_the_least_recently_used_shard_goes_first(
     cache = ShardCache(bucket, index, folder=folder, max_bytes=3 * size_bytes)
     open_and_close(cache, index, 0, 1, 2, 0, 3)  # 1 has not been used for longest
     assert [name.split(".")[0] for name in files_of(folder)] == [
-        "train-00000-of-00005", "train-00002-of-00005", "train-00003-of-00005",
-    ]  # fmt: skip
+        "train-00000-of-00005",
+        "train-00002-of-00005",
+        "train-00003-of-00005",
+    ]
 
 
 def test_a_shard_in_use_is_never_removed(
@@ -650,12 +652,17 @@ def test_a_disk_that_is_full_names_the_shard_and_keeps_nothing_half_written(
     folder.mkdir()
     done = subprocess.run(  # in a name space of its own, where nobody else sees the disk
         ["unshare", "-m", sys.executable, "-c", ON_A_SMALL_DISK, bucket.uri, folder],
-        cwd=repository, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     error, left = done.stdout.splitlines()
     assert re.match(
-        rf"StoreError {folder}/.*/train-00001-of-00005.* cannot be written: No space left on device; free",
+        rf"StoreError {folder}/.*/train-00001-of-00005.* cannot be written: No space left on "
+        rf"device; free",
         error,
     )
     assert left == "[]"

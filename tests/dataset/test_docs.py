@@ -11,7 +11,7 @@ from tests.dataset.small import write_dataset
 
 def test_the_examples_run_one_after_the_other(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     examples = re.findall(
         r"```python\n(.*?)```", (repository / "docs" / "dataset.md").read_text(), flags=re.DOTALL
     )

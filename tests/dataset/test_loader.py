@@ -118,14 +118,27 @@ def wait_until(condition: Any, *, timeout_s: float = 10) -> None:
     data=st.data(),
 )
 def test_global_batch_k_is_the_same_for_every_world_size_threads_and_restart(
-    folder, batch_size, window, seed, epoch, prefetch, threads, shuffle, data
-):
+    folder: Path,
+    batch_size: int,
+    window: int,
+    seed: int,
+    epoch: int,
+    prefetch: int,
+    threads: int,
+    shuffle: bool,
+    data: st.DataObject,
+) -> None:
     expected = expected_batches(
         ROWS, batch_size, seed=seed, epoch=epoch, window=window, shuffle=shuffle
     )
     world_size = data.draw(st.sampled_from(WORLD_SIZES))
     start = data.draw(st.integers(0, len(expected)))
-    options = {"batch_size": batch_size, "window": window, "seed": seed, "shuffle": shuffle}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "window": window,
+        "seed": seed,
+        "shuffle": shuffle,
+    }
     ranks = [
         list(
             make_loader(
@@ -154,7 +167,7 @@ def test_global_batch_k_is_the_same_for_every_world_size_threads_and_restart(
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world_size: int):
+def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world_size: int) -> None:
     options: dict[str, Any] = {
         "shuffle": True,
         "seed": 5,
@@ -170,7 +183,7 @@ def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 11, 100])
-def test_evaluation_counts_each_image_once(folder: Path, world_size: int, batch_size: int):
+def test_evaluation_counts_each_image_once(folder: Path, world_size: int, batch_size: int) -> None:
     loaders = [
         make_loader(folder, split="test", batch_size=batch_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -180,7 +193,9 @@ def test_evaluation_counts_each_image_once(folder: Path, world_size: int, batch_
     assert {len(batches) for batches in seen} == {math.ceil(11 / batch_size)}
 
 
-def test_four_shards_on_three_ranks_give_every_rank_the_same_number_of_batches(tmp_path: Path):
+def test_four_shards_on_three_ranks_give_every_rank_the_same_number_of_batches(
+    tmp_path: Path,
+) -> None:
     """WebDataset gives 7, 5 and 5, and training hangs."""
     write_dataset(tmp_path, {"train": [20] * 4})
     counts = [
@@ -194,7 +209,7 @@ def test_four_shards_on_three_ranks_give_every_rank_the_same_number_of_batches(t
     assert counts == [7, 7, 7]
 
 
-def test_the_last_batch_may_leave_ranks_without_images(folder: Path):
+def test_the_last_batch_may_leave_ranks_without_images(folder: Path) -> None:
     parts = [
         list(make_loader(folder, batch_size=12, shuffle=True, rank=rank, world_size=4).epoch(0))[-1]
         for rank in range(4)
@@ -204,7 +219,7 @@ def test_the_last_batch_may_leave_ranks_without_images(folder: Path):
     assert all(part.num_global == 1 and part.step == 3 for part in parts)
 
 
-def test_batches_are_plain_arrays_of_their_own(folder: Path):
+def test_batches_are_plain_arrays_of_their_own(folder: Path) -> None:
     (batch,) = make_loader(folder, split="val", batch_size=10).epoch(0)
     assert (batch.images.shape, batch.images.dtype) == ((4, 1, 16, 16), np.uint8)
     assert (batch.labels.dtype, batch.rows.dtype) == (np.uint8, np.int64)
@@ -214,7 +229,7 @@ def test_batches_are_plain_arrays_of_their_own(folder: Path):
     assert again.images.any()
 
 
-def test_the_images_are_the_stored_bytes(folder: Path):
+def test_the_images_are_the_stored_bytes(folder: Path) -> None:
     loader = make_loader(folder, shuffle=True, window=2)
     with h5py.File(folder / loader.index.splits["train"][2].name) as file:
         stored = file["images"][:]
@@ -223,7 +238,7 @@ def test_the_images_are_the_stored_bytes(folder: Path):
     assert np.array_equal(images[np.argsort(rows)][10:22], stored)
 
 
-def test_iterating_goes_from_epoch_to_epoch(folder: Path):
+def test_iterating_goes_from_epoch_to_epoch(folder: Path) -> None:
     loader = make_loader(folder, shuffle=True, seed=2)
     seen = [rows_of(iter(loader)) for _ in range(3)]
     assert seen == [expected_batches(ROWS, 8, seed=2, epoch=epoch) for epoch in range(3)]
@@ -231,14 +246,14 @@ def test_iterating_goes_from_epoch_to_epoch(folder: Path):
     assert rows_of(loader.epoch(1)) == seen[1]
 
 
-def test_two_epochs_may_be_read_at_once(folder: Path):
+def test_two_epochs_may_be_read_at_once(folder: Path) -> None:
     loader = make_loader(folder, shuffle=True, window=2)
     pairs = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
     assert [pair[0].rows.tolist() for pair in pairs] == expected_batches(ROWS, 8, epoch=0, window=2)
     assert [pair[1].rows.tolist() for pair in pairs] == expected_batches(ROWS, 8, epoch=1, window=2)
 
 
-def test_columns_belong_to_the_rows(folder: Path):
+def test_columns_belong_to_the_rows(folder: Path) -> None:
     loader = make_loader(folder)
     assert loader.num_images == NUM
     assert loader.labels.tolist() == [row % 2 for row in range(NUM)]
@@ -256,7 +271,7 @@ def test_columns_belong_to_the_rows(folder: Path):
 )
 def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_nothing(
     tmp_path: Path, start: int, stop: int | None
-):
+) -> None:
     write_dataset(tmp_path / "data", {"train": ROWS})
     bucket = RemoteFolder(tmp_path / "data")
     loader = make_loader(bucket, cache_dir=tmp_path / "cache")
@@ -295,12 +310,12 @@ def test_columns_of_some_rows_open_the_shards_of_these_alone_once_each_and_keep_
 )
 def test_columns_and_rows_that_are_not_there_are_refused(
     folder: Path, names: list[str], start: int, stop: int | None, words: str
-):
+) -> None:
     with pytest.raises(ConfigError, match=words):
         make_loader(folder).columns(*names, start=start, stop=stop)
 
 
-def test_labels_are_read_without_texts(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_labels_are_read_without_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("no text is needed")
 
@@ -311,7 +326,7 @@ def test_labels_are_read_without_texts(folder: Path, monkeypatch: pytest.MonkeyP
 # ----------------------------------------------------------------------------------- ahead, in time
 
 
-def test_the_first_batch_needs_one_shard(tmp_path: Path):
+def test_the_first_batch_needs_one_shard(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": [8, 8]})
     ((first,), (second,)) = plan_windows(2, seed=0, epoch=0, window=64, shuffle=True)
     store = RemoteFolder(tmp_path / "data", slow_key=f"train-0000{second}")
@@ -321,7 +336,9 @@ def test_the_first_batch_needs_one_shard(tmp_path: Path):
     assert len(list(batches)) == 1
 
 
-def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(tmp_path: Path):
+def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(
+    tmp_path: Path,
+) -> None:
     write_dataset(tmp_path / "data", {"train": [8] * 12})
     seed = next(
         k
@@ -362,7 +379,7 @@ def test_shards_are_fetched_ahead_of_their_use_several_at_once_after_the_first(t
 
 def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(
     folder: Path, tmp_path: Path
-):
+) -> None:
     store = RemoteFolder(folder)
     for limit, expected in ((0.0, False), (1.0, True)):
         loader = make_loader(
@@ -380,7 +397,7 @@ def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(
 
 def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fetches(
     folder: Path, tmp_path: Path
-):
+) -> None:
     store = RemoteFolder(folder)
     loader = make_loader(store, cache_dir=tmp_path / "cache")
     expected = [batch.images.tolist() for batch in loader.epoch(0)]
@@ -401,7 +418,7 @@ def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fe
 
 def test_no_more_batches_are_made_ahead_than_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     made: list[int] = []
     original = Loader._batches
 
@@ -419,7 +436,7 @@ def test_no_more_batches_are_made_ahead_than_asked_for(
     batches.close()
 
 
-def test_the_pixels_do_not_go_through_h5py(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_pixels_do_not_go_through_h5py(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_loader(folder, batch_size=1, shuffle=True, prefetch=1, threads=6).epoch(0)
     next(batches)
     wait_until(lambda: len(opened_now()) == len(ROWS))
@@ -443,7 +460,7 @@ def opened_now() -> set[str]:
     }
 
 
-def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path):
+def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path) -> None:
     store = RemoteFolder(folder, slow_key="\0")
     loader = make_loader(store, cache_dir=tmp_path / "cache")
     assert set(loader.timings()) == {"fetch", "verify", "assemble", "wait"}
@@ -458,7 +475,7 @@ def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 3])
-def test_closing_early_ends_the_threads_and_lets_the_files_go(folder: Path, num_read: int):
+def test_closing_early_ends_the_threads_and_lets_the_files_go(folder: Path, num_read: int) -> None:
     batches = make_loader(folder, batch_size=1, shuffle=True).epoch(0)
     list(islice(batches, num_read))
     batches.close()
@@ -466,14 +483,16 @@ def test_closing_early_ends_the_threads_and_lets_the_files_go(folder: Path, num_
     assert opened_now() == set()
 
 
-def test_leaving_the_loop_ends_the_threads(folder: Path):
+def test_leaving_the_loop_ends_the_threads(folder: Path) -> None:
     for _ in make_loader(folder, batch_size=1, shuffle=True):
         assert our_threads() != []
         break
     assert our_threads() == []
 
 
-def test_many_epochs_leave_no_file_thread_or_shared_memory_behind(folder: Path, tmp_path: Path):
+def test_many_epochs_leave_no_file_thread_or_shared_memory_behind(
+    folder: Path, tmp_path: Path
+) -> None:
     def held() -> tuple[int, list[str], list[str]]:
         return len(os.listdir("/proc/self/fd")), our_threads(), sorted(os.listdir("/dev/shm"))  # noqa: PTH208
 
@@ -485,7 +504,7 @@ def test_many_epochs_leave_no_file_thread_or_shared_memory_behind(folder: Path, 
     assert held() == before
 
 
-def test_a_child_after_fork_reads_the_same(folder: Path):
+def test_a_child_after_fork_reads_the_same(folder: Path) -> None:
     loader = make_loader(folder, shuffle=True)
     first = rows_of(loader.epoch(0))
     child = os.fork()
@@ -496,7 +515,7 @@ def test_a_child_after_fork_reads_the_same(folder: Path):
 
 def test_a_child_forked_in_an_epoch_ends_and_leaves_the_epoch_to_its_parent(
     folder: Path, tmp_path: Path
-):
+) -> None:
     size_bytes = max(path.stat().st_size for path in folder.glob("train*.h5"))
     options: dict[str, Any] = {
         "cache_dir": tmp_path,
@@ -536,11 +555,15 @@ if sys.argv[3] == "raise":
 @pytest.mark.parametrize(("how", "status"), [("end", 0), ("raise", 7)])
 def test_a_process_ends_though_a_shard_is_still_waited_for(
     folder: Path, tmp_path: Path, repository: Path, how: str, status: int
-):
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEAVES_EARLY, folder, tmp_path, how],
-        cwd=repository, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert (done.stdout, done.stderr, done.returncode) == ("left\n", "", status)
 
 
@@ -560,12 +583,16 @@ next(batches)
 
 def test_a_process_that_leaves_while_shards_are_opened_neither_crashes_nor_hangs(
     tmp_path: Path, repository: Path
-):
+) -> None:
     for run in range(5):  # without care every second one hangs or crashes
         done = subprocess.run(
             [sys.executable, "-c", LEAVES_AT_ONCE, tmp_path / str(run)],
-            cwd=repository, capture_output=True, text=True, timeout=20, check=False,
-        )  # fmt: skip
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -591,7 +618,7 @@ def failure_of(batches: Iterator[Batch]) -> tuple[int, XraiError]:
 
 def test_an_error_in_the_background_comes_to_the_front_with_rank_split_shard_and_cause(
     spoiled: Path,
-):
+) -> None:
     flip_byte(spoiled / "train-00002-of-00006.h5")
     loader = make_loader(spoiled, batch_size=5, rank=1, world_size=2)
     num, error = failure_of(loader.epoch(0))
@@ -603,7 +630,7 @@ def test_an_error_in_the_background_comes_to_the_front_with_rank_split_shard_and
     assert isinstance(failure_of(loader.epoch(0))[1], CorruptError)  # the second time too
 
 
-def test_a_shard_that_can_not_be_fetched_is_named(folder: Path, tmp_path: Path):
+def test_a_shard_that_can_not_be_fetched_is_named(folder: Path, tmp_path: Path) -> None:
     store = RemoteFolder(folder, failing="train-00003")
     num, error = failure_of(make_loader(store, cache_dir=tmp_path).epoch(0))
     assert (num, type(error)) == (2, UnreachableError)
@@ -611,26 +638,29 @@ def test_a_shard_that_can_not_be_fetched_is_named(folder: Path, tmp_path: Path):
     assert "train-00003-of-00006.h5 cannot be read: nobody answers" in str(error)
 
 
-def test_an_error_of_a_shard_that_nobody_asks_for_is_none(folder: Path, tmp_path: Path):
+def test_an_error_of_a_shard_that_nobody_asks_for_is_none(folder: Path, tmp_path: Path) -> None:
     store = RemoteFolder(folder, failing="train-00003")
     batches = make_loader(store, cache_dir=tmp_path, prefetch=1).epoch(0)
     with closing(batches):
         assert [batch.step for batch in islice(batches, 2)] == [0, 1]
 
 
-def test_a_wait_for_a_shard_has_a_deadline_and_names_the_shard(folder: Path, tmp_path: Path):
+def test_a_wait_for_a_shard_has_a_deadline_and_names_the_shard(
+    folder: Path, tmp_path: Path
+) -> None:
     store = RemoteFolder(folder, slow_key="train-00001")
     batches = make_loader(store, cache_dir=tmp_path, timeout_s=0.5).epoch(0)
     with pytest.raises(
         UnreachableError,
-        match=r"rank 0 of 1, train split: no batch within 1 s; waiting for shard train-00001-of-00006.h5",
+        match=r"rank 0 of 1, train split: no batch within 1 s; waiting for shard "
+        r"train-00001-of-00006.h5",
     ):
         list(batches)
     store.open_gate()
     wait_until(lambda: our_threads() == [])
 
 
-def test_a_data_set_replaced_between_epochs_is_said_to_be(spoiled: Path):
+def test_a_data_set_replaced_between_epochs_is_said_to_be(spoiled: Path) -> None:
     loader = make_loader(spoiled)
     list(loader.epoch(0))
     shutil.rmtree(spoiled)
@@ -641,7 +671,7 @@ def test_a_data_set_replaced_between_epochs_is_said_to_be(spoiled: Path):
     assert "start again" in str(error)
 
 
-def test_a_lost_shard_is_named(spoiled: Path):
+def test_a_lost_shard_is_named(spoiled: Path) -> None:
     (spoiled / "train-00001-of-00006.h5").unlink()
     num, error = failure_of(make_loader(spoiled, batch_size=7).epoch(0))
     assert (num, type(error)) == (1, NotFoundError)
@@ -649,7 +679,7 @@ def test_a_lost_shard_is_named(spoiled: Path):
 
 
 @pytest.mark.parametrize("place", [5, 100, 1000, -10])
-def test_a_flipped_byte_in_the_index_is_refused(spoiled: Path, place: int):
+def test_a_flipped_byte_in_the_index_is_refused(spoiled: Path, place: int) -> None:
     flip_byte(spoiled / "dataset.json", place)
     with pytest.raises(CorruptError, match=f"{spoiled}/dataset.json is"):
         make_loader(spoiled)
@@ -658,7 +688,7 @@ def test_a_flipped_byte_in_the_index_is_refused(spoiled: Path, place: int):
 @pytest.mark.parametrize(("num_bad", "num_reads"), [(2, 3), (9, 3)])
 def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(
     folder: Path, num_bad: int, num_reads: int
-):
+) -> None:
     reads = 0
 
     class Noisy(RemoteFolder):
@@ -676,7 +706,7 @@ def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(
     assert reads == num_reads
 
 
-def test_no_index_is_no_data_set(spoiled: Path):
+def test_no_index_is_no_data_set(spoiled: Path) -> None:
     (spoiled / "dataset.json").unlink()
     with pytest.raises(
         DatasetError, match=rf"{spoiled} holds no dataset.json, so no data set; `xrai prep"
@@ -684,7 +714,7 @@ def test_no_index_is_no_data_set(spoiled: Path):
         make_loader(spoiled)
 
 
-def test_an_unknown_split_is_refused_with_those_that_exist(tmp_path: Path):
+def test_an_unknown_split_is_refused_with_those_that_exist(tmp_path: Path) -> None:
     write_dataset(tmp_path, {"train": [3], "val": [2]})
     with pytest.raises(DatasetError, match="has no split 'test'; it holds train, val"):
         make_loader(tmp_path, split="test")
@@ -701,13 +731,15 @@ def test_an_unknown_split_is_refused_with_those_that_exist(tmp_path: Path):
         ({"seed": -1}, "seed = -1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(folder: Path, options: dict[str, Any], message: str):
+def test_numbers_out_of_range_are_refused(
+    folder: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         make_loader(folder, **options)
 
 
 @pytest.mark.parametrize("start", [-1, 6])
-def test_a_step_that_is_not_there_is_refused(folder: Path, start: int):
+def test_a_step_that_is_not_there_is_refused(folder: Path, start: int) -> None:
     with pytest.raises(ConfigError, match=f"epoch 0 has no step {start}: steps go from 0 to 5"):
         make_loader(folder).epoch(0, start=start)
 
@@ -739,7 +771,7 @@ def size_of(paths: Iterable[Path]) -> int:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_small_cache_gives_the_same_batches_within_its_limit(
     many: Path, tmp_path: Path, world_size: int
-):
+) -> None:
     options: dict[str, Any] = {
         "batch_size": 16,
         "shuffle": True,
@@ -780,7 +812,7 @@ def test_a_small_cache_gives_the_same_batches_within_its_limit(
 @pytest.mark.parametrize(("world_size", "num_held"), [(1, 4), (2, 6), (3, 6)])
 def test_a_cache_too_small_for_its_windows_is_refused_before_any_work(
     many: Path, tmp_path: Path, world_size: int, num_held: int
-):
+) -> None:
     options: dict[str, Any] = {
         "shuffle": True,
         "window": 2,
@@ -791,14 +823,15 @@ def test_a_cache_too_small_for_its_windows_is_refused_before_any_work(
     make_loader(RemoteFolder(many), cache_max_gib=gib_for(many, num_held), **options)
     with pytest.raises(
         ConfigError,
-        match=rf"cache.max_gib = .* is too small for the train split of {many}, of which up to {num_held} shards are "
+        match=rf"cache.max_gib = .* is too small for the train split of {many}, of which up to "
+        rf"{num_held} shards are "
         r"held at once; give at least .*, or lower loader.window or loader.threads",
     ):
         make_loader(RemoteFolder(many), cache_max_gib=gib_for(many, num_held) * 0.99, **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_needs_no_cache_and_so_no_room(many: Path):
+def test_a_folder_needs_no_cache_and_so_no_room(many: Path) -> None:
     assert len(list(make_loader(many, shuffle=True, cache_max_gib=1e-9).epoch(0))) == 100
 
 

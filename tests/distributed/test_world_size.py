@@ -20,7 +20,7 @@ def train(*options: str, world_size: int) -> dict[str, Any]:
     return outcome
 
 
-def test_the_loss_of_a_hundred_steps_is_the_same_on_1_2_and_4_ranks():
+def test_the_loss_of_a_hundred_steps_is_the_same_on_1_2_and_4_ranks() -> None:
     # at a higher rate rounding itself grows from step to step, to 1.5e-12 at 3e-3
     one, two, four = (
         train("--train.epochs=20", "--optim.lr=1e-3", world_size=world_size)
@@ -39,7 +39,7 @@ def test_the_loss_of_a_hundred_steps_is_the_same_on_1_2_and_4_ranks():
 
 
 @pytest.mark.parametrize("num_val", [41, 3])
-def test_every_validation_image_is_scored_once_whatever_the_ranks(num_val: int):
+def test_every_validation_image_is_scored_once_whatever_the_ranks(num_val: int) -> None:
     options = ["--train.epochs=1", f"--num_val={num_val}", "--num_images=32"]
     one, four = train(*options, world_size=1), train(*options, world_size=4)
     for key in ("val_logits", "shifted_logits"):
@@ -48,25 +48,25 @@ def test_every_validation_image_is_scored_once_whatever_the_ranks(num_val: int):
         assert np.allclose(ours, theirs, atol=1e-9)
 
 
-def test_every_rank_ends_with_the_same_weights():
+def test_every_rank_ends_with_the_same_weights() -> None:
     outcomes = run_ranks([RANK, "--train.epochs=1", "--train.global_batch_size=32"], world_size=2)
     assert outcomes[0]["weights"] == outcomes[1]["weights"]
 
 
-def test_accumulation_over_two_ranks_equals_one_batch():
+def test_accumulation_over_two_ranks_equals_one_batch() -> None:
     whole = train("--train.epochs=1", world_size=1)
     parts = train("--train.epochs=1", "--train.accumulation_steps=4", world_size=2)
     assert parts["losses"] == pytest.approx(whole["losses"], abs=1e-10)
 
 
-def test_fewer_images_than_ranks_in_the_last_batch_is_no_hang_and_no_difference():
+def test_fewer_images_than_ranks_in_the_last_batch_is_no_hang_and_no_difference() -> None:
     options = ["--train.epochs=2", "--num_images=65"]  # the last batch holds one image
     one, four = train(*options, world_size=1), train(*options, world_size=4)
     assert four["losses"] == pytest.approx(one["losses"], abs=1e-10)
     assert four["epochs"][-1]["train_accuracy"] == one["epochs"][-1]["train_accuracy"]
 
 
-def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path):
+def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path) -> None:
     options = [RANK, "--train.epochs=2", "--train.global_batch_size=32", "--train.precision=off"]
     whole = run_ranks(options, world_size=2)[0]
     first = run_ranks(
@@ -81,7 +81,7 @@ def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path):
     assert (second[0]["epochs"] + third[0]["epochs"]) == whole["epochs"]
 
 
-def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_path: Path):
+def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_path: Path) -> None:
     options = [RANK, *EXACT, "--train.epochs=3", f"--folder={tmp_path}"]
     whole = train("--train.epochs=3", world_size=1)
     losses: list[float] = []
@@ -97,14 +97,14 @@ def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_its_images(rank: int):
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_its_images(rank: int) -> None:
     options = [RANK, "--train.global_batch_size=32", f"--poison_rank={rank}"]
     for status, _, stderr in finish_ranks(start_ranks(options, world_size=2)):
         assert status == 1
         assert "step 4 (epoch 1, batch 4): the loss of 2 images is not finite: disc-" in stderr
 
 
-def test_one_writer_leaves_one_set_of_checkpoints(tmp_path: Path):
+def test_one_writer_leaves_one_set_of_checkpoints(tmp_path: Path) -> None:
     options = [
         "--train.epochs=2",
         f"--folder={tmp_path}",

@@ -60,7 +60,7 @@ def container_of(stack: Stack, service: str) -> str:
 @pytest.mark.parametrize("profile", ["", "multinode", "tools", "*"])
 def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(
     files: tuple[str, ...], profile: str
-):
+) -> None:
     options = ["--file=compose.yaml", *files, *([f"--profile={profile}"] if profile else [])]
     keys: dict[str, Any] = (
         {"XRAI_S3_KEY": "key", "XRAI_S3_SECRET": "secret"} if CEPH in files else {}
@@ -136,7 +136,7 @@ def project() -> dict[str, Any]:
     return services
 
 
-def test_every_service_is_confined():
+def test_every_service_is_confined() -> None:
     assert faults_of(project()) == []
 
 
@@ -162,13 +162,15 @@ def test_every_service_is_confined():
         ("train", "privileged", True, "no privileges"),
     ],
 )
-def test_a_service_that_is_not_confined_is_found(service: str, key: str, value: Any, rule: str):
+def test_a_service_that_is_not_confined_is_found(
+    service: str, key: str, value: Any, rule: str
+) -> None:
     services = project()
     services[service][key] = value
     assert faults_of(services) == [f"{service}: {rule}"]
 
 
-def test_keys_that_compose_brings_are_named_as_development_keys():
+def test_keys_that_compose_brings_are_named_as_development_keys() -> None:
     for name, service in project().items():
         for key, value in service.get("environment", {}).items():
             if "SECRET" in key or "ACCESS_KEY" in key:
@@ -180,7 +182,7 @@ def test_keys_that_compose_brings_are_named_as_development_keys():
 
 def test_the_bare_command_draws_phantoms_and_leaves_data_set_and_results_in_the_buckets(
     trained: str, s3: Stack
-):
+) -> None:
     assert "120 files found = 120 written + 0 excluded" in trained
     assert "accuracy" in trained and f"s3://xrai-runs/submit/{RUN}/report.html" in trained
     assert {"dataset.json", "manifest.jsonl", "report/card.md"} <= s3.keys(
@@ -198,7 +200,7 @@ def test_the_bare_command_draws_phantoms_and_leaves_data_set_and_results_in_the_
         assert inspect(container_of(s3, service))["State"]["ExitCode"] == 0
 
 
-def test_what_is_done_is_not_done_again(trained: str, s3: Stack):
+def test_what_is_done_is_not_done_again(trained: str, s3: Stack) -> None:
     before = s3.read(f"submit/{RUN}/summary.json")
     again = s3.up("preprocess", "train")
     assert "nothing to do" in again and f"run s3://xrai-runs/submit/{RUN} is finished" in again
@@ -207,7 +209,7 @@ def test_what_is_done_is_not_done_again(trained: str, s3: Stack):
 
 def test_predict_classifies_files_of_the_folder_one_stands_in(
     trained: str, s3: Stack, tmp_path: Path
-):
+) -> None:
     from xrai.phantom import make_phantoms
 
     make_phantoms(tmp_path / "films", num_images=3, workers=1)
@@ -219,7 +221,7 @@ def test_predict_classifies_files_of_the_folder_one_stands_in(
     assert "xrai: error: there is no file or folder missing.png" in done.stdout
 
 
-def test_tensorboard_shows_the_runs_of_the_bucket(trained: str, s3: Stack):
+def test_tensorboard_shows_the_runs_of_the_bucket(trained: str, s3: Stack) -> None:
     s3.compose("up", "--detach", "--no-build", "tensorboard")
     try:
         address = s3.compose("port", "tensorboard", "6006").stdout.strip()
@@ -247,7 +249,7 @@ def test_tensorboard_shows_the_runs_of_the_bucket(trained: str, s3: Stack):
 @pytest.mark.data
 def test_a_sample_of_the_real_images_becomes_results_in_the_bucket(
     s3: Stack, real_originals: Path, real_images: Path, tmp_path: Path
-):
+) -> None:
     tmp_path.chmod(0o755)
     for name in ("NORMAL", "PNEUMONIA"):
         folder = tmp_path / "films" / "train" / name
@@ -296,7 +298,7 @@ awk '$2 == "/" {print "root", $4}' /proc/mounts | tr , ' '
 @pytest.mark.parametrize("service", ["preprocess", "train"])
 def test_a_job_is_not_root_holds_no_rights_and_writes_to_its_mounts_alone(
     trained: str, s3: Stack, service: str
-):
+) -> None:
     options = [] if service == "train" else ["--volume=xrai-test-probe:/cache"]
     said = s3.once(service, "bash", "-c", PROBE, options=options).stdout.splitlines()
     if options:
@@ -312,7 +314,7 @@ def test_a_job_is_not_root_holds_no_rights_and_writes_to_its_mounts_alone(
     assert any(line.startswith("root ro ") for line in said)
 
 
-def test_the_probe_sees_a_root_that_can_be_written_to(image: str):
+def test_the_probe_sees_a_root_that_can_be_written_to(image: str) -> None:
     said = docker("run", "--rm", "--user=0", image, "bash", "-c", PROBE).stdout
     assert "can write to /opt/xrai" in said and "can write to /" in said
 
@@ -330,7 +332,7 @@ def steps_saved(stack: Stack, name: str) -> list[int]:
 
 def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(
     trained: str, s3: Stack
-):
+) -> None:
     config = s3.config("stopped.yaml", epochs=10_000, batch=2, every=1)
     settings: dict[str, Any] = {"XRAI_NAME": "stopped", "XRAI_CONFIG": str(config)}
     step = batch = num_batches = 0
@@ -362,7 +364,9 @@ def test_a_training_that_is_stopped_in_the_middle_of_an_epoch_goes_on_with_up(
     assert json.loads(s3.read("submit/stopped/summary.json"))["epochs"] == done_epochs + 1
 
 
-def test_a_node_that_is_killed_and_started_again_rejoins_and_both_go_on(trained: str, s3: Stack):
+def test_a_node_that_is_killed_and_started_again_rejoins_and_both_go_on(
+    trained: str, s3: Stack
+) -> None:
     config = s3.config("nodes.yaml", epochs=10_000, every=1)
     settings: dict[str, Any] = {"XRAI_NAME": "nodes", "XRAI_CONFIG": str(config)}
     start = ("--profile=multinode", "up", "--detach", "--no-build", "--no-deps")
@@ -401,7 +405,7 @@ def logs(*containers: str) -> str:
 
 def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_the_right_status(
     trained: str, s3: Stack
-):
+) -> None:
     cases = {
         ("preprocess", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "keys"),
         ("preprocess", "XRAI_DATASET=s3://no-such-bucket/x"): (
@@ -433,7 +437,7 @@ def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_
         assert "Traceback" not in said, said
 
 
-def test_the_whole_job_stops_where_preprocessing_is_refused(s3: Stack):
+def test_the_whole_job_stops_where_preprocessing_is_refused(s3: Stack) -> None:
     done = s3.compose(
         "up",
         "--no-build",

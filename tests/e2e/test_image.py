@@ -22,7 +22,7 @@ def inside(image: str, script: str, *options: str) -> str:
     ).stdout
 
 
-def test_the_image_says_what_it_is_and_runs_as_a_numbered_user(image: str):
+def test_the_image_says_what_it_is_and_runs_as_a_numbered_user(image: str) -> None:
     (described,) = json.loads(docker("image", "inspect", image).stdout)
     config = described["Config"]
     assert config["User"] == "10001:10001"
@@ -42,14 +42,14 @@ def test_the_image_says_what_it_is_and_runs_as_a_numbered_user(image: str):
     assert labels["base.name"] == "python:3.11-slim-bookworm"
 
 
-def test_there_is_no_compiler_in_it(image: str):
+def test_there_is_no_compiler_in_it(image: str) -> None:
     assert inside(image, f"for name in {COMPILERS}; do command -v $name; done; true") == ""
     assert (
         inside(image, "command -v bash").strip() == "/usr/bin/bash"
     )  # the search finds what is there
 
 
-def test_there_is_no_test_data_no_history_and_nothing_else_of_the_working_tree(image: str):
+def test_there_is_no_test_data_no_history_and_nothing_else_of_the_working_tree(image: str) -> None:
     found = inside(image, "cd /opt/xrai && find . -type f -not -name '*.pyc'").split()
     allowed = re.compile(
         r"\./(xrai/.*\.(py|typed|html|jinja|css|yaml)|bin/xrai|wait_for_dataset\.py|LICENSE)"
@@ -70,7 +70,9 @@ def test_there_is_no_test_data_no_history_and_nothing_else_of_the_working_tree(i
     assert left == ""
 
 
-def test_no_secret_of_the_build_is_in_its_files_settings_or_history(image: str, secret_marker: str):
+def test_no_secret_of_the_build_is_in_its_files_settings_or_history(
+    image: str, secret_marker: str
+) -> None:
     history = docker("history", "--no-trunc", "--format={{.CreatedBy}}", image).stdout
     settings = docker("image", "inspect", image).stdout
     assert "COPY" in history and secret_marker not in history + settings
@@ -87,7 +89,7 @@ def test_no_secret_of_the_build_is_in_its_files_settings_or_history(image: str, 
     assert save.returncode == 0 and found.stdout.strip() == "0"
 
 
-def test_it_is_small(image: str):
+def test_it_is_small(image: str) -> None:
     (own,) = json.loads(docker("image", "inspect", image).stdout)
     (base,) = json.loads(docker("image", "inspect", "python:3.11-slim-bookworm").stdout)
     if "+cpu" not in inside(image, "ls -d /opt/venv/lib/python3.*/site-packages/torch-*"):
@@ -95,7 +97,7 @@ def test_it_is_small(image: str):
     assert own["Size"] - base["Size"] < MAX_OWN_SIZE
 
 
-def test_the_same_tree_gives_the_same_layers(image: str):
+def test_the_same_tree_gives_the_same_layers(image: str) -> None:
     tag = "xrai:test-again"
     build_image(tag, "--no-cache-filter=code,tini", "--build-arg=REVISION=0123456")
     try:
@@ -108,21 +110,21 @@ def test_the_same_tree_gives_the_same_layers(image: str):
         docker("image", "rm", tag)
 
 
-def test_commands_answer_on_a_read_only_root(image: str):
+def test_commands_answer_on_a_read_only_root(image: str) -> None:
     for word in ("preprocess", "train", "predict", "phantom"):
         done = docker("run", "--rm", "--read-only", "--tmpfs=/tmp", image, word, "--help")
         assert "usage: python -m xrai" in done.stdout, word
         assert "Traceback" not in done.stdout and "Warning" not in done.stdout, done.stdout
 
 
-def test_one_process_ends_with_its_own_status(image: str):
+def test_one_process_ends_with_its_own_status(image: str) -> None:
     done = docker("run", "--rm", "--tmpfs=/tmp", image, "train", "--train.epochs=none", check=False)
     assert done.returncode == 2 and "train.epochs" in done.stdout
     done = docker("run", "--rm", "--tmpfs=/tmp", image, "--help")
     assert "What a container runs" in done.stdout and "tensorboard" in done.stdout
 
 
-def test_an_image_folder_becomes_a_trained_network_without_any_network(image: str):
+def test_an_image_folder_becomes_a_trained_network_without_any_network(image: str) -> None:
     script = (
         "xrai phantom --num-images=60 --out=films && "
         "xrai preprocess --source=films --images.size=32 "
@@ -153,7 +155,7 @@ def has_health(container: str, status: str) -> bool:
     return bool(inspect(container)["State"]["Health"]["Status"] == status)
 
 
-def test_a_job_that_no_longer_beats_is_unhealthy(image: str):
+def test_a_job_that_no_longer_beats_is_unhealthy(image: str) -> None:
     container = docker(
         "run",
         "--detach",
@@ -174,7 +176,7 @@ def test_a_job_that_no_longer_beats_is_unhealthy(image: str):
         docker("rm", "--force", container)
 
 
-def test_waiting_for_a_data_set_ends_when_it_is_there_or_when_time_is_up(image: str):
+def test_waiting_for_a_data_set_ends_when_it_is_there_or_when_time_is_up(image: str) -> None:
     waiting = (
         "run",
         "--rm",

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600
 
 def test_ten_epochs_on_the_public_training_images_tell_pneumonia_from_normal(
     real_images: Path, tmp_path: Path
-):
+) -> None:
     done = run_module("xrai.preprocess", f"--source={real_images}", f"--dataset={tmp_path}/dataset")
     assert done.returncode == 0, done.stderr
     assert "5216 files found = 5216 written + 0 excluded" in done.stdout

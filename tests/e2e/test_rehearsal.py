@@ -289,7 +289,7 @@ def undisturbed(cluster: Cluster, runs: Runs) -> list[Pod]:
 
 def test_two_pods_wait_for_the_data_set_of_two_partitions_and_train_together(
     undisturbed: list[Pod], runs: Runs
-):
+) -> None:
     runs.assert_finished("undisturbed")
     assert "all checks passed" in log_of(f"{undisturbed[1].name}-preflight")
     assert any("batches of 16 = 2 x 8" in pod.log() for pod in undisturbed)
@@ -297,7 +297,7 @@ def test_two_pods_wait_for_the_data_set_of_two_partitions_and_train_together(
 
 def test_a_pod_that_is_killed_is_replaced_and_rejoins(
     cluster: Cluster, undisturbed: list[Pod], runs: Runs
-):
+) -> None:
     cluster.change("xrai", XRAI_RUN_ID="pod-1-killed")
     with ThreadPoolExecutor(2) as threads:
         pods = list(threads.map(Pod.begin, [cluster.pod("train", index) for index in range(2)]))
@@ -313,7 +313,7 @@ def test_a_pod_that_is_killed_is_replaced_and_rejoins(
 
 def test_when_pod_0_is_killed_all_begin_again_and_go_on(
     cluster: Cluster, undisturbed: list[Pod], runs: Runs
-):
+) -> None:
     """It keeps the store at which all meet, so the others fail too, and the Job replaces them
     all.
     """
@@ -341,7 +341,7 @@ def same_as_undisturbed(runs: Runs, run_id: str) -> None:
 
 def test_a_mistake_is_found_before_training_and_said_in_one_line_with_status_2(
     cluster: Cluster, undisturbed: list[Pod]
-):
+) -> None:
     """The Job's podFailurePolicy ends it then; `kubectl describe pod` shows the line."""
     documents = json.loads(json.dumps(cluster.documents))
     mistaken = Cluster(documents, cluster.network, cluster.folder / "mistaken", cluster.label)
@@ -356,7 +356,7 @@ def test_a_mistake_is_found_before_training_and_said_in_one_line_with_status_2(
 
 def test_the_end_of_a_failed_pods_log_names_the_cause(
     cluster: Cluster, undisturbed: list[Pod], runs: Runs
-):
+) -> None:
     """torchrun repeats the error file of the rank that failed first; Kubernetes takes the end of
     the log as message.
     """
@@ -380,7 +380,7 @@ def test_the_end_of_a_failed_pods_log_names_the_cause(
     assert "CorruptError" in pod.log()[-MESSAGE_BYTES:]
 
 
-def test_nothing_in_a_pod_is_writable_but_its_mounts_and_nobody_is_root(cluster: Cluster):
+def test_nothing_in_a_pod_is_writable_but_its_mounts_and_nobody_is_root(cluster: Cluster) -> None:
     pod = cluster.pod("train", 0)
     container = json.loads(json.dumps(pod.workload.pod["initContainers"][0]))
     script = (

@@ -112,7 +112,7 @@ def outcome_of(
 @pytest.mark.parametrize("kind", ["503", "stall", "reset", "cut", "flip", "lose"])
 def test_a_fault_that_passes_changes_nothing(
     kind: Kind, address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     proxy.fail(kind, path="train-00002", times=2)
     proxy.fail(kind, path="train-00004", times=1)
     assert read(address, tmp_path) == good
@@ -121,7 +121,7 @@ def test_a_fault_that_passes_changes_nothing(
 
 def test_every_request_that_fails_now_and_then_changes_nothing(
     address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     for kind in ("503", "reset", "cut"):
         for shard in range(6):
             proxy.fail(kind, path=f"train-0000{shard}")
@@ -131,7 +131,7 @@ def test_every_request_that_fails_now_and_then_changes_nothing(
 @pytest.mark.parametrize("kind", ["flip", "cut", "503", "reset"])
 def test_an_index_that_arrives_damaged_is_read_again(
     kind: Kind, address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     proxy.fail(kind, path="dataset.json", times=2)
     assert read(address, tmp_path) == good
     assert proxy.count("dataset.json") >= 3
@@ -140,7 +140,7 @@ def test_an_index_that_arrives_damaged_is_read_again(
 @pytest.mark.slow
 def test_loading_goes_on_when_the_server_was_gone_for_twenty_seconds(
     address: str, proxy: Proxy, tmp_path: Path, good: list[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.delenv("XRAI_S3_TIMEOUT_S")
     monkeypatch.delenv("XRAI_S3_RETRY_S")
     batches = make_loader(address, tmp_path).epoch(0)
@@ -160,7 +160,7 @@ def test_loading_goes_on_when_the_server_was_gone_for_twenty_seconds(
 
 def test_a_server_that_is_gone_for_good_ends_the_job_in_time_with_the_shard_and_the_cause(
     address: str, proxy: Proxy, tmp_path: Path
-):
+) -> None:
     proxy.fail("stall", path="train-00003", times=1000)
     reader = start_reader(address, tmp_path, XRAI_S3_TIMEOUT_S="1", XRAI_S3_RETRY_S="4")
     deadline = time.monotonic() + 20
@@ -180,7 +180,9 @@ def test_a_server_that_is_gone_for_good_ends_the_job_in_time_with_the_shard_and_
     assert f"(endpoint {proxy.url}): Could not connect to the endpoint URL" in line
 
 
-def test_a_shard_that_stalls_for_ever_is_named_in_time(address: str, proxy: Proxy, tmp_path: Path):
+def test_a_shard_that_stalls_for_ever_is_named_in_time(
+    address: str, proxy: Proxy, tmp_path: Path
+) -> None:
     proxy.fail("stall", path="train-00001", times=1000)
     with pytest.raises(
         UnreachableError,
@@ -191,7 +193,7 @@ def test_a_shard_that_stalls_for_ever_is_named_in_time(address: str, proxy: Prox
 
 def test_an_object_that_always_arrives_damaged_is_an_error_each_time(
     address: str, proxy: Proxy, tmp_path: Path
-):
+) -> None:
     proxy.fail("flip", path="train-00003", times=1000)
     for attempt in (1, 2):  # MosaicML streaming reads it as good the second time
         with pytest.raises(
@@ -206,7 +208,7 @@ def test_an_object_that_always_arrives_damaged_is_an_error_each_time(
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_object_is_named_with_exit_status_1(
     folder: Path, address: str, tmp_path: Path, damage: str
-):
+) -> None:
     copy = tmp_path / "copy.h5"
     copy.write_bytes((folder / "train-00005-of-00006.h5").read_bytes())
     flip_byte(copy) if damage == "flip" else os.truncate(copy, 100_000)
@@ -218,7 +220,9 @@ def test_a_damaged_object_is_named_with_exit_status_1(
         assert f"`xrai verify --dataset {address} --repair --source SOURCE`" in line
 
 
-def test_a_damaged_index_is_named_with_exit_status_1(folder: Path, address: str, tmp_path: Path):
+def test_a_damaged_index_is_named_with_exit_status_1(
+    folder: Path, address: str, tmp_path: Path
+) -> None:
     copy = tmp_path / "dataset.json"
     copy.write_bytes((folder / "dataset.json").read_bytes())
     flip_byte(copy)
@@ -228,7 +232,7 @@ def test_a_damaged_index_is_named_with_exit_status_1(folder: Path, address: str,
     assert f"{address}/dataset.json" in line
 
 
-def test_a_lost_object_is_named(address: str, tmp_path: Path):
+def test_a_lost_object_is_named(address: str, tmp_path: Path) -> None:
     open_store(address).delete("train-00002-of-00006.h5")
     with pytest.raises(NotFoundError, match=rf"there is no {address}/train-00002-of-00006.h5"):
         read(address, tmp_path)
@@ -236,7 +240,7 @@ def test_a_lost_object_is_named(address: str, tmp_path: Path):
 
 def test_keys_that_lost_their_right_in_mid_epoch_are_the_users_mistake(
     address: str, proxy: Proxy, tmp_path: Path
-):
+) -> None:
     proxy.fail("forbid", path="train-00004", times=1000)
     # nothing is tried again: that would take the ten minutes
     status, _, (line,) = outcome_of(start_reader(address, tmp_path, XRAI_S3_RETRY_S="600"))
@@ -249,7 +253,7 @@ def test_keys_that_lost_their_right_in_mid_epoch_are_the_users_mistake(
 
 def test_a_data_set_replaced_while_it_is_read_is_said_to_be(
     address: str, proxy: Proxy, tmp_path: Path
-):
+) -> None:
     write_dataset(tmp_path / "new", {"train": ROWS}, size=64, seed=1)
     loader = make_loader(address, tmp_path / "cache")
     upload(tmp_path / "new", address)
@@ -261,7 +265,7 @@ def test_a_data_set_replaced_while_it_is_read_is_said_to_be(
 
 def test_a_cache_filled_from_the_data_set_before_is_not_read(
     address: str, tmp_path: Path, good: list[str]
-):
+) -> None:
     assert read(address, tmp_path / "cache") == good
     write_dataset(tmp_path / "new", {"train": ROWS}, size=64, seed=1)
     upload(tmp_path / "new", address)
@@ -272,7 +276,7 @@ def test_a_cache_filled_from_the_data_set_before_is_not_read(
 
 def test_data_sets_with_alike_shard_names_share_a_cache_without_mixing(
     s3_server: str, address: str, tmp_path: Path, good: list[str]
-):
+) -> None:
     """WebDataset keeps objects whose names share a last part in one file."""
     write_dataset(tmp_path / "other", {"train": ROWS}, size=64, seed=1)
     with new_bucket(s3_server) as bucket:
@@ -288,7 +292,7 @@ def test_data_sets_with_alike_shard_names_share_a_cache_without_mixing(
 
 def test_processes_download_a_shard_once_and_see_the_same(
     address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     readers = [start_reader(address, tmp_path / "cache") for _ in range(3)]
     for reader in readers:
         status, batches, errors = outcome_of(reader)
@@ -299,7 +303,7 @@ def test_processes_download_a_shard_once_and_see_the_same(
 
 def test_a_run_after_the_first_asks_for_nothing_but_the_index(
     address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     assert read(address, tmp_path) == good
     proxy.requests.clear()
     assert read(address, tmp_path) == good
@@ -308,7 +312,7 @@ def test_a_run_after_the_first_asks_for_nothing_but_the_index(
 
 def test_a_process_that_can_not_fetch_leaves_the_others_reading(
     s3_server: str, address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     """MosaicML streaming's other ranks wait for ever where the one that downloads fails."""
     proxy.fail("stall", path="train-0000", times=1000)
     bad = start_reader(address, tmp_path / "cache", XRAI_S3_TIMEOUT_S="1", XRAI_S3_RETRY_S="3")
@@ -326,7 +330,7 @@ def test_a_process_that_can_not_fetch_leaves_the_others_reading(
 @pytest.mark.parametrize("fault", [None, "cut", "flip"])
 def test_a_cache_smaller_than_the_data_set_gives_the_same_batches(
     fault: Kind | None, folder: Path, address: str, proxy: Proxy, tmp_path: Path, good: list[str]
-):
+) -> None:
     room = 4 * max(path.stat().st_size for path in folder.glob("*.h5"))
     for shard in range(6):
         if fault:

@@ -165,7 +165,7 @@ def finish(started: Started) -> str:
 )
 def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_for_bit(
     dataset: Path, whole: dict[str, torch.Tensor], kind: signal.Signals
-):
+) -> None:
     run_id = f"stopped-{kind.name}"
     started = start(dataset, run_id)
     wait_for_step(started, dataset, run_id, 7)
@@ -184,7 +184,7 @@ def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_f
 @pytest.mark.parametrize("num_kills", [1, pytest.param(4, marks=pytest.mark.ci)])
 def test_a_process_killed_again_and_again_ends_with_the_same_weights(
     dataset: Path, whole: dict[str, torch.Tensor], num_kills: int
-):
+) -> None:
     run_id = f"killed-{num_kills}"
     generator = random.Random(num_kills)
     for _ in range(num_kills):
@@ -207,7 +207,9 @@ def test_a_process_killed_again_and_again_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     "target", ["agent", *(pytest.param(f"rank {rank}", marks=pytest.mark.ci) for rank in (0, 1))]
 )
-def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(dataset: Path, target: str):
+def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(
+    dataset: Path, target: str
+) -> None:
     run_id = f"torchrun-{target.replace(' ', '')}"
     started = start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
     wait_for_step(started, dataset, run_id, 5)
@@ -222,7 +224,9 @@ def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(dataset: 
     finish(start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"]))
 
 
-def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stopped(dataset: Path):
+def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stopped(
+    dataset: Path,
+) -> None:
     """Rank 1 leaves first, and torchrun then sends SIGTERM to rank 0 as well, a second time."""
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     program = ("tests/faults/slow_to_leave.py",)
@@ -235,7 +239,7 @@ def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stoppe
     assert int(said) == last_step(dataset, "slow-to-leave") >= 5
 
 
-def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(dataset: Path):
+def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(dataset: Path) -> None:
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     started = start(dataset, "rank-killed", launcher=launcher)
     wait_for_step(started, dataset, "rank-killed", 5)
@@ -247,7 +251,7 @@ def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(datas
 
 
 @pytest.mark.ci
-def test_a_killed_agent_leaves_a_run_that_goes_on(dataset: Path):
+def test_a_killed_agent_leaves_a_run_that_goes_on(dataset: Path) -> None:
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     started = start(dataset, "agent-killed", launcher=launcher)
     wait_for_step(started, dataset, "agent-killed", 5)
@@ -262,7 +266,7 @@ def test_a_killed_agent_leaves_a_run_that_goes_on(dataset: Path):
     finish(start(dataset, "agent-killed", launcher=launcher))
 
 
-def test_torchrun_restarts_a_run_by_itself_from_the_last_step_saved(dataset: Path):
+def test_torchrun_restarts_a_run_by_itself_from_the_last_step_saved(dataset: Path) -> None:
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     started = start(dataset, "restarted", launcher=launcher)
     wait_for_step(started, dataset, "restarted", 5)
@@ -271,7 +275,7 @@ def test_torchrun_restarts_a_run_by_itself_from_the_last_step_saved(dataset: Pat
     assert "going on after step" in text
 
 
-def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over():
+def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over() -> None:
     processes = start_ranks(
         [
             "tests/distributed/discs_rank.py",
@@ -299,7 +303,7 @@ def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over():
 
 def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and_cause(
     dataset: Path, tmp_path: Path
-):
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     shard = next(copy.glob("train-*.h5"))
@@ -330,7 +334,7 @@ def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and
 
 def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_error_file(
     tmp_path: Path,
-):
+) -> None:
     processes = start_ranks(
         [
             "tests/distributed/discs_rank.py",
@@ -351,7 +355,7 @@ def test_a_rank_that_raises_ends_the_others_at_once_and_its_traceback_is_in_the_
 @pytest.mark.parametrize("num_kills", [2, pytest.param(8, marks=pytest.mark.ci)])
 def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
     tmp_path: Path, num_kills: int
-):
+) -> None:
     saver = tmp_path / "saver.py"
     saver.write_text(
         "import sys, torch\n"
@@ -406,7 +410,7 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
 
 
 @pytest.mark.ci
-def test_a_node_is_lost_and_comes_back_and_training_ends(dataset: Path):
+def test_a_node_is_lost_and_comes_back_and_training_ends(dataset: Path) -> None:
     port = free_port()
 
     def node(name: str) -> Started:

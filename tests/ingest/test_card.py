@@ -52,10 +52,19 @@ def index_of(rows: list[Row], **changes: object) -> DatasetIndex:
         splits[split] = (info,)
     num_aside = sum(bool(found.reason) for found in rows)
     values: dict[str, object] = {
-        "classes": ("NORMAL", "PNEUMONIA"), "image_size": 8, "splits": splits, "carved": ("val",), "pixel_mean": 100.04,
-        "pixel_std": 50.0, "source": "chest", "plan_sha256": "00", "counts": Counts(len(rows), len(rows) - num_aside,
-        num_aside, 3), "objects": (), "config": {"images": {"fit": "crop"}}, "tool_version": "0",
-    }  # fmt: skip
+        "classes": ("NORMAL", "PNEUMONIA"),
+        "image_size": 8,
+        "splits": splits,
+        "carved": ("val",),
+        "pixel_mean": 100.04,
+        "pixel_std": 50.0,
+        "source": "chest",
+        "plan_sha256": "00",
+        "counts": Counts(len(rows), len(rows) - num_aside, num_aside, 3),
+        "objects": (),
+        "config": {"images": {"fit": "crop"}},
+        "tool_version": "0",
+    }
     return DatasetIndex(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -68,8 +77,8 @@ def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
     text = card()
     assert "6 files found = 5 written + 1 excluded; 3 more are not data." in text
     assert (
-        "8 x 8 grey levels of 8 bits, fitted by `crop`; mean of train 100.0, standard deviation 50.0"
-        in text
+        "8 x 8 grey levels of 8 bits, fitted by `crop`; mean of train 100.0, standard deviation "
+        "50.0" in text
     )
     assert "| train | 2 | 1 | 2 | 2 | the source |" in text
     assert "| val | 1 | 1 | 2 | 1 | carved from train, by patient |" in text

@@ -93,11 +93,21 @@ def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
         (ramp(0, 4000), {}, lambda x: x / 4095),  # 16 bits declared, 12 used
         (ramp(-32768, 32767, "<i2"), {}, lambda x: (x + 32768) / 65535),
         (ramp(-2048, 2047, "<i2"), {"BitsStored": 12}, lambda x: (x + 2048) / 4095),
-        (ramp(0, 4095), {"BitsStored": 12, "PhotometricInterpretation": "MONOCHROME1"}, lambda x: 1 - x / 4095),
-        (ramp(0, 1023), {"BitsStored": 10, "RescaleSlope": -1, "RescaleIntercept": 1023}, lambda x: 1 - x / 1023),
+        (
+            ramp(0, 4095),
+            {"BitsStored": 12, "PhotometricInterpretation": "MONOCHROME1"},
+            lambda x: 1 - x / 4095,
+        ),
+        (
+            ramp(0, 1023),
+            {"BitsStored": 10, "RescaleSlope": -1, "RescaleIntercept": 1023},
+            lambda x: 1 - x / 1023,
+        ),
     ],
-)  # fmt: skip
-def test_without_a_window_the_range_of_the_stored_bits_is_shown(stored, tags, shown) -> None:
+)
+def test_without_a_window_the_range_of_the_stored_bits_is_shown(
+    stored: np.ndarray, tags: dict[str, Any], shown: Callable[[np.ndarray], np.ndarray]
+) -> None:
     assert_levels(dicom_file(stored, **tags), shown(stored.astype(float)))
 
 
@@ -109,9 +119,14 @@ def test_a_window_is_applied_as_pydicom_does_it(function: str, slope: float, dty
 
     stored = ramp(0 if dtype == "<u2" else -2000, 2000, dtype)
     file = dicom_file(
-        stored, BitsStored=12, WindowCenter=600, WindowWidth=900, VOILUTFunction=function, RescaleSlope=slope,
+        stored,
+        BitsStored=12,
+        WindowCenter=600,
+        WindowWidth=900,
+        VOILUTFunction=function,
+        RescaleSlope=slope,
         RescaleIntercept=20,
-    )  # fmt: skip
+    )
     dataset = pydicom.dcmread(io.BytesIO(file))
     windowed = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
     low, high = (edge * slope + 20 for edge in ((0, 4095) if dtype == "<u2" else (-2048, 2047)))
@@ -306,10 +321,15 @@ def test_pydicoms_own_files_give_the_same_picture_however_they_are_packed(
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
-        ("SC_rgb_rle.dcm", 0), ("SC_rgb_rle_16bit.dcm", 1), ("SC_rgb_jpeg_gdcm.dcm", 0), ("SC_rgb_jpeg_dcmtk.dcm", 3),
-        ("SC_rgb_dcmtk_+eb+cy+np.dcm", 3), ("SC_ybr_full_422_uncompressed.dcm", 3), ("SC_rgb_jls_lossy_line.dcm", 3),
+        ("SC_rgb_rle.dcm", 0),
+        ("SC_rgb_rle_16bit.dcm", 1),
+        ("SC_rgb_jpeg_gdcm.dcm", 0),
+        ("SC_rgb_jpeg_dcmtk.dcm", 3),
+        ("SC_rgb_dcmtk_+eb+cy+np.dcm", 3),
+        ("SC_ybr_full_422_uncompressed.dcm", 3),
+        ("SC_rgb_jls_lossy_line.dcm", 3),
     ],
-)  # fmt: skip
+)
 def test_pydicoms_own_colour_files_give_the_same_picture(
     name: str, tolerance: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,8 +394,8 @@ def test_a_compression_that_nothing_here_unpacks_is_named(name: str) -> None:
         .replace(b"\x08\x00\x60\x00CS\x02\x00NM", b"\x08\x00\x60\x00CS\x02\x00DX")
     )
     assert (
-        reason
-        == "is DICOM compressed as JPEG Extended (Process 2 and 4), which no installed package unpacks"
+        reason == "is DICOM compressed as JPEG Extended (Process 2 and 4), "
+        "which no installed package unpacks"
     )
 
 
@@ -456,22 +476,40 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         "is DICOM of 2 frames; one image per file is read",
     ),
     "no pixels": (lambda: dicom_file(SMALL, leave_out=("PixelData",)), "is DICOM without an image"),
-    "too few pixels": (lambda: dicom_file(SMALL, PixelData=bytes(100)), "is DICOM that is cut short or damaged"),
-    "no rows": (lambda: dicom_file(SMALL, leave_out=("Rows",)), "is DICOM that is cut short or damaged"),
+    "too few pixels": (
+        lambda: dicom_file(SMALL, PixelData=bytes(100)),
+        "is DICOM that is cut short or damaged",
+    ),
+    "no rows": (
+        lambda: dicom_file(SMALL, leave_out=("Rows",)),
+        "is DICOM that is cut short or damaged",
+    ),
     "zero rows": (lambda: dicom_file(SMALL, Rows=0), "declares 20 x 0 pixels"),
-    "a bomb": (lambda: dicom_file(SMALL, Rows=60000, Columns=60000), "declares 60000 x 60000 pixels, more than"),
+    "a bomb": (
+        lambda: dicom_file(SMALL, Rows=60000, Columns=60000),
+        "declares 60000 x 60000 pixels, more than",
+    ),
     "32 bits": (lambda: dicom_file(SMALL.astype("<u4")), "is DICOM of 32 bits in 32"),
-    "more bits than there are": (lambda: dicom_file(SMALL, BitsStored=12), "is DICOM of 12 bits in 8"),
+    "more bits than there are": (
+        lambda: dicom_file(SMALL, BitsStored=12),
+        "is DICOM of 12 bits in 8",
+    ),
     "a palette": (
         lambda: dicom_file(SMALL, PhotometricInterpretation="PALETTE COLOR"),
         "is DICOM whose PhotometricInterpretation is not one of",
     ),
-    "a slice": (lambda: dicom_file(SMALL, Modality="CT"), "is DICOM of modality CT; radiographs (CR, DX, RG) are read"),
+    "a slice": (
+        lambda: dicom_file(SMALL, Modality="CT"),
+        "is DICOM of modality CT; radiographs (CR, DX, RG) are read",
+    ),
     "raw detector data": (
         lambda: dicom_file(SMALL, PresentationIntentType="FOR PROCESSING"),
         "is DICOM of raw detector data (FOR PROCESSING)",
     ),
-    "a side view": (lambda: dicom_file(SMALL, ViewPosition="LL"), "is DICOM of a chest from the side (ViewPosition)"),
+    "a side view": (
+        lambda: dicom_file(SMALL, ViewPosition="LL"),
+        "is DICOM of a chest from the side (ViewPosition)",
+    ),
     "an orientation from the side": (
         lambda: dicom_file(SMALL, PatientOrientation=["P", "F"]),
         "is DICOM of a chest from the side (PatientOrientation)",
@@ -484,10 +522,16 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: dicom_file(SMALL, WindowCenter=100, WindowWidth=9, VOILUTFunction="CUBIC"),
         "is DICOM whose VOILUTFunction is not one of",
     ),
-    "no slope": (lambda: dicom_file(SMALL, RescaleSlope=0, RescaleIntercept=5), "is DICOM whose RescaleSlope or table"),
-    "thin pixels": (lambda: dicom_file(SMALL, PixelAspectRatio=[1, 100]), "is DICOM of pixels that are 0.01 times"),
+    "no slope": (
+        lambda: dicom_file(SMALL, RescaleSlope=0, RescaleIntercept=5),
+        "is DICOM whose RescaleSlope or table",
+    ),
+    "thin pixels": (
+        lambda: dicom_file(SMALL, PixelAspectRatio=[1, 100]),
+        "is DICOM of pixels that are 0.01 times",
+    ),
     "a preamble alone": (lambda: bytes(128) + b"DICM", "is DICOM"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -551,9 +595,14 @@ def damaged_files() -> list[bytes]:
     """Files of each way of packing, all small, to be damaged."""
     tall = gradient(40, 40)
     plain = dicom_file(
-        tall.astype("<u2") * 16, BitsStored=12, WindowCenter=2000, WindowWidth=3000, PatientOrientation=["R", "F"],
-        VOILUTSequence=table([k * 4 for k in range(64)]), ImagerPixelSpacing=[0.2, 0.1],
-    )  # fmt: skip
+        tall.astype("<u2") * 16,
+        BitsStored=12,
+        WindowCenter=2000,
+        WindowWidth=3000,
+        PatientOrientation=["R", "F"],
+        VOILUTSequence=table([k * 4 for k in range(64)]),
+        ImagerPixelSpacing=[0.2, 0.1],
+    )
     jpeg = packed(encoded(tall, "JPEG"), tall, pydicom.uid.JPEGBaseline8Bit)
     jp2 = packed(encoded(Image.fromarray(tall), "JPEG2000"), tall, pydicom.uid.JPEG2000)
     rle = pydicom.dcmread(io.BytesIO(dicom_file(tall)))

@@ -12,7 +12,10 @@ from xrai.ingest.layout import Entry, is_file_patient
 from xrai.store import open_store
 
 PATHS = ("a.dcm", "b.dcm", "c.dcm", "d/e.png", "notes.txt")
-GOOD = "path,label,patient,split\na.dcm,NORMAL,p1,train\nb.dcm,PNEUMONIA,p2,val\nc.dcm,Pneumonia,p2,val\n"
+GOOD = (
+    "path,label,patient,split\n"
+    "a.dcm,NORMAL,p1,train\nb.dcm,PNEUMONIA,p2,val\nc.dcm,Pneumonia,p2,val\n"
+)
 
 
 def entries(text: str, *, paths: Sequence[str] = PATHS) -> tuple[Entry, ...]:
@@ -36,8 +39,10 @@ def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
     )
     layout = lay_out_by_labels(PATHS, parse_labels(text, name="t.csv"), source="films")
     assert [(e.path, e.label, e.split, e.subtype) for e in layout.entries] == [
-        ("a.dcm", 0, "train", ""), ("b.dcm", 1, "train", "viral"), ("c.dcm", 1, "test", "bacterial"),
-    ]  # fmt: skip
+        ("a.dcm", 0, "train", ""),
+        ("b.dcm", 1, "train", "viral"),
+        ("c.dcm", 1, "test", "bacterial"),
+    ]
     assert [entry.patient.partition(":")[0] for entry in layout.entries] == [
         "north",
         "south",

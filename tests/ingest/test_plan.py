@@ -108,7 +108,7 @@ def test_files_that_can_not_be_read_are_set_aside_and_counted() -> None:
     ("num_bytes", "wait_s", "several"),
     [(100, 0.0, False), (100_000, 0.0, True), (100, 0.002, True)],
 )
-def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_and_others_by_one_all_in_order(
+def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_all_in_order(
     num_bytes: int, wait_s: float, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not wait_s:  # a busy machine may let a test wait, too

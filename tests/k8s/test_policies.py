@@ -27,12 +27,12 @@ from tests.k8s.policies import RULES, Rule
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_files_that_stand_alone_keep_the_rule(rule: Rule):
+def test_the_files_that_stand_alone_keep_the_rule(rule: Rule) -> None:
     assert rule(stand_alone()) == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlay_keeps_all_rules(overlay: str):
+def test_an_overlay_keeps_all_rules(overlay: str) -> None:
     documents = render(overlay)
     assert {rule.__name__: broken for rule in RULES if (broken := rule(documents))} == {}
 
@@ -172,13 +172,15 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     BREAKS,
     ids=[f"{rule.__name__}: {document} {place.split()[-1]}" for rule, document, place, _ in BREAKS],
 )
-def test_a_rule_that_is_broken_is_reported(rule: Rule, document: str, place: str, value: Any):
+def test_a_rule_that_is_broken_is_reported(
+    rule: Rule, document: str, place: str, value: Any
+) -> None:
     documents = stand_alone()
     change(documents, document, place, value)
     assert rule(documents)
 
 
-def test_every_rule_was_broken_once():
+def test_every_rule_was_broken_once() -> None:
     assert {rule.__name__ for rule, *_ in BREAKS} == {rule.__name__ for rule in RULES}
 
 
@@ -206,7 +208,7 @@ def _key(at: Any, key: str) -> Any:
     return int(key) if key.isdigit() else [entry["name"] for entry in at].index(key)
 
 
-def test_train_job_stands_alone():
+def test_train_job_stands_alone() -> None:
     """Whatever it names, other than the optional keys, is in the same file."""
     documents = read_documents(K8S / "train-job.yaml")
     assert {rule.__name__: broken for rule in RULES if (broken := rule(documents))} == {}
@@ -222,13 +224,13 @@ def test_train_job_stands_alone():
     assert [document["kind"] for document in documents] == kinds
 
 
-def test_the_files_and_the_base_are_the_same():
+def test_the_files_and_the_base_are_the_same() -> None:
     for name in FILES:
         assert (K8S / name).resolve() == K8S / "base" / name
     assert yaml.safe_load((K8S / "base/kustomization.yaml").read_text())["resources"] == list(FILES)
 
 
-def test_an_overlay_of_ones_own_as_the_page_shows_it_keeps_all_rules(tmp_path: Path):
+def test_an_overlay_of_ones_own_as_the_page_shows_it_keeps_all_rules(tmp_path: Path) -> None:
     """docs/running.md: its numbers stand once, and reach every place."""
     for part in ("base", "settings", "overlays"):
         shutil.copytree(K8S / part, tmp_path / part)
@@ -246,7 +248,7 @@ def test_an_overlay_of_ones_own_as_the_page_shows_it_keeps_all_rules(tmp_path: P
     assert container["image"] == "REGISTRY/xrai:0.1.0"
 
 
-def test_the_page_names_every_overlay_and_every_container():
+def test_the_page_names_every_overlay_and_every_container() -> None:
     page = (REPOSITORY / "docs/running.md").read_text()
     for overlay in OVERLAYS:
         assert f"| `{overlay}` |" in page, overlay
@@ -256,7 +258,7 @@ def test_the_page_names_every_overlay_and_every_container():
         assert (REPOSITORY / name).exists() or "mine" in name, name
 
 
-def test_the_cpu_overlay_asks_for_no_gpu_and_the_gpu_overlay_for_as_many_as_processes():
+def test_the_cpu_overlay_asks_for_no_gpu_and_the_gpu_overlay_for_as_many_as_processes() -> None:
     assert "nvidia.com/gpu" not in json.dumps(render("cpu"))
     container = of_kind(render("gpu"), "Job")["xrai-train"]["spec"]["template"]["spec"][
         "containers"
@@ -268,7 +270,7 @@ def test_the_cpu_overlay_asks_for_no_gpu_and_the_gpu_overlay_for_as_many_as_proc
     )
 
 
-def test_production_has_identities_and_no_key():
+def test_production_has_identities_and_no_key() -> None:
     documents = render("production")
     assert of_kind(documents, "Secret") == {}
     for workload in workloads(documents):
@@ -283,7 +285,7 @@ def test_production_has_identities_and_no_key():
     assert len(roles) == len(accounts) == 3
 
 
-def test_the_development_s3_has_the_buckets_and_keys_that_the_jobs_use():
+def test_the_development_s3_has_the_buckets_and_keys_that_the_jobs_use() -> None:
     documents = render("s3-dev")
     settings = of_kind(documents, "ConfigMap")["xrai"]["data"]
     s3 = of_kind(documents, "Deployment")["xrai-s3"]["spec"]["template"]["spec"]["containers"][0]
@@ -300,7 +302,7 @@ def test_the_development_s3_has_the_buckets_and_keys_that_the_jobs_use():
     }
 
 
-def test_the_jobset_trains_after_preprocessing_and_is_all_there_is():
+def test_the_jobset_trains_after_preprocessing_and_is_all_there_is() -> None:
     documents = render("jobset")
     assert of_kind(documents, "Job") == {}
     jobs = of_kind(documents, "JobSet")["xrai"]["spec"]["replicatedJobs"]
@@ -313,7 +315,7 @@ def test_the_jobset_trains_after_preprocessing_and_is_all_there_is():
         assert job["template"]["spec"] == spec
 
 
-def test_the_trainjob_leaves_to_trainer_what_trainer_tells_torchrun():
+def test_the_trainjob_leaves_to_trainer_what_trainer_tells_torchrun() -> None:
     documents = render("trainjob")
     assert list(of_kind(documents, "Job")) == ["xrai-preprocess"]
     assert of_kind(documents, "TrainJob")["xrai"]["spec"]["trainer"] == {
@@ -332,7 +334,7 @@ def test_the_trainjob_leaves_to_trainer_what_trainer_tells_torchrun():
     )  # Trainer refuses those
 
 
-def test_kueue_lets_both_jobs_in_together():
+def test_kueue_lets_both_jobs_in_together() -> None:
     documents = render("kueue")
     jobs = of_kind(documents, "Job")
     queue = of_kind(documents, "LocalQueue")["xrai"]

@@ -47,7 +47,7 @@ def problems(document: Document, version: str) -> str | None:
     return None
 
 
-def test_the_schemas_reach_from_the_oldest_supported_kubernetes_to_a_recent_one():
+def test_the_schemas_reach_from_the_oldest_supported_kubernetes_to_a_recent_one() -> None:
     assert VERSIONS[0].startswith(OLDEST) and len(VERSIONS) >= 6
 
 
@@ -61,12 +61,12 @@ def _schemas_read_once() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_files_that_stand_alone_fit_the_schemas(version: str):
+def test_the_files_that_stand_alone_fit_the_schemas(version: str) -> None:
     assert [problem for document in stand_alone() if (problem := problems(document, version))] == []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_document_of_every_overlay_fits_the_schemas(version: str):
+def test_every_document_of_every_overlay_fits_the_schemas(version: str) -> None:
     rendered = [
         document for overlay in OVERLAYS for document in render(overlay) if not is_custom(document)
     ]
@@ -78,7 +78,7 @@ def test_every_document_of_every_overlay_fits_the_schemas(version: str):
 
 
 @pytest.mark.parametrize("key", ["completion", "podFailurePolicies"])
-def test_a_key_that_kubernetes_does_not_know_is_found(key: str):
+def test_a_key_that_kubernetes_does_not_know_is_found(key: str) -> None:
     (job,) = (
         d for d in stand_alone() if d["metadata"]["name"] == "xrai-train" and d["kind"] == "Job"
     )
@@ -141,7 +141,7 @@ def custom_problems(document: Document) -> list[str]:
 
 
 @pytest.mark.parametrize("overlay", CUSTOM)
-def test_custom_resources_fit_their_definitions(overlay: str):
+def test_custom_resources_fit_their_definitions(overlay: str) -> None:
     documents = [document for document in render(overlay) if is_custom(document)]
     assert {document["kind"] for document in documents} == CUSTOM[overlay]
     assert [problem for document in documents for problem in custom_problems(document)] == []
@@ -155,13 +155,13 @@ def test_custom_resources_fit_their_definitions(overlay: str):
         ("trainjob", "TrainJob", "numNodes"),
     ],
 )
-def test_a_key_that_a_definition_does_not_know_is_found(overlay: str, kind: str, key: str):
+def test_a_key_that_a_definition_does_not_know_is_found(overlay: str, kind: str, key: str) -> None:
     (document,) = (document for document in render(overlay) if document["kind"] == kind)
     document["spec"][key] = 2
     assert custom_problems(document)
 
 
-def test_the_pods_of_a_jobset_are_checked_too():
+def test_the_pods_of_a_jobset_are_checked_too() -> None:
     (document,) = (document for document in render("jobset") if document["kind"] == "JobSet")
     pod = document["spec"]["replicatedJobs"][1]["template"]["spec"]["template"]["spec"]
     pod["containers"][0]["resource"] = {}

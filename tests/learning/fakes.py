@@ -32,9 +32,16 @@ class FakeLoader:
     """Batches of arrays in memory: the same global batches for every world size."""
 
     def __init__(
-        self, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, batch_size: int, shuffle: bool = False,
-        seed: int = 0, rank: int = 0, world_size: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.images, self.labels = images, labels
         self.num_images = len(labels)
         self.num_batches = -(-len(labels) // batch_size)
@@ -83,9 +90,16 @@ class Outcome:
 
 
 def train_discs(
-    config: Config, *, ranks: Ranks, folder: Path | None = None, num_images: int = 150, num_val: int = 41,
-    stop_after: int | None = None, damage: Callable[[FakeLoader], None] | None = None, profile_path: Path | None = None,
-) -> Outcome:  # fmt: skip
+    config: Config,
+    *,
+    ranks: Ranks,
+    folder: Path | None = None,
+    num_images: int = 150,
+    num_val: int = 41,
+    stop_after: int | None = None,
+    damage: Callable[[FakeLoader], None] | None = None,
+    profile_path: Path | None = None,
+) -> Outcome:
     """Train on discs in memory, going on from the newest checkpoint in `folder`.
 
     `stop_after` asks the process to stop after so many steps of its own; `damage` may change the
@@ -107,9 +121,13 @@ def train_discs(
     checkpoints, resumed = None, None
     if folder is not None:
         checkpoints = CheckpointFolder(
-            folder, store=open_store(str(folder)), publish=lambda names: None, remove=lambda names: None,
-            keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best,
-        )  # fmt: skip
+            folder,
+            store=open_store(str(folder)),
+            publish=lambda names: None,
+            remove=lambda names: None,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        )
         found = checkpoints.newest()
         resumed = found[1] if found else None
     torch.manual_seed(config.train.seed)

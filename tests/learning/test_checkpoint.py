@@ -44,7 +44,7 @@ def steps_on_disk(path: Path) -> list[int]:
     )
 
 
-def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path):
+def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
@@ -55,11 +55,11 @@ def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path):
     assert torch.equal(state["model"]["weight"], torch.full((300,), 10.0))
 
 
-def test_a_folder_without_checkpoints_has_no_newest(tmp_path: Path):
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert open_folder(tmp_path).newest() is None and open_folder(tmp_path).best() is None
 
 
-def test_the_last_ones_and_the_best_are_kept_and_nothing_else(tmp_path: Path):
+def test_the_last_ones_and_the_best_are_kept_and_nothing_else(tmp_path: Path) -> None:
     recorder = Recorder()
     folder = open_folder(tmp_path, recorder, keep_last=2, keep_best=2)
     scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.8, 6: 0.1, 7: float("nan")}
@@ -75,7 +75,7 @@ def test_the_last_ones_and_the_best_are_kept_and_nothing_else(tmp_path: Path):
     assert best is not None and best[0].step == 2 and best[0].score == 0.9
 
 
-def test_of_equal_scores_the_first_is_the_best(tmp_path: Path):
+def test_of_equal_scores_the_first_is_the_best(tmp_path: Path) -> None:
     folder = open_folder(tmp_path, keep_last=5, keep_best=5)
     for step in (3, 4, 5):
         folder.save(state_of(step), step=step, epoch=step, score=0.5)
@@ -83,12 +83,16 @@ def test_of_equal_scores_the_first_is_the_best(tmp_path: Path):
     assert best is not None and best[0].step == 3
 
 
-def test_files_are_announced_with_the_commit_mark_after_the_weights_and_latest_last(tmp_path: Path):
+def test_files_are_announced_with_the_commit_mark_after_the_weights_and_latest_last(
+    tmp_path: Path,
+) -> None:
     recorder = Recorder()
     open_folder(tmp_path, recorder).save(state_of(4), step=4, epoch=0, score=None)
     assert recorder.published == [
-        "checkpoints/step-000000004.pt", "checkpoints/step-000000004.json", "checkpoints/latest.json"
-    ]  # fmt: skip
+        "checkpoints/step-000000004.pt",
+        "checkpoints/step-000000004.json",
+        "checkpoints/latest.json",
+    ]
     latest = json.loads((tmp_path / "checkpoints/latest.json").read_text())
     assert latest["file"] == "checkpoints/step-000000004.pt" and latest["step"] == 4
 
@@ -96,7 +100,7 @@ def test_files_are_announced_with_the_commit_mark_after_the_weights_and_latest_l
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
 def test_a_checkpoint_cut_short_is_skipped_with_a_warning_for_the_one_before(
     tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
@@ -108,7 +112,7 @@ def test_a_checkpoint_cut_short_is_skipped_with_a_warning_for_the_one_before(
     assert "step-000000010.pt is skipped" in caplog.text
 
 
-def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path):
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
@@ -123,7 +127,7 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path):
             read_state(newest, name="the newest", sha256=digest)
 
 
-def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path):
+def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
@@ -135,7 +139,7 @@ def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 10}', "\udcff"])
 def test_a_damaged_mark_is_skipped_with_a_warning(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
@@ -145,7 +149,7 @@ def test_a_damaged_mark_is_skipped_with_a_warning(
     assert "step-000000010.json" in caplog.text
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "ran",))
@@ -159,12 +163,12 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_missing_file_is_not_called_damaged(tmp_path: Path):
+def test_a_missing_file_is_not_called_damaged(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         read_state(tmp_path / "model.pt", name="model.pt")
 
 
-def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs():
+def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs() -> None:
     with pytest.raises(
         RunError, match=r"step-1\.pt was saved with image size = 64, this run has 128"
     ):

@@ -39,18 +39,18 @@ def same(first: Outcome, second: Outcome) -> bool:
     return first.weights == second.weights  # bit for bit
 
 
-def test_discs_are_learnt(alone: Ranks):
+def test_discs_are_learnt(alone: Ranks) -> None:
     outcome = train_discs(changed(SMALL, train={"epochs": 8}), ranks=alone, num_images=300)
     last = outcome.results[-1]
     assert last.val_loss < 0.5 * outcome.results[0].val_loss
     assert last.train_accuracy > 0.85
 
 
-def test_the_same_run_twice_has_the_same_weights_bit_for_bit(alone: Ranks):
+def test_the_same_run_twice_has_the_same_weights_bit_for_bit(alone: Ranks) -> None:
     assert same(train_discs(SMALL, ranks=alone), train_discs(SMALL, ranks=alone))
 
 
-def test_another_seed_gives_other_weights(alone: Ranks):
+def test_another_seed_gives_other_weights(alone: Ranks) -> None:
     assert not same(
         train_discs(SMALL, ranks=alone), train_discs(changed(SMALL, train={"seed": 1}), ranks=alone)
     )
@@ -58,7 +58,7 @@ def test_another_seed_gives_other_weights(alone: Ranks):
 
 def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(
     alone: Ranks, tmp_path: Path
-):
+) -> None:
     whole = train_discs(SMALL, ranks=alone)
     for step in range(1, 11):  # 2 epochs of 5 steps
         folder = tmp_path / str(step)
@@ -70,7 +70,7 @@ def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(
         assert same(whole, second), f"stopped after step {step}"
 
 
-def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: Path):
+def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: Path) -> None:
     whole = train_discs(SMALL, ranks=alone)
     results: list[Any] = []
     losses: list[float] = []
@@ -91,14 +91,14 @@ def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: P
         assert np.array_equal(ours.shifted.logits, theirs.shifted.logits)
 
 
-def test_a_finished_run_does_nothing_more(alone: Ranks, tmp_path: Path):
+def test_a_finished_run_does_nothing_more(alone: Ranks, tmp_path: Path) -> None:
     train_discs(SMALL, ranks=alone, folder=tmp_path)
     again = train_discs(SMALL, ranks=alone, folder=tmp_path)
     assert again.losses == [] and not again.stopped
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_equals_the_batch_as_a_whole(alone: Ranks, parts: int):
+def test_accumulation_equals_the_batch_as_a_whole(alone: Ranks, parts: int) -> None:
     exact = changed(SMALL, train={"precision": "fp64", "epochs": 1})
     whole = train_discs(exact, ranks=alone)
     summed = train_discs(changed(exact, train={"accumulation_steps": parts}), ranks=alone)
@@ -107,11 +107,11 @@ def test_accumulation_equals_the_batch_as_a_whole(alone: Ranks, parts: int):
         assert summed.weights[name] == pytest.approx(values, rel=0, abs=1e-10), name
 
 
-def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Ranks):
+def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Ranks) -> None:
     seen: list[int] = []
 
     class Watched(FakeLoader):
-        def epoch(self, epoch: int, *, start: int = 0):
+        def epoch(self, epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
             for batch in super().epoch(epoch, start=start):
                 seen.extend(batch.rows.tolist())
                 yield batch
@@ -125,21 +125,21 @@ def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Rank
     assert sorted(seen) == list(range(101)) and len(outcome.losses) == 4
 
 
-def test_limits_in_steps_and_minutes_stop_and_still_measure(alone: Ranks):
+def test_limits_in_steps_and_minutes_stop_and_still_measure(alone: Ranks) -> None:
     by_steps = train_discs(changed(SMALL, train={"max_steps": 7}), ranks=alone)
     assert len(by_steps.losses) == 7 and [result.step for result in by_steps.results] == [5, 7]
     by_minutes = train_discs(changed(SMALL, train={"max_minutes": 1e-6}), ranks=alone)
     assert len(by_minutes.losses) == 1 and len(by_minutes.results) == 1
 
 
-def test_patience_stops_after_epochs_without_a_better_score(alone: Ranks):
+def test_patience_stops_after_epochs_without_a_better_score(alone: Ranks) -> None:
     still = changed(SMALL, train={"epochs": 50, "patience": 2}, optim={"lr": 1e-30})
     assert len(train_discs(still, ranks=alone, num_images=40).results) in (2, 3, 4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
     alone: Ranks, tmp_path: Path
-):
+) -> None:
     config = changed(SMALL, checkpoint={"every": 1, "keep_last": 50})
 
     def poison(loader: FakeLoader) -> None:
@@ -156,7 +156,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
 
     with pytest.raises(
         TrainingError,
-        match=r"step 4 \(epoch 1, batch 4\): the loss of 2 images is not finite: disc-\d+, disc-\d+;",
+        match=r"step 4 \(epoch 1, batch 4\): the loss of 2 images is not finite: disc-\d+, "
+        r"disc-\d+;",
     ):
         train_discs(config, ranks=alone, folder=tmp_path, damage=poison)
     steps = sorted(
@@ -165,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
     assert steps == [1, 2, 3]
 
 
-def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do():
+def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do() -> None:
     assert rank_batch_size(Train(global_batch_size=64), world_size=4) == 16
     with pytest.raises(
         UserError, match=r"64 cannot be shared by 3 ranks.*nearest that can is 63 or 66"
@@ -178,20 +179,20 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "off", "fp64", "auto"])
-def test_every_precision_trains_on_the_cpu(alone: Ranks, precision: str):
+def test_every_precision_trains_on_the_cpu(alone: Ranks, precision: str) -> None:
     outcome = train_discs(changed(SMALL, train={"precision": precision}), ranks=alone)
     assert outcome.losses[-1] < outcome.losses[0]
     assert resolve_precision(precision, torch.device("cpu")) in ("bf16", "fp16", "off", "fp64")
 
 
-def test_fp16_goes_on_bit_for_bit_with_its_scaler(alone: Ranks, tmp_path: Path):
+def test_fp16_goes_on_bit_for_bit_with_its_scaler(alone: Ranks, tmp_path: Path) -> None:
     config = changed(SMALL, train={"precision": "fp16"})
     whole = train_discs(config, ranks=alone)
     train_discs(config, ranks=alone, folder=tmp_path, stop_after=4)
     assert same(whole, train_discs(config, ranks=alone, folder=tmp_path))
 
 
-def test_sgd_learns_too(alone: Ranks):
+def test_sgd_learns_too(alone: Ranks) -> None:
     config = dataclasses.replace(
         SMALL, optim=Optim(name="sgd", lr=0.1, weight_decay=1e-4), checkpoint=Checkpoint()
     )
@@ -199,7 +200,7 @@ def test_sgd_learns_too(alone: Ranks):
     assert outcome.losses[-2] < 0.8 * outcome.losses[0]
 
 
-def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks):
+def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks) -> None:
     """A change of these losses is a change of the recipe or of the mathematics: say which in the
     commit.
     """
@@ -209,7 +210,7 @@ def test_fifty_steps_give_the_losses_that_were_stored(alone: Ranks):
     assert outcome.losses == pytest.approx(stored, rel=1e-6)
 
 
-def test_the_steps_asked_for_are_profiled_into_a_chrome_trace(alone: Ranks, tmp_path: Path):
+def test_the_steps_asked_for_are_profiled_into_a_chrome_trace(alone: Ranks, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     train_discs(
         changed(SMALL, train={"epochs": 1, "profile": "2:3"}), ranks=alone, profile_path=path
@@ -220,12 +221,12 @@ def test_the_steps_asked_for_are_profiled_into_a_chrome_trace(alone: Ranks, tmp_
 
 
 @pytest.mark.parametrize("text", ["5", "0:3", "5:4", "a:b", "1:2:3"])
-def test_profiled_steps_that_make_no_sense_are_refused(text: str):
+def test_profiled_steps_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="it takes steps A:B"):
         profile_steps(text)
 
 
-def test_too_little_memory_says_which_batch_to_try():
+def test_too_little_memory_says_which_batch_to_try() -> None:
     with (
         pytest.raises(
             TrainingError,
@@ -236,7 +237,7 @@ def test_too_little_memory_says_which_batch_to_try():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_weighting_the_classes_equals_counting_each_image_so_often():
+def test_weighting_the_classes_equals_counting_each_image_so_often() -> None:
     weights = class_weights((30, 90), 1.0)
     assert weights == pytest.approx((2.0, 2 / 3)) and class_weights((30, 90), 0.0) == (1.0, 1.0)
     logits, labels = torch.tensor([0.2, -0.4]), torch.tensor([0, 1], dtype=torch.uint8)
@@ -246,14 +247,14 @@ def test_weighting_the_classes_equals_counting_each_image_so_often():
     )
 
 
-def test_patience_that_is_used_up_stays_so_after_a_restart(alone: Ranks, tmp_path: Path):
+def test_patience_that_is_used_up_stays_so_after_a_restart(alone: Ranks, tmp_path: Path) -> None:
     still = changed(SMALL, train={"epochs": 50, "patience": 1}, optim={"lr": 1e-30})
     first = train_discs(still, ranks=alone, num_images=40, folder=tmp_path)
     assert 0 < len(first.losses) < 100
     assert train_discs(still, ranks=alone, num_images=40, folder=tmp_path).losses == []
 
 
-def test_a_compiled_network_learns_the_same(alone: Ranks, monkeypatch: pytest.MonkeyPatch):
+def test_a_compiled_network_learns_the_same(alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     # The graph is captured as always; making machine code of it takes minutes on the CPU and is
     # left out here
     compiled = []

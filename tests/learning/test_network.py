@@ -6,7 +6,7 @@ from xrai.learning.network import ResNet, StandardizedConv2d, fold_filters
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
-def test_any_picture_size_gives_one_logit_an_image(name: str, size: int):
+def test_any_picture_size_gives_one_logit_an_image(name: str, size: int) -> None:
     network = ResNet(name=name, width=8)
     assert network(torch.rand(3, 1, size, size)).shape == (3,)
     assert network.features(torch.rand(2, 1, size, size)).shape == (
@@ -17,11 +17,11 @@ def test_any_picture_size_gives_one_logit_an_image(name: str, size: int):
     )
 
 
-def test_the_reference_network_has_the_size_that_the_docs_name():
+def test_the_reference_network_has_the_size_that_the_docs_name() -> None:
     assert sum(parameter.numel() for parameter in ResNet().parameters()) == 307_637
 
 
-def test_an_image_has_the_same_logit_whatever_stands_beside_it():
+def test_an_image_has_the_same_logit_whatever_stands_beside_it() -> None:
     network = ResNet().double()
     images = torch.rand(5, 1, 32, 32, dtype=torch.float64)
     together = network(images)
@@ -29,13 +29,13 @@ def test_an_image_has_the_same_logit_whatever_stands_beside_it():
     assert torch.allclose(together, alone, atol=1e-12, rtol=0)
 
 
-def test_exposure_does_not_change_the_logit():
+def test_exposure_does_not_change_the_logit() -> None:
     network = ResNet().double()
     images = 0.3 + 0.4 * torch.rand(4, 1, 32, 32, dtype=torch.float64)
     assert torch.allclose(network(images), network(images * 0.5 + 0.2), atol=0.05)
 
 
-def test_a_batch_of_no_images_has_a_gradient_of_zero():
+def test_a_batch_of_no_images_has_a_gradient_of_zero() -> None:
     network = ResNet()
     network(torch.empty(0, 1, 32, 32)).sum().backward()
     assert all(
@@ -44,7 +44,7 @@ def test_a_batch_of_no_images_has_a_gradient_of_zero():
     )
 
 
-def test_filters_are_standardized_whatever_the_weights():
+def test_filters_are_standardized_whatever_the_weights() -> None:
     convolution = StandardizedConv2d(3, 5, 3)
     images = torch.rand(2, 3, 9, 9)
     before = convolution(images)
@@ -53,7 +53,7 @@ def test_filters_are_standardized_whatever_the_weights():
     assert torch.allclose(before, convolution(images), atol=1e-4)
 
 
-def test_variance_is_kept_through_a_relu_and_a_convolution():
+def test_variance_is_kept_through_a_relu_and_a_convolution() -> None:
     torch.manual_seed(0)
     convolution = StandardizedConv2d(32, 64, 3)
     features = torch.relu(torch.randn(8, 32, 20, 20))
@@ -63,7 +63,9 @@ def test_variance_is_kept_through_a_relu_and_a_convolution():
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
 @pytest.mark.parametrize("size", [64, 97])
-def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(name: str, size: int):
+def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(
+    name: str, size: int
+) -> None:
     network = ResNet(name=name).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():

@@ -10,7 +10,7 @@ from xrai.learning import optim
 from xrai.learning.network import ResNet
 
 
-def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine():
+def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine() -> None:
     rates = [
         optim.learning_rate(k, num_steps=100, peak=2.0, warmup_fraction=0.1) for k in range(100)
     ]
@@ -24,12 +24,12 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine():
     assert all(earlier >= later for earlier, later in pairwise(rates[10:]))
 
 
-def test_no_warmup_starts_at_the_peak():
+def test_no_warmup_starts_at_the_peak() -> None:
     assert optim.learning_rate(0, num_steps=10, peak=1.0, warmup_fraction=0.0) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(name: str):
+def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(name: str) -> None:
     network = ResNet(width=8)
     optimizer = optim.make_optimizer(network, Optim(name=name, weight_decay=0.3))  # type: ignore[arg-type]
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -40,13 +40,13 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(name: str):
         assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
 
 
-def test_sgd_uses_nesterov_momentum():
+def test_sgd_uses_nesterov_momentum() -> None:
     optimizer = optim.make_optimizer(nn.Linear(2, 2), Optim(name="sgd", momentum=0.8))
     assert isinstance(optimizer, torch.optim.SGD)
     assert all(group["nesterov"] and group["momentum"] == 0.8 for group in optimizer.param_groups)
 
 
-def test_the_average_follows_its_closed_formula():
+def test_the_average_follows_its_closed_formula() -> None:
     average, model = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     nn.init.constant_(average.weight, 0.0)
     expected = 0.0
@@ -58,7 +58,7 @@ def test_the_average_follows_its_closed_formula():
     assert average.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_loss_is_binary_cross_entropy_of_adjusted_logits():
+def test_the_loss_is_binary_cross_entropy_of_adjusted_logits() -> None:
     logits = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
     labels = torch.tensor([1, 0, 0], dtype=torch.uint8)
     losses = optim.image_losses(logits, labels, log_odds=0.7, smoothing=0.1)
@@ -70,7 +70,7 @@ def test_the_loss_is_binary_cross_entropy_of_adjusted_logits():
         )
 
 
-def test_clipping_scales_to_the_norm_and_zero_leaves_gradients():
+def test_clipping_scales_to_the_norm_and_zero_leaves_gradients() -> None:
     parameter = nn.Parameter(torch.zeros(4))
     parameter.grad = torch.full((4,), 3.0)
     assert float(optim.clip_gradients([parameter], 0.0)) == pytest.approx(6.0)

@@ -53,7 +53,7 @@ def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path):
+def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path) -> None:
     model = load_model(open_store(str(run)))
     assert (model.threshold, model.temperature, model.run_id, model.image_size) == (
         0.25,
@@ -69,7 +69,7 @@ def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: 
     assert after.atypicality == pytest.approx(before.atypicality, rel=1e-4)
 
 
-def test_a_model_of_another_version_is_refused(run: Path):
+def test_a_model_of_another_version_is_refused(run: Path) -> None:
     content = torch.load(run / MODEL_FILE, weights_only=True)
     torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
     with pytest.raises(RunError, match="schema version 1, this xrai reads version 2"):
@@ -79,7 +79,7 @@ def test_a_model_of_another_version_is_refused(run: Path):
 @pytest.mark.parametrize("draws", [1, 3])
 def test_atypicality_comes_beside_the_same_logits_for_each_draw(
     fitted: tuple[ResNet, Typicality], draws: int
-):
+) -> None:
     network, typicality = fitted
     loader = FakeLoader(*make_discs(21, seed=9), batch_size=8, shuffle=True)
     alone = predict_split(network, loader, ranks=ONE, shift=Augment(), draws=draws)
@@ -91,7 +91,7 @@ def test_atypicality_comes_beside_the_same_logits_for_each_draw(
     assert both.logits == pytest.approx(alone.logits, abs=1e-5)
 
 
-def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]):
+def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]) -> None:
     network, typicality = fitted
     discs = make_discs(21, seed=9)
     plain, shuffled = (
@@ -110,7 +110,7 @@ def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]
 
 def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(
     fitted: tuple[ResNet, Typicality],
-):
+) -> None:
     network, _ = fitted
     loader = FakeLoader(*make_discs(8, seed=5), batch_size=8)
     found = predict_split(network, loader, ranks=ONE)

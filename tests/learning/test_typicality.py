@@ -72,7 +72,7 @@ def to_grey(images: NDArray[np.uint8]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
 @pytest.mark.parametrize("size", [16, 33, 64])
-def test_the_logits_are_the_networks_own(name: Literal["resnet10", "resnet18"], size: int):
+def test_the_logits_are_the_networks_own(name: Literal["resnet10", "resnet18"], size: int) -> None:
     network = small_network(name=name)
     images = torch.rand(5, 1, size, size, dtype=torch.float64)
     logits, groups = describe(network, images)
@@ -80,7 +80,7 @@ def test_the_logits_are_the_networks_own(name: Literal["resnet10", "resnet18"], 
     assert all(group.shape[0] == 5 and group.isfinite().all() for group in groups)
 
 
-def test_an_image_has_the_same_score_whatever_stands_beside_it():
+def test_an_image_has_the_same_score_whatever_stands_beside_it() -> None:
     network = small_network()
     typicality = fit_on_discs(network)
     images = torch.cat(
@@ -91,7 +91,7 @@ def test_an_image_has_the_same_score_whatever_stands_beside_it():
     assert torch.allclose(together, alone, atol=1e-10, rtol=1e-10)
 
 
-def test_any_picture_has_a_finite_score_that_is_not_negative():
+def test_any_picture_has_a_finite_score_that_is_not_negative() -> None:
     network = small_network()
     typicality = fit_on_discs(network).float()
     network = network.float()
@@ -105,7 +105,7 @@ def test_any_picture_has_a_finite_score_that_is_not_negative():
     assert scores.isfinite().all() and (scores >= 0).all()
 
 
-def test_distances_are_those_of_mahalanobis():
+def test_distances_are_those_of_mahalanobis() -> None:
     network = small_network()
     typicality = fit_on_discs(network)
     train = to_grey(make_discs(150)[0])
@@ -123,7 +123,7 @@ def test_distances_are_those_of_mahalanobis():
     assert typicality.measure(groups)[:, 1].detach().numpy() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_limit_leaves_the_share_that_was_asked_for():
+def test_the_limit_leaves_the_share_that_was_asked_for() -> None:
     network = small_network()
     val = make_discs(60, seed=1)
     for share in (0.02, 0.2):
@@ -138,7 +138,7 @@ def test_the_limit_leaves_the_share_that_was_asked_for():
         assert np.mean(scores > 1) == pytest.approx(share, abs=1 / len(scores))
 
 
-def test_one_validation_image_is_enough_to_go_on():
+def test_one_validation_image_is_enough_to_go_on() -> None:
     network = small_network()
     typicality = fit_on_discs(network, num_images=2, num_val=1)
     scores = typicality.atypicality(network, to_grey(make_discs(3, seed=4)[0]))[1]
@@ -146,7 +146,9 @@ def test_one_validation_image_is_enough_to_go_on():
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_spoiled_pictures_are_other_pictures_and_each_is_spoiled_by_its_own_number(name: str):
+def test_spoiled_pictures_are_other_pictures_and_each_is_spoiled_by_its_own_number(
+    name: str,
+) -> None:
     images = to_grey(make_discs(6)[0])
     draws = torch.rand(6, 56, dtype=torch.float64) * 2 - 1
     spoiled = SPOILED[name](images, draws)
@@ -156,7 +158,7 @@ def test_spoiled_pictures_are_other_pictures_and_each_is_spoiled_by_its_own_numb
 
 
 @pytest.mark.parametrize("size", [16, 32, 50])
-def test_a_shuffled_picture_has_the_same_tiles(size: int):
+def test_a_shuffled_picture_has_the_same_tiles(size: int) -> None:
     images = torch.arange(size * size, dtype=torch.float64).reshape(1, 1, size, size)
     shuffled = SPOILED["shuffled"](images, torch.linspace(1, -1, 56, dtype=torch.float64)[None])
     if size % 4 == 0:
@@ -165,7 +167,7 @@ def test_a_shuffled_picture_has_the_same_tiles(size: int):
         assert torch.equal(shuffled[0, 0, :tile, :tile], images[0, 0, -tile:, -tile:])
 
 
-def test_a_state_gives_the_same_scores():
+def test_a_state_gives_the_same_scores() -> None:
     network = small_network()
     typicality = fit_on_discs(network)
     images = torch.rand(4, 1, 32, 32, dtype=torch.float64)
@@ -175,7 +177,7 @@ def test_a_state_gives_the_same_scores():
     )
 
 
-def test_the_state_of_the_reference_network_is_small():
+def test_the_state_of_the_reference_network_is_small() -> None:
     torch.manual_seed(0)
     typicality = fit_on_discs(build_model(Model()))
     assert (
@@ -186,7 +188,7 @@ def test_the_state_of_the_reference_network_is_small():
 
 @pytest.mark.distributed
 @pytest.mark.xdist_group("distributed")
-def test_the_fit_does_not_depend_on_the_ranks_and_the_batches():
+def test_the_fit_does_not_depend_on_the_ranks_and_the_batches() -> None:
     one = fit_numbers(ONE, batch_size=64)
     for other in (fit_numbers(ONE, batch_size=10), *run_ranks(["-c", FIT_ON_DISCS], world_size=2)):
         for name, values in one.items():

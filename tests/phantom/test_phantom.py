@@ -144,10 +144,16 @@ def test_the_measure_of_a_shortcut_can_find_one(
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
-        ("width", 0.1), ("height", 0.1), ("aspect", 0.1), ("brightest", 0.1), ("spread", 0.1),
-        ("border mean", 0.1), ("border spread", 0.1), ("mean", 0.15),
+        ("width", 0.1),
+        ("height", 0.1),
+        ("aspect", 0.1),
+        ("brightest", 0.1),
+        ("spread", 0.1),
+        ("border mean", 0.1),
+        ("border spread", 0.1),
+        ("mean", 0.15),
     ],
-)  # fmt: skip
+)
 def test_no_simple_measure_tells_the_classes(
     films: tuple[npt.NDArray[np.bool_], list[Film]], name: str, tolerance: float
 ) -> None:

@@ -29,10 +29,11 @@ def looks(
     images[:, :2] += (60 * hint[:, None, None]).astype(np.uint8)
     width = np.full(num, 500) if constant else 900 + 300 * hint + generator.integers(0, 100, num)
     values = {
-        "labels": labels, "patients": [f"IM:{row // 2}" for row in range(num)],
+        "labels": labels,
+        "patients": [f"IM:{row // 2}" for row in range(num)],
         "geometry": geometry_features(width, np.full(num, 500) if constant else np.full(num, 800)),
         "border": border_features(images),
-    }  # fmt: skip
+    }
     return Looks(**{**values, **changes})
 
 

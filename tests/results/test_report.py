@@ -181,8 +181,9 @@ def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> 
     text = render(tmp_path, source="</script><script>alert(1)</script>")
     scripts = Html(text).scripts
     assert [attributes for attributes, _ in scripts] == [
-        {"type": "application/json", "id": "explorer-data"}, {}
-    ]  # fmt: skip
+        {"type": "application/json", "id": "explorer-data"},
+        {},
+    ]
     (policy,) = re.findall(r"script-src ([^;\"]*)", html.unescape(text))
     assert policy == source_hash(scripts[1][1])
     assert json.loads(scripts[0][1])["threshold"] == 0.5123
@@ -368,13 +369,26 @@ def browse(tmp_path: Path) -> Callable[[Path, str], tuple[str, list[str]]]:
     def open_page(page: Path, fragment: str) -> tuple[str, list[str]]:
         done = subprocess.run(
             [
-                found, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                "--disable-extensions", "--disable-component-update", "--disable-background-networking",
-                "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                found,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--disable-extensions",
+                "--disable-component-update",
+                "--disable-background-networking",
+                "--enable-logging=stderr",
+                "--v=0",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--dump-dom",
                 f"{page.as_uri()}{fragment}",
             ],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return open_page
@@ -401,10 +415,11 @@ def expected(
     called = share * sensitivity + (1 - share) * (1 - specificity)
     left = share * (1 - sensitivity) + (1 - share) * specificity
     values = {
-        "sensitivity": sensitivity, "specificity": specificity,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
         "ppv": share * sensitivity / called if called else None,
         "npv": (1 - share) * specificity / left if left else None,
-    }  # fmt: skip
+    }
     numbers = {"tp": tp, "fp": fp, "fn": fn, "tn": tn}
     return {
         "threshold": f"{step / 200:.3f}",
@@ -432,14 +447,22 @@ def test_the_explorer_agrees_with_metrics_at_the_runs_threshold_and_the_console_
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("fragment", "step", "prevalence"), [
-    ("#threshold=0.8", 160, None), ("#threshold=0.301&prevalence=0.05", 60, 0.05), ("#threshold=1", 200, None),
-    ("#threshold=0&prevalence=0.01", 0, 0.01),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fragment", "step", "prevalence"),
+    [
+        ("#threshold=0.8", 160, None),
+        ("#threshold=0.301&prevalence=0.05", 60, 0.05),
+        ("#threshold=1", 200, None),
+        ("#threshold=0&prevalence=0.01", 0, 0.01),
+    ],
+)
 def test_the_explorer_shows_the_threshold_and_the_prevalence_that_the_address_names(
-    tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]], fragment: str, step: int,
+    tmp_path: Path,
+    browse: Callable[[Path, str], tuple[str, list[str]]],
+    fragment: str,
+    step: int,
     prevalence: float | None,
-) -> None:  # fmt: skip
+) -> None:
     page = tmp_path / "report.html"
     page.write_text(render(tmp_path), encoding="utf-8")
     document, console = browse(page, fragment)
@@ -458,10 +481,12 @@ def test_the_slider_moves_the_numbers_and_the_address_and_the_button_brings_them
 ) -> None:
     text = render(tmp_path)
     (_, script) = Html(text).scripts[1]
-    for number, (steps, wanted) in enumerate([
-        ("s.dispatchEvent(new Event('change'));", "0.250"),
-        ("document.getElementById('explorer-reset').click();", "0.512"),
-    ]):  # fmt: skip
+    for number, (steps, wanted) in enumerate(
+        [
+            ("s.dispatchEvent(new Event('change'));", "0.250"),
+            ("document.getElementById('explorer-reset').click();", "0.512"),
+        ]
+    ):
         steps = f"s.value = '50'; s.dispatchEvent(new Event('input')); {steps}"
         acting = script + f"{{ const s = document.getElementById('explorer-slider'); {steps}\n"
         acting += "document.title = location.hash; }"

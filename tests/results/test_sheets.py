@@ -60,8 +60,12 @@ def test_pictures_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_p
     )
     shown = pixels_of(tmp_path / "sheet.png")
     assert (shown == shown[..., :1])[120:340].all()
-    corners = [np.argwhere((shown[:-223, :-223, 0] == image[0, 0]) & (shown[223:, 223:, 0] == image[-1, -1]))
-               for image in noise]  # fmt: skip
+    corners = [
+        np.argwhere(
+            (shown[:-223, :-223, 0] == image[0, 0]) & (shown[223:, 223:, 0] == image[-1, -1])
+        )
+        for image in noise
+    ]
     places = []
     for image, found in zip(noise, corners, strict=True):
         (place,) = [(y, x) for y, x in found if (shown[y : y + 224, x : x + 224, 0] == image).all()]
@@ -110,7 +114,8 @@ def test_preprocessing_draws_its_pictures_without_matplotlib() -> None:
     program = (
         "import sys, pathlib, tempfile, numpy, xrai.preprocess as command\n"
         "folder = pathlib.Path(tempfile.mkdtemp())\n"
-        "command.draw_sheet([numpy.zeros((8, 8), numpy.uint8)], ['a'], folder / 'x.png', heading='h')\n"
+        "command.draw_sheet([numpy.zeros((8, 8), numpy.uint8)], ['a'], folder / 'x.png', "
+        "heading='h')\n"
         "command.draw_class_counts({'train': {'a': 1}}, folder / 'y.png')\n"
         "assert not {'matplotlib', 'torch', 'scipy', 'sklearn'} & set(sys.modules)\n"
     )
