@@ -30,7 +30,8 @@ NAME_PACKAGES = """
 import json, sys
 from xrai import train
 train.main()
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules} | {"xrai.run"} & set(sys.modules))))
+packages = {name.partition(".")[0] for name in sys.modules}
+print(json.dumps(sorted(packages | {"xrai.run"} & set(sys.modules))))
 """
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
@@ -199,7 +200,9 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
 
 
 @pytest.mark.distributed
-def test_ranks_other_than_0_never_load_what_measures_and_draws(dataset: Path, tmp_path: Path):
+def test_ranks_other_than_0_never_load_what_measures_and_draws(
+    dataset: Path, tmp_path: Path
+) -> None:
     options = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=light", *SMALL]
     loaded = run_ranks(["-c", NAME_PACKAGES, *options, "--train.epochs=1"], world_size=2)
     assert set(loaded[0]) >= {"torch", *RANK_0_ONLY}
