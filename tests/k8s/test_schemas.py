@@ -15,7 +15,7 @@ import kubernetes_validate.utils
 import pytest
 import yaml
 
-from tests.k8s.manifests import OVERLAYS, REPOSITORY, Document, render, stand_alone
+from tests.k8s.manifests import OVERLAYS, Document, render, stand_alone
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -88,16 +88,14 @@ def test_a_key_that_kubernetes_does_not_know_is_found(key: str) -> None:
 
 @functools.cache
 def custom_schemas() -> dict[tuple[str, str], dict[str, Any]]:
-    """(apiVersion, kind) -> JSON schema, of the custom resource definitions beside the checkout."""
-    folder = Path(os.environ.get("XRAI_TEST_SCHEMAS") or REPOSITORY.parent / "shared" / "schemas")
+    """(apiVersion, kind) -> JSON schema, of the definitions in XRAI_TEST_SCHEMAS."""
+    if not (folder := os.environ.get("XRAI_TEST_SCHEMAS")):
+        pytest.skip("XRAI_TEST_SCHEMAS names a folder of custom resource definitions")
     definitions = [
         yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
-        for path in sorted(folder.glob("*.yaml"))
+        for path in sorted(Path(folder).glob("*.yaml"))
     ]
-    if not definitions:
-        pytest.skip(
-            f"no custom resource definitions in {folder}; XRAI_TEST_SCHEMAS names a folder of them"
-        )
+    assert definitions, f"no custom resource definitions in {folder}"
     return {
         (
             f"{definition['spec']['group']}/{version['name']}",
