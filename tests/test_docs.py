@@ -36,7 +36,7 @@ def code_blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.ci
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a minute of an idle machine
+@pytest.mark.timeout(900)  # one to two minutes of an idle machine
 def test_the_tutorial_runs_from_top_to_bottom(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
