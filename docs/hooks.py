@@ -105,8 +105,8 @@ def _sections() -> Iterator[str]:
     }
     specs = list(all_keys())
     for name, meaning in meanings.items():
-        yield f"\n## {name}\n\n{meaning}\n\n| key | default | allowed | meaning "
-        "|\n|---|---|---|---|\n"
+        yield f"\n## {name}\n\n{meaning}\n\n"
+        yield "| key | default | allowed | meaning |\n|---|---|---|---|\n"
         for spec in specs:
             section, _, key = spec.name.partition(".")
             if section == name:
