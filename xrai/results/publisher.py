@@ -32,6 +32,7 @@ class Publisher:
         self._store, self._folder = store, folder
         self._queue: dict[str, _Task] = {}  # in order
         self._attempts = 0  # failed ones since the last success or call to drain
+        self._is_failing = False  # since the last success, as the log says
         self._hurry = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="xrai-publisher", daemon=True)
@@ -87,10 +88,10 @@ class Publisher:
                 self._pause_after(task, error)
                 continue
             with self._changed:
-                if self._attempts:
+                if self._is_failing:
                     num_left = len(self._queue) - 1
                     _logger.info("%s is stored now; %d more files wait", task.name, num_left)
-                self._attempts = 0
+                self._attempts, self._is_failing = 0, False
                 if self._queue.get(task.name) is task:  # else it was announced again meanwhile
                     del self._queue[task.name]
                 self._changed.notify_all()
@@ -111,7 +112,8 @@ class Publisher:
             self.num_failures += 1
             self.last_error = error
             self._attempts += 1
-            if self._attempts == 1:
+            if not self._is_failing:
+                self._is_failing = True
                 text = f"{task.name} is not stored yet and will be tried again; the run goes on"
                 _logger.warning("%s: %s", text, error)
             self._hurry = False
