@@ -54,7 +54,7 @@ def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path) -> None:
         ("[1]", "in {file}: a config holds sections of keys, not list"),
         ("train: {epochs: many}", "train.epochs = 'many' in {file} is not allowed"),
         ("train: {epochs: '3'}", "train.epochs = '3' in {file} is not allowed"),
-        ("a: b: c", "config file {file} is not YAML"),
+        ("a: b: c", "config file {file} is not valid YAML"),
         ("train:\n  seed: 1\n  epochs: 3\n  seed: 1", "'seed' in line 4 is already in line 2"),
         ("train: {seed: 1}\noptim: {lr: 1}\ntrain: {epochs: 3}", "'train' in line 3 is already"),
     ],

@@ -336,7 +336,7 @@ def read_file(name: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config file {name} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {name} is not YAML: {error}") from error
+        raise ConfigError(f"config file {name} is not valid YAML: {error}") from error
     return flatten(mapping, where=f"in {name}")
 
 
