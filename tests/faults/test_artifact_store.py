@@ -259,7 +259,7 @@ def check_tensorboard(tensorboard: TensorBoard, store: Store) -> None:
         "hparams/session_groups",
         {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 10},
     )["sessionGroups"]
-    assert group["name"] == "whole"
+    assert group["name"] == summary["run_id"]
     assert group["hparams"]["model.width"] == 8 and group["hparams"]["optim.name"] == "adamw"
     values = {entry["name"]["tag"]: entry["value"] for entry in group["metricValues"]}
     for name in ("accuracy", "sensitivity", "specificity", "auroc"):
