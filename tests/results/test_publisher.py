@@ -71,6 +71,22 @@ def test_a_bucket_that_hangs_or_fails_never_blocks_the_run(bucket: Bucket, tmp_p
     run.close()
 
 
+def test_a_warning_is_followed_by_an_all_clear_though_the_run_ends_in_between(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="xrai")
+    bucket.error = lambda key: UnreachableError("no answer")
+    run = remote_run(tmp_path)
+    run.write_text("config.yaml", "a: {}\n")
+    while "config.yaml is not stored yet" not in caplog.text:
+        assert not run.flush(timeout_s=0.2)
+    assert not run.flush(timeout_s=0)  # counts its attempts from 0
+    bucket.error = lambda key: None
+    assert run.flush(timeout_s=60)
+    assert "config.yaml is stored now" in caplog.text
+    run.close()
+
+
 def test_files_go_up_in_order_so_that_a_pointer_never_precedes_what_it_names(
     bucket: Bucket, tmp_path: Path
 ) -> None:
