@@ -3,6 +3,7 @@ anything.
 """
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -145,3 +146,10 @@ def test_scripts_are_executable_and_parse(repository: Path) -> None:
         assert os.access(script, os.X_OK), f"{script} is not executable"
         assert script.read_text().startswith("#!/usr/bin/env bash\n")
         subprocess.run(["bash", "-n", script], check=True, timeout=60)
+
+
+def test_check_names_tests_that_are_there(repository: Path) -> None:
+    script = (repository / "scripts/check").read_text()
+    names = re.findall(r"tests/\S+\.py", script.partition("TESTS=(")[2].partition(")")[0])
+    assert len(names) > 5
+    assert [name for name in names if not (repository / name).exists()] == []
