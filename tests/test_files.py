@@ -1,11 +1,13 @@
 """Local files and what the machine offers."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from xrai.files import num_cores
+from xrai.errors import StoreError, UserError
+from xrai.files import explaining, num_cores
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +65,23 @@ def test_cores_are_those_of_the_affinity_and_of_every_quota_rounded_up(
     tmp_path: Path, files: dict[str, str], cores: int
 ) -> None:
     assert num_cores(write(tmp_path, files)) == cores
+
+
+REFUSED = [errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR]
+
+
+@pytest.mark.parametrize("number", [*REFUSED, errno.ENOSPC, errno.EIO])
+def test_a_file_that_the_program_chose_is_no_mistake_of_the_user(number: int) -> None:
+    with (
+        pytest.raises(StoreError, match=r"run/x cannot be written: .*; free some space") as caught,
+        explaining("written", "run/x", hint="free some space", is_address=False),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert type(caught.value) is StoreError and caught.value.exit_status == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR])
+def test_an_address_that_cannot_be_written_is_a_mistake_of_the_user(number: int) -> None:
+    with pytest.raises(UserError) as caught, explaining("written", "out/x"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.exit_status == 2

@@ -123,21 +123,29 @@ def _cpu_quotas(root: Path) -> Iterator[int]:
 
 @contextmanager
 def explaining(
-    access: Access, where: str, *, hint: str = "", error_type: type[StoreError] = StoreError
+    access: Access,
+    where: str,
+    *,
+    hint: str = "",
+    error_type: type[StoreError] = StoreError,
+    is_address: bool = True,
 ) -> Iterator[None]:
     """Turn an `OSError` in the block into one line that says what to do.
 
     `where` names the file for people. `hint` replaces the advice that fits the cause. Raises
     `AlreadyExistsError`, `ForbiddenError`, `NotFoundError` or `StoreAccessError` where one of
-    these is the cause, else `error_type`.
+    these is the cause, else `error_type`. Without `is_address`, for files that the program chose
+    and not the user, it is always `error_type`: no mistake of the user, so no exit status 2.
     """
     try:
         yield
-    except FileExistsError as error:
-        raise AlreadyExistsError(f"{where} exists already") from error
     except OSError as error:
         cause = error.strerror or str(error)
         what = f"{where} cannot be {access}: {cause}"
+        if not is_address:
+            raise error_type(f"{what}{f'; {hint}' if hint else ''}") from error
+        if isinstance(error, FileExistsError):
+            raise AlreadyExistsError(f"{where} exists already") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = hint or "change its permissions or use another folder"
             raise ForbiddenError(f"{what}; {advice}") from error

@@ -218,6 +218,13 @@ def test_a_folder_of_phantoms_is_drawn_anew_and_holds_no_old_ones(tmp_path: Path
     assert all(path.endswith(".png") for path in hashes(tmp_path))
 
 
+def test_images_are_not_synced_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    make_phantoms(tmp_path / "out", num_images=12, seed=0, workers=1)
+    assert len(synced) == 1  # README.txt
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
@@ -228,7 +235,7 @@ def test_a_folder_of_phantoms_is_drawn_anew_and_holds_no_old_ones(tmp_path: Path
         "labels.csv",
     ],
 )
-def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(
+def test_a_folder_that_holds_anything_else_is_refused_and_kept(
     tmp_path: Path, foreign: str
 ) -> None:
     make_phantoms(tmp_path, num_images=4, workers=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,13 @@ def test_the_environment_names_no_host_user_or_key(monkeypatch: pytest.MonkeyPat
     assert "s3cret-value" not in text
     assert os.uname().nodename not in text
     assert "torch" in json.loads(text)["packages"]
+
+
+def test_a_sandbox_that_hides_the_processor_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert isinstance(describe_environment()["processor"], str)

@@ -169,7 +169,7 @@ def test_a_summary_is_read_back_as_it_was_written(results: SplitResults) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"schema_version": 9}', '{"schema_version": 1}']
+    "text", ["{", "[]", "{}", '{"schema_version": 9}', '{"schema_version": 1}', '{"baselines": []}']
 )
 def test_what_is_no_summary_of_this_version_is_one_clear_line(text: str) -> None:
     with pytest.raises(RunError, match=r"s/r1/summary\.json") as caught:

@@ -132,9 +132,10 @@ def test_hyperparameters_and_final_results_are_those_of_the_run(run: RunFolder) 
         "accuracy/val": "accuracy, validation",
         "auroc/val_shifted": "AUROC, augmented validation",
     }
-    assert hparams_metadata.parse_session_end_info_plugin_data(
+    end = hparams_metadata.parse_session_end_info_plugin_data(
         content[hparams_metadata.SESSION_END_INFO_TAG]
-    ).status
+    )
+    assert end.status and end.end_time_secs >= start.start_time_secs > 0
     for name, tag in FINAL_TAGS.items():
         assert server_points(run, tag) == [(11, pytest.approx(results[name].value))]
 

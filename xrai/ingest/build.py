@@ -266,7 +266,7 @@ def _write_object(path: Path, key: str, pieces: Iterable[bytes]) -> ObjectInfo:
 @contextmanager
 def _explaining(path: Path, name: str) -> Iterator[None]:
     hint = "make room there, or set TMPDIR to another disk"
-    with explaining("written", f"{name} in {path.parent}", hint=hint):
+    with explaining("written", f"{name} in {path.parent}", hint=hint, is_address=False):
         try:
             yield
         except RuntimeError as error:  # h5py raises it when it closes a file on a full disk

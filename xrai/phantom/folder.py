@@ -115,7 +115,12 @@ def _draw_files(job: _Job, phantoms: tuple[Phantom, ...]) -> int:
     for phantom in phantoms:
         image = draw_phantom(job.seed, phantom, full_size=job.full_size)
         data = encode(job.seed, phantom, image, image_format=job.image_format)
-        write_atomically(job.out / job.path(phantom), data)
+        # not `write_atomically`: it syncs each file and looks through its folder, and README.txt,
+        # written last, says that all are there
+        path = job.out / job.path(phantom)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
     return len(phantoms)
 
 

@@ -268,7 +268,8 @@ class RunFolder:
             "free some space, change the permissions, or name another place with --artifacts, "
             "then start again with the same --run_id"
         )
-        return explaining("written", f"{path} of run {self.run_id}", hint=hint)
+        where = f"{path} of run {self.run_id}"
+        return explaining("written", where, hint=hint, is_address=False)
 
     def _fetch(self) -> None:
         """Synchronise this machine's files and the store's, from the side with the longer history.

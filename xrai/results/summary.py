@@ -122,7 +122,7 @@ def read_summary(data: bytes, *, where: str) -> Summary:
         main = {each.name: found[each.name] for each in fields(MainResults)}
         training = {each.name: found[each.name] for each in fields(Training)}
         return Summary(Training(**training), MainResults(**main), found["validation"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{where} is not a summary of a run: {error!r}") from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,14 @@ class Events:
         self.add_scalars(step, {tag: metrics[name].value for name, tag in FINAL_TAGS.items()})
 
         def add(writer: SummaryWriter) -> None:
-            from torch.utils.tensorboard.summary import hparams
+            from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-            _, _, success = hparams({}, {})
-            _add_summary(writer, success, step)
+            # torch's own has no time of the end
+            end = plugin_data_pb2.SessionEndInfo(
+                status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time()
+            )
+            data = plugin_data_pb2.HParamsPluginData(session_end_info=end)
+            _add_summary(writer, _hparams(metadata.SESSION_END_INFO_TAG, data), step)
 
         self._waiting.append(add)
 
@@ -118,7 +123,6 @@ def _experiment(config: Mapping[str, int | float | str]) -> object:
     """What the columns of TensorBoard's table of runs are; TensorBoard has no public function for
     columns whose type, but not whose range, is known.
     """
-    from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     types = {bool: "DATA_TYPE_BOOL", str: "DATA_TYPE_STRING"}
@@ -139,9 +143,13 @@ def _experiment(config: Mapping[str, int | float | str]) -> object:
         ],
     )
     data = plugin_data_pb2.HParamsPluginData(experiment=experiment)
-    value = Summary.Value(
-        tag=metadata.EXPERIMENT_TAG,
-        metadata=metadata.create_summary_metadata(data),
-        tensor=metadata.NULL_TENSOR,
-    )
-    return Summary(value=[value])
+    return _hparams(metadata.EXPERIMENT_TAG, data)
+
+
+def _hparams(tag: str, data: Any) -> object:
+    """A message of TensorBoard's hparams plugin as a summary."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
+
+    content = metadata.create_summary_metadata(data)
+    return Summary(value=[Summary.Value(tag=tag, metadata=content, tensor=metadata.NULL_TENSOR)])
