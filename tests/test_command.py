@@ -228,3 +228,24 @@ def test_stray_variables_of_torchrun_change_nothing(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("xrai: error: ") and "holds no dataset.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_names_after_a_double_dash_may_begin_with_a_dash() -> None:
+    flags = (Flag("paths", [], "files", nargs="*"),)
+
+    def paths(*arguments: str) -> object:
+        return parse("predict", arguments, description="d", flags=flags).flags["paths"]
+
+    assert paths("a.png", "--train.threads=1", "--", "-b.png", "--c.png") == [
+        "a.png",
+        "-b.png",
+        "--c.png",
+    ]
+    assert paths("--", "-b.png") == ["-b.png"]
+    with pytest.raises(ConfigError, match="unexpected argument 'x'; see xrai train --help"):
+        read("--", "x")
+
+
+def test_evaluate_takes_the_keys_that_it_uses() -> None:
+    parsed = read("--loader.threads=2", "--train.timeout_s=9", command="evaluate")
+    assert parsed.given == {"loader.threads", "train.timeout_s"}

@@ -56,6 +56,7 @@ def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path) -> None:
         ("train: {epochs: '3'}", "train.epochs = '3' in {file} is not allowed"),
         ("a: b: c", "config file {file} is not valid YAML"),
         ("train:\n  seed: 1\n  epochs: 3\n  seed: 1", "'seed' in line 4 is already in line 2"),
+        ("train: {seed: 1, seed: 2}", "'seed' in line 1 is already in line 1"),
         ("train: {seed: 1}\noptim: {lr: 1}\ntrain: {epochs: 3}", "'train' in line 3 is already"),
     ],
 )
@@ -66,6 +67,19 @@ def test_a_wrong_file_is_refused_naming_file_key_and_value(
     with pytest.raises(ConfigError) as caught:
         read("--config", file)
     assert message.format(file=file) in str(caught.value)
+
+
+def test_a_name_too_long_for_a_file_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        read(f"--config={'x' * 300}")
+
+
+def test_a_folder_does_not_hide_the_shipped_config_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fast").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read("--config=fast")
 
 
 def test_a_missing_file_is_refused() -> None:

@@ -47,7 +47,11 @@ def main() -> NoReturn:
         from difflib import get_close_matches
 
         near = get_close_matches(word, WORDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(WORDS)}"
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else f"; allowed: {', '.join(WORDS)}; xrai --help says more"
+        )
         _refuse(f"unknown word {word!r}{hint}")
     if word == "train":
         arguments = launch(arguments)
@@ -74,7 +78,12 @@ def launch(arguments: list[str]) -> list[str]:
             _refuse(f"{text} lacks its value; write {text}=VALUE")
     train = ["-m", "xrai.train"]
     if os.environ.get("XRAI_PREFLIGHT", "1") != "0":
-        status = subprocess.run([sys.executable, *train, "--check", *own], check=False).returncode
+        check = [sys.executable, *train, "--check", *own]
+        try:
+            status = subprocess.run(check, check=False).returncode
+        except KeyboardInterrupt:
+            print("xrai: interrupted", file=sys.stderr)
+            sys.exit(130)
         if status:
             sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell says it
     if "--standalone" in options:  # without a network the machine cannot be found by its name

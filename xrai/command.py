@@ -55,9 +55,16 @@ def parse(
     """
     keys = {spec.name: spec for spec in all_keys()}
     own = {name: spec for name, spec in keys.items() if _takes(command, name)}
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
     parsed, unknown = _parser(command, description, own, flags).parse_known_intermixed_args(
-        arguments
+        given[:end]
     )
+    names = given[end + 1 :]  # argparse reads twice, and forgets the `--` in between
+    if positional := next((flag.name for flag in flags if flag.nargs), ""):
+        setattr(parsed, positional, [*getattr(parsed, positional), *names])
+    elif names and not unknown:
+        raise ConfigError(f"unexpected argument {names[0]!r}; see xrai {command} --help")
     if unknown:
         _refuse(unknown[0], command, [*own, *(flag.name for flag in flags if not flag.nargs)])
     found = vars(parsed)

@@ -24,7 +24,7 @@ USES = {
         *("images", "cache", "loader", "model", "augment", "optim", "train"),
         *("checkpoint", "evaluate"),
     ),
-    "evaluate": ("cache", "evaluate", "train.threads"),
+    "evaluate": ("cache", "loader", "evaluate", "train.threads", "train.timeout_s"),
     "predict": ("images", "train.threads"),
     "export": (),
     "verify": (),
@@ -323,9 +323,9 @@ def read_file(name: str) -> dict[str, Any]:
     """
     shipped = {path.stem: path for path in Path(__file__).parent.glob("configs/*.yaml")}
     path = Path(name)
-    if not path.exists():
-        path = shipped.get(name, path)
     try:
+        if not path.is_file():
+            path = shipped.get(name, path)
         # _UniqueLoader is a SafeLoader
         mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueLoader)
     except FileNotFoundError:
@@ -347,11 +347,13 @@ class _UniqueLoader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
                 raise yaml.YAMLError(
                     f"{key.value!r} in line {line} is already in line {lines[key.value]}; "
                     "a key or section may stand only once"
                 )
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 

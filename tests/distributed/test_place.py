@@ -31,6 +31,7 @@ def without(*names: str) -> dict[str, str]:
 def test_a_process_that_is_told_all_of_its_place_takes_it() -> None:
     assert place(TOLD) == Place(3, 4, 1, 2, is_torchrun=True)
     assert place(without("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "LOCAL_WORLD_SIZE")) == Place(3, 4)
+    assert place(without("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")) == Place(3, 4, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,8 @@ def own_place() -> Place:
     if "MASTER_ADDR" not in os.environ or not all(text.isdecimal() for text in texts):
         return Place()
     rank, world_size, _, local_rank, local_world_size = (int(text) for text in texts)
-    if not (rank < world_size and local_rank < local_world_size):
+    is_local_known = "LOCAL_WORLD_SIZE" in os.environ  # not every launcher states it
+    if rank >= world_size or (is_local_known and local_rank >= local_world_size):
         return Place()
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return Place(rank, world_size, local_rank, local_world_size, is_torchrun)
