@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xrai.results import baselines
 from xrai.results.baselines import (
     BASELINES,
     Looks,
@@ -16,6 +17,7 @@ from xrai.results.baselines import (
     geometry_features,
     measure_baselines,
 )
+from xrai.results.types import Scores, SplitResults
 
 
 def looks(
@@ -128,3 +130,17 @@ def test_logits_are_the_same_each_time_and_0_is_between_the_classes() -> None:
     first = fit_and_score(train.border, train.labels, others.border)
     assert np.array_equal(first, fit_and_score(train.border, train.labels, others.border))
     assert ((first > 0) == others.labels).mean() > 0.9
+
+
+def test_the_source_groups_of_a_baseline_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[list[str]] = []
+    original = baselines.measure
+
+    def note(scores: Scores, **options: Any) -> SplitResults:
+        measured.append(scores.groups)
+        return original(scores, **options)
+
+    monkeypatch.setattr(baselines, "measure", note)
+    found = measure_baselines(looks(), looks(seed=1), split="test", num_bootstrap=20)
+    assert measured == [[""] * 120] * 2
+    assert found["border"].metrics["auroc"].value > 0.9

@@ -100,7 +100,8 @@ def _measure_one(
             outputs=(Output("pneumonia", "normal", 1.0, 0.5, "fixed"),),
             labels=measured.labels[:, None].astype(np.int8),
             logits=logits[:, None],
-            patients=measured.patients,
+            # without their source groups, each of which would be resampled for nothing
+            patients=[f"file:{patient}" for patient in measured.patients],
             sources=no_texts,
             subtypes=no_texts,
         )

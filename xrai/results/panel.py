@@ -10,7 +10,7 @@ from xrai.results.plots import overlay
 
 _TITLES = ("X-ray, the part that the model sees", "Grad-CAM: evidence for pneumonia")
 _NOTE = (
-    "Brightest where most evidence was found, fainter below the threshold. It shows what the model "
+    "Brightest where evidence is strongest, fainter below the threshold. It shows what the model "
     "used, not disease."
 )
 _GAP, _ABOVE, _BELOW = 12, 40, 66  # pixels around the images
