@@ -134,8 +134,8 @@ def explaining(
 
     `where` names the file for people. `hint` replaces the advice that fits the cause. Raises
     `AlreadyExistsError`, `ForbiddenError`, `NotFoundError` or `StoreAccessError` where one of
-    these is the cause, else `error_type`. Without `is_address`, for files that the program chose
-    and not the user, it is always `error_type`: no mistake of the user, so no exit status 2.
+    these is the cause, else `error_type`. Without `is_address`, for files below an address that
+    the program chose itself, it is always `error_type`.
     """
     try:
         yield

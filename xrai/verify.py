@@ -64,7 +64,7 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
         print(f"{fault.key} {fault.words}", flush=True)
     for entry in store.list(UNFINISHED):
         print(
-            f"{entry.key} is left over from preprocess (no fault; the next run removes it)",
+            f"{entry.key} is left over from preprocess (no fault; the next preprocess removes it)",
             flush=True,
         )
     return faults

@@ -754,3 +754,14 @@ def test_settling_sees_the_last_thread_out_of_hdf5_and_lets_none_in(
     for thread in threads:
         thread.join(20)
     assert num_opened == 3
+
+
+def test_a_cache_folder_that_is_a_link_to_nowhere_is_named_with_what_to_do(
+    index: DatasetIndex, bucket: RemoteFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").symlink_to(tmp_path / "not-mounted")
+    cache = ShardCache(bucket, index, folder=tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"cache folder .*/cache cannot be written: .* --cache\.dir=FOLDER"
+    ):
+        cache.open(index.splits["train"][0])

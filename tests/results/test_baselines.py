@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xrai.results import baselines
+from xrai.results import baselines, measure
 from xrai.results.baselines import (
     BASELINES,
     Looks,
@@ -134,11 +134,10 @@ def test_logits_are_the_same_each_time_and_0_is_between_the_classes() -> None:
 
 def test_the_source_groups_of_a_baseline_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[list[str]] = []
-    original = baselines.measure
 
     def note(scores: Scores, **options: Any) -> SplitResults:
         measured.append(scores.groups)
-        return original(scores, **options)
+        return measure.measure(scores, **options)
 
     monkeypatch.setattr(baselines, "measure", note)
     found = measure_baselines(looks(), looks(seed=1), split="test", num_bootstrap=20)

@@ -288,6 +288,7 @@ class ShardCache:
             f"the cache folder {self._root}",
             hint=_CACHE_HINT,
             error_type=StoreAccessError,
+            is_address=False,
         )
         with explaining:
             while True:

@@ -164,7 +164,7 @@ def _check_folders(places: Sequence[_Place], outside: Sequence[str], *, source: 
     has_splits = any(place.split for place in places)
     folders = [(place.class_folder, place.path) for place in places]
     if not has_splits:  # then every folder beside the class folders is meant as a class
-        for top in {place.above for place in places}:
+        for top in sorted({place.above for place in places}):
             rest = [path[len(top) :] for path in outside if path.startswith(top)]
             folders += [(path.split("/")[0], top + path) for path in rest if "/" in path]
     for folder, path in folders:
