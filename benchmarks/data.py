@@ -1,4 +1,4 @@
-"""The pictures that benchmarks measure on: the public data set where it is at hand, else
+"""The images that benchmarks measure on: the public data set where it is at hand, else
 phantoms.
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from xrai.phantom import make_phantoms
 
 PUBLIC = "chest_xray"  # 5,216 JPEG files
-FULL_SIZE = "chest_xray_originals"  # films as they came from the scanner
+FULL_SIZE = "chest_xray_originals"  # images as they came from the scanner
 
 
 def find_public(name: str) -> str:

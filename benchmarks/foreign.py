@@ -4,9 +4,9 @@
     python -m benchmarks.foreign --run submit/ID --dataset data/dataset \\
         --folder adults=adults --folder hands=hands
 
-The first rows are pictures that should pass: the data set's held-out splits, as they are and
-changed as the fit changes them. The others should not, and are made here: films of the last split
-that are spoiled, patterns, drawn films (phantoms) and pieces of the photographs that scikit-learn
+The first rows are images that should pass: the data set's held-out splits, as they are and
+changed as the fit changes them. The others should not, and are made here: images of the last split
+that are spoiled, patterns, drawn images (phantoms) and pieces of the photographs that scikit-learn
 and matplotlib ship. Each --folder adds a row for the files below a folder, read as `xrai.predict`
 reads them; files that cannot be read are counted and left out.
 """
@@ -36,7 +36,7 @@ from xrai.store import open_store
 
 Pictures = NDArray[np.uint8]  # (n, H, W)
 
-NUM_MADE = 200  # of each kind that is made without films
+NUM_MADE = 200  # of each kind that is made without images
 CPU = torch.device("cpu")
 
 
@@ -113,14 +113,14 @@ def splits_of(dataset: str) -> list[str]:
 
 
 def read_split(dataset: str, split: str) -> Pictures:
-    """All pictures of a split."""
+    """All images of a split."""
     return np.concatenate(
         [batch.images[:, 0] for batch in Loader(dataset, split=split, batch_size=256).epoch(0)]
     )
 
 
 def spoiled_films(films: Pictures, model: TrainedModel) -> Iterator[tuple[str, Pictures]]:
-    """Films as they should not come. The first four are of the kinds that the fit itself makes
+    """Images as they should not come. The first four are of the kinds that the fit itself makes
     of training images.
     """
     size = model.image_size
@@ -159,7 +159,7 @@ def spoiled_films(films: Pictures, model: TrainedModel) -> Iterator[tuple[str, P
 
 
 def made_pictures(model: TrainedModel) -> Iterator[tuple[str, Pictures]]:
-    """Pictures of other things."""
+    """Images of other things."""
     size = model.image_size
     generator = np.random.default_rng(1)
     y, x = np.mgrid[:size, :size] / size - 0.5
@@ -196,7 +196,7 @@ def made_pictures(model: TrainedModel) -> Iterator[tuple[str, Pictures]]:
 
 
 def read_folder(folder: Path, model: TrainedModel) -> tuple[Pictures, int]:
-    """The pictures of all files that can be read, and how many cannot."""
+    """The images of all files that can be read, and how many cannot."""
     found, num_unreadable = [], 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
@@ -215,7 +215,7 @@ def read_folder(folder: Path, model: TrainedModel) -> tuple[Pictures, int]:
 
 
 def resize(picture: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture (H, W) at another (width, height)."""
+    """An image (H, W) at another (width, height)."""
     return np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.BILINEAR))
 
 
@@ -223,7 +223,7 @@ def cut_out(
     picture: NDArray[np.uint8], share: float, generator: np.random.Generator
 ) -> NDArray[np.uint8]:
     """A square piece from a random place, its side a share of the short side, at the size of a
-    square picture.
+    square image.
     """
     side = max(1, int(min(picture.shape) * share))
     top, left = (int(generator.integers(0, length - side + 1)) for length in picture.shape)

@@ -10,9 +10,9 @@ exponent; 1 is linear. docs/scale.md takes it from here to 100 million.
 
 The images are phantoms, each file another one. `NUM_DRAWN` are drawn (`xrai.phantom`), which takes
 17 ms of one core each; the others are those again, turned, cut, exposed and grained in another way,
-which takes 2 ms. All pictures from one drawing carry its patient's name, so they are in one split,
-as a patient's films are; a large set has thus more films of each patient, not more patients. Files
-are JPEG of 224 x 224 pixels, as those of the public copy.
+which takes 2 ms. All images from one drawing carry its patient's name, so they are in one split,
+as a patient's images are; a large set has thus more images of each patient, not more patients.
+Files are JPEG of 224 x 224 pixels, as those of the public copy.
 
 Memory is counted over all processes together. `anonymous` is what the program holds for itself; it
 leaves out pages of mapped files, which the system may drop at any time and which grow with what was
@@ -59,7 +59,7 @@ from xrai.phantom import Phantom, draw_phantom, plan
 SIZES = (1_000, 10_000, 100_000)
 NUM_DRAWN = 4_000
 MIN_SIZE = 200  # fewer hold too few patients for a val of both classes
-SIDE = 224  # pixels of a file's picture, as of the public copy
+SIDE = 224  # pixels of a file's image, as of the public copy
 KINDS = ("preprocess", "load", "train")
 WORDS: Mapping[str, str] = {
     "preprocess": "preprocess",
@@ -175,7 +175,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, sizes: Sequence[int], *, num_workers: int) -> None:
-    """Folders `images-N`, each with the first N pictures (links to the same files)."""
+    """Folders `images-N`, each with the first N images (links to the same files)."""
     largest = folder / f"images-{max(sizes)}"
     make_pictures(largest, max(sizes), num_workers=num_workers)
     phantoms = list(islice(plan(0), min(max(sizes), NUM_DRAWN)))
@@ -207,10 +207,10 @@ def contender_of(kind: str, folder: Path, size: int, num_workers: int) -> Conten
 
 
 def make_pictures(folder: Path, num: int, *, num_drawn: int = NUM_DRAWN, num_workers: int) -> None:
-    """Write pictures 0 to `num` - 1 to FOLDER/{NORMAL,PNEUMONIA}. A picture is the same whatever
+    """Write images 0 to `num` - 1 to FOLDER/{NORMAL,PNEUMONIA}. An image is the same whatever
     `num`.
 
-    Picture i shows drawing i % `num_drawn` in its variation i // `num_drawn`; no drawing is shown
+    Image i shows drawing i % `num_drawn` in its variation i // `num_drawn`; no drawing is shown
     as it was drawn.
     """
     for label in ("NORMAL", "PNEUMONIA"):
@@ -234,14 +234,14 @@ def _write_variations(
 
 
 def name_of(phantom: Phantom, variation: int) -> str:
-    """The file name of a variation: another picture of the same patient, by the public data
+    """The file name of a variation: another image of the same patient, by the public data
     set's rules.
     """
     return f"{phantom.stem}{'-' if phantom.kind == 'normal' else '_'}{variation + 1:04d}.jpeg"
 
 
 def vary(film: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """(SIDE, SIDE) uint8: a film (H, W) turned, cut to a part of it, exposed and grained as the
+    """(SIDE, SIDE) uint8: an image (H, W) turned, cut to a part of it, exposed and grained as the
     generator says.
     """
     height, width = film.shape

@@ -124,7 +124,7 @@ def count_pairs_again(first: Rows, second: Rows) -> float:
 
 
 def print_descent(address: str, *, num_seeds: int) -> None:
-    """Logistic regression on small pictures, three epochs: the mean loss on the held-out split
+    """Logistic regression on small images, three epochs: the mean loss on the held-out split
     after each order.
     """
     train, labels = read_small(address, "train")

@@ -1,14 +1,14 @@
-"""Scores a second from files and from arrays, and the time of one picture, beside onnxruntime with
+"""Scores a second from files and from arrays, and the time of one image, beside onnxruntime with
 the same network.
 
     python -m benchmarks.predict  # a network trained for two epochs on phantoms: speed is the same
     python -m benchmarks.predict --run submit/ID --source DIR
 
 `xrai.load(run).predict` against `export/model.onnx` of the same run in onnxruntime, which holds the
-same preprocessing: files (read, decoded, fitted, scored), then pictures that are in memory and
+same preprocessing: files (read, decoded, fitted, scored), then images that are in memory and
 fitted already, by 64 and one at a time. Files for onnxruntime are decoded by Pillow, by a pool of
 threads as many as there are cores, as its users have to. Both answer with a probability and a score
-of how unlike the training pictures a picture is.
+of how unlike the training images an image is.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.harness import ROOT, Contender, Figure, Report, ratio, run_in_tu
 BATCH_SIZE = 64
 XRAI, ONNX = "xrai", "onnxruntime"
 RATE = Figure("images_per_s", "images/s")
-LATENCY = Figure("one_ms", "one picture, ms", better="lower", digits=2)
+LATENCY = Figure("one_ms", "one image, ms", better="lower", digits=2)
 MEMORY = Figure("peak_memory_mib", "peak memory, MiB", better="lower")
 
 
@@ -121,7 +121,7 @@ def main() -> None:
         )
     report.add_table(
         "arrays",
-        "Fitted pictures in memory, batches of 64",
+        "Prepared images in memory, batches of 64",
         runs,
         ours=XRAI,
         figures=[RATE, LATENCY, MEMORY],
@@ -176,7 +176,7 @@ def measure_files(*, scratch: Path, run: str, listed: str, seconds: float) -> di
 def measure_files_onnx(
     *, scratch: Path, model: str, listed: str, seconds: float
 ) -> dict[str, float]:
-    """Pillow and onnxruntime on a list of files; pictures of one size would go together, but few
+    """Pillow and onnxruntime on a list of files; images of one size would go together, but few
     share one.
     """
     session = open_session(model)
@@ -203,7 +203,7 @@ def measure_files_onnx(
 
 
 def measure_arrays(*, scratch: Path, run: str, seconds: float) -> dict[str, float]:
-    """The network on pictures that are in memory."""
+    """The network on images that are in memory."""
     pipeline = xrai.load(run)
     return time_arrays(pipeline.score, size=pipeline.model.image_size, seconds=seconds)
 
@@ -243,7 +243,7 @@ def time_files(
 def time_arrays(
     score: Callable[[NDArray[np.uint8]], object], *, size: int, seconds: float
 ) -> dict[str, float]:
-    """Rate by batches, and the median time of one picture by itself."""
+    """Rate by batches, and the median time of one image by itself."""
     pictures = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE, size, size), np.uint8)
     for _ in range(5):
         score(pictures)

@@ -7,24 +7,24 @@ decoding alone.
 Every contender is a whole job in a process of its own, start-up and imports included, from the same
 folder on a warm local disk to a finished data set on that disk:
 
-    xrai         `python -m xrai.preprocess`, the command as it is. Beside the pictures it makes
+    xrai         `python -m xrai.preprocess`, the command as it is. Beside the images it makes
                  what peers have not: SHA-256 of each source file, splits by patient, perceptual
                  hashes and the search for near-duplicates over splits, shards that are hashed, read
                  back and compared, manifest, data card with sheets.
-    peers        their writers (`benchmarks.peers`), which get each picture as their users write it:
+    peers        their writers (`benchmarks.peers`), which get each image as their users write it:
                  PIL opens it, decodes all of it, makes it grey, cuts the middle square, scales it
                  with the filter that xrai takes.
-    xrai decode  the same writers, but the picture comes from `xrai.ingest.images.decode`, which
-                 lets libjpeg decode a large film at reduced size. Shown so that format and decoding
-                 can be told apart.
+    xrai decode  the same writers, but the image comes from `xrai.ingest.images.decode`, which
+                 lets libjpeg decode a large image at reduced size. It separates the cost
+                 of the format from that of decoding.
     the limit    each file read and decoded at the size that xrai asks for, by processes that do
                  nothing else.
 
-Two sources: real full-size films, repeated (each copy has another hash, and is of the same patient,
-so that it lands in the same split) until there are about as many as in the public training set, to
-64 px (the reference recipe's size) and, fewer of them, to 224 px; and the public set at 224 px, to
-224 px. Phantoms of the same kinds where there are no real pictures. A last table shows what is
-spent on a job of a few pictures, which is start-up.
+Two sources: real full-size images, repeated (each copy has another hash and the same patient, so it
+lands in the same split) until there are about as many as in the public training set, to 64 px (the
+reference recipe's size) and, fewer of them, to 224 px; and the public set at 224 px, to 224 px.
+Without real images, phantoms of the same kinds. A last table shows what a job of a few images
+takes, which is start-up.
 """
 
 import argparse
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SIZE, LARGE = 64, 224  # of the stored pictures, pixels
-NUM_FEW = 24  # pictures of a job that is mostly start-up
+SIZE, LARGE = 64, 224  # of the stored images, pixels
+NUM_FEW = 24  # images of a job that is mostly start-up
 PEERS = ("streaming", "litdata", "webdataset", "h5py")
 WITH_OUR_DECODE = ("webdataset", "h5py")  # the two fastest
 FIGURES = [
@@ -152,7 +152,7 @@ def main() -> None:
                 scratch=folder,
                 variants=False,
             )
-            title = f"Start-up: whole jobs of {NUM_FEW} pictures, {flags.workers} workers"
+            title = f"Start-up: whole jobs of {NUM_FEW} images, {flags.workers} workers"
             add(report, "start", title, runs, START_FIGURES, num_workers=flags.workers)
         report.save()
 
@@ -164,7 +164,7 @@ def measure(
     of.
     """
     place = "benchmarks.preprocess"
-    ours = f"the command, `--images.size={size}` and all else as it comes"
+    ours = f"the command, `--images.size={size}` and defaults otherwise"
     common = {"source": str(source), "num_workers": num_workers, "size": size}
     contenders = [
         Contender(f"xrai, {num_workers} workers", f"{place}:measure_xrai", common, ours),
@@ -240,7 +240,7 @@ def spread(paths: Sequence[Path], number: int) -> list[Path]:
 
 def repeat(paths: Sequence[Path], folder: Path, *, copies: int) -> Path:
     """Write `copies` of each file to class folders below `folder`: other bytes after the
-    picture, the same patient.
+    image, the same patient.
     """
     for path in paths:
         data = path.read_bytes()
@@ -254,13 +254,13 @@ def repeat(paths: Sequence[Path], folder: Path, *, copies: int) -> Path:
 
 
 def name_copy(name: str, copy: int) -> str:
-    """A file name that says another film of the same patient, in the public data set's way."""
+    """A file name that says another image of the same patient, in the public data set's way."""
     stem, _, suffix = name.rpartition(".")
     return f"{stem}{'-' if '-' in stem else '_'}9{copy:03d}.{suffix}" if copy else name
 
 
 def draw(folder: Path, kind: str, number: int) -> Path:
-    """Phantoms, for a machine without real pictures."""
+    """Phantoms, for a machine without real images."""
     from xrai.phantom import make_phantoms
 
     say(f"XRAI_TEST_DATA is not set: drawing {number} phantoms")
@@ -298,7 +298,7 @@ def measure_xrai(*, scratch: Path, source: str, num_workers: int, size: int) -> 
 def measure_peer(
     *, scratch: Path, source: str, num_workers: int, size: int, peer: str, read: str
 ) -> dict[str, float]:
-    """A peer's writer; `read` names the function of this module that gives it pictures."""
+    """A peer's writer; `read` names the function of this module that gives it images."""
     from benchmarks.peers import WRITERS
 
     readers = {"read_as_users_do": read_as_users_do, "read_as_xrai_does": read_as_xrai_does}
@@ -310,7 +310,7 @@ def measure_peer(
 
 
 def read_as_users_do(path: str, *, size: int) -> "tuple[NDArray[np.uint8], int]":
-    """Pixels (H, W) and label: all of the picture is decoded, then cut to the middle square and
+    """Pixels (H, W) and label: all of the image is decoded, then cut to the middle square and
     scaled.
     """
     import numpy as np
@@ -360,7 +360,7 @@ def decode_only(path: str, *, size: int) -> None:
 
 
 def reduction(sides: tuple[int, int], size: int) -> int:
-    """By how much libjpeg may reduce a picture while its short side stays twice what is needed."""
+    """By how much libjpeg may reduce an image while its short side stays twice what is needed."""
     return max((factor for factor in (2, 4, 8) if min(sides) >= 2 * size * factor), default=1)
 
 

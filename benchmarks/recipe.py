@@ -1,4 +1,4 @@
-"""How well a recipe holds where pictures are not like those of training: cross-validation by
+"""How well a recipe holds where images are not like those of training: cross-validation by
 patient, and under shift.
 
     python -m benchmarks.recipe --source DIR  # configs/pneumonia.yaml, seeds 0, 1, 2
@@ -14,8 +14,8 @@ two framings (below). Trainings:
                        of the pneumonias)
     NORMAL2 to IM      the reverse
 
-Framings: the public copy at hand squashes films of any shape to squares. A normal of which the
-middle 86 % (80 %) of the height is kept and stretched to the square again looks as a wider film
+Framings: the public copy at hand squashes images of any shape to squares. A normal of which the
+middle 86 % (80 %) of the height is kept and stretched to the square again looks as a wider image
 would. That alone reproduces, on held-out training patients, what a network without augmentation is
 reported to lose on the official test split: AUROC falls to 0.937 and specificity to 0.45, there to
 0.92 and 0.40 (docs/decisions/0005-recipe.md).
@@ -215,7 +215,7 @@ def measure(
 
 
 def read(model: TrainedModel, source: Source, path: str, *, height: float) -> NDArray[np.uint8]:
-    """A picture as the model sees it, of the middle share `height` of it, stretched to the shape
+    """An image as the model sees it, of the middle share `height` of it, stretched to the shape
     that it had.
     """
     data = source.read(path)

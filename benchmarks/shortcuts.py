@@ -1,11 +1,11 @@
-"""How much of the label shortcuts give away under each `images.fit`, on full-size films.
+"""How much of the label shortcuts give away under each `images.fit`, on full-size images.
 
     python -m benchmarks.shortcuts --source data/chest_xray_originals
 
 Patient-grouped, stratified cross-validation, repeated with several seeds. For each fit:
-  geometry   AUROC of the source picture's size alone, the same for all fits: what there is to leak
-  border     AUROC of the outer fourteenth of each side of the stored picture alone
-  aspect     how well the stored picture's 14 x 14 cells tell the source's aspect: what the fit lets
+  geometry   AUROC of the source image's size alone, the same for all fits: what there is to leak
+  border     AUROC of the outer fourteenth of each side of the stored image alone
+  aspect     how well the stored image's 14 x 14 cells tell the source's aspect: what the fit lets
              through (R squared of a kernel regression of its logarithm; 0: not at all)
 """
 
