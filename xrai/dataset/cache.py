@@ -24,17 +24,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from xrai import files
+from xrai import errors, files
 from xrai.dataset import shards
-from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
-from xrai.errors import (
-    CorruptError,
-    DatasetError,
-    NotFoundError,
-    StoreAccessError,
-    StoreError,
-    UserError,
-)
+from xrai.dataset.shards import DatasetIndex, Layout, Shard, ShardInfo, read_index
+from xrai.errors import CorruptError, DatasetError, NotFoundError, StoreError
 from xrai.log import get_logger
 from xrai.store import Store
 
@@ -42,10 +35,11 @@ _NUM_FETCHES = 3  # of a shard that arrives damaged, before the error that names
 # Shards that stay mapped after their use. A mapped page takes 8 bytes of kernel memory, and each
 # map one of the files that a process may have open; there is a cache for each split.
 _MAX_KEPT = 1024
-_FILES_KEPT = 1 / 8
+_FILES_FOR_EACH_KEPT = 8
 _POLL_S = 0.02
 _SETTLE_S = 10.0
 _CACHE_HINT = "give another cache by --cache.dir=FOLDER"
+_REPAIR = "; `xrai verify --dataset {} --repair --source SOURCE` writes it anew"
 
 _Stamp = tuple[int, int, int, int]  # of a file: device, inode, bytes, time of the last change
 _logger = get_logger(__name__)
@@ -71,15 +65,6 @@ class OpenShard:
             self._file.close()  # after a fork the lock is also the parent's, which may need it
 
 
-@dataclass(frozen=True)
-class _Known:
-    """A shard that was open before."""
-
-    stamp: _Stamp
-    layout: shards.Layout
-    shard: Shard | None  # if it is still mapped
-
-
 class ShardCache:
     """The shards of one data set. Threads may share it.
 
@@ -100,8 +85,12 @@ class ShardCache:
         self._root = folder or files.cache_folder()
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
         self._verified: set[tuple[str, _Stamp]] = set()
-        self._known: dict[str, _Known] = {}  # by the shard's name
-        self._num_kept, self._max_kept = 0, 0 if max_bytes else _most_kept()
+        self._known: dict[str, tuple[_Stamp, Layout]] = {}  # of shards that were open before
+        self._kept: dict[str, Shard] = {}  # those still mapped
+        num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        is_unlimited = num_files == resource.RLIM_INFINITY
+        most = _MAX_KEPT if is_unlimited else min(_MAX_KEPT, num_files // _FILES_FOR_EACH_KEPT)
+        self._max_kept = 0 if max_bytes else most
         # One thread at a time is in HDF5, which has such a lock anyway
         self._mapping = (os.getpid(), threading.Lock())
 
@@ -115,12 +104,11 @@ class ShardCache:
 
     def keeps(self, info: ShardInfo) -> bool:
         """Whether the shard is still mapped and its file unchanged, so opening it takes no time."""
-        known = self._known.get(info.name)
-        if known is None or known.shard is None:
+        if info.name not in self._kept:
             return False
         path = self._store.local_path(info.name) or self._path(info)
         try:
-            return known.stamp == _stamp(path.stat())
+            return self._known[info.name][0] == _stamp(path.stat())
         except OSError:
             return False
 
@@ -173,10 +161,11 @@ class ShardCache:
             file = path.open("rb")
         try:
             if in_cache:
-                _lock(file, fcntl.LOCK_SH, _Wait(self._timeout_s, f"the lock on {path}"))
+                _lock(file, fcntl.LOCK_SH, _poll(self._timeout_s, f"the lock on {path}"))
                 if not _is_at(file, path):
                     raise NotFoundError(f"{path} was removed while it was opened")
-                _touch(path)
+                with suppress(OSError):  # note the time of use; a read-only cache needs none
+                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             started = time.monotonic()
             self._verify(file, path, info, in_cache=in_cache)
             verify_s = time.monotonic() - started
@@ -205,16 +194,17 @@ class ShardCache:
         is needed soonest.
         """
         stamp = _stamp(os.fstat(file.fileno()))
-        known = self._known.get(info.name)
-        if known is not None and known.stamp != stamp:  # another file now
-            self._num_kept -= known.shard is not None
-            known = None
-        if known is not None and known.shard is not None:
-            return known.shard
-        shard = shards.open_shard(path) if known is None else shards.map_shard(path, known.layout)
-        is_kept = self._num_kept < self._max_kept
-        self._num_kept += is_kept
-        self._known[info.name] = _Known(stamp, shard.layout, shard if is_kept else None)
+        last_stamp, layout = self._known.get(info.name, (None, None))
+        if layout is None or last_stamp != stamp:  # another file now
+            self._kept.pop(info.name, None)
+            shard = shards.open_shard(path)
+            self._known[info.name] = stamp, shard.layout
+        elif info.name in self._kept:
+            return self._kept[info.name]
+        else:
+            shard = shards.map_shard(path, layout)
+        if len(self._kept) < self._max_kept:
+            self._kept[info.name] = shard
         return shard
 
     def _mapping_lock(self) -> threading.Lock:
@@ -236,13 +226,8 @@ class ShardCache:
         else:
             self._verified.add(key)
             return
-        repair = "" if in_cache else self._how_to_repair()
+        repair = "" if in_cache else _REPAIR.format(self._store.uri)
         raise CorruptError(f"shard {path} is damaged: {damage}{repair}")
-
-    def _how_to_repair(self) -> str:
-        return (
-            f"; `xrai verify --dataset {self._store.uri} --repair --source SOURCE` writes it anew"
-        )
 
     def _fetch(
         self, path: Path, info: ShardInfo, *, instead_of: tuple[int, int] | None = None
@@ -272,29 +257,27 @@ class ShardCache:
                 part.unlink()
         raise CorruptError(
             f"shard {self._store.uri}/{info.name} is damaged: in {_NUM_FETCHES} fetches its sha256 "
-            f"was {found[:16]}…, not the {info.sha256[:16]}… of the index{self._how_to_repair()}"
+            f"was {found[:16]}…, not the {info.sha256[:16]}… of the index"
+            f"{_REPAIR.format(self._store.uri)}"
         )
 
     @contextmanager
     def _only_one(self, path: Path, info: ShardInfo) -> Iterator[BinaryIO]:
         """Hold the right to fetch one shard: a lock file, as long as the room that is reserved."""
         lock_path = path.with_suffix(".lock")
-        wait = _Wait(
-            self._timeout_s,
-            f"another process to fetch {self._store.uri}/{info.name} (it holds {lock_path})",
-        )
-        explaining = files.explaining(
+        what = f"another process to fetch {self._store.uri}/{info.name} (it holds {lock_path})"
+        polls = _poll(self._timeout_s, what)
+        with files.explaining(
             "written",
             f"the cache folder {self._root}",
             hint=_CACHE_HINT,
-            error_type=StoreAccessError,
+            error_type=errors.StoreAccessError,
             is_address=False,
-        )
-        with explaining:
+        ):
             while True:
                 lock_path.parent.mkdir(parents=True, exist_ok=True)
                 with lock_path.open("ab") as file:
-                    _lock(file, fcntl.LOCK_EX, wait)
+                    _lock(file, fcntl.LOCK_EX, polls)
                     if not _is_at(file, lock_path):
                         continue  # the last holder removed it while we waited
                     try:
@@ -310,21 +293,19 @@ class ShardCache:
         """
         limit = f"cache.max_gib ({self._max_bytes / 2**30:.3g} GiB)"
         if info.size_bytes > self._max_bytes:
-            raise UserError(
+            raise errors.UserError(
                 f"{limit} is smaller than the shard {info.name} ({info.size_bytes} bytes); raise it"
             )
-        wait = _Wait(
-            self._timeout_s,
+        what = (
             f"room for {info.name} in {self._root}: {limit} is full of shards in use; raise it, or "
-            "lower loader.window",
+            "lower loader.window"
         )
-        while True:
+        for _ in _poll(self._timeout_s, what, pause_s=5 * _POLL_S):
             with (self._root / ".lock").open("ab") as whole:
-                _lock(whole, fcntl.LOCK_EX, _Wait(self._timeout_s, f"the lock on {whole.name}"))
+                _lock(whole, fcntl.LOCK_EX, _poll(self._timeout_s, f"the lock on {whole.name}"))
                 if _evict(self._root, self._max_bytes - info.size_bytes):
                     os.ftruncate(lock.fileno(), info.size_bytes)
                     return
-            wait.pause(5 * _POLL_S)
 
     def _replaced(self) -> str:
         """The message if another data set is at the address now, else nothing."""
@@ -340,21 +321,14 @@ class ShardCache:
         )
 
 
-def _most_kept() -> int:
-    """How many shards of a data set may stay mapped in this process."""
-    num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if num_files == resource.RLIM_INFINITY:
-        return _MAX_KEPT
-    return min(_MAX_KEPT, int(num_files * _FILES_KEPT))
-
-
-# --------------------------------------------------------------------------------------------- room
-
-
 def _evict(root: Path, most_bytes: int) -> bool:
     """Bring shards and reserved room below `most_bytes`; whether that was possible."""
+    total = 0
     # Locks first: a fetch that ends meanwhile is then counted twice, not left out
-    total = sum(_reserved(lock) for lock in root.glob("*/*.lock"))
+    for lock in root.glob("*/*.lock"):
+        if not _remove_unused(lock):
+            with suppress(FileNotFoundError):
+                total += lock.stat().st_size  # the room that its holder has reserved
     found = []
     for path in root.glob("*/*.h5"):
         with suppress(FileNotFoundError):
@@ -370,28 +344,18 @@ def _evict(root: Path, most_bytes: int) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
+    """Remove a shard that no process has open, or a lock with what its dead holder left."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(file, path):  # another file took its place, and may be in use
                 return False
+            if path.suffix == ".lock":
+                _remove_leftovers(path)
             path.unlink()
     except (BlockingIOError, FileNotFoundError):
         return False
     return True
-
-
-def _reserved(lock_path: Path) -> int:
-    """The room that a lock's holder has reserved, bytes. Removes what a dead holder left."""
-    with suppress(FileNotFoundError), lock_path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return os.fstat(file.fileno()).st_size
-        if _is_at(file, lock_path):
-            _remove_leftovers(lock_path)
-            lock_path.unlink()
-    return 0
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -401,42 +365,27 @@ def _remove_leftovers(path: Path) -> None:
     path.with_suffix(".part").unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------------- locks
-
-
-class _Wait:
-    """A wait that fails after `timeout_s`; `what` completes "waited 600 s for"."""
-
-    def __init__(self, timeout_s: float, what: str) -> None:
-        self._timeout_s, self._what = timeout_s, what
-        self._deadline = time.monotonic() + timeout_s
-
-    def pause(self, seconds: float = _POLL_S) -> None:
-        """Sleep, or raise `StoreError` if the time is over."""
-        if time.monotonic() > self._deadline:
-            raise StoreError(f"waited {self._timeout_s:g} s for {self._what}")
-        time.sleep(seconds)
-
-
-def _lock(file: BinaryIO, kind: int, wait: _Wait) -> None:
-    """Take a lock that ends with `file`, or with the process."""
+def _poll(timeout_s: float, what: str, *, pause_s: float = _POLL_S) -> Iterator[None]:
+    """Yield at once and after each pause; raise `StoreError` when the time is over."""
+    deadline = time.monotonic() + timeout_s
     while True:
-        try:
+        yield
+        if time.monotonic() > deadline:
+            raise StoreError(f"waited {timeout_s:g} s for {what}")
+        time.sleep(pause_s)
+
+
+def _lock(file: BinaryIO, kind: int, polls: Iterator[None]) -> None:
+    """Take a lock that ends with `file`, or with the process."""
+    for _ in polls:
+        with suppress(BlockingIOError):
             return fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            wait.pause()
 
 
 def _unlock(file: BinaryIO) -> None:
     """Drop the lock and close. Closing alone would leave the lock to a child forked meanwhile."""
     fcntl.flock(file, fcntl.LOCK_UN)
     file.close()
-
-
-def _touch(path: Path) -> None:
-    """Note the time of use. A read-only cache needs none."""
-    with suppress(OSError):
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _stamp(status: os.stat_result) -> _Stamp:

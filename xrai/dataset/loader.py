@@ -24,14 +24,14 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +40,11 @@ from xrai.config import Config
 from xrai.dataset.cache import OpenShard, ShardCache
 from xrai.dataset.order import EpochOrder, most_held, rank_slice, shards_to_hold
 from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
-from xrai.errors import ConfigError, CorruptError, DatasetError, UnreachableError, XraiError
+from xrai.errors import ConfigError, DatasetError, UnreachableError, XraiError
 from xrai.store import Store, open_store
 
 _POLL_S = 0.1
-_NUM_INDEX_READS = 3
+_STAGES = ("fetch", "verify", "assemble", "wait")
 _NUM_BUFFERS = 8  # batches whose memory is kept for reuse
 _COLUMNS = ("labels", "source", "patient", "subtype", "width", "height")
 
@@ -86,19 +86,6 @@ class LoaderOptions:
         for name in ("window", "prefetch", "threads"):
             _check_positive(name, getattr(self, name))
 
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """The options that a command's config states."""
-        return cls(
-            seed=config.train.seed,
-            window=config.loader.window,
-            prefetch=config.loader.prefetch,
-            threads=config.loader.threads,
-            cache_dir=config.cache.dir or None,
-            cache_max_gib=config.cache.max_gib,
-            timeout_s=config.train.timeout_s,
-        )
-
 
 def open_split(
     config: Config,
@@ -110,6 +97,13 @@ def open_split(
     world_size: int = 1,
 ) -> "Loader":
     """A split as a command reads it: in shuffled batches to train on, else in order to measure."""
+    options = LoaderOptions(
+        seed=config.train.seed,
+        **asdict(config.loader),
+        cache_dir=config.cache.dir or None,
+        cache_max_gib=config.cache.max_gib,
+        timeout_s=config.train.timeout_s,
+    )
     return Loader(
         dataset,
         split=split,
@@ -117,7 +111,7 @@ def open_split(
         shuffle=shuffle,
         rank=rank,
         world_size=world_size,
-        options=LoaderOptions.from_config(config),
+        options=options,
     )
 
 
@@ -146,11 +140,11 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank = {rank} of {world_size} is not allowed: ranks start at 0")
         store = open_store(dataset) if isinstance(dataset, str) else dataset
-        self.index: DatasetIndex = _read_index(store)
+        self.index: DatasetIndex = read_index(store)
         if split not in self.index.splits:
-            held = ", ".join(self.index.splits)
             raise DatasetError(
-                f"the data set at {store.uri} has no split {split!r}; it holds {held}"
+                f"the data set at {store.uri} has no split {split!r}; it holds "
+                f"{', '.join(self.index.splits)}"
             )
         self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
         self.rank, self.world_size, self.options = rank, world_size, options
@@ -164,7 +158,8 @@ class Loader:
             max_bytes=int(options.cache_max_gib * 2**30),
             timeout_s=options.timeout_s,
         )
-        self._seconds = _Seconds()
+        self._seconds = dict.fromkeys(_STAGES, 0.0)
+        self._adding = threading.Lock()  # threads add seconds
         self._buffers = _Buffers(self.index.image_size)
         self._next_epoch = 0
 
@@ -218,9 +213,6 @@ class Loader:
         self._next_epoch += 1
         return self.epoch(self._next_epoch - 1)
 
-    def __len__(self) -> int:
-        return self.num_batches
-
     def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch, from step `start` on.
 
@@ -232,7 +224,8 @@ class Loader:
             raise ConfigError(
                 f"epoch {epoch} has no step {start}: steps go from 0 to {self.num_batches}"
             )
-        self._seconds.reset()
+        with self._adding:
+            self._seconds = dict.fromkeys(_STAGES, 0.0)
         return self._prefetched(epoch, start)
 
     def timings(self) -> dict[str, float]:
@@ -242,7 +235,12 @@ class Loader:
         store, summed over threads), `verify` (hashes of local shards), `assemble` (pixels into
         batches).
         """
-        return self._seconds.read()
+        with self._adding:
+            return dict(self._seconds)
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        with self._adding:
+            self._seconds[stage] += seconds
 
     def _prefetched(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         """The batches, assembled ahead in a thread."""
@@ -253,13 +251,8 @@ class Loader:
             room.put(None)
         stop = threading.Event()
         process = os.getpid()
-        feed = _ShardFeed(
-            self._cache,
-            self._shards,
-            num_threads=self.options.threads,
-            stop=stop,
-            seconds=self._seconds,
-        )
+        num_threads = min(self.options.threads, len(self._shards))
+        feed = _ShardFeed(self._cache, self._shards, num_threads, stop, self._add_seconds)
 
         def assemble() -> None:
             outcome: BaseException | None = None
@@ -314,7 +307,7 @@ class Loader:
                         f"{name}: no batch within {waited_s:.0f} s; waiting for {feed.waiting_for}"
                     ) from None
                 assert thread.is_alive() or not ready.empty(), "the assembling thread died silently"
-        self._seconds.add("wait", time.monotonic() - started)
+        self._add_seconds("wait", time.monotonic() - started)
         if isinstance(found, XraiError):
             raise type(found)(f"{name}: {found}") from found
         if isinstance(found, BaseException):
@@ -351,10 +344,14 @@ class Loader:
             for shard in sorted(set(shards.tolist()).difference(opened)):
                 opened[shard] = feed.take(shard)
             started = time.monotonic()
-            images, labels = _gather(
-                opened, shards, rows - starts[shards], self._buffers.take(len(rows))
-            )
-            self._seconds.add("assemble", time.monotonic() - started)
+            images, labels = self._buffers.take(len(rows)), np.empty(len(rows), np.uint8)
+            # Indexing by arrays copies twice and is 2 to 4 times slower for rows of 64 shards
+            # (n = 64, 64 and 224 pixels, numpy 2.4, 2 cores, best of three)
+            places = zip(shards.tolist(), (rows - starts[shards]).tolist(), strict=True)
+            for place, (shard, row) in enumerate(places):
+                images[place, 0] = opened[shard].images[row]
+                labels[place] = opened[shard].labels[row]
+            self._add_seconds("assemble", time.monotonic() - started)
             yield Batch(images, labels, rows, step=step, num_global=len(all_rows))
 
     def _check_room(self, store: Store) -> None:
@@ -389,18 +386,16 @@ class _ShardFeed:
         self,
         cache: ShardCache,
         shards: Sequence[ShardInfo],
-        *,
         num_threads: int,
         stop: threading.Event,
-        seconds: "_Seconds",
+        add_seconds: Callable[[str, float], None],
     ) -> None:
         self.waiting_for = "nothing"
-        self._cache, self._shards, self._stop, self._seconds = cache, shards, stop, seconds
-        self._asked: queue.SimpleQueue[tuple[ShardInfo, Future[OpenShard]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._cache, self._shards, self._num_threads = cache, shards, num_threads
+        self._stop, self._add_seconds = stop, add_seconds
+        self._asked: queue.SimpleQueue[tuple[ShardInfo, Future[OpenShard]] | None]
+        self._asked = queue.SimpleQueue()
         self._opening: dict[int, Future[OpenShard]] = {}
-        self._num_threads = min(num_threads, len(shards))
         self._threads: list[threading.Thread] = []  # started when first needed
         atexit.register(self._settle)
 
@@ -409,24 +404,19 @@ class _ShardFeed:
         for shard in set(self._opening).difference(needed):
             _release(self._opening.pop(shard))
         for shard in needed:
-            if shard not in self._opening:
-                self._opening[shard] = Future()
-                self._begin_to_open(self._shards[shard], self._opening[shard])
-
-    def _begin_to_open(self, info: ShardInfo, opening: "Future[OpenShard]") -> None:
-        if self._cache.keeps(info):  # starting threads would take longer than opening it
-            self._open(info, opening)
-            return
-        self._asked.put((info, opening))
-        if not self._threads:
-            # Daemons, unlike a ThreadPoolExecutor's: a store that does not answer must not keep a
-            # process from ending
-            self._threads = [
-                threading.Thread(target=self._work, name=f"xrai-fetch-{k}", daemon=True)
-                for k in range(self._num_threads)
-            ]
-            for thread in self._threads:
-                thread.start()
+            if shard in self._opening:
+                continue
+            opening = self._opening[shard] = Future[OpenShard]()
+            if self._cache.keeps(self._shards[shard]):  # a thread would take longer than opening it
+                self._open(self._shards[shard], opening)
+                continue
+            self._asked.put((self._shards[shard], opening))
+            while len(self._threads) < self._num_threads:
+                # Daemons, unlike a ThreadPoolExecutor's: a store that does not answer must not keep
+                # a process from ending
+                name = f"xrai-fetch-{len(self._threads)}"
+                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._threads[-1].start()
 
     def take(self, shard: int) -> Shard:
         """A shard that is held, once it is open. Raises what opening it raised."""
@@ -468,8 +458,8 @@ class _ShardFeed:
         except BaseException as error:  # goes to whoever takes the shard
             opening.set_exception(error)
             return
-        self._seconds.add("fetch", opened.fetch_s)
-        self._seconds.add("verify", opened.verify_s)
+        self._add_seconds("fetch", opened.fetch_s)
+        self._add_seconds("verify", opened.verify_s)
         opening.set_result(opened)
 
 
@@ -513,52 +503,3 @@ def _count_references(arrays: Sequence[NDArray[np.uint8]]) -> list[int]:
 
 class _Stopped(Exception):  # noqa: N818, no error: the consumer has left
     pass
-
-
-class _Seconds:
-    """Seconds by stage; threads add to them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.reset()
-
-    def reset(self) -> None:
-        with self._lock:
-            self._sums = dict.fromkeys(("fetch", "verify", "assemble", "wait"), 0.0)
-
-    def add(self, stage: str, seconds: float) -> None:
-        with self._lock:
-            self._sums[stage] += seconds
-
-    def read(self) -> dict[str, float]:
-        with self._lock:
-            return dict(self._sums)
-
-
-def _read_index(store: Store) -> DatasetIndex:
-    """The index. A damaged one is read again: the transfer may have been cut, not the object."""
-    for _ in range(_NUM_INDEX_READS - 1):
-        try:
-            return read_index(store)
-        except CorruptError:
-            if store.local_path("dataset.json") is not None:
-                raise
-    return read_index(store)
-
-
-def _gather(
-    shards: Mapping[int, Shard],
-    shard_of: NDArray[np.int64],
-    row_of: NDArray[np.int64],
-    images: NDArray[np.uint8],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Copy rows of several shards to `images` (n, 1, H, W); return these and labels (n,).
-
-    A plain loop: indexing by arrays copies twice and is 2 to 4 times slower for rows of 64 shards
-    (n = 64, 64 and 224 pixels, numpy 2.4, 2 cores, best of three).
-    """
-    labels = np.empty(len(row_of), np.uint8)
-    for place, (shard, row) in enumerate(zip(shard_of.tolist(), row_of.tolist(), strict=True)):
-        images[place, 0] = shards[shard].images[row]
-        labels[place] = shards[shard].labels[row]
-    return images, labels

@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,6 +33,7 @@ HDF5_VERSION: Final = h5py.version.hdf5_version  # another one may write other b
 
 _SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}-of-\d{5,}\.h5")
 _PAGE_BYTES = 4096
+_NUM_INDEX_READS = 3
 
 
 def shard_name(split: str, number: int, num_shards: int) -> str:
@@ -314,29 +314,31 @@ def compute_fingerprint(index: DatasetIndex) -> str:
 
 
 def read_index(store: Store) -> DatasetIndex:
-    """Read `dataset.json`. Raises `DatasetError` if there is none, `CorruptError` if damaged."""
-    try:
-        data = store.read(INDEX_KEY)
-    except NotFoundError as error:
-        raise DatasetError(
-            f"{store.uri} holds no {INDEX_KEY}, so no data set; `xrai preprocess "
-            f"--source FOLDER --dataset {store.uri}` makes one"
-        ) from error
-    try:
-        return DatasetIndex.from_json(data, where=f"{store.uri}/{INDEX_KEY}")
-    except CorruptError as error:
-        advice = "`xrai preprocess --overwrite` makes the data set anew"
-        raise CorruptError(f"{error}; {advice}") from error
+    """Read `dataset.json`. Raises `DatasetError` if there is none, `CorruptError` if damaged.
+
+    One that arrives damaged from a bucket is read again: the transfer may have been cut.
+    """
+    num_reads = _NUM_INDEX_READS if store.local_path(INDEX_KEY) is None else 1
+    while True:
+        try:
+            return DatasetIndex.from_json(store.read(INDEX_KEY), where=f"{store.uri}/{INDEX_KEY}")
+        except NotFoundError as error:
+            raise DatasetError(
+                f"{store.uri} holds no {INDEX_KEY}, so no data set; `xrai preprocess "
+                f"--source FOLDER --dataset {store.uri}` makes one"
+            ) from error
+        except CorruptError as error:
+            num_reads -= 1
+            if num_reads == 0:
+                advice = "`xrai preprocess --overwrite` makes the data set anew"
+                raise CorruptError(f"{error}; {advice}") from error
 
 
 def hash_object(store: Store, key: str) -> str | None:
     """Hex sha256 of an object's stored bytes, or None if there is no such object."""
-    path = store.local_path(key)
     try:
-        if path is not None:
+        with store.as_file(key) as path:
             return sha256_of(path)
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
-            return store.download(key, Path(folder) / "object")
     except (NotFoundError, FileNotFoundError):
         return None
 
