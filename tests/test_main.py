@@ -1,6 +1,7 @@
 """The command `xrai`: its words, and how `xrai train` becomes torchrun."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import run_module
+from tests.training import SMALL, Finished, run_module
 from xrai import __main__ as program
 from xrai import __version__
 
@@ -121,18 +122,57 @@ def test_options_of_torchrun_are_told_from_those_of_training_wherever_they_stand
     assert checks == [[sys.executable, "-m", "xrai.train", "--check", *own]]
 
 
-def test_a_single_machine_is_found_without_a_network(
-    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--standalone", "--nproc_per_node=2"],
+        ["--nproc_per_node=2"],
+        ["--nproc-per-node=2", "--nnodes=1"],
+        ["--nnodes=1:1", "--max_restarts=3"],
+    ],
+)
+def test_a_single_machine_is_found_without_its_name(
+    options: list[str], checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XRAI_PREFLIGHT", "0")
-    assert launched("--standalone", "--nproc_per_node=2") == [
-        "--standalone",
-        "--nproc_per_node=2",
-        "--local_addr=localhost",
-        "-m",
-        "xrai.train",
-    ]
+    expected = [*options, "--local_addr=localhost", "-m", "xrai.train"]
+    assert launched(*options) == expected
     assert not checks
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--nnodes=2",
+        "--nnodes=1:4",
+        "--node-rank=0",
+        "--rdzv_endpoint=node0:29400",
+        "--master_addr=10.0.0.1",
+        "--local_addr=node1",
+    ],
+)
+def test_a_job_that_says_where_its_machines_are_gets_no_other_address(
+    option: str, checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XRAI_PREFLIGHT", "0")
+    assert launched(option) == [option, "-m", "xrai.train"]
+    assert not checks
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_training_by_two_processes_needs_no_host_name_that_resolves(
+    has_flag: bool, finished: Finished, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root may give the machine another name, in a namespace of its own")
+    flags = ["--standalone"] if has_flag else []
+    command = [sys.executable, "-m", "xrai", "train", *flags, "--nproc_per_node=2"]
+    command += ["--dataset", str(finished.dataset), "--artifacts", str(tmp_path), "--run_id=named"]
+    script = 'hostname nosuch-host.example && exec "$@"'
+    unnamed = ["unshare", "-u", "sh", "-c", script, "sh", *command, *SMALL]
+    done = subprocess.run(unnamed, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_variables_of_torchrun_start_it_too(

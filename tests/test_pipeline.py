@@ -2,6 +2,7 @@
 ones go to review.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ from PIL import Image
 import xrai
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import MAX_PIXELS, phantoms, save_run
-from xrai.errors import ForbiddenError, RunError, SourceError, UserError
+from xrai.errors import CorruptError, ForbiddenError, RunError, SourceError, UserError
+from xrai.files import sha256_of
 from xrai.ingest.find import File, find_files
 from xrai.ingest.images import decode
 from xrai.phantom import draw_phantom, encode, plan
@@ -384,3 +386,25 @@ def test_an_array_that_is_no_grey_image_is_a_row_that_says_so(run: Run) -> None:
     rows = run.pipeline.predict([np.zeros((5, 5, 3), np.uint8), np.zeros((9, 9), np.float32)])
     assert [row.decision for row in rows] == ["review", "review"]
     assert rows[0].reason == "is an array of shape (5, 5, 3) and type uint8, not a grey image"
+
+
+def test_a_model_that_is_not_the_one_of_the_summary_is_refused(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    model = tmp_path / "run" / "model.pt"
+    summary = {"files": {"model.pt": sha256_of(model)}}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert xrai.load(str(tmp_path / "run")).model.run_id == run.pipeline.model.run_id
+    content = torch.load(model, weights_only=True)
+    torch.save({**content, "threshold": 0.9}, model)  # a sound file, but another
+    with pytest.raises(CorruptError, match="does not have the hash"):
+        xrai.load(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("summary", ["", "[]", '{"files": []}', '{"files": {}}', "{", "null"])
+def test_a_summary_that_states_no_hash_of_the_model_is_refused(
+    run: Run, summary: str, tmp_path: Path
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(summary)
+    with pytest.raises(RunError, match=r"summary.json does not state the hash of model.pt"):
+        xrai.load(str(tmp_path / "run"))

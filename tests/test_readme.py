@@ -30,7 +30,17 @@ WORDS = {*COMMANDS, "phantom"}
 GENERATED = {"configuration.md", "changelog.md", "contributing.md", "benchmarks.md"}
 OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phantoms
     *("all", "bench", "build", "check", "config", "dev", "docs", "env-file", "every", "file"),
-    *("format", "help", "logdir", "max_restarts", "num-images", "nproc_per_node", "out", "parts"),
+    *(
+        "format",
+        "help",
+        "local_addr",
+        "logdir",
+        "max_restarts",
+        "num-images",
+        "nproc_per_node",
+        "out",
+        "parts",
+    ),
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
     *("from-env-file", "volumes"),
 }

@@ -35,6 +35,9 @@ _TORCHRUN = re.compile(  # its options, each with either spelling of `_`
     r"--(standalone|nnodes|nproc.per.node|node.rank|rdzv.\w+|max.restarts|monitor.interval|role|tee"
     r"|shutdown.timeout|master.\w+|local.addr|log.dir|redirects|local.ranks.filter|numa.binding)(=|$)"
 )
+_ADDRESSED = re.compile(  # options and variables of a job that says where its machines are
+    r"(--|pet_)(nnodes=(?!1$|1:1$)|node.rank|rdzv.endpoint|master.addr|local.addr)", re.IGNORECASE
+)
 
 
 def main() -> NoReturn:
@@ -69,7 +72,8 @@ def launch(arguments: list[str]) -> list[str]:
     """
     options = [text for text in arguments if _TORCHRUN.match(text)]
     own = [text for text in arguments if text not in options]
-    if not options and not any(name.startswith("PET_") for name in os.environ):
+    variables = [f"{name}={text}" for name, text in os.environ.items() if name.startswith("PET_")]
+    if not options and not variables:
         return own
     if any(re.match(r"(--check|--help|-h|--print_config)(=|$)", text) for text in own):
         return own
@@ -86,8 +90,8 @@ def launch(arguments: list[str]) -> list[str]:
             sys.exit(130)
         if status:
             sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell says it
-    if "--standalone" in options:  # without a network the machine cannot be found by its name
-        options.append("--local_addr=localhost")
+    if not any(_ADDRESSED.match(text) for text in [*options, *variables]):
+        options.append("--local_addr=localhost")  # torchrun hangs where the host name is unknown
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *train, *own]
     os.execv(sys.executable, torchrun)

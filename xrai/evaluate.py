@@ -16,14 +16,14 @@ from xrai.config import Config
 from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, UserError
 from xrai.learning.distributed import join
-from xrai.learning.predictor import Predictions, TrainedModel, load_model, predict_split
+from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
 from xrai.measuring import Measuring, describe_dataset, read_known
+from xrai.pipeline import open_run
 from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, split_lines
 from xrai.results.types import SplitResults, binary_output
-from xrai.store import open_store
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
@@ -45,7 +45,7 @@ def main() -> None:
         )
     dataset = flags["dataset"]
     loaders = [open_split(config, dataset, split) for split in parse_splits(flags["split"])]
-    model = load_model(open_store(flags["run"]))
+    model = open_run(flags["run"])
     refuse_other_pixels(model, loaders[0])
     scored = score(model, loaders, config)
     run = RunFolder(artifacts or ".", run_id)

@@ -26,9 +26,10 @@ from xrai.ingest.images import decode
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.network import fold_filters
-from xrai.learning.predictor import TrainedModel, load_model
+from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.results.calibration import calibrated
 from xrai.results.review import REVIEW, needs_review
+from xrai.results.summary import stated_hash
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64
@@ -194,4 +195,10 @@ class Pipeline:
 
 def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:
     """The pipeline of the finished run at an address; `xrai.load` says more."""
-    return Pipeline(load_model(open_store(run)), max_pixels=max_pixels)
+    return Pipeline(open_run(run), max_pixels=max_pixels)
+
+
+def open_run(run: str) -> TrainedModel:
+    """The model of the finished run at an address, checked against the hash in its summary."""
+    store = open_store(run)
+    return load_model(store, sha256=stated_hash(store, MODEL_FILE))

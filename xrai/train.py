@@ -34,7 +34,7 @@ from xrai.learning.loop import (
     rank_batch_size,
     resolve_precision,
 )
-from xrai.learning.predictor import Trained, build_model, load_model, predict_split
+from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
@@ -260,7 +260,9 @@ def class_counts(index: DatasetIndex) -> tuple[int, int]:
 
 def first_weights(address: str, config: Config) -> dict[str, torch.Tensor]:
     """The weights of a finished run, for a network of this config."""
-    weights = load_model(open_store(address)).network.state_dict()
+    from xrai.pipeline import open_run  # here: it loads what decodes images
+
+    weights = open_run(address).network.state_dict()
     own = build_model(config.model).state_dict()
     for name, tensor in own.items():
         if name not in weights or weights[name].shape != tensor.shape:

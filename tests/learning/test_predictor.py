@@ -8,7 +8,8 @@ import torch
 
 from tests.learning.fakes import FakeLoader, make_discs
 from xrai.config import Augment, Images, Model
-from xrai.errors import RunError
+from xrai.errors import CorruptError, RunError
+from xrai.files import sha256_of
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import (
@@ -21,6 +22,7 @@ from xrai.learning.predictor import (
 )
 from xrai.learning.typicality import Typicality, fit_typicality
 from xrai.store import open_store
+from xrai.store.folder import FolderStore
 
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -74,6 +76,58 @@ def test_a_model_of_another_version_is_refused(run: Path) -> None:
     torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
     with pytest.raises(RunError, match="schema version 1, this xrai reads version 2"):
         load_model(open_store(str(run)))
+
+
+def test_a_model_file_with_a_flipped_bit_is_refused_or_unchanged(run: Path) -> None:
+    good = (run / MODEL_FILE).read_bytes()
+    expected = torch.load(run / MODEL_FILE, weights_only=True)["weights"]
+    generator, num_refused = np.random.default_rng(0), 0
+    for place in generator.integers(0, len(good), 150).tolist():
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        (run / MODEL_FILE).write_bytes(damaged)
+        try:
+            found = load_model(open_store(str(run))).network.state_dict()
+        except CorruptError:
+            num_refused += 1
+        else:  # a bit that means nothing, such as one of a file's date
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert num_refused > 100
+
+
+def test_a_model_file_cut_anywhere_is_refused(run: Path) -> None:
+    good = (run / MODEL_FILE).read_bytes()
+    for length in np.random.default_rng(1).integers(0, len(good), 20).tolist():
+        (run / MODEL_FILE).write_bytes(good[:length])
+        with pytest.raises(CorruptError, match=MODEL_FILE.replace(".", r"\.")):
+            load_model(open_store(str(run)))
+
+
+class Bucket(FolderStore):
+    """A store that is not on this machine, whose first transfers arrive damaged."""
+
+    def __init__(self, folder: Path, *, num_damaged: int) -> None:
+        super().__init__(folder)
+        self.num_damaged = num_damaged
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    def download(self, key: str, path: Path) -> str:
+        digest = super().download(key, path)
+        if self.num_damaged:
+            self.num_damaged -= 1
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        return digest
+
+
+def test_a_model_that_arrives_damaged_is_fetched_again(run: Path) -> None:
+    sha256 = sha256_of(run / MODEL_FILE)
+    assert load_model(Bucket(run, num_damaged=2), sha256=sha256).run_id == "discs"
+    with pytest.raises(CorruptError, match="does not have the hash"):
+        load_model(Bucket(run, num_damaged=3), sha256=sha256)
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -10,6 +10,9 @@ the position in the epoch is the whole state of all generators.
 import json
 import math
 import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +27,18 @@ from xrai.store import Store
 
 FOLDER = "checkpoints"
 SCHEMA_VERSION = 1
+# What zipfile and torch raise on bytes that are not a file of weights
+_UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    LookupError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,  # zipfile seeks to where a damaged header points
+)
 _logger = get_logger(__name__)
 
 
@@ -158,7 +173,8 @@ class CheckpointFolder:
 
 
 def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str, Any]:
-    """Tensors and plain values that `torch.save` wrote, checked against a hash if one is known.
+    """Tensors and plain values that `torch.save` wrote, checked against a hash if one is known,
+    else against the CRC-32 that the file holds of each tensor, which torch itself does not check.
 
     Nothing but tensors and plain containers is ever unpickled. `name` names the file in messages.
     Raises `CorruptError` if the bytes are not as saved, `NotFoundError` if there is no such file.
@@ -168,9 +184,12 @@ def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str,
     if sha256 is not None and sha256_of(path) != sha256:
         raise CorruptError(f"{name} does not have the hash {sha256[:12]}… that it was saved with")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise CorruptError(f"{name} is damaged: its part {damaged} is not as it was saved")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        cause = str(error).splitlines()[0]
+    except _UNREADABLE as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
         raise CorruptError(f"{name} is not a file of weights: {cause}") from error
     if not isinstance(state, dict):
         raise CorruptError(f"{name} holds {type(state).__name__}, not the state of a model")

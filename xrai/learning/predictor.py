@@ -1,7 +1,9 @@
 """From weights to scores: a split over all ranks, and the model file of a finished run."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from xrai.config import Augment, Images, Model
-from xrai.errors import RunError
+from xrai.errors import CorruptError, RunError
 from xrai.files import replacing
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
@@ -22,6 +24,7 @@ from xrai.store import Store
 
 MODEL_FILE = "model.pt"
 SCHEMA_VERSION = 2
+_NUM_TRANSFERS: Final = 3  # of a model file in a bucket, until it arrives as it was stored
 
 
 @dataclass(frozen=True)
@@ -149,17 +152,18 @@ def save_model(path: Path, trained: TrainedModel) -> None:
         torch.save(content, file)
 
 
-def load_model(store: Store) -> TrainedModel:
+def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
     """The model of a finished run, from the run's place in a store.
 
-    Raises `RunError` if there is no model, or one of another version.
+    `sha256` is the hash that the run's summary states; without a summary the file is checked
+    against its own checksums. A transfer that damages the file is repeated. Raises `RunError` if
+    there is no model, or one of another version, and `CorruptError` if it is not as saved.
     """
     if store.size(MODEL_FILE) is None:
         raise RunError(
             f"{store.uri} holds no {MODEL_FILE}: no such run, or its training has not ended"
         )
-    with store.as_file(MODEL_FILE) as path:
-        content = read_state(path, name=f"{MODEL_FILE} in {store.uri}")
+    content = _read_model(store, sha256)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise RunError(
             f"{MODEL_FILE} of {store.uri} has schema version {content.get('schema_version')}, "
@@ -180,3 +184,13 @@ def load_model(store: Store) -> TrainedModel:
         run_id=content["run_id"],
         fingerprint=content["fingerprint"],
     )
+
+
+def _read_model(store: Store, sha256: str | None) -> dict[str, Any]:
+    name = f"{MODEL_FILE} in {store.uri}"
+    num_tries = 1 if store.local_path(MODEL_FILE) is not None else _NUM_TRANSFERS
+    for _ in range(num_tries - 1):
+        with store.as_file(MODEL_FILE) as path, suppress(CorruptError):
+            return read_state(path, name=name, sha256=sha256)
+    with store.as_file(MODEL_FILE) as path:
+        return read_state(path, name=name, sha256=sha256)

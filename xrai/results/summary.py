@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from xrai.errors import RunError
+from xrai.results.folder import SUMMARY
 from xrai.results.metrics import HEADLINES, format_interval, format_value
 from xrai.results.types import Counts, Estimate, SplitResults, TrainedOn, Training
+from xrai.store import Store
 
 SCHEMA_VERSION = 1
 
@@ -124,6 +126,21 @@ def read_summary(data: bytes, *, where: str) -> Summary:
         return Summary(Training(**training), MainResults(**main), found["validation"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{where} is not a summary of a run: {error!r}") from error
+
+
+def stated_hash(store: Store, name: str) -> str | None:
+    """The SHA-256 that summary.json states of a file of the run; None if the run has no summary.
+
+    Raises `RunError` if the summary cannot be read or does not state it.
+    """
+    if store.size(SUMMARY) is None:
+        return None
+    try:
+        return str(json.loads(store.read(SUMMARY))["files"][name])
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(
+            f"{store.uri}/{SUMMARY} does not state the hash of {name}: it is damaged"
+        ) from error
 
 
 def result_lines(summary: Summary, folder: str | Path) -> list[str]:
