@@ -4,6 +4,7 @@ line.
 
 import csv
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,6 +297,29 @@ def test_a_run_that_exists_is_not_begun_again_with_resume_never(
         capsys=capsys,
     )
     assert status == 2 and "--resume is never" in lines[0]
+
+
+@pytest.mark.parametrize("num_lines", [0, 1, 2])
+def test_a_run_whose_history_lacks_epochs_of_its_checkpoint_is_not_resumed(
+    num_lines: int,
+    finished: Finished,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished.folder, folder)
+    (folder / "summary.json").unlink()  # as if it had been killed before its end
+    rows = (folder / "history.csv").read_text().splitlines(keepends=True)
+    (folder / "history.csv").write_text("".join(rows[:num_lines]))
+    config = (folder / "config.yaml").read_bytes()
+    status, lines = call(
+        f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=whole", *SMALL, capsys=capsys
+    )
+    num_epochs = max(0, num_lines - 1)
+    assert status == 2
+    assert f"history.csv has {num_epochs} epochs, but the checkpoint was made after 2" in lines[0]
+    assert (folder / "config.yaml").read_bytes() == config
 
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(

@@ -24,7 +24,7 @@ from xrai.learning.predictor import MODEL_FILE, Predictions, Trained, TrainedMod
 from xrai.log import get_logger
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.environment import describe_environment
-from xrai.results.folder import SUMMARY, RunFolder
+from xrai.results.folder import HISTORY, SUMMARY, RunFolder
 from xrai.results.history import EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
@@ -111,6 +111,8 @@ class Job:
         if found is not None:
             refuse_other_run(found[1]["facts"], self.facts, name=found[0].file)
         self.run.open()
+        if found is not None:
+            self._refuse_incomplete_history(found[0].epoch)
         self.run.write_text("config.yaml", self.config.to_yaml())
         self.run.write_json("environment.json", self._environment())
         entry, state = found or (None, None)
@@ -122,6 +124,16 @@ class Job:
         self.run.events.add_hyperparameters(self.config.to_mapping())
         self.run.close_segment()  # now, so that TensorBoard lists runs that are not finished
         return state
+
+    def _refuse_incomplete_history(self, num_epochs: int) -> None:
+        """Raise `RunError` unless history.csv has the epochs that the checkpoint had done."""
+        epochs = [row.epoch for row in self.run.history()]
+        if epochs[:num_epochs] != list(range(1, num_epochs + 1)):
+            raise RunError(
+                f"{self.run.address}/{HISTORY} has {len(epochs)} epochs, but the checkpoint was "
+                f"made after {num_epochs}: the file is damaged; restore it, or start anew with "
+                "another --run_id"
+            )
 
     def after_epoch(self, result: EpochResult) -> float:
         """Record an epoch; its score is the AUROC on augmented validation images.

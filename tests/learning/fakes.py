@@ -18,6 +18,7 @@ from xrai.learning.checkpoint import CheckpointFolder
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import build_model
 from xrai.store import open_store
+from xrai.store.folder import FolderStore
 
 
 @dataclass
@@ -182,3 +183,23 @@ def train_discs(
         name: tensor.double().flatten().tolist() for name, tensor in network.state_dict().items()
     }
     return Outcome(ranks.sum(per_step).tolist(), weights, results, stopped)
+
+
+class DamagingStore(FolderStore):
+    """A store that is not on this machine, whose first transfers arrive damaged."""
+
+    def __init__(self, folder: Path, *, num_damaged: int) -> None:
+        super().__init__(folder)
+        self.num_damaged = num_damaged
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    def download(self, key: str, path: Path) -> str:
+        digest = super().download(key, path)
+        if self.num_damaged:
+            self.num_damaged -= 1
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        return digest

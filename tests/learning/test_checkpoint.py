@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.learning.fakes import DamagingStore
 from xrai.errors import CorruptError, NotFoundError, RunError
 from xrai.learning.checkpoint import CheckpointFolder, read_state, refuse_other_run
 from xrai.store import open_store
@@ -147,6 +148,45 @@ def test_a_damaged_mark_is_skipped_with_a_warning(
     found = open_folder(tmp_path).newest()
     assert found is not None and found[0].step == 5
     assert "step-000000010.json" in caplog.text
+
+
+@pytest.mark.parametrize("pattern", ["step-*.pt", "step-*.json"])
+def test_a_run_of_which_no_checkpoint_can_be_read_is_not_begun_again(
+    pattern: str, tmp_path: Path
+) -> None:
+    folder = open_folder(tmp_path)
+    for step in (5, 10):
+        folder.save(state_of(step), step=step, epoch=1, score=None)
+    for path in (tmp_path / "checkpoints").glob(pattern):
+        path.write_bytes(path.read_bytes()[:-9])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    recorder = Recorder()
+    with pytest.raises(RunError, match="has 2 checkpoints and none of them can be read"):
+        open_folder(tmp_path, recorder).newest()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert recorder.removed == []
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_checkpoint_that_arrives_damaged_is_fetched_again(
+    num_damaged: int, tmp_path: Path
+) -> None:
+    writer = open_folder(tmp_path / "bucket")
+    for step in (5, 10):
+        writer.save(state_of(step), step=step, epoch=1, score=None)
+    bucket = DamagingStore(tmp_path / "bucket", num_damaged=num_damaged)
+    none = Recorder()
+    folder = CheckpointFolder(
+        tmp_path / "here",
+        store=bucket,
+        publish=none.publish,
+        remove=none.remove,
+        keep_last=2,
+        keep_best=1,
+    )
+    found = folder.newest()
+    assert found is not None and found[0].step == 10
+    assert none.removed == [] and bucket.num_damaged == 0
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

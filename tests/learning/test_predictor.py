@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learning.fakes import FakeLoader, make_discs
+from tests.learning.fakes import DamagingStore, FakeLoader, make_discs
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
 from xrai.files import sha256_of
@@ -22,7 +22,6 @@ from xrai.learning.predictor import (
 )
 from xrai.learning.typicality import Typicality, fit_typicality
 from xrai.store import open_store
-from xrai.store.folder import FolderStore
 
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -103,31 +102,11 @@ def test_a_model_file_cut_anywhere_is_refused(run: Path) -> None:
             load_model(open_store(str(run)))
 
 
-class Bucket(FolderStore):
-    """A store that is not on this machine, whose first transfers arrive damaged."""
-
-    def __init__(self, folder: Path, *, num_damaged: int) -> None:
-        super().__init__(folder)
-        self.num_damaged = num_damaged
-
-    def local_path(self, key: str) -> None:
-        return None
-
-    def download(self, key: str, path: Path) -> str:
-        digest = super().download(key, path)
-        if self.num_damaged:
-            self.num_damaged -= 1
-            data = bytearray(path.read_bytes())
-            data[len(data) // 2] ^= 1
-            path.write_bytes(data)
-        return digest
-
-
 def test_a_model_that_arrives_damaged_is_fetched_again(run: Path) -> None:
     sha256 = sha256_of(run / MODEL_FILE)
-    assert load_model(Bucket(run, num_damaged=2), sha256=sha256).run_id == "discs"
+    assert load_model(DamagingStore(run, num_damaged=2), sha256=sha256).run_id == "discs"
     with pytest.raises(CorruptError, match="does not have the hash"):
-        load_model(Bucket(run, num_damaged=3), sha256=sha256)
+        load_model(DamagingStore(run, num_damaged=3), sha256=sha256)
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -13,7 +13,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from xrai.store import Store
 
 FOLDER = "checkpoints"
 SCHEMA_VERSION = 1
+NUM_TRANSFERS = 3  # of a file in a bucket, until it arrives as it was stored
 # What zipfile and torch raise on bytes that are not a file of weights
 _UNREADABLE = (
     RuntimeError,
@@ -97,17 +98,30 @@ class CheckpointFolder:
         self._prune()
 
     def newest(self) -> tuple[Entry, dict[str, Any]] | None:
-        """The newest readable checkpoint, or None; damaged ones are dropped with a warning."""
+        """The newest readable checkpoint, or None if there never was one. Damaged ones are skipped
+        with a warning, and removed once an older one has been read.
+
+        Raises `RunError` if there are checkpoints but none can be read: to start anew would replace
+        them.
+        """
         for path in (self._folder / FOLDER).glob(".*"):
             if is_temporary(path.name):  # of a process that was killed while it saved
                 path.unlink(missing_ok=True)
-        self._entries = sorted(self._listed(), key=lambda entry: entry.step)
-        for entry in reversed(self._entries):
+        marks = self._marks()
+        self._entries = sorted(self._listed(marks), key=lambda entry: entry.step)
+        for place, entry in reversed(list(enumerate(self._entries))):
             state = self._readable(entry)
             if state is not None:
+                for damaged in self._entries[place + 1 :]:
+                    self._delete(damaged)
+                del self._entries[place + 1 :]
                 return entry, state
-            self._entries.remove(entry)
-            self._delete(entry)
+        if marks:
+            raise RunError(
+                f"{self._store.uri} has {len(marks)} checkpoints and none of them can be read, so "
+                "the run cannot be resumed and is left as it is: restore one of them, or start "
+                "anew with another --run_id"
+            )
         return None
 
     def best(self) -> tuple[Entry, dict[str, Any]] | None:
@@ -124,22 +138,27 @@ class CheckpointFolder:
         by_step = {entry.step: entry for entry in self._entries}
         return [by_step[step] for _, step in sorted(scored)]
 
-    def _listed(self) -> Iterator[Entry]:
-        """Checkpoints in the store, and those here that an earlier process did not upload."""
+    def _marks(self) -> dict[str, bool]:
+        """The marks in the store, and those here that an earlier process did not upload; each with
+        whether it is stored.
+        """
         stored = {found.key for found in self._store.list(FOLDER + "/")}
         here = {f"{FOLDER}/{path.name}" for path in (self._folder / FOLDER).glob("step-*.json")}
-        for key in sorted(stored | here):
-            if not key.endswith(".json") or key.endswith("/latest.json"):
-                continue
+        return {
+            key: key in stored
+            for key in sorted(stored | here)
+            if key.endswith(".json") and not key.endswith("/latest.json")
+        }
+
+    def _listed(self, marks: Mapping[str, bool]) -> Iterator[Entry]:
+        for key, is_stored in marks.items():
             try:
-                content = (
-                    self._store.read(key) if key in stored else (self._folder / key).read_bytes()
-                )
+                content = self._store.read(key) if is_stored else (self._folder / key).read_bytes()
                 entry = Entry(**json.loads(content))
                 if _mark_name(entry) != key:
                     raise ValueError(f"it belongs to {entry.file!r}")
                 yield entry
-            except (ValueError, TypeError, UnicodeDecodeError) as error:
+            except (ValueError, TypeError) as error:
                 where = self._store.uri
                 _logger.warning(
                     "checkpoint mark %s in %s is damaged and skipped: %s", key, where, error
@@ -151,7 +170,9 @@ class CheckpointFolder:
         try:
             if path is None:  # in a bucket: the copy here may not have been uploaded yet
                 path = self._folder / entry.file
-                if not path.exists() or sha256_of(path) != entry.sha256:
+                for _ in range(NUM_TRANSFERS):
+                    if path.exists() and sha256_of(path) == entry.sha256:
+                        break
                     self._store.download(entry.file, path)
             name = f"{entry.file} in {self._store.uri}"
             return read_state(path, name=name, sha256=entry.sha256)

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from xrai.errors import CorruptError, RunError
 from xrai.files import replacing
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
-from xrai.learning.checkpoint import read_state
+from xrai.learning.checkpoint import NUM_TRANSFERS, read_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import ResNet, fold_filters
 from xrai.learning.typicality import SHIFT_SEED, Typicality
@@ -24,7 +24,6 @@ from xrai.store import Store
 
 MODEL_FILE = "model.pt"
 SCHEMA_VERSION = 2
-_NUM_TRANSFERS: Final = 3  # of a model file in a bucket, until it arrives as it was stored
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
 
 def _read_model(store: Store, sha256: str | None) -> dict[str, Any]:
     name = f"{MODEL_FILE} in {store.uri}"
-    num_tries = 1 if store.local_path(MODEL_FILE) is not None else _NUM_TRANSFERS
+    num_tries = 1 if store.local_path(MODEL_FILE) is not None else NUM_TRANSFERS
     for _ in range(num_tries - 1):
         with store.as_file(MODEL_FILE) as path, suppress(CorruptError):
             return read_state(path, name=name, sha256=sha256)
