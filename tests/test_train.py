@@ -223,7 +223,7 @@ def test_ranks_other_than_0_never_load_what_measures_and_draws(
             "the nearest that can is 32",
         ),
         (["--run_id=../up"], "--run_id '../up' is not allowed"),
-        (["--resume=perhaps"], "it takes auto, must or never"),
+        (["--resume=perhaps"], "it takes auto, must, never or changed"),
         (["--resume=must", "--run_id=new"], "holds no checkpoint and --resume is must"),
         (["--optim.lrr=1"], "did you mean --optim.lr?"),
         (["--train.epochs=0"], "train.epochs = 0 is not allowed"),
@@ -320,6 +320,45 @@ def test_a_run_whose_history_lacks_epochs_of_its_checkpoint_is_not_resumed(
     assert status == 2
     assert f"history.csv has {num_epochs} epochs, but the checkpoint was made after 2" in lines[0]
     assert (folder / "config.yaml").read_bytes() == config
+
+
+def test_a_finished_run_named_again_with_another_config_is_refused(
+    finished: Finished, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished.folder
+    common = [f"--dataset={dataset}", f"--artifacts={folder.parent}", "--run_id=whole", *SMALL]
+    before = (folder / "config.yaml").read_bytes()
+    status, lines = call(*common, "--optim.lr=0.5", "--train.threads=1", capsys=capsys)
+    assert status == 2
+    assert "is finished, with another config (optim.lr = 0.5, was 0.003)" in lines[0]
+    assert (folder / "config.yaml").read_bytes() == before
+    status, _ = call(*common, "--train.threads=1", "--cache.max_gib=3", capsys=capsys)
+    assert status == 0
+
+
+def test_a_changed_config_is_named_and_taken_only_when_told_so(
+    finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished.folder, folder)
+    (folder / "summary.json").unlink()  # as if it had been killed before its end
+    before = (folder / "config.yaml").read_bytes()
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=whole", *SMALL]
+    changes = ["--optim.lr=0.01", "--augment.blur=0.25"]
+    status, lines = call(*common, *changes, "--train.max_steps=90", capsys=capsys)
+    assert status == 2
+    assert "augment.blur = 0.25, was 0.5, optim.lr = 0.01, was 0.003" in lines[0]
+    assert "--resume=changed" in lines[0] and "max_steps" not in lines[0]
+    assert (folder / "config.yaml").read_bytes() == before
+    (folder / "config.yaml").write_text("optim: 3")
+    status, lines = call(*common, capsys=capsys)
+    assert status == 2 and "config.yaml is not the config of a run" in lines[0]
+    (folder / "config.yaml").write_bytes(before)
+    status, _ = call(*common, *changes, "--resume=changed", capsys=capsys)
+    assert status == 0
+    (kept,) = folder.glob("config-until-step-*.yaml")
+    assert kept.read_bytes() == before
+    assert "lr: 0.01" in (folder / "config.yaml").read_text()
 
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(

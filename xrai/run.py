@@ -7,11 +7,12 @@ file of the run.
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from xrai.config import Config
 from xrai.dataset.loader import Loader, open_split
@@ -38,6 +39,14 @@ from xrai.results.types import (
 )
 
 _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
+_CONFIG = "config.yaml"
+# Keys and sections that say how a training is carried out and not what comes of it
+_FREE = frozenset(
+    {"cache", "checkpoint", "loader", "shards", "splits", "evaluate.batch_size"}
+    | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
+    | {"train.timeout_s", "train.step_timeout_s"}
+)
+_LIMITS = frozenset({"train.max_steps", "train.max_minutes"})  # may differ until a run is finished
 _ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
 _logger = get_logger(__name__)
 
@@ -89,13 +98,22 @@ class Job:
             raise RunError(
                 f"run {address} is finished and --resume is never: give another --run_id, or none"
             )
+        if changed := self._changed():
+            raise RunError(
+                f"run {address} is finished, with another config ({', '.join(changed)}): give "
+                "another --run_id to train with this one"
+            )
         _logger.info("run %s is finished; give another --run_id to train once more", address)
         summary = read_summary(self.run.store.read(SUMMARY), where=f"{address}/{SUMMARY}")
         print("\n".join(result_lines(summary, address)), flush=True)
         return True
 
     def open(self, *, resume: str) -> dict[str, Any] | None:
-        """Open the folder and return the newest checkpoint's state, or None to start anew."""
+        """Open the folder and return the newest checkpoint's state, or None to start anew.
+
+        Raises `RunError` where the run has another config than this one, unless `resume` is
+        `changed`; then the earlier config is kept under the name of its last step.
+        """
         existed = self.run.exists()
         if resume == "never" and existed:
             raise RunError(
@@ -110,10 +128,20 @@ class Job:
             )
         if found is not None:
             refuse_other_run(found[1]["facts"], self.facts, name=found[0].file)
+        if (changed := self._changed(free=_FREE | _LIMITS)) and resume != "changed":
+            raise RunError(
+                f"run {self.run.address} began with another config ({', '.join(changed)}): give "
+                "the same values, or --resume=changed to go on with these, or another --run_id"
+            )
         self.run.open()
         if found is not None:
             self._refuse_incomplete_history(found[0].epoch)
-        self.run.write_text("config.yaml", self.config.to_yaml())
+        if changed:
+            step = 0 if found is None else found[0].step
+            _logger.warning("from step %d on with a changed config: %s", step, ", ".join(changed))
+            earlier = self.run.store.read(_CONFIG).decode()
+            self.run.write_text(f"config-until-step-{step:09d}.yaml", earlier)
+        self.run.write_text(_CONFIG, self.config.to_yaml())
         self.run.write_json("environment.json", self._environment())
         entry, state = found or (None, None)
         if entry is None:
@@ -124,6 +152,22 @@ class Job:
         self.run.events.add_hyperparameters(self.config.to_mapping())
         self.run.close_segment()  # now, so that TensorBoard lists runs that are not finished
         return state
+
+    def _changed(self, *, free: Set[str] = _FREE) -> list[str]:
+        """The keys, except the free ones, in which this config differs from that of the run."""
+        if self.run.store.size(_CONFIG) is None:
+            return []
+        where = f"{self.run.address}/{_CONFIG}"
+        try:
+            earlier = yaml.safe_load(self.run.store.read(_CONFIG))
+            return [
+                f"{section}.{key} = {value!r}, was {earlier[section][key]!r}"
+                for section, keys in self.config.to_mapping().items()
+                for key, value in keys.items()
+                if not free & {section, f"{section}.{key}"} and earlier[section][key] != value
+            ]
+        except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+            raise RunError(f"{where} is not the config of a run: it is damaged") from error
 
     def _refuse_incomplete_history(self, num_epochs: int) -> None:
         """Raise `RunError` unless history.csv has the epochs that the checkpoint had done."""

@@ -52,7 +52,8 @@ FLAGS = (
     Flag(
         "resume",
         "auto",
-        "auto: resume a run of this name; must: refuse if there is none; never: if there is one",
+        "auto: resume a run of this name; must: refuse if there is none; never: if there is one; "
+        "changed: resume one with another config",
     ),
     Flag(
         "init_from",
@@ -75,9 +76,9 @@ def main() -> None:
     """Read the command line, join the job, and do this rank's part of it."""
     parsed = parse("train", description="Train a network on a data set.", flags=FLAGS)
     config, flags, _ = parsed
-    if flags["resume"] not in ("auto", "must", "never"):
+    if flags["resume"] not in ("auto", "must", "never", "changed"):
         raise ConfigError(
-            f"--resume = {flags['resume']!r} is not allowed: it takes auto, must or never"
+            f"--resume = {flags['resume']!r} is not allowed: it takes auto, must, never or changed"
         )
     profile_steps(config.train.profile)
     setup_logging(rank=own_place().rank)
