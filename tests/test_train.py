@@ -361,6 +361,18 @@ def test_a_changed_config_is_named_and_taken_only_when_told_so(
     assert "lr: 0.01" in (folder / "config.yaml").read_text()
 
 
+def test_tasks_of_slurm_that_would_each_train_alone_are_refused(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    status, lines = call(f"--dataset={dataset}", "--check", capsys=capsys)
+    assert status == 2 and "SLURM_NTASKS = 2, but WORLD_SIZE is not set" in lines[0]
+    assert "torchrun" in lines[0]
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    status, _ = call(f"--dataset={dataset}", "--check", *SMALL, capsys=capsys)
+    assert status == 0
+
+
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
     finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

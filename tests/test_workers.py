@@ -32,6 +32,13 @@ def is_alive(process: int) -> bool:
     return state != "Z"
 
 
+def wait_for_end(process: int) -> None:
+    deadline = time.monotonic() + 60
+    while is_alive(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_worker_ends_with_its_killed_parent_and_ignores_interrupts(
     method: str, tmp_path: Path
@@ -52,13 +59,41 @@ def test_a_worker_ends_with_its_killed_parent_and_ignores_interrupts(
         assert "SIGINT" in ignored_signals(worker)
         assert is_alive(worker)
         parent.kill()
-    deadline = time.monotonic() + 60
-    while is_alive(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_end(worker)
 
 
 def ignored_signals(process: int) -> set[str]:
     status = Path(f"/proc/{process}/status").read_text().splitlines()
     (mask,) = (int(line.split()[1], 16) for line in status if line.startswith("SigIgn:"))
     return {known.name for known in signal.Signals if mask >> (known - 1) & 1}
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+from xrai.workers import follow_parent
+
+if sys.argv[1:] == ["child"]:
+    signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+    follow_parent(grace_s=0.2)
+    print(os.getpid(), flush=True)
+    while True:
+        time.sleep(60)
+else:
+    subprocess.run([sys.executable, __file__, "child"])
+"""
+
+
+def test_a_process_that_follows_its_parent_is_asked_to_stop_and_then_ended(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(STUBBORN)
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        assert parent.stdout.read() == "asked to stop\n"
+    wait_for_end(child)

@@ -7,6 +7,7 @@ images that they have not seen.
 
 import dataclasses
 import functools
+import os
 import shutil
 import signal
 import time
@@ -25,7 +26,7 @@ from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
 from xrai.files import num_cores
-from xrai.learning.distributed import Ranks, join, own_place, record_failures
+from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
 from xrai.learning.loop import (
     Setup,
     explaining_memory,
@@ -39,6 +40,7 @@ from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
 from xrai.store import open_store
+from xrai.workers import follow_parent
 
 if TYPE_CHECKING:
     from xrai.run import Job
@@ -68,6 +70,7 @@ FLAGS = (
     ),
 )
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
+_GRACE_S = 60.0  # between torchrun's end and that of a rank which cannot stop by itself
 _RESULTS_TIMEOUT_S = 3600.0  # how long the other ranks wait while rank 0 writes the results
 _logger = get_logger("xrai.train")
 
@@ -81,8 +84,12 @@ def main() -> None:
             f"--resume = {flags['resume']!r} is not allowed: it takes auto, must, never or changed"
         )
     profile_steps(config.train.profile)
-    setup_logging(rank=own_place().rank)
+    place = own_place()
+    setup_logging(rank=place.rank)
+    refuse_lone_tasks(place)
     stop = StopRequest()
+    if place.is_torchrun:
+        follow_parent(grace_s=_GRACE_S)
     with join(timeout_s=config.train.timeout_s) as ranks:
         torch.set_num_threads(config.train.threads or max(1, num_cores() // ranks.local_world_size))
         with ranks.explaining(), explaining_memory(config.train, world_size=ranks.world_size):
@@ -193,6 +200,18 @@ def score(
 def name_of(loader: Loader, row: int) -> str:
     """The source of an image of a split."""
     return str(loader.columns("source", start=row, stop=row + 1)["source"][0])
+
+
+def refuse_lone_tasks(place: Place) -> None:
+    """Raise `UserError` where Slurm starts several tasks and each would train the run alone."""
+    num_tasks = os.environ.get("SLURM_NTASKS", "1")
+    if place.world_size == 1 and not place.is_torchrun and num_tasks not in ("", "0", "1"):
+        raise UserError(
+            f"SLURM_NTASKS = {num_tasks}, but WORLD_SIZE is not set: each task would train the "
+            "same run by itself; start one task a node, each with torchrun (srun "
+            "--ntasks-per-node=1 torchrun --nnodes=… -m xrai.train), or unset SLURM_NTASKS to "
+            "train with one process"
+        )
 
 
 class StopRequest:

@@ -1,13 +1,16 @@
-"""A pool of worker processes that end with their parent, however it ends."""
+"""Processes that end with their parent, however it ends: workers of a pool, ranks of torchrun."""
 
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from typing import Any
+
+_LOOK_EVERY_S = 0.5
 
 
 def start_pool(
@@ -20,6 +23,22 @@ def start_pool(
     return ProcessPoolExecutor(
         num_workers, context, initializer=_begin, initargs=(initializer, initargs)
     )
+
+
+def follow_parent(*, grace_s: float) -> None:
+    """When this process's parent ends, ask this process to stop by SIGTERM, and end it `grace_s`
+    seconds later if it is still there.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_s)
+        os._exit(1)  # it hangs, waiting for ranks that are gone
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _begin(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
