@@ -28,8 +28,8 @@ from xrai.log import get_logger, setup_logging
 from xrai.phantom import draw_phantom, plan
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.folder import RunFolder
-from xrai.results.tables import to_json
 from xrai.store import open_store
+from xrai.tables import to_json
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),

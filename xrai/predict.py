@@ -26,8 +26,8 @@ from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.results.folder import RunFolder
 from xrai.results.panel import draw_panel
 from xrai.results.review import REVIEW
-from xrai.results.tables import safe_path, to_csv, to_json
 from xrai.store import Store, open_store
+from xrai.tables import to_csv, to_json
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
@@ -116,8 +116,7 @@ def write_table(
     out: Store, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
 ) -> None:
     """Write predictions.csv, then predictions.json, which also states the model and overlays."""
-    cells = ({**asdict(row), "path": safe_path(row.path)} for row in rows)
-    table = to_csv([field.name for field in fields(Prediction)], cells)
+    table = to_csv([field.name for field in fields(Prediction)], rows)
     content = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,

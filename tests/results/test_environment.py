@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xrai.results.environment import describe_environment
-from xrai.results.tables import to_json
+from xrai.tables import to_json
 
 
 def test_the_environment_names_no_host_user_or_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ from xrai.results.metrics import (
     format_value,
 )
 from xrai.results.schema import metrics_json
-from xrai.results.tables import to_json
 from xrai.results.types import Counts, CurvePoint, Output, ReviewCount, Scores
+from xrai.tables import to_json
 
 
 def plain_metrics(labels: Any, scores: Any, threshold: float) -> dict[str, float]:

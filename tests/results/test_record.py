@@ -22,8 +22,8 @@ from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import Page, render_report
 from xrai.results.schema import metrics_json
 from xrai.results.summary import Summary, main_results, read_summary, result_lines, split_lines
-from xrai.results.tables import to_json
 from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, TrainedOn, Training
+from xrai.tables import to_json
 
 TRAINING = Training(
     "r1", "done", 3, 2, "f", 1.5, TrainedOn("s", 64, "crop", {"train": {"normal": 1}})

@@ -16,8 +16,8 @@ from xrai.results.metrics import HEADLINES
 from xrai.results.record import record_scores
 from xrai.results.schema import metrics_json
 from xrai.results.summary import Summary, main_results, result_lines
-from xrai.results.tables import to_json
 from xrai.results.types import Output, Scores, SplitResults, TrainedOn, Training
+from xrai.tables import to_json
 
 STORED = Path(__file__).with_name("stored")
 

@@ -3,8 +3,6 @@
 Rooms do not import each other, so the commands pass in what draws (`xrai.results.sheets`).
 """
 
-import csv
-import io
 import re
 import tempfile
 from collections import Counter
@@ -22,6 +20,7 @@ from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
 from xrai.log import printable
 from xrai.store import Store
+from xrai.tables import to_csv
 
 REPORT_KEYS: Final = tuple(
     REPORT_PREFIX + name
@@ -157,14 +156,18 @@ def _text(text: str) -> str:
 
 
 def _write_near(near: Sequence[NearDuplicate]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["distance", "split", "path", "other_split", "other_path"])
-    for pair in near:
-        writer.writerow(
-            [pair.distance, pair.one.split, pair.one.path, pair.other.split, pair.other.path]
-        )
-    return text.getvalue().encode()
+    rows = [
+        {
+            "distance": pair.distance,
+            "split": pair.one.split,
+            "path": pair.one.path,
+            "other_split": pair.other.split,
+            "other_path": pair.other.path,
+        }
+        for pair in near
+    ]
+    columns = ("distance", "split", "path", "other_split", "other_path")
+    return to_csv(columns, rows).encode()
 
 
 def _by_place(row: Row) -> tuple[str, int]:

@@ -27,9 +27,9 @@ from xrai.files import cache_folder, explaining, sha256_of, write_atomically
 from xrai.log import get_logger
 from xrai.results.history import COLUMNS, EpochRow, parse_history, read_history
 from xrai.results.publisher import Publisher
-from xrai.results.tables import to_csv, to_json
 from xrai.results.tensorboard import Events
 from xrai.store import Store, check_key, open_store
+from xrai.tables import to_csv, to_json
 
 SUMMARY = "summary.json"
 EVENTS = "tensorboard"

@@ -14,8 +14,8 @@ from xrai.results.review import REVIEW
 from xrai.results.schema import metrics_json
 from xrai.results.sheets import draw_sheet
 from xrai.results.style import note_line
-from xrai.results.tables import safe_path, to_csv
 from xrai.results.types import Baseline, Scores, SplitResults
+from xrai.tables import to_csv
 
 NUM_SHOWN = 12  # images on a sheet
 PREDICTION_COLUMNS = tuple(
@@ -89,7 +89,7 @@ def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
         call = names[called[row]]
         yield {
             "split": scores.split,
-            "source": safe_path(source),
+            "source": source,
             "patient": scores.patients[row],
             "group": scores.groups[row],
             "subtype": scores.subtypes[row],

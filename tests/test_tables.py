@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xrai.results.tables import safe_path, to_csv, to_json
+from xrai.tables import to_csv, to_json
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,23 @@ def test_a_key_that_is_no_column_of_csv_is_refused() -> None:
     "name",
     ["=1+1.png", "+1.png", "-1.png", "@x/y", "\tx.png", "\r=x.png", "\n-x", "=cmd|' /C calc'!A0"],
 )
-def test_no_path_begins_as_a_formula_does_and_it_stays_the_same_path(name: str) -> None:
-    rows = [{"source": safe_path(name)}, {"source": safe_path("train/a=b.png")}]
-    hostile, plain = read(to_csv(["source"], rows))
-    assert hostile["source"][:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")
+def test_no_text_begins_as_a_formula_does_and_a_path_stays_the_same_path(name: str) -> None:
+    rows: list[Any] = [
+        {"source": name, "subtype": name, "score": -1.5},
+        {"source": "train/a=b.png"},
+    ]
+    hostile, plain = read(to_csv(["source", "subtype", "score"], rows))
+    for column in ("source", "subtype"):
+        assert hostile[column][:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")
     assert Path("raw", hostile["source"]) == Path("raw", name)
-    assert plain["source"] == "train/a=b.png"
-    assert safe_path(safe_path(name)) == safe_path(name)
+    assert hostile["subtype"] == f"'{name}"
+    assert hostile["score"] == "-1.5" and plain["source"] == "train/a=b.png"
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_no_text_is_split_by_a_spreadsheet_that_has_another_separator(separator: str) -> None:
+    name = f"a{separator}=cmd|' /C calc'!A0.png"
+    text = to_csv(["source", "score"], [{"source": name, "score": 1}])
+    found = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+    assert not any(cell.startswith("=") for row in found for cell in row)
+    assert read(text) == [{"source": name, "score": "1"}]

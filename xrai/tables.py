@@ -15,6 +15,10 @@ import numpy as np
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+PATHS = frozenset({"path", "other_path", "source"})  # columns of relative paths
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_SPLITS = frozenset("\r;\t")
+
 
 def to_json(value: object) -> str:
     """JSON text; what is not finite becomes null."""
@@ -24,25 +28,29 @@ def to_json(value: object) -> str:
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object] | DataclassInstance]) -> str:
     """CSV text with a header; what is missing, None or not finite is an empty field.
 
-    Pass paths through `safe_path`.
+    Text comes from anywhere, and a click on a cell `=cmd|' /C …'!A0` of a spreadsheet runs it
+    (OWASP, CSV injection). So text that begins as a formula does gets `./` in front in a column
+    of `PATHS`, where it stays the same path, and `'` in others.
     """
-    table = [[_plain(value) for value in _cells(columns, row)] for row in rows]
-    # csv.writer quotes "\r" only if it ends lines, but readers take it for the end of a line
-    has_return = any(isinstance(cell, str) and "\r" in cell for cells in table for cell in cells)
+    table = [
+        [_harmless(column, _plain(value)) for column, value in zip(columns, cells, strict=True)]
+        for cells in (_cells(columns, row) for row in rows)
+    ]
+    # Readers may end a line at "\r", or a cell at ";" and a tab: csv.writer does not quote those
+    is_split = any(
+        isinstance(cell, str) and not _SPLITS.isdisjoint(cell) for cells in table for cell in cells
+    )
     buffer = io.StringIO(newline="")
     quote_all = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer = quote_all if has_return else csv.writer(buffer, lineterminator="\n")
+    writer = quote_all if is_split else csv.writer(buffer, lineterminator="\n")
     writer.writerows([columns, *table])
     return buffer.getvalue()
 
 
-def safe_path(path: str) -> str:
-    """The same relative path, with `./` in front if a spreadsheet would take it for a formula.
-
-    File names come from anywhere, and a click on a cell `=cmd|' /C …'!A0` runs it (OWASP, CSV
-    injection).
-    """
-    return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else path
+def _harmless(column: str, value: object) -> object:
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    return f"./{value}" if column in PATHS else f"'{value}"
 
 
 def _cells(columns: Sequence[str], row: Mapping[str, object] | DataclassInstance) -> list[object]:
