@@ -46,7 +46,7 @@ _FREE = frozenset(
     | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
     | {"train.timeout_s", "train.step_timeout_s"}
 )
-_LIMITS = frozenset({"train.max_steps", "train.max_minutes"})  # may differ until a run is finished
+_LIMITS = frozenset({"train.max_steps", "train.max_minutes", "train.epochs"})  # until finished
 _ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
 _logger = get_logger(__name__)
 
