@@ -400,7 +400,10 @@ def test_a_model_that_is_not_the_one_of_the_summary_is_refused(run: Run, tmp_pat
         xrai.load(str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("summary", ["", "[]", '{"files": []}', '{"files": {}}', "{", "null"])
+@pytest.mark.parametrize(
+    "summary",
+    ["", "[]", '{"files": {"model.pt": {}}}', '{"files": []}', '{"files": {}}', "{", "null"],
+)
 def test_a_summary_that_states_no_hash_of_the_model_is_refused(
     run: Run, summary: str, tmp_path: Path
 ) -> None:

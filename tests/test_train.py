@@ -348,29 +348,47 @@ def test_a_changed_config_is_named_and_taken_only_when_told_so(
     status, lines = call(*common, *changes, "--train.max_steps=90", capsys=capsys)
     assert status == 2
     assert "augment.blur = 0.25, was 0.5, optim.lr = 0.01, was 0.003" in lines[0]
-    assert "--resume=changed" in lines[0] and "max_steps" not in lines[0]
+    assert "train.max_steps = 90, was 0" in lines[0] and "--resume=changed" in lines[0]
     assert (folder / "config.yaml").read_bytes() == before
     (folder / "config.yaml").write_text("optim: 3")
     status, lines = call(*common, capsys=capsys)
     assert status == 2 and "config.yaml is not the config of a run" in lines[0]
-    (folder / "config.yaml").write_bytes(before)
+    (folder / "config.yaml").write_bytes(before.replace(b"  blur: 0.5\n", b""))  # an older one
     status, _ = call(*common, *changes, "--resume=changed", capsys=capsys)
     assert status == 0
     (kept,) = folder.glob("config-until-step-*.yaml")
-    assert kept.read_bytes() == before
+    assert kept.read_bytes() == before.replace(b"  blur: 0.5\n", b"")
     assert "lr: 0.01" in (folder / "config.yaml").read_text()
 
 
 def test_tasks_of_slurm_that_would_each_train_alone_are_refused(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    status, lines = call(f"--dataset={dataset}", "--check", capsys=capsys)
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path / 'runs'}", *SMALL]
+    status, lines = call(*common, capsys=capsys)
     assert status == 2 and "SLURM_NTASKS = 2, but WORLD_SIZE is not set" in lines[0]
-    assert "torchrun" in lines[0]
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    status, _ = call(f"--dataset={dataset}", "--check", *SMALL, capsys=capsys)
+    assert "torchrun" in lines[0] and not (tmp_path / "runs").exists()
+    status, _ = call(*common, "--check", capsys=capsys)  # as xrai train does before torchrun
     assert status == 0
+
+
+def test_another_number_of_epochs_is_taken_and_the_earlier_config_kept(
+    finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished.folder, folder)
+    (folder / "summary.json").unlink()  # as if it had been killed before its end
+    before = (folder / "config.yaml").read_bytes()
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=whole", *SMALL]
+    status, _ = call(*common, "--train.epochs=3", capsys=capsys)
+    assert status == 0
+    (kept,) = folder.glob("config-until-step-*.yaml")
+    assert kept.read_bytes() == before and "epochs: 3" in (folder / "config.yaml").read_text()
+    assert len((folder / "history.csv").read_text().splitlines()) == 4
 
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(

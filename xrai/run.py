@@ -7,7 +7,7 @@ file of the run.
 import functools
 import math
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,13 @@ from xrai.results.types import (
 
 _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
 _CONFIG = "config.yaml"
-# Keys and sections that say how a training is carried out and not what comes of it
+# Keys and sections that change how a training is carried out but not its result
 _FREE = frozenset(
     {"cache", "checkpoint", "loader", "shards", "splits", "evaluate.batch_size"}
     | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
     | {"train.timeout_s", "train.step_timeout_s"}
 )
-_LIMITS = frozenset({"train.max_steps", "train.max_minutes", "train.epochs"})  # until finished
+_LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")  # may change while it trains
 _ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
 _logger = get_logger(__name__)
 
@@ -111,8 +111,9 @@ class Job:
     def open(self, *, resume: str) -> dict[str, Any] | None:
         """Open the folder and return the newest checkpoint's state, or None to start anew.
 
-        Raises `RunError` where the run has another config than this one, unless `resume` is
-        `changed`; then the earlier config is kept under the name of its last step.
+        A changed config is logged, and the earlier one is kept under the name of its last step.
+        Raises `RunError` where more than the length of the training changed, unless `resume` is
+        `changed`.
         """
         existed = self.run.exists()
         if resume == "never" and existed:
@@ -128,7 +129,8 @@ class Job:
             )
         if found is not None:
             refuse_other_run(found[1]["facts"], self.facts, name=found[0].file)
-        if (changed := self._changed(free=_FREE | _LIMITS)) and resume != "changed":
+        changed = self._changed()
+        if resume != "changed" and not all(text.startswith(_LIMITS) for text in changed):
             raise RunError(
                 f"run {self.run.address} began with another config ({', '.join(changed)}): give "
                 "the same values, or --resume=changed to go on with these, or another --run_id"
@@ -153,20 +155,23 @@ class Job:
         self.run.close_segment()  # now, so that TensorBoard lists runs that are not finished
         return state
 
-    def _changed(self, *, free: Set[str] = _FREE) -> list[str]:
-        """The keys, except the free ones, in which this config differs from that of the run."""
+    def _changed(self) -> list[str]:
+        """The keys, except the free ones, in which this config differs from that of the run. A key
+        that an earlier version did not have counts as unchanged.
+        """
         if self.run.store.size(_CONFIG) is None:
             return []
         where = f"{self.run.address}/{_CONFIG}"
         try:
             earlier = yaml.safe_load(self.run.store.read(_CONFIG))
             return [
-                f"{section}.{key} = {value!r}, was {earlier[section][key]!r}"
+                f"{section}.{key} = {value!r}, was {was!r}"
                 for section, keys in self.config.to_mapping().items()
                 for key, value in keys.items()
-                if not free & {section, f"{section}.{key}"} and earlier[section][key] != value
+                if not _FREE & {section, f"{section}.{key}"}
+                and (was := earlier.get(section, {}).get(key, value)) != value
             ]
-        except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+        except (yaml.YAMLError, ValueError, AttributeError) as error:
             raise RunError(f"{where} is not the config of a run: it is damaged") from error
 
     def _refuse_incomplete_history(self, num_epochs: int) -> None:

@@ -86,7 +86,8 @@ def main() -> None:
     profile_steps(config.train.profile)
     place = own_place()
     setup_logging(rank=place.rank)
-    refuse_lone_tasks(place)
+    if not flags["check"]:  # which one task may do before the others start
+        refuse_lone_tasks(place)
     stop = StopRequest()
     if place.is_torchrun:
         follow_parent(grace_s=_GRACE_S)

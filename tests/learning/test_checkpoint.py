@@ -161,7 +161,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_is_not_begun_again(
         path.write_bytes(path.read_bytes()[:-9])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     recorder = Recorder()
-    with pytest.raises(RunError, match="has 2 checkpoints and none of them can be read"):
+    with pytest.raises(RunError, match=r"none of the checkpoints of .* can be read \(2 in all\)"):
         open_folder(tmp_path, recorder).newest()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
     assert recorder.removed == []

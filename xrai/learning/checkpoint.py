@@ -118,8 +118,8 @@ class CheckpointFolder:
                 return entry, state
         if marks:
             raise RunError(
-                f"{self._store.uri} has {len(marks)} checkpoints and none of them can be read, so "
-                "the run cannot be resumed and is left as it is: restore one of them, or start "
+                f"none of the checkpoints of {self._store.uri} can be read ({len(marks)} in all), "
+                "so the run cannot be resumed and is left as it is: restore one of them, or start "
                 "anew with another --run_id"
             )
         return None

@@ -136,7 +136,10 @@ def stated_hash(store: Store, name: str) -> str | None:
     if store.size(SUMMARY) is None:
         return None
     try:
-        return str(json.loads(store.read(SUMMARY))["files"][name])
+        sha256 = json.loads(store.read(SUMMARY))["files"][name]
+        if isinstance(sha256, str):
+            return sha256
+        raise TypeError(f"{sha256!r} is no hash")
     except (ValueError, LookupError, TypeError) as error:
         raise RunError(
             f"{store.uri}/{SUMMARY} does not state the hash of {name}: it is damaged"
