@@ -24,10 +24,17 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from xrai import errors, files
+from xrai import files
 from xrai.dataset import shards
 from xrai.dataset.shards import DatasetIndex, Layout, Shard, ShardInfo, read_index
-from xrai.errors import CorruptError, DatasetError, NotFoundError, StoreError
+from xrai.errors import (
+    CorruptError,
+    DatasetError,
+    NotFoundError,
+    StoreAccessError,
+    StoreError,
+    UserError,
+)
 from xrai.log import get_logger
 from xrai.store import Store
 
@@ -271,7 +278,7 @@ class ShardCache:
             "written",
             f"the cache folder {self._root}",
             hint=_CACHE_HINT,
-            error_type=errors.StoreAccessError,
+            error_type=StoreAccessError,
             is_address=False,
         ):
             while True:
@@ -293,7 +300,7 @@ class ShardCache:
         """
         limit = f"cache.max_gib ({self._max_bytes / 2**30:.3g} GiB)"
         if info.size_bytes > self._max_bytes:
-            raise errors.UserError(
+            raise UserError(
                 f"{limit} is smaller than the shard {info.name} ({info.size_bytes} bytes); raise it"
             )
         what = (
