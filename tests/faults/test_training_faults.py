@@ -267,7 +267,10 @@ def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path
     _, alive = psutil.wait_procs(orphans, timeout=50)
     for orphan in alive:
         orphan.kill()
-    assert not alive
+    text = started.log.read_text()
+    assert not alive, text
+    (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
+    assert int(said) == last_step(dataset, "agent-killed") >= 5
     finish(start(dataset, "agent-killed", launcher=launcher))
 
 
