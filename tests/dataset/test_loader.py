@@ -392,7 +392,7 @@ def test_an_epoch_of_shards_that_are_mapped_needs_no_threads_that_fetch(
             assert "xrai-assemble" in names
             assert any(name.startswith("xrai-fetch") for name in names) is expected
         del loader, batches
-        assert opened_now() == set()  # nothing waits for the garbage collector
+        assert opened_now(tmp_path) == set()  # nothing waits for the garbage collector
 
 
 def test_a_mapped_shard_that_left_the_cache_is_fetched_again_by_a_thread_that_fetches(
@@ -439,7 +439,7 @@ def test_no_more_batches_are_made_ahead_than_asked_for(
 def test_the_pixels_do_not_go_through_h5py(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_loader(folder, batch_size=1, shuffle=True, prefetch=1, threads=6).epoch(0)
     next(batches)
-    wait_until(lambda: len(opened_now()) == len(ROWS))
+    wait_until(lambda: len(opened_now(folder)) == len(ROWS))
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("h5py on the hot path")
@@ -451,12 +451,14 @@ def test_the_pixels_do_not_go_through_h5py(folder: Path, monkeypatch: pytest.Mon
             assert place_of(batch.images).tolist() == batch.rows.tolist()
 
 
-def opened_now() -> set[str]:
-    """Shards that this process has mapped."""
+def opened_now(folder: Path) -> set[str]:
+    """Shards below a folder that this process has mapped. Errors of earlier tests may hold others
+    in their tracebacks.
+    """
     return {
-        line.split()[-1]
+        name
         for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(".h5")
+        if line.endswith(".h5") and (name := line.split()[-1]).startswith(f"{folder}/")
     }
 
 
@@ -475,12 +477,15 @@ def test_what_the_wait_was_for_is_measured(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 3])
-def test_closing_early_ends_the_threads_and_lets_the_files_go(folder: Path, num_read: int) -> None:
-    batches = make_loader(folder, batch_size=1, shuffle=True).epoch(0)
+def test_closing_early_ends_the_threads_and_lets_the_files_go(
+    folder: Path, num_read: int, tmp_path: Path
+) -> None:
+    own = shutil.copytree(folder, tmp_path / "data")
+    batches = make_loader(own, batch_size=1, shuffle=True).epoch(0)
     list(islice(batches, num_read))
     batches.close()
     assert our_threads() == []
-    assert opened_now() == set()
+    assert opened_now(own) == set()
 
 
 def test_leaving_the_loop_ends_the_threads(folder: Path) -> None:
