@@ -8,9 +8,10 @@ All randomness is keyed by (seed, patient, image), so an image does not depend o
 are drawn, or by whom.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -71,18 +72,12 @@ def plan(seed: int) -> Iterator[Phantom]:
     Patients come ten at a time, all first images before the second ones, so a few images already
     show many patients.
     """
-    num_patients = len(_KINDS)
-    block = 0
-    while True:
-        counts = generator(seed, 0, block).integers(len(_NUM_IMAGES_OF_PATIENT), size=num_patients)
+    for block in itertools.count():
+        chosen = generator(seed, 0, block).integers(len(_NUM_IMAGES_OF_PATIENT), size=len(_KINDS))
         for image in range(max(_NUM_IMAGES_OF_PATIENT)):
             for position, kind in enumerate(_KINDS):
-                if image < _NUM_IMAGES_OF_PATIENT[counts[position]]:
-                    yield Phantom(block * num_patients + position + 1, image, kind)
-        block += 1
-
-
-# ---------------------------------------------------------------------------------------- the body
+                if image < _NUM_IMAGES_OF_PATIENT[chosen[position]]:
+                    yield Phantom(block * len(_KINDS) + position + 1, image, kind)
 
 
 def _between(*ranges: tuple[float, float]) -> Any:
@@ -94,9 +89,12 @@ def _between(*ranges: tuple[float, float]) -> Any:
 class Anatomy:
     """One body: shapes in the chest's frame, absorption in units of the chest's soft tissue.
 
-    `draw_anatomy` draws the fields in this order.
+    `draw_anatomy` draws the fields that have ranges in this order, and then the others.
     """
 
+    vessels: tuple[Line, ...]
+    texture: Array  # (128, 128)
+    fine_texture: Array  # (128, 128)
     cage_shape: float = _between((0.3, 1.0))
     body_width: float = _between((1.10, 1.24))
     arm_angles: tuple[float, float] = _between((-0.9, 0.9), (-0.9, 0.9))
@@ -126,24 +124,16 @@ class Anatomy:
     breast: float = _between((-0.06, 0.10))
     hilum: float = _between((0.05, 0.22))
     vessel_density: float = _between((0.08, 0.22))
-    vessels: tuple[Line, ...] = ()
-    texture: Array = field(default_factory=lambda: np.zeros((128, 128), np.float32))
-    fine_texture: Array = field(default_factory=lambda: np.zeros((128, 128), np.float32))
 
 
 def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     """One patient's body; the same in all images of the patient."""
-    drawn: dict[str, Any] = {}
+    drawn: list[Any] = []
     for shape in fields(Anatomy):
         if ranges := shape.metadata.get("ranges"):
             values = tuple(uniform(rng, *within) for within in ranges)
-            drawn[shape.name] = values if len(values) > 1 else values[0]
-    return Anatomy(
-        **drawn,
-        vessels=_grow_vessels(rng),
-        texture=_noise_tile(rng, 12),
-        fine_texture=_noise_tile(rng, 4),
-    )
+            drawn.append(values if len(values) > 1 else values[0])
+    return Anatomy(_grow_vessels(rng), _noise_tile(rng, 12), _noise_tile(rng, 4), *drawn)
 
 
 def _noise_tile(rng: np.random.Generator, cell: int) -> Array:
@@ -185,9 +175,6 @@ def _grow_vessels(rng: np.random.Generator) -> tuple[Line, ...]:
             angle = heading[rows, fork] + turn
             length, width = length * 0.65, width * 0.6
     return tuple(lines)
-
-
-# -------------------------------------------------------------------------------------- the disease
 
 
 @dataclass(frozen=True)
@@ -245,10 +232,15 @@ def draw_disease(rng: np.random.Generator, kind: Kind) -> Disease:
     """
     if kind == "normal":
         return Disease()
-    return _draw_bacterial(rng) if kind == "bacteria" else _draw_viral(rng)
-
-
-def _draw_bacterial(rng: np.random.Generator) -> Disease:
+    if kind == "virus":
+        strength = uniform(rng, 0.50, 1.0)
+        patches = []
+        for _ in range(int(rng.integers(2, 7))):
+            patch = _draw_opacity(rng, int(rng.choice([-1, 1])), _PATCH)
+            patches.append(replace(patch, density=patch.density * strength))
+        haze = (strength * uniform(rng, 0.25, 0.60), strength * uniform(rng, 0.25, 0.60))
+        net = (strength * uniform(rng, 0.04, 0.12), strength * uniform(rng, 0.04, 0.12))
+        return Disease(tuple(patches), haze=haze, reticulation=net)
     side = int(rng.choice([-1, 1]))
     lobes = []
     if rng.random() < 0.4:
@@ -256,23 +248,16 @@ def _draw_bacterial(rng: np.random.Generator) -> Disease:
         fissure_v = uniform(rng, 0.32, 0.48) if upper else uniform(rng, 0.5, 0.72)
         shape = [uniform(rng, *within) for within in ((-0.25, 0.25), (0.45, 0.90), (0.06, 0.25))]
         lobes.append(Lobe(side, upper, fissure_v, *shape))
-    opacities = []
-    for _ in range(int(rng.integers(0 if lobes else 1, 3))):
-        opacity_side = side if rng.random() < 0.8 else -side
-        opacities.append(Opacity(opacity_side, *(uniform(rng, *within) for within in _FOCUS)))
+    opacities = [
+        _draw_opacity(rng, side if rng.random() < 0.8 else -side, _FOCUS)
+        for _ in range(int(rng.integers(0 if lobes else 1, 3)))
+    ]
     drop = uniform(rng, 0.05, 0.22) if rng.random() < 0.2 else 0.0
     effusion = (drop, 0.0) if side < 0 else (0.0, drop)
     return Disease(tuple(opacities), tuple(lobes), effusion=effusion)
 
 
-def _draw_viral(rng: np.random.Generator) -> Disease:
-    strength = uniform(rng, 0.50, 1.0)
-    patches = []
-    for _ in range(int(rng.integers(2, 7))):
-        side = int(rng.choice([-1, 1]))
-        shape = [uniform(rng, *within) for within in _PATCH]
-        shape[5] *= strength  # the density
-        patches.append(Opacity(side, *shape))
-    haze = (strength * uniform(rng, 0.25, 0.60), strength * uniform(rng, 0.25, 0.60))
-    net = (strength * uniform(rng, 0.04, 0.12), strength * uniform(rng, 0.04, 0.12))
-    return Disease(tuple(patches), haze=haze, reticulation=net)
+def _draw_opacity(
+    rng: np.random.Generator, side: int, shape: tuple[tuple[float, float], ...]
+) -> Opacity:
+    return Opacity(side, *(uniform(rng, *within) for within in shape))

@@ -47,9 +47,8 @@ class _Pose:
 
 
 def _draw_pose(rng: np.random.Generator, width: int, height: int) -> _Pose:
-    lung_height = min(height, width / 1.12) * uniform(rng, 0.55, 0.74)
-    unit_v = lung_height
-    unit_u = lung_height * 0.62 * uniform(rng, 0.92, 1.10)
+    unit_v = min(height, width / 1.12) * uniform(rng, 0.55, 0.74)
+    unit_u = unit_v * 0.62 * uniform(rng, 0.92, 1.10)
     turn = math.radians(float(np.clip(rng.normal(0, 4), -10, 10)))
     shear = uniform(rng, -0.05, 0.05)
     x0 = width * (0.5 + uniform(rng, -0.05, 0.05))
@@ -64,8 +63,7 @@ def _edge(x: Array, width: float) -> Array:
     """A straight step from 0 to 1, `width` wide, centered on x = 0: cheaper, for narrow edges."""
     t = x * np.float32(1 / width)
     t += np.float32(0.5)
-    np.maximum(t, 0, out=t)
-    np.minimum(t, 1, out=t)
+    np.clip(t, 0, 1, out=t)
     return t
 
 
@@ -87,10 +85,8 @@ def _ellipse(
     du, dv = u - center[0], v - center[1]
     along = du * (cos / radii[0]) + dv * (sin / radii[0])
     across = dv * (cos / radii[1]) - du * (sin / radii[1])
-    along *= along
-    across *= across
-    along += across
-    return 1 - along
+    inside: Array = 1 - (along * along + across * across)
+    return inside
 
 
 def _capsule(
@@ -99,9 +95,7 @@ def _capsule(
     """Distance from a bar from `start` to `start + span`; one span for all places, or for each."""
     du, dv = span
     from_u, from_v = u - start[0], v - start[1]
-    t = (from_u * du + from_v * dv) / (du * du + dv * dv)
-    np.maximum(t, 0, out=t)
-    np.minimum(t, 1, out=t)
+    t = np.clip((from_u * du + from_v * dv) / (du * du + dv * dv), 0, 1)
     from_u -= t * du
     from_v -= t * dv
     distance: Array = np.sqrt(from_u * from_u + from_v * from_v)
@@ -113,12 +107,9 @@ def _place_texture(tile: Array, pose: _Pose, shape: tuple[int, int]) -> Array:
     su, sv = 128 / 2.6, 128 / 1.6
     across = (pose.a * su, pose.b * su, (pose.c + 1.3) * su)
     down = (pose.d * sv, pose.e * sv, (pose.f + 0.2) * sv)
-    placed = Image.fromarray(tile).transform(
-        (shape[1], shape[0]),
-        Image.Transform.AFFINE,
-        (*across, *down),
-        resample=Image.Resampling.BILINEAR,
-    )
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    size = (shape[1], shape[0])
+    placed = Image.fromarray(tile).transform(size, affine, (*across, *down), resample=bilinear)
     texture: Array = np.asarray(placed)
     return texture
 
@@ -139,9 +130,6 @@ def _draw_vessels(anatomy: Anatomy, pose: _Pose, shape: tuple[int, int]) -> Arra
     return strengths
 
 
-# ----------------------------------------------------------------------------------- the absorption
-
-
 @dataclass(frozen=True)
 class _Strip:
     """Rows of an image: where each pixel is in the chest, and its textures. All (rows, W)."""
@@ -153,12 +141,10 @@ class _Strip:
     texture: Array
     fine: Array
     vessels: Array
-    top: float
-    bottom: float
 
     def meets(self, low: float, high: float) -> bool:
         """Whether any pixel is at a height v between `low` and `high`, so it must be drawn."""
-        return self.bottom > low and self.top < high
+        return bool(self.v.max() > low and self.v.min() < high)
 
     def by_side(self, right: float, left: float) -> Array:
         """One number for the patient's right, another for the left."""
@@ -346,14 +332,9 @@ def _absorption(
             texture=texture[rows],
             fine=fine[rows],
             vessels=vessels[rows],
-            top=float(v[rows].min()),
-            bottom=float(v[rows].max()),
         )
         absorption[rows] = _absorption_at(strip, anatomy, disease, severity)
     return absorption
-
-
-# ------------------------------------------------------------------------------------- the exposure
 
 
 def _expose(rng: np.random.Generator, absorption: Array, size: tuple[int, int]) -> Array:

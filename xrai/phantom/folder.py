@@ -3,33 +3,31 @@
 Folder, file and patient names say that they are phantoms.
 """
 
+import functools
 import importlib.util
 import io
 import math
 import multiprocessing
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from xrai.errors import UserError, XraiError
-from xrai.files import is_temporary, num_cores, replacing, write_atomically
+from xrai.errors import UserError
+from xrai.files import explaining, is_temporary, num_cores, write_atomically
 from xrai.ingest.dicom import write_radiograph
 from xrai.log import get_logger, progress
 from xrai.phantom.anatomy import Array, Phantom, generator, plan
 from xrai.phantom.draw import draw_phantom
+from xrai.tables import to_csv
 from xrai.workers import start_pool
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpeg", "dicom": ".dcm"}
 
 _README_TITLE = "xrai chest phantoms, version 1"
-_LABELS_HEADER = "path,label,patient,split,subtype"
+_COLUMNS = ("path", "label", "patient", "split", "subtype")  # of labels.csv
 _DICOM_BITS = (12, 12, 14, 16)
 _CHEST_MM = 350.0  # an image's width, for the spacing of pixels
 _IMAGES_A_TASK = 8
@@ -44,10 +42,8 @@ def encode(seed: int, phantom: Phantom, image: Array, *, image_format: str) -> b
         return _encode_dicom(seed, phantom, image)
     pixels = Image.fromarray(np.rint(image * np.float32(255)).astype(np.uint8))
     buffer = io.BytesIO()
-    if image_format == "jpeg":
-        pixels.save(buffer, "JPEG", quality=90)
-    else:  # level 6 would make noise 3 % smaller in four times the time
-        pixels.save(buffer, "PNG", compress_level=1)
+    # PNG's level 6 would make noise 3 % smaller in four times the time
+    pixels.save(buffer, image_format.upper(), quality=90, compress_level=1)
     return buffer.getvalue()
 
 
@@ -95,56 +91,22 @@ def _encode_dicom(seed: int, phantom: Phantom, image: Array) -> bytes:
     return write_radiograph(stored, tags, identity=identity)
 
 
-# ------------------------------------------------------------------------------------------ drawing
+def _path(phantom: Phantom, image_format: str) -> str:
+    return f"train/{phantom.label}/{phantom.stem}{SUFFIXES[image_format]}"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What all images of one call share; sent to the workers."""
-
-    out: Path
-    seed: int
-    image_format: str
-    full_size: bool
-
-    def path(self, phantom: Phantom) -> str:
-        return f"train/{phantom.label}/{phantom.stem}{SUFFIXES[self.image_format]}"
-
-
-def _draw_files(job: _Job, phantoms: tuple[Phantom, ...]) -> int:
+def _draw_files(
+    phantoms: tuple[Phantom, ...], *, out: Path, seed: int, image_format: str, full_size: bool
+) -> int:
     for phantom in phantoms:
-        image = draw_phantom(job.seed, phantom, full_size=job.full_size)
-        data = encode(job.seed, phantom, image, image_format=job.image_format)
+        image = draw_phantom(seed, phantom, full_size=full_size)
         # not `write_atomically`: it syncs each file and looks through its folder, and README.txt,
         # written last, says that all are there
-        path = job.out / job.path(phantom)
+        path = out / _path(phantom, image_format)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
+        temporary.write_bytes(encode(seed, phantom, image, image_format=image_format))
         temporary.replace(path)
     return len(phantoms)
-
-
-def _draw_all(job: _Job, phantoms: Iterator[Phantom], *, workers: int) -> Iterator[int]:
-    """Draw and write all images; yields how many more are done. Only a few tasks wait at a time."""
-    tasks = iter(lambda: tuple(islice(phantoms, _IMAGES_A_TASK)), ())
-    if workers == 1:
-        for task in tasks:
-            yield _draw_files(job, task)
-        return
-    waiting: deque[Future[int]] = deque()
-    with start_pool(workers, multiprocessing.get_context("spawn")) as pool:
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(_draw_files, job, task))
-                if len(waiting) >= 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------- the folder
 
 
 def _is_ours(out: Path, path: Path) -> bool:
@@ -156,56 +118,53 @@ def _is_ours(out: Path, path: Path) -> bool:
         return name.startswith(("phantom-", ".phantom-"))
     if folder == "." and name in {"README.txt", "labels.csv"}:
         head = path.read_bytes()[:200].decode("utf-8", "replace")
-        return head.startswith((f"{_README_TITLE}\n", f"{_LABELS_HEADER}\ntrain/NORMAL/phantom-"))
+        return head.startswith(
+            (f"{_README_TITLE}\n", f"{','.join(_COLUMNS)}\ntrain/NORMAL/phantom-")
+        )
     return (
         folder == "." and name.startswith((".README.txt.", ".labels.csv.")) and is_temporary(name)
     )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder; links are not followed."""
-    for place, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
-        yield from (Path(place) / name for name in (*links, *names))
 
 
 def _clear(out: Path) -> None:
     """Make an empty folder. Removes phantoms of an earlier call; refuses anything else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a new or empty folder")
-    if out.is_dir():
-        for path in _files(out):
-            if not _is_ours(out, path):
-                raise UserError(
-                    f"--out {out} holds {path.relative_to(out)}, which is no phantom; name a "
-                    "folder that is new or empty, or holds only phantoms, which are then replaced"
-                )
-        (out / "README.txt").unlink(missing_ok=True)  # first: the folder is now unfinished
-        for path in _files(out):
-            path.unlink()
+    # links to folders are listed, not followed
+    files = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in files:
+        if not _is_ours(out, path):
+            raise UserError(
+                f"--out {out} holds {path.relative_to(out)}, which is no phantom; name a folder "
+                "that is new or empty, or holds only phantoms, which are then replaced"
+            )
+    (out / "README.txt").unlink(missing_ok=True)  # first: the folder is now unfinished
+    for path in files:
+        path.unlink(missing_ok=True)
     for label in ("NORMAL", "PNEUMONIA"):
         (out / "train" / label).mkdir(parents=True, exist_ok=True)
 
 
-def _labels_csv(job: _Job, phantoms: Iterable[Phantom]) -> Iterator[bytes]:
-    yield f"{_LABELS_HEADER}\n".encode()
-    for phantom in phantoms:
-        subtype = "" if phantom.kind == "normal" else phantom.kind
-        line = f"{job.path(phantom)},{phantom.label},{phantom.patient_id},,{subtype}\n"
-        yield line.encode()
+def _label_rows(seed: int, *, num_images: int, image_format: str) -> Iterator[dict[str, object]]:
+    for phantom in islice(plan(seed), num_images):
+        yield {
+            "path": _path(phantom, image_format),
+            "label": phantom.label,
+            "patient": phantom.patient_id,
+            "subtype": "" if phantom.kind == "normal" else phantom.kind,
+        }
 
 
-def _readme(job: _Job, *, num_images: int) -> str:
-    size = "1,000 to 2,500" if job.full_size else "160 to 320"
+def _readme(*, num_images: int, seed: int, image_format: str, full_size: bool) -> str:
     return f"""{_README_TITLE}
 
 These images are phantoms: drawn by a program (xrai phantom), not taken of any person.
 They serve tests and demonstrations. A model trained on them knows nothing about patients.
 
 images: {num_images}
-seed: {job.seed}
-format: {job.image_format}
-width: {size} pixels
+seed: {seed}
+format: {image_format}
+width: {"1,000 to 2,500" if full_size else "160 to 320"} pixels
 
 Layout: train/{{NORMAL,PNEUMONIA}}/; splits are carved from it by patient. The number behind IM- or
 person is the patient's, _bacteria_ and _virus_ the kind of pneumonia that was drawn.
@@ -228,17 +187,16 @@ def make_phantoms(
     (0: all cores). About 40 of 100 are normal. DICOM files come with OUT/labels.csv, for
     `xrai.preprocess --labels`. Phantoms that OUT already holds are replaced.
 
-    Raises UserError for a value out of range, a folder that holds anything else or cannot be
-    written, or DICOM without pydicom; XraiError if writing fails later.
+    Raises `UserError` for a value out of range, a folder that holds anything else or cannot be
+    written, or DICOM without pydicom; `StoreError` if writing fails later.
     """
     if num_images < 2:
         raise UserError(
             f"--num-images {num_images}: at least 2 are needed, one of each class (default: 600)"
         )
-    if seed < 0:
-        raise UserError(f"--seed {seed}: must be 0 or more")
-    if workers < 0:
-        raise UserError(f"--workers {workers}: must be 0 (all cores) or more")
+    if min(seed, workers) < 0:
+        name, value = ("seed", seed) if seed < 0 else ("workers", workers)
+        raise UserError(f"--{name} {value}: must be 0 or more")
     if image_format not in SUFFIXES:
         raise UserError(f"--format {image_format}: must be one of {', '.join(SUFFIXES)}")
     if image_format == "dicom" and importlib.util.find_spec("pydicom") is None:
@@ -246,26 +204,31 @@ def make_phantoms(
             "--format dicom needs pydicom, which is missing; pip install 'xrai[dicom]', or use png "
             "or jpeg"
         )
-    out = Path(out)
-    try:
+    with explaining("written", f"--out {out}", hint="name a folder that can"):
         _clear(out)
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error.strerror}); name a folder that can"
-        ) from error
-    job = _Job(out, seed, image_format, full_size)
+    draw = functools.partial(
+        _draw_files, out=out, seed=seed, image_format=image_format, full_size=full_size
+    )
+    phantoms = islice(plan(seed), num_images)
+    tasks = iter(lambda: tuple(islice(phantoms, _IMAGES_A_TASK)), ())
     workers = min(workers or num_cores(), math.ceil(num_images / _IMAGES_A_TASK))
-    try:
-        with progress("drawing phantoms", total=num_images, unit="images") as bar:
-            for num_done in _draw_all(job, islice(plan(seed), num_images), workers=workers):
+    hint = "the folder has no README.txt and is unfinished: fix the cause and draw again"
+    with (
+        explaining("written", f"phantoms in {out}", hint=hint, is_address=False),
+        progress("drawing phantoms", total=num_images, unit="images") as bar,
+    ):
+        if workers == 1:
+            for num_done in map(draw, tasks):
                 bar.update(num_done)
+        else:
+            with start_pool(workers, multiprocessing.get_context("spawn")) as pool:
+                for num_done in pool.map(draw, tasks):
+                    bar.update(num_done)
         if image_format == "dicom":
-            with replacing(out / "labels.csv") as file:
-                file.writelines(_labels_csv(job, islice(plan(seed), num_images)))
-        write_atomically(out / "README.txt", _readme(job, num_images=num_images).encode())
-    except OSError as error:
-        raise XraiError(
-            f"writing phantoms to {out} failed ({error.strerror}); the folder has no README.txt "
-            "and is unfinished: fix the cause and run the same command again"
-        ) from error
+            rows = _label_rows(seed, num_images=num_images, image_format=image_format)
+            write_atomically(out / "labels.csv", to_csv(_COLUMNS, rows).encode())
+        text = _readme(
+            num_images=num_images, seed=seed, image_format=image_format, full_size=full_size
+        )
+        write_atomically(out / "README.txt", text.encode())
     _logger.info("%d phantoms (drawn, no patients) are in %s", num_images, out)
