@@ -2,7 +2,17 @@ import pytest
 
 from tests.dataset.pictures import public_names
 from xrai.errors import SourceError
-from xrai.ingest.layout import lay_out, parse_name
+from xrai.ingest.layout import Layout, lay_out, parse_name
+
+
+def tree(*folders: str, num: int = 3) -> list[str]:
+    return [f"{folder}/{k}.png" for folder in folders for k in range(num)]
+
+
+def both(*insides: str) -> Layout:
+    """The layout of the same folders in both class folders."""
+    folders = [f"{name}{inside}" for name in ("NORMAL", "PNEUMONIA") for inside in insides]
+    return lay_out(tree(*folders), source="S")
 
 
 def found(*paths: str) -> list[tuple[str, str, int]]:
@@ -69,6 +79,92 @@ def test_a_file_beside_the_tree_is_not_data_and_is_counted() -> None:
     assert layout.not_data == {"outside of the class folders": 1}
 
 
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("train", "validation"), ("TRAIN", "Valid", "testing")]
+)
+@pytest.mark.parametrize("order", ["{split}/{label}", "{label}/{split}"])
+def test_split_folders_have_other_names_and_may_be_inside_the_class_folders(
+    names: tuple[str, ...], order: str
+) -> None:
+    folders = [
+        order.format(split=split, label=label)
+        for split in names
+        for label in ("NORMAL", "PNEUMONIA")
+    ]
+    layout = lay_out(tree(*(f"chest/{folder}" for folder in folders)), source="S")
+    assert layout.has_splits and layout.notes == ()
+    words = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+    for entry in layout.entries:
+        folder = entry.path.lower().split("/")[1 if order.startswith("{s") else 2]
+        assert entry.split == words.get(folder, folder)
+
+
+def test_a_folder_above_that_is_called_like_a_split_is_none() -> None:
+    assert found("Testing/train/NORMAL/a.png")[0][1] == "train"
+
+
+@pytest.mark.parametrize("name", ["masks", "Masks", "lung_mask", "thumbnails", "@eaDir", "a/Masks"])
+def test_masks_and_thumbnails_beside_images_are_left_out_with_a_word(name: str) -> None:
+    for beside in ("", "/images"):
+        layout = both(beside, f"/{name}")
+        assert {entry.path.rpartition("/")[0] for entry in layout.entries} == {
+            f"NORMAL{beside}",
+            f"PNEUMONIA{beside}",
+        }
+        assert layout.not_data == {"masks, thumbnails or the like": 6}
+        (note,) = layout.notes
+        assert note.startswith("6 files are left out") and f"NORMAL/{name}/0.png" in note
+        assert "--labels" in note
+
+
+def test_a_mask_that_is_named_after_an_image_beside_it_is_left_out() -> None:
+    films = ["NORMAL/a (1).png", "NORMAL/b.png", "PNEUMONIA/c.jpg", "PNEUMONIA/unmasked.png"]
+    masks = ["NORMAL/a (1)_mask.png", "NORMAL/b-left_mask_2.png", "PNEUMONIA/c.thumb.jpg"]
+    layout = lay_out(films + masks, source="S")
+    assert [entry.path for entry in layout.entries] == films
+    assert layout.notes[0].startswith("3 files are left out")
+
+
+def test_where_there_are_only_masks_they_are_the_images() -> None:
+    layout = both("/segmented")
+    assert len(layout.entries) == 6
+    assert layout.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("insides", "words"),
+    [
+        (("/images", "/lungs"), "6 in 'images', 6 in 'lungs'"),
+        (("", "/cropped"), "6 directly, 6 in 'cropped'"),
+        (("/p1/raw", "/p1/crop", "/p2/raw", "/p2/crop"), "12 in 'crop', 12 in 'raw'"),
+    ],
+)
+def test_several_folders_alike_inside_the_class_folders_are_named(
+    insides: tuple[str, ...], words: str
+) -> None:
+    layout = both(*insides)
+    assert len(layout.entries) == 6 * len(insides)
+    (note,) = layout.notes
+    assert words in note and "--labels" in note
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("NORMAL/p1", "NORMAL/p2", "PNEUMONIA/p3", "PNEUMONIA/p2"),
+        ("NORMAL/Meier", "NORMAL/Schmidt", "PNEUMONIA/Jones", "PNEUMONIA/Weber"),
+        ("NORMAL/1/study1", "NORMAL/1/study2", "PNEUMONIA/2/study1", "PNEUMONIA/2/study2"),
+        ("NORMAL/2019", "NORMAL/2020", "PNEUMONIA/2019", "PNEUMONIA/2020"),
+        ("train/NORMAL/images", "train/PNEUMONIA/images"),
+        ("NORMAL", "PNEUMONIA/bacterial", "PNEUMONIA/viral"),
+    ],
+)
+def test_folders_of_patients_and_the_like_need_no_word(folders: tuple[str, ...]) -> None:
+    layout = lay_out(tree(*folders), source="S")
+    assert len(layout.entries) == 3 * len(folders)
+    assert layout.notes == () and layout.not_data == {}
+
+
 def test_files_in_folders_below_a_class_folder_belong_to_the_class() -> None:
     assert found("train/NORMAL/2019/a.png", "train/PNEUMONIA/b.png")[0] == (
         "train/NORMAL/2019/a.png",
@@ -86,12 +182,16 @@ def test_files_in_folders_below_a_class_folder_belong_to_the_class() -> None:
             ["train/NORMAL/a.png", "train/COVID/b.png"],
             "unknown class folder 'COVID' in S .*NORMAL and PNEUMONIA",
         ),
-        (["NORMAL/a.png", "COVID/b.png"], "unknown class folder 'COVID'"),
+        (["NORMAL/a.png", "COVID/b.png"], "unknown class folder 'COVID'.*--labels FILE.csv"),
+        (["train/images/NORMAL/a.png"], "unknown class folder 'images'.*directly in a split"),
+        (["NORMAL/a.png", "NORMAL/PNEUMONIA/b.png"], "a class folder is inside another"),
+        (["val/NORMAL/a.png", "valid/NORMAL/b.png"], "two folders for .* val, 'val' and 'valid'"),
         (["train/a.png", "train/NORMAL/b.png"], None),
-        (["train/NORMAL/a.png", "NORMAL/b.png"], "in none"),
+        (["train/NORMAL/a.png", "dev/NORMAL/b.png"], "in none; .* train, val, test, .*--labels"),
+        (["NORMAL/a.png", "masks/b.png"], None),
         (
             ["a/train/NORMAL/x.png", "b/train/NORMAL/y.png"],
-            "several trees of images, in 'a/' and 'b/'",
+            "several trees of images, in 'a/' and 'b/'; call them train, .*--labels",
         ),
         (["x/train/NORMAL/x.png", "x/x/train/NORMAL/y.png"], "several trees"),
         (

@@ -102,7 +102,7 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
         carved=assignment.carved,
         unusable=tuple(unusable),
         num_not_data=sum(listing.layout.not_data.values()),
-        notes=assignment.notes,
+        notes=(*listing.layout.notes, *assignment.notes),
         config=shaping,
         sha256=_hash_of_texts(chain([head], _in_list(told), ["]"])),
     )
