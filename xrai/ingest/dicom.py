@@ -19,6 +19,7 @@ import io
 import logging
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -55,7 +56,12 @@ _OTHER_MODALITIES = frozenset(
 )
 _SIDE_VIEWS = frozenset({"LL", "RL", "LAT", "LATERAL"})  # ViewPosition
 _MAX_INFLATED_BYTES = 1 << 29  # of a file that is deflated as a whole
-_META_START = 132  # of the file meta information, behind preamble and "DICM"
+# How a file without preamble begins: with a short element of group 2 or 8, in one of the encodings
+_FIRST_ELEMENT = re.compile(
+    rb"(?:[\x02\x08]\0.\0|\0[\x02\x08]\0.)(?:AE|CS|DA|DT|LO|OB|SH|TM|UI|UL)"
+    rb"|[\x02\x08]\0.\0[\x02-\x40]\0\0\0",
+    re.DOTALL,
+)
 _MAX_ASPECT = 8.0  # of a pixel
 _JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 # Start of frame in JPEG and JPEG-LS; between these 0xC4, 0xC8 and 0xCC mean other things
@@ -71,8 +77,16 @@ _quiet_lock = threading.Lock()
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file's bytes are those of a DICOM file, by its preamble: its name says nothing."""
-    return data[128:132] == b"DICM"
+    """Whether a file's bytes are those of a DICOM file, with or without preamble."""
+    return _start(data) is not None
+
+
+def _start(data: bytes) -> int | None:
+    """Where a DICOM file's first element is."""
+    for place in (132, 4):
+        if data[place - 4 : place] == b"DICM":
+            return place
+    return 0 if _FIRST_ELEMENT.match(data) else None
 
 
 def versions() -> dict[str, str]:
@@ -93,8 +107,8 @@ def read_patient_id(data: bytes) -> str:
     """
     try:
         with _reading(), _quiet():
-            found = _read(data, ["PatientID"], stop_before_pixels=True).get("PatientID")
-            return str(found or "").strip()
+            dataset = _read(data, ["PatientID"], stop_before_pixels=True)
+            return str(_value(dataset, "PatientID") or "").strip()
     except ImageError:
         return ""
 
@@ -115,7 +129,7 @@ class Radiograph:
 
         Raises `ImageError` when the pixels are damaged, or no installed package unpacks them.
         """
-        with _reading():
+        with _reading("PixelData"):
             with _quiet():
                 samples, lowest, shown = _samples_and_table(self._data, self._dataset)
             if shown is not None:  # outside, so that several threads get on with it at once
@@ -132,13 +146,12 @@ def open_radiograph(data: bytes) -> Radiograph:
     chest, `SourceError` where pydicom is not installed.
     """
     with _reading(), _quiet():
-        dataset = _read(data, _TAGS)
-        if "PixelData" not in dataset:
-            raise ImageError("is DICOM without an image, or cut short before it")
-        width, height = int(dataset.Columns), int(dataset.Rows)
-        num_frames = int(dataset.get("NumberOfFrames") or 1)
-        if num_frames > 1:
-            raise ImageError(f"is DICOM of {num_frames} frames; one image per file is read")
+        dataset = _read_image(data)
+        width, height = dataset.Columns, dataset.Rows
+        if dataset.NumberOfFrames > 1:
+            raise ImageError(
+                f"is DICOM of {dataset.NumberOfFrames} frames; one image per file is read"
+            )
         _refuse_other_kinds(dataset)
         directions = _directions(dataset)
         aspect = _aspect(dataset)
@@ -182,23 +195,21 @@ def write_radiograph(
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
-    """Turn what pydicom raises in the block into an `ImageError` that names its kind alone.
+def _reading(part: str = "its header") -> Iterator[None]:
+    """Turn what pydicom raises in the block into an `ImageError` that names the file's part alone.
 
     Raises `SourceError` where pydicom is not installed.
     """
     try:
-        from pydicom.errors import BytesLengthException, InvalidDicomError
+        from pydicom.errors import BytesLengthException
     except ImportError as error:
         raise SourceError(
             "reading DICOM needs pydicom, which is not installed: pip install 'xrai[dicom]'"
         ) from error
     try:
         yield
-    except (*_DAMAGE, BytesLengthException, InvalidDicomError) as error:
-        raise ImageError(
-            f"is DICOM that is cut short or damaged ({type(error).__name__})"
-        ) from None
+    except (*_DAMAGE, BytesLengthException):
+        raise ImageError(f"is DICOM that is cut short or damaged ({part})") from None
 
 
 @contextmanager
@@ -224,26 +235,95 @@ def _quiet() -> Iterator[None]:
 
 def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False) -> "Dataset":
     import pydicom
+    from pydicom import uid
 
-    file = io.BytesIO(data)
-    file.seek(_META_START)
+    start = _start(data) or 0
+    file = io.BytesIO(data if start == 132 else data[start:])
+    file.seek(start if start == 132 else 0)
     meta = pydicom.filereader.read_dataset(
         file,
         is_implicit_VR=False,
         is_little_endian=True,
         stop_when=lambda tag, vr, length: tag.group != 2,
     )
-    if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+    if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        unpacked = unpacker.decompress(data[file.tell() :], _MAX_INFLATED_BYTES + 1)
+        unpacked = unpacker.decompress(file.read(), _MAX_INFLATED_BYTES + 1)
         if len(unpacked) > _MAX_INFLATED_BYTES:
             raise ImageError(f"is DICOM that unpacks to more than {_MAX_INFLATED_BYTES} bytes")
     file.seek(0)
-    return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
+    dataset = pydicom.dcmread(
+        file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags), force=True
+    )
+    if "TransferSyntaxUID" not in dataset.file_meta:  # pydicom has looked how it is encoded
+        is_implicit, is_little_endian = dataset.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if is_little_endian else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = (
+            uid.ImplicitVRLittleEndian if is_implicit else explicit
+        )
+    return dataset
+
+
+def _read_image(data: bytes) -> "Dataset":
+    """The header and the packed image, with what decoders need and the header may lack."""
+    dataset = _read(data, _TAGS)
+    if "PixelData" not in dataset:
+        raise ImageError("is DICOM without an image (PixelData), or cut short before it")
+    photometric = _code(dataset, "PhotometricInterpretation")
+    if not photometric:
+        raise ImageError("is DICOM whose PhotometricInterpretation is missing or damaged")
+    allocated = _integer(dataset, "BitsAllocated")
+    stored = _integer(dataset, "BitsStored", allocated)
+    high = _integer(dataset, "HighBit", stored - 1)
+    completed = {
+        "Rows": _integer(dataset, "Rows"),
+        "Columns": _integer(dataset, "Columns"),
+        "NumberOfFrames": _integer(dataset, "NumberOfFrames", 1) or 1,
+        "PhotometricInterpretation": photometric,
+        "SamplesPerPixel": _integer(
+            dataset, "SamplesPerPixel", 1 if photometric.startswith("MONO") else 3
+        ),
+        "PlanarConfiguration": _integer(dataset, "PlanarConfiguration", 0),
+        "PixelRepresentation": _integer(dataset, "PixelRepresentation", 0),
+        "BitsAllocated": allocated,
+        "BitsStored": stored,
+        "HighBit": high if stored <= high + 1 <= allocated else stored - 1,
+    }
+    for name, value in completed.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def _value(dataset: "Dataset", name: str) -> Any:
+    """A tag's value; None where it is missing or cannot be read."""
+    from pydicom.errors import BytesLengthException
+
+    try:
+        return dataset.get(name)
+    except (*_DAMAGE, BytesLengthException):
+        return None
+
+
+def _numbers(dataset: "Dataset", name: str) -> list[float]:
+    """A tag's numbers; empty where it is missing or holds anything else."""
+    value = _value(dataset, name)
+    try:
+        several = [value] if isinstance(value, str | int | float) else list(value)
+        numbers = [float(number) for number in several]
+    except (TypeError, ValueError):
+        return []
+    return numbers if all(math.isfinite(number) for number in numbers) else []
+
+
+def _integer(dataset: "Dataset", name: str, default: int | None = None) -> int:
+    numbers = _numbers(dataset, name)
+    if not numbers and default is None:
+        raise ImageError(f"is DICOM whose {name} is missing or damaged")
+    return int(numbers[0]) if numbers else int(default or 0)
 
 
 def _code(dataset: "Dataset", name: str, default: str = "") -> str:
-    return str(dataset.get(name) or default).strip().upper()
+    return str(_value(dataset, name) or default).strip().upper()
 
 
 def _refuse_other_kinds(dataset: "Dataset") -> None:
@@ -258,7 +338,7 @@ def _refuse_other_kinds(dataset: "Dataset") -> None:
 
 def _directions(dataset: "Dataset") -> tuple[str, str]:
     """Where rows and columns run to: L, R, H (head) or F (feet); upright if not stated."""
-    stated = [str(text)[:1].upper() for text in dataset.get("PatientOrientation") or ()]
+    stated = [str(text)[:1].upper() for text in _value(dataset, "PatientOrientation") or ()]
     if len(stated) != 2:
         return "L", "F"
     along_row, along_column = stated
@@ -269,17 +349,11 @@ def _directions(dataset: "Dataset") -> tuple[str, str]:
 
 
 def _aspect(dataset: "Dataset") -> float:
-    """Height of a stored pixel over its width."""
+    """Height of a stored pixel over its width; 1 where nothing plausible is stated."""
     for name in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing"):
-        stated = dataset.get(name)
-        if stated:
-            vertical, horizontal = (float(number) for number in stated)
-            if vertical == horizontal:  # both 0 in some files, for unknown
-                return 1.0
-            aspect = vertical / horizontal
-            if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
-                raise ImageError(f"is DICOM of pixels that are {aspect:g} times as high as wide")
-            return aspect
+        sides = _numbers(dataset, name)
+        if len(sides) == 2 and min(sides) > 0 and max(sides) <= _MAX_ASPECT * min(sides):
+            return sides[0] / sides[1]
     return 1.0
 
 
@@ -294,16 +368,16 @@ def _samples_and_table(
     """
     from pydicom.uid import RLELossless
 
-    photometric = str(dataset.PhotometricInterpretation).strip().upper()
+    photometric = dataset.PhotometricInterpretation
     is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
     if not is_grey and not photometric.startswith(("RGB", "YBR")):
         allowed = "MONOCHROME1, MONOCHROME2, RGB and YBR"
         raise ImageError(f"is DICOM whose PhotometricInterpretation is not one of {allowed}")
-    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
-    high = int(dataset.HighBit)
-    if allocated not in (8, 16) or not stored <= high + 1 <= allocated or stored < 1:
+    allocated, stored, high = dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit
+    if allocated not in (8, 16) or not 1 <= stored <= allocated:
         raise ImageError(
-            f"is DICOM of {stored} bits in {allocated}, the highest {high}; 8 to 16 bits are read"
+            f"is DICOM of {stored} bits (BitsStored) in {allocated} (BitsAllocated); "
+            "8 to 16 bits are read"
         )
     samples = _unpack(data, dataset)
     if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
@@ -340,7 +414,7 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
     except NotImplementedError:
         raise ImageError("is DICOM compressed in a way that no installed package unpacks") from None
     plugins = decoder.available_plugins
-    is_12_bit = syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8
+    is_12_bit = syntax == JPEGExtended12Bit and dataset.BitsStored > 8
     if syntax.is_encapsulated and (not plugins or is_12_bit):
         raise ImageError(
             f"is DICOM compressed as {syntax.name}, which no installed package unpacks"
@@ -382,12 +456,11 @@ def _size_in_frame(frame: bytes) -> tuple[int, int] | None:
 
 def _padding(samples: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
     """Which samples are padding around the image: PS3.3 C.7.5.1.1.2."""
-    first = dataset.get("PixelPaddingValue")
-    if first is None:
+    first = _numbers(dataset, "PixelPaddingValue")[:1]
+    if not first:
         return np.zeros(samples.shape, np.bool_)
-    last = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((int(first), int(first if last is None else last)))
-    return (samples >= low) & (samples <= high)
+    limits = first + _numbers(dataset, "PixelPaddingRangeLimit")[:1]
+    return (samples >= min(limits)) & (samples <= max(limits))
 
 
 def _look_up(
@@ -404,18 +477,27 @@ def _look_up(
         ends = np.array([-(2 ** (stored - 1)), 2 ** (stored - 1) - 1], np.int32)
     else:
         ends = np.array([0, 4095 if stored == 16 and highest <= 4095 else 2**stored - 1], np.int32)
-    values = apply_modality_lut(samples, dataset)
+    values: NDArray[Any] = samples
+    slope, intercept = (
+        _rescale(dataset, "RescaleSlope", 1),
+        _rescale(dataset, "RescaleIntercept", 0),
+    )
     if dataset.get("ModalityLUTSequence"):
+        values = apply_modality_lut(samples, dataset)
         ends = np.array([0, _top_of(dataset.ModalityLUTSequence[0])])
-    elif "RescaleSlope" in dataset and "RescaleIntercept" in dataset:
-        ends = np.sort(ends * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept))
+    elif (slope, intercept) != (1, 0):
+        values = samples * slope + intercept
+        ends = np.sort(ends * slope + intercept)
     if dataset.get("VOILUTSequence"):
         looked_up = apply_voi(np.rint(values).astype(np.int32), dataset, index=0)
         return np.asarray(looked_up / _top_of(dataset.VOILUTSequence[0]), np.float32)
     values = np.asarray(values, np.float32)
-    centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
-    if centre is not None and width is not None:
-        return _window(values, centre, width, _code(dataset, "VOILUTFunction", "LINEAR"))
+    function = _code(dataset, "VOILUTFunction", "LINEAR")
+    narrowest = 1 if function == "LINEAR" else 1e-6
+    windows = zip(_numbers(dataset, "WindowCenter"), _numbers(dataset, "WindowWidth"), strict=False)
+    for centre, width in windows:
+        if width >= narrowest:
+            return _window(values, centre, width, function)
     low, high = (float(end) for end in ends)
     if not math.isfinite(high - low) or high <= low:
         raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
@@ -423,12 +505,12 @@ def _look_up(
     return np.asarray(np.clip(shown, 0, 1), np.float32)
 
 
-def _first(value: Any) -> float | None:
-    """The first of one or several numbers."""
-    if value is None or value == "":
-        return None
-    several = [value] if isinstance(value, str | int | float) else list(value)
-    return float(several[0]) if several else None
+def _rescale(dataset: "Dataset", name: str, default: float) -> float:
+    """RescaleSlope or RescaleIntercept, which a window cannot do without where they are stated."""
+    numbers = _numbers(dataset, name)
+    if not numbers and name in dataset and dataset.get_item(name).value:
+        raise ImageError(f"is DICOM whose {name} is damaged")
+    return numbers[0] if numbers else default
 
 
 def _top_of(table: "Dataset") -> int:
@@ -444,9 +526,6 @@ def _window(
     values: NDArray[np.float32], centre: float, width: float, function: str
 ) -> NDArray[np.float32]:
     """PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 and 1."""
-    narrowest = 1 if function == "LINEAR" else 1e-6
-    if not (math.isfinite(centre) and math.isfinite(width)) or width < narrowest:
-        raise ImageError(f"is DICOM of a window of centre {centre:g} and width {width:g}")
     if function == "LINEAR":
         if width == 1:
             return (values > centre - 0.5).astype(np.float32)
@@ -550,7 +629,7 @@ def _serve(pipe: Connection) -> None:
         answer = io.BytesIO()
         try:
             with _reading(), _quiet():
-                np.save(answer, pixel_array(_read(data, _TAGS), index=0), allow_pickle=False)
+                np.save(answer, pixel_array(_read_image(data), index=0), allow_pickle=False)
         except ImageError:
             pipe.send_bytes(_REFUSED)
         else:
