@@ -24,7 +24,7 @@ from xrai.errors import UserError
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import load_model
 from xrai.results.calibration import calibrated
-from xrai.store import open_store
+from xrai.store import open_store, take_lease
 
 RANK_0_ONLY = {"matplotlib", "sklearn", "tensorboard", "jinja2"}
 NAME_PACKAGES = """
@@ -282,6 +282,17 @@ def test_a_run_of_another_data_set_is_not_gone_on_with(
         capsys=capsys,
     )
     assert status == 2 and "was saved with data set fingerprint = " in lines[0]
+
+
+def test_a_run_that_another_job_writes_is_refused_and_left_alone(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=r1", *SMALL]
+    with take_lease(open_store(str(tmp_path / "r1"))):
+        before = [path.name for path in (tmp_path / "r1").iterdir()]
+        status, lines = call(*options, capsys=capsys)
+        assert status == 2 and "r1 is being written by process" in lines[0]
+        assert [path.name for path in (tmp_path / "r1").iterdir()] == before
 
 
 def test_a_run_that_exists_is_not_begun_again_with_resume_never(

@@ -29,6 +29,10 @@ class RunError(UserError):
     """An address holds no usable training run, or one that does not fit what was asked."""
 
 
+class InUseError(UserError):
+    """Another process writes the same run or data set."""
+
+
 class ImageError(XraiError):
     """One image cannot be used. The message is the short reason that the manifest keeps."""
 

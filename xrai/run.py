@@ -113,8 +113,11 @@ class Job:
 
         A changed config is logged, and the earlier one is kept under the name of its last step.
         Raises `RunError` where more than the length of the training changed, unless `resume` is
-        `changed`.
+        `changed`, `InUseError` where another job writes the run.
         """
+        self.run.lock()
+        if self.run.store.size(SUMMARY) is not None:
+            raise RunError(f"another job has just finished run {self.run.address}: start again")
         existed = self.run.exists()
         if resume == "never" and existed:
             raise RunError(

@@ -20,7 +20,7 @@ import torch
 from tests.distributed.ranks import finish_ranks, free_port, start_ranks
 from tests.training import REPOSITORY, make_dataset
 from xrai.learning.checkpoint import CheckpointFolder
-from xrai.store import open_store
+from xrai.store import LEASE_KEY, open_store
 
 pytestmark = [
     pytest.mark.slow,
@@ -186,6 +186,21 @@ def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_f
     assert "Traceback" not in text
     finish(start(dataset, run_id))
     assert same(weights(dataset, run_id), whole)
+
+
+@pytest.mark.ci
+def test_of_two_trainings_of_one_run_the_second_is_refused_and_the_first_is_not_disturbed(
+    dataset: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    first = start(dataset, "twice")
+    wait_for_step(first, dataset, "twice", 3)
+    second = start(dataset, "twice")
+    text = second.ended()
+    assert second.process.returncode == 2, text
+    assert f"is being written by process {first.process.pid} on" in text
+    finish(first)
+    assert same(weights(dataset, "twice"), whole)
+    assert not (folder_of(dataset, "twice") / LEASE_KEY).exists()
 
 
 @pytest.mark.parametrize("num_kills", [1, pytest.param(4, marks=pytest.mark.ci)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.results.runs import Bucket, row
-from xrai.errors import StoreError, UserError
+from xrai.errors import InUseError, StoreError, UserError
 from xrai.results import folder as folder_module
 from xrai.results.folder import RunFolder, check_run_id, new_run_id
 
@@ -27,6 +27,21 @@ def test_a_new_run_id_sorts_by_time_is_allowed_and_is_unique() -> None:
 def test_a_run_id_that_could_leave_its_folder_or_mislead_is_refused(run_id: str) -> None:
     with pytest.raises(UserError, match="--run_id"):
         check_run_id(run_id)
+
+
+def test_a_run_of_a_bucket_has_one_writer_until_it_is_closed(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    one, other = (RunFolder("s3://bucket/runs", "r1", work_dir=tmp_path / n) for n in "ab")
+    one.lock()
+    one.open()
+    with pytest.raises(InUseError):
+        other.lock()
+    one.close()
+    assert [found.key for found in bucket.list()] == []
+    other.lock()
+    assert not other.exists()  # a lease is no run
+    other.close()
 
 
 def test_an_address_that_cannot_be_written_is_refused_in_one_line_and_nothing_is_left(

@@ -28,7 +28,7 @@ from xrai.log import get_logger
 from xrai.results.history import COLUMNS, EpochRow, parse_history, read_history
 from xrai.results.publisher import Publisher
 from xrai.results.tensorboard import Events
-from xrai.store import Store, check_key, open_store
+from xrai.store import LEASE_KEY, Lease, Store, check_key, open_store, take_lease
 from xrai.tables import to_csv, to_json
 
 SUMMARY = "summary.json"
@@ -81,6 +81,7 @@ class RunFolder:
             self.path = place.parent
         self.events = Events(run_id)
         self._publisher: Publisher | None = None
+        self._lease: Lease | None = None
         self._purge_step: int | None = None
 
     @staticmethod
@@ -112,8 +113,14 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether the artifact store, or this machine, holds any file of the run."""
-        is_stored = next(iter(self.store.list()), None) is not None
+        is_stored = any(found.key != LEASE_KEY for found in self.store.list())
         return is_stored or (self.is_remote and bool(self._names()))
+
+    def lock(self) -> None:
+        """Keep other jobs from writing the run until `close`. Raises `InUseError` where one does,
+        and again in `publish` if one has taken the run over.
+        """
+        self._lease = take_lease(self.store)
 
     def open(self) -> None:
         """Create the local folder, fetch what the store holds, and withdraw summary.json."""
@@ -198,6 +205,8 @@ class RunFolder:
 
     def publish(self, names: Sequence[str]) -> None:
         """Queue files for upload to the bucket, in this order. Returns at once."""
+        if self._lease is not None:
+            self._lease.confirm()
         if self._publisher is not None:
             self._publisher.announce([(name, True) for name in names])
 
@@ -262,6 +271,9 @@ class RunFolder:
                     f"{text} ({waiting[0]} first); they are in {self.path}: start again with the "
                     "same --run_id on this machine, or copy them from there"
                 )
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     def _explained(self, path: Path) -> AbstractContextManager[None]:
         hint = (
@@ -277,6 +289,7 @@ class RunFolder:
         This machine is ahead if an earlier process ended before everything was uploaded.
         """
         stored = {found.key: found.size_bytes for found in self.store.list()}
+        stored.pop(LEASE_KEY, None)
         theirs = self.store.read(HISTORY).decode() if HISTORY in stored else ""
         num_theirs = len(parse_history(theirs.splitlines(), where=f"{self.address}/{HISTORY}"))
         is_ahead = len(self.history()) >= num_theirs

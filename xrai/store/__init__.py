@@ -22,9 +22,20 @@ from urllib.parse import unquote, urlsplit
 from xrai.errors import ConfigError, StoreAccessError
 from xrai.store.base import Store, StoredObject, check_key
 from xrai.store.folder import FolderStore
+from xrai.store.lease import LEASE_KEY, Lease, take_lease
 from xrai.store.s3 import S3Store
 
-__all__ = ["FolderStore", "S3Store", "Store", "StoredObject", "check_key", "open_store"]
+__all__ = [
+    "LEASE_KEY",
+    "FolderStore",
+    "Lease",
+    "S3Store",
+    "Store",
+    "StoredObject",
+    "check_key",
+    "open_store",
+    "take_lease",
+]
 
 
 def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | None = None) -> Store:
