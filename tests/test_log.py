@@ -1,9 +1,15 @@
-"""The sign of life: lines and steps touch the file that XRAI_HEARTBEAT names."""
+"""The sign of life, which is the file that XRAI_HEARTBEAT names; and standard streams that are
+closed, full or of another encoding.
+"""
 
 import logging
 import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,3 +112,93 @@ def test_without_a_name_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
 
 def test_text_from_outside_cannot_control_a_terminal() -> None:
     assert log.printable("a\x1b[31mb\nc\u202ed é") == "a\ufffd[31mb\ufffdc\ufffdd é"
+
+
+def test_a_log_line_is_one_line_whatever_a_file_is_called(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log.setup_logging()
+    log.get_logger("xrai.x").warning("%s is excluded", "a.png\n12:00:00 INFO all is well\x1b[1A")
+    line = capsys.readouterr().err
+    assert line.endswith("a.png\ufffd12:00:00 INFO all is well\ufffd[1A is excluded\n")
+
+
+# ------------------------------------------------------------------------------ standard streams
+
+
+def end_of(body: str, redirected: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """How a command with this body ends, its streams redirected as a shell does it."""
+    script = (
+        "import sys; from xrai.command import run_command; from xrai.log import progress\n"
+        f"def body():\n    {body}\n"
+        "run_command(body)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    command = ["sh", "-c", f'"$@" {redirected}', "sh", sys.executable, "-c", script]
+    return subprocess.run(command, text=True, timeout=60, check=False, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("utf-8", "93.1\u201396.2 \xe9 \ufffd"),
+        ("latin-1", r"93.1\u201396.2 \xe9 \ufffd".replace(r"\xe9", "\xe9")),
+        ("ascii", r"93.1\u201396.2 \xe9 \ufffd"),
+    ],
+)
+def test_what_the_encoding_of_a_stream_lacks_is_written_as_its_escape(
+    encoding: str, shown: str
+) -> None:
+    body = r"for file in (sys.stdout, sys.stderr): print('93.1\u201396.2 \xe9 \udcff', file=file)"
+    strict = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+    done = end_of(body, env=strict, encoding=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{shown}\n", f"{shown}\n")
+
+
+@pytest.mark.parametrize(
+    "redirected", ["1>&-", "2>&-", "1>&- 2>&-", "1</dev/null 2</dev/null", "2>/dev/full"]
+)
+def test_a_closed_stream_does_not_end_a_job(redirected: str, tmp_path: Path) -> None:
+    loud = "for file in (sys.stdout, sys.stderr): print('x' * 10**5, file=file, flush=True)"
+    body = f"{loud}\n    with progress('a', total=1, unit='b') as bar: bar.update()"
+    done = end_of(f"{body}\n    open({str(tmp_path / 'done')!r}, 'x')", redirected)
+    assert (done.returncode, (tmp_path / "done").exists()) == (0, True)
+
+
+def test_a_reader_that_leaves_does_not_end_a_job() -> None:
+    body = "print('x' * 10**5); print('y' * 10**5, file=sys.stderr)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert end_of(body, stdout=writer, stderr=writer).returncode == 0
+    os.close(writer)
+    terminal, other_end = pty.openpty()
+    os.close(terminal)  # as a terminal does that is hung up
+    bar = "with progress('a', total=1, unit='b') as bar: bar.update()"
+    assert end_of(f"{bar}; {body}", stdout=other_end, stderr=other_end).returncode == 0
+    os.close(other_end)
+
+
+def test_a_full_disk_below_stdout_is_told_at_the_end(tmp_path: Path) -> None:
+    body = f"print('x' * 10**5, flush=True); open({str(tmp_path / 'done')!r}, 'x')"
+    done = end_of(body, "1>/dev/full")
+    said = "xrai: error: stdout cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert (tmp_path / "done").exists()
+    assert end_of("print('x'); sys.exit(0)", "1>/dev/full").returncode == 1
+
+
+def test_a_stream_that_another_process_made_non_blocking_is_waited_for() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with subprocess.Popen(["sh", "-c", "sleep 0.2; wc -c"], stdin=reader, stdout=-1) as slow:
+        assert end_of("print('x' * 10**6)", stdout=writer).returncode == 0
+        os.close(writer), os.close(reader)
+        assert slow.communicate()[0].split() == [b"1000001"]
+
+
+def test_nothing_that_is_printed_controls_a_terminal() -> None:
+    body = r"print('a\x1b]0;b\x07\tc\u202ed'); raise SystemExit(3)"
+    done = end_of(body)
+    assert (done.returncode, done.stdout) == (3, "a\ufffd]0;b\ufffd\tc\ufffdd\n")
+    error = r"from xrai.errors import UserError; raise UserError('\x1b[2J\nno')"
+    assert end_of(error).stderr == "xrai: error: \ufffd[2J no\n"

@@ -12,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from xrai import __version__
+from xrai.log import finish_streams, guard_streams
 
 WORDS = {
     "preprocess": "turn raw X-rays into a data set",
@@ -42,10 +43,11 @@ _ADDRESSED = re.compile(  # options and variables of a job that says where its m
 
 def main() -> NoReturn:
     """Do what the command line says, and leave with the exit status of it."""
+    guard_streams()
     word, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if word in ("-h", "--help", "--version"):
         print(f"xrai {__version__}" if word == "--version" else USAGE)
-        sys.exit(0)
+        sys.exit(finish_streams(0))
     if word not in WORDS:
         from difflib import get_close_matches
 

@@ -15,6 +15,7 @@ import yaml
 
 from xrai.config import SECTIONS, USES, Config, KeySpec, all_keys, build, nearest, read_file
 from xrai.errors import ConfigError, StoppedError, UserError, XraiError
+from xrai.log import finish_streams, guard_streams, printable
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,25 @@ def run_command(command: Callable[[], None], *, rank: int = 0, world_size: int =
     An `XraiError` becomes one line on stderr; any other exception keeps its traceback. The user's
     mistakes, which all ranks of a training meet alike, are printed by rank 0 alone.
     """
-    status = 0
+    guard_streams()
+    status: Any = 0
     try:
         command()
+    except SystemExit as ended:  # --help, --print_config
+        status = ended.code
     except XraiError as error:
         if rank == 0 or not isinstance(error, UserError | StoppedError):
             kind = "" if isinstance(error, StoppedError) else "error: "
-            text = " ".join(str(error).split())
+            text = printable(" ".join(str(error).split()))
             print(f"xrai: {kind}{text}", file=sys.stderr, flush=True)
         status = error.exit_status
     except KeyboardInterrupt:
         print("xrai: interrupted", file=sys.stderr, flush=True)
         status = 130
+    status = finish_streams(status)
     if world_size > 1:
         # While the interpreter shuts down, threads of torch's process groups sometimes abort (seen
         # with torch 2.13.0), and torchrun takes that for a failure. All files are closed by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -1,18 +1,22 @@
-"""Log lines, progress and a sign of life, for all rooms and commands.
+"""Log lines, progress, a sign of life, and standard streams that cannot end a job.
 
 On a terminal, long work shows a bar; elsewhere (a file, a container's log) it logs a line now and
 then. Lines and steps also touch the file that XRAI_HEARTBEAT names, if it names one: a container's
 liveness check looks at the age of that file.
 """
 
+import errno
+import io
 import logging
 import os
+import re
+import select
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from xrai.errors import ConfigError
 
@@ -32,7 +36,7 @@ def setup_logging(*, rank: int = 0) -> None:
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
+    handler.setFormatter(_LineFormatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
     logger.addHandler(handler)
     logger.addHandler(_BeatHandler(heartbeat))
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -46,6 +50,68 @@ def get_logger(name: str) -> logging.Logger:
 def printable(text: str) -> str:
     """Text from outside as one line that cannot control a terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+class _LineFormatter(logging.Formatter):
+    """A record is one line, whatever its message holds."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
+def guard_streams() -> None:
+    """From now on, what is printed to stdout and stderr cannot fail, nor control a terminal.
+
+    A character that the encoding lacks is written as its escape. A stream that is closed, or whose
+    reader has gone, takes everything. `finish_streams` tells of other failures.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # its descriptor was closed when Python started
+            raw, encoding = _Lenient(os.devnull, "wb"), "utf-8"
+        elif stream is getattr(sys, f"__{name}__"):
+            raw, encoding = _Lenient(stream.fileno(), "wb", closefd=False), stream.encoding
+        else:  # of a test, or guarded already
+            continue
+        options = (encoding, "backslashreplace")
+        setattr(sys, name, _Shown(io.BufferedWriter(raw), *options, line_buffering=True))
+
+
+def finish_streams(status: int) -> int:
+    """Flush both, and return `status`; if some of stdout could not be written, say so and return a
+    failure.
+    """
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, _Lenient) and raw.failure:
+        print(f"xrai: error: stdout cannot be written: {raw.failure}", file=sys.stderr)
+        status = status or 1
+    sys.stderr.flush()
+    return status
+
+
+class _Lenient(io.FileIO):
+    """A descriptor to which each write succeeds, and the reason of the first that did not."""
+
+    failure = ""
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # another process made it non-blocking
+                select.select([], [self], [])
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):  # nobody reads it
+                self.failure = self.failure or error.strerror or str(error)
+            return len(data)
+        return written
+
+
+class _Shown(io.TextIOWrapper):
+    """Text without control characters, except those that end a line or draw a progress bar."""
+
+    def write(self, text: str) -> int:
+        super().write(re.sub(r"[^\n\r\t]+", lambda found: printable(found[0]), text))
+        return len(text)
 
 
 class Heartbeat:
