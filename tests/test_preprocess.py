@@ -30,6 +30,7 @@ from xrai import preprocess, verify
 from xrai.command import run_command
 from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
+from xrai.dataset.verify import find_faults
 from xrai.ingest.sources import FolderSource
 from xrai.phantom import make_phantoms
 from xrai.store import open_store
@@ -296,6 +297,30 @@ def test_a_medmnist_file_becomes_a_data_set(run: Callable[..., Done], tmp_path: 
         number = int(path.rpartition("/")[2])
         np.testing.assert_array_equal(image, arrays["val_images"][number])
         assert label == arrays["val_labels"][number, 0]
+
+
+def test_test_images_of_one_class_alone_become_a_data_set_to_evaluate_on(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    files = {f"test/PNEUMONIA/{k}.png": picture_file(k) for k in range(12)}
+    source, dataset = write_files(tmp_path / "chest", files), tmp_path / "dataset"
+    index = make(run, source, dataset)
+    assert {name: index.num_images_per_class(name) for name in index.splits} == {
+        "test": {"NORMAL": 0, "PNEUMONIA": 12}
+    }
+    pixels = np.concatenate(
+        [open_shard(dataset / info.name).images for info in index.splits["test"]]
+    )
+    assert index.pixel_mean == pytest.approx(pixels.mean(), rel=1e-12)
+    assert find_faults(open_store(str(dataset)), index) == []
+    card = (dataset / "report" / "card.md").read_text()
+    assert "samples-pneumonia.png" in card and "samples-normal.png" not in card
+    assert "to evaluate on alone" in card
+    refused(
+        run(f"--source={write_files(tmp_path / 'one', {'PNEUMONIA/a.png': b'x'})}", "--dataset=d"),
+        "no usable NORMAL images; training needs images of both classes, and images to evaluate on "
+        "alone belong in a folder test/",
+    )
 
 
 def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(

@@ -202,7 +202,7 @@ def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
         ([row(f"{k}.png", label=1) for k in range(50)], "train has no usable NORMAL images"),
         (
             [row("a.png", patient="IM:0115"), row("b.png", label=1, patient="IM:0115")],
-            "no image falls into val: 1 pat",
+            "no image falls into val, since all 2 images are of one patient, .*--labels",
         ),
         (
             [*many(40, split="val"), *[row(f"{k}.png", label=1) for k in range(9)]],
@@ -213,6 +213,43 @@ def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
 def test_what_can_not_be_split_is_refused(rows: list[Row], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         assign_splits(rows, Splits(val_fraction=0.1, test_fraction=0.1))
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.9])
+def test_one_patient_id_for_all_images_is_said_with_what_to_do(val_fraction: float) -> None:
+    rows = [row(f"{k}.png", label=k % 2, patient="dicom:0f") for k in range(40)]
+    with pytest.raises(SourceError) as caught:
+        assign_splits(rows, Splits(val_fraction=val_fraction, test_fraction=0.05))
+    for words in ("all 40 images", "PatientID", "anonymizing", "column patient", "--labels", "val"):
+        assert words in str(caught.value)
+    assert "raise" not in str(caught.value)
+
+
+def test_few_patients_whose_images_all_leave_train_are_counted() -> None:
+    rows = [row(f"{k}.png", label=k % 2, patient=f"p:{k % 2}") for k in range(40)]
+    with pytest.raises(SourceError, match=r"no \w+ image stays in train: 2 patients are too few"):
+        assign_splits(rows, Splits(val_fraction=0.9, test_fraction=0.05))
+
+
+def test_a_patient_of_a_large_share_of_the_images_is_noted() -> None:
+    anonymous = [row(f"{k}.png", label=k % 2, patient="dicom:0f") for k in range(60)]
+    (note,) = assign_splits([*many(100), *anonymous], CARVE).notes
+    assert "60 of 160 images are of one patient by their PatientID" in note
+    assert assign_splits([*many(200), *anonymous], CARVE).notes == ()
+    given = [row(f"v{k}.png", label=k % 2, split="val") for k in range(40)]
+    given += [row(f"t{k}.png", label=k % 2, split="test") for k in range(40)]
+    assert assign_splits([*anonymous, *given], CARVE).notes == ()
+
+
+@pytest.mark.parametrize("splits", [("test",), ("val", "test"), ("val",)])
+def test_a_source_without_train_is_kept_as_it_is_whatever_classes_it_has(
+    splits: tuple[str, ...],
+) -> None:
+    rows = [row(f"{k}.png", label=1, split=splits[k % len(splits)]) for k in range(12)]
+    assignment = assign_splits(rows, Splits())
+    assert (assignment.rows, assignment.carved) == (tuple(rows), ())
+    (note,) = assignment.notes
+    assert "to evaluate on alone" in note
 
 
 def test_a_carved_split_without_one_class_is_noted() -> None:

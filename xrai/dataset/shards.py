@@ -233,7 +233,7 @@ class DatasetIndex:
     image_size: int  # pixels, height and width
     splits: Mapping[str, tuple[ShardInfo, ...]]  # of train, val and test, those that exist
     carved: tuple[str, ...]  # splits carved from train, by patient; the source gave the others
-    pixel_mean: float  # of all pixels of the train split, grey levels 0 to 255
+    pixel_mean: float  # of all pixels of train, else of all splits, grey levels 0 to 255
     pixel_std: float
     source: str
     plan_sha256: str  # of everything that decides the contents: source files, their hashes, config

@@ -102,14 +102,15 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
 def _check_shards(
     store: Store, index: DatasetIndex, rows: Sequence[Row], *, skip: set[str]
 ) -> Iterator[Fault]:
-    """Compare each shard that has the right hash with the manifest, and all of train with the
-    stated mean.
+    """Compare each shard that has the right hash with the manifest, and all of train (of all
+    splits where there is no train) with the stated mean.
     """
     by_shard: dict[str, list[Row]] = {}
     for row in rows:
         if row.shard is not None:
             by_shard.setdefault(row.shard, []).append(row)
-    histogram = np.zeros(256, np.int64)  # of train
+    measured = {"train"} & index.splits.keys() or {*index.splits}
+    histogram = np.zeros(256, np.int64)
     for split, infos in index.splits.items():
         for info in infos:
             if info.name in skip:
@@ -124,9 +125,9 @@ def _check_shards(
                 skip = {*skip, info.name}
                 yield Fault(info.name, str(error))
             else:
-                if split == "train":
+                if split in measured:
                     histogram += grey_histogram(shard.images)
-    if not skip.intersection(info.name for info in index.splits["train"]):
+    if not skip.intersection(info.name for split in measured for info in index.splits[split]):
         mean, std = mean_and_std(histogram)
         if abs(mean - index.pixel_mean) > 1e-6 or abs(std - index.pixel_std) > 1e-6:
             yield Fault(INDEX_KEY, f"pixel mean and std are {mean} and {std}, not what it states")

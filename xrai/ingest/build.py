@@ -319,17 +319,21 @@ def _near_duplicates(
 
 def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> DatasetIndex:
     used = [row for row in rows if row.shard is not None]
-    refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
-    if not any(row.split == "val" for row in used):
+    has_train = any(row.split == "train" for row in rows)
+    if has_train:
+        refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
+    if has_train and not any(row.split == "val" for row in used):
         raise SourceError(
             "no image of val could be decoded; fix them, or raise splits.val_fraction"
         )
+    if not used:
+        raise SourceError("no image could be decoded; fix them")
     infos: dict[str, list[ShardInfo]] = {}
-    histogram = np.zeros(256, np.int64)  # of train
+    histogram = np.zeros(256, np.int64)  # of train, or of all where there is none
     for shard, part in zip(plan.shards, parts, strict=True):
         if part.shard is not None:
             infos.setdefault(shard.split, []).append(part.shard)
-        if shard.split == "train":
+        if shard.split == "train" or not has_train:
             histogram += np.array(part.histogram)
     mean, std = mean_and_std(histogram)
     return DatasetIndex(

@@ -46,7 +46,8 @@ def make_report(
 ) -> dict[str, bytes]:
     """The report's files by key. Images come from the stored shards."""
     index, near = contents.index, contents.near
-    train = [row for row in contents.rows if row.split == "train" and row.shard is not None]
+    split = next(iter(index.splits))  # train, if there is one
+    rows = [row for row in contents.rows if row.split == split and row.shard is not None]
     files: dict[str, bytes] = {}
     sheets: list[tuple[str, str]] = []
     warning = "drawn phantoms, not patients" if is_phantom(contents.rows) else ""
@@ -62,10 +63,11 @@ def make_report(
 
     for label, class_name in enumerate(index.classes):
         # From the first shard alone, if it holds enough
-        samples = nsmallest(_SAMPLES, (row for row in train if row.label == label), key=_by_place)
+        samples = nsmallest(_SAMPLES, (row for row in rows if row.label == label), key=_by_place)
         images, titles = _read_images(store, samples), [_name(row) for row in samples]
-        name, heading = f"samples-{class_name.lower()}.png", f"Samples of train: {class_name}"
-        add(name, heading, draw_sheet, images, titles)
+        name, heading = f"samples-{class_name.lower()}.png", f"Samples of {split}: {class_name}"
+        if samples:
+            add(name, heading, draw_sheet, images, titles)
     counts = {split: index.num_images_per_class(split) for split in index.splits}
     add("class-counts.png", "Images by split and class", draw_counts, counts)
     if near:
@@ -89,6 +91,7 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
     index, counts, rows = contents.index, contents.index.counts, contents.rows
     used = [row for row in rows if not row.reason]
     num_named = sum(not is_file_patient(row.patient) for row in used)
+    measured = "train" if "train" in index.splits else "all"
     drawn = "**Drawn phantoms, not patients.** For trying the program out and for tests."
     lines = [
         f"# Data set {index.fingerprint[:16]}",
@@ -97,7 +100,7 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
         f"Source: {_text(index.source)}. {counts.num_found} files found = {counts.num_written} "
         f"written + {counts.num_set_aside} excluded; {counts.num_not_data} more are not data.",
         f"Images: {index.image_size} x {index.image_size} grey levels of 8 bits, fitted by "
-        f"`{index.config['images']['fit']}`; mean of train {index.pixel_mean:.1f}, standard "
+        f"`{index.config['images']['fit']}`; mean of {measured} {index.pixel_mean:.1f}, standard "
         f"deviation {index.pixel_std:.1f}.",
         "",
         *_splits(contents, used),

@@ -73,7 +73,9 @@ def list_source(source: Source, table: LabelTable | None = None) -> Listing:
         layout = lay_out(paths, source=source.name)
     else:
         layout = lay_out_by_labels(paths, table, source=source.name)
-    refuse_missing_class((entry.label for entry in layout.entries), where=f"source {source.name}")
+    if any(entry.split == "train" for entry in layout.entries):  # else it is to evaluate on
+        labels = (entry.label for entry in layout.entries)
+        refuse_missing_class(labels, where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
     listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)

@@ -4,7 +4,7 @@ A source's own split folders are honoured. What is missing is carved from train,
 `xrai.dataset.rules`.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,9 @@ from xrai.dataset.manifest import CLASSES, Row
 from xrai.dataset.rules import carve, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
+
+_NAME_PATIENTS = "say who is who in the column patient of a table (--labels FILE.csv)"
+_MANY_IMAGES, _LARGE_SHARE = 20, 0.25  # that one patient hardly has
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,16 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     """Give every usable row its split; `rows` carry those of the source.
 
     A val of fewer than `splits.min_val_images` joins train. Identical images with different labels
-    are all excluded, since nobody knows which label is right.
+    are all excluded, since nobody knows which label is right. A source with split folders but no
+    train is kept as it is, to evaluate on.
 
     Raises `SourceError` when one image is in two splits of the source (unless `splits.duplicates`
     is "drop"), a class has no images in train, or train or val would be empty.
     """
     notes = []
+    has_train = any(row.split == "train" for row in rows)
     num_val = sum(row.split == "val" for row in rows)
-    if 0 < num_val < config.min_val_images:
+    if has_train and 0 < num_val < config.min_val_images:
         notes.append(
             f"the source's val has {num_val} images, fewer than splits.min_val_images = "
             f"{config.min_val_images}: they join train"
@@ -53,20 +58,23 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
     shared = patients_in_several(used, given)
     if shared:
         notes.append(f"{len(shared)} patients are in two splits of the source, such as {shared[0]}")
+    if not has_train:
+        notes.append("the source has no train, so that this data set is to evaluate on alone")
+        return Assignment(tuple(rows), (), dropped, tuple(notes))
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
     carved = tuple(
         split for split, fraction in fractions.items() if split not in given and fraction > 0
     )
+    pool = [row for row in used if row.split == "train"]
+    refuse_missing_class((row.label for row in pool), where="train")
+    if carved:
+        notes += _note_common_patient(pool)
     rows = carve(rows, carved, config)
     used = [row for row in rows if not row.reason]
-    refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
-    if not any(row.split == "val" for row in used):
-        num_patients = len({row.patient for row in used if row.split in ("train", *carved)})
-        raise SourceError(
-            f"no image falls into val: {num_patients} patients are too few for "
-            f"splits.val_fraction = {config.val_fraction}; add images or raise it"
-        )
     found = {(row.split, row.label) for row in used}
+    missing = [name for label, name in enumerate(CLASSES) if ("train", label) not in found]
+    if missing or not any(row.split == "val" for row in used):
+        raise SourceError(_explain_carving(pool, carved, config, missing=missing))
     for split in carved:
         missing = [name for label, name in enumerate(CLASSES) if (split, label) not in found]
         if missing:
@@ -82,8 +90,46 @@ def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
     for label, name in enumerate(CLASSES):
         if label not in found:
             raise SourceError(
-                f"{where} has no usable {name} images; training needs images of both classes"
+                f"{where} has no usable {name} images; training needs images of both classes, and "
+                "images to evaluate on alone belong in a folder test/ (or have test in the column "
+                "split of --labels)"
             )
+
+
+def _explain_carving(
+    pool: Sequence[Row], carved: Sequence[str], config: Splits, *, missing: Sequence[str]
+) -> str:
+    """Why `pool`, the source's train, cannot be divided by patient."""
+    what = f"no {missing[0]} image stays in train" if missing else "no image falls into val"
+    patients = {row.patient for row in pool}
+    if len(patients) == 1:
+        return (
+            f"{what}, since all {len(pool)} images are of one patient{_origin(pool[0])}, and "
+            f"{' and '.join(carved)} are carved by patient; {_NAME_PATIENTS}, or lay the images "
+            "out in folders train, val and test"
+        )
+    return (
+        f"{what}: {len(patients)} patients are too few for splits.val_fraction = "
+        f"{config.val_fraction} and splits.test_fraction = {config.test_fraction}; add images of "
+        "more patients, change these, or lay the images out in folders train, val and test"
+    )
+
+
+def _note_common_patient(pool: Sequence[Row]) -> list[str]:
+    """A note where the most frequent patient has an implausible share of the images."""
+    ((patient, count),) = Counter(row.patient for row in pool).most_common(1)
+    if count < _MANY_IMAGES or count <= _LARGE_SHARE * len(pool):
+        return []
+    row = next(row for row in pool if row.patient == patient)
+    return [
+        f"{count} of {len(pool)} images are of one patient{_origin(row)}, and so go into one "
+        f"split; if they are not, {_NAME_PATIENTS}"
+    ]
+
+
+def _origin(row: Row) -> str:
+    is_dicom = row.patient.startswith("dicom:")
+    return " by their PatientID, as some ways of anonymizing leave it" if is_dicom else ""
 
 
 def _exclude_contradictions(rows: Sequence[Row]) -> list[Row]:
