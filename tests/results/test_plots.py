@@ -106,20 +106,22 @@ def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_chang
     labels, scores = [0, 0, 1, 1] * 9, [0.3, 0.6, 0.4, 0.7] * 9
     for name, temperature in (("same", 1.0), ("other", 2.0)):
         found = measured(labels, scores, temperature=temperature)
-        plots.draw_calibration(*found, tmp_path / f"{name}.png")
-    assert (tmp_path / "same.png").read_bytes() != (tmp_path / "other.png").read_bytes()
-    assert has_colour(tmp_path / "other.png", "#848e9e")  # TRAIN, let through a little
-    assert not has_colour(tmp_path / "same.png", "#848e9e")
+        plots.draw_plots(*found, tmp_path / name)
+    same, other = (tmp_path / name / "calibration.png" for name in ("same", "other"))
+    assert same.read_bytes() != other.read_bytes()
+    assert has_colour(other, "#848e9e")  # TRAIN, let through a little
+    assert not has_colour(same, "#848e9e")
 
 
 def test_the_abstention_plot_marks_what_the_run_left_to_a_person(tmp_path: Path) -> None:
     labels, scores = [0, 0, 1, 1] * 9, [0.1, 0.9, 0.2, 0.95] * 9
     for name, atypicality in (("with", np.linspace(0, 1.2, 36)), ("without", None)):
         found = measured(labels, scores, atypicality=atypicality)
-        plots.draw_abstention(*found, tmp_path / f"{name}.png")
-        assert has_colour(tmp_path / f"{name}.png", style.CURVE)
+        plots.draw_plots(*found, tmp_path / name)
+        path = tmp_path / name / "abstention.png"
+        assert has_colour(path, style.CURVE)
         for colour in (style.SHIFTED, style.PNEUMONIA):
-            assert has_colour(tmp_path / f"{name}.png", colour) == (name == "with")
+            assert has_colour(path, colour) == (name == "with")
 
 
 def test_drawing_leaves_matplotlib_as_it_was_and_opens_no_display() -> None:

@@ -1,8 +1,8 @@
 """Plots of results: curves, ROC, precision-recall, confusion, calibration, scores, abstention.
 
-The one home of matplotlib, by its object-oriented API on the Agg canvas: no pyplot, no global
-figure, no display. Each function writes a PNG whole or not at all, with the same bytes for the same
-input and version of matplotlib. Numbers in a plot are those of the results.
+The one home of matplotlib, by its object-oriented API: no pyplot, no global figure, no display. A
+PNG is written whole or not at all, with the same bytes for the same input and version of
+matplotlib. Numbers in a plot are those of the results.
 """
 
 import gc
@@ -18,11 +18,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
 from xrai.files import write_atomically
@@ -32,7 +31,7 @@ from xrai.results.history import EpochRow
 from xrai.results.intervals import wilson_interval
 from xrai.results.metrics import calibration_bins, cumulative_calls, format_interval, format_value
 from xrai.results.style import CURVE, INK, MUTED, NORMAL, PAPER, PNEUMONIA, note_line
-from xrai.results.types import Estimate, Scores, SplitResults
+from xrai.results.types import Estimate, Labelled, OutputResults, Scores, SplitResults
 
 _Look = dict[str, Any]  # options of matplotlib, which documents plain values
 
@@ -65,8 +64,8 @@ _CHANCE: _Look = {"color": MUTED, "linewidth": 1, "linestyle": (0, (2, 3))}
 _AREA: _Look = {"color": CURVE, "alpha": 0.08, "linewidth": 0}
 _POINT: _Look = {"markersize": 9, "markeredgecolor": PAPER, "markeredgewidth": 1.5, "zorder": 5}
 _SMALL: _Look = {"fontsize": 8.5, "color": MUTED}
-_CENTRED: _Look = {"ha": "center", "va": "center"}
-_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
+_TOP: _Look = {"xycoords": ("data", "axes fraction")}  # of a note at (x, 1)
+_PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 _HEAT_OPACITY = 0.65  # of a heat map where it is 1
 
 
@@ -81,15 +80,17 @@ def draw_curves(
 
     A value that is NaN leaves a gap.
     """
-    shown = [("train", style.TRAIN, "train"), ("validation", style.VALIDATION, "val")]
-    shifted = ("validation,\naugmented", style.SHIFTED, "shifted")
+    lines = [("train", style.TRAIN, "train"), ("validation", style.VALIDATION, "val")]
     epochs = [row.epoch for row in history]
-    for kind, unit, lines in (
-        ("loss", "cross-entropy, nats", shown),
-        ("accuracy", "share of images correctly classified", [*shown, shifted]),
+    for kind, unit in (
+        ("loss", "cross-entropy, nats"),
+        ("accuracy", "share of images correctly classified"),
     ):
+        if kind == "accuracy":
+            lines.append(("validation,\naugmented", style.SHIFTED, "shifted"))
         note = note_line(unit, is_phantom=is_phantom)
-        with _figure(folder / f"{kind}.png", f"{kind.capitalize()} by epoch", note) as figure:
+        title = f"{kind.capitalize()} by epoch"
+        with _figure(folder / f"{kind}.png", title, note, size=(6.2, 4.3)) as figure:
             axes = figure.add_subplot()
             figure.subplots_adjust(left=0.1, right=0.745, top=0.795, bottom=0.12)
             series = [
@@ -101,206 +102,205 @@ def draw_curves(
                 axes.axvline(best_epoch, zorder=1, **_CHANCE)
                 is_late = best_epoch > (epochs[0] + epochs[-1]) / 2
                 side: _Look = {"ha": "right" if is_late else "left", "va": "top"}
-                place = {"xycoords": ("data", "axes fraction"), **side}
-                _note(axes, "saved", (best_epoch, 1), (-4 if is_late else 4, -2), **place)
+                _note(axes, "saved", (best_epoch, 1), (-4 if is_late else 4, -2), **_TOP, **side)
     gc.collect()  # figures are full of cycles: a training grew by 5 MiB an epoch
 
 
 def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
     """Write all plots of one split, of its first output."""
-    for name, draw in (
-        ("roc", draw_roc),
-        ("precision_recall", draw_precision_recall),
-        ("confusion", draw_confusion),
-        ("calibration", draw_calibration),
-        ("scores", draw_scores),
-        ("abstention", draw_abstention),
-    ):
-        draw(scores, results, folder / f"{name}.png")
+    note = f"{results.num_images:,} images of {results.num_patients:,} patients"
+    note = note_line(f"{results.split} split", note, is_phantom=results.is_phantom)
+    for name, (title, size, draw) in _PLOTS.items():
+        with _figure(folder / f"{name}.png", title, note, size=size) as figure:
+            draw(figure, scores.labelled(), results.main)
     gc.collect()  # as above, once for all six: it takes longer than drawing one
 
 
-def draw_roc(scores: Scores, results: SplitResults, path: Path) -> None:
-    """Write the ROC curve with the operating point."""
-    found, metrics = scores.labelled(), results.main.whole.metrics
-    output = results.main.output
-    false, true = f"{output.opposite} images called {output.name}", f"{output.name} images found"
-    with _split_figure(path, "ROC curve", results) as figure:
-        axes = _square_axes(figure, f"1 - specificity: {false}", f"sensitivity: {true}")
-        axes.plot([0, 1], [0, 1], **_CHANCE)
-        tp, fp = cumulative_calls(found.labels, found.scores)
-        if tp[-1] and fp[-1]:
-            axes.fill_between(fp / fp[-1], tp / tp[-1], **_AREA)
-            axes.plot(fp / fp[-1], tp / tp[-1], color=CURVE, linewidth=2.2)
-            x, y = 1 - metrics["specificity"].value, metrics["sensitivity"].value
-            _mark_threshold(axes, x, y, output.threshold)
-        _print_metric(axes, "auroc", "AUROC", metrics["auroc"])
+def _draw_roc(figure: Figure, found: Labelled, main: OutputResults) -> None:
+    """The ROC curve with the operating point."""
+    output, metrics = main.output, main.whole.metrics
+    x = f"1 - specificity: {output.opposite} images called {output.name}"
+    axes = _square_axes(figure, x, f"sensitivity: {output.name} images found")
+    axes.plot([0, 1], [0, 1], **_CHANCE)
+    tp, fp = cumulative_calls(found.labels, found.scores)
+    if tp[-1] and fp[-1]:
+        axes.fill_between(fp / fp[-1], tp / tp[-1], **_AREA)
+        axes.plot(fp / fp[-1], tp / tp[-1], color=CURVE, linewidth=2.2)
+        place = 1 - metrics["specificity"].value, metrics["sensitivity"].value
+        _mark_threshold(axes, place, output.threshold)
+    _print_metric(axes, "auroc", "AUROC", metrics["auroc"])
 
 
-def draw_precision_recall(scores: Scores, results: SplitResults, path: Path) -> None:
-    """Write the precision-recall curve, with the share of positive images as chance."""
-    found, metrics = scores.labelled(), results.main.whole.metrics
-    output = results.main.output
-    correct = f"calls of {output.name} that are correct"
-    with _split_figure(path, "Precision and recall", results) as figure:
-        axes = _square_axes(figure, f"recall: {output.name} images found", f"precision: {correct}")
-        tp, fp = cumulative_calls(found.labels, found.scores)
-        if tp[-1] and fp[-1]:
-            share = float(found.labels.mean())
-            axes.axhline(share, **_CHANCE)
-            _note(axes, f"chance {share:.2f}", (0.02, share), (0, -4), va="top")
-            precision = np.append(tp[:0:-1] / (tp + fp)[:0:-1], 1.0)
-            recall = tp[::-1] / tp[-1]
-            axes.fill_between(recall, precision, step="pre", **_AREA)
-            axes.step(recall, precision, color=CURVE, linewidth=2.2, where="pre")
-            if not metrics["ppv"].is_undefined:
-                x, y = metrics["sensitivity"].value, metrics["ppv"].value
-                _mark_threshold(axes, x, y, output.threshold)
-        _print_metric(axes, "average_precision", "average precision", metrics["average_precision"])
+def _draw_precision_recall(figure: Figure, found: Labelled, main: OutputResults) -> None:
+    """The precision-recall curve, with the share of positive images as chance."""
+    output, metrics = main.output, main.whole.metrics
+    y = f"precision: calls of {output.name} that are correct"
+    axes = _square_axes(figure, f"recall: {output.name} images found", y)
+    tp, fp = cumulative_calls(found.labels, found.scores)
+    if tp[-1] and fp[-1]:
+        share = float(found.labels.mean())
+        axes.axhline(share, **_CHANCE)
+        _note(axes, f"chance {share:.2f}", (0.02, share), (0, -4), va="top")
+        precision = np.append(tp[:0:-1] / (tp + fp)[:0:-1], 1.0)
+        recall = tp[::-1] / tp[-1]
+        axes.fill_between(recall, precision, step="pre", **_AREA)
+        axes.step(recall, precision, color=CURVE, linewidth=2.2, where="pre")
+        if not metrics["ppv"].is_undefined:
+            place = metrics["sensitivity"].value, metrics["ppv"].value
+            _mark_threshold(axes, place, output.threshold)
+    _print_metric(axes, "average_precision", "average precision", metrics["average_precision"])
 
 
-def draw_confusion(scores: Scores, results: SplitResults, path: Path) -> None:
-    """Write the four counts: a row is a label, a column a call, tinted by the share of the row."""
-    counts, output = results.main.whole.counts, results.main.output
+def _draw_confusion(figure: Figure, found: Labelled, main: OutputResults) -> None:
+    """The four counts: a row is a label, a column a call, tinted by the share of the row."""
+    counts, names = main.whole.counts, [main.output.opposite, main.output.name]
     cells = (
         ((counts.tn, "correct", NORMAL), (counts.fp, "false alarm", PNEUMONIA)),
         ((counts.fn, "missed", PNEUMONIA), (counts.tp, "correct", NORMAL)),
     )
-    names = [output.opposite, output.name]
     shape: _Look = {"boxstyle": "round,pad=0,rounding_size=0.05", "edgecolor": "none"}
-    with _split_figure(path, "Calls against labels", results) as figure:
-        axes = figure.add_axes((0.17, 0.07, 0.79, 0.74))
-        axes.set(xlim=(0, 2), ylim=(2, 0), xticks=[0.5, 1.5], yticks=[0.5, 1.5])
-        axes.set_xticklabels([f"called {name}" for name in names], color=INK)
-        axes.set_yticklabels(names, color=INK, rotation=90, va="center")
-        axes.xaxis.tick_top()
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        for row, entries in enumerate(cells):
-            num_row = sum(num for num, _, _ in entries)
-            for column, (num, word, colour) in enumerate(entries):
-                share = num / num_row if num_row else 0.0
-                corner, tint = (column + 0.05, row + 0.05), 0.06 + 0.44 * share
-                box = mpl.patches.FancyBboxPatch(
-                    corner, 0.9, 0.9, facecolor=colour, alpha=tint, **shape
-                )
-                axes.add_patch(box)
-                x, note = column + 0.5, f"{word} · {100 * share:.1f} % of row" if num_row else word
-                axes.text(x, row + 0.47, f"{num:,}", fontsize=26, fontweight="bold", **_CENTRED)
-                axes.text(x, row + 0.70, note, fontsize=8.5, color="#3d4757", **_CENTRED)
+    centred: _Look = {"ha": "center", "va": "center"}
+    axes = figure.add_axes((0.17, 0.07, 0.79, 0.74))
+    axes.set(xlim=(0, 2), ylim=(2, 0), xticks=[0.5, 1.5], yticks=[0.5, 1.5])
+    axes.set_xticklabels([f"called {name}" for name in names], color=INK)
+    axes.set_yticklabels(names, color=INK, rotation=90, va="center")
+    axes.xaxis.tick_top()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    for row, entries in enumerate(cells):
+        num_row = sum(num for num, _, _ in entries)
+        for column, (num, word, colour) in enumerate(entries):
+            share = num / num_row if num_row else 0.0
+            tint: _Look = {"facecolor": colour, "alpha": 0.06 + 0.44 * share}
+            corner = (column + 0.05, row + 0.05)
+            axes.add_patch(mpl.patches.FancyBboxPatch(corner, 0.9, 0.9, **tint, **shape))
+            x, note = column + 0.5, f"{word} · {100 * share:.1f} % of row" if num_row else word
+            axes.text(x, row + 0.47, f"{num:,}", fontsize=26, fontweight="bold", **centred)
+            axes.text(x, row + 0.70, note, fontsize=8.5, color="#3d4757", **centred)
 
 
-def draw_calibration(scores: Scores, results: SplitResults, path: Path) -> None:
-    """Write the reliability plot: observed share of positive images against mean score, by bin.
+def _draw_calibration(figure: Figure, found: Labelled, main: OutputResults) -> None:
+    """The reliability plot: observed share of positive images against mean score, by bin.
 
     A temperature other than 1 has the line of the scores before calibration beside it, thin.
     """
-    found, output, metrics = scores.labelled(), results.main.output, results.main.whole.metrics
-    before, after = (
-        [each for each in calibration_bins(found.labels, of) if each.num_images]
-        for of in (calibrated(found.logits), found.scores)
-    )
+    output, metrics = main.output, main.whole.metrics
+    bins = calibration_bins(found.labels, found.scores)
+    before = calibration_bins(found.labels, calibrated(found.logits))
     thin: _Look = {"color": style.TRAIN, "linewidth": 1.1, "markersize": 3.5, "alpha": 0.85}
     thick: _Look = {"color": CURVE, "linewidth": 1.4, "markersize": 6, "markeredgecolor": PAPER}
     lines = [
         ("before calibration", before, {**thin, "zorder": 1.5}),
-        (f"temperature {output.temperature:.2f}", after, thick),
+        (f"temperature {output.temperature:.2f}", bins, thick),
     ]
-    with _split_figure(path, "Calibration", results) as figure:
-        axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))
-        axes.plot([0, 1], [0, 1], **_CHANCE)
-        for each in after:  # shows how little a bin of few images says
+    axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))
+    axes.plot([0, 1], [0, 1], **_CHANCE)
+    for each in bins:  # shows how little a bin of few images says
+        if each.num_images:
             ends = wilson_interval(each.share_positive, each.num_images)
             axes.plot([each.mean_score] * 2, ends, color=CURVE, linewidth=1.6, alpha=0.45)
-        for label, bins, look in lines if output.temperature != 1 else lines[1:]:
-            means = [each.mean_score for each in bins]
-            shares = [each.share_positive for each in bins]
-            axes.plot(means, shares, marker="o", label=label, **look)
-        if output.temperature != 1:
-            place: _Look = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.985), "ncols": 2}
-            size: _Look = {"fontsize": 8.5, "columnspacing": 1.2, "handlelength": 1.6}
-            axes.legend(labelcolor=MUTED, **place, **size)
-        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=f"observed share of {output.name}")
-        axes.yaxis.set_major_formatter(_PERCENT)
-        axes.tick_params(labelbottom=False)
-        _print_metric(axes, "ece", "ECE", metrics["ece"])
-        brier = f"Brier score {format_value('brier', metrics['brier'].value)}"
-        axes.text(0.97, 0.04, brier, transform=axes.transAxes, ha="right", va="center", **_SMALL)
-        below = figure.add_axes((0.13, 0.105, 0.81, 0.17), sharex=axes)
-        below.set(xlabel=f"score: predicted probability of {output.name}", ylabel="images")
-        _draw_bins(below, scores)
+    for label, shown, look in lines if output.temperature != 1 else lines[1:]:
+        points = [(each.mean_score, each.share_positive) for each in shown if each.num_images]
+        axes.plot(*np.reshape(points, (-1, 2)).T, marker="o", label=label, **look)
+    if output.temperature != 1:
+        place: _Look = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.985), "ncols": 2}
+        size: _Look = {"fontsize": 8.5, "columnspacing": 1.2, "handlelength": 1.6}
+        axes.legend(labelcolor=MUTED, **place, **size)
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=f"observed share of {output.name}")
+    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.tick_params(labelbottom=False)
+    _print_metric(axes, "ece", "ECE", metrics["ece"])
+    brier = f"Brier score {format_value('brier', metrics['brier'].value)}"
+    axes.text(0.97, 0.04, brier, transform=axes.transAxes, ha="right", va="center", **_SMALL)
+    below = figure.add_axes((0.13, 0.105, 0.81, 0.17), sharex=axes)
+    below.set(xlabel=f"score: predicted probability of {output.name}", ylabel="images")
+    heights = [each.num_images for each in bins]
+    centres = [(each.low + each.high) / 2 for each in bins]
+    below.bar(centres, heights, width=0.09, color=CURVE, alpha=0.35)
+    below.set_ylim(0, max(1, *heights) * 1.3)
+    below.xaxis.set_major_formatter(_PERCENT)
+    below.yaxis.set_major_locator(ticker.MaxNLocator(3, integer=True))
+    for centre, height in zip(centres, heights, strict=True):
+        _note(below, f"{height:,}", (centre, height), (0, 2), ha="center", fontsize=7)
 
 
-def draw_scores(scores: Scores, results: SplitResults, path: Path) -> None:
-    """Write the histogram of scores by class; solid bars are on the wrong side of the threshold."""
-    found, output, counts = scores.labelled(), results.main.output, results.main.whole.counts
+def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
+    """The histogram of scores by class; solid bars are on the wrong side of the threshold."""
+    output, counts = main.output, main.whole.counts
     is_called = found.scores >= output.threshold
-    edges = np.linspace(0, 1, 51).tolist()
     names = [output.opposite, output.name]
-    with _split_figure(path, "Scores by class", results, size=(10.4, 4.4)) as figure:
-        for label, bottom, colour, num_wrong in (
-            (0, 0.49, NORMAL, counts.fp),
-            (1, 0.125, PNEUMONIA, counts.fn),
-        ):
-            axes = figure.add_axes((0.185, bottom, 0.785, 0.32))
-            own, is_wrong = found.labels == label, is_called != bool(label)
-            parts = [found.scores[own & is_wrong], found.scores[own & ~is_wrong]]
-            axes.hist(parts, edges, stacked=True, linewidth=0, color=[colour, _lighter(colour)])
-            # a few mistakes beside a thousand correct calls stay visible
-            axes.set_yscale("symlog", linthresh=2, linscale=0.5)
-            axes.set(xlim=(0, 1), ylim=(0, max(2.0, axes.get_ylim()[1])))
-            axes.yaxis.set_major_locator(FixedLocator([10**power for power in range(6)]))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axes.xaxis.set_major_formatter(_PERCENT)
-            axes.axvline(output.threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-            bold: _Look = {"color": colour, "fontsize": 11, "fontweight": "bold"}
-            for height, text, look in (
-                (0.78, names[label], bold),
-                (0.58, f"{own.sum():,} images", {"color": colour, "fontsize": 8.5}),
-                (0.40, f"{num_wrong:,} called {names[1 - label]}", {"fontsize": 8.5}),
-            ):
-                figure.text(0.022, bottom + 0.32 * height, text, va="center", **look)
-            if label == 1:
-                axes.set_xlabel(f"score: predicted probability of {output.name}")
-                continue
-            axes.tick_params(labelbottom=False)
-            shift, side = (-5, "right") if output.threshold > 0.75 else (5, "left")
-            place: _Look = {"xycoords": ("data", "axes fraction"), "ha": side, "color": INK}
-            text = f"threshold {output.threshold:.3f}"
-            _note(axes, text, (output.threshold, 1), (shift, 5), **place)
-
-
-def draw_abstention(scores: Scores, results: SplitResults, path: Path) -> None:
-    """Write the accuracy of the images that are kept as more and more are left to a person."""
-    abstention = results.main.abstention
-    shares = [1 - point.coverage for point in abstention.curve]
-    lines = (
-        ("least certain first", CURVE, [point.by_doubt for point in abstention.curve]),
-        ("least typical first", style.SHIFTED, [each.by_atypicality for each in abstention.curve]),
-    )
-    look: _Look = {"linewidth": 2, "marker": "o", "markersize": 4}
-    with _split_figure(path, "Leaving images to a person", results) as figure:
-        axes = figure.add_axes(_SQUARE_AXES)
-        lowest = 1.0
-        for name, colour, line in lines:
-            if values := [value for value in line if value is not None]:
-                lowest = min(lowest, *values)
-                axes.plot(shares, values, color=colour, label=name, **look)
-        kept = abstention.metrics.get("accuracy", Estimate())
-        if not kept.is_undefined:
-            lowest = min(lowest, kept.value)
-            label = f"this run's review: {abstention.num_review:,}"
-            point: _Look = {"color": PNEUMONIA, "clip_on": False, "label": label, **_POINT}
-            axes.plot([abstention.share_review], [kept.value], "o", **point)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower right", fontsize=8.5, labelcolor=MUTED)
-        axes.set(xlabel="share of images left to a person", ylabel="accuracy on the others")
-        axes.set_xlim(0, np.fmax(0.5, abstention.share_review))
-        axes.set_ylim(max(0.0, math.floor(20 * lowest - 0.2) / 20), 1.002)
-        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    small: _Look = {"fontsize": 8.5}
+    for label, bottom, colour, num_wrong in (
+        (0, 0.49, NORMAL, counts.fp),
+        (1, 0.125, PNEUMONIA, counts.fn),
+    ):
+        axes = figure.add_axes((0.185, bottom, 0.785, 0.32))
+        own, is_wrong = found.labels == label, is_called != bool(label)
+        parts = [found.scores[own & is_wrong], found.scores[own & ~is_wrong]]
+        red, green, blue = (1 - 0.4 * (1 - part) for part in to_rgb(colour))
+        colours = [to_rgb(colour), (red, green, blue)]
+        edges = np.linspace(0, 1, 51).tolist()
+        axes.hist(parts, edges, stacked=True, linewidth=0, color=colours)
+        # a few mistakes beside a thousand correct calls stay visible
+        axes.set_yscale("symlog", linthresh=2, linscale=0.5)
+        axes.set(xlim=(0, 1), ylim=(0, max(2.0, axes.get_ylim()[1])))
+        axes.yaxis.set_major_locator(ticker.FixedLocator([10**power for power in range(6)]))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.xaxis.set_major_formatter(_PERCENT)
-        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.axvline(output.threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        bold: _Look = {"color": colour, "fontsize": 11, "fontweight": "bold"}
+        for height, text, look in (
+            (0.78, names[label], bold),
+            (0.58, f"{own.sum():,} images", {"color": colour, **small}),
+            (0.40, f"{num_wrong:,} called {names[1 - label]}", small),
+        ):
+            figure.text(0.022, bottom + 0.32 * height, text, va="center", **look)
+        if label == 1:
+            axes.set_xlabel(f"score: predicted probability of {output.name}")
+            continue
+        axes.tick_params(labelbottom=False)
+        shift, side = (-5, "right") if output.threshold > 0.75 else (5, "left")
+        text, place = f"threshold {output.threshold:.3f}", (output.threshold, 1)
+        _note(axes, text, place, (shift, 5), ha=side, color=INK, **_TOP)
+
+
+def _draw_abstention(figure: Figure, found: Labelled, main: OutputResults) -> None:
+    """The accuracy of the images that are kept as more and more are left to a person."""
+    abstention = main.abstention
+    axes = _square_axes(figure, "share of images left to a person", "accuracy on the others")
+    lowest = 1.0
+    for name, colour, order in (
+        ("least certain first", CURVE, "by_doubt"),
+        ("least typical first", style.SHIFTED, "by_atypicality"),
+    ):
+        values = [getattr(point, order) for point in abstention.curve]
+        if values and None not in values:
+            lowest = min(lowest, *values)
+            shares = [1 - point.coverage for point in abstention.curve]
+            look: _Look = {"linewidth": 2, "marker": "o", "markersize": 4}
+            axes.plot(shares, values, color=colour, label=name, **look)
+    kept = abstention.metrics.get("accuracy", Estimate())
+    if not kept.is_undefined:
+        lowest = min(lowest, kept.value)
+        label = f"this run's review: {abstention.num_review:,}"
+        point: _Look = {"color": PNEUMONIA, "clip_on": False, "label": label, **_POINT}
+        axes.plot([abstention.share_review], [kept.value], "o", **point)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize=8.5, labelcolor=MUTED)
+    axes.set_xlim(0, np.fmax(0.5, abstention.share_review))
+    axes.set_ylim(max(0.0, math.floor(20 * lowest - 0.2) / 20), 1.002)
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
+
+
+_PLOTS = {  # title, size in inches, and what draws it
+    "roc": ("ROC curve", _SQUARE, _draw_roc),
+    "precision_recall": ("Precision and recall", _SQUARE, _draw_precision_recall),
+    "confusion": ("Calls against labels", _SQUARE, _draw_confusion),
+    "calibration": ("Calibration", _SQUARE, _draw_calibration),
+    "scores": ("Scores by class", (10.4, 4.4), _draw_scores),
+    "abstention": ("Leaving images to a person", _SQUARE, _draw_abstention),
+}
 
 
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
@@ -320,13 +320,10 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt
 
 
 @contextmanager
-def _figure(
-    path: Path, title: str, note: str, *, size: tuple[float, float] = (6.2, 4.3)
-) -> Iterator[Figure]:
+def _figure(path: Path, title: str, note: str, *, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure with its heading, written to `path` when the block ends without an error."""
     with mpl.rc_context(_DEFAULTS):  # type: ignore[arg-type]  # its stubs name each key
         figure = Figure(figsize=size, dpi=style.DPI)
-        FigureCanvasAgg(figure)
         left, height = 0.15 / size[0] + 0.015, size[1]
         bold: _Look = {"fontsize": style.TITLE_SIZE, "fontweight": "bold", "va": "center"}
         small: _Look = {"fontsize": style.NOTE_SIZE, "color": MUTED, "va": "center"}
@@ -341,17 +338,6 @@ def _figure(
             figure.savefig(buffer, format="png", metadata={"Software": None})
         figure.clear()
     write_atomically(path, buffer.getvalue())
-
-
-@contextmanager
-def _split_figure(
-    path: Path, title: str, results: SplitResults, *, size: tuple[float, float] = _SQUARE
-) -> Iterator[Figure]:
-    """A figure about one split."""
-    note = f"{results.num_images:,} images of {results.num_patients:,} patients"
-    note = note_line(f"{results.split} split", note, is_phantom=results.is_phantom)
-    with _figure(path, title, note, size=size) as figure:
-        yield figure
 
 
 def _draw_series(
@@ -373,7 +359,7 @@ def _draw_series(
             ends.append((known[-1], f"{name}\n{text}", colour))
             shown += known
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
     if is_share:
         axes.yaxis.set_major_formatter(_PERCENT)
@@ -412,21 +398,8 @@ def _square_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
     return axes
 
 
-def _draw_bins(axes: Axes, scores: Scores) -> None:
-    """Draw how many images each bin of the calibration has."""
-    found = scores.labelled()
-    bins = calibration_bins(found.labels, found.scores)
-    centres = [(each.low + each.high) / 2 for each in bins]
-    heights = [each.num_images for each in bins]
-    axes.bar(centres, heights, width=0.09, color=CURVE, alpha=0.35)
-    axes.set_ylim(0, max(1, *heights) * 1.3)
-    axes.xaxis.set_major_formatter(_PERCENT)
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    for centre, height in zip(centres, heights, strict=True):
-        _note(axes, f"{height:,}", (centre, height), (0, 2), ha="center", fontsize=7)
-
-
-def _mark_threshold(axes: Axes, x: float, y: float, threshold: float) -> None:
+def _mark_threshold(axes: Axes, place: tuple[float, float], threshold: float) -> None:
+    x, y = place
     axes.plot([x], [y], "o", color=PNEUMONIA, **_POINT)
     side, shift = ("left", 10) if x < 0.55 else ("right", -10)
     look: _Look = {"color": PNEUMONIA, "ha": side, "va": "center"}
@@ -448,8 +421,3 @@ def _print_metric(axes: Axes, name: str, title: str, estimate: Estimate) -> None
     interval = format_interval(name, estimate.low, estimate.high)
     line = title + (f", 95 % interval {interval}" if interval else "")
     axes.text(0.97, 0.11, line, **place, **_SMALL)
-
-
-def _lighter(colour: str) -> tuple[float, float, float]:
-    red, green, blue = (1 - 0.4 * (1 - part) for part in to_rgb(colour))
-    return red, green, blue
