@@ -1,7 +1,7 @@
 """From the scores of one split to the files that show them; `xrai.run` calls it on rank 0."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -18,19 +18,9 @@ from xrai.results.types import Baseline, Scores, SplitResults
 from xrai.tables import to_csv
 
 NUM_SHOWN = 12  # images on a sheet
-PREDICTION_COLUMNS = tuple(
-    [
-        "split",
-        "source",
-        "patient",
-        "group",
-        "subtype",
-        "label",
-        "score",
-        "call",
-        "atypicality",
-        "decision",
-    ]
+PREDICTION_COLUMNS = (
+    *("split", "source", "patient", "group", "subtype"),
+    *("label", "score", "call", "atypicality", "decision"),
 )
 
 
@@ -128,46 +118,34 @@ def _draw_sheets(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
     """Write examples.png, mistakes.png and overlays.png; return their names."""
     from xrai.results.plots import overlay
 
-    found, output, split = scores.labelled(), scores.outputs[0], scores.split
-    is_wrong = (found.scores >= output.threshold) != found.labels.astype(bool)
-    note = (
-        f"label and score; {is_wrong.sum():,} of {len(is_wrong):,} misclassified at "
-        f"{output.threshold:.3f}"
-    )
-
-    def draw(
-        name: str, shown: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[str, str]], title: str
-    ) -> None:
-        titles, marks = zip(*texts, strict=True)
-        ending = "; a heat map does not localise disease" if name == "overlays" else ""
-        line = note_line(note + ending, is_phantom=scores.is_phantom)
-        path = plots / f"{name}.png"
-        draw_sheet(shown, titles, path, heading=title, note=line, marks=marks)
-
-    def texts_of(rows: NDArray[np.int64]) -> list[tuple[str, str]]:
-        return [
-            (
-                PurePosixPath(scores.sources[found.rows[row]]).name,
-                f"{scores.classes[found.labels[row]]}  {found.scores[row]:.3f}"
-                + ("  wrong" if is_wrong[row] else ""),
-            )
+    found, output = scores.labelled(), scores.outputs[0]
+    is_wrong = ((found.scores >= output.threshold) != found.labels.astype(bool)).tolist()
+    num_wrong = f"{sum(is_wrong):,} of {len(is_wrong):,} misclassified"
+    note = f"label and score; {num_wrong} at {output.threshold:.3f}"
+    worst = pick_mistakes(found.labels, found.scores, threshold=output.threshold)
+    for name, heading, rows in (
+        ("examples", f"Examples of the {scores.split} split", pick_examples(found.labels)),
+        ("mistakes", f"The largest errors on the {scores.split} split", worst),
+    ):
+        pixels = images.read(found.rows[rows])
+        titles = [PurePosixPath(scores.sources[row]).name for row in found.rows[rows]]
+        marks = [
+            f"{scores.classes[found.labels[row]]}  {found.scores[row]:.3f}"
+            + "  wrong" * is_wrong[row]
             for row in rows
         ]
-
-    examples = pick_examples(found.labels)
-    draw(
-        "examples",
-        list(images.read(found.rows[examples])),
-        texts_of(examples),
-        f"Examples of the {split} split",
-    )
-    worst = pick_mistakes(found.labels, found.scores, threshold=output.threshold)
-    pixels, texts = images.read(found.rows[worst]), texts_of(worst)
-    title = f"The largest errors on the {split} split"
-    draw("mistakes", list(pixels), texts, title)
-    heats = images.explain(pixels)
-    pairs = zip(pixels, heats, strict=True)
-    shown = [each for image, heat in pairs for each in (image, overlay(image, heat))]
-    beside = [text for each in texts for text in (each, ("", "heat map"))]
-    draw("overlays", shown, beside, f"{title}, with heat maps")
+        line = note_line(note, is_phantom=scores.is_phantom)
+        path = plots / f"{name}.png"
+        draw_sheet(list(pixels), titles, path, heading=heading, note=line, marks=marks)
+        if name == "mistakes":  # once more, each beside its heat map
+            pairs = zip(pixels, images.explain(pixels), strict=True)
+            note += "; a heat map does not localise disease"
+            draw_sheet(
+                [each for image, heat in pairs for each in (image, overlay(image, heat))],
+                [each for title in titles for each in (title, "")],
+                plots / "overlays.png",
+                heading=f"{heading}, with heat maps",
+                note=note_line(note, is_phantom=scores.is_phantom),
+                marks=[each for mark in marks for each in (mark, "heat map")],
+            )
     return ["examples", "mistakes", "overlays"]

@@ -4,19 +4,18 @@ Preprocessing thus needs no matplotlib, whose import takes longer than drawing. 
 whole or not at all, with the same bytes for the same input and version of Pillow.
 """
 
-import importlib.util
-import io
+import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from xrai.files import write_atomically
+from xrai.files import replacing
 from xrai.log import printable
 from xrai.results import style
 from xrai.results.style import DPI
@@ -26,7 +25,6 @@ _HEAD = 0.75  # height of title and note, inches
 _SIDE, _GAP = 224, 13  # of an image on a sheet, and between two, pixels
 _LONGEST_TITLE = 24  # letters
 _COMPRESS_LEVEL = 3  # twice as fast as 6, and no larger for X-rays
-_POINT: Final = DPI / 72  # pixels
 _BAR, _BAR_STEP = 0.34, 0.55  # height of a bar, and from one to the next, inches
 
 
@@ -56,19 +54,23 @@ def draw_sheet(
     step = _SIDE + _GAP
     num_rows = max(1, math.ceil(len(images) / columns))
     size = (2 * margin + columns * step - _GAP, head + num_rows * (_SIDE + below))
-    sheet, draw = _begin(size, heading, note)
-    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
-        row, column = divmod(number, columns)
-        left, top = margin + column * step, head + row * (_SIDE + below)
-        shown = _fit(Image.fromarray(image))
-        sheet.paste(shown, (left + (_SIDE - shown.width) // 2, top + (_SIDE - shown.height) // 2))
-        middle, line = left + _SIDE / 2, top + _SIDE + 0.085 * DPI
-        if marks:
-            colour = style.PNEUMONIA if marks[number].endswith("wrong") else style.INK
-            draw.text((middle, line), marks[number], colour, _font(7), anchor="mm")
-            line += 0.12 * DPI
-        draw.text((middle, line), _shorten(title), style.MUTED, _font(6.5), anchor="mm")
-    _save(sheet, path)
+    with _sheet(path, size, heading, note) as (sheet, draw):
+        for number, (pixels, title) in enumerate(zip(images, titles, strict=True)):
+            row, column = divmod(number, columns)
+            left, top = margin + column * step, head + row * (_SIDE + below)
+            image = Image.fromarray(pixels)
+            width, height = (max(1, round(_SIDE / max(image.size) * side)) for side in image.size)
+            shown = image.resize((width, height), Image.Resampling.BOX)
+            sheet.paste(shown, (left + (_SIDE - width) // 2, top + (_SIDE - height) // 2))
+            middle, line = left + _SIDE / 2, top + _SIDE + 0.085 * DPI
+            if marks:
+                colour = style.PNEUMONIA if marks[number].endswith("wrong") else style.INK
+                draw.text((middle, line), marks[number], colour, _font(7), anchor="mm")
+                line += 0.12 * DPI
+            text = printable(title)
+            if len(text) > _LONGEST_TITLE:
+                text = text[:11] + "…" + text[-12:]
+            draw.text((middle, line), text, style.MUTED, _font(6.5), anchor="mm")
 
 
 def draw_class_counts(
@@ -81,75 +83,56 @@ def draw_class_counts(
     totals = {split: sum(by_class.values()) for split, by_class in counts.items()}
     size = (round(7.2 * DPI), round((_HEAD + 0.25 + _BAR_STEP * max(1, len(counts))) * DPI))
     num_images = f"{sum(totals.values()):,} images"
-    sheet, draw = _begin(size, heading, " · ".join(filter(None, [num_images, note])))
+    note = " · ".join(filter(None, [num_images, note]))
     labels_end = round(0.65 * DPI)
     pixels = 4.9 * DPI / max([1, *totals.values()])  # an image
-    for row, (split, by_class) in enumerate(counts.items()):
-        middle = (_HEAD + 0.1 + _BAR_STEP * (row + 0.5)) * DPI
-        draw.text((labels_end - 8, middle), split, style.INK, _font(9.5), anchor="rm")
-        bar, num_left = round(_BAR * DPI / 2), 0
-        for name in classes:
-            num = by_class.get(name, 0)
-            left, right = (labels_end + round(at * pixels) for at in (num_left, num_left + num))
-            if right > left:
-                box = (left, round(middle) - bar, right - 1, round(middle) + bar - 1)
-                draw.rectangle(box, fill=_lighter(colours[name]))
-            if right - left > 0.4 * DPI:
-                place = ((left + right) / 2, middle)
-                draw.text(place, f"{num:,}", style.PAPER, _font(9), anchor="mm")
-            num_left += num
-        share = by_class.get(classes[-1], 0) / totals[split] if totals[split] else 0.0
-        text = f"{totals[split]:,} · {100 * share:.0f} % {classes[-1]}"
-        end = labels_end + round(num_left * pixels) + 10
-        draw.text((end, middle), text, style.MUTED, _font(8.5), anchor="lm")
-    legend_end = size[0] - _MARGIN * DPI
-    for name in reversed(classes):
-        place, legend = (legend_end, style.TITLE_DOWN * DPI), f"■ {name}"
-        draw.text(place, legend, colours[name], _font(9.5), anchor="rm")
-        legend_end -= draw.textlength(legend, _font(9.5)) + 0.15 * DPI
-    _save(sheet, path)
+    with _sheet(path, size, heading, note) as (_, draw):
+        for row, (split, by_class) in enumerate(counts.items()):
+            middle = (_HEAD + 0.1 + _BAR_STEP * (row + 0.5)) * DPI
+            draw.text((labels_end - 8, middle), split, style.INK, _font(9.5), anchor="rm")
+            bar, num_left = round(_BAR * DPI / 2), 0
+            for name in classes:
+                num = by_class.get(name, 0)
+                left, right = (labels_end + round(at * pixels) for at in (num_left, num_left + num))
+                if right > left:
+                    box = (left, round(middle) - bar, right - 1, round(middle) + bar - 1)
+                    levels = ImageColor.getrgb(colours[name])  # at an opacity of 85 % on paper
+                    draw.rectangle(box, fill=tuple(round(0.85 * of + 0.15 * 255) for of in levels))
+                if right - left > 0.4 * DPI:
+                    place = ((left + right) / 2, middle)
+                    draw.text(place, f"{num:,}", style.PAPER, _font(9), anchor="mm")
+                num_left += num
+            share = by_class.get(classes[-1], 0) / totals[split] if totals[split] else 0.0
+            text = f"{totals[split]:,} · {100 * share:.0f} % {classes[-1]}"
+            end = labels_end + round(num_left * pixels) + 10
+            draw.text((end, middle), text, style.MUTED, _font(8.5), anchor="lm")
+        legend_end = size[0] - _MARGIN * DPI
+        for name in reversed(classes):
+            place, legend = (legend_end, style.TITLE_DOWN * DPI), f"■ {name}"
+            draw.text(place, legend, colours[name], _font(9.5), anchor="rm")
+            legend_end -= draw.textlength(legend, _font(9.5)) + 0.15 * DPI
 
 
-def _begin(
-    size: tuple[int, int], heading: str, note: str
-) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+@contextmanager
+def _sheet(
+    path: Path, size: tuple[int, int], heading: str, note: str
+) -> Iterator[tuple[Image.Image, ImageDraw.ImageDraw]]:
+    """A sheet with its heading, written to `path` when the block ends without an error."""
     sheet = Image.new("RGB", size, style.PAPER)
-    draw = ImageDraw.Draw(sheet)
-    fonts = _font(style.TITLE_SIZE, is_bold=True), _font(style.NOTE_SIZE)
-    left = _MARGIN * DPI
-    draw.text((left, style.TITLE_DOWN * DPI), heading, style.INK, fonts[0], anchor="lm")
-    draw.text((left, style.NOTE_DOWN * DPI), note, style.MUTED, fonts[1], anchor="lm")
-    return sheet, draw
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="png", compress_level=_COMPRESS_LEVEL)
-    write_atomically(path, buffer.getvalue())
-
-
-def _fit(image: Image.Image) -> Image.Image:
-    scale = _SIDE / max(image.size)
-    width, height = (max(1, round(scale * side)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BOX)
-
-
-def _shorten(title: str) -> str:
-    plain = printable(title)
-    return plain if len(plain) <= _LONGEST_TITLE else plain[:11] + "…" + plain[-12:]
-
-
-def _lighter(colour: str) -> tuple[int, ...]:
-    """The colour at an opacity of 85 % on paper."""
-    return tuple(round(0.85 * level + 0.15 * 255) for level in ImageColor.getrgb(colour))
+    draw, left = ImageDraw.Draw(sheet), _MARGIN * DPI
+    bold = _font(style.TITLE_SIZE, name="DejaVuSans-Bold")
+    draw.text((left, style.TITLE_DOWN * DPI), heading, style.INK, bold, anchor="lm")
+    small = _font(style.NOTE_SIZE)
+    draw.text((left, style.NOTE_DOWN * DPI), note, style.MUTED, small, anchor="lm")
+    yield sheet, draw
+    with replacing(path) as file:
+        sheet.save(file, "png", compress_level=_COMPRESS_LEVEL)
 
 
 @cache
-def _font(points: float, *, is_bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: drawings do not depend on the machine's fonts."""
-    matplotlib = importlib.util.find_spec("matplotlib")
-    assert matplotlib is not None
-    assert matplotlib.submodule_search_locations is not None
-    folder = Path(matplotlib.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
-    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(folder / name, points * _POINT, layout_engine=ImageFont.Layout.BASIC)
+def _font(points: float, *, name: str = "DejaVuSans") -> ImageFont.FreeTypeFont:
+    """A font that comes with matplotlib: drawings do not depend on the machine's fonts."""
+    matplotlib = importlib.metadata.distribution("matplotlib")
+    path = matplotlib.locate_file(f"matplotlib/mpl-data/fonts/ttf/{name}.ttf")
+    basic = ImageFont.Layout.BASIC
+    return ImageFont.truetype(str(path), points * DPI / 72, layout_engine=basic)
