@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import xrai
+from tests.dataset.pictures import branch
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import MAX_PIXELS, phantoms, save_run
 from xrai.errors import CorruptError, ForbiddenError, RunError, SourceError, UserError
@@ -305,6 +306,28 @@ def test_a_link_that_leads_nowhere_is_a_row_that_says_so(run: Run, films: Path) 
         )
 
 
+def test_pipes_and_devices_are_rows_that_say_so_and_are_not_waited_for(
+    run: Run, films: Path
+) -> None:
+    names = ("p1.png", "p2.png", "p3.png", "p4.png")
+    os.mkfifo(films / "p1.png")
+    (films / "p2.png").symlink_to(films / "p1.png")
+    (films / "p3.png").symlink_to("/dev/zero")
+    (films / "p4.png").symlink_to("p4.png")
+    for path in (films, films / "p*.png"):
+        rows = [row for row in run.pipeline.predict(path) if Path(row.path).name in names]
+        assert {row.decision for row in rows} == {"review"}
+        assert [row.reason.split(" but")[0] for row in rows] == [
+            *["is not a regular file"] * 3,
+            "cannot be read (Too many levels of symbolic links)",
+        ]
+
+
+def test_a_pattern_follows_links_to_each_folder_once(tmp_path: Path) -> None:
+    branch(tmp_path / "films")
+    assert names([f"{tmp_path}/films/**/*.png"], below=tmp_path) == ["films/f27/last.png"]
+
+
 def test_objects_prefixes_and_patterns_of_a_bucket_are_read(
     run: Run, films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +385,6 @@ def test_a_path_that_is_missing_or_no_file_is_refused_before_any_work(
             "no file matches .*; name JPEG, PNG or DICOM files or folders of them",
         ),
         (tmp_path / "pipe", "is neither a file nor a folder"),
-        (tmp_path / "pip*", "is neither a file nor a folder"),
         (tmp_path / "bare", "holds no files to classify"),
         (tmp_path / "\udcff.png", "is not UTF-8; rename it"),
     ):

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -31,7 +32,7 @@ from xrai.command import run_command
 from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
 from xrai.dataset.verify import find_faults
-from xrai.ingest.sources import FolderSource
+from xrai.ingest import sources
 from xrai.phantom import make_phantoms
 from xrai.store import open_store
 
@@ -240,12 +241,11 @@ def test_the_objects_are_the_same_for_any_order_of_listing(
 ) -> None:
     source = write_files(tmp_path / "chest", source_files())
     make(run, source, tmp_path / "one")
-    walk = FolderSource._walk
-    monkeypatch.setattr(
-        FolderSource,
-        "_walk",
-        lambda *args, **kwargs: iter(sorted(walk(*args, **kwargs), reverse=True)),
-    )
+    scan = os.scandir
+    listed = {
+        "scandir": lambda path: sorted(scan(path), key=lambda entry: entry.name, reverse=True)
+    }
+    monkeypatch.setattr(sources, "os", SimpleNamespace(**{**vars(os), **listed}))
     make(run, source, tmp_path / "two")
     monkeypatch.undo()
     assert all_files(tmp_path / "one") == all_files(tmp_path / "two")

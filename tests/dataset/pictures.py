@@ -3,9 +3,12 @@ source folders.
 """
 
 import io
+import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,33 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
         for name, data in files.items():
             archive.writestr(name, data)
     return path
+
+
+def branch(folder: Path, *, num_levels: int = 27) -> None:
+    """Folders f0, f1 and so on; each but the last holds two links to the next, so that there are
+    2^27 paths to the file in the last one.
+    """
+    for level in range(num_levels):
+        (folder / f"f{level}").mkdir(parents=True)
+        for name in ("a", "b"):
+            (folder / f"f{level}" / name).symlink_to(folder / f"f{level + 1}")
+    (folder / f"f{num_levels}").mkdir()
+    (folder / f"f{num_levels}" / "last.png").touch()
+
+
+@contextmanager
+def deep_folders(folder: Path, *, depth: int = 1200) -> Iterator[Path]:
+    """The deepest of nested folders, which are gone after the block: `rmtree` would recurse."""
+    places = [f"{folder}{'/d' * (level + 1)}" for level in range(depth)]
+    for place in places:
+        os.mkdir(place)  # noqa: PTH102, Path would parse it in quadratic time
+    try:
+        yield Path(places[-1])
+    finally:
+        for file in os.listdir(places[-1]):  # noqa: PTH208
+            os.unlink(f"{places[-1]}/{file}")  # noqa: PTH108
+        for place in reversed(places):
+            os.rmdir(place)  # noqa: PTH106
 
 
 def dicom_file(

@@ -6,11 +6,11 @@
 import functools
 import glob
 import os
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xrai.errors import UserError
 from xrai.ingest.sources import FolderSource, Source, open_source
 from xrai.log import get_logger
-from xrai.store import open_store
+from xrai.store import folder_of, open_store
 
 _KINDS = "name JPEG, PNG or DICOM files or folders of them"
 _WILDCARDS = frozenset("*?[")
@@ -65,27 +65,51 @@ def _find(path: str) -> list[File]:
     except UnicodeEncodeError:
         raise UserError(f"the name {path!r} is not UTF-8; rename it") from None
     if path.startswith("file://"):
-        path = unquote(urlsplit(path).path)
+        path = str(folder_of(path))
     if "://" in path:
         return _find_in_bucket(path)
     if not os.path.lexists(path) and _WILDCARDS & set(path):
-        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207, Path.glob takes no absolute one
+        matches = sorted(_glob(path))
         if not matches:
             raise UserError(f"no file matches {path}; {_KINDS}")
         return [file for match in matches for file in _find_on_disk(match, is_match=True)]
     return _find_on_disk(path)
 
 
+def _glob(pattern: str) -> Iterator[str]:
+    """What matches on disk. `**` is left to the source's listing, since `glob` recurses into
+    folders and follows links to one folder again and again.
+    """
+    parts = pattern.rstrip("/").split("/")
+    if "**" not in parts:
+        yield from glob.glob(pattern)  # noqa: PTH207, Path.glob takes no absolute one
+        return
+    first = parts.index("**")
+    tops = glob.glob("".join(f"{part}/" for part in parts[:first])) if first else [""]  # noqa: PTH207
+    takes_hidden = any(part.startswith(".") for part in parts[first:])
+    for top in tops:
+        for file in FolderSource(Path(top)).files():
+            inside = file.path.split("/")
+            is_hidden = any(part.startswith(".") for part in inside)
+            if (takes_hidden or not is_hidden) and _matches(inside, parts[first:]):
+                yield top + file.path
+
+
 def _find_on_disk(path: str, *, is_match: bool = False) -> list[File]:
     place = Path(path)
-    if place.is_dir() or (place.is_file() and place.suffix.lower() in (".zip", ".npz")):
+    try:
+        mode = place.stat().st_mode
+    except OSError as error:
+        if not is_match:
+            reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+            raise UserError(f"there is no file or folder {path}{reason}; {_KINDS}") from error
+        mode = 0  # a broken link, say, whose row then says so
+    is_file = stat.S_ISREG(mode)
+    if stat.S_ISDIR(mode) or (is_file and place.suffix.lower() in (".zip", ".npz")):
         return _all_of(open_source(path), path)
-    # A match may be a broken link, whose row then says so
-    if place.is_file() or (is_match and place.is_symlink()):
-        return [_file(FolderSource(place.parent), place.name, path)]
-    if place.exists():
+    if not is_file and not is_match:
         raise UserError(f"{path} is neither a file nor a folder; {_KINDS}")
-    raise UserError(f"there is no file or folder {path}; {_KINDS}")
+    return [_file(FolderSource(place.parent), place.name, path)]
 
 
 def _find_in_bucket(uri: str) -> list[File]:

@@ -7,17 +7,20 @@ source that cannot be listed is the user's mistake (`SourceError`).
 
 import errno
 import hashlib
+import heapq
+import lzma
 import os
+import re
 import stat
+import struct
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +28,22 @@ from numpy.typing import NDArray
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError
-from xrai.store import Store, check_key, open_store
+from xrai.log import get_logger
+from xrai.store import Store, check_key, folder_of, open_store
 
 MAX_FILE_BYTES: Final = 1 << 30  # no X-ray is larger; a zip member that claims more is a bomb
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
 
-_READ_BYTES = 1 << 16  # at a time, beyond the size that a file states
 _KINDS = "a folder, a .zip, a MedMNIST .npz or s3://bucket/prefix"
+_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process's fault, not a file's
+_DRIVE = re.compile("[A-Za-z]:")
+# What zipfile, its decompressors and numpy raise on damaged archives, found by feeding them such
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+    *(OSError, EOFError, ValueError, TypeError, LookupError, SyntaxError),
+    *(ArithmeticError, RuntimeError, MemoryError),
+)
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -65,7 +77,7 @@ def open_source(uri: str) -> Source:
     """The source at an address. Raises `SourceError` if there is none, or its kind is unknown."""
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    scheme = uri.partition("://")[0].lower() if "://" in uri else ""
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
             raise SourceError(
@@ -75,9 +87,9 @@ def open_source(uri: str) -> Source:
         return StoreSource(open_store(uri))
     if scheme not in ("", "file"):
         raise SourceError(f"source {uri!r} is of no known kind; --source takes {_KINDS}")
-    path = Path(unquote(urlsplit(uri).path)) if scheme else Path(uri)
+    path = folder_of(uri) if scheme else Path(uri)
     try:
-        is_folder = stat.S_ISDIR(path.stat().st_mode)
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(
             f"there is no source {uri}; --source takes {_KINDS} (to try with drawn images: `python "
@@ -87,8 +99,10 @@ def open_source(uri: str) -> Source:
         raise SourceError(
             f"source {uri!r} cannot be read: {error}; --source takes {_KINDS}"
         ) from error
-    if is_folder:
+    if stat.S_ISDIR(mode):
         return FolderSource(path)
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+        raise SourceError(f"source {uri} is a pipe, a socket or a device; --source takes {_KINDS}")
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
@@ -104,7 +118,7 @@ def hash_of(data: bytes | NDArray[np.uint8]) -> str:
 
 
 class FolderSource(Source):
-    """A folder. Links are followed."""
+    """A folder. Links are followed; a folder that several paths lead to is listed once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -115,66 +129,75 @@ class FolderSource(Source):
         return path is not None and path.parent.resolve().is_relative_to(self._folder.resolve())
 
     def files(self) -> list[SourceFile]:
-        return sorted(self._walk(self._folder, "", parents=frozenset()))
-
-    def _walk(
-        self, folder: Path, prefix: str, *, parents: frozenset[tuple[int, int]]
-    ) -> Iterator[SourceFile]:
-        try:
-            status = folder.stat()
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise SourceError(
-                f"source folder {folder} cannot be listed: {error.strerror}"
-            ) from error
-        identity = (status.st_dev, status.st_ino)
-        if identity in parents:
-            raise SourceError(
-                f"source folder {folder} is a link to a folder above it, an endless loop; remove it"
-            )
-        for entry in entries:
+        found: list[SourceFile] = []
+        seen: set[tuple[int, int]] = set()
+        again: list[str] = []
+        pending = [(False, "")]  # folders; links come last, so that no order of listing matters
+        while pending:
+            _, prefix = heapq.heappop(pending)
+            folder = f"{self._folder}/{prefix}"
             try:
-                entry.name.encode()
-            except UnicodeEncodeError:
-                raise SourceError(f"the name of {entry.path!r} is not UTF-8; rename it") from None
-            path = prefix + entry.name
-            if entry.is_dir():
-                yield from self._walk(folder / entry.name, f"{path}/", parents=parents | {identity})
-            elif entry.is_file():
-                yield SourceFile(path, entry.stat().st_size)
-            elif entry.is_symlink():  # a broken link: reading it will tell
-                yield SourceFile(path, 0)
-            else:
-                raise SourceError(f"{entry.path} is neither a file nor a folder; remove it")
+                status = os.stat(folder)  # noqa: PTH116, a Path takes quadratic time
+                entries = list(os.scandir(folder))
+            except OSError as error:
+                raise SourceError(
+                    f"source folder {folder} cannot be listed: {error.strerror}"
+                ) from error
+            if (identity := (status.st_dev, status.st_ino)) in seen:
+                again.append(prefix)
+                continue
+            seen.add(identity)
+            for entry in entries:
+                path = prefix + entry.name
+                try:
+                    entry.name.encode()
+                    status = entry.stat()
+                except UnicodeEncodeError:
+                    raise SourceError(
+                        f"the name of {entry.path!r} is not UTF-8; rename it"
+                    ) from None
+                except OSError:  # a broken link, say: reading it will tell
+                    found.append(SourceFile(path, 0))
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    heapq.heappush(pending, (entry.is_symlink(), f"{path}/"))
+                else:
+                    found.append(SourceFile(path, status.st_size))
+        if again:
+            text = "%s: %d links to folders that are listed already are skipped, such as %r"
+            _logger.warning(text, self.name, len(again), again[0])
+        return sorted(found)
 
     def read(self, path: str) -> bytes:
+        # `open` would take longer than the reading itself. A pipe is not waited for, and a terminal
+        # does not become this process's own.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            # `open` would take longer than the reading itself
-            descriptor = os.open(f"{self._folder}/{path}", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(f"{self._folder}/{path}", flags)
             try:
-                size_bytes = os.fstat(descriptor).st_size
-                parts = [os.read(descriptor, min(size_bytes, MAX_FILE_BYTES) + 1)]
-                num_bytes = len(parts[0])
-                # The file may grow, not state its size, or come in pieces
-                while more := os.read(
-                    descriptor,
-                    min(max(size_bytes - num_bytes, _READ_BYTES), MAX_FILE_BYTES + 1 - num_bytes),
-                ):
-                    parts.append(more)
-                    num_bytes += len(more)
-                return _limited(b"".join(parts))
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise ImageError("is not a regular file but a pipe, a device or a folder")
+                _check_size(left := status.st_size)
+                parts = []
+                # Never beyond the stated size: some files of /proc wait for more, or never end
+                while left > 0 and (part := os.read(descriptor, left)):
+                    parts.append(part)
+                    left -= len(part)
+                return b"".join(parts)
             finally:
                 os.close(descriptor)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EIO):
-                raise ImageError(f"cannot be read ({error.strerror})") from error
-            raise
+            if error.errno in _OUT_OF:
+                raise
+            raise ImageError(f"cannot be read ({error.strerror})") from error
 
 
-def _limited(data: bytes) -> bytes:
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"is larger than any X-ray file ({MAX_FILE_BYTES} bytes)")
-    return data
+def _check_size(size_bytes: int) -> None:
+    if size_bytes > MAX_FILE_BYTES:
+        raise ImageError(
+            f"has {size_bytes} bytes, more than any X-ray file ({MAX_FILE_BYTES} bytes)"
+        )
 
 
 class ZipSource(Source):
@@ -196,38 +219,39 @@ class ZipSource(Source):
     def read(self, path: str) -> bytes:
         archive = self._open()
         member = self._members[path]
-        if member.file_size > MAX_FILE_BYTES:
-            raise ImageError(
-                f"declares {member.file_size} bytes, more than any X-ray file ({MAX_FILE_BYTES})"
-            )
+        _check_size(member.file_size)
         try:
             return archive.read(member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise ImageError(f"cannot be unpacked ({error})") from error
 
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None:
             try:
                 archive = zipfile.ZipFile(self._path)
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            except _DAMAGE as error:
                 raise SourceError(
                     f"{self._path} cannot be read as a zip archive: {error}; download it again"
                 ) from error
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            names = [self._checked(member) for member in members]
+            # Some programs of Windows end the names of folders with a backslash
+            files = [
+                entry for entry in archive.infolist() if entry.filename[-1:] not in ("/", "\\")
+            ]
+            names = [self._checked(member) for member in files]
             for name, count in Counter(names).most_common(1):
                 if count > 1:
                     raise SourceError(
                         f"{self._path} holds {count} files under the one name {name!r}; pack it "
                         "again"
                     )
-            self._members = dict(zip(names, members, strict=True))
+            self._members = dict(zip(names, files, strict=True))
             self._archive = archive
         return self._archive
 
     def _checked(self, member: zipfile.ZipInfo) -> str:
-        name = member.filename.replace("\\", "/")
-        if any(part in ("", ".", "..") or ":" in part for part in name.split("/")):
+        parts = member.filename.replace("\\", "/").split("/")
+        name = "/".join(part for part in parts if part not in ("", "."))
+        if not name or not parts[0] or ".." in parts or _DRIVE.fullmatch(parts[0]):
             raise SourceError(
                 f"{self._path} holds a file of the unsafe name {member.filename!r}; pack it again"
             )
@@ -303,7 +327,7 @@ class NpzSource(Source):
                             )
                 with np.load(self._path, allow_pickle=False) as archive:
                     self._arrays = {name: archive[name] for name in archive.files if name in wanted}
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+            except _DAMAGE as error:
                 raise SourceError(
                     f"{self._path} cannot be read as a MedMNIST .npz: {error}"
                 ) from error
@@ -335,6 +359,8 @@ class StoreSource(Source):
 
     def read(self, path: str) -> bytes:
         try:
-            return _limited(self._store.read(path))
+            data = self._store.read(path)
+            _check_size(len(data))
+            return data
         except NotFoundError as error:
             raise ImageError("cannot be read (it is no longer there)") from error

@@ -17,7 +17,7 @@ import math
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from xrai.errors import ConfigError, StoreAccessError
 from xrai.store.base import Store, StoredObject, check_key
@@ -33,9 +33,12 @@ __all__ = [
     "Store",
     "StoredObject",
     "check_key",
+    "folder_of",
     "open_store",
     "take_lease",
 ]
+
+_ALLOWED = "give a folder, file:///folder or s3://bucket/prefix"
 
 
 def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | None = None) -> Store:
@@ -47,13 +50,13 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     be answered) of the last 256 KiB that arrived. Defaults: XRAI_S3_TIMEOUT_S and XRAI_S3_RETRY_S,
     else 20 and 120 s. Raises `StoreAccessError` for any other address.
     """
-    allowed = "give a folder, file:///folder or s3://bucket/prefix"
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    scheme, _, rest = uri.partition("://") if "://" in uri else ("", "", uri)
+    scheme = scheme.lower()
     if scheme == "s3":
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        bucket, _, prefix = rest.partition("/")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
             raise StoreAccessError(
-                f"{uri!r} names no bucket: {bucket!r} is not a bucket's name; {allowed}"
+                f"{uri!r} names no bucket: {bucket!r} is not a bucket's name; {_ALLOWED}"
             )
         return S3Store(
             bucket,
@@ -62,13 +65,20 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
             retry_s=_seconds("XRAI_S3_RETRY_S", 120.0) if retry_s is None else retry_s,
         )
     if scheme == "file":
-        parts = urlsplit(uri)
-        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise StoreAccessError(f"{uri!r} is not a folder of this machine; {allowed}")
-        return FolderStore(Path(unquote(parts.path)))
+        return FolderStore(folder_of(uri))
     if scheme or not uri:
-        raise StoreAccessError(f"{uri!r} is not an address of a store; {allowed}")
+        raise StoreAccessError(f"{uri!r} is not an address of a store; {_ALLOWED}")
     return FolderStore(Path(uri))
+
+
+def folder_of(uri: str) -> Path:
+    """The path that a file:// address names. Raises `StoreAccessError` if it is not of this
+    machine.
+    """
+    host, slash, path = uri.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise StoreAccessError(f"{uri!r} is not a folder of this machine; {_ALLOWED}")
+    return Path(unquote(f"/{path}"))
 
 
 def _seconds(variable: str, default: float) -> float:

@@ -1,6 +1,5 @@
 """A store that is a folder of this machine."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
@@ -55,16 +54,20 @@ class FolderStore(Store):
             raise StoreError(
                 f"{prefix!r} is not the beginning of a key: keys are relative paths, without '..'"
             )
-        top = self._folder / prefix.rpartition("/")[0]
-        found = []
+        # os.walk recurses before Python 3.12
+        found, folders = [], [f"{self.uri}/{prefix.rpartition('/')[0]}"]
         with self._explaining("listed", prefix):
-            for folder, _, names in os.walk(top, onerror=_refuse_unless_missing):
-                for name in names:
-                    path = Path(folder, name)
-                    key = path.relative_to(self._folder).as_posix()
-                    if key.startswith(prefix) and not is_temporary(name):
-                        with suppress(FileNotFoundError):  # deleted meanwhile
-                            found.append(StoredObject(key, path.stat().st_size))
+            while folders:
+                entries: list[os.DirEntry[str]] = []
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    entries = list(os.scandir(folders.pop()))
+                for entry in entries:
+                    key = entry.path.removeprefix(self.uri).lstrip("/")
+                    with suppress(FileNotFoundError):  # deleted meanwhile
+                        if entry.is_dir():
+                            folders += [] if entry.is_symlink() else [entry.path]
+                        elif key.startswith(prefix) and not is_temporary(entry.name):
+                            found.append(StoredObject(key, entry.stat().st_size))
         yield from sorted(found)
 
     def delete(self, key: str) -> None:
@@ -80,8 +83,3 @@ class FolderStore(Store):
 
     def _explaining(self, access: Access, key: str) -> AbstractContextManager[None]:
         return explaining(access, self._where(key))
-
-
-def _refuse_unless_missing(error: OSError) -> None:
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-        raise error
