@@ -133,8 +133,24 @@ FAULTS = {
     "a split missing": ("a.dcm,NORMAL,p,train\nb.dcm,NORMAL,p,", "line 3: split is empty"),
     "a path above": ("../a.dcm,NORMAL,p,train", "line 2: path '../a.dcm' leaves the source"),
     "a path of another machine": (
-        "C:\\a.dcm,NORMAL,p,train",
-        r"line 2: path 'C:\\a.dcm' leaves the source",
+        "C:\\films\\x.dcm,NORMAL,p,train",
+        r"line 2: path 'C:\\films\\x.dcm' leaves the source",
+    ),
+    "paths of two machines": (
+        "C:\\x\\a.dcm,NORMAL,p,train\nD:\\y\\b.dcm,NORMAL,p,train",
+        r"line 3: path 'D:\\y\\b.dcm' leaves the source",
+    ),
+    "a whole path with a way up": (
+        "/x/../a.dcm,NORMAL,p,train",
+        "line 2: path '/x/../a.dcm' leaves the source",
+    ),
+    "a path of another folder": (
+        "north/a.dcm,NORMAL,p,train",
+        "line 2: there is no file 'north/a.dcm' in films",
+    ),
+    "one file in two ways": (
+        "a.dcm,NORMAL,p,train\n.\\a.dcm,NORMAL,p,train",
+        "line 3: path 'a.dcm' is in line 2, too",
     ),
     "a whole path": ("/etc/passwd,NORMAL,p,train", "line 2: path '/etc/passwd' leaves the source"),
     "too few cells": ("a.dcm,NORMAL", "line 2: has 2 cells, the first line 4"),
@@ -200,6 +216,75 @@ def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level("INFO"):
         parse_labels("path,label,age,Sex\na.dcm,NORMAL,4,f\n", name="t.csv")
     assert "t.csv: columns 'age', 'Sex' are not used" in caplog.text
+
+
+# ----------------------------------------------------------------------- paths as people have them
+
+TREE = ("x/NORMAL/1.png", "x/NORMAL/2 b.png", "x/PNEUMONIA/1.png", "x/PNEUMONIA/3.png", "top.png")
+
+
+def resolved(*paths: str, source: str = "films") -> tuple[list[str], tuple[str, ...]]:
+    text = "path;label\n" + "".join(f"{path};NORMAL\n" for path in paths)
+    layout = lay_out_by_labels(TREE, parse_labels(text, name="t.csv"), source=source)
+    return [entry.path for entry in layout.entries], layout.notes
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("x\\NORMAL\\1.png", "x\\NORMAL\\2 b.png", "top.png"),
+        ("./x/NORMAL/1.png", ".\\x\\NORMAL\\2 b.png", " top.png "),
+        ("NORMAL/1.png", "2 b.png", "top.png"),
+        ("NORMAL\\1.png", "2 b.png", "top.png"),
+    ],
+)
+def test_backslashes_dots_and_missing_first_folders_are_taken_where_one_file_fits(
+    paths: tuple[str, ...],
+) -> None:
+    assert resolved(*paths) == (["top.png", "x/NORMAL/1.png", "x/NORMAL/2 b.png"], ())
+
+
+@pytest.mark.parametrize(
+    ("above", "source"),
+    [
+        ("C:\\Users\\Ann\\films\\", "films"),
+        ("/data/films/", "other"),
+        ("s3://bucket/films/", "s3://bucket/films"),
+        ("films/", "films.zip"),
+        ("/", "films"),
+    ],
+)
+def test_paths_of_another_machine_are_taken_without_what_they_all_begin_with(
+    above: str, source: str
+) -> None:
+    paths = ("x/NORMAL/1.png", "x/NORMAL/2 b.png", "top.png")
+    mark = "\\" if "\\" in above else "/"
+    found, (note,) = resolved(*(above + path.replace("/", mark) for path in paths), source=source)
+    assert found == ["top.png", "x/NORMAL/1.png", "x/NORMAL/2 b.png"]
+    assert note.startswith("the paths of t.csv begin with ") and note.endswith(
+        "taken as the source"
+    )
+
+
+def test_a_name_that_several_files_have_is_refused_with_two_of_them() -> None:
+    with pytest.raises(SourceError) as caught:
+        resolved("top.png", "1.png")
+    assert "line 3: 2 files fit path '1.png': 'x/NORMAL/1.png', 'x/PNEU" in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "sep=;;;"])
+def test_excels_line_that_names_the_separator_is_no_header(first: str) -> None:
+    text = f"{first}\r\n" + GOOD.replace(",", ";").replace("\n", "\r\n")
+    assert entries(text) == entries(GOOD)
+    assert "line 3: there is no file 'x.dcm'" in refusal(f"{first}\npath;label\nx.dcm;NORMAL\n")
+    assert entries("sep=|\npath|label\na.dcm|NORMAL\n") == entries("path,label\na.dcm,NORMAL\n")
+
+
+def test_a_split_may_have_another_name() -> None:
+    text = (
+        "path,label,split\na.dcm,NORMAL,Training\nb.dcm,NORMAL,Validation\nc.dcm,NORMAL,testing\n"
+    )
+    assert [entry.split for entry in entries(text)] == ["train", "val", "test"]
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -10,13 +10,13 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import NotFoundError, SourceError
-from xrai.ingest.layout import SUBTYPES, Entry, Layout, file_patient, hashed_patient
+from xrai.ingest.layout import SPLIT_NAMES, SUBTYPES, Entry, Layout, file_patient, hashed_patient
 from xrai.log import get_logger
 from xrai.store import open_store
 
@@ -27,6 +27,8 @@ _DELIMITERS = ",;\t"
 _MAX_BYTES = 1 << 28
 _MAX_CELL = 60  # characters of a cell that a message shows
 _MAX_FAULTS = 10  # that one message lists
+_EXCEL_MARK = re.compile(r'"?sep=([^\r\n])"?[;,\t ]*(?:\r\n|\r|\n)', re.IGNORECASE)
+_FROM_ROOT = re.compile(r"(\w+:)?[/\\]")  # "/films/a.png", "C:\films\a.png", "s3://films/a.png"
 _GROUP = re.compile(r"[\w.-]{1,40}")
 _SUBTYPE = re.compile(r"[\w .-]{1,40}")
 _logger = get_logger(__name__)
@@ -52,8 +54,9 @@ def read_labels(uri: str) -> LabelTable:
     """Read a CSV file, at a path or s3:// address.
 
     UTF-8, with or without a byte order mark; commas, semicolons (as Excel writes them in many
-    countries) or tabs between cells; columns in any order and case; unknown ones are skipped with a
-    note. Raises `SourceError` where there is no such file or it is no such table.
+    countries) or tabs between cells, also after a first line `sep=;`; columns in any order and
+    case; unknown ones are skipped with a note. Raises `SourceError` where there is no such file or
+    it is no such table.
     """
     wanted = f"a CSV file with the columns {', '.join(REQUIRED)}"
     folder, _, name = uri.rpartition("/")
@@ -110,12 +113,14 @@ def parse_labels(text: str, *, name: str) -> LabelTable:
 def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -> Layout:
     """The layout that a table gives to a source's paths; `source` names it in messages.
 
-    Files that the table does not name are counted, but are not data. Raises `SourceError` naming
-    the lines of the table with a path that repeats, does not exist or is outside of the source, an
-    unknown label, split or subtype, a patient in two splits, or an empty cell.
+    Files that the table does not name are counted, but are not data. Paths may be written with
+    backslashes, be those of another machine, or lack the first folders; see `_match`. Raises
+    `SourceError` naming the lines of the table with a path that repeats, does not exist, fits
+    several files or is outside of the source, an unknown label, split or subtype, a patient in two
+    splits, or an empty cell.
     """
     held = set(paths)
-    labels = table.labels
+    labels, notes = _match(table, held, source=source)
     filled = {column for column in OPTIONAL if any(label.cells.get(column) for label in labels)}
     faults = [
         (label.line, words)
@@ -126,26 +131,79 @@ def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -
     entries = tuple(sorted((_entry(label.cells) for label in labels), key=lambda entry: entry.path))
     num_others = len(held) - len(entries)
     not_data = {f"not named by {table.name}": num_others} if num_others else {}
-    return Layout(entries, "split" in filled, not_data)
+    return Layout(entries, "split" in filled, not_data, notes)
+
+
+def _match(
+    table: LabelTable, held: Collection[str], *, source: str
+) -> tuple[Sequence[Label], tuple[str, ...]]:
+    """The table's rows with the paths of the files that they mean, and a note.
+
+    A path that begins at a root, or with the source's name, is tried without its first folders,
+    the same ones in all rows. Any other that is no file is the end of the path of one file.
+    """
+    labels = table.labels
+    texts = {label.cells["path"] for label in labels}.difference(held)
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for path in held if texts else ():
+        by_name[path.rpartition("/")[2]].append(path)
+    own_name = source.rpartition("/")[2].removesuffix(".zip")
+    found: dict[str, str] = {}
+    faults: list[tuple[int, str]] = []
+    prefix: list[str] | None = None
+    num_ends = 0
+    for label in labels:
+        text = label.cells["path"]
+        parts = [part for part in re.split(r"[/\\]", text.strip()) if part not in ("", ".")]
+        if text not in texts or text in found or not parts or ".." in parts:
+            continue
+        has_root = _FROM_ROOT.match(text.strip()) is not None
+        if has_root or (parts[0] == own_name and "/".join(parts) not in held):
+            cuts = range(len(parts)) if prefix is None else [len(prefix)]
+            rests = ((cut, "/".join(parts[cut:])) for cut in cuts)
+            cut, path = next(((cut, rest) for cut, rest in rests if rest in held), (0, ""))
+            if path and prefix in (None, parts[:cut]):
+                prefix, found[text] = parts[:cut], path
+            continue
+        end = "/".join(parts)
+        fitting = [end] if end in held else [p for p in by_name[parts[-1]] if p.endswith(f"/{end}")]
+        num_ends += end not in held
+        if len(fitting) == 1:
+            found[text] = fitting[0]
+        elif fitting:
+            shown = ", ".join(map(_shown, sorted(fitting)[:2]))
+            faults.append((label.line, f"{len(fitting)} files fit path {_shown(text)}: {shown}"))
+    _refuse(faults, name=table.name)
+    if num_ends:
+        _logger.info("%s: %d paths are matched by their ends", table.name, num_ends)
+    note = f"the paths of {table.name} begin with {'/'.join(prefix or ())}/, taken as the source"
+    if found:
+        paths = ((label, found.get(path := label.cells["path"], path)) for label in labels)
+        labels = tuple(replace(row, cells={**row.cells, "path": path}) for row, path in paths)
+    return labels, (note,) if prefix is not None else ()
 
 
 def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of all rows that are not empty; the first is the header."""
+    excel = _EXCEL_MARK.match(text)  # which Excel obeys and does not show
+    text = text[excel.end() :] if excel else text
     first = text.splitlines()[0] if text.strip() else ""
-    known = {mark: {cell.strip(' "').lower() for cell in first.split(mark)} for mark in _DELIMITERS}
+    marks = _DELIMITERS + (excel[1] if excel else "")
+    known = {mark: {cell.strip(' "').lower() for cell in first.split(mark)} for mark in marks}
     delimiter = next((mark for mark, columns in known.items() if columns.issuperset(REQUIRED)), "")
     if not delimiter:
         raise SourceError(
             f"the first line of {name} has no columns {' and '.join(REQUIRED)}, separated by "
             f"commas, semicolons or tabs, but {_shown(first)}; optional are {', '.join(OPTIONAL)}"
         )
-    line = 1
+    num_before = 1 if excel else 0
+    line = num_before + 1
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for record in reader:
             if any(cell.strip() for cell in record):
                 yield line, record
-            line = reader.line_num + 1
+            line = num_before + reader.line_num + 1
     except csv.Error as error:
         raise SourceError(f"{name}, line {line}, is not CSV: {error}") from error
 
@@ -165,7 +223,7 @@ def _faults(
             yield f"there is no file {_shown(path)} in {source}"
     if label and label.upper() not in CLASSES:
         yield f"unknown label {_shown(label)}, allowed are {' and '.join(CLASSES)}"
-    if split and split.lower() not in SPLITS:
+    if split and split.lower() not in SPLIT_NAMES:
         yield f"unknown split {_shown(split)}, allowed are {', '.join(SPLITS)}"
     if cells.get("subtype") and label.upper() == CLASSES[0]:
         yield f"a subtype is given to a {CLASSES[0]} image"
@@ -184,7 +242,7 @@ def _repeated(labels: Sequence[Label]) -> Iterator[tuple[int, str]]:
         first = lines.setdefault(path, label.line)
         if first != label.line:
             yield label.line, f"path {_shown(path)} is in line {first}, too"
-        patient, split = _patient_of(label.cells), label.cells.get("split", "").lower()
+        patient, split = _patient_of(label.cells), _split_of(label.cells)
         if patient and split:
             splits = places[patient]
             if split not in splits and splits:
@@ -207,11 +265,15 @@ def _entry(cells: Mapping[str, str]) -> Entry:
     subtype = cells.get("subtype", "").lower()
     return Entry(
         path=cells["path"],
-        split=cells.get("split", "").lower() or "train",
+        split=_split_of(cells) or "train",
         label=CLASSES.index(cells["label"].upper()),
         patient=_patient_of(cells) or file_patient(cells["path"], group=cells.get("group", "")),
         subtype=SUBTYPES.get(subtype, subtype),
     )
+
+
+def _split_of(cells: Mapping[str, str]) -> str:
+    return SPLIT_NAMES.get(cells.get("split", "").lower(), "")
 
 
 def _patient_of(cells: Mapping[str, str]) -> str:
