@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import boto3.session
 import pytest
@@ -23,6 +24,8 @@ from xrai.errors import (
     AlreadyExistsError,
     CorruptError,
     ForbiddenError,
+    NotFoundError,
+    StoreError,
     UnreachableError,
     WrongEndpointError,
 )
@@ -283,6 +286,30 @@ def test_a_large_object_whose_last_answer_was_lost_is_there(
     store.upload("large", large)
     assert store.size("large") == large.stat().st_size
     assert unfinished_uploads(server) == 0
+
+
+def test_an_older_object_of_the_same_size_is_not_taken_for_a_large_one_whose_parts_are_gone(
+    store: Store,
+    proxy: Proxy,
+    large: Path,
+    server: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = bytes(large.stat().st_size)
+    store.write("large", older)
+    client = store._client()  # type: ignore[attr-defined]
+    complete = client.complete_multipart_upload
+
+    def complete_too_late(**request: Any) -> Any:
+        upload = {name: request[name] for name in ("Bucket", "Key", "UploadId")}
+        client.abort_multipart_upload(**upload)  # as a lifecycle rule does
+        return complete(**request)
+
+    monkeypatch.setattr(client, "complete_multipart_upload", complete_too_late)
+    with pytest.raises(StoreError, match="large cannot be written: NoSuchUpload") as caught:
+        store.upload("large", large)
+    assert not isinstance(caught.value, NotFoundError)
+    assert store.read("large") == older
 
 
 def test_a_large_object_that_fails_is_not_there_and_keeps_no_room(

@@ -130,11 +130,11 @@ class S3Store(Store):
                 parts.append({**part, "ETag": answer["ETag"]})
             whole = {**upload, "MultipartUpload": {"Parts": parts}}
             self._ask("written", key, "complete_multipart_upload", **whole)
-        except NotFoundError:
-            # There is no such upload: if the object is there in full, the answer to our own
-            # completion was lost.
-            if self.size(key) != file.tell():
-                raise
+        except NotFoundError as error:
+            # There is no such upload: the answer to our own completion was lost, or somebody
+            # removed the parts.
+            if file.read(1) or not self._holds(key, digest.hexdigest()):
+                raise errors.StoreError(f"{error}; its parts were removed meanwhile") from error
         except BaseException:
             try:  # best effort: the bucket's lifecycle rule frees what stays
                 self._client().abort_multipart_upload(Bucket=self._bucket, **upload)
@@ -142,6 +142,11 @@ class S3Store(Store):
                 _logger.warning("the parts of a failed upload stay in %s: %s", self.uri, error)
             raise
         return digest.hexdigest()
+
+    def _holds(self, key: str, sha256: str) -> bool:
+        with suppress(NotFoundError):
+            return self._receive(key, lambda _: None) == sha256
+        return False
 
     def _receive(self, key: str, write: Callable[[bytes], object]) -> str:
         """Stream the object into `write`; after a cut, continue where it was cut. Returns the
@@ -375,6 +380,8 @@ def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> Xra
             f"{what}: forbidden ({said}); these keys lack the permission, or this machine's clock "
             "is wrong"
         )
+    if code == "NoSuchUpload":
+        return NotFoundError(f"{what}: {said}")
     if status == 404:
         return NotFoundError(f"there is no {where}")
     return errors.StoreError(f"{what}: {said}")
