@@ -821,6 +821,19 @@ def test_a_bad_source_is_refused_in_one_line_and_nothing_is_written(
     assert not (tmp_path / "dataset").exists()
 
 
+def test_names_of_folders_and_files_cannot_control_the_terminal(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    names = ("NORMAL/\x1b]0;a\x07.png", "NORMAL/masks\x1b[2J/b.png", "COVID\x1b[31m/\x9b2Jc.png")
+    bad = {f"train/{name}": b"x" for name in names}
+    source = write_files(tmp_path / "chest", {**source_files(), **bad})
+    for status, word in ((2, "COVID"), (0, "b.png")):
+        done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+        assert done.status == status and word in done.err
+        assert not {"\x1b", "\x07", "\x9b"} & {*done.err, *done.out}
+        (source / "train" / names[2]).unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PATHS = frozenset({"path", "other_path", "source"})  # columns of relative paths
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_BEGINS_FORMULA = "-=+@\uff1d\uff0b\uff0d\uff20"  # also of full width
+_FORMULA = (*_BEGINS_FORMULA, "\t", "\r", "\n")
 _SPLITS = frozenset("\r;\t")
+_FORMULA_AFTER_SPLIT = re.compile(rf'([;\t\r\n][\s"]*)(?=[{_BEGINS_FORMULA}])')
 
 
 def to_json(value: object) -> str:
@@ -30,10 +33,15 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object] | Datacla
 
     Text comes from anywhere, and a click on a cell `=cmd|' /C …'!A0` of a spreadsheet runs it
     (OWASP, CSV injection). So text that begins as a formula does gets `./` in front in a column
-    of `PATHS`, where it stays the same path, and `'` in others.
+    of `PATHS`, where it stays the same path, and `'` in others. So does what begins as a formula
+    after a semicolon, tab or line end, since quotes hide these from a reader with another separator
+    in the first column alone.
     """
     table = [
-        [_harmless(column, _plain(value)) for column, value in zip(columns, cells, strict=True)]
+        [
+            _harmless(column, _plain(value), is_first=place == 0)
+            for place, (column, value) in enumerate(zip(columns, cells, strict=True))
+        ]
         for cells in (_cells(columns, row) for row in rows)
     ]
     # Readers may end a line at "\r", or a cell at ";" and a tab: csv.writer does not quote those
@@ -47,8 +55,12 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object] | Datacla
     return buffer.getvalue()
 
 
-def _harmless(column: str, value: object) -> object:
-    if not isinstance(value, str) or not value.startswith(_FORMULA):
+def _harmless(column: str, value: object, *, is_first: bool) -> object:
+    if not isinstance(value, str):
+        return value
+    if not is_first:
+        value = _FORMULA_AFTER_SPLIT.sub(r"\1'", value)
+    if not value.startswith(_FORMULA):
         return value
     return f"./{value}" if column in PATHS else f"'{value}"
 
