@@ -78,6 +78,7 @@ def test_a_phantom_as_dicom_agrees_with_the_same_phantom_as_png_and_jpeg(size: i
 
 def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
     levels = np.full((64, 64), 100.4)
+    levels[0] = 255
     levels[1::2, 1::2] = 100.9  # on average 100.525; rounded first it would be 100.25
     stored = np.round(levels * 257).astype("<u2")
     assert set(decoded(dicom_file(stored), size=32)[2:-2, 2:-2].ravel()) == {101}
@@ -88,7 +89,14 @@ def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
     [
         (ramp(0, 255, "u1"), {}, lambda x: x / 255),
         (ramp(0, 4095), {"BitsStored": 12}, lambda x: x / 4095),
-        (ramp(0, 1000), {"BitsStored": 14}, lambda x: x / 16383),
+        (ramp(0, 9000), {"BitsStored": 14}, lambda x: x / 16383),
+        (ramp(0, 1000), {"BitsStored": 14}, lambda x: x / 1023),  # 14 bits declared, 10 used
+        (ramp(0, 4096), {}, lambda x: x / 4100),
+        (ramp(0, 2100), {"BitsStored": 12}, lambda x: x / 4095),
+        (ramp(0, 2100), {"HighBit": 11}, lambda x: x / 4095),
+        (ramp(0, 2100), {"LargestImagePixelValue": 4000}, lambda x: x / 4095),
+        (ramp(0, 2000), {"LargestImagePixelValue": 65535}, lambda x: x / 2047),
+        (ramp(-1000, 3000, "<i2"), {}, lambda x: (x + 1024) / (1024 + 4095)),
         (ramp(0, 65535), {}, lambda x: x / 65535),
         (ramp(0, 4000), {}, lambda x: x / 4095),  # 16 bits declared, 12 used
         (ramp(-32768, 32767, "<i2"), {}, lambda x: (x + 32768) / 65535),
@@ -105,10 +113,31 @@ def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
         ),
     ],
 )
-def test_without_a_window_the_range_of_the_stored_bits_is_shown(
+def test_without_a_window_the_range_of_the_bits_in_use_is_shown(
     stored: np.ndarray, tags: dict[str, Any], shown: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     assert_levels(dicom_file(stored, **tags), shown(stored.astype(float)))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 13, 14, 15, 16])
+def test_a_film_looks_the_same_whatever_part_of_16_bits_it_uses(bits: int) -> None:
+    film = gradient(32, 32) / 255
+    expected = decoded(dicom_file(np.rint(film * 4095).astype("<u2"), BitsStored=12)).astype(int)
+    stored = np.rint(film * (2**bits - 1)).astype("<u2")
+    colour = np.repeat(stored[:, :, None], 3, axis=2)
+    files = [dicom_file(stored), encoded(Image.fromarray(stored)), dicom_file(colour)]
+    if bits < 16:
+        files.append(dicom_file(stored.astype("<i2")))
+    for file in files:
+        assert np.abs(decoded(file) - expected).max() <= 1
+
+
+def test_one_bright_pixel_does_not_darken_a_film() -> None:
+    stored = ramp(0, 4095)
+    plain = decoded(dicom_file(stored)).astype(int)
+    stored[-1, -1] = 65535
+    for file in (dicom_file(stored), encoded(Image.fromarray(stored))):
+        assert np.abs(decoded(file) - plain).max() <= 1
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
@@ -159,11 +188,48 @@ def test_a_window_of_one_grey_level_is_a_step() -> None:
     np.testing.assert_array_equal(decoded(file), 255 * (ramp(0, 4095) >= 2000))
 
 
-def table(entries: list[int], *, first: int = 0, bits: int = 16) -> list[object]:
+def table(
+    entries: list[int], *, first: int = 0, bits: int = 16, data: bytes | None = None
+) -> list[object]:
     item = pydicom.Dataset()
     item.add_new("LUTDescriptor", "US", [len(entries), first, bits])
-    item.add_new("LUTData", "US", entries)
+    item.add_new("LUTData", "US" if data is None else "OW", entries if data is None else data)
     return [item]
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("packing", ["US", "words", "pairs"])
+def test_a_table_of_8_bits_gives_the_picture_of_its_samples(
+    sequence: str, order: str, packing: str
+) -> None:
+    entries = [place // 16 for place in range(4096)]
+    pairs = np.array(entries, "u1").view("<u2").astype(f"{order}u2")
+    data = {
+        "US": None,
+        "words": np.array(entries, f"{order}u2").tobytes(),
+        "pairs": pairs.tobytes(),
+    }
+    tags: dict[str, Any] = {sequence: table(entries, bits=8, data=data[packing])}
+    dataset = pydicom.dcmread(io.BytesIO(dicom_file(ramp(0, 4095), BitsStored=12, **tags)))
+    if order == ">":
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+        dataset.PixelData = ramp(0, 4095, ">u2").tobytes()
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    assert_levels(buffer.getvalue(), ramp(0, 4095) / 4095.0, tolerance=1.01)
+
+
+def test_a_table_whose_first_value_lost_its_sign_is_read() -> None:
+    entries = list(range(4096))
+    file = dicom_file(
+        ramp(0, 4095),
+        BitsStored=12,
+        VOILUTSequence=table(entries, first=65536 - 1024),
+        RescaleSlope=1,
+        RescaleIntercept=-1024,
+    )
+    assert_levels(file, ramp(0, 4095) / 4095.0)
 
 
 @pytest.mark.parametrize("top", [255, 4095, 65535])
@@ -526,6 +592,14 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: dicom_file(SMALL, WindowCenter=100, WindowWidth=9, VOILUTFunction="CUBIC"),
         "is DICOM whose VOILUTFunction is not one of",
     ),
+    "a table cut short": (
+        lambda: dicom_file(SMALL, VOILUTSequence=table([1, 2, 3], data=b"12")),
+        "is DICOM whose VOILUTSequence is cut short or damaged",
+    ),
+    "padding alone": (
+        lambda: dicom_file(np.where(SMALL > 9, 255, 7).astype("u1"), PixelPaddingValue=255),
+        "is of one grey level throughout",
+    ),
     "no slope": (
         lambda: dicom_file(SMALL, RescaleSlope=0, RescaleIntercept=5),
         "is DICOM whose RescaleSlope or table",
@@ -621,12 +695,13 @@ def test_a_file_that_declares_too_much_is_refused_before_anything_is_unpacked(
 def test_a_deflated_file_that_unpacks_to_too_much_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dataset = pydicom.dcmread(io.BytesIO(dicom_file(np.zeros((2000, 2000), np.uint8))))
+    halves = np.repeat(np.array([0, 200], np.uint8), 1000)[None].repeat(2000, axis=0)
+    dataset = pydicom.dcmread(io.BytesIO(dicom_file(halves)))
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     buffer = io.BytesIO()
     dataset.save_as(buffer)
     assert len(buffer.getvalue()) < 20_000
-    assert not decoded(buffer.getvalue()).any()
+    assert decoded(buffer.getvalue()).any()
     monkeypatch.setattr(dicom, "_MAX_INFLATED_BYTES", 1_000_000)
     assert refusal(buffer.getvalue()) == "is DICOM that unpacks to more than 1000000 bytes"
 

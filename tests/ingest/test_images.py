@@ -1,6 +1,6 @@
 import io
-import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.dataset.pictures import encoded, gradient, huge_png
+from tests.dataset.pictures import encoded, gradient, huge_png, png_chunk
 from xrai.errors import ImageError
 from xrai.ingest import images
 from xrai.ingest.images import REDUCED_TOLERANCE, decode, decode_sized
@@ -144,13 +144,26 @@ def test_a_grey_value_declared_transparent_becomes_black() -> None:
 
 
 @pytest.mark.parametrize(
-    ("largest", "scale"), [(65535, 65535), (4096, 65535), (4095, 4095), (1000, 4095)]
+    ("largest", "significant_bits", "scale"),
+    [
+        (65535, None, 65535),
+        (4096, None, 4100),
+        (4095, None, 4095),
+        (1000, None, 1023),
+        (100, None, 255),
+        (2100, 12, 4095),
+        (33000, 12, 65535),
+    ],
 )
-def test_16_bits_are_divided_by_the_range_that_they_are_of(largest: int, scale: int) -> None:
+def test_16_bits_are_divided_by_the_range_that_they_are_of(
+    largest: int, significant_bits: int | None, scale: int
+) -> None:
     samples = np.linspace(0, largest, 32 * 32).astype(np.uint16).reshape(32, 32)
-    square = decoded(encoded(Image.fromarray(samples)), size=32)
+    file = encoded(Image.fromarray(samples))
+    if significant_bits is not None:
+        file = file[:33] + png_chunk(b"sBIT", bytes([significant_bits])) + file[33:]
     expected = samples.astype(np.float64) * 255 / scale
-    assert np.abs(square - expected).max() <= 0.51
+    assert np.abs(decoded(file, size=32) - expected).max() <= 0.51
 
 
 def test_16_bits_are_not_clipped_to_white() -> None:
@@ -303,7 +316,7 @@ def test_a_bad_file_is_refused_with_its_reason(name: str) -> None:
 def test_a_file_that_declares_too_much_is_refused_before_anything_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "_to_grey", lambda picture: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "_to_grey", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="more than"):
         decode(huge_png(20_000, 20_000), size=32, fit="crop", max_pixels=100_000_000)
 
@@ -316,15 +329,8 @@ def test_the_limit_of_pixels_is_ours_and_not_pillows(monkeypatch: pytest.MonkeyP
 
 
 def test_a_png_with_a_bomb_of_text_is_set_aside() -> None:
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     data = grey_png()
-    bomb = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(100_000_000), 9))
+    bomb = png_chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(100_000_000), 9))
     with pytest.raises(ImageError, match="cut short or damaged"):
         decoded(data[:33] + bomb + data[33:])
 

@@ -3,8 +3,8 @@
 
 `xrai.ingest.images` calls it, for preprocessing and prediction alike. A radiograph passes through
 the stages of the standard (PS3.3 C.11): modality transformation, the first VOI LUT or window,
-MONOCHROME1 inverted; and it is turned as PatientOrientation says. All in floating point: `images`
-rounds after scaling.
+MONOCHROME1 inverted; and it is turned as PatientOrientation says.
+All in floating point: `images` rounds after scaling.
 
 No header text gets into a message: reasons consist of words written here and of numbers. Only the
 tags named below are read, and of the patient the ID alone, of which the data set keeps a hash.
@@ -38,16 +38,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.errors import ImageError, SourceError
+from xrai.ingest.greys import FLAT, distinct_values, grey_range, num_levels
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 _TAG_NAMES = """
-BitsAllocated BitsStored Columns HighBit ImagerPixelSpacing Modality ModalityLUTSequence
-NumberOfFrames PatientOrientation PhotometricInterpretation PixelAspectRatio PixelData
-PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing PlanarConfiguration
-PresentationIntentType RescaleIntercept RescaleSlope Rows SamplesPerPixel VOILUTFunction
-VOILUTSequence ViewPosition WindowCenter WindowWidth
+BitsAllocated BitsStored Columns HighBit ImagerPixelSpacing LargestImagePixelValue Modality
+ModalityLUTSequence NumberOfFrames PatientOrientation PhotometricInterpretation PixelAspectRatio
+PixelData PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing
+PlanarConfiguration PresentationIntentType PresentationLUTShape RescaleIntercept RescaleSlope Rows
+SamplesPerPixel VOILUTFunction VOILUTSequence ViewPosition WindowCenter WindowWidth
 """
 _TAGS = _TAG_NAMES.split()
 # Modality (PS3.3 C.7.3.1.1.1) of what is never a chest radiograph
@@ -284,10 +285,10 @@ def _read_image(data: bytes) -> "Dataset":
             dataset, "SamplesPerPixel", 1 if photometric.startswith("MONO") else 3
         ),
         "PlanarConfiguration": _integer(dataset, "PlanarConfiguration", 0),
-        "PixelRepresentation": _integer(dataset, "PixelRepresentation", 0),
+        "PixelRepresentation": int(_integer(dataset, "PixelRepresentation", 0) == 1),
         "BitsAllocated": allocated,
         "BitsStored": stored,
-        "HighBit": high if stored <= high + 1 <= allocated else stored - 1,
+        "HighBit": min(high, allocated - 1),
     }
     for name, value in completed.items():
         setattr(dataset, name, value)
@@ -382,23 +383,29 @@ def _samples_and_table(
     samples = _unpack(data, dataset)
     if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
         raise ImageError("is DICOM of other samples per pixel than PhotometricInterpretation says")
+    sign_bits = dataset.PixelRepresentation
+    claims = [2.0 ** (bits - sign_bits) for bits in (stored, high + 1) if bits < allocated]
     if not is_grey:
-        luma = samples.astype(np.float32) @ _LUMA * np.float32(255 / (2**stored - 1))
+        white = grey_range(distinct_values(samples), claims)[1]
+        luma = np.minimum(samples, white).astype(np.float32) @ _LUMA * np.float32(255 / white)
         return np.asarray(luma, np.float32), 0, None
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated or syntax == RLELossless:
+    if high + 1 >= stored and (not syntax.is_encapsulated or syntax == RLELossless):
         # The other bits may hold overlays
         samples = (samples << (allocated - 1 - high)) >> (allocated - stored)
-    lowest, highest = int(samples.min()), int(samples.max())
+    present = distinct_values(samples)
+    lowest = int(present[0])
     # Each value is looked up once, not once per pixel
-    values = np.arange(lowest, highest + 1, dtype=np.int32)
-    is_padding = _padding(values, dataset)
-    if is_padding[-1] and stored == 16:
-        highest = int(samples[~_padding(samples, dataset)].max(initial=0))
-    shown = _look_up(values, dataset, stored=stored, highest=highest)
+    values = np.arange(lowest, int(present[-1]) + 1, dtype=np.int32)
+    image = present[~_padding(present, dataset)]
+    if len(image) < 2:
+        raise ImageError(FLAT)
+    largest = _numbers(dataset, "LargestImagePixelValue")
+    claims += [num_levels(number + 1) for number in largest if number > image[-1]]
+    shown = _look_up(values, dataset, ends=grey_range(image, claims))
     if photometric == "MONOCHROME1":
         shown = 1 - shown
-    shown[is_padding] = 0
+    shown[_padding(values, dataset)] = 0
     return samples, lowest, np.asarray(shown * 255, np.float32)
 
 
@@ -464,33 +471,27 @@ def _padding(samples: NDArray[Any], dataset: "Dataset") -> NDArray[np.bool_]:
 
 
 def _look_up(
-    samples: NDArray[np.int32], dataset: "Dataset", *, stored: int, highest: int
+    samples: NDArray[np.int32], dataset: "Dataset", *, ends: tuple[float, float]
 ) -> NDArray[np.float32]:
     """Samples (N,) through modality transformation and VOI LUT or window: (N,), 0 to 1.
 
-    Without LUT and window the whole range of the stored bits is shown; that of 12 bits where 16 are
-    declared and 12 hold the image's `highest` sample, as `images` does for PNG.
+    Without LUT and window the range between the samples `ends` is shown.
     """
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi
-
-    if int(dataset.get("PixelRepresentation") or 0):
-        ends = np.array([-(2 ** (stored - 1)), 2 ** (stored - 1) - 1], np.int32)
-    else:
-        ends = np.array([0, 4095 if stored == 16 and highest <= 4095 else 2**stored - 1], np.int32)
     values: NDArray[Any] = samples
     slope, intercept = (
         _rescale(dataset, "RescaleSlope", 1),
         _rescale(dataset, "RescaleIntercept", 0),
     )
-    if dataset.get("ModalityLUTSequence"):
-        values = apply_modality_lut(samples, dataset)
-        ends = np.array([0, _top_of(dataset.ModalityLUTSequence[0])])
+    if _value(dataset, "ModalityLUTSequence"):
+        values, white = _through_table(values, dataset, "ModalityLUTSequence")
+        ends = (0, white)
     elif (slope, intercept) != (1, 0):
         values = samples * slope + intercept
-        ends = np.sort(ends * slope + intercept)
-    if dataset.get("VOILUTSequence"):
-        looked_up = apply_voi(np.rint(values).astype(np.int32), dataset, index=0)
-        return np.asarray(looked_up / _top_of(dataset.VOILUTSequence[0]), np.float32)
+        low, high = sorted(end * slope + intercept for end in ends)
+        ends = (low, high)
+    if _value(dataset, "VOILUTSequence"):
+        looked_up, white = _through_table(np.rint(values), dataset, "VOILUTSequence")
+        return np.asarray(looked_up / white, np.float32)
     values = np.asarray(values, np.float32)
     function = _code(dataset, "VOILUTFunction", "LINEAR")
     narrowest = 1 if function == "LINEAR" else 1e-6
@@ -498,7 +499,7 @@ def _look_up(
     for centre, width in windows:
         if width >= narrowest:
             return _window(values, centre, width, function)
-    low, high = (float(end) for end in ends)
+    low, high = ends
     if not math.isfinite(high - low) or high <= low:
         raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
     shown = (values - np.float32(low)) / np.float32(high - low)
@@ -513,13 +514,36 @@ def _rescale(dataset: "Dataset", name: str, default: float) -> float:
     return numbers[0] if numbers else default
 
 
-def _top_of(table: "Dataset") -> int:
-    """A table's white: all bits that its largest entry needs. Many tables declare more bits."""
-    data = table.LUTData
+def _through_table(
+    values: NDArray[Any], dataset: "Dataset", name: str
+) -> tuple[NDArray[np.int32], float]:
+    """Values (N,) through the first table of a sequence (PS3.3 C.11.1.1, C.11.2.1.1); its white.
+
+    White is what the largest entry needs: many tables declare more bits. Entries of 8 bits stand in
+    words of their own or in pairs.
+    """
+    item = dataset[name].value[0]
+    descriptor, data = _numbers(item, "LUTDescriptor"), _value(item, "LUTData")
+    if len(descriptor) != 3 or data is None:
+        raise ImageError(f"is DICOM whose {name} is cut short or damaged")
+    num_entries = int(descriptor[0]) % 65536 or 65536
     if isinstance(data, bytes):
-        data = np.frombuffer(data, np.uint8 if int(table.LUTDescriptor[2]) <= 8 else "<u2")
-    entries = np.asarray(data)
-    return int(2 ** max(1, int(entries.max()).bit_length()) - 1)
+        order = "<" if dataset.original_encoding[1] else ">"
+        words = np.frombuffer(data + b"\0" * (len(data) % 2), f"{order}u2")
+    else:
+        words = np.atleast_1d(np.asarray(data, np.int64))
+    words = words.astype("<u2")
+    entries = words if len(words) >= num_entries else words.view(np.uint8)
+    if len(entries) < num_entries:
+        raise ImageError(f"is DICOM whose {name} is cut short or damaged")
+    entries = np.asarray(entries[:num_entries], np.int32)
+    first = descriptor[1]
+    if first >= 1 << 15 and first > values.max():  # a negative one, stored without its sign
+        first -= 1 << 16
+    num_used, bits = int(entries.max()) + 1, descriptor[2]
+    white = num_levels(num_used, [2.0**bits] if 8 <= bits < 16 else []) - 1
+    places = np.clip(values - first, 0, num_entries - 1).astype(np.int32)
+    return np.take(entries, places), max(1.0, white)
 
 
 def _window(

@@ -29,6 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from xrai.errors import ImageError
 from xrai.ingest.dicom import is_dicom, open_radiograph
+from xrai.ingest.greys import distinct_values, grey_range
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255 grey levels
 
@@ -59,11 +60,10 @@ def decode(
     """A JPEG, PNG or DICOM file, or an array (H, W) uint8, to (size, size) uint8; 0 is black.
 
     Colours become luma (ITU-R 601), transparency becomes black. Samples of 16 bits are divided by
-    their range: 4095 when the largest fits into 12 bits (as scanners write them), else 65535.
-    Nothing else is stretched: stretching each image by its own contrast can strengthen shortcuts.
-    EXIF orientation is applied. DICOM looks as a viewer first shows it (`xrai.ingest.dicom`), with
-    square pixels. `fit`: "crop" keeps the middle of the long side, "squash" scales both sides to
-    `size`, "pad" adds black.
+    the range of the bits that they use (`xrai.ingest.greys`). Nothing else is stretched: stretching
+    each image by its own contrast can strengthen shortcuts. EXIF orientation is applied. DICOM
+    looks as a viewer first shows it (`xrai.ingest.dicom`), with square pixels. `fit`: "crop" keeps
+    the middle of the long side, "squash" scales both sides to `size`, "pad" adds black.
 
     Raises `ImageError` with a short reason when the data is empty, cut short, damaged, of another
     format, or declares more than `max_pixels` pixels, which is checked before anything is decoded;
@@ -106,7 +106,7 @@ def decode_sized(
             box = (left / factor, top / factor, right / factor, bottom / factor)
         image.load()
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-        fitted = _fitted(_to_grey(image), box, scaled, size=size, turn=turn)
+        fitted = _fitted(_to_grey(image, data), box, scaled, size=size, turn=turn)
         return fitted, (height, width) if turn in _SWAPS_SIDES else (width, height)
 
 
@@ -173,14 +173,21 @@ def _reduce_on_load(image: JpegImageFile, *, size: int, fit: str) -> int:
     return factor
 
 
-def _to_grey(image: Image.Image) -> Image.Image:
+def _to_grey(image: Image.Image, data: bytes) -> Image.Image:
     """Mode L, or F in grey levels 0 to 255 for samples of 16 bits, so that rounding comes last."""
     if image.mode == "L" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        samples = np.asarray(image).astype(np.float32)  # (H, W)
-        largest = 4095 if samples.max() <= 4095 else 65535
-        return Image.fromarray(samples * np.float32(255 / largest))
+        samples = np.asarray(image)  # (H, W)
+        values = distinct_values(samples)
+        place = data.find(b"sBIT", 0, data.find(b"IDAT")) + 4
+        claims = []
+        if place >= 4:  # the standard asks to scale fewer bits up to 16; not everybody does
+            bits = data[place]
+            claims = [2.0**bits if values[-1] < 1 << bits else 65536.0]
+        _, white = grey_range(values, claims)
+        grey = samples.astype(np.float32) * np.float32(255 / white)
+        return Image.fromarray(np.minimum(grey, np.float32(255)))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("L")

@@ -1,0 +1,60 @@
+"""Black and white of an image that does not state them: DICOM without a window, and PNG of 16 bits.
+Words of 16 bits often hold fewer, and headers rarely say how many.
+
+The range is the power of two that holds the image's values, as of a detector with that many bits;
+no image is stretched to its own contrast. It is a continuous function of the largest value: one
+that passes a power of two by little raises it by little (docs/decisions/0020-grey-range.md).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLAT: Final = "is of one grey level throughout, so that it shows nothing"
+
+_STEEPNESS = 5  # the range has doubled where the values pass a power of two by a fifth
+_TYPICAL = 0.95  # the share of the occurring values that is not burned-in text or a border
+_MIN_LEVELS = 256  # what fits into 8 bits is shown as 8 bits are
+
+
+def distinct_values(samples: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The values that occur in samples (H, ...) of up to 16 bits, sorted."""
+    seen = np.zeros(1 << 16, np.bool_)
+    for row in samples:  # indexed by all of them at once, numpy would copy them as int64
+        seen[row] = True  # negative ones count from the end
+    found = np.flatnonzero(seen)
+    return np.sort(np.where(found > np.iinfo(samples.dtype).max, found - (1 << 16), found))
+
+
+def num_levels(
+    num_used: float, claims: Sequence[float] = (), *, num_typical: float | None = None
+) -> float:
+    """Levels of a range of which the first `num_used` occur, all but outliers in `num_typical`.
+
+    A power of two or, where little more than one occurs, less than the next. Numbers of levels that
+    the file claims are believed where half of them occur, and increasingly from two fifths on.
+    """
+    needed = num_typical or num_used
+    base = 2.0 ** (math.frexp(needed)[1] - 1)
+    levels = base * (1 + min(1, _STEEPNESS * (needed / base - 1)))
+    for claim in claims:
+        trust = min(1, max(0, 10 * num_used / claim - 4))
+        levels = max(levels, levels + trust * (claim - levels))
+    return levels
+
+
+def grey_range(values: NDArray[np.int64], claims: Sequence[float] = ()) -> tuple[float, float]:
+    """Black and white of an image with these distinct values, sorted.
+
+    Black is 0 unless values are negative. Those far above all others, such as burned-in text or a
+    border of 65535, are white like the rest's white.
+    """
+    lowest, largest = float(values[0]), max(0.0, float(values[-1]))
+    typical = max(1.0, float(values[int(_TYPICAL * (len(values) - 1))]))
+    outlying = min(1, max(0, largest / typical / 2 - 1))  # none up to twice, all from four times on
+    num_typical = max(_MIN_LEVELS, largest + outlying * (typical - largest) + 1)
+    white = num_levels(largest + 1, claims, num_typical=num_typical) - 1
+    return (-num_levels(-lowest, claims) if lowest < 0 else 0.0), white
