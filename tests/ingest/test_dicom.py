@@ -286,6 +286,25 @@ def test_signed_samples_shorter_than_their_words_keep_their_sign() -> None:
     assert_levels(file, (stored + 2048.0) / 4095)
 
 
+@pytest.mark.parametrize(
+    ("photometric", "shape", "is_inverted"),
+    [
+        ("MONOCHROME2", "IDENTITY", False),
+        ("MONOCHROME2", "INVERSE", True),
+        ("MONOCHROME1", "INVERSE", True),
+        ("MONOCHROME1", "IDENTITY", True),
+    ],
+)
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 2048, "WindowWidth": 4096}])
+def test_an_inverse_presentation_is_inverted_once(
+    photometric: str, shape: str, is_inverted: bool, window: dict[str, Any]
+) -> None:
+    stored = ramp(0, 4095)
+    tags = {"PhotometricInterpretation": photometric, "PresentationLUTShape": shape, **window}
+    shown = stored / 4095.0
+    assert_levels(dicom_file(stored, BitsStored=12, **tags), 1 - shown if is_inverted else shown)
+
+
 COLOURS = {"RGB": (200, 30, 90), "YBR_FULL": (90, 120, 170)}
 
 

@@ -3,7 +3,7 @@
 
 `xrai.ingest.images` calls it, for preprocessing and prediction alike. A radiograph passes through
 the stages of the standard (PS3.3 C.11): modality transformation, the first VOI LUT or window,
-MONOCHROME1 inverted; and it is turned as PatientOrientation says.
+MONOCHROME1 or PresentationLUTShape INVERSE inverted; and it is turned as PatientOrientation says.
 All in floating point: `images` rounds after scaling.
 
 No header text gets into a message: reasons consist of words written here and of numbers. Only the
@@ -403,7 +403,7 @@ def _samples_and_table(
     largest = _numbers(dataset, "LargestImagePixelValue")
     claims += [num_levels(number + 1) for number in largest if number > image[-1]]
     shown = _look_up(values, dataset, ends=grey_range(image, claims))
-    if photometric == "MONOCHROME1":
+    if photometric == "MONOCHROME1" or _code(dataset, "PresentationLUTShape") == "INVERSE":
         shown = 1 - shown
     shown[_padding(values, dataset)] = 0
     return samples, lowest, np.asarray(shown * 255, np.float32)
