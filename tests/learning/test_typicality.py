@@ -47,7 +47,7 @@ def fit_numbers(ranks: Ranks, *, batch_size: int) -> dict[str, list[float]]:
     share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(*make_discs(150), batch_size=batch_size, shuffle=True, **share)
     val = FakeLoader(*make_discs(41, seed=1), batch_size=16, **share)
-    state = fit_typicality(small_network(), train, val, ranks=ranks).to_state()
+    state = fit_typicality(small_network(), train, val, ranks=ranks).state_dict()
     return {name: state[name].flatten().tolist() for name in ("mean", "offset", "scale", "limit")}
 
 
@@ -171,7 +171,7 @@ def test_a_state_gives_the_same_scores() -> None:
     network = small_network()
     typicality = fit_on_discs(network)
     images = torch.rand(4, 1, 32, 32, dtype=torch.float64)
-    again = Typicality.from_state(typicality.to_state())
+    again = Typicality(**typicality.state_dict())
     assert torch.equal(
         again.atypicality(network, images)[1], typicality.atypicality(network, images)[1]
     )
@@ -181,8 +181,7 @@ def test_the_state_of_the_reference_network_is_small() -> None:
     torch.manual_seed(0)
     typicality = fit_on_discs(build_model(Model()))
     assert (
-        sum(tensor.numel() * tensor.element_size() for tensor in typicality.to_state().values())
-        < 1_000_000
+        sum(tensor.numel() * tensor.element_size() for tensor in typicality.buffers()) < 1_000_000
     )
 
 

@@ -134,16 +134,19 @@ class TrainedModel:
 
 def save_model(path: Path, trained: TrainedModel) -> None:
     """Write model.pt: the weights, and all that serving needs to treat images as training did."""
-    weights = trained.network.state_dict()
+    weights, typicality = (
+        {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        for module in (trained.network, trained.typicality)
+    )
     content = {
         "schema_version": SCHEMA_VERSION,
-        "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
+        "weights": weights,
         "model": asdict(trained.model),
         "images": asdict(trained.images),
         "classes": list(trained.classes),
         "threshold": float(trained.threshold),
         "temperature": float(trained.temperature),
-        "typicality": trained.typicality.to_state(),
+        "typicality": typicality,
         "run_id": trained.run_id,
         "fingerprint": trained.fingerprint,
     }
@@ -179,7 +182,7 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
         tuple(content["classes"]),
         threshold=content["threshold"],
         temperature=content["temperature"],
-        typicality=Typicality.from_state(content["typicality"]),
+        typicality=Typicality(**content["typicality"]),
         run_id=content["run_id"],
         fingerprint=content["fingerprint"],
     )

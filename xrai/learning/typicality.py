@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +59,7 @@ _FARTHEST = 20.0  # standard deviations at which a spoiled image's pull on its d
 
 
 class Typicality(nn.Module):
-    """The fitted score, made by `fit_typicality`. Its tensors are constants.
+    """The fitted score, made by `fit_typicality`. Its tensors are constants, given by name.
 
     Besides those below there are `whitening_0` and so on, (d, d), one for each group of the
     description.
@@ -72,25 +71,10 @@ class Typicality(nn.Module):
     scale: Tensor  # (2 + K,) 99th percentiles less medians
     limit: Tensor  # ()
 
-    def __init__(
-        self,
-        *,
-        mean: Tensor,
-        whitenings: list[Tensor],
-        directions: Tensor,
-        offset: Tensor,
-        scale: Tensor,
-        limit: Tensor,
-    ) -> None:
+    def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("directions", directions)
-        self.register_buffer("offset", offset)
-        self.register_buffer("scale", scale)
-        self.register_buffer("limit", limit)
-        self._num_groups = len(whitenings)
-        for number, whitening in enumerate(whitenings):
-            self.register_buffer(f"whitening_{number}", whitening)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def atypicality(self, network: ResNet, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B,) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1: review.
@@ -104,25 +88,13 @@ class Typicality(nn.Module):
     def measure(self, groups: list[Tensor]) -> Tensor:
         """The two distances and the positions along all directions, (B, 2 + K), not yet scaled."""
         centered = torch.cat(groups, dim=1) - self.mean  # (B, D)
-        whitenings = [self.get_buffer(f"whitening_{number}") for number in range(self._num_groups)]
+        whitenings = [own for name, own in self.named_buffers() if name.startswith("whitening_")]
         parts = centered.split([len(whitening) for whitening in whitenings], dim=1)
         squares = [
             (part @ own).square().mean(dim=1) for part, own in zip(parts, whitenings, strict=True)
         ]
         distances = [torch.stack(squares[:-1]).mean(dim=0).sqrt(), squares[-1].sqrt()]
         return torch.cat([torch.stack(distances, dim=1), centered @ self.directions], dim=1)
-
-    def to_state(self) -> dict[str, Any]:
-        """All that `from_state` needs: tensors by name, on the CPU."""
-        return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Typicality":
-        """The inverse of `to_state`."""
-        others = {name: state[name] for name in state if not name.startswith("whitening_")}
-        num_groups = len(state) - len(others)
-        whitenings = [state[f"whitening_{number}"] for number in range(num_groups)]
-        return cls(whitenings=whitenings, **others)
 
 
 def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -172,6 +144,10 @@ def _resize(
     return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
+def _enlarge(coarse: Tensor, like: Tensor, mode: str) -> Tensor:
+    return functional.interpolate(coarse, size=like.shape[2:], mode=mode, align_corners=False)
+
+
 def _shuffle(images: Tensor, draws: Draws) -> Tensor:
     """Images as 4 x 4 tiles in another order."""
     tall, wide = (side // 4 for side in images.shape[2:])
@@ -180,21 +156,6 @@ def _shuffle(images: Tensor, draws: Draws) -> Tensor:
     order = draws[:, 4:20].argsort(dim=1)[:, :, None, None].expand_as(tiles)
     mixed = tiles.gather(1, order).unflatten(1, (4, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return functional.interpolate(mixed[:, None], size=images.shape[2:], mode="nearest")
-
-
-def _cloud(images: Tensor, draws: Draws) -> Tensor:
-    """Smooth random grey levels in place of the images."""
-    coarse = (draws[:, 20:].reshape(-1, 1, 6, 6) + 1) / 2
-    return functional.interpolate(
-        coarse, size=images.shape[2:], mode="bicubic", align_corners=False
-    ).clamp(0, 1)
-
-
-def _blur(images: Tensor, draws: Draws) -> Tensor:
-    coarse = functional.adaptive_avg_pool2d(images, 8)
-    return functional.interpolate(
-        coarse, size=images.shape[2:], mode="bilinear", align_corners=False
-    )
 
 
 # Ways to make images (B, 1, H, W) in [0, 1] out-of-distribution. Chests that are too narrow are not
@@ -209,8 +170,12 @@ SPOILED: Mapping[str, Callable[[Tensor, Draws], Tensor]] = {
     "too wide": partial(_resize, width=(1.25, 1.6), height=(1.0, 1.25), shift=0.05),
     "too small": partial(_resize, width=(0.4, 0.7), height=(0.4, 0.7), shift=0.2),
     "shuffled": _shuffle,
-    "clouds": _cloud,
-    "blurred": _blur,
+    "clouds": lambda images, draws: _enlarge(
+        (draws[:, 20:].reshape(-1, 1, 6, 6) + 1) / 2, images, "bicubic"
+    ).clamp(0, 1),
+    "blurred": lambda images, draws: _enlarge(
+        functional.adaptive_avg_pool2d(images, 8), images, "bilinear"
+    ),
 }
 
 
@@ -228,22 +193,21 @@ def fit_typicality(
     mean, covariance, sample = fit.moments(train)
     whitening = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D)
     directions = [fit.direction(change, sample, mean, whitening) for change in SPOILED.values()]
-    ends = np.cumsum([0, *fit.sizes])
-    dtype, num_scores = fit.dtype, 2 + len(directions)
-    fitted = Typicality(
-        mean=mean.to(dtype),
-        whitenings=[
-            _whitening(covariance[low:high, low:high], _DISTANCE_SHRINKAGE).to(dtype)
-            for low, high in pairwise(ends)
-        ],
-        directions=torch.stack(directions, dim=1).to(dtype),
-        offset=mean.new_zeros(num_scores, dtype=dtype),
-        scale=mean.new_ones(num_scores, dtype=dtype),
-        limit=mean.new_ones((), dtype=dtype),
-    )
+    num_scores = 2 + len(directions)
+    tensors = {
+        "mean": mean,
+        "directions": torch.stack(directions, dim=1),
+        "offset": mean.new_zeros(num_scores),
+        "scale": mean.new_ones(num_scores),
+        "limit": mean.new_ones(()),
+    }
+    for number, (low, high) in enumerate(pairwise(np.cumsum([0, *fit.sizes]))):
+        own = covariance[low:high, low:high]
+        tensors[f"whitening_{number}"] = _whitening(own, _DISTANCE_SHRINKAGE)
+    fitted = Typicality(**tensors).to(fit.dtype)
     values = fit.measured(fitted, val)  # (3 x N, 2 + K)
-    offset, high = np.quantile(values, (0.5, 0.99), axis=0)
-    scale = np.maximum(high - offset, 1e-6)
+    offset, top = np.quantile(values, (0.5, 0.99), axis=0)
+    scale = np.maximum(top - offset, 1e-6)
     limit = max(float(np.quantile(((values - offset) / scale).max(axis=1), 1 - share)), 1e-6)
     assert math.isfinite(limit)
     fitted.offset.copy_(torch.from_numpy(offset))
@@ -272,7 +236,7 @@ class _Fit:
             images, rows = self._to_device(pixels, numbers)
             augmented = augment(images, rows, seed=SHIFT_SEED, epoch=0, strength=VARIATION)
             for seen in (images, augmented):
-                sums.add(self._describe(seen))
+                sums.add(torch.cat(self._describe(seen), dim=1))
             chosen = numbers % -(-train.num_images // _NUM_SPOILED) == 0
             sample.append((pixels[chosen], numbers[chosen]))
         return *sums.reduce(self._ranks), sample
@@ -292,8 +256,8 @@ class _Fit:
         for pixels, numbers in _rebatch(sample):
             images, rows = self._to_device(pixels, numbers)
             draws = uniform(rows, 56, seed=SHIFT_SEED, epoch=0).to(self.dtype)
-            away = (self._describe(change(images, draws)).double() - mean) @ whitening
-            sums.add(away.clamp(-_FARTHEST, _FARTHEST))
+            spoiled = torch.cat(self._describe(change(images, draws)), dim=1)
+            sums.add(((spoiled.double() - mean) @ whitening).clamp(-_FARTHEST, _FARTHEST))
         moved, spread = sums.reduce(self._ranks)
         pooled = (spread + torch.eye(len(mean), dtype=torch.float64, device=mean.device)) / 2
         pooled.diagonal().add_(_DIRECTION_RIDGE)
@@ -310,10 +274,7 @@ class _Fit:
                 for draw in range(_NUM_DRAWS)
             ]
             for seen in (images, *augmented):
-                groups = describe(
-                    self._network, seen.contiguous(memory_format=torch.channels_last)
-                )[1]
-                found.append(fitted.measure(groups).double().cpu().numpy())
+                found.append(fitted.measure(self._describe(seen)).double().cpu().numpy())
         return np.concatenate([part for parts in self._ranks.gather(found) for part in parts])
 
     def _to_device(
@@ -322,9 +283,8 @@ class _Fit:
         device = self._ranks.device
         return to_grey(pixels, device, self.dtype), torch.from_numpy(numbers).to(device)
 
-    def _describe(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return torch.cat(describe(self._network, images)[1], dim=1)  # (B, D)
+    def _describe(self, images: Tensor) -> list[Tensor]:
+        return describe(self._network, images.contiguous(memory_format=torch.channels_last))[1]
 
 
 class _Sums:
