@@ -228,7 +228,7 @@ def test_a_run_in_a_bucket_is_written_back_to_it(
         path.write_bytes(b"graph")
         return writing.Agreement(1, 1, 0.0, 0.0)
 
-    monkeypatch.setattr(export, "WRITERS", {"torch": (write, "model.pt2")})
+    monkeypatch.setattr(writing, "write", write)
     monkeypatch.setattr(writing, "trace", lambda serving: None)
     monkeypatch.setattr(export, "draw_phantoms", lambda: list(phantoms(2)[0]))
     with moto_server() as url, new_bucket(url) as bucket:
@@ -256,7 +256,7 @@ def test_a_file_that_does_not_agree_with_torch_is_not_kept(
     other = Serving(exported.pipeline.model)
     other._temperature *= 1.01
     with pytest.raises(XraiError, match=r"model\.pt2 is not kept: it differs from torch by \d"):
-        writing.write_torch(
+        writing.write(
             exported.program,
             other,
             tmp_path / "model.pt2",

@@ -36,10 +36,7 @@ FLAGS = (
     Flag("out", "", "folder or s3://bucket/prefix for the files; empty: export/ of the run"),
     Flag("formats", "onnx,torch", "what to write: onnx, torch, or both, separated by a comma"),
 )
-WRITERS = {
-    "onnx": (export.write_onnx, export.ONNX_FILE),
-    "torch": (export.write_torch, export.TORCH_FILE),
-}
+FILES = {"onnx": export.ONNX_FILE, "torch": export.TORCH_FILE}
 # Of the random images to check with, (n, H, W)
 SHAPES = ((1, 64, 64), (3, 130, 97), (2, 60, 200), (5, 256, 256), (1, 1000, 801))
 _NUM_PHANTOMS = 6
@@ -70,9 +67,9 @@ def main() -> None:
     lines, agreements = [], {}
     with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
         for kind in formats:
-            write, name = WRITERS[kind]
+            name = FILES[kind]
             path = Path(folder) / name
-            agreement = write(program, serving, path, metadata=metadata, batches=batches)
+            agreement = export.write(program, serving, path, metadata=metadata, batches=batches)
             out.upload(name, path)
             agreements[name] = asdict(agreement)
             lines.append(
@@ -98,7 +95,7 @@ def parse_formats(text: str) -> tuple[str, ...]:
     packages.
     """
     formats = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not WRITERS.keys() >= set(formats):
+    if not FILES.keys() >= set(formats):
         raise UserError(f"--formats = {text!r} is not allowed: it takes onnx, torch or onnx,torch")
     if "onnx" in formats:
         export.require_onnx()

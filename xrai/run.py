@@ -26,7 +26,7 @@ from xrai.log import get_logger
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.environment import describe_environment
 from xrai.results.folder import HISTORY, SUMMARY, RunFolder
-from xrai.results.history import EpochRow
+from xrai.results.history import TAGS, EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import (
@@ -196,23 +196,18 @@ class Job:
         labels = self.loaders["val"].labels
         shifted_labels = np.tile(labels, len(result.shifted.logits))
         shifted_auroc = auroc(shifted_labels, result.shifted.logits.ravel())
+        own = {name: value for name, value in vars(result).items() if name in TAGS}
+        stages = {f"{stage}_s": result.seconds.get(stage, math.nan) for stage in _STAGES}
         row = EpochRow(
             epoch=result.epoch + 1,
             step=result.step,
-            train_loss=result.train_loss,
-            train_accuracy=result.train_accuracy,
-            val_loss=result.val_loss,
+            **own,
+            **stages,
             val_accuracy=float(np.mean((result.val.logits[0] > 0) == labels)),
             val_auroc=auroc(labels, result.val.logits[0]),
             shifted_accuracy=float(np.mean((result.shifted.logits.ravel() > 0) == shifted_labels)),
             shifted_auroc=shifted_auroc,
-            lr=result.learning_rate,
-            grad_norm=result.grad_norm,
-            images_per_s=result.images_per_s,
-            data_wait_share=result.data_wait_share,
             accelerator_utilisation=result.seconds["compute"] / result.seconds["epoch"],
-            peak_memory_mib=result.peak_memory_mib,
-            **{f"{stage}_s": result.seconds.get(stage, math.nan) for stage in _STAGES},
         )
         self.run.events.add_precision_recall(
             result.step, "precision_recall/val", labels, calibrated(result.val.logits[0])

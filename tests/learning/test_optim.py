@@ -11,9 +11,8 @@ from xrai.learning.network import ResNet
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine() -> None:
-    rates = [
-        optim.learning_rate(k, num_steps=100, peak=2.0, warmup_fraction=0.1) for k in range(100)
-    ]
+    config = Optim(lr=2.0, warmup_fraction=0.1)
+    rates = [optim.learning_rate(k, num_steps=100, config=config) for k in range(100)]
     assert (
         rates[0] == pytest.approx(0.2)
         and rates[9] == pytest.approx(2.0)
@@ -25,7 +24,8 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero_along_a_cosine() -> None:
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
-    assert optim.learning_rate(0, num_steps=10, peak=1.0, warmup_fraction=0.0) == pytest.approx(1.0)
+    config = Optim(lr=1.0, warmup_fraction=0.0)
+    assert optim.learning_rate(0, num_steps=10, config=config) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

@@ -127,7 +127,10 @@ class Ranks:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            if self.world_size == 1 or not _is_collective(error):
+            is_collective = isinstance(error, dist.DistError) or any(
+                words in str(error) for words in _COLLECTIVE_WORDS
+            )
+            if self.world_size == 1 or not is_collective:
                 raise
             raise TrainingError(
                 f"rank {self.rank} of {self.world_size} waited for the other ranks {purpose}: "
@@ -188,17 +191,12 @@ def own_place() -> Place:
 
     A stray RANK or WORLD_SIZE does not make a process a rank.
     """
-    defaults = {
-        "RANK": "",
-        "WORLD_SIZE": "",
-        "MASTER_PORT": "",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-    }
-    texts = [os.environ.get(name, default) for name, default in defaults.items()]
-    if "MASTER_ADDR" not in os.environ or not all(text.isdecimal() for text in texts):
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    told = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **os.environ}
+    texts = [told.get(name, "") for name in names]
+    if "MASTER_ADDR" not in told or not all(text.isdecimal() for text in texts):
         return Place()
-    rank, world_size, _, local_rank, local_world_size = (int(text) for text in texts)
+    rank, world_size, _, local_rank, local_world_size = map(int, texts)
     is_local_known = "LOCAL_WORLD_SIZE" in os.environ  # not every launcher states it
     if rank >= world_size or (is_local_known and local_rank >= local_world_size):
         return Place()
@@ -251,9 +249,3 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _is_collective(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        words in str(error) for words in _COLLECTIVE_WORDS
-    )

@@ -50,6 +50,7 @@ _DIMENSIONS = ("batch", "height", "width")
 _LARGEST = 1 << 16  # of a dimension; the exporter asks for a bound
 
 Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # OUTPUTS, each (B,)
+Run = Callable[[NDArray[np.uint8]], Scores]
 
 
 class Fitting(nn.Module):
@@ -67,9 +68,8 @@ class Fitting(nn.Module):
         )
         height, width = rows[-1] + 1, columns[-1] + 1  # tensors: they differ between calls
         short, long = torch.minimum(height, width), torch.maximum(height, width)
-        across = _rounded(
-            images.double() @ self._weights(columns, width, short, long).T
-        )  # (B, H, size)
+        across = images.double() @ self._weights(columns, width, short, long).T  # (B, H, size)
+        across = _rounded(across)
         return _rounded(self._weights(rows, height, short, long) @ across)
 
     def _weights(self, places: Tensor, side: Tensor, short: Tensor, long: Tensor) -> Tensor:
@@ -85,13 +85,11 @@ class Fitting(nn.Module):
             first = (side - kept) / 2
         scale = kept / filled
         centre = (first + (number + 0.5) * scale)[:, None]  # (size, 1)
-        weights = (1 - (places + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(
-            min=0
-        )  # (size, side)
+        distance = (places + 0.5 - centre).abs() / scale.clamp(min=1)  # (size, side)
+        weights = (1 - distance).clamp(min=0)
         is_filled = ((number >= 0) & (number < filled))[:, None]
-        weights = torch.where(
-            is_filled, weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9), 0.0
-        )
+        total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        weights = torch.where(is_filled, weights / total, 0.0)
         return torch.floor(weights * 2**_WEIGHT_BITS + 0.5)
 
 
@@ -135,7 +133,7 @@ class Agreement:
     atypicality: float  # largest difference, relative to the larger of 1 and the value
 
 
-def serve(serving: Serving, images: NDArray[np.uint8]) -> Scores:
+def serve(serving: nn.Module, images: NDArray[np.uint8]) -> Scores:
     """Probabilities and atypicality, (B,) each, of images (B, H, W), by torch."""
     with torch.inference_mode():
         probability, atypicality = serving(torch.from_numpy(images))
@@ -144,12 +142,8 @@ def serve(serving: Serving, images: NDArray[np.uint8]) -> Scores:
 
 def require_onnx() -> None:
     """Raise `UserError` unless the packages that write and run ONNX are installed."""
-    missing = [
-        name
-        for name in ("onnx", "onnxscript", "onnxruntime")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    names = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'xrai[export]', "
             "or leave it out with --formats=torch"
@@ -159,17 +153,15 @@ def require_onnx() -> None:
 def trace(serving: Serving) -> torch.export.ExportedProgram:
     """The graph of a model, with dynamic batch, height and width."""
     example = torch.zeros(2, 70, 90, dtype=torch.uint8)  # a side of 1 would become a constant
-    shapes = {
-        number: torch.export.Dim(name, min=1, max=_LARGEST)
-        for number, name in enumerate(_DIMENSIONS)
-    }
-    program = torch.export.export(serving, (example,), dynamic_shapes=(shapes,), strict=False)
+    sides = [torch.export.Dim(name, min=1, max=_LARGEST) for name in _DIMENSIONS]
+    shapes = (dict(enumerate(sides)),)
+    program = torch.export.export(serving, (example,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     return program
 
 
-def write_onnx(
+def write(
     program: torch.export.ExportedProgram,
     serving: Serving,
     path: Path,
@@ -177,11 +169,26 @@ def write_onnx(
     metadata: dict[str, Any],
     batches: Sequence[NDArray[np.uint8]],
 ) -> Agreement:
-    """Write a traced graph with its metadata as ONNX if onnxruntime agrees with torch on `batches`.
+    """Write a traced graph with its metadata to an ONNX_FILE or a TORCH_FILE, if what is written
+    agrees with torch on `batches`, which are (B, H, W) uint8 each.
 
-    Those are (B, H, W) uint8 each. Raises `XraiError` if it does not agree, and `UserError` if a
-    package is missing.
+    Raises `XraiError` if it does not agree, and `UserError` if a package is missing.
     """
+    data, run = (_to_onnx if path.name == ONNX_FILE else _to_torch)(program, metadata)
+    agreement = _compare(serving, run, batches)
+    if agreement.probability > TOLERANCE or agreement.atypicality > TOLERANCE_ATYPICALITY:
+        raise XraiError(
+            f"{path.name} is not kept: it differs from torch by {agreement.probability:.1e} in "
+            f"probability, where {TOLERANCE:.0e} is allowed, and by {agreement.atypicality:.1e} in "
+            f"atypicality, where {TOLERANCE_ATYPICALITY:.0e} is; other versions of torch, onnx or "
+            "onnxruntime may do better"
+        )
+    write_atomically(path, data)
+    return agreement
+
+
+def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, Run]:
+    """The graph as a file for onnxruntime, and what runs it there."""
     require_onnx()
     import onnx
     import onnxruntime
@@ -191,40 +198,23 @@ def write_onnx(
     assert written is not None
     proto = written.model_proto
     _tidy(proto)
-    onnx.helper.set_model_props(proto, {key: _as_text(value) for key, value in metadata.items()})
+    texts = {key: of if isinstance(of, str) else json.dumps(of) for key, of in metadata.items()}
+    onnx.helper.set_model_props(proto, texts)
     onnx.checker.check_model(proto, full_check=True)
     data = proto.SerializeToString(deterministic=True)
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-
-    def run(images: NDArray[np.uint8]) -> Scores:
-        probability, atypicality = session.run(list(OUTPUTS), {"images": images})
-        return probability, atypicality
-
-    return _write(path, data, _compare(serving, run, batches))
+    return data, lambda images: session.run(list(OUTPUTS), {"images": images})
 
 
-def write_torch(
-    program: torch.export.ExportedProgram,
-    serving: Serving,
-    path: Path,
-    *,
-    metadata: dict[str, Any],
-    batches: Sequence[NDArray[np.uint8]],
-) -> Agreement:
-    """Write the graph with its metadata in torch.export's format, checked as by `write_onnx`."""
+def _to_torch(program: torch.export.ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, Run]:
+    """The graph in torch.export's format, and what runs it."""
     buffer = io.BytesIO()
     with _quiet():
         extra = {METADATA_FILE: json.dumps(metadata, indent=2)}
         torch.export.save(program, buffer, extra_files=extra)
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
-
-    def run(images: NDArray[np.uint8]) -> Scores:
-        with torch.inference_mode():
-            probability, atypicality = loaded(torch.from_numpy(images))
-        return probability.numpy(), atypicality.numpy()
-
-    return _write(path, buffer.getvalue(), _compare(serving, run, batches))
+    return buffer.getvalue(), lambda images: serve(loaded, images)
 
 
 def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
@@ -274,15 +264,7 @@ def _tidy(proto: Any) -> None:
     del graph.value_info[:], proto.functions[:]
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _compare(
-    serving: Serving,
-    run: Callable[[NDArray[np.uint8]], Scores],
-    batches: Sequence[NDArray[np.uint8]],
-) -> Agreement:
+def _compare(serving: Serving, run: Run, batches: Sequence[NDArray[np.uint8]]) -> Agreement:
     worst = [0.0, 0.0]
     for images in batches:
         pairs = zip(serve(serving, images), run(images), strict=True)
@@ -294,18 +276,6 @@ def _compare(
     return Agreement(sum(map(len, batches)), len(shapes), *worst)
 
 
-def _write(path: Path, data: bytes, agreement: Agreement) -> Agreement:
-    if agreement.probability > TOLERANCE or agreement.atypicality > TOLERANCE_ATYPICALITY:
-        raise XraiError(
-            f"{path.name} is not kept: it differs from torch by {agreement.probability:.1e} in "
-            f"probability, where {TOLERANCE:.0e} is allowed, and by {agreement.atypicality:.1e} in "
-            f"atypicality, where {TOLERANCE_ATYPICALITY:.0e} is; other versions of torch, onnx or "
-            "onnxruntime may do better"
-        )
-    write_atomically(path, data)
-    return agreement
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences torch's deprecation warnings and its notes that torchvision is missing."""
@@ -314,8 +284,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning):
-                warnings.simplefilter("ignore", category)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         logger.setLevel(level)

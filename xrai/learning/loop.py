@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -53,7 +54,7 @@ class EpochResult:
     val_loss: float
     val: Predictions
     shifted: Predictions
-    learning_rate: float
+    lr: float
     grad_norm: float
     images_per_s: float
     data_wait_share: float
@@ -108,7 +109,7 @@ class Progress:
 class Step:
     """What the loop needs to know of the last step."""
 
-    learning_rate: float = 0.0
+    lr: float = 0.0
     grad_norm: float = float("nan")
     stop: int = _GO_ON
 
@@ -174,18 +175,8 @@ class Training:
         self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
         self.log_odds = optim.log_odds(setup.class_counts, config.optim.logit_adjustment)
         self.weights = optim.class_weights(setup.class_counts, config.optim.class_weighting)
+        self.num_steps = config.train.epochs * setup.train.num_batches
         self._started = time.monotonic() - self.done.train_s
-
-    def learning_rate(self) -> float:
-        """The rate of the next step."""
-        num_steps = self.setup.config.train.epochs * self.setup.train.num_batches
-        config = self.setup.config.optim
-        return optim.learning_rate(
-            self.done.step,
-            num_steps=num_steps,
-            peak=config.lr,
-            warmup_fraction=config.warmup_fraction,
-        )
 
     def stop_reason(self) -> int:
         """Why this rank would stop after the step under way."""
@@ -233,22 +224,25 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
     """One step of the optimizer on a global batch, of which `batch` is this rank's share."""
     config, ranks, done = training.setup.config, training.setup.ranks, training.done
     precision, optimizer = training.precision, training.optimizer
-    rate = training.learning_rate()
-    optim.set_learning_rate(optimizer, rate)
+    rate = optim.learning_rate(done.step, num_steps=training.num_steps, config=config.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
     # Gradients of the mean loss over the global batch, in parts to save memory
-    losses, logits = [], []
-    stop_of_all: Callable[[], int] | None = None
-    parts = _parts(batch, config.train.accumulation_steps)
-    for number, (pixels, labels, numbers) in enumerate(parts, start=1):
+    losses: list[Tensor] = []
+    logits: list[Tensor] = []
+    stop_of_all: Callable[[], int] = int  # which gives _GO_ON, until the last part
+    num_parts = config.train.accumulation_steps  # on every rank; a part may be empty
+    cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
+    for part, (low, high) in enumerate(pairwise(cuts), start=1):
         with clock.transfers():
-            images = to_grey(pixels, ranks.device, precision.weights)  # (b, 1, H, W)
-            targets = torch.from_numpy(labels).to(ranks.device)  # (b,)
-            rows = torch.from_numpy(numbers).to(ranks.device)  # (b,)
-        images = augment(
-            images, rows, seed=config.train.seed, epoch=done.epoch, strength=config.augment
-        ).contiguous(memory_format=torch.channels_last)
-        is_last = number == len(parts)
+            images = to_grey(batch.images[low:high], ranks.device, precision.weights)
+            targets = torch.from_numpy(batch.labels[low:high]).to(ranks.device)  # (b,)
+            rows = torch.from_numpy(batch.rows[low:high]).to(ranks.device)  # (b,)
+        drawn = {"seed": config.train.seed, "epoch": done.epoch}
+        images = augment(images, rows, **drawn, strength=config.augment)
+        images = images.contiguous(memory_format=torch.channels_last)
+        is_last = part == num_parts
         with ranks.synchronized(training.wrapped, last=is_last):
             with precision.autocast():
                 part_logits = training.network(images)  # (b,)
@@ -279,13 +273,12 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
     decay = config.optim.ema_decay
     optim.update_average(training.average, training.model, step=done.step, decay=decay)
 
-    calls = (torch.cat(logits) > 0).cpu().numpy()
+    is_right = (torch.cat(logits) > 0).cpu().numpy() == batch.labels
+    done.num_correct += int(is_right.sum())
     done.loss_sum += float(batch_losses.double().sum())
-    done.num_correct += int(np.count_nonzero(calls == batch.labels))
     done.num_seen += len(batch.labels)
     done.step, done.batch = done.step + 1, done.batch + 1
     ranks.note(done.step)
-    assert stop_of_all is not None  # there is a last part
     return Step(rate, norm, stop_of_all())
 
 
@@ -295,25 +288,16 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
     config, ranks = setup.config, setup.ranks
     epoch_s = clock.elapsed_s()
     own_sums = [done.loss_sum, done.num_correct, done.num_seen]
-    sums = ranks.sum(torch.tensor(own_sums, dtype=torch.float64)).tolist()
-    loss_sum, num_correct, num_seen = sums
-    val = predict_split(training.average, setup.val, ranks=ranks)
-    shifted = predict_split(
-        training.average,
-        setup.val,
-        ranks=ranks,
-        shift=config.augment,
-        draws=config.evaluate.shift_draws,
-    )
+    sums = ranks.sum(torch.tensor(own_sums, dtype=torch.float64))
+    loss_sum, num_correct, num_seen = sums.tolist()
+    predict = partial(predict_split, training.average, setup.val, ranks=ranks)
+    val = predict()
+    shifted = predict(shift=config.augment, draws=config.evaluate.shift_draws)
     eval_s = clock.elapsed_s() - epoch_s
-    val_losses = optim.image_losses(
-        torch.from_numpy(val.logits[0]),
-        torch.from_numpy(setup.val_labels),
-        log_odds=training.log_odds,
-    )
+    logits, labels = torch.from_numpy(val.logits[0]), torch.from_numpy(setup.val_labels)
+    val_losses = optim.image_losses(logits, labels, log_odds=training.log_odds)
     own_score: float | None = None
     if setup.observer is not None:
-        seconds = {**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s}
         result = EpochResult(
             epoch=done.epoch,
             step=done.step,
@@ -322,11 +306,11 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
             val_loss=float(val_losses.mean()),
             val=val,
             shifted=shifted,
-            learning_rate=last.learning_rate,
+            lr=last.lr,
             grad_norm=last.grad_norm,
             images_per_s=clock.num_batches * config.train.global_batch_size / epoch_s,
             data_wait_share=clock.wait_s / epoch_s,
-            seconds=seconds,
+            seconds={**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s},
             peak_memory_mib=clock.peak_memory_mib(),
         )
         own_score = setup.observer.after_epoch(result)
@@ -422,12 +406,7 @@ class Clock:
     def seconds(self, epoch_s: float) -> dict[str, float]:
         """The parts of an epoch of `epoch_s` seconds."""
         compute_s = epoch_s - self.wait_s - self._transfer_s
-        return {
-            "wait": self.wait_s,
-            "transfer": self._transfer_s,
-            "compute": compute_s,
-            "epoch": epoch_s,
-        }
+        return {"transfer": self._transfer_s, "compute": compute_s, "epoch": epoch_s}
 
     def peak_memory_mib(self) -> float:
         """On CUDA that of the device in this epoch, else that of the process since its start."""
@@ -446,17 +425,15 @@ class Profiler:
 
     def before_step(self, step: int) -> None:
         """Start if `step`, counted from 1, is the first to record."""
-        if self._first and self._first <= step <= self._last and self._running is None:
+        if self._first <= step <= self._last and self._running is None:
             self._running = torch.profiler.profile(record_shapes=True, profile_memory=True)
             self._running.start()
 
     def after_step(self, step: int) -> None:
         """Write the trace if `step` was the last to record."""
-        if self._running is not None and step >= self._last:
-            assert self._path is not None
+        if self._running is not None and step == self._last:
             self._running.stop()
             self._running.export_chrome_trace(str(self._path))
-            self._running, self._first = None, 0
             _logger.info("steps up to %d are profiled in %s", step, self._path)
 
 
@@ -492,7 +469,7 @@ def _end_reason(config: Train, done: Progress) -> str:
     """Why there is no further epoch; empty if there is one."""
     if done.epoch >= config.epochs:
         return f"all {config.epochs} epochs are done"
-    if config.patience and done.epochs_without_better >= config.patience:
+    if 0 < config.patience <= done.epochs_without_better:
         return f"no better validation score for {done.epochs_without_better} epochs"
     is_over = config.max_steps and done.step >= config.max_steps
     return "train.max_steps is reached" if is_over else ""
@@ -503,17 +480,6 @@ def _stopped(done: Progress, num_batches: int) -> StoppedError:
         f"stopped as asked after step {done.step} (epoch {done.epoch + 1}, {done.batch} of "
         f"{num_batches} batches): the state is saved, start again with the same --run_id to resume"
     )
-
-
-def _parts(
-    batch: Batch, num_parts: int
-) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]]:
-    """A batch in nearly equal parts, the same number on every rank; a part may be empty."""
-    cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
-    return [
-        (batch.images[low:high], batch.labels[low:high], batch.rows[low:high])
-        for low, high in pairwise(cuts)
-    ]
 
 
 def _refuse_not_finite(training: Training, batch: Batch, losses: Tensor, norm: float) -> NoReturn:

@@ -25,22 +25,16 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     )
 
 
-def learning_rate(step: int, *, num_steps: int, peak: float, warmup_fraction: float) -> float:
-    """The rate of step `step` (from 0): linear warm-up to `peak`, then half a cosine to 0.
+def learning_rate(step: int, *, num_steps: int, config: Optim) -> float:
+    """The rate of step `step` (from 0): linear warm-up to the peak, then half a cosine to 0.
 
     Loshchilov, Hutter 2017, https://arxiv.org/abs/1608.03983.
     """
-    num_warmup = int(warmup_fraction * num_steps)
+    num_warmup = int(config.warmup_fraction * num_steps)
     if step < num_warmup:
-        return peak * (step + 1) / num_warmup
+        return config.lr * (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all parameter groups the same rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
