@@ -33,6 +33,7 @@ from xrai.errors import (
     NotFoundError,
     StoreAccessError,
     StoreError,
+    TooLargeError,
     UnreachableError,
     UserError,
     WrongEndpointError,
@@ -112,6 +113,17 @@ def test_the_listing_is_sorted_complete_and_of_one_prefix(store: Store) -> None:
     assert [found.key for found in store.list("train-")] == ["train-0.h5", "train-1.h5"]
     assert [found.key for found in store.list("report/")] == ["report/card.md"]
     assert list(store.list("nothing/here")) == []
+
+
+def test_no_more_than_was_asked_for_is_read_of_a_file_or_a_pipe(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("key", bytes(11))
+    assert store.read("key", max_bytes=11) == bytes(11)
+    with pytest.raises(TooLargeError, match="key has 11 bytes; at most 10 are read"):
+        store.read("key", max_bytes=10)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(TooLargeError, match="zero has 11 bytes"):
+        store.read("zero", max_bytes=10)
 
 
 def test_deleting_removes_and_may_be_repeated(store: Store) -> None:

@@ -49,6 +49,10 @@ class NotFoundError(StoreError):
     """There is no such object."""
 
 
+class TooLargeError(StoreError):
+    """The object has more bytes than were asked for at most."""
+
+
 class StoreAccessError(StoreError, UserError):
     """The store's address or credentials are wrong."""
 

@@ -697,10 +697,10 @@ def test_an_index_of_a_bucket_that_arrives_damaged_is_read_again(
     reads = 0
 
     class Noisy(RemoteFolder):
-        def read(self, key: str) -> bytes:
+        def read(self, key: str, **limits: int) -> bytes:
             nonlocal reads
             reads += 1
-            data = super().read(key)
+            data = super().read(key, **limits)
             return data[:-9] if reads <= num_bad else data
 
     if num_bad < num_reads:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from botocore.response import StreamingBody
 
 from tests.dataset.pictures import branch, deep_folders, source_files, write_files, write_zip
+from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from xrai.errors import ImageError, SourceError, UserError
 from xrai.ingest import sources
 from xrai.ingest.sources import StoreSource, open_source
@@ -451,6 +453,28 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path) -> None:
     assert {file.path: source.read(file.path) for file in source.files()} == files
     with pytest.raises(ImageError, match="no longer there"):
         source.read("train/NORMAL/gone.png")
+
+
+def test_an_object_larger_than_any_x_ray_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
+    with moto_server() as url, new_bucket(url) as bucket:
+        use_endpoint(monkeypatch, url)
+        store = open_store(f"s3://{bucket}/x")
+        store.write("a.png", bytes(1001))
+        store.write("b.png", bytes(1000))
+        arrived: list[bytes] = []
+        read = StreamingBody.read
+
+        def watched(body: StreamingBody, size: int | None = None) -> bytes:
+            arrived.append(read(body, size))
+            return arrived[-1]
+
+        monkeypatch.setattr(StreamingBody, "read", watched)
+        source = open_source(store.uri)
+        with pytest.raises(ImageError, match="larger than any X-ray"):
+            source.read("a.png")
+        assert arrived == []
+        assert source.read("b.png") == bytes(1000)
 
 
 @pytest.mark.parametrize("key", ["../a.png", "train//a.png", "train/./a.png", "/a.png"])

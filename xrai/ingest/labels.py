@@ -15,7 +15,7 @@ from typing import Final
 
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
-from xrai.errors import NotFoundError, SourceError
+from xrai.errors import NotFoundError, SourceError, TooLargeError
 from xrai.ingest.layout import SPLIT_NAMES, SUBTYPES, Entry, Layout, file_patient, hashed_patient
 from xrai.log import get_logger
 from xrai.store import open_store
@@ -64,12 +64,9 @@ def read_labels(uri: str) -> LabelTable:
         raise SourceError(f"--labels {uri!r} is not a file; it takes {wanted}")
     try:
         store = open_store(folder or ("/" if uri.startswith("/") else "."))
-        size_bytes = store.size(name)
-        if size_bytes is not None and size_bytes > _MAX_BYTES:
-            raise SourceError(
-                f"--labels {uri} has {size_bytes} bytes; a table of labels has at most {_MAX_BYTES}"
-            )
-        data = store.read(name)
+        data = store.read(name, max_bytes=_MAX_BYTES)
+    except TooLargeError as error:
+        raise SourceError(f"--labels is no table: {error}") from error
     except NotFoundError:
         raise SourceError(f"there is no file --labels {uri}; it takes {wanted}") from None
     try:

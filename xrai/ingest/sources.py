@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
-from xrai.errors import ImageError, NotFoundError, SourceError, StoreError
+from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooLargeError
 from xrai.log import get_logger
 from xrai.store import Store, check_key, folder_of, open_store
 
-MAX_FILE_BYTES: Final = 1 << 30  # no X-ray is larger; a zip member that claims more is a bomb
+MAX_FILE_BYTES: Final = 1 << 28  # no X-ray is larger: 100 million pixels of 16 bits are 2e8 bytes
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
 
 _KINDS = "a folder, a .zip, a MedMNIST .npz or s3://bucket/prefix"
@@ -359,8 +359,8 @@ class StoreSource(Source):
 
     def read(self, path: str) -> bytes:
         try:
-            data = self._store.read(path)
-            _check_size(len(data))
-            return data
+            return self._store.read(path, max_bytes=MAX_FILE_BYTES)
+        except TooLargeError as error:
+            raise ImageError(f"is larger than any X-ray file ({MAX_FILE_BYTES} bytes)") from error
         except NotFoundError as error:
             raise ImageError("cannot be read (it is no longer there)") from error

@@ -1,5 +1,6 @@
 """What a store is: objects under keys, behind one small interface."""
 
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from xrai.errors import StoreError
+from xrai.errors import StoreError, TooLargeError
 
 
 @dataclass(frozen=True, order=True)
@@ -28,9 +29,9 @@ class Store(ABC):
     uri: str
 
     @abstractmethod
-    def read(self, key: str) -> bytes:
-        """The whole object. Raises `NotFoundError` where there is none, `CorruptError` if it is
-        replaced meanwhile.
+    def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
+        """The whole object. Raises `NotFoundError` where there is none, `TooLargeError` before
+        anything is read of one that is larger, `CorruptError` if it is replaced meanwhile.
         """
 
     @abstractmethod
@@ -76,6 +77,12 @@ class Store(ABC):
             copy = Path(folder) / "object"
             self.download(key, copy)
             yield copy
+
+    def _check_size(self, key: str, size_bytes: int, max_bytes: int) -> None:
+        if size_bytes > max_bytes:
+            raise TooLargeError(
+                f"{self._where(key)} has {size_bytes} bytes; at most {max_bytes} are read"
+            )
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri

@@ -1,6 +1,7 @@
 """A store that is a folder of this machine."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
@@ -8,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from xrai.errors import NotFoundError, StoreError
 from xrai.files import Access, copy_hashed, explaining, is_temporary, replacing, write_atomically
 from xrai.store.base import Store, StoredObject, check_key
+
+_MAX_PIPE_BYTES = 1 << 28  # of what states no size
 
 
 class FolderStore(Store):
@@ -17,10 +20,15 @@ class FolderStore(Store):
         self._folder = Path(os.path.abspath(folder))  # noqa: PTH100, Path.resolve would follow links
         self.uri = str(self._folder)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
         path = self._path(key)
-        with self._explaining("read", key):
-            return path.read_bytes()
+        with self._explaining("read", key), path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            self._check_size(key, size_bytes, max_bytes)
+            limit = max_bytes if size_bytes else min(max_bytes, _MAX_PIPE_BYTES)
+            data = file.read(size_bytes or limit + 1)
+            self._check_size(key, len(data), limit)
+            return data
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         path = self._path(key)

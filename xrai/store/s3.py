@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -42,9 +43,9 @@ class S3Store(Store):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None}
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
         chunks: list[bytes] = []
-        self._receive(key, chunks.append)
+        self._receive(key, chunks.append, max_bytes=max_bytes)
         return b"".join(chunks)
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
@@ -148,7 +149,9 @@ class S3Store(Store):
             return self._receive(key, lambda _: None) == sha256
         return False
 
-    def _receive(self, key: str, write: Callable[[bytes], object]) -> str:
+    def _receive(
+        self, key: str, write: Callable[[bytes], object], *, max_bytes: int = sys.maxsize
+    ) -> str:
         """Stream the object into `write`; after a cut, continue where it was cut. Returns the
         SHA-256 in hex.
         """
@@ -172,6 +175,7 @@ class S3Store(Store):
                 raise ConnectionError(f"bytes from {place} on came, not from {done}")
             etag, size_bytes = answer["ETag"], place + int(answer["ContentLength"])
             with closing(answer["Body"]) as body:
+                self._check_size(key, size_bytes, max_bytes)
                 while chunk := body.read(_CHUNK_BYTES):
                     new = chunk[max(done - place, 0) :]  # a server without ranges starts over
                     place += len(chunk)
