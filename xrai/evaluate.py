@@ -22,7 +22,7 @@ from xrai.measuring import Measuring, describe_dataset, read_known
 from xrai.pipeline import open_run
 from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
-from xrai.results.summary import main_results, read_summary, split_lines
+from xrai.results.summary import main_results, read_summary, result_lines
 from xrai.results.types import SplitResults, binary_output
 
 FLAGS = (
@@ -57,7 +57,7 @@ def main() -> None:
             run.write_text(f"{folder_name}/config.yaml", config.to_yaml())
             results = measuring.record(loader, predictions, folder=folder_name)
             write_report(run, folder_name, results, loader, dataset=dataset)
-            lines = split_lines(main_results(results), f"{run.address}/{folder_name}")
+            lines = result_lines(main_results(results), f"{run.address}/{folder_name}")
             print("\n".join(lines), flush=True)
         run.flush_or_raise()
     finally:

@@ -105,7 +105,8 @@ class Job:
             )
         _logger.info("run %s is finished; give another --run_id to train once more", address)
         summary = read_summary(self.run.store.read(SUMMARY), where=f"{address}/{SUMMARY}")
-        print("\n".join(result_lines(summary, address)), flush=True)
+        lines = result_lines(summary.main, address, validation=summary.validation)
+        print("\n".join(lines), flush=True)
         return True
 
     def open(self, *, resume: str) -> dict[str, Any] | None:
@@ -263,7 +264,7 @@ class Job:
         )
         self.run.write_text("report.html", render_report(page, self.run.path))
         self.run.finish(summary.to_mapping())
-        return result_lines(summary, self.run.address)
+        return result_lines(summary.main, self.run.address, validation=summary.validation)
 
     def _choose_output(self, shifted: Predictions) -> Output:
         """Temperature and threshold, chosen on augmented validation images."""

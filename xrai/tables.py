@@ -24,7 +24,7 @@ _FORMULA_AFTER_SPLIT = re.compile(rf'([;\t\r\n][\s"]*)(?=[{_BEGINS_FORMULA}])')
 
 
 def to_json(value: object) -> str:
-    """JSON text; what is not finite becomes null."""
+    """JSON text; what is not finite becomes null. Fields with `in_json=False` are left out."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -75,7 +75,8 @@ def _cells(columns: Sequence[str], row: Mapping[str, object] | DataclassInstance
 
 def _plain(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        shown = [field.name for field in fields(value) if field.metadata.get("in_json", True)]
+        return {name: _plain(getattr(value, name)) for name in shown}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

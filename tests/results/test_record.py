@@ -21,7 +21,7 @@ from xrai.results.folder import RunFolder
 from xrai.results.record import pick_examples, pick_mistakes, record_scores
 from xrai.results.report import Page, render_report
 from xrai.results.schema import metrics_json
-from xrai.results.summary import Summary, main_results, read_summary, result_lines, split_lines
+from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, TrainedOn, Training
 from xrai.tables import to_json
 
@@ -41,6 +41,10 @@ def results() -> SplitResults:
 
 def summary_of(results: SplitResults) -> Summary:
     return Summary(TRAINING, main_results(results), {"accuracy": 0.5})
+
+
+def lines_of(summary: Summary, folder: str) -> list[str]:
+    return result_lines(summary.main, folder, validation=summary.validation)
 
 
 def probabilities(logits: Any) -> Any:
@@ -136,8 +140,8 @@ def test_the_same_numbers_stand_in_metrics_summary_report_and_on_the_terminal(
     page = render_report(
         Page(results, TRAINING, dataset, Config().to_mapping(), environment), run.path
     )
-    lines = "\n".join(result_lines(summary, run.address))
-    assert split_lines(summary.main, run.address)[:5] == lines.splitlines()[:5]
+    lines = "\n".join(lines_of(summary, run.address))
+    assert result_lines(summary.main, run.address)[:5] == lines.splitlines()[:5]
     run.finish(summary.to_mapping())
     stored = json.loads((run.path / "metrics.json").read_text())
     kept = json.loads((run.path / "summary.json").read_text())
@@ -164,7 +168,7 @@ def test_a_summary_is_read_back_as_it_was_written(results: SplitResults) -> None
     summary = summary_of(dataclasses.replace(results, split="test"))
     again = read_summary(to_json(summary.to_mapping()).encode(), where="x")
     assert to_json(again.to_mapping()) == to_json(summary.to_mapping())
-    assert result_lines(again, "x") == result_lines(summary, "x")
+    assert lines_of(again, "x") == lines_of(summary, "x")
     assert again.training == TRAINING
 
 
@@ -180,14 +184,14 @@ def test_what_is_no_summary_of_this_version_is_one_clear_line(text: str) -> None
 def test_the_last_lines_say_where_the_plots_are_and_when_they_are_of_phantoms(
     results: SplitResults,
 ) -> None:
-    lines = result_lines(summary_of(results), "submit/r1")
+    lines = lines_of(summary_of(results), "submit/r1")
     assert any(
         "submit/r1/curves/loss.png" in line and "submit/r1/curves/accuracy.png" in line
         for line in lines
     )
     assert "phantom" not in "".join(lines)
     phantoms = summary_of(dataclasses.replace(results, is_phantom=True))
-    assert "phantoms, not patients" in result_lines(phantoms, "x")[0]
+    assert "phantoms, not patients" in lines_of(phantoms, "x")[0]
 
 
 def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(
@@ -204,16 +208,16 @@ def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(
         outputs=(dataclasses.replace(results.main, abstention=abstention),),
         baselines={"geometry": baseline(0.8125), "border": baseline(math.nan)},
     )
-    lines = result_lines(summary_of(changed), "x")
+    lines = lines_of(summary_of(changed), "x")
     (review,) = [line for line in lines if line.startswith("review      6 of 120 images")]
     assert "90.0 %" in review
     assert "shortcuts   AUROC of image size alone 0.812, outer border alone –" in lines
-    without = result_lines(summary_of(results), "x")
+    without = lines_of(summary_of(results), "x")
     assert not any(line.startswith(("review", "shortcuts")) for line in without)
 
 
 def test_an_undefined_result_is_a_dash_on_the_terminal_and_null_in_the_summary() -> None:
     summary = summary_of(measure_split([1, 1], [0.2, 0.9]))
     assert json.loads(to_json(summary.to_mapping()))["specificity"] is None
-    lines = result_lines(summary, "x")
+    lines = lines_of(summary, "x")
     assert any(line.startswith("specificity") and "–" in line for line in lines)

@@ -118,5 +118,5 @@ def test_the_summary_and_the_last_lines_are_those_of_the_results(
     summary = Summary(training, main_results(results), validation)
     whole = {**summary.to_mapping(), "num_failed_uploads": 0, "files": {"report.html": "00"}}
     same(json.loads(to_json(whole)), stored("summary.json"))
-    lines = "\n".join(result_lines(summary, "submit/r1")) + "\n"
+    lines = "\n".join(result_lines(summary.main, "submit/r1", validation=validation)) + "\n"
     assert lines == (STORED / "lines.txt").read_text()

@@ -4,30 +4,16 @@
 returns and from nowhere else.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from xrai.results.calibration import Floats, calibrated, checked
+from xrai.results import types
+from xrai.results.calibration import calibrated, checked
 from xrai.results.intervals import Key, bootstrap, estimate_all
 from xrai.results.metrics import Sample, count_calls_by_threshold
-from xrai.results.types import (
-    Abstention,
-    CurvePoint,
-    Estimate,
-    Group,
-    Labelled,
-    Measured,
-    Output,
-    OutputResults,
-    ReviewCount,
-    Scores,
-    SplitResults,
-    WorthOfCall,
-)
+from xrai.results.types import Estimate, Labelled, Measured, Scores
 
 PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # shares of pneumonia for which calls are valued
 COVERAGES = tuple(share / 100 for share in range(100, 45, -5))  # kept, on the abstention curve
@@ -36,7 +22,7 @@ NUM_GROUPS = 12  # source groups that are measured, the largest ones
 _Chosen = npt.NDArray[np.bool_]
 
 
-def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> SplitResults:
+def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> types.SplitResults:
     """All metrics of one split, for each output.
 
     The positive images of a subtype are measured against all negative ones. A source group of
@@ -48,14 +34,28 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> Spli
     for column, output in enumerate(scores.outputs):
         found = scores.labelled(column)
         checked(found.labels, found.logits, in_unit_range=False)
-        groups = _Groups(scores, found)
-        samples = _samples(scores, found, output, patient_of, groups)
+        patients = patient_of[found.rows]
+        samples = {
+            key: Sample(found.labels[own], found.scores[own], output.threshold, patients[own])
+            for key, own in _select(scores, found).items()
+        }
+        if output.temperature != 1:
+            before = calibrated(found.logits)
+            samples["before", ""] = Sample(found.labels, before, output.threshold, patients)
         resampled = bootstrap(
             samples, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed
         )
-        measured = {key: _measured(each, resampled[key]) for key, each in samples.items()}
-        outputs.append(_output_results(scores, found, output, groups, measured))
-    return SplitResults(
+        measured = {
+            key: Measured(
+                num_images=len(sample.labels),
+                num_patients=len(np.unique(sample.patient_of)),
+                counts=sample.counts(),
+                metrics=estimate_all(sample, resampled[key]),
+            )
+            for key, sample in samples.items()
+        }
+        outputs.append(_output_results(scores, found, output, measured))
+    return types.SplitResults(
         split=scores.split,
         num_images=len(scores.labels),
         num_patients=len(names),
@@ -67,121 +67,83 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> Spli
     )
 
 
-class _Groups:
-    """The largest source groups in alphabetical order, and what each is measured against."""
-
-    def __init__(self, scores: Scores, found: Labelled) -> None:
-        group_of = np.asarray(scores.groups, dtype=str)[found.rows]
-        names, sizes = np.unique(group_of[group_of != ""], return_counts=True)
-        largest = names[np.argsort(-sizes, kind="stable")[:NUM_GROUPS]].tolist()
-        self.against: dict[str, str] = {}
-        self.chosen: dict[str, _Chosen] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}
-        for name in sorted(largest) if len(largest) > 1 else []:
-            own = group_of == name
-            positive, total = int(found.labels[own].sum()), int(own.sum())
-            self.sizes[name] = (total - positive, positive)
-            if 0 < positive < total:
-                self.chosen[name], self.against[name] = own, "itself"
-            else:
-                self.chosen[name] = own | (found.labels != found.labels[own][0])
-                self.against[name] = "all normal" if positive else "all pneumonia"
-
-
-def _samples(
-    scores: Scores,
-    found: Labelled,
-    output: Output,
-    patient_of: npt.NDArray[np.intp],
-    groups: _Groups,
-) -> dict[Key, Sample]:
+def _select(scores: Scores, found: Labelled) -> dict[Key, _Chosen]:
     """Every selection of images that is measured."""
     negative = found.labels == 0
+    chosen: dict[Key, _Chosen] = {("whole", ""): np.ones(len(negative), dtype=bool)}
     subtype_of = np.asarray(scores.subtypes, dtype=str)[found.rows]
-    kept = ~scores.in_review[found.rows]
-    chosen: dict[Key, _Chosen] = {("whole", ""): np.ones(len(found.rows), dtype=bool)}
     for subtype in sorted(set(subtype_of[~negative].tolist()) - {""}):
         chosen["subtype", subtype] = negative | (subtype_of == subtype)
-    chosen |= {("group", name): own for name, own in groups.chosen.items()}
+    group_of = np.asarray(scores.groups, dtype=str)[found.rows]
+    names, sizes = np.unique(group_of[group_of != ""], return_counts=True)
+    largest = names[np.argsort(-sizes, kind="stable")[:NUM_GROUPS]].tolist()
+    for name in sorted(largest) if len(largest) > 1 else []:
+        own = group_of == name
+        is_of_both = len(np.unique(negative[own])) == 2
+        chosen["group", name] = own if is_of_both else own | (negative != negative[own][0])
+    kept = ~scores.in_review[found.rows]
     if not kept.all():
         chosen["kept", ""] = kept
-    patients = patient_of[found.rows]
-    samples = {
-        key: Sample(found.labels[own], found.scores[own], output.threshold, patients[own])
-        for key, own in chosen.items()
-    }
-    if output.temperature != 1:
-        before = calibrated(found.logits)
-        samples["before", ""] = Sample(found.labels, before, output.threshold, patients)
-    return samples
-
-
-def _measured(sample: Sample, resampled: Mapping[str, Floats]) -> Measured:
-    return Measured(
-        num_images=len(sample.labels),
-        num_patients=len(np.unique(sample.patient_of)),
-        counts=sample.counts(),
-        metrics=estimate_all(sample, resampled),
-    )
+    return chosen
 
 
 def _output_results(
-    scores: Scores,
-    found: Labelled,
-    output: Output,
-    groups: _Groups,
-    measured: Mapping[Key, Measured],
-) -> OutputResults:
+    scores: Scores, found: Labelled, output: types.Output, measured: dict[Key, Measured]
+) -> types.OutputResults:
     whole = measured["whole", ""]
     before = measured.get(("before", ""), whole).metrics
-    return OutputResults(
+    groups = {}
+    group_of = np.asarray(scores.groups, dtype=str)[found.rows]
+    for name in [name for kind, name in measured if kind == "group"]:
+        labels = found.labels[group_of == name]
+        positive, negative = int(labels.sum()), int((1 - labels).sum())
+        against = "all pneumonia" if not positive else "itself" if negative else "all normal"
+        groups[name] = types.Group(negative, positive, against, measured["group", name])
+    return types.OutputResults(
         output=output,
         whole=whole,
         uncalibrated={name: before[name] for name in ("brier", "ece")},
         subtypes={name: each for (kind, name), each in measured.items() if kind == "subtype"},
-        groups={
-            name: Group(*groups.sizes[name], against, measured["group", name])
-            for name, against in groups.against.items()
-        },
+        groups=groups,
         abstention=_abstention(scores, found, output, measured.get(("kept", ""), whole)),
         by_threshold=count_calls_by_threshold(found.labels, found.scores),
         by_prevalence=_by_prevalence(whole.metrics["sensitivity"], whole.metrics["specificity"]),
     )
 
 
-def _abstention(scores: Scores, found: Labelled, output: Output, kept: Measured) -> Abstention:
+def _abstention(
+    scores: Scores, found: Labelled, output: types.Output, kept: Measured
+) -> types.Abstention:
     """What is left to a person, the metrics of the rest, and accuracy as more is left."""
     is_right = (found.scores >= output.threshold) == found.labels
     certainty = np.abs(found.logits / output.temperature - _logit(output.threshold))
     by_doubt = is_right[np.argsort(-certainty, kind="stable")]
     by_atypicality = None
-    if scores.atypicality is None:
-        review = Abstention(None, math.nan, {}, {}, "the run knows no typicality", ())
-    else:
-        atypicality, in_review = (
-            np.asarray(each)[found.rows] for each in (scores.atypicality, scores.in_review)
-        )
-        by_atypicality = is_right[np.argsort(atypicality, kind="stable")]
-        classes = {output.opposite: found.labels == 0, output.name: found.labels == 1}
-        num = len(in_review)
-        review = Abstention(
-            num_review=int(in_review.sum()),
-            share_review=float(in_review.mean()) if num else math.nan,
-            by_class={
-                name: ReviewCount(int(own.sum()), int(in_review[own].sum()))
-                for name, own in classes.items()
-            },
-            metrics=kept.metrics,
-            reason="" if num else "there are no images",
-            curve=(),
-        )
+    if scores.atypicality is not None:
+        order = np.argsort(scores.atypicality[found.rows], kind="stable")
+        by_atypicality = is_right[order]
     curve = []
     for coverage in COVERAGES if len(is_right) else ():
         num_kept = max(1, round(coverage * len(is_right)))
         accuracy = float(by_doubt[:num_kept].mean())
         typical = None if by_atypicality is None else float(by_atypicality[:num_kept].mean())
-        curve.append(CurvePoint(coverage, num_kept, accuracy, typical))
-    return dataclasses.replace(review, curve=tuple(curve))
+        curve.append(types.CurvePoint(coverage, num_kept, accuracy, typical))
+    if scores.atypicality is None:
+        reason = "the run knows no typicality"
+        return types.Abstention(None, math.nan, {}, {}, reason, tuple(curve))
+    in_review = scores.in_review[found.rows]
+    classes = {output.opposite: found.labels == 0, output.name: found.labels == 1}
+    return types.Abstention(
+        num_review=int(in_review.sum()),
+        share_review=float(in_review.mean()) if len(in_review) else math.nan,
+        by_class={
+            name: types.ReviewCount(int(own.sum()), int(in_review[own].sum()))
+            for name, own in classes.items()
+        },
+        metrics=kept.metrics,
+        reason="" if len(in_review) else "there are no images",
+        curve=tuple(curve),
+    )
 
 
 def _logit(probability: float) -> float:
@@ -189,7 +151,7 @@ def _logit(probability: float) -> float:
     return math.log(max(probability, tiny)) - math.log(max(1 - probability, tiny))
 
 
-def _by_prevalence(sensitivity: Estimate, specificity: Estimate) -> tuple[WorthOfCall, ...]:
+def _by_prevalence(sensitivity: Estimate, specificity: Estimate) -> tuple[types.WorthOfCall, ...]:
     """What a call is worth at each of `PREVALENCES` (Bayes).
 
     The lower ends matter where no false alarm was seen: the values then say that there is none.
@@ -201,7 +163,7 @@ def _by_prevalence(sensitivity: Estimate, specificity: Estimate) -> tuple[WorthO
         return tp / (tp + fp) if tp + fp else math.nan, tn / (tn + fn) if tn + fn else math.nan
 
     return tuple(
-        WorthOfCall(
+        types.WorthOfCall(
             prevalence,
             *worth(prevalence, sensitivity.value, specificity.value),
             *worth(prevalence, sensitivity.low, specificity.low),

@@ -74,9 +74,9 @@ def record_scores(
 
 def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
     """The rows of predictions.csv, for networks with one output."""
-    names, labels, called = scores.classes, scores.labels[:, 0], scores.calls[:, 0].astype(int)
+    (output,), names, labels = scores.outputs, scores.classes, scores.labels[:, 0]
     for row, source in enumerate(scores.sources):
-        call = names[called[row]]
+        call = names[int(scores.probabilities[row, 0] >= output.threshold)]
         yield {
             "split": scores.split,
             "source": source,

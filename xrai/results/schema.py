@@ -1,9 +1,7 @@
 """metrics.json: the results of one split in plain values, for networks with one output."""
 
-from collections.abc import Mapping
-
 from xrai.results.intervals import CONFIDENCE
-from xrai.results.types import Abstention, Baseline, Estimate, Group, Measured, SplitResults
+from xrai.results.types import Measured, SplitResults
 
 SCHEMA_VERSION = 2
 
@@ -15,6 +13,19 @@ def metrics_json(results: SplitResults) -> dict[str, object]:
     missing interval has its reason under `NAME.interval`.
     """
     (found,) = results.outputs
+    groups = {
+        name: {
+            "num_normal": each.num_negative,
+            "num_pneumonia": each.num_positive,
+            "against": each.against,
+            **_measured(each.measured),
+        }
+        for name, each in found.groups.items()
+    }
+    curve: list[dict[str, object]] = [dict(vars(point)) for point in found.abstention.curve]
+    for point in curve:
+        if point["by_atypicality"] is None:
+            del point["by_atypicality"]
     whole = _measured(found.whole)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -26,13 +37,13 @@ def metrics_json(results: SplitResults) -> dict[str, object]:
         **whole,
         "calibration": {
             "temperature": found.output.temperature,
-            "before": _estimates(found.uncalibrated),
-            "after": _estimates({name: found.whole.metrics[name] for name in found.uncalibrated}),
+            "before": found.uncalibrated,
+            "after": {name: found.whole.metrics[name] for name in found.uncalibrated},
         },
         "subtypes": {name: _measured(each) for name, each in found.subtypes.items()},
-        "groups": {name: _group(each) for name, each in found.groups.items()},
+        "groups": groups,
         "num_groups": results.num_groups,
-        "abstention": _abstention(found.abstention),
+        "abstention": {**vars(found.abstention), "curve": curve},
         "by_threshold": found.by_threshold,
         "by_prevalence": found.by_prevalence,
         "bootstrap": {
@@ -41,51 +52,14 @@ def metrics_json(results: SplitResults) -> dict[str, object]:
             "confidence": CONFIDENCE,
             "seed": results.seed,
         },
-        "baselines": {name: _baseline(each) for name, each in results.baselines.items()},
-    }
-
-
-def _estimates(metrics: Mapping[str, Estimate]) -> dict[str, object]:
-    return {
-        name: {"value": each.value, "low": each.low, "high": each.high, "method": each.method}
-        for name, each in metrics.items()
+        "baselines": results.baselines,
     }
 
 
 def _measured(measured: Measured) -> dict[str, object]:
-    return {
-        "num_images": measured.num_images,
-        "num_patients": measured.num_patients,
-        "counts": measured.counts,
-        "metrics": _estimates(measured.metrics),
-        "reasons": {
-            name if each.is_undefined else f"{name}.interval": each.reason
-            for name, each in measured.metrics.items()
-            if each.reason
-        },
+    reasons = {
+        name if each.is_undefined else f"{name}.interval": each.reason
+        for name, each in measured.metrics.items()
+        if each.reason
     }
-
-
-def _group(group: Group) -> dict[str, object]:
-    return {
-        "num_normal": group.num_negative,
-        "num_pneumonia": group.num_positive,
-        "against": group.against,
-        **_measured(group.measured),
-    }
-
-
-def _abstention(abstention: Abstention) -> dict[str, object]:
-    curve = [
-        {
-            key: value
-            for key, value in vars(point).items()
-            if not (key == "by_atypicality" and value is None)
-        }
-        for point in abstention.curve
-    ]
-    return {**vars(abstention), "metrics": _estimates(abstention.metrics), "curve": curve}
-
-
-def _baseline(baseline: Baseline) -> dict[str, object]:
-    return {**vars(baseline), "metrics": _estimates(baseline.metrics)}
+    return {**vars(measured), "reasons": reasons}

@@ -146,27 +146,13 @@ def stated_hash(store: Store, name: str) -> str | None:
         ) from error
 
 
-def result_lines(summary: Summary, folder: str | Path) -> list[str]:
-    """The last lines of a training: results, and where its plots and its page are."""
-    values = ", ".join(
-        f"{_title(name)} {format_value(name, value)}" for name, value in summary.validation.items()
-    )
-    return [
-        *_main_lines(summary.main),
-        *([f"validation  {values}"] if summary.main.split != "val" else []),
-        *_side_lines(summary.main),
-        f"plots       {folder}/curves/loss.png  {folder}/curves/accuracy.png  {folder}/plots/",
-        f"report      {folder}/report.html",
-    ]
+def result_lines(
+    results: MainResults, folder: str | Path, *, validation: Mapping[str, Number] | None = None
+) -> list[str]:
+    """The lines that a command ends with: results, and where their plots and their page are.
 
-
-def split_lines(results: MainResults, folder: str | Path) -> list[str]:
-    """The same lines for one split that was measured alone."""
-    lines = [*_main_lines(results), *_side_lines(results)]
-    return [*lines, f"plots       {folder}/plots/", f"report      {folder}/report.html"]
-
-
-def _main_lines(results: MainResults) -> list[str]:
+    Those of a training have the `validation` of its summary, and its curves.
+    """
     counts, num_images = results.counts, results.num_images
     correct = "images correctly classified"
     details = {
@@ -185,26 +171,26 @@ def _main_lines(results: MainResults) -> list[str]:
         value = format_value(name, getattr(results, name))
         shown = f"({interval})" if interval else ""
         lines.append(f"{_title(name):<12}{value:>7}  {shown:<16}  {detail}")
-    return lines
-
-
-def _side_lines(results: MainResults) -> list[str]:
-    """What is left to a person, and what shortcuts alone can do."""
-    lines, review = [], results.review
+    if validation is not None and results.split != "val":
+        values = (f"{_title(key)} {format_value(key, each)}" for key, each in validation.items())
+        lines.append(f"validation  {', '.join(values)}")
+    review, baselines = results.review, results.baselines
     if review.num_images is not None:
         rest = format_value("accuracy", review.accuracy_of_the_rest)
         lines.append(
-            f"review      {review.num_images:,} of {results.num_images:,} images are unlike the "
-            f"training images; accuracy on the others {rest}"
+            f"review      {review.num_images:,} of {num_images:,} images are unlike the training "
+            f"images; accuracy on the others {rest}"
         )
-    if results.baselines:
+    if baselines:
         geometry, border = (
-            format_value("auroc", results.baselines[name].auroc) for name in ("geometry", "border")
+            format_value("auroc", baselines[name].auroc) for name in ("geometry", "border")
         )
         lines.append(
             f"shortcuts   AUROC of image size alone {geometry}, outer border alone {border}"
         )
-    return lines
+    curves = f"{folder}/curves/loss.png  {folder}/curves/accuracy.png  "
+    lines.append(f"plots       {curves if validation is not None else ''}{folder}/plots/")
+    return [*lines, f"report      {folder}/report.html"]
 
 
 def _title(name: str) -> str:

@@ -90,13 +90,6 @@ class Scores:
         return np.stack(columns, axis=1)
 
     @cached_property
-    def calls(self) -> npt.NDArray[np.bool_]:
-        """Which outputs are called, (N, C)."""
-        thresholds = np.array([output.threshold for output in self.outputs])
-        called: npt.NDArray[np.bool_] = self.probabilities >= thresholds
-        return called
-
-    @cached_property
     def in_review(self) -> npt.NDArray[np.bool_]:
         """Which images are left to a person, (N,); none where typicality is unknown."""
         if self.atypicality is None:
@@ -130,7 +123,8 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
     method: str = ""  # of the interval: bootstrap, wilson, newcombe
-    reason: str = ""  # why there is no value, or no interval
+    # why there is no value, or no interval; metrics.json has it in another place
+    reason: str = field(default="", metadata={"in_json": False})
 
     @property
     def is_undefined(self) -> bool:
