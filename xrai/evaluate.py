@@ -18,7 +18,7 @@ from xrai.errors import DatasetError, UserError
 from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
-from xrai.measuring import Measuring, describe_dataset, read_known
+from xrai.measuring import Measuring, describe_dataset, read_looks
 from xrai.pipeline import open_run
 from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
@@ -108,7 +108,7 @@ def make_measuring(
     """What measures each split: the run's own network and threshold."""
     known = None
     if "train" in loader.index.splits:
-        known = read_known(open_split(config, dataset, "train"))
+        known = read_looks(open_split(config, dataset, "train"))
     output = binary_output(
         model.classes,
         temperature=model.temperature,

@@ -7,7 +7,6 @@ because it loads what draws.
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,14 +20,7 @@ from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import Predictions
-from xrai.results.baselines import (
-    MAX_IMAGES,
-    MAX_TRAIN,
-    Looks,
-    border_features,
-    geometry_features,
-    measure_baselines,
-)
+from xrai.results import baselines
 from xrai.results.folder import RunFolder
 from xrai.results.record import record_scores
 from xrai.results.types import DatasetFacts, Output, Scores, SplitResults, group_of
@@ -43,7 +35,7 @@ class Measuring:
     network: ResNet
     output: Output
     num_bootstrap: int
-    known: Looks | None  # training images of the same data set, for the baselines
+    known: baselines.Looks | None  # training images of the same data set, for the baselines
 
     def record(
         self, loader: Loader, predictions: Predictions, *, folder: str = "", step: int | None = None
@@ -52,13 +44,14 @@ class Measuring:
 
         `loader` reads the whole split and does not shuffle.
         """
-        looks = read_looks(loader, limit=MAX_IMAGES)
+        looks = read_looks(loader, limit=baselines.MAX_IMAGES)
+        num, split = self.num_bootstrap, loader.split
         return record_scores(
             self.run,
             scores_of(loader, predictions, self.output),
-            num_bootstrap=self.num_bootstrap,
-            baselines=measure_baselines(
-                self.known, looks, split=loader.split, num_bootstrap=self.num_bootstrap
+            num_bootstrap=num,
+            baselines=baselines.measure_baselines(
+                self.known, looks, split=split, num_bootstrap=num
             ),
             folder=folder,
             images=_Images(loader, self.network),
@@ -85,45 +78,38 @@ def scores_of(loader: Loader, predictions: Predictions, output: Output) -> Score
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of a split and what a network sees in them."""
+    """The images of a split and what a network sees in them, for its sheets."""
 
     loader: Loader
     network: ResNet
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The images (n, H, W) of some rows."""
         size = self.loader.batch_size
         steps = set((rows // size).tolist())
         batches = {step: next(self.loader.epoch(0, start=step)) for step in steps}
         return np.stack([batches[row // size].images[row % size, 0] for row in rows.tolist()])
 
     def explain(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The heat maps (n, H, W) in [0, 1] of images (n, H, W)."""
         weight = next(self.network.parameters())
         grey = to_grey(np.ascontiguousarray(images[:, None]), weight.device, weight.dtype)
         heats: NDArray[np.float32] = grad_cam(self.network, grey).float().cpu().numpy()
         return heats
 
 
-def read_known(loader: Loader) -> Looks:
-    """What the baselines learn from: `loader` reads the whole training split."""
-    return read_looks(loader, limit=MAX_TRAIN)
-
-
-def read_looks(loader: Loader, *, limit: int) -> Looks:
+def read_looks(loader: Loader, *, limit: int = baselines.MAX_TRAIN) -> baselines.Looks:
     """What the baselines see of the first `limit` images of a split, a random sample of it.
 
     `loader` reads the whole split and does not shuffle; rows are in the order of their files'
     hashes.
     """
     batches = islice(loader.epoch(0), math.ceil(limit / loader.batch_size))
-    border = [border_features(batch.images[:, 0]) for batch in batches]
+    border = [baselines.border_features(batch.images[:, 0]) for batch in batches]
     num = min(limit, loader.num_images)
     columns = loader.columns("labels", "patient", "width", "height", stop=num)
-    return Looks(
+    return baselines.Looks(
         labels=columns["labels"],
         patients=columns["patient"].tolist(),
-        geometry=geometry_features(columns["width"], columns["height"]),
+        geometry=baselines.geometry_features(columns["width"], columns["height"]),
         border=np.concatenate(border)[:num],
     )
 
@@ -134,12 +120,14 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
     groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
     # a hash for each image: names would take ten times the memory
     patients = {split: array("q") for split in index.splits}
-    for split, patient, reason in _manifest_rows(dataset):
-        if reason:
-            excluded[reason] += 1
-        elif split in patients:
-            patients[split].append(hash(patient))
-            groups[split][group_of(patient)] += 1
+    store = open_store(dataset)
+    with store.as_file(MANIFEST_KEY) as path, path.open("rb") as lines:
+        for row in parse_manifest(lines, where=store.uri):
+            if row.reason:
+                excluded[row.reason] += 1
+            elif row.split in patients:
+                patients[row.split].append(hash(row.patient))
+                groups[row.split][group_of(row.patient)] += 1
     return DatasetFacts(
         source=index.source,
         fingerprint=index.fingerprint,
@@ -151,11 +139,3 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
         num_patients={split: len(np.unique(np.asarray(each))) for split, each in patients.items()},
         groups={split: dict(each) for split, each in groups.items()},
     )
-
-
-def _manifest_rows(dataset: str) -> Iterator[tuple[str, str, str]]:
-    """Split, patient and reason for exclusion of each file of a data set."""
-    store = open_store(dataset)
-    with store.as_file(MANIFEST_KEY) as path, path.open("rb") as lines:
-        for row in parse_manifest(lines, where=store.uri):
-            yield row.split, row.patient, row.reason

@@ -280,7 +280,7 @@ class Job:
 
     def _measure(self, trained: Trained, output: Output) -> dict[str, SplitResults]:
         """Write the results of each split that was scored; the main split's are on top."""
-        from xrai.measuring import Measuring, read_known
+        from xrai.measuring import Measuring, read_looks
 
         step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
         measuring = Measuring(
@@ -288,7 +288,7 @@ class Job:
             trained.network,
             output,
             num_bootstrap=self.config.evaluate.num_bootstrap,
-            known=read_known(self._whole("train")),
+            known=read_looks(self._whole("train")),
         )
         main = "test" if "test" in trained.scored else "val"
         results = {

@@ -79,41 +79,30 @@ def measure_baselines(
     train: Looks | None, measured: Looks, *, split: str, num_bootstrap: int
 ) -> dict[str, Baseline]:
     """Each baseline, fitted to `train` and measured on `measured`, images of `split`."""
-    return {
-        name: _measure_one(name, train, measured, split=split, num_bootstrap=num_bootstrap)
-        for name in BASELINES
-    }
-
-
-def _measure_one(
-    name: str, train: Looks | None, measured: Looks, *, split: str, num_bootstrap: int
-) -> Baseline:
-    logits, reason = _fit(name, train, measured)
-    metrics: Mapping[str, Estimate] = dict.fromkeys(HEADLINES, Estimate())
-    if logits is not None:
-        if split == "train":
-            reason = "; ".join(filter(None, [reason, "it was fitted to these very images"]))
-        no_texts = [""] * len(logits)
-        scores = Scores(
-            split=split,
-            classes=("NORMAL", "PNEUMONIA"),
-            outputs=(Output("pneumonia", "normal", 1.0, 0.5, "fixed"),),
-            labels=measured.labels[:, None].astype(np.int8),
-            logits=logits[:, None],
-            # without their source groups, each of which would be resampled for nothing
-            patients=[f"file:{patient}" for patient in measured.patients],
-            sources=no_texts,
-            subtypes=no_texts,
-        )
-        found = measure(scores, num_bootstrap=num_bootstrap).main.whole.metrics
-        metrics = {key: found[key] for key in HEADLINES}
-    return Baseline(
-        meaning=BASELINES[name],
-        num_train=0 if train is None else len(train.labels),
-        num_images=len(measured.labels),
-        metrics=metrics,
-        reason=reason,
-    )
+    found = {}
+    no_texts = [""] * len(measured.labels)
+    for name, meaning in BASELINES.items():
+        logits, reason = _fit(name, train, measured)
+        metrics: Mapping[str, Estimate] = dict.fromkeys(HEADLINES, Estimate())
+        if logits is not None:
+            if split == "train":
+                reason = "; ".join(filter(None, [reason, "it was fitted to these very images"]))
+            scores = Scores(
+                split=split,
+                classes=("NORMAL", "PNEUMONIA"),
+                outputs=(Output("pneumonia", "normal", 1.0, 0.5, "fixed"),),
+                labels=measured.labels[:, None].astype(np.int8),
+                logits=logits[:, None],
+                # without their source groups, each of which would be resampled for nothing
+                patients=[f"file:{patient}" for patient in measured.patients],
+                sources=no_texts,
+                subtypes=no_texts,
+            )
+            whole = measure(scores, num_bootstrap=num_bootstrap).main.whole
+            metrics = {key: whole.metrics[key] for key in HEADLINES}
+        num_train = 0 if train is None else len(train.labels)
+        found[name] = Baseline(meaning, num_train, len(measured.labels), metrics, reason)
+    return found
 
 
 def _fit(name: str, train: Looks | None, measured: Looks) -> tuple[Floats | None, str]:
