@@ -238,7 +238,7 @@ def measure_turns(*, scratch: Path, dataset: str, turns: int, threads: int) -> d
             val,
             class_counts=counts,
             val_labels=val.labels,
-            observer=observer,
+            after_epoch=observer.after_epoch,
         )
         fit(build_model(config.model), setup)
     return {name: statistics.median(values) for name, values in observer.figures.items()}
@@ -367,7 +367,7 @@ def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
             val,
             class_counts=class_counts(loader.index),
             val_labels=val.labels,
-            observer=observer if ranks.is_main else None,
+            after_epoch=observer.after_epoch if ranks.is_main else None,
         )
         fit(build_model(config.model), setup)
         if ranks.is_main:

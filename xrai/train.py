@@ -129,7 +129,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
             name_of=functools.partial(name_of, loaders["train"]),
-            observer=job,
+            after_epoch=job.after_epoch if job else None,
             checkpoints=job.checkpoints if job else None,
             facts=job.facts if job else {},
             resumed=resumed,

@@ -143,10 +143,9 @@ def train_discs(
             sums.append(losses.detach().double().sum())
         return losses
 
-    class Watcher:
-        def after_epoch(self, result: loop.EpochResult) -> float:
-            results.append(result)
-            return -result.val_loss
+    def after_epoch(result: loop.EpochResult) -> float:
+        results.append(result)
+        return -result.val_loss
 
     def is_time_to_stop() -> bool:
         return stop_after is not None and len(sums) >= stop_after * config.train.accumulation_steps
@@ -162,7 +161,7 @@ def train_discs(
             class_counts=(int((labels == 0).sum()), int(labels.sum())),
             val_labels=val_labels,
             name_of=lambda row: f"disc-{row}",
-            observer=Watcher() if ranks.is_main else None,
+            after_epoch=after_epoch if ranks.is_main else None,
             checkpoints=checkpoints if ranks.is_main else None,
             resumed=resumed,
             asked_to_stop=is_time_to_stop,

@@ -233,15 +233,10 @@ def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
         val,
         class_counts=(int((labels == 0).sum()), int(labels.sum())),
         val_labels=phantoms["val"][1],
-        observer=_NoScore(),
+        after_epoch=lambda result: 0.0,
     )
     loop.fit(network, setup)
     return network, fit_typicality(network, train, val, ranks=ONE)
-
-
-class _NoScore:
-    def after_epoch(self, result: loop.EpochResult) -> float:
-        return 0.0
 
 
 def share_to_review(trained: tuple[ResNet, Typicality], images: NDArray[np.uint8]) -> float:

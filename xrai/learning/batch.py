@@ -43,6 +43,9 @@ class Loader(Protocol):
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch from batch `start` on."""
 
+    def timings(self) -> dict[str, float]:
+        """Seconds of the current epoch, by stage."""
+
 
 def to_grey(images: NDArray[np.uint8], device: torch.device, dtype: torch.dtype) -> Tensor:
     """(n, 1, H, W) uint8 to grey values in [0, 1] on the device."""

@@ -16,11 +16,8 @@ At 16 x 16 the maps are speckled; at 4 x 4 nearly all show one blob in the middl
 not localize disease: it has not been compared with what radiologists mark.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from xrai.learning.network import ResNet
@@ -34,10 +31,10 @@ def grad_cam(network: ResNet, images: Tensor) -> Tensor:
     1 is each image's hottest position. An image without evidence for pneumonia has a map of zeros.
     Works inside `torch.inference_mode` too.
     """
-    blocks: list[Tensor] = []
     network.eval()
-    with torch.inference_mode(False), torch.enable_grad(), _recording(network.stages, blocks):
-        logits = network(images.clone().requires_grad_())  # (B,)
+    with torch.inference_mode(False), torch.enable_grad():
+        blocks = network.maps(network.standardize(images.clone().requires_grad_()))[1:]
+        logits = network.head(blocks[-1].mean(dim=(2, 3)))  # (B, 1)
         fine_enough = [maps for maps in blocks if min(maps.shape[2:]) >= MIN_CELLS]
         maps = fine_enough[-1] if fine_enough else blocks[0]
         (gradients,) = torch.autograd.grad(logits.sum(), maps)  # (B, C, h, w)
@@ -47,14 +44,3 @@ def grad_cam(network: ResNet, images: Tensor) -> Tensor:
         )
     hottest = fine.amax(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     return (fine / hottest.clamp_min(torch.finfo(fine.dtype).tiny)).squeeze(1)
-
-
-@contextmanager
-def _recording(blocks: nn.Sequential, outputs: list[Tensor]) -> Iterator[None]:
-    """Appends the output of each block to `outputs`."""
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(
-                block.register_forward_hook(lambda _, __, out: outputs.append(out)).remove
-            )
-        yield

@@ -1,8 +1,8 @@
 """The training loop, in full view: `fit`, `train_step`, `end_epoch`.
 
 `fit` trains a network over all ranks and leaves the averaged weights of its best epoch in the
-checkpoints. How an epoch's results are scored and shown is up to the observer, which the command
-passes in.
+checkpoints. How an epoch's results are scored and shown is up to `Setup.after_epoch`, which the
+command passes in.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -36,16 +36,9 @@ _GO_ON, _STOP_LIMIT, _STOP_ASKED = 0, 1, 2  # the largest of all ranks' values c
 _logger = get_logger(__name__)
 
 
-class TrainLoader(Loader, Protocol):
-    """A loader of the training split that can say where its time went."""
-
-    def timings(self) -> dict[str, float]:
-        """Seconds of the current epoch, by stage."""
-
-
 @dataclass(frozen=True)
 class EpochResult:
-    """What the observer is told after each epoch; timings are those of its own rank."""
+    """What is told after each epoch; timings are those of rank 0."""
 
     epoch: int  # from 0
     step: int
@@ -62,25 +55,19 @@ class EpochResult:
     peak_memory_mib: float
 
 
-class Observer(Protocol):
-    """Turns results into numbers and plots. Called on rank 0 alone."""
-
-    def after_epoch(self, result: EpochResult) -> float:
-        """Show the results; return the epoch's score, larger is better (NaN: no score)."""
-
-
 @dataclass(frozen=True)
 class Setup:
     """What a run hands to `fit`."""
 
     config: Config
     ranks: Ranks
-    train: TrainLoader
+    train: Loader
     val: Loader
     class_counts: tuple[int, int]  # normal and pneumonia images of the training split
     val_labels: NDArray[np.uint8]  # (N,)
     name_of: Callable[[int], str] = str  # names a training image in messages
-    observer: Observer | None = None  # rank 0 only
+    # on rank 0 only: shows the results, and returns the epoch's score, larger is better (NaN: none)
+    after_epoch: Callable[[EpochResult], float] | None = None
     checkpoints: CheckpointFolder | None = None  # rank 0 only
     facts: dict[str, Any] = field(default_factory=dict)  # constant over a run, saved with it
     resumed: dict[str, Any] | None = None  # the checkpoint to resume from, on every rank
@@ -297,7 +284,7 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
     logits, labels = torch.from_numpy(val.logits[0]), torch.from_numpy(setup.val_labels)
     val_losses = optim.image_losses(logits, labels, log_odds=training.log_odds)
     own_score: float | None = None
-    if setup.observer is not None:
+    if setup.after_epoch is not None:
         result = EpochResult(
             epoch=done.epoch,
             step=done.step,
@@ -313,7 +300,7 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
             seconds={**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s},
             peak_memory_mib=clock.peak_memory_mib(),
         )
-        own_score = setup.observer.after_epoch(result)
+        own_score = setup.after_epoch(result)
     score: float = ranks.from_main(own_score)
     if score > done.best_score:
         done.best_score, done.best_epoch, done.epochs_without_better = score, done.epoch, 0

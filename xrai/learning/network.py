@@ -11,6 +11,7 @@ has the measurements.
 """
 
 import copy
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,10 @@ class StandardizedConv2d(nn.Conv2d):
 
     def filters(self) -> Tensor:
         """The standardized filters, (C_out, C_in, size, size)."""
-        variance, mean = torch.var_mean(
-            self.weight, dim=(1, 2, 3), keepdim=True, correction=0
-        )  # (C_out, 1, 1, 1)
-        fan_in = self.weight[0].numel()
-        scale = (
-            torch.rsqrt(variance * fan_in + 1e-6) * (self.gain * _RELU_GAIN)[:, None, None, None]
-        )
+        over = (1, 2, 3)
+        variance, mean = torch.var_mean(self.weight, dim=over, keepdim=True, correction=0)
+        scale = torch.rsqrt(variance * self.weight[0].numel() + 1e-6)  # (C_out, 1, 1, 1)
+        scale = scale * (self.gain * _RELU_GAIN)[:, None, None, None]
         return (self.weight - mean) * scale
 
     def forward(self, features: Tensor) -> Tensor:
@@ -90,11 +88,9 @@ class ResNet(nn.Module):
         channels = width
         for stage, num_blocks in enumerate(_BLOCKS_PER_STAGE[name]):
             for block in range(num_blocks):
-                channels_out = width * 2**stage
-                blocks.append(
-                    BasicBlock(channels, channels_out, stride=2 if stage > 0 and block == 0 else 1)
-                )
-                channels = channels_out
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(BasicBlock(channels, width * 2**stage, stride=stride))
+                channels = width * 2**stage
         self.stages = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, 1)
 
@@ -105,6 +101,11 @@ class ResNet(nn.Module):
         """
         out: Tensor = self.stages(self.stem(self.standardize(images)))
         return out
+
+    def maps(self, standardized: Tensor) -> list[Tensor]:
+        """The feature maps of standardized images (B, 1, H, W): of the stem and of each block."""
+        maps = self.stem(standardized)
+        return list(accumulate(self.stages, lambda maps, block: block(maps), initial=maps))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) grey values in [0, 1] to logits (B,)."""

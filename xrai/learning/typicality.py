@@ -104,12 +104,9 @@ def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     standard deviations of its maps, and one for the standardized image at 16 x 16.
     """
     standardized = network.standardize(images)
-    maps = network.stem(standardized)
-    groups = [_summarize(maps)]
-    for block in network.stages:
-        maps = block(maps)
-        groups.append(_summarize(maps))
-    logits: Tensor = network.head(maps.mean(dim=(2, 3))).squeeze(1)
+    maps = network.maps(standardized)
+    groups = [_summarize(each) for each in maps]
+    logits: Tensor = network.head(maps[-1].mean(dim=(2, 3))).squeeze(1)
     small = functional.adaptive_avg_pool2d(standardized, _THUMBNAIL_SIZE).flatten(1)  # (B, 256)
     centered = small - small.mean(dim=1, keepdim=True)
     deviation = centered.square().mean(dim=1, keepdim=True).sqrt()

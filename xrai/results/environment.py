@@ -18,21 +18,17 @@ def describe_environment() -> dict[str, object]:
     for package in _PACKAGES.split():
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    lines: list[str] = []
+    with suppress(OSError):  # only Linux has it, and a sandbox may hide it
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "schema_version": 1,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": models[0] if models else platform.processor(),
         "num_cores": num_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "packages": versions,
     }
-
-
-def _processor() -> str:
-    lines: list[str] = []
-    with suppress(OSError):  # only Linux has it, and a sandbox may hide it
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()

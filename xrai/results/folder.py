@@ -25,7 +25,7 @@ from pathlib import Path
 from xrai.errors import StoreError, UserError
 from xrai.files import cache_folder, explaining, sha256_of, write_atomically
 from xrai.log import get_logger
-from xrai.results.history import COLUMNS, EpochRow, parse_history, read_history
+from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history, read_history
 from xrai.results.publisher import Publisher
 from xrai.results.tensorboard import Events
 from xrai.store import LEASE_KEY, Lease, Store, check_key, open_store, take_lease
@@ -176,7 +176,8 @@ class RunFolder:
     def append_history(self, row: EpochRow) -> None:
         """Add an epoch to history.csv and to TensorBoard."""
         self.write_text(HISTORY, to_csv(COLUMNS, [*self.history(), row]))
-        self.events.add_scalars(row.step, row.by_tag())
+        metrics = {tag: getattr(row, column) for column, tag in TAGS.items()}
+        self.events.add_scalars(row.step, metrics)
         self.close_segment()
 
     def close_segment(self) -> None:

@@ -54,10 +54,6 @@ class EpochRow:
     epoch_s: float = _metric("time/epoch_s")
     peak_memory_mib: float = _metric("memory/peak_mib", log="peak memory {:.0f} MiB")
 
-    def by_tag(self) -> dict[str, float]:
-        """The metrics by TensorBoard tag."""
-        return {tag: getattr(self, column) for column, tag in TAGS.items()}
-
     def __str__(self) -> str:
         """The line of the log."""
         shown = ((field.metadata.get("log"), field.name) for field in fields(self))
@@ -83,13 +79,12 @@ def read_history(path: Path) -> list[EpochRow]:
 def parse_history(lines: Iterable[str], *, where: str) -> list[EpochRow]:
     """The rows of a history.csv in text; `where` is its name in the `RunError` of a damaged one."""
     try:
-        return [_parse_row(cells) for cells in csv.DictReader(lines)]
+        rows = []
+        for cells in csv.DictReader(lines):
+            epoch, step = int(cells.pop("epoch")), int(cells.pop("step"))
+            metrics = {name: float(text) if text else math.nan for name, text in cells.items()}
+            rows.append(EpochRow(epoch=epoch, step=step, **metrics))
+        return rows
     except (ValueError, KeyError, TypeError) as error:
         text = f"{where} is not a history of xrai: {error}; remove it, or start a new run"
         raise RunError(text) from error
-
-
-def _parse_row(cells: dict[str, str]) -> EpochRow:
-    epoch, step = int(cells.pop("epoch")), int(cells.pop("step"))
-    metrics = {name: float(text) if text else math.nan for name, text in cells.items()}
-    return EpochRow(epoch=epoch, step=step, **metrics)

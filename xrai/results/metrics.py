@@ -148,7 +148,6 @@ class CalibrationBin:
 
 def calibration_bins(labels: Ints, scores: Floats) -> list[CalibrationBin]:
     """The bins of equal width behind the ECE (Naeini et al. 2015) and the reliability plot."""
-    edges = [number / NUM_CALIBRATION_BINS for number in range(NUM_CALIBRATION_BINS + 1)]
     bin_of, bins = _bin_of(scores), []
     for number in range(NUM_CALIBRATION_BINS):
         inside = bin_of == number
@@ -156,9 +155,8 @@ def calibration_bins(labels: Ints, scores: Floats) -> list[CalibrationBin]:
             float(values[inside].mean()) if inside.any() else math.nan
             for values in (scores, labels)
         )
-        bins.append(
-            CalibrationBin(edges[number], edges[number + 1], int(inside.sum()), mean, share)
-        )
+        low, high = number / NUM_CALIBRATION_BINS, (number + 1) / NUM_CALIBRATION_BINS
+        bins.append(CalibrationBin(low, high, int(inside.sum()), mean, share))
     return bins
 
 
