@@ -7,7 +7,6 @@ file of the run.
 import functools
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -119,8 +118,7 @@ class Job:
         self.run.lock()
         if self.run.store.size(SUMMARY) is not None:
             raise RunError(f"another job has just finished run {self.run.address}: start again")
-        existed = self.run.exists()
-        if resume == "never" and existed:
+        if resume == "never" and self.run.exists():
             raise RunError(
                 f"run {self.run.address} exists and --resume is never: give another --run_id, or "
                 "none"
@@ -238,7 +236,19 @@ class Job:
         output = self._choose_output(trained.shifted)
         results = self._measure(trained, output)
         main = results.pop("test" if "test" in results else "val")
-        self._save_model(trained, output)
+        model = TrainedModel(
+            trained.network,
+            self.config.model,
+            self.config.images,
+            self.index.classes,
+            output.threshold,
+            output.temperature,
+            trained.typicality,
+            self.run.run_id,
+            self.index.fingerprint,
+        )
+        save_model(self.run.path / MODEL_FILE, model)
+        self.run.publish([MODEL_FILE])
         dataset = describe_dataset(self._dataset, self.index)
         training = Training(
             run_id=self.run.run_id,
@@ -267,7 +277,6 @@ class Job:
         return result_lines(summary.main, self.run.address, validation=summary.validation)
 
     def _choose_output(self, shifted: Predictions) -> Output:
-        """Temperature and threshold, chosen on augmented validation images."""
         labels = np.tile(self.loaders["val"].labels, len(shifted.logits))
         logits = shifted.logits.ravel()
         temperature = fit_temperature(labels, logits)
@@ -282,38 +291,25 @@ class Job:
         """Write the results of each split that was scored; the main split's are on top."""
         from xrai.measuring import Measuring, read_looks
 
+        # all images, where the rank's own loader has a share of them
+        whole = functools.partial(open_split, self.config, self._dataset)
         step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
         measuring = Measuring(
             self.run,
             trained.network,
             output,
             num_bootstrap=self.config.evaluate.num_bootstrap,
-            known=read_looks(self._whole("train")),
+            known=read_looks(whole("train")),
         )
         main = "test" if "test" in trained.scored else "val"
         results = {
             split: measuring.record(
-                self._whole(split), found, folder="" if split == main else split, step=step
+                whole(split), found, folder="" if split == main else split, step=step
             )
             for split, found in trained.scored.items()
         }
         self.run.events.add_results(step, results[main].main.whole.metrics)
         return results
-
-    def _save_model(self, trained: Trained, output: Output) -> None:
-        model = TrainedModel(
-            trained.network,
-            self.config.model,
-            self.config.images,
-            self.index.classes,
-            output.threshold,
-            output.temperature,
-            trained.typicality,
-            self.run.run_id,
-            self.index.fingerprint,
-        )
-        save_model(self.run.path / MODEL_FILE, model)
-        self.run.publish([MODEL_FILE])
 
     def _draw_curves(self, *, best_epoch: int | None = None) -> None:
         from xrai.results.plots import draw_curves  # matplotlib, on rank 0 alone
@@ -323,32 +319,22 @@ class Job:
         draw_curves(history, folder, best_epoch=best_epoch, is_phantom=is_phantom)
         self.run.publish(["curves/loss.png", "curves/accuracy.png"])
 
-    def _whole(self, split: str) -> Loader:
-        """All images of a split, where the rank's own loader has a share of them."""
-        return open_split(self.config, self._dataset, split)
-
     def _environment(self) -> dict[str, object]:
-        return {**describe_environment(), **describe_devices(self.config, self.ranks)}
+        """What this machine is, and what ranks and devices the run has."""
+        device = self.ranks.device
+        is_cuda = device.type == "cuda"
+        return {
+            **describe_environment(),
+            "world_size": self.ranks.world_size,
+            "threads_per_rank": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+            "precision": resolve_precision(self.config.train.precision, device),
+        }
 
     @functools.cached_property
     def _is_phantom(self) -> bool:
-        """Whether the validation images are drawn ones."""
-        return are_phantoms(_sources(self.loaders["val"]))
-
-
-def _sources(loader: Loader) -> Iterator[str]:
-    """The source of each image of a split, read some at a time."""
-    for start in range(0, loader.num_images, _ROWS_AT_ONCE):
-        yield from loader.columns("source", start=start, stop=start + _ROWS_AT_ONCE)["source"]
-
-
-def describe_devices(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """What environment.json says of ranks and devices."""
-    return {
-        "world_size": ranks.world_size,
-        "threads_per_rank": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(ranks.device)
-        if ranks.device.type == "cuda"
-        else "cpu",
-        "precision": resolve_precision(config.train.precision, ranks.device),
-    }
+        """Whether the validation images are drawn ones; their names are read some at a time."""
+        loader = self.loaders["val"]
+        starts = range(0, loader.num_images, _ROWS_AT_ONCE)
+        parts = (loader.columns("source", start=at, stop=at + _ROWS_AT_ONCE) for at in starts)
+        return are_phantoms(source for part in parts for source in part["source"])

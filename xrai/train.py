@@ -26,15 +26,8 @@ from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
 from xrai.files import num_cores
+from xrai.learning import loop
 from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
-from xrai.learning.loop import (
-    Setup,
-    explaining_memory,
-    fit,
-    profile_steps,
-    rank_batch_size,
-    resolve_precision,
-)
 from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
@@ -83,7 +76,7 @@ def main() -> None:
         raise ConfigError(
             f"--resume = {flags['resume']!r} is not allowed: it takes auto, must, never or changed"
         )
-    profile_steps(config.train.profile)
+    loop.profile_steps(config.train.profile)
     place = own_place()
     setup_logging(rank=place.rank)
     if not flags["check"]:  # which one task may do before the others start
@@ -93,7 +86,7 @@ def main() -> None:
         follow_parent(grace_s=_GRACE_S)
     with join(timeout_s=config.train.timeout_s) as ranks:
         torch.set_num_threads(config.train.threads or max(1, num_cores() // ranks.local_world_size))
-        with ranks.explaining(), explaining_memory(config.train, world_size=ranks.world_size):
+        with ranks.explaining(), loop.explaining_memory(config.train, world_size=ranks.world_size):
             train(parsed, ranks=ranks, asked_to_stop=stop.is_set)
 
 
@@ -102,7 +95,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     began = time.monotonic()
     config, flags, given = parsed
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
-    index = loaders["train"].index
+    own = loaders["train"]
+    index = own.index
     config = fit_to_dataset(config, index, given=given, ranks=ranks)
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
     if flags["check"]:
@@ -121,14 +115,14 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             weights = ranks.on_main(lambda: first_weights(flags["init_from"], config))
             network.load_state_dict(weights)
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
-        setup = Setup(
+        setup = loop.Setup(
             config,
             ranks,
-            loaders["train"],
+            own,
             loaders["val"],
             class_counts=class_counts(index),
             val_labels=loaders["val"].labels,
-            name_of=functools.partial(name_of, loaders["train"]),
+            name_of=lambda row: str(own.columns("source", start=row, stop=row + 1)["source"][0]),
             after_epoch=job.after_epoch if job else None,
             checkpoints=job.checkpoints if job else None,
             facts=job.facts if job else {},
@@ -136,7 +130,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             asked_to_stop=asked_to_stop,
             profile_path=job.run.path / "profile.json" if job else None,
         )
-        fit(network, setup)
+        loop.fit(network, setup)
         best = on_job(lambda job: job.best())
         trained = score(best, config, loaders, ranks=ranks)
         # All ranks stay to the end: if rank 0 were lost after they had left, torchrun could not
@@ -196,11 +190,6 @@ def score(
     draws = config.evaluate.shift_draws
     shifted = predict(loaders["val"], shift=config.augment, draws=draws)
     return Trained(network, epoch, typicality, scored, shifted)
-
-
-def name_of(loader: Loader, row: int) -> str:
-    """The source of an image of a split."""
-    return str(loader.columns("source", start=row, stop=row + 1)["source"][0])
 
 
 def refuse_lone_tasks(place: Place) -> None:
@@ -269,7 +258,7 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
         raise DatasetError(
             f"the training split has {index.num_images_per_class('train')}: both classes are needed"
         )
-    rank_batch_size(config.train, world_size=ranks.world_size)
+    loop.rank_batch_size(config.train, world_size=ranks.world_size)
     return dataclasses.replace(config, images=stored)
 
 
@@ -315,13 +304,13 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
 def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
     """One line about the network, the data and the devices."""
     normal, pneumonia = class_counts(index)
-    share = rank_batch_size(config.train, world_size=ranks.world_size)
+    share = loop.rank_batch_size(config.train, world_size=ranks.world_size)
     return (
         f"{config.model.name} on {normal + pneumonia} images ({normal} normal, {pneumonia} "
         f"pneumonia) of {index.image_size} x {index.image_size} pixels, {config.train.epochs} "
         "epochs, batches of "
         f"{config.train.global_batch_size} = {ranks.world_size} x {share}, "
-        f"{resolve_precision(config.train.precision, ranks.device)} on {ranks.device.type}, "
+        f"{loop.resolve_precision(config.train.precision, ranks.device)} on {ranks.device.type}, "
         f"{torch.get_num_threads()} threads a rank"
     )
 
