@@ -8,12 +8,12 @@ by its hash. `xrai.run` and `xrai.evaluate` call it. Every number is one of the 
 import base64
 import hashlib
 import importlib.resources
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 from jinja2 import Environment, StrictUndefined
 
@@ -95,7 +95,9 @@ def render_report(page: Page, folder: Path) -> str:
         {
             "thousands": lambda number: f"{number:,}",
             "duration": _format_duration,
-            "share": _format_share,
+            "share": lambda number, total=1: (
+                f"{100 * number / total:.1f} %" if total and math.isfinite(number) else "–"
+            ),
             "total": lambda numbers: sum(numbers.values()),
             "sha256": source_hash,
             "value": lambda value, name: format_value(name, value),
@@ -110,7 +112,7 @@ def render_report(page: Page, folder: Path) -> str:
         config_text=yaml.safe_dump(dict(page.config), sort_keys=False),
         notes=_notes(page.results.main),
         explorer=explore(page.results.main),
-        uri=lambda name: _data_uri(folder / name),
+        base64=lambda name: base64.b64encode((folder / name).read_bytes()).decode("ascii"),
         has=lambda name: (folder / name).exists(),
         show=show,
         history_cell=_format_cell,
@@ -137,15 +139,19 @@ class Explorer:
 
 def explore(found: OutputResults) -> Explorer:
     """The explorer of an output."""
-    calls, counts = found.by_threshold, found.whole.counts
+    calls = found.by_threshold
     stride = calls.num_steps // _NUM_BARS
-    numbers = {}
-    for name, called in (("positive", calls.tp), ("negative", calls.fp)):
-        edges = [*called[:-1:stride], 0]
-        numbers[name] = [before - after for before, after in itertools.pairwise(edges)]
-    tallest = math.log1p(max(1, *itertools.chain(*numbers.values())))
+    numbers = {
+        name: (-np.diff([*called[:-1:stride], 0])).tolist()
+        for name, called in (("positive", calls.tp), ("negative", calls.fp))
+    }
+    tallest = math.log1p(max(1, *numbers["positive"], *numbers["negative"]))
     return Explorer(
-        data={"threshold": found.output.threshold, "counts": vars(counts), **vars(calls)},
+        data={
+            "threshold": found.output.threshold,
+            "counts": vars(found.whole.counts),
+            **vars(calls),
+        },
         width=1000 / _NUM_BARS,
         bars={
             name: [
@@ -176,22 +182,10 @@ def _notes(found: OutputResults) -> list[str]:
                 what = "undefined" if each.is_undefined else "no interval"
                 notes.append(f"{about}: {what}, because {each.reason}.")
     for method, words in _METHODS.items():
-        named = [
-            METRICS[name].title
-            for name, each in found.whole.metrics.items()
-            if each.method == method
-        ]
-        if named:
+        whole = found.whole.metrics.items()
+        if named := [METRICS[name].title for name, each in whole if each.method == method]:
             notes.append(f"{', '.join(named)}: {words}; counted in patients.")
     return list(dict.fromkeys(notes))
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _format_share(number: float, total: float = 1) -> str:
-    return f"{100 * number / total:.1f} %" if total and math.isfinite(number) else "–"
 
 
 def _percent(value: float) -> float | None:
