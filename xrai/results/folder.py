@@ -38,6 +38,7 @@ HISTORY = "history.csv"
 _FETCHED_WHEN_NEEDED = ("checkpoints/",)  # large; learning fetches the one that it needs
 _FINISH_ATTEMPTS = 4
 _FINISH_TIMEOUT_S = 600.0
+_TEMPORARY = re.compile(r"(^|/)\.|\.tmp$")
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SEGMENT = re.compile(r"events\.out\.tfevents\.(\d+)\.xrai")
 
@@ -80,7 +81,7 @@ class RunFolder:
         else:
             self.path = place.parent
         self.events = Events(run_id)
-        self._publisher: Publisher | None = None
+        self._publisher = Publisher(self.store, self.path)  # to a bucket; a folder needs none
         self._lease: Lease | None = None
         self._purge_step: int | None = None
 
@@ -135,8 +136,6 @@ class RunFolder:
         """Prepare to add files to an existing run, and leave all that it holds as it is."""
         with self._explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        if self.is_remote and self._publisher is None:
-            self._publisher = Publisher(self.store, self.path)
 
     def resume_at(self, *, epoch: int, step: int) -> None:
         """Forget the rows of history.csv from `epoch` on, and TensorBoard's events from `step` on.
@@ -208,35 +207,33 @@ class RunFolder:
         """Queue files for upload to the bucket, in this order. Returns at once."""
         if self._lease is not None:
             self._lease.confirm()
-        if self._publisher is not None:
-            self._publisher.announce([(name, True) for name in names])
+        if self.is_remote:
+            self._publisher.announce(names, keep=True)
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files of the run, here at once and in the bucket later."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
-        if self._publisher is not None:
-            self._publisher.announce([(name, False) for name in names])
+        if self.is_remote:
+            self._publisher.announce(names, keep=False)
 
     @property
     def num_failed_uploads(self) -> int:
         """Failed attempts to upload a file, including those that succeeded later."""
-        return self._publisher.num_failures if self._publisher is not None else 0
+        return self._publisher.num_failures
 
     def flush(self, *, timeout_s: float) -> bool:
         """Wait until all published files are stored; False after `timeout_s`."""
         self.close_segment()
-        return self._publisher is None or self._publisher.drain(timeout_s=timeout_s)
+        return self._publisher.drain(timeout_s=timeout_s)
 
     def flush_or_raise(self, *, timeout_s: float = _FINISH_TIMEOUT_S) -> None:
         """Wait until all published files are stored. Raises `StoreError` as `finish` does."""
         self.close_segment()
-        publisher = self._publisher
-        if publisher is None or publisher.drain(timeout_s=timeout_s, max_attempts=_FINISH_ATTEMPTS):
-            return
-        if waiting := publisher.waiting():
-            cause = publisher.last_error
-            publisher.close()
+        is_done = self._publisher.drain(timeout_s=timeout_s, max_attempts=_FINISH_ATTEMPTS)
+        if not is_done and (waiting := self._publisher.waiting()):
+            cause = self._publisher.last_error
+            self._publisher.close()
             raise StoreError(
                 f"{len(waiting)} files of run {self.run_id} could not be stored at {self.address}, "
                 f"{waiting[0]} first: {cause or f'not done in {timeout_s:.0f} s'}; all results are "
@@ -253,18 +250,17 @@ class RunFolder:
         """
         self.flush_or_raise(timeout_s=timeout_s)  # so that nothing is uploaded twice
         hashes = {name: sha256_of(self.path / name) for name in self._names()}
-        stored = self._publisher.stored if self._publisher is not None else {}
+        stored = self._publisher.stored
         self.publish([name for name, digest in hashes.items() if stored.get(name) != digest])
         self.flush_or_raise(timeout_s=timeout_s)
         whole = {**summary, "num_failed_uploads": self.num_failed_uploads, "files": hashes}
         self.write_json(SUMMARY, whole)
         self.flush_or_raise(timeout_s=timeout_s)
-        if self._publisher is not None:
-            self._publisher.close()
+        self._publisher.close()
 
     def close(self) -> None:
         """Stop uploading and log what is not stored; for a run that ends early."""
-        if self._publisher is not None and not self._publisher.is_closed:
+        if not self._publisher.is_closed:
             self._publisher.close()
             if waiting := self._publisher.waiting():
                 text = f"{len(waiting)} files of run {self.run_id} are not stored at {self.address}"
@@ -315,12 +311,8 @@ class RunFolder:
         last.
         """
         paths = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file())
-        names = (path.as_posix() for path in paths if not _is_temporary(path))
+        names = (path.as_posix() for path in paths)
         return sorted(
-            (name for name in names if name != SUMMARY),
+            (name for name in names if name != SUMMARY and not _TEMPORARY.search(name)),
             key=lambda name: (name.endswith(".json"), name.endswith("/latest.json"), name),
         )
-
-
-def _is_temporary(name: Path) -> bool:
-    return name.suffix == ".tmp" or any(part.startswith(".") for part in name.parts)

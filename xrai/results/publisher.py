@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from xrai.errors import StoreAccessError, XraiError
@@ -11,18 +10,16 @@ from xrai.log import get_logger
 from xrai.store import Store
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-
 _logger = get_logger(__name__)
 
-
-@dataclass(eq=False)
-class _Task:
-    name: str
-    keep: bool  # upload the file, or delete it from the bucket
+_Task = tuple[str, bool]  # a file, and whether to upload it or to delete it from the bucket
 
 
 class Publisher:
-    """Uploads files in the order in which they were queued. The first is retried until it works."""
+    """Uploads files in the order in which they were queued. The first is retried until it works.
+
+    The thread begins with the first file.
+    """
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.num_failures = 0
@@ -36,15 +33,16 @@ class Publisher:
         self._hurry = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="xrai-publisher", daemon=True)
-        self._thread.start()
 
-    def announce(self, tasks: Iterable[tuple[str, bool]]) -> None:
-        """Append (name, whether to keep it) to the queue; a name that waits already moves back."""
+    def announce(self, names: Iterable[str], *, keep: bool) -> None:
+        """Append files to keep, or to delete, to the queue; one that waits already moves back."""
         with self._changed:
-            for name, keep in tasks:
+            for name in names:
                 self._queue.pop(name, None)
-                self._queue[name] = _Task(name, keep)
+                self._queue[name] = (name, keep)
             self._changed.notify_all()
+            if self._thread.ident is None:
+                self._thread.start()
 
     def drain(self, *, timeout_s: float, max_attempts: int | None = None) -> bool:
         """Wait until the queue is empty.
@@ -81,40 +79,40 @@ class Publisher:
                 self._changed.wait_for(lambda: self._queue or self.is_closed)
                 if self.is_closed:
                     return
-                task = next(iter(self._queue.values()))
+                task = name, keep = next(iter(self._queue.values()))
+            self.stored.pop(name, None)
+            path = self._folder / name
             try:
-                self._do(task)
+                if not keep:
+                    self._delete(name)
+                elif path.exists():  # an old checkpoint may be gone by now
+                    self.stored[name] = self._store.upload(name, path)
             except (XraiError, OSError) as error:
-                self._pause_after(task, error)
+                self._pause_after(name, error)
                 continue
             with self._changed:
                 if self._is_failing:
                     num_left = len(self._queue) - 1
-                    _logger.info("%s is stored now; %d more files wait", task.name, num_left)
+                    _logger.info("%s is stored now; %d more files wait", name, num_left)
                 self._attempts, self._is_failing = 0, False
-                if self._queue.get(task.name) is task:  # else it was announced again meanwhile
-                    del self._queue[task.name]
+                if self._queue.get(name) is task:  # else it was announced again meanwhile
+                    del self._queue[name]
                 self._changed.notify_all()
 
-    def _do(self, task: _Task) -> None:
-        self.stored.pop(task.name, None)
-        path = self._folder / task.name
-        if not task.keep:
-            try:
-                self._store.delete(task.name)
-            except StoreAccessError as error:  # the bucket's policy may forbid deletion alone
-                _logger.warning("%s stays in the bucket: %s", task.name, error)
-        elif path.exists():  # an old checkpoint may be gone by now
-            self.stored[task.name] = self._store.upload(task.name, path)
+    def _delete(self, name: str) -> None:
+        try:
+            self._store.delete(name)
+        except StoreAccessError as error:  # the bucket's policy may forbid deletion alone
+            _logger.warning("%s stays in the bucket: %s", name, error)
 
-    def _pause_after(self, task: _Task, error: Exception) -> None:
+    def _pause_after(self, name: str, error: Exception) -> None:
         with self._changed:
             self.num_failures += 1
             self.last_error = error
             self._attempts += 1
             if not self._is_failing:
                 self._is_failing = True
-                text = f"{task.name} is not stored yet and will be tried again; the run goes on"
+                text = f"{name} is not stored yet and will be tried again; the run goes on"
                 _logger.warning("%s: %s", text, error)
             self._hurry = False
             self._changed.notify_all()
