@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import SMALL, Finished, run_module
+from tests.training import SMALL, Finished
 from xrai import __main__ as program
 from xrai import __version__
 
 REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGUMENTS` to its end."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
 def test_every_word_is_a_command_and_every_command_a_word() -> None:

@@ -3,9 +3,8 @@
 import fcntl
 import io
 import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Protocol
 
 import pytest
 
+from tests.zygote import start
 from xrai import command, preprocess
 from xrai.phantom import make_phantoms
 
-REPOSITORY = Path(__file__).parents[1]
 SMALL = [
     "--images.size=32",
     "--model.width=8",
     "--train.epochs=2",
     "--train.global_batch_size=16",
     "--train.precision=off",
+    "--train.threads=1",
     "--evaluate.num_bootstrap=50",
 ]
 
@@ -33,7 +33,16 @@ class Command(Protocol):
     def main(self) -> None: ...
 
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it wrote."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, *, num_ranks: int) ->
 
     def train(folder: Path) -> None:
         options = [f"--dataset={made}/dataset", f"--artifacts={folder}/submit", "--run_id=whole"]
-        done = run_module(*launcher, "xrai.train", *options, *SMALL)
+        done = run_module("xrai.train", *options, *SMALL, launcher=launcher)
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)
 
@@ -101,19 +110,14 @@ def make_dataset(
     return folder / "dataset"
 
 
-def run_module(
-    module: str, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run_module(module: str, *arguments: str, launcher: Sequence[str] = ()) -> Done:
     """`python -m MODULE ARGUMENTS` to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    process = start([*launcher, "-m", module, *arguments])
+    try:
+        stdout, stderr = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return Done(process.returncode, stdout, stderr)
 
 
 def call_main(

@@ -1,20 +1,11 @@
-"""Starts the ranks of a job as real processes and collects what they print."""
+"""Starts the ranks of a job as processes of their own and collects what they print."""
 
-import atexit
-import contextlib
-import functools
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
-from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.zygote import RANK, Process, start
 
 
 def free_port() -> int:
@@ -51,24 +42,17 @@ def start_ranks(
     world_size: int,
     environment: dict[str, str] | None = None,
     more: dict[int, list[str]] | None = None,
-) -> list[subprocess.Popen[str]]:
+) -> list[Process]:
     """One process a rank, each `python ARGUMENTS`; `more` are arguments of single ranks."""
     return [
-        subprocess.Popen(
-            [sys.executable, *arguments, *(more or {}).get(rank, [])],
-            env=variables,
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start([*arguments, *(more or {}).get(rank, [])], environment=variables, preload=RANK)
         for rank, variables in enumerate(wiring(world_size=world_size, environment=environment))
     ]
 
 
 def finish_ranks(
-    processes: list[subprocess.Popen[str]], *, timeout_s: float = 120
-) -> list[tuple[int, str, str]]:
+    processes: list[Process], *, timeout_s: float = 120
+) -> list[tuple[int | None, str, str]]:
     """(exit status, stdout, stderr) of each rank; all are killed when one does not end in time."""
     try:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]
@@ -81,72 +65,15 @@ def finish_ranks(
     ]
 
 
-def fork_ranks(
-    arguments: list[str],
-    *,
-    world_size: int,
-    environment: dict[str, str] | None = None,
-    timeout_s: float = 120,
-) -> list[tuple[int, str, str]]:
-    """As `finish_ranks(start_ranks(…))`, by forks of one process that has torch loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        zygote = _zygote()
-        assert zygote.stdin is not None and zygote.stdout is not None
-        outputs = [Path(folder, str(rank)) for rank in range(world_size)]
-        request = [
-            {"arguments": arguments, "environment": variables, "output": str(output)}
-            for variables, output in zip(
-                wiring(world_size=world_size, environment=environment), outputs, strict=True
-            )
-        ]
-        late = threading.Timer(timeout_s, lambda: os.killpg(zygote.pid, signal.SIGKILL))
-        late.start()
-        try:
-            zygote.stdin.write(json.dumps(request) + "\n")
-            zygote.stdin.flush()
-            statuses = json.loads(zygote.stdout.readline())
-        except BaseException:  # a time-out of the test, too: the next test needs another zygote
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(zygote.pid, signal.SIGKILL)
-            _zygote.cache_clear()
-            raise
-        finally:
-            late.cancel()
-        return [
-            (status, *(output.with_suffix(f".{kind}").read_text() for kind in ("stdout", "stderr")))
-            for status, output in zip(statuses, outputs, strict=True)
-        ]
-
-
-@functools.cache
-def _zygote() -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.zygote"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # its ranks are in its process group
-    )
-    atexit.register(process.communicate)  # which closes its stdin: it ends
-    return process
-
-
 def run_ranks(
-    arguments: list[str],
-    *,
-    world_size: int,
-    environment: dict[str, str] | None = None,
-    timeout_s: float = 120,
+    arguments: list[str], *, world_size: int, environment: dict[str, str] | None = None
 ) -> list[Any]:
     """What each rank printed as one line of JSON.
 
     A rank that failed fails the test with its stderr.
     """
-    results = fork_ranks(
-        arguments, world_size=world_size, environment=environment, timeout_s=timeout_s
-    )
+    ranks = start_ranks(arguments, world_size=world_size, environment=environment)
+    results = finish_ranks(ranks)
     for rank, (status, _, stderr) in enumerate(results):
         assert status == 0, f"rank {rank} of {world_size} ended with {status}:\n{stderr}"
     return [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in results]

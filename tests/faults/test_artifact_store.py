@@ -27,21 +27,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import zygote
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.faults.proxy import Proxy
-from tests.training import REPOSITORY, Finished, make_dataset
+from tests.training import SMALL, Finished, make_dataset
 from xrai.learning.predictor import load_model
 from xrai.store import Store, open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("artifact_store"), pytest.mark.timeout(600)]
 
-OPTIONS = [
-    "--model.width=8",
-    "--train.global_batch_size=16",
-    "--train.precision=off",
-    "--evaluate.num_bootstrap=50",
-    "--train.threads=1",
-]
 LISTED = {  # what a finished run holds
     "config.yaml",
     "environment.json",
@@ -72,7 +66,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Training:
-    process: subprocess.Popen[bytes]
+    process: zygote.Process
     log: Path
 
     def text(self) -> str:
@@ -96,24 +90,11 @@ def training(
     """
     cache.mkdir(parents=True, exist_ok=True)
     log = cache / f"{run_id}-{time.monotonic_ns()}.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "xrai.train",
-                f"--dataset={dataset}",
-                f"--artifacts={artifacts}",
-                f"--run_id={run_id}",
-                *OPTIONS,
-                *options,
-            ],
-            env={**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"},
-            cwd=REPOSITORY,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    started = Training(process, log)
+    command = ["-m", "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}"]
+    command += [f"--run_id={run_id}", *SMALL, *options]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        started = Training(zygote.start(command, environment=environment, output=file), log)
     try:
         yield started
     finally:

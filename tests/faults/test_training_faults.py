@@ -8,8 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import psutil
 import pytest
 import torch
 
+from tests import zygote
 from tests.distributed.ranks import finish_ranks, free_port, start_ranks
-from tests.training import REPOSITORY, make_dataset
+from tests.training import SMALL, TORCHRUN, make_dataset
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.store import LEASE_KEY, open_store
 
@@ -29,16 +30,7 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-OPTIONS = [
-    "--model.width=8",
-    "--train.epochs=3",
-    "--train.global_batch_size=16",
-    "--train.precision=off",
-    "--evaluate.num_bootstrap=50",
-    "--checkpoint.every=1",
-    "--train.threads=1",
-]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+OPTIONS = [*SMALL, "--train.epochs=3", "--checkpoint.every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def whole(dataset: Path) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Started:
-    process: subprocess.Popen[bytes]
+    process: zygote.Process
     log: Path
 
     def ended(self, *, timeout_s: float = 90) -> str:
@@ -80,27 +72,15 @@ def start(
     dataset: Path,
     run_id: str,
     *options: str,
-    launcher: list[str] | None = None,
+    launcher: Sequence[str] = (),
     program: tuple[str, ...] = ("-m", "xrai.train"),
 ) -> Started:
-    command = [*(launcher or [sys.executable]), *program, f"--dataset={dataset}"]
+    command = [*launcher, *program, f"--dataset={dataset}", f"--run_id={run_id}"]
+    command += [f"--artifacts={dataset.parent}/submit", *OPTIONS, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = dataset.parent / f"{run_id}-{time.monotonic_ns()}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [
-                *command,
-                f"--artifacts={dataset.parent}/submit",
-                f"--run_id={run_id}",
-                *OPTIONS,
-                *options,
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-            cwd=REPOSITORY,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return Started(process, log)
+        return Started(zygote.start(command, environment=environment, output=file), log)
 
 
 def folder_of(dataset: Path, run_id: str) -> Path:
@@ -226,55 +206,48 @@ def test_a_process_killed_again_and_again_ends_with_the_same_weights(
         )  # epoch, step, losses, accuracies, AUROC
 
 
-@pytest.mark.parametrize(
-    "target", ["agent", *(pytest.param(f"rank {rank}", marks=pytest.mark.ci) for rank in (0, 1))]
-)
-def test_a_signal_to_torchrun_or_to_any_one_rank_stops_all_at_one_step(
-    dataset: Path, target: str
-) -> None:
-    run_id = f"torchrun-{target.replace(' ', '')}"
-    started = start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
+@pytest.mark.ci
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_at_one_step(dataset: Path, rank: int) -> None:
+    run_id = f"signal-to-{rank}"
+    started = start(dataset, run_id, launcher=TORCHRUN)
     wait_for_step(started, dataset, run_id, 5)
-    if target == "agent":
-        started.process.send_signal(signal.SIGTERM)
-    else:
-        workers_of(started)[int(target[-1])].send_signal(signal.SIGTERM)
+    workers_of(started)[rank].send_signal(signal.SIGTERM)
+    stopped_at_one_step(started, dataset, run_id)
+    goes_on(start(dataset, run_id, launcher=TORCHRUN))
+
+
+def stopped_at_one_step(started: Started, dataset: Path, run_id: str) -> None:
     text = started.ended(timeout_s=60)
     assert started.process.returncode != 0
     (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
     assert int(said) == last_step(dataset, run_id) >= 5
-    goes_on(start(dataset, run_id, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"]))
 
 
+@pytest.mark.ci
 def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stopped(
     dataset: Path,
 ) -> None:
     """Rank 1 leaves first, and torchrun then sends SIGTERM to rank 0 as well, a second time."""
-    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     program = ("tests/faults/slow_to_leave.py",)
-    started = start(dataset, "slow-to-leave", launcher=launcher, program=program)
+    started = start(dataset, "slow-to-leave", launcher=TORCHRUN, program=program)
     wait_for_step(started, dataset, "slow-to-leave", 5)
     workers_of(started)[0].send_signal(signal.SIGTERM)
-    text = started.ended(timeout_s=60)
-    assert started.process.returncode != 0
-    (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
-    assert int(said) == last_step(dataset, "slow-to-leave") >= 5
+    stopped_at_one_step(started, dataset, "slow-to-leave")
 
 
 def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(dataset: Path) -> None:
-    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
-    started = start(dataset, "rank-killed", launcher=launcher)
+    started = start(dataset, "rank-killed", launcher=TORCHRUN)
     wait_for_step(started, dataset, "rank-killed", 5)
     workers_of(started)[1].kill()
     text = started.ended()
     assert started.process.returncode == 1, text
     assert "Signal 9 (SIGKILL)" in text
-    goes_on(start(dataset, "rank-killed", launcher=launcher))
+    goes_on(start(dataset, "rank-killed"))
 
 
 def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path) -> None:
-    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
-    started = start(dataset, "agent-killed", launcher=launcher)
+    started = start(dataset, "agent-killed", launcher=TORCHRUN)
     wait_for_step(started, dataset, "agent-killed", 5)
     orphans = workers_of(started)
     started.process.kill()
@@ -286,16 +259,19 @@ def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path
     assert not alive, text
     (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
     assert int(said) == last_step(dataset, "agent-killed") >= 5
-    finish(start(dataset, "agent-killed", launcher=launcher))
+    goes_on(start(dataset, "agent-killed"))
 
 
-def test_torchrun_restarts_a_run_by_itself_from_the_last_step_saved(dataset: Path) -> None:
-    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    started = start(dataset, "restarted", launcher=launcher)
+def test_torchrun_restarts_a_run_from_the_last_step_saved_and_a_signal_stops_all_at_one_step(
+    dataset: Path,
+) -> None:
+    started = start(dataset, "restarted", launcher=[*TORCHRUN, "--max-restarts=1"])
     wait_for_step(started, dataset, "restarted", 5)
     workers_of(started)[0].kill()
-    text = finish(started)
-    assert "going on after step" in text
+    wait_for_text(started, "going on after step")
+    started.process.terminate()
+    stopped_at_one_step(started, dataset, "restarted")
+    goes_on(start(dataset, "restarted", launcher=TORCHRUN))
 
 
 def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over() -> None:
@@ -402,21 +378,16 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
     generator = random.Random(1)
     done = 0
     for _ in range(num_kills):
-        process = subprocess.Popen(
-            [sys.executable, str(saver), str(folder)],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
-        assert process.stdout is not None
-        for _ in range(generator.randint(1, 5)):
-            done = int(process.stdout.readline())
-        time.sleep(
-            generator.uniform(0, 0.02)
-        )  # a save takes about 10 ms: somewhere in the middle of the next one
-        process.kill()
-        process.communicate(timeout=20)
+        read, write = os.pipe()
+        with os.fdopen(write) as output:
+            process = zygote.start([str(saver), str(folder)], output=output, preload=zygote.RANK)
+        with os.fdopen(read) as lines:
+            for _ in range(generator.randint(1, 5)):
+                done = int(lines.readline())
+            # a save takes about 10 ms: somewhere in the middle of the next one
+            time.sleep(generator.uniform(0, 0.02))
+            process.kill()
+            process.wait(20)
         checkpoints = CheckpointFolder(
             folder,
             store=open_store(str(folder)),
@@ -444,7 +415,7 @@ def test_a_node_is_lost_and_comes_back_and_training_ends(dataset: Path) -> None:
             "--train.timeout_s=60",
             "--train.step_timeout_s=10",
             launcher=[
-                *TORCHRUN,
+                *TORCHRUN[:2],
                 "--nnodes=1:2",
                 "--nproc_per_node=1",
                 "--max-restarts=10",
