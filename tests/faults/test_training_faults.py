@@ -271,7 +271,7 @@ def test_torchrun_restarts_a_run_from_the_last_step_saved_and_a_signal_stops_all
     wait_for_text(started, "going on after step")
     started.process.terminate()
     stopped_at_one_step(started, dataset, "restarted")
-    goes_on(start(dataset, "restarted", launcher=TORCHRUN))
+    goes_on(start(dataset, "restarted"))
 
 
 def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over() -> None:
