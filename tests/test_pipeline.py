@@ -126,7 +126,7 @@ def test_pictures_unlike_the_training_images_go_to_review_with_their_score(run: 
     )
     noise = np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)
     stripes = np.tile(np.array([0, 255], np.uint8), (300, 150))
-    for odd in run.pipeline.predict([noise, stripes, np.zeros((90, 90), np.uint8)]):
+    for odd in run.pipeline.predict([noise, stripes, np.triu(np.full((90, 90), 255, np.uint8))]):
         assert odd.decision == "review" and odd.probability is not None
         prefix, _, rest = odd.reason.partition("atypicality ")
         assert prefix == "does not look like the training images: "

@@ -223,6 +223,27 @@ def test_the_card_shows_samples_counts_and_what_was_set_aside(
             assert picture.width > 100
 
 
+def test_images_with_few_grey_levels_are_counted_in_the_card_and_named_in_the_log(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    dim = {f"train/NORMAL/{k}.png": encoded(gradient(40, 40, seed=k) // 16) for k in range(70, 72)}
+    flat = {"train/NORMAL/white.png": encoded(np.full((40, 40), 255, np.uint8))}
+    source = write_files(tmp_path / "chest", {**source_files(), **dim, **flat})
+    done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    assert done.status == 0
+    message = "2 images use fewer than 48 of 256 grey levels, such as train/NORMAL/7"
+    assert message in done.err
+    card = (tmp_path / "dataset/report/card.md").read_text()
+    assert f"Note: {message}" in card
+    assert "| train/NORMAL/white.png | shows one grey level throughout |" in card
+    plain = run(
+        f"--source={write_files(tmp_path / 'plain', source_files())}",
+        f"--dataset={tmp_path / 'other'}",
+        *SMALL,
+    )
+    assert "grey levels" not in plain.err
+
+
 # --------------------------------------------------------------- the same bytes, however it is made
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.dataset.pictures import picture_file, source_files, write_files
+from tests.dataset.pictures import encoded, gradient, picture_file, source_files, write_files
 from xrai import preprocess, verify
 from xrai.command import run_command
 from xrai.dataset.manifest import Row, manifest_lines, read_manifest
@@ -41,6 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
     files = source_files(40, 40)
     files["train/NORMAL/broken.png"] = b"no picture"
+    files["train/NORMAL/dim.png"] = encoded(gradient(40, 40, seed=99) // 16)
     source = write_files(folder / "chest", files)
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert (
@@ -99,7 +100,7 @@ def all_keys(made: tuple[Path, Path]) -> list[str]:
 def test_a_whole_data_set_passes(check: Command) -> None:
     status, out, err = check()
     assert status == 0, err
-    assert "is whole: 80 images" in out
+    assert "is whole: 81 images" in out
 
 
 def test_one_flipped_byte_in_any_object_is_found_and_named(

@@ -222,6 +222,7 @@ def test_a_part_reads_back_as_it_was_written_and_anything_else_is_refused() -> N
         {"a": "b"},
         [0] * 256,
         ["ef"] * 3,
+        ["train/a.png"],
     )
     empty = dataclasses.replace(part, shard=None)
     for one in (part, empty):

@@ -36,7 +36,7 @@ def grey_png(**options: Any) -> bytes:
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize(
-    ("width", "height"), [(50, 40), (40, 50), (16, 16), (1, 1), (300, 7), (1, 900)]
+    ("width", "height"), [(50, 40), (40, 50), (16, 16), (2, 2), (300, 7), (2, 900)]
 )
 @pytest.mark.parametrize("size", [16, 33])
 def test_any_shape_comes_out_as_the_square_of_8_bits(
@@ -67,7 +67,8 @@ def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
 def test_crop_keeps_the_middle_squash_keeps_all_and_pad_adds_black() -> None:
     pixels = np.zeros((30, 90), np.uint8)
     pixels[:, :30], pixels[:, 30:60], pixels[:, 60:] = 50, 150, 250
-    assert set(decoded(pixels, size=30, fit="crop").ravel()) == {150}
+    pixels[0, 45] = 151
+    assert set(decoded(pixels, size=30, fit="crop").ravel()) == {150, 151}
     squashed = decoded(pixels, size=30, fit="squash")
     assert (squashed[:, 3], squashed[:, 15], squashed[:, 26])[1].tolist() == [150] * 30
     assert squashed[0, 3] == 50 and squashed[0, 26] == 250
@@ -93,8 +94,10 @@ COLOURS = {
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_become_luma(name: str) -> None:
     colour, luma = COLOURS[name]
-    square = decoded(encoded(Image.new("RGB", (20, 20), colour)), size=16)
-    assert np.abs(square.astype(int) - luma).max() <= 1
+    picture = Image.new("RGB", (20, 20))
+    picture.paste(colour, (0, 0, 20, 10))
+    square = decoded(encoded(picture), size=20)
+    assert np.abs(square[:10].astype(int) - luma).max() <= 1 and not square[10:].any()
 
 
 def modes() -> Iterator[tuple[str, Image.Image, str]]:
@@ -342,6 +345,32 @@ def test_a_png_with_a_bomb_of_text_is_set_aside() -> None:
 def test_an_array_that_is_no_grey_picture_is_refused(array: NDArray[np.uint8]) -> None:
     with pytest.raises(ImageError, match="not a grey image"):
         decoded(array)
+
+
+def without_content() -> Iterator[tuple[str, bytes | NDArray[np.uint8], str]]:
+    flat = "shows one grey level throughout"
+    for level in (0, 90, 255):
+        pixels = np.full((40, 60), level, np.uint8)
+        yield f"array {level}", pixels, flat
+        for image_format in ("PNG", "JPEG"):
+            yield f"{image_format} {level}", encoded(pixels, image_format), flat
+        deep = Image.fromarray(pixels.astype(np.uint16) * 257)
+        yield f"16 bits {level}", encoded(deep), flat
+    clear = Image.fromarray(gradient(60, 40)).convert("LA")
+    clear.putalpha(0)
+    yield "transparent", encoded(clear), "is transparent throughout"
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("data", "reason"), [pytest.param(*case, id=name) for name, *case in without_content()]
+)
+def test_an_image_without_content_is_refused(
+    data: bytes | NDArray[np.uint8], reason: str, fit: str
+) -> None:
+    with pytest.raises(ImageError) as caught:
+        decoded(data, fit=fit)
+    assert str(caught.value) == reason
 
 
 VALID = [

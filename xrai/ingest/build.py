@@ -26,6 +26,7 @@ from xrai.dataset.shards import SPLITS, DatasetIndex, ObjectInfo, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, SourceError
 from xrai.files import explaining
 from xrai.ingest.decode import Decoded, decode_rows
+from xrai.ingest.greys import FEW_GREYS, with_few_greys
 from xrai.ingest.leaks import find_near_pairs, num_pairs
 from xrai.ingest.plan import Plan, PlannedShard, check_excluded
 from xrai.ingest.sources import Source
@@ -54,7 +55,7 @@ class Contents:
     index: DatasetIndex  # without `objects`, which the report belongs to
     rows: Sequence[Row]
     near: Sequence[NearDuplicate]
-    notes: Sequence[str]  # the plan's
+    notes: Sequence[str]  # the plan's, and what decoding found
 
 
 Report = Callable[[Store, Contents], dict[str, bytes]]  # the report's files by key
@@ -154,7 +155,8 @@ class Builder:
             counts = tuple(np.bincount(labels, minlength=len(CLASSES)).tolist())
             info = ShardInfo(shard.name, len(labels), size_bytes, digest, counts)
         histogram = grey_histogram(decoded.columns.images).tolist()
-        part = Part(self._plan.sha256, info, decoded.reasons, histogram, decoded.hashes)
+        few_greys = with_few_greys(decoded.columns.source, decoded.columns.images)
+        part = Part(self._plan.sha256, info, decoded.reasons, histogram, decoded.hashes, few_greys)
         self._unfinished.store_part(shard, part)
 
     def _stored_part(self, shard: PlannedShard) -> Part | None:
@@ -245,8 +247,15 @@ def assemble(
             first.one.path,
             first.other.path,
         )
+    notes = [*plan.notes]
+    if few_greys := [path for part in parts for path in part.few_greys]:
+        notes.append(
+            f"{len(few_greys)} images use fewer than {FEW_GREYS} of 256 grey levels, such as "
+            f"{few_greys[0]}"
+        )
+        _logger.warning("%s", notes[-1])
     contents: dict[str, Iterable[bytes]] = {shards.MANIFEST_KEY: manifest_lines(rows)}
-    reported = report(store, Contents(index, rows, near, plan.notes))
+    reported = report(store, Contents(index, rows, near, notes))
     contents.update((key, [data]) for key, data in reported.items())
     paths = {key: folder / str(number) for number, key in enumerate(contents)}
     infos = tuple(_write_object(paths[key], key, pieces) for key, pieces in contents.items())

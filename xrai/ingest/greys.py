@@ -7,17 +7,24 @@ that passes a power of two by little raises it by little (docs/decisions/0020-gr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-FLAT: Final = "is of one grey level throughout, so that it shows nothing"
+FLAT: Final = "shows one grey level throughout"
+FEW_GREYS: Final = 48  # of 256; real images of 16 x 16 pixels use 65 or more, of 64 x 64 127
 
 _STEEPNESS = 5  # the range has doubled where the values pass a power of two by a fifth
 _TYPICAL = 0.95  # the share of the occurring values that is not burned-in text or a border
 _MIN_LEVELS = 256  # what fits into 8 bits is shown as 8 bits are
+
+
+def with_few_greys(paths: Iterable[str], images: Iterable[NDArray[np.uint8]]) -> list[str]:
+    """The paths of images (H, W) with fewer than `FEW_GREYS` grey levels."""
+    numbers = (np.count_nonzero(np.bincount(image.ravel(), minlength=256)) for image in images)
+    return [path for path, number in zip(paths, numbers, strict=True) if number < FEW_GREYS]
 
 
 def distinct_values(samples: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from xrai.errors import ImageError
 from xrai.ingest.dicom import is_dicom, open_radiograph
-from xrai.ingest.greys import distinct_values, grey_range
+from xrai.ingest.greys import FLAT, distinct_values, grey_range
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255 grey levels
 
@@ -66,8 +66,8 @@ def decode(
     the middle of the long side, "squash" scales both sides to `size`, "pad" adds black.
 
     Raises `ImageError` with a short reason when the data is empty, cut short, damaged, of another
-    format, or declares more than `max_pixels` pixels, which is checked before anything is decoded;
-    `SourceError` for DICOM without pydicom.
+    format, shows one grey level throughout, or declares more than `max_pixels` pixels, which is
+    checked before anything is decoded; `SourceError` for DICOM without pydicom.
     """
     return decode_sized(data, size=size, fit=fit, max_pixels=max_pixels)[0]
 
@@ -189,8 +189,10 @@ def _to_grey(image: Image.Image, data: bytes) -> Image.Image:
         grey = samples.astype(np.float32) * np.float32(255 / white)
         return Image.fromarray(np.minimum(grey, np.float32(255)))
     if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, image.convert("RGBA")).convert("L")
+        black, colours = Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA")
+        if colours.getchannel("A").getbbox() is None:
+            raise ImageError("is transparent throughout")
+        return Image.alpha_composite(black, colours).convert("L")
     return image.convert("RGB").convert("L")
 
 
@@ -202,10 +204,16 @@ def _fitted(
     size: int,
     turn: Image.Transpose | None = None,
 ) -> NDArray[np.uint8]:
-    """Scale the box of an image, turn it, and add black up to the square: (size, size)."""
+    """Scale the box of an image, turn it, and add black up to the square: (size, size).
+
+    Raises `ImageError` where all of the box is of one grey level.
+    """
     fitted = grey.resize(scaled, _FILTER, box=box)
     if fitted.mode == "F":
         fitted = Image.fromarray(np.rint(np.asarray(fitted)).clip(0, 255).astype(np.uint8))
+    darkest, brightest = fitted.getextrema()
+    if darkest == brightest:
+        raise ImageError(FLAT)
     if turn is not None:
         fitted = fitted.transpose(turn)
     if fitted.size != (size, size):

@@ -16,6 +16,7 @@ from xrai.errors import CorruptError, DatasetError
 from xrai.files import sha256_of
 from xrai.ingest.build import Report, assemble, gather, write_decoded
 from xrai.ingest.decode import decode_rows
+from xrai.ingest.greys import with_few_greys
 from xrai.ingest.leaks import perceptual_hash
 from xrai.ingest.plan import Plan, PlannedShard
 from xrai.ingest.sources import Source
@@ -83,6 +84,7 @@ def _recover_part(
     """The part of a stored shard, as it was when the shard was made."""
     histogram = np.zeros(256, np.int64)
     hashes: list[str] = []
+    few_greys: list[str] = []
     kept: set[str] = set()
     if info is not None:
         with store.as_file(info.name) as path:
@@ -90,7 +92,8 @@ def _recover_part(
             histogram = grey_histogram(stored.images)
             hashes = [perceptual_hash(np.ascontiguousarray(image)) for image in stored.images]
             kept = set(stored.source)
+            few_greys = with_few_greys(stored.source, stored.images)
     absent = [row for row in shard.rows if row.path not in kept]
     whys = decode_rows(source, Images(**plan.config["images"]), absent, num_workers=1)
     reasons = {row.path: str(why) for row, why in zip(absent, whys, strict=True)}
-    return Part(plan.sha256, info, reasons, histogram.tolist(), hashes)
+    return Part(plan.sha256, info, reasons, histogram.tolist(), hashes, few_greys)

@@ -36,6 +36,7 @@ class Part:
     reasons: dict[str, str]  # path -> why it was excluded
     histogram: list[int]  # pixels of each grey level, (256,)
     perceptual_hashes: list[str]  # of the shard's rows, (N,)
+    few_greys: list[str]  # paths of images with few grey levels
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self)) + "\n").encode()
