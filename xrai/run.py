@@ -20,22 +20,15 @@ from xrai.errors import RunError
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.loop import EpochResult, resolve_precision
-from xrai.learning.predictor import MODEL_FILE, Predictions, Trained, TrainedModel, save_model
+from xrai.learning.predictor import MODEL_FILE, Trained, TrainedModel, save_model
 from xrai.log import get_logger
+from xrai.results import types
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
 from xrai.results.environment import describe_environment
 from xrai.results.folder import HISTORY, SUMMARY, RunFolder
 from xrai.results.history import TAGS, EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
-from xrai.results.types import (
-    Output,
-    SplitResults,
-    TrainedOn,
-    Training,
-    are_phantoms,
-    binary_output,
-)
 
 _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
 _CONFIG = "config.yaml"
@@ -233,7 +226,16 @@ class Job:
         from xrai.measuring import describe_dataset
         from xrai.results.report import Page, render_report
 
-        output = self._choose_output(trained.shifted)
+        # temperature and threshold are chosen on augmented validation images
+        labels = np.tile(self.loaders["val"].labels, len(trained.shifted.logits))
+        logits = trained.shifted.logits.ravel()
+        temperature = fit_temperature(labels, logits)
+        output = types.binary_output(
+            self.index.classes,
+            temperature=temperature,
+            threshold=choose_threshold(labels, calibrated(logits, temperature)),
+            threshold_source="chosen on augmented validation images",
+        )
         results = self._measure(trained, output)
         main = results.pop("test" if "test" in results else "val")
         model = TrainedModel(
@@ -249,15 +251,15 @@ class Job:
         )
         save_model(self.run.path / MODEL_FILE, model)
         self.run.publish([MODEL_FILE])
-        dataset = describe_dataset(self._dataset, self.index)
-        training = Training(
+        data = describe_dataset(self._dataset, self.index)
+        training = types.Training(
             run_id=self.run.run_id,
             status="finished",
             epochs=len(self.run.history()),
             best_epoch=trained.epoch,
             fingerprint=self.index.fingerprint,
             duration_s=time.monotonic() - began,
-            trained_on=TrainedOn(dataset.source, dataset.image_size, dataset.fit, dataset.splits),
+            trained_on=types.TrainedOn(data.source, data.image_size, data.fit, data.splits),
         )
         val = results.get("val", main).main.whole.metrics
         validation = {name: val[name].value for name in HEADLINES}
@@ -266,7 +268,7 @@ class Job:
         page = Page(
             main,
             training,
-            dataset,
+            data,
             config=self.config.to_mapping(),
             environment=self._environment(),
             history=self.run.history(),
@@ -276,18 +278,7 @@ class Job:
         self.run.finish(summary.to_mapping())
         return result_lines(summary.main, self.run.address, validation=summary.validation)
 
-    def _choose_output(self, shifted: Predictions) -> Output:
-        labels = np.tile(self.loaders["val"].labels, len(shifted.logits))
-        logits = shifted.logits.ravel()
-        temperature = fit_temperature(labels, logits)
-        return binary_output(
-            self.index.classes,
-            temperature=temperature,
-            threshold=choose_threshold(labels, calibrated(logits, temperature)),
-            threshold_source="chosen on augmented validation images",
-        )
-
-    def _measure(self, trained: Trained, output: Output) -> dict[str, SplitResults]:
+    def _measure(self, trained: Trained, output: types.Output) -> dict[str, types.SplitResults]:
         """Write the results of each split that was scored; the main split's are on top."""
         from xrai.measuring import Measuring, read_looks
 
@@ -337,4 +328,4 @@ class Job:
         loader = self.loaders["val"]
         starts = range(0, loader.num_images, _ROWS_AT_ONCE)
         parts = (loader.columns("source", start=at, stop=at + _ROWS_AT_ONCE) for at in starts)
-        return are_phantoms(source for part in parts for source in part["source"])
+        return types.are_phantoms(source for part in parts for source in part["source"])

@@ -134,9 +134,8 @@ class CheckpointFolder:
 
     def _by_score(self) -> list[Entry]:
         """The checkpoints that have a score, best first."""
-        scored = [(-entry.score, entry.step) for entry in self._entries if entry.score is not None]
-        by_step = {entry.step: entry for entry in self._entries}
-        return [by_step[step] for _, step in sorted(scored)]
+        scored = [entry for entry in self._entries if entry.score is not None]
+        return sorted(scored, key=lambda entry: (-(entry.score or 0.0), entry.step))
 
     def _marks(self) -> dict[str, bool]:
         """The marks in the store, and those here that an earlier process did not upload; each with

@@ -171,21 +171,15 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
             f"{MODEL_FILE} of {store.uri} has schema version {content.get('schema_version')}, "
             f"this xrai reads version {SCHEMA_VERSION}"
         )
-    model = Model(**content["model"])
-    network = build_model(model)
-    network.load_state_dict(content["weights"])
+    del content["schema_version"]
+    weights = content.pop("weights")
+    content["model"], content["images"] = Model(**content["model"]), Images(**content["images"])
+    content["classes"] = tuple(content["classes"])
+    content["typicality"] = Typicality(**content["typicality"])
+    network = build_model(content["model"])
+    network.load_state_dict(weights)
     network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainedModel(
-        network,
-        model,
-        Images(**content["images"]),
-        tuple(content["classes"]),
-        threshold=content["threshold"],
-        temperature=content["temperature"],
-        typicality=Typicality(**content["typicality"]),
-        run_id=content["run_id"],
-        fingerprint=content["fingerprint"],
-    )
+    return TrainedModel(network, **content)
 
 
 def _read_model(store: Store, sha256: str | None) -> dict[str, Any]:

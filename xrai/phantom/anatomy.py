@@ -35,11 +35,6 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """A number between `low` and `high`."""
-    return float(rng.uniform(low, high))
-
-
 @dataclass(frozen=True)
 class Phantom:
     """One image to draw: the image-th (from 0) of a patient (from 1)."""
@@ -131,7 +126,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     drawn: list[Any] = []
     for shape in fields(Anatomy):
         if ranges := shape.metadata.get("ranges"):
-            values = tuple(uniform(rng, *within) for within in ranges)
+            values = tuple(rng.uniform(*within) for within in ranges)
             drawn.append(values if len(values) > 1 else values[0])
     return Anatomy(_grow_vessels(rng), _noise_tile(rng, 12), _noise_tile(rng, 4), *drawn)
 
@@ -233,26 +228,26 @@ def draw_disease(rng: np.random.Generator, kind: Kind) -> Disease:
     if kind == "normal":
         return Disease()
     if kind == "virus":
-        strength = uniform(rng, 0.50, 1.0)
+        strength = rng.uniform(0.50, 1.0)
         patches = []
         for _ in range(int(rng.integers(2, 7))):
             patch = _draw_opacity(rng, int(rng.choice([-1, 1])), _PATCH)
             patches.append(replace(patch, density=patch.density * strength))
-        haze = (strength * uniform(rng, 0.25, 0.60), strength * uniform(rng, 0.25, 0.60))
-        net = (strength * uniform(rng, 0.04, 0.12), strength * uniform(rng, 0.04, 0.12))
+        haze = (strength * rng.uniform(0.25, 0.60), strength * rng.uniform(0.25, 0.60))
+        net = (strength * rng.uniform(0.04, 0.12), strength * rng.uniform(0.04, 0.12))
         return Disease(tuple(patches), haze=haze, reticulation=net)
     side = int(rng.choice([-1, 1]))
     lobes = []
     if rng.random() < 0.4:
         upper = bool(rng.random() < 0.4)
-        fissure_v = uniform(rng, 0.32, 0.48) if upper else uniform(rng, 0.5, 0.72)
-        shape = [uniform(rng, *within) for within in ((-0.25, 0.25), (0.45, 0.90), (0.06, 0.25))]
+        fissure_v = rng.uniform(0.32, 0.48) if upper else rng.uniform(0.5, 0.72)
+        shape = [rng.uniform(*within) for within in ((-0.25, 0.25), (0.45, 0.90), (0.06, 0.25))]
         lobes.append(Lobe(side, upper, fissure_v, *shape))
     opacities = [
         _draw_opacity(rng, side if rng.random() < 0.8 else -side, _FOCUS)
         for _ in range(int(rng.integers(0 if lobes else 1, 3)))
     ]
-    drop = uniform(rng, 0.05, 0.22) if rng.random() < 0.2 else 0.0
+    drop = rng.uniform(0.05, 0.22) if rng.random() < 0.2 else 0.0
     effusion = (drop, 0.0) if side < 0 else (0.0, drop)
     return Disease(tuple(opacities), tuple(lobes), effusion=effusion)
 
@@ -260,4 +255,4 @@ def draw_disease(rng: np.random.Generator, kind: Kind) -> Disease:
 def _draw_opacity(
     rng: np.random.Generator, side: int, shape: tuple[tuple[float, float], ...]
 ) -> Opacity:
-    return Opacity(side, *(uniform(rng, *within) for within in shape))
+    return Opacity(side, *(rng.uniform(*within) for within in shape))

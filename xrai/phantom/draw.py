@@ -14,17 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from xrai.phantom.anatomy import (
-    Anatomy,
-    Array,
-    Disease,
-    Phantom,
-    draw_anatomy,
-    draw_disease,
-    generator,
-    uniform,
-)
+from xrai.phantom.anatomy import Anatomy, Disease, Phantom, draw_anatomy, draw_disease, generator
 
+Array = NDArray[np.floating]  # float32
 _DRAWN_WIDTH_MAX = 640  # soft structures of wider images are drawn at this width and enlarged
 _PIXELS_A_STRIP = 12_000  # 48 kB as float32
 
@@ -47,12 +39,12 @@ class _Pose:
 
 
 def _draw_pose(rng: np.random.Generator, width: int, height: int) -> _Pose:
-    unit_v = min(height, width / 1.12) * uniform(rng, 0.55, 0.74)
-    unit_u = unit_v * 0.62 * uniform(rng, 0.92, 1.10)
+    unit_v = min(height, width / 1.12) * rng.uniform(0.55, 0.74)
+    unit_u = unit_v * 0.62 * rng.uniform(0.92, 1.10)
     turn = math.radians(float(np.clip(rng.normal(0, 4), -10, 10)))
-    shear = uniform(rng, -0.05, 0.05)
-    x0 = width * (0.5 + uniform(rng, -0.05, 0.05))
-    y0 = height * (0.5 + uniform(rng, -0.06, 0.07))
+    shear = rng.uniform(-0.05, 0.05)
+    x0 = width * (0.5 + rng.uniform(-0.05, 0.05))
+    y0 = height * (0.5 + rng.uniform(-0.06, 0.07))
     cos, sin = math.cos(turn), math.sin(turn)
     a, b = cos / unit_u, (sin + shear) / unit_u
     d, e = -sin / unit_v, cos / unit_v
@@ -339,17 +331,17 @@ def _absorption(
 
 def _expose(rng: np.random.Generator, absorption: Array, size: tuple[int, int]) -> Array:
     """The image (H, W) in [0, 1], black where the beam got through, of a size (width, height)."""
-    gain, fog, gamma = (uniform(rng, *of) for of in ((0.52, 0.78), (-0.03, 0.12), (0.75, 1.45)))
+    gain, fog, gamma = (rng.uniform(*of) for of in ((0.52, 0.78), (-0.03, 0.12), (0.75, 1.45)))
     image: Array = np.clip(absorption * gain + fog, 0, None) ** np.float32(gamma)
     image = image / (1 + np.float32(0.22) * image * image)  # film saturates
-    blur = np.float32(uniform(rng, 0.0, 0.3))
+    blur = np.float32(rng.uniform(0.0, 0.3))
     for _axis in range(2):
         image = image.T.copy()
         image[1:-1] += blur * (0.5 * (image[:-2] + image[2:]) - image[1:-1])
     if (image.shape[1], image.shape[0]) != size:
         image = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     noise = rng.standard_normal(image.shape, dtype=np.float32)
-    image += np.float32(uniform(rng, 0.005, 0.022)) * noise * np.sqrt(0.15 + np.clip(image, 0, 1))
+    image += np.float32(rng.uniform(0.005, 0.022)) * noise * np.sqrt(0.15 + np.clip(image, 0, 1))
     return image
 
 
@@ -360,12 +352,12 @@ def _add_tubes(rng: np.random.Generator, image: Array) -> None:
     height, width = image.shape
     canvas = Image.new("L", (width, height))
     steps = np.linspace(0, 1, 24)
-    waves = 0.06 * np.sin(steps * uniform(rng, 3, 9))
-    x = width * (uniform(rng, 0.1, 0.9) + uniform(rng, -0.5, 0.5) * steps + waves)
-    y = height * (uniform(rng, -0.1, 0.5) + uniform(rng, 0.2, 0.9) * steps)
+    waves = 0.06 * np.sin(steps * rng.uniform(3, 9))
+    x = width * (rng.uniform(0.1, 0.9) + rng.uniform(-0.5, 0.5) * steps + waves)
+    y = height * (rng.uniform(-0.1, 0.5) + rng.uniform(0.2, 0.9) * steps)
     points = np.stack([x, y], axis=1).ravel().tolist()
     ImageDraw.Draw(canvas).line(points, fill=255, width=max(1, width // 150), joint="curve")
-    image += np.float32(uniform(rng, 0.08, 0.3) / 255) * np.asarray(canvas, dtype=np.float32)
+    image += np.float32(rng.uniform(0.08, 0.3) / 255) * np.asarray(canvas, dtype=np.float32)
 
 
 def _add_frame(rng: np.random.Generator, image: Array) -> None:
@@ -373,22 +365,22 @@ def _add_frame(rng: np.random.Generator, image: Array) -> None:
     height, width = image.shape
     if rng.random() < 0.45:
         top, bottom, left, right = np.maximum(0, rng.uniform(-0.05, 0.06, 4))
-        shade = uniform(rng, 0.0, 0.06)
+        shade = rng.uniform(0.0, 0.06)
         image[: round(top * height)] = shade
         image[height - round(bottom * height) :] = shade
         image[:, : round(left * width)] = shade
         image[:, width - round(right * width) :] = shade
     if rng.random() < 0.85:
         letter = "R" if rng.random() < 0.7 else "L"
-        size = max(8.0, height * uniform(rng, 0.05, 0.10))
-        x = width * uniform(rng, 0.02, 0.14)
+        size = max(8.0, height * rng.uniform(0.05, 0.10))
+        x = width * rng.uniform(0.02, 0.14)
         if letter == "L":
             x = width - x - 0.7 * size
-        y = height * uniform(rng, 0.02, 0.5)
+        y = height * rng.uniform(0.02, 0.5)
         canvas = Image.new("L", (width, height))
         font = ImageFont.load_default(size=size)
         ImageDraw.Draw(canvas).text((x, y), letter, fill=255, font=font)
-        ink = np.asarray(canvas, dtype=np.float32) * np.float32(uniform(rng, 0.6, 1.0) / 255)
+        ink = np.asarray(canvas, dtype=np.float32) * np.float32(rng.uniform(0.6, 1.0) / 255)
         np.maximum(image, ink, out=image)
 
 
@@ -403,11 +395,11 @@ def draw_phantom(seed: int, phantom: Phantom, *, full_size: bool = False) -> Arr
     rng = generator(seed, 2, phantom.patient, phantom.image)
     narrow, wide = (1000, 2500) if full_size else (160, 320)
     width = round(narrow * (wide / narrow) ** rng.random())
-    height = round(width / uniform(rng, 0.85, 1.45))
+    height = round(width / rng.uniform(0.85, 1.45))
     enlarge = max(1.0, width / _DRAWN_WIDTH_MAX)
     drawn = (round(width / enlarge), round(height / enlarge))
     pose = _draw_pose(rng, *drawn)
-    severity = uniform(rng, 0.85, 1.15)
+    severity = rng.uniform(0.85, 1.15)
     absorption = _absorption(anatomy, disease, pose, (drawn[1], drawn[0]), severity)
     image = _expose(rng, absorption, (width, height))
     _add_tubes(rng, image)

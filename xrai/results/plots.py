@@ -117,7 +117,6 @@ def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
 
 
 def _draw_roc(figure: Figure, found: Labelled, main: OutputResults) -> None:
-    """The ROC curve with the operating point."""
     output, metrics = main.output, main.whole.metrics
     x = f"1 - specificity: {output.opposite} images called {output.name}"
     axes = _square_axes(figure, x, f"sensitivity: {output.name} images found")
