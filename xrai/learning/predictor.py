@@ -30,8 +30,7 @@ SCHEMA_VERSION = 2
 class Predictions:
     """What a network says of every image of a split, once each, in the order of its rows."""
 
-    rows: NDArray[np.int64]  # (draws, N), as all three
-    logits: NDArray[np.float64]
+    logits: NDArray[np.float64]  # (draws, N), as both
     atypicality: NDArray[np.float64] | None = None  # above 1 asks for review; None: not asked for
 
 
@@ -92,14 +91,10 @@ def predict_split(
     parts = ranks.gather((np.concatenate(rows), np.concatenate(scores, axis=2)))
     all_rows = np.concatenate([part[0] for part in parts])
     order = np.argsort(all_rows, kind="stable")
-    all_rows = all_rows[order]
+    is_whole = np.array_equal(all_rows[order], np.arange(loader.num_images))
+    assert is_whole, "each image counts exactly once"
     all_scores = np.concatenate([part[1] for part in parts], axis=2)[:, :, order]
-    assert np.array_equal(all_rows, np.arange(loader.num_images)), "each image counts exactly once"
-    return Predictions(
-        np.broadcast_to(all_rows, all_scores[0].shape),
-        all_scores[0],
-        None if typicality is None else all_scores[1],
-    )
+    return Predictions(all_scores[0], None if typicality is None else all_scores[1])
 
 
 def build_model(config: Model) -> ResNet:
