@@ -66,6 +66,11 @@ _POINT: _Look = {"markersize": 9, "markeredgecolor": PAPER, "markeredgewidth": 1
 _SMALL: _Look = {"fontsize": 8.5, "color": MUTED}
 _TOP: _Look = {"xycoords": ("data", "axes fraction")}  # of a note at (x, 1)
 _PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
+_SERIES = (  # name, colour, and how columns of history.csv begin; there is no shifted_loss
+    ("train", style.TRAIN, "train"),
+    ("validation", style.VALIDATION, "val"),
+    ("validation,\naugmented", style.SHIFTED, "shifted"),
+)
 _HEAT_OPACITY = 0.65  # of a heat map where it is 1
 
 
@@ -80,24 +85,17 @@ def draw_curves(
 
     A value that is NaN leaves a gap.
     """
-    lines = [("train", style.TRAIN, "train"), ("validation", style.VALIDATION, "val")]
     epochs = [row.epoch for row in history]
     for kind, unit in (
         ("loss", "cross-entropy, nats"),
         ("accuracy", "share of images correctly classified"),
     ):
-        if kind == "accuracy":
-            lines.append(("validation,\naugmented", style.SHIFTED, "shifted"))
         note = note_line(unit, is_phantom=is_phantom)
         title = f"{kind.capitalize()} by epoch"
         with _figure(folder / f"{kind}.png", title, note, size=(6.2, 4.3)) as figure:
             axes = figure.add_subplot()
             figure.subplots_adjust(left=0.1, right=0.745, top=0.795, bottom=0.12)
-            series = [
-                (name, colour, [float(getattr(row, f"{key}_{kind}")) for row in history])
-                for name, colour, key in lines
-            ]
-            _draw_series(axes, epochs, series, is_share=kind == "accuracy")
+            _draw_series(axes, history, kind)
             if best_epoch is not None:
                 axes.axvline(best_epoch, zorder=1, **_CHANCE)
                 is_late = best_epoch > (epochs[0] + epochs[-1]) / 2
@@ -339,17 +337,13 @@ def _figure(path: Path, title: str, note: str, *, size: tuple[float, float]) -> 
     write_atomically(path, buffer.getvalue())
 
 
-def _draw_series(
-    axes: Axes,
-    epochs: Sequence[int],
-    series: Sequence[tuple[str, str, Sequence[float]]],
-    *,
-    is_share: bool,
-) -> None:
-    """Draw lines (name, colour, values by epoch) with their names and last values at the right."""
+def _draw_series(axes: Axes, history: Sequence[EpochRow], kind: str) -> None:
+    """Draw the lines of `_SERIES` with their names and last values at the right."""
+    is_share, epochs = kind == "accuracy", [row.epoch for row in history]
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
-    for name, colour, values in series:
+    for name, colour, split in _SERIES:
+        values = [float(getattr(row, f"{split}_{kind}", math.nan)) for row in history]
         if known := [value for value in values if math.isfinite(value)]:
             marker = "o" if len(known) <= 40 else None
             look: _Look = {"linewidth": 2, "marker": marker, "markersize": 3.5}

@@ -45,17 +45,11 @@ class Page:
     others: Sequence[SplitResults] = ()  # the run's other splits
     is_evaluation: bool = False  # of a finished run, perhaps on another data set
 
-    @property
-    def splits(self) -> tuple[SplitResults, ...]:
-        """All splits that the page compares."""
-        return (self.results, *self.others)
-
 
 @dataclass(frozen=True)
 class Shown:
     """One estimate as the page shows it, with its place on a bar from 0 to 100 %."""
 
-    name: str
     title: str
     meaning: str
     value: str
@@ -72,7 +66,6 @@ def show(name: str, estimate: Estimate) -> Shown:
     is_on_bar = name not in _NOT_ON_A_BAR
     has_range = is_on_bar and bool(interval)
     return Shown(
-        name=name,
         title=METRICS[name].title,
         meaning=METRICS[name].meaning,
         value=format_value(name, estimate.value),
