@@ -122,7 +122,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test sees the addresses, credentials or cache of the person who runs it."""
+    """No test sees the addresses, credentials, cache or keys of the person who runs it."""
     for name in list(os.environ):
         if name.startswith("AWS_") or (
             name.startswith("XRAI_") and not name.startswith("XRAI_TEST_")
@@ -132,6 +132,7 @@ def _clean_environment(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
 
 
 @pytest.fixture(scope="session")

@@ -472,6 +472,88 @@ def test_without_pydicom_a_dicom_source_is_refused_with_what_to_install_and_noth
     assert not (tmp_path / "dataset").exists()
 
 
+# ---------------------------------------------------------------------- the key of patients' hashes
+
+
+def patients_table(path: Path) -> str:
+    """A table of the files of `dicom_source` that names their patients."""
+    return table(
+        path,
+        [
+            f"{name},{name.partition('/')[0]},Ann {name.rpartition('/')[2].partition('.')[0]},"
+            for name in dicom_source()
+        ],
+    )
+
+
+@pytest.mark.parametrize("kind", ["headers", "headers that nobody has read", "table"])
+def test_jobs_with_one_key_agree_and_one_with_another_is_refused_in_one_line(
+    run: Callable[..., Done], tmp_path: Path, kind: str
+) -> None:
+    source = write_files(tmp_path / "films", dicom_source())
+    labels = [patients_table(tmp_path / "t.csv")] if kind == "table" else []
+    arguments = [f"--source={source}", *SMALL, *labels]
+    own, other = (f"--patient_key={tmp_path / name}" for name in ("own.key", "other.key"))
+    assert run(*arguments, f"--dataset={tmp_path / 'whole'}", own).status == 0
+    parts = [*arguments, f"--dataset={tmp_path / 'parts'}"]
+    assert run(*parts, own, "--partition=0/3").status == 0
+    if kind == "headers":  # the other job hashes nothing, and is told all the same
+        (tmp_path / "other.key").write_text("0123456789abcdef")
+    elif kind != "table":
+        (tmp_path / "parts" / "unfinished-hashes-00000").unlink()
+    before = all_files(tmp_path / "parts")
+    refused(run(*parts, other, "--partition=1/3"), "--patient_key or XRAI_PATIENT_KEY")
+    assert all_files(tmp_path / "parts") == before
+    for number in (1, 2):
+        assert run(*parts, own, f"--partition={number}/3").status == 0
+    assert all_files(tmp_path / "parts") == all_files(tmp_path / "whole")
+    done = run(*arguments, f"--dataset={tmp_path / 'whole'}", other)
+    refused(done, f"or patients hashed with another key than that in {tmp_path / 'other.key'}")
+    secret = (tmp_path / "own.key").read_text().strip()
+    assert not any(
+        secret.encode() in path.read_bytes() for path in (tmp_path / "whole").rglob("*.*")
+    )
+
+
+def test_where_no_patient_is_named_no_key_is_needed_nor_made(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XRAI_PATIENT_KEY", "/nowhere/at/all")
+    make(run, write_files(tmp_path / "chest", source_files()), tmp_path / "dataset")
+    monkeypatch.delenv("XRAI_PATIENT_KEY")
+    make(run, tmp_path / "chest", tmp_path / "again")
+    assert not (tmp_path / "config").exists()
+
+
+def test_a_key_is_never_in_the_data_set(run: Callable[..., Done], tmp_path: Path) -> None:
+    source = write_files(tmp_path / "films", dicom_source(4))
+    dataset = tmp_path / "dataset"
+    done = run(f"--source={source}", f"--dataset={dataset}", f"--patient_key={dataset}/a/key")
+    refused(done, "is inside --dataset")
+    assert not dataset.exists()
+
+
+def test_a_data_set_of_keyed_patients_is_repaired_with_the_key(
+    run: Callable[..., Done],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    source, dataset = write_files(tmp_path / "films", dicom_source()), tmp_path / "dataset"
+    make(run, source, dataset, f"--patient_key={tmp_path / 'key'}")
+    before = all_files(dataset)
+    (dataset / "manifest.jsonl").unlink()
+    arguments = ["verify", f"--dataset={dataset}", "--repair", f"--source={source}"]
+    for name, status in (("none", 2), ("key", 0)):
+        monkeypatch.setattr(sys, "argv", [*arguments, f"--patient_key={tmp_path / name}"])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(verify.main)
+        assert exit_.value.code == status, capfd.readouterr().err
+        assert not (tmp_path / "none").exists()
+    assert all_files(dataset) == before
+
+
 # ------------------------------------------------------------------------------------------- labels
 
 

@@ -42,7 +42,7 @@ OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phanto
         "parts",
     ),
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
-    *("from-env-file", "volumes"),
+    *("from-env-file", "from-file", "volumes"),
 }
 
 

@@ -32,11 +32,12 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextmanager
-def replacing(path: Path, *, only_if_absent: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, only_if_absent: bool = False, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` if the block succeeds and vanishes if it fails.
 
-    Parent folders are created. With `only_if_absent`, raises `FileExistsError` instead of
-    replacing. Raises `OSError` as the operating system does; see `explaining`.
+    Parent folders are created. `mode` is its permissions, less the umask. With `only_if_absent`,
+    raises `FileExistsError` instead of replacing. Raises `OSError` as the operating system does;
+    see `explaining`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def replacing(path: Path, *, only_if_absent: bool = False) -> Iterator[BinaryIO]
     _remove_stale_temporaries(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -56,9 +57,11 @@ def replacing(path: Path, *, only_if_absent: bool = False) -> Iterator[BinaryIO]
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes, *, only_if_absent: bool = False) -> None:
+def write_atomically(
+    path: Path, data: bytes, *, only_if_absent: bool = False, mode: int = 0o666
+) -> None:
     """Write `data` to `path`, whole or not at all; see `replacing`."""
-    with replacing(path, only_if_absent=only_if_absent) as file:
+    with replacing(path, only_if_absent=only_if_absent, mode=mode) as file:
         file.write(data)
 
 

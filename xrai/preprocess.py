@@ -33,6 +33,7 @@ from xrai.ingest.card import REPORT_KEYS, make_report
 from xrai.ingest.decode import start_workers_soon
 from xrai.ingest.hashing import hash_source
 from xrai.ingest.labels import LabelTable, read_labels
+from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import Source, open_source
 from xrai.ingest.unfinished import UNFINISHED, Unfinished
@@ -44,6 +45,13 @@ FLAGS = (
     Flag("source", "data/chest_xray", "images: folder, .zip, .npz or s3://bucket", "XRAI_SOURCE"),
     Flag("labels", "", "CSV file: path, label, patient, split; else class folders", "XRAI_LABELS"),
     Flag("dataset", "data/dataset", "the data set: folder or s3://bucket/prefix", "XRAI_DATASET"),
+    Flag(
+        "patient_key",
+        "",
+        "file with the key to hash patients' identifiers with; empty: patient.key in "
+        "$XDG_CONFIG_HOME/xrai or ~/.config/xrai, made when it is first needed",
+        "XRAI_PATIENT_KEY",
+    ),
     Flag("workers", 0, "processes that decode; 0: one per core", type=int),
     Flag("partition", "0/1", "this process's share, I/N with I from 0 to N-1", "XRAI_PARTITION"),
     Flag("overwrite", False, "replace the data set, finished or not, that is there", type=bool),
@@ -92,22 +100,34 @@ def main() -> None:
             "--overwrite and --partition exclude each other: each process would discard what the "
             "others made"
         )
+    key = PatientKey(flags["patient_key"])
+    own = store.local_path(INDEX_KEY)
+    if flags["patient_key"] and own and key.path.resolve().is_relative_to(own.parent.resolve()):
+        raise ConfigError(
+            f"--patient_key {key.path} is inside --dataset {store.uri}, which others may get; keep "
+            "it elsewhere"
+        )
     table = read_labels(flags["labels"]) if flags["labels"] else None
     if overwrite:
-        listing = list_source(source, table)
+        listing = list_source(source, table, key)
         if store.size(INDEX_KEY) is not None:  # a source that is refused must not cost the data set
             make_plan(listing, hash_source(source, listing, None), config)
         del listing
         remove_dataset(store)
-    preprocess(config, source, table, store, share)
+    preprocess(config, source, table, key, store, share)
 
 
 def preprocess(
-    config: Config, source: Source, table: LabelTable | None, store: Store, share: Share
+    config: Config,
+    source: Source,
+    table: LabelTable | None,
+    key: PatientKey,
+    store: Store,
+    share: Share,
 ) -> None:
     """Make a share of the data set, and commit if all shares are there; print the outcome."""
     began = time.monotonic()
-    listing = list_source(source, table)
+    listing = list_source(source, table, key)
     if store.size(INDEX_KEY) is not None:
         show_existing(config, source, listing, store)
         return
@@ -179,9 +199,11 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
                 )
     plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
+        key = listing.key
+        words = f", or patients hashed with another key than that in {key.path}" if key.id else ""
         raise DatasetError(
-            f"{store.uri} holds a data set of other images or labels than those of {source.name}: "
-            f"{advice}"
+            f"{store.uri} holds a data set of other images or labels than those of {source.name}"
+            f"{words}: {advice}"
         )
     remove_leftovers(store, index)  # what a kill between the commit and its last step may have left
     _logger.info("the data set is there already, from the same images and config: nothing to do")

@@ -17,9 +17,10 @@ from xrai.files import num_cores
 from xrai.ingest.card import make_report
 from xrai.ingest.hashing import hash_source
 from xrai.ingest.labels import read_labels
-from xrai.ingest.plan import list_source, make_plan
+from xrai.ingest.patients import PatientKey
+from xrai.ingest.plan import Listing, list_source, make_plan
 from xrai.ingest.repair import repair
-from xrai.ingest.sources import open_source
+from xrai.ingest.sources import Source, open_source
 from xrai.ingest.unfinished import UNFINISHED
 from xrai.log import setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
@@ -32,6 +33,9 @@ FLAGS = (
         "source", "data/chest_xray", "for --repair: the raw images it was made from", "XRAI_SOURCE"
     ),
     Flag("labels", "", "for --repair: the CSV file of labels it was made with", "XRAI_LABELS"),
+    Flag(
+        "patient_key", "", "for --repair: the key of patients, as of preprocess", "XRAI_PATIENT_KEY"
+    ),
 )
 
 
@@ -43,7 +47,10 @@ def main() -> None:
     index = read_index(store)
     faults = verify(store, index)
     if faults and flags["repair"]:
-        repair_from(store, index, faults, source_uri=flags["source"], labels_uri=flags["labels"])
+        source = open_source(flags["source"])
+        table = read_labels(flags["labels"]) if flags["labels"] else None
+        listing = list_source(source, table, PatientKey(flags["patient_key"], may_make=False))
+        repair_from(store, index, faults, source=source, listing=listing)
         faults = verify(store, index)
     if faults:
         number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -71,17 +78,10 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
 
 
 def repair_from(
-    store: Store,
-    index: DatasetIndex,
-    faults: Sequence[Fault],
-    *,
-    source_uri: str,
-    labels_uri: str = "",
+    store: Store, index: DatasetIndex, faults: Sequence[Fault], *, source: Source, listing: Listing
 ) -> None:
     """Make the objects of these faults anew, with the config that the data set states."""
     config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
-    source = open_source(source_uri)
-    listing = list_source(source, read_labels(labels_uri) if labels_uri else None)
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
     report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)

@@ -9,8 +9,10 @@ from xrai.errors import SourceError
 from xrai.ingest import labels
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
 from xrai.ingest.layout import Entry, is_file_patient
+from xrai.ingest.patients import PatientKey
 from xrai.store import open_store
 
+KEY = PatientKey()
 PATHS = ("a.dcm", "b.dcm", "c.dcm", "d/e.png", "notes.txt")
 GOOD = (
     "path,label,patient,split\n"
@@ -19,7 +21,9 @@ GOOD = (
 
 
 def entries(text: str, *, paths: Sequence[str] = PATHS) -> tuple[Entry, ...]:
-    return lay_out_by_labels(paths, parse_labels(text, name="t.csv"), source="films").entries
+    return lay_out_by_labels(
+        paths, parse_labels(text, name="t.csv"), source="films", key=KEY
+    ).entries
 
 
 def refusal(text: str) -> str:
@@ -37,7 +41,7 @@ def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
         "path,label,patient,split,subtype,group\n"
         "a.dcm,NORMAL,p1,train,,north\nb.dcm,pneumonia,p1,TRAIN,virus,south\nc.dcm,Pneumonia,p2,test,Bacterial,north\n"
     )
-    layout = lay_out_by_labels(PATHS, parse_labels(text, name="t.csv"), source="films")
+    layout = lay_out_by_labels(PATHS, parse_labels(text, name="t.csv"), source="films", key=KEY)
     assert [(e.path, e.label, e.split, e.subtype) for e in layout.entries] == [
         ("a.dcm", 0, "train", ""),
         ("b.dcm", 1, "train", "viral"),
@@ -225,7 +229,7 @@ TREE = ("x/NORMAL/1.png", "x/NORMAL/2 b.png", "x/PNEUMONIA/1.png", "x/PNEUMONIA/
 
 def resolved(*paths: str, source: str = "films") -> tuple[list[str], tuple[str, ...]]:
     text = "path;label\n" + "".join(f"{path};NORMAL\n" for path in paths)
-    layout = lay_out_by_labels(TREE, parse_labels(text, name="t.csv"), source=source)
+    layout = lay_out_by_labels(TREE, parse_labels(text, name="t.csv"), source=source, key=KEY)
     return [entry.path for entry in layout.entries], layout.notes
 
 

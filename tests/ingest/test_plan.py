@@ -14,6 +14,7 @@ from xrai.config import Config, Images, Shards, Splits
 from xrai.errors import ImageError, SourceError
 from xrai.ingest import hashing
 from xrai.ingest.hashing import hash_files
+from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan
 from xrai.ingest.sources import Source, SourceFile
 
@@ -45,7 +46,9 @@ def plan_of(files: dict[str, bytes], config: Config = CONFIG) -> Plan:
     source = Held(files)
     listing = list_source(source)
     return make_plan(
-        listing, hash_files(source, listing.layout.entries, on_done=lambda _: None), config
+        listing,
+        hash_files(source, listing.layout.entries, key=listing.key, on_done=lambda _: None),
+        config,
     )
 
 
@@ -129,7 +132,7 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_all_in
     source = Watched(files)
     entries = list_source(source).layout.entries
     counted: list[int] = []
-    rows = hash_files(source, entries, on_done=counted.append)
+    rows = hash_files(source, entries, key=PatientKey(), on_done=counted.append)
     assert [(row.path, row.sha256) for row in rows] == [
         (path, hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())
     ]

@@ -8,7 +8,8 @@ from xrai.dataset.manifest import Row
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.dicom import is_dicom, read_patient_id
-from xrai.ingest.layout import Entry, hashed_patient, is_file_patient
+from xrai.ingest.layout import Entry, is_file_patient
+from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing
 from xrai.ingest.sources import Source, hash_of
 from xrai.ingest.unfinished import Unfinished
@@ -46,14 +47,16 @@ def hash_source(
         for group in own_first:
             files = groups[group]
             found = unfinished.hashes(group, num_files=len(files)) if unfinished else None
-            if found is not None:
+            if unfinished and found is not None:
+                unfinished.check_key(listing.key)
                 rows[group] = [
                     _row(entry, *texts) for entry, texts in zip(files, found, strict=True)
                 ]
                 bar.update(len(found))
                 continue
-            rows[group] = hash_files(source, files, on_done=bar.update)
+            rows[group] = hash_files(source, files, key=listing.key, on_done=bar.update)
             if unfinished:
+                unfinished.claim_key(listing.key)
                 unfinished.store_hashes(
                     group, [(row.sha256, row.reason, row.patient) for row in rows[group]]
                 )
@@ -61,7 +64,7 @@ def hash_source(
 
 
 def hash_files(
-    source: Source, entries: Sequence[Entry], *, on_done: Callable[[int], object]
+    source: Source, entries: Sequence[Entry], *, key: PatientKey, on_done: Callable[[int], object]
 ) -> list[Row]:
     """One row per entry, with the hash of its file, or the reason why it cannot be read.
 
@@ -79,7 +82,7 @@ def hash_files(
         if isinstance(data, bytes):
             sizes.append(len(data))
             if is_file_patient(patient) and is_dicom(data):
-                patient = _patient_in(data, patient)
+                patient = _patient_in(data, patient, key)
         return _row(entry, hash_of(data), "", patient)
 
     began, began_busy = time.perf_counter(), time.thread_time()
@@ -104,10 +107,10 @@ def _row(entry: Entry, sha256: str, reason: str, patient: str) -> Row:
     return Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
 
 
-def _patient_in(data: bytes, patient: str) -> str:
+def _patient_in(data: bytes, patient: str, key: PatientKey) -> str:
     """The key of a DICOM file's patient; `patient`, from its path, where the file names none."""
     identifier = read_patient_id(data)
     if not identifier:
         return patient
     group = patient.partition(":")[0]
-    return hashed_patient(identifier, group="dicom" if group == "file" else group)
+    return key.hash(identifier, group="dicom" if group == "file" else group)

@@ -2,7 +2,8 @@
 
 Columns `path` and `label`; `patient`, `split`, `subtype` and `group` where they are known, each
 filled in every row or in none (except `subtype`). Every mistake in the table is found and named by
-its line before any image is read. Patients are kept as hashes, since tables may hold their names.
+its line before any image is read. Patients are kept as keyed hashes, since tables may hold their
+names.
 """
 
 import csv
@@ -16,7 +17,8 @@ from typing import Final
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import NotFoundError, SourceError, TooLargeError
-from xrai.ingest.layout import SPLIT_NAMES, SUBTYPES, Entry, Layout, file_patient, hashed_patient
+from xrai.ingest.layout import SPLIT_NAMES, SUBTYPES, Entry, Layout, file_patient
+from xrai.ingest.patients import PatientKey
 from xrai.log import get_logger
 from xrai.store import open_store
 
@@ -107,7 +109,9 @@ def parse_labels(text: str, *, name: str) -> LabelTable:
     return LabelTable(name, tuple(labels))
 
 
-def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -> Layout:
+def lay_out_by_labels(
+    paths: Iterable[str], table: LabelTable, *, source: str, key: PatientKey
+) -> Layout:
     """The layout that a table gives to a source's paths; `source` names it in messages.
 
     Files that the table does not name are counted, but are not data. Paths may be written with
@@ -125,7 +129,9 @@ def lay_out_by_labels(paths: Iterable[str], table: LabelTable, *, source: str) -
         for words in _faults(label.cells, filled, held, source=source)
     ]
     _refuse(sorted([*faults, *_repeated(labels)]), name=table.name)
-    entries = tuple(sorted((_entry(label.cells) for label in labels), key=lambda entry: entry.path))
+    entries = tuple(
+        sorted((_entry(label.cells, key) for label in labels), key=lambda entry: entry.path)
+    )
     num_others = len(held) - len(entries)
     not_data = {f"not named by {table.name}": num_others} if num_others else {}
     return Layout(entries, "split" in filled, not_data, notes)
@@ -233,15 +239,15 @@ def _faults(
 def _repeated(labels: Sequence[Label]) -> Iterator[tuple[int, str]]:
     """Paths that appear twice, and patients in two splits; a patient is not named."""
     lines: dict[str, int] = {}
-    places: dict[str, dict[str, int]] = defaultdict(dict)
+    places: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for label in labels:
         path = label.cells["path"]
         first = lines.setdefault(path, label.line)
         if first != label.line:
             yield label.line, f"path {_shown(path)} is in line {first}, too"
-        patient, split = _patient_of(label.cells), _split_of(label.cells)
+        patient, split = label.cells.get("patient", ""), _split_of(label.cells)
         if patient and split:
-            splits = places[patient]
+            splits = places[label.cells.get("group", ""), patient]
             if split not in splits and splits:
                 other, line = next(iter(splits.items()))
                 yield label.line, f"a patient in {split} who is in {other} in line {line}"
@@ -258,25 +264,22 @@ def _refuse(faults: Sequence[tuple[int, str]], *, name: str) -> None:
     raise SourceError(f"{rows} of {name} cannot be used: {shown}{more}")
 
 
-def _entry(cells: Mapping[str, str]) -> Entry:
-    subtype = cells.get("subtype", "").lower()
+def _entry(cells: Mapping[str, str], key: PatientKey) -> Entry:
+    subtype, group = cells.get("subtype", "").lower(), cells.get("group", "")
+    patient = file_patient(cells["path"], group=group)
+    if identifier := cells.get("patient"):
+        patient = key.hash(identifier, group=group or "patient")
     return Entry(
         path=cells["path"],
         split=_split_of(cells) or "train",
         label=CLASSES.index(cells["label"].upper()),
-        patient=_patient_of(cells) or file_patient(cells["path"], group=cells.get("group", "")),
+        patient=patient,
         subtype=SUBTYPES.get(subtype, subtype),
     )
 
 
 def _split_of(cells: Mapping[str, str]) -> str:
     return SPLIT_NAMES.get(cells.get("split", "").lower(), "")
-
-
-def _patient_of(cells: Mapping[str, str]) -> str:
-    """The patient's key, empty where the table names no patient."""
-    patient = cells.get("patient", "")
-    return hashed_patient(patient, group=cells.get("group") or "patient") if patient else ""
 
 
 def _shown(text: str) -> str:

@@ -1,6 +1,5 @@
 """From paths to data files: the layout of folders, and the file names of the public data set."""
 
-import hashlib
 import re
 import sys
 from collections import Counter, defaultdict
@@ -129,11 +128,6 @@ def parse_name(name: str) -> tuple[str, str]:
 def file_patient(path: str, *, group: str = "") -> str:
     """The key for a file whose patient is unknown: each such file counts as its own patient."""
     return f"{group}:{_OWN}{path}" if group else f"{_OWN}{path}"
-
-
-def hashed_patient(identifier: str, *, group: str) -> str:
-    """The key of a patient whom a table or a header names: always the same, without the name."""
-    return f"{group}:{hashlib.sha256(identifier.encode()).hexdigest()[:16]}"
 
 
 def is_file_patient(patient: str) -> bool:

@@ -7,7 +7,7 @@ made by itself, by any worker or machine (`xrai.ingest.build`), with the same by
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from xrai.dataset.shards import SCHEMA_VERSION, SPLITS, shard_name
 from xrai.errors import SourceError
 from xrai.ingest.labels import LabelTable, lay_out_by_labels
 from xrai.ingest.layout import Layout, lay_out
+from xrai.ingest.patients import PatientKey
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import assign_splits, refuse_missing_class
 from xrai.log import get_logger
@@ -35,6 +36,7 @@ class Listing:
     source: str  # for people
     layout: Layout
     sha256: str  # of the paths and sizes, and of what a table says about them
+    key: PatientKey = field(compare=False)  # for the patients in the files
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,21 @@ class Plan:
     sha256: str  # of everything above that decides the contents
 
 
-def list_source(source: Source, table: LabelTable | None = None) -> Listing:
-    """List a source and find its data files, by their folders or by a table.
+def list_source(
+    source: Source, table: LabelTable | None = None, key: PatientKey | None = None
+) -> Listing:
+    """List a source and find its data files, by their folders or by a table. `key` is for the
+    identifiers of patients; None means the user's own.
 
     Raises `SourceError` when it is empty, lacks a class or has an unknown one, or the table does
     not fit it.
     """
-    files = source.files()
+    files, key = source.files(), key or PatientKey()
     paths = (file.path for file in files)
     if table is None:
         layout = lay_out(paths, source=source.name)
     else:
-        layout = lay_out_by_labels(paths, table, source=source.name)
+        layout = lay_out_by_labels(paths, table, source=source.name, key=key)
     if any(entry.split == "train" for entry in layout.entries):  # else it is to evaluate on
         labels = (entry.label for entry in layout.entries)
         refuse_missing_class(labels, where=f"source {source.name}")
@@ -80,7 +85,7 @@ def list_source(source: Source, table: LabelTable | None = None) -> Listing:
         _logger.info("%s", words)
     listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)
     said = [] if table is None else _in_list(json.dumps(asdict(entry)) for entry in layout.entries)
-    return Listing(source.name, layout, _hash_of_texts(chain(listed, said)))
+    return Listing(source.name, layout, _hash_of_texts(chain(listed, said)), key)
 
 
 def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:

@@ -42,7 +42,8 @@ def repair(
     """
     if plan.sha256 != index.plan_sha256:
         raise DatasetError(
-            f"{store.uri} was not made from source {source.name}: files, labels or config differ"
+            f"{store.uri} was not made from source {source.name}: files, labels, config or the "
+            "key of patients (--patient_key) differ"
         )
     images = Images(**plan.config["images"])
     infos = {info.name: info for shards in index.splits.values() for info in shards}

@@ -1,13 +1,16 @@
 """What an address holds while a data set is made there, under keys that begin with "unfinished-".
 
-A claim, which says what is being made; the hashes of the source's files; and a part for each shard,
-which says what the shard holds. With these a killed job goes on from what is stored, and several
-machines can share the work. A commit removes them.
+A claim, which says what is being made; the id of the key that patients are hashed with, once one is
+used; the hashes of the source's files; and a part for each shard, which says what the shard holds.
+With these a killed job goes on from what is stored, and several machines can share the work. A
+commit removes them.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -17,6 +20,7 @@ from xrai import __version__
 from xrai.dataset.shards import HDF5_VERSION, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, NotFoundError
 from xrai.ingest import dicom
+from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, PlannedShard
 from xrai.log import get_logger
 from xrai.store import Store
@@ -24,6 +28,7 @@ from xrai.store import Store
 UNFINISHED: Final = "unfinished-"
 
 _CLAIM = f"{UNFINISHED}claim.json"
+_KEY_ID = f"{UNFINISHED}patient-key"
 _logger = get_logger(__name__)
 
 
@@ -58,7 +63,7 @@ class Unfinished:
     """The unfinished objects at an address. What is damaged counts as missing."""
 
     def __init__(self, store: Store, listing: Listing, config: dict[str, Any]) -> None:
-        self._store = store
+        self._store, self._key, self._key_id = store, listing.key, ""
         versions = {"xrai": __version__, "pillow": PIL.__version__, "hdf5": HDF5_VERSION}
         claim = {
             "listing_sha256": listing.sha256,
@@ -66,6 +71,8 @@ class Unfinished:
             "config": config,
             "made_with": {**versions, **dicom.versions()},
         }
+        if listing.key.id:  # a table names patients
+            claim["patient_key"] = listing.key.id
         self._claim = json.dumps(claim, sort_keys=True).encode()
 
     def claim(self) -> None:
@@ -78,12 +85,34 @@ class Unfinished:
             except NotFoundError:  # another process has just committed; this one will find the same
                 return
             if found != self._claim:
+                other = re.search(rb'"patient_key": "([0-9a-f]+)"', found)
+                if other and self._key.id and other[1].decode() != self._key.id:
+                    raise _other_key(self._store, other[1].decode(), self._key) from None
                 raise DatasetError(
                     f"{self._store.uri} holds the beginning of a data set from another source, "
                     "config or version: finish that one, choose another --dataset, or discard it "
                     "with --overwrite"
                 ) from None
             _logger.info("going on with the data set that was begun at %s", self._store.uri)
+
+    def claim_key(self, key: PatientKey) -> None:
+        """State which key patients are hashed with, if any is. Raises `DatasetError` if another job
+        has used another one.
+        """
+        if key.id != self._key_id:
+            with suppress(AlreadyExistsError):
+                self._store.write(_KEY_ID, key.id.encode(), only_if_absent=True)
+            self.check_key(key)
+
+    def check_key(self, key: PatientKey) -> None:
+        """Raise `DatasetError` if another job has used another key than this one, if it exists."""
+        if self._key_id:
+            return
+        with suppress(NotFoundError):
+            found = self._store.read(_KEY_ID).decode(errors="replace")
+            if (own := key.existing_id()) not in ("", found):
+                raise _other_key(self._store, found, key)
+            self._key_id = own
 
     def hashes(self, group: int, *, num_files: int) -> list[list[str]] | None:
         """Stored (sha256, reason, patient) of a group of files."""
@@ -121,6 +150,14 @@ class Unfinished:
         except NotFoundError:
             return None
         return data if digest == hashlib.sha256(data).hexdigest().encode() else None
+
+
+def _other_key(store: Store, found: str, key: PatientKey) -> DatasetError:
+    return DatasetError(
+        f"{store.uri} holds the beginning of a data set whose patients are hashed with the key "
+        f"{found}; {key.path} holds another one, {key.id}: name the same file for all its jobs by "
+        "--patient_key or XRAI_PATIENT_KEY, or discard it with --overwrite"
+    )
 
 
 def remove_unfinished(store: Store) -> None:
