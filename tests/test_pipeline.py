@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -304,6 +305,22 @@ def test_a_link_that_leads_nowhere_is_a_row_that_says_so(run: Run, films: Path) 
             "review",
             "cannot be read (No such file or directory)",
         )
+
+
+def test_decoding_for_the_network_and_for_people_is_under_the_budget(
+    run: Run, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    hold = run.pipeline._budget.hold
+
+    def watched(num_bytes: int) -> AbstractContextManager[None]:
+        held.append(num_bytes)
+        return hold(num_bytes)
+
+    monkeypatch.setattr(run.pipeline._budget, "hold", watched)
+    list(run.pipeline.classify(find_files([f"{films}/b.jpeg"]), explain_side=64))
+    assert len(held) == 2
+    assert min(held) > (films / "b.jpeg").stat().st_size
 
 
 def test_pipes_and_devices_are_rows_that_say_so_and_are_not_waited_for(

@@ -45,7 +45,10 @@ class Images:
         "crop", "how an image is made square: crop the center, stretch, or pad"
     )
     max_pixels: int = _key(
-        100_000_000, "a file that declares more pixels is excluded undecoded", "[1024, inf)"
+        100_000_000,
+        "a file that declares more pixels is excluded undecoded; one takes up to 5 bytes of memory "
+        "a pixel, DICOM 10",
+        "[1024, inf)",
     )
     max_set_aside: float = _key(0.05, "share of source files that may be excluded", "[0, 1]")
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from xrai.errors import ImageError
 from xrai.files import num_cores
+from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
 from xrai.ingest.images import decode
 from xrai.learning.batch import to_grey
@@ -82,6 +83,7 @@ class Pipeline:
     ) -> None:
         self.model = model
         self.max_pixels = max_pixels or model.images.max_pixels
+        self._budget = MemoryBudget(num_cores())
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = fold_filters(model.network).to(self._device)
         self._typicality = model.typicality.to(self._device)
@@ -155,7 +157,9 @@ class Pipeline:
         return grey.contiguous(memory_format=torch.channels_last)
 
     def _read(self, file: File, explain_side: int | None) -> _Read:
-        to_square = functools.partial(decode, fit=self.model.fit, max_pixels=self.max_pixels)
+        to_square = functools.partial(
+            decode, fit=self.model.fit, max_pixels=self.max_pixels, hold=self._budget.hold
+        )
         try:
             data = file.read()
             own = to_square(data, size=self.model.image_size)

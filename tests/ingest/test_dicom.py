@@ -447,6 +447,15 @@ def test_a_jpeg_inside_dicom_is_the_picture_of_the_jpeg() -> None:
     assert np.abs(decoded(file).astype(int) - decoded(jpeg)).max() <= 1
 
 
+def test_a_jpeg_of_scans_for_minutes_inside_dicom_is_refused() -> None:
+    pixels = gradient(64, 64)
+    jpeg = encoded(pixels, "JPEG", progressive=True)
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    film = jpeg[:-2] + 20_000 * last + jpeg[-2:]
+    with pytest.raises(ImageError, match="JPEG of more than 50 scans"):
+        decoded(packed(film, pixels, pydicom.uid.JPEGBaseline8Bit))
+
+
 def test_a_compressed_picture_of_another_size_than_declared_is_not_unpacked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -702,7 +711,7 @@ def test_what_is_no_dicom_is_not_taken_for_it(data: bytes) -> None:
 def test_a_file_that_declares_too_much_is_refused_before_anything_is_unpacked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dicom, "_samples_and_table", lambda *_: pytest.fail("unpacked"))
+    monkeypatch.setattr(dicom, "_samples_and_levels", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ImageError, match="more than"):
         decode(
             dicom_file(SMALL, Rows=20_000, Columns=20_000),

@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.dataset.pictures import encoded, gradient, huge_png, png_chunk
+from tests.dataset.pictures import dicom_file, encoded, gradient, huge_png, png_chunk
 from xrai.errors import ImageError
 from xrai.ingest import images
 from xrai.ingest.images import REDUCED_TOLERANCE, decode, decode_sized
@@ -100,8 +102,8 @@ def test_colours_become_luma(name: str) -> None:
     assert np.abs(square[:10].astype(int) - luma).max() <= 1 and not square[10:].any()
 
 
-def modes() -> Iterator[tuple[str, Image.Image, str]]:
-    grey = Image.fromarray(gradient(40, 40))
+def modes(size: tuple[int, int] = (40, 40)) -> Iterator[tuple[str, Image.Image, str]]:
+    grey = Image.fromarray(gradient(*size))
     yield "1", grey.point(lambda value: 255 * (value > 100)).convert("1"), "PNG"
     for mode in ("L", "LA", "P", "RGB", "RGBA"):
         yield mode, grey.convert(mode), "PNG"
@@ -286,6 +288,92 @@ def test_reduced_decoding_of_the_published_films_stays_within_the_stated_toleran
     assert worst < REDUCED_TOLERANCE
 
 
+# ------------------------------------------------------------------------------ memory and time
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("mode", "picture", "image_format"),
+    [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in modes((190, 130))],
+)
+def test_a_large_image_is_converted_and_scaled_in_strips_to_the_same_greys(
+    mode: str, picture: Image.Image, image_format: str, fit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(picture, image_format)
+    whole = decoded(data, fit=fit)
+    monkeypatch.setattr(images, "_WHOLE_PIXELS", 100)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 1000)  # 5 rows
+    np.testing.assert_array_equal(decoded(data, fit=fit), whole)
+
+
+def test_a_large_dicom_film_is_scaled_in_strips_to_the_same_greys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples = gradient(190, 130).astype(np.uint16) * 257
+    for data in (
+        dicom_file(samples),
+        dicom_file(samples, PatientOrientation=["H", "R"]),
+        dicom_file(np.dstack([gradient(190, 130)] * 3), PhotometricInterpretation="RGB"),
+    ):
+        whole = decoded(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_WHOLE_PIXELS", 100)
+            patch.setattr(images, "_STRIP_PIXELS", 1000)
+            np.testing.assert_array_equal(decoded(data), whole)
+
+
+def large_files(side: int = 5000) -> Iterator[tuple[str, bytes]]:
+    grey = np.tile((np.arange(side) % 256).astype(np.uint8), (side, 1))
+    picture = Image.fromarray(grey)
+    for mode in ("L", "LA", "RGB", "RGBA"):
+        yield mode, encoded(picture.convert(mode), compress_level=1)
+    yield "16", encoded(Image.fromarray(grey.astype(np.uint16) * 257), compress_level=1)
+    yield "progressive", encoded(picture.convert("RGB"), "JPEG", progressive=True)
+    yield "dicom", dicom_file(grey.astype(np.uint16) * 257)
+
+
+MEASURE = """
+import resource, sys
+from contextlib import nullcontext
+from pathlib import Path
+from xrai.ingest.images import decode
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def decoded(data, holds):
+    hold = lambda num_bytes: holds.append(num_bytes) or nullcontext()
+    decode(data, size=64, fit="crop", max_pixels=10**8, hold=hold)
+data, holds = Path(sys.argv[1]).read_bytes(), []
+decoded(Path(sys.argv[2]).read_bytes(), [])  # imports what it needs
+before = peak()
+decoded(data, holds)
+print(peak() - before, holds[0])
+"""
+
+
+@pytest.mark.ci
+def test_what_decoding_takes_is_known_before_it_takes_it(tmp_path: Path) -> None:
+    for (name, data), (_, small) in zip(large_files(), large_files(50), strict=True):
+        (tmp_path / "large").write_bytes(data)
+        (tmp_path / "small").write_bytes(small)
+        told = subprocess.run(
+            [sys.executable, "-c", MEASURE, tmp_path / "large", tmp_path / "small"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        taken, held = (int(number) for number in told)
+        assert taken < held + (16 << 20), name
+        assert held < 340_000_000, name  # of 25 million pixels; 16-bit PNG alone took 340 MB
+
+
+def test_a_jpeg_of_scans_for_minutes_is_refused() -> None:
+    data = encoded(gradient(64, 64), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    assert decoded(data[:-2] + 30 * last + data[-2:]).shape == (32, 32)
+    with pytest.raises(ImageError, match=r"is a JPEG of 200.. scans; at most 50 are decoded"):
+        decoded(data[:-2] + 20_000 * last + data[-2:])
+
+
 # ---------------------------------------------------------------------------------------- bad files
 
 
@@ -319,7 +407,7 @@ def test_a_bad_file_is_refused_with_its_reason(name: str) -> None:
 def test_a_file_that_declares_too_much_is_refused_before_anything_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "_to_grey", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "_greys_of", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="more than"):
         decode(huge_png(20_000, 20_000), size=32, fit="crop", max_pixels=100_000_000)
 

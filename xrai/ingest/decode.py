@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from xrai.config import Images
 from xrai.dataset.manifest import Row
 from xrai.errors import ImageError, SourceError, XraiError
+from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.images import decode_sized
 from xrai.ingest.leaks import perceptual_hash
 from xrai.ingest.sources import Source, hash_of
@@ -51,8 +52,9 @@ def decode_rows(
     tasks = [files[start : start + _IMAGES_A_TASK] for start in range(0, len(rows), _IMAGES_A_TASK)]
     num_workers = min(num_workers, len(tasks))
     if num_workers <= 1:
+        budget = MemoryBudget(1)
         for task in tasks:
-            yield from _decode_files(source, images, task)
+            yield from _decode_files(source, images, task, budget)
         return
     start_workers_soon()
     context = multiprocessing.get_context("forkserver")
@@ -61,7 +63,8 @@ def decode_rows(
     # Pixels go through shared memory, everything else through pipes
     shared = context.RawArray(ctypes.c_uint8, math.prod(shape))
     places = np.ctypeslib.as_array(shared).reshape(shape)
-    executor = start_pool(num_workers, context, _begin_work, source, images, shared)
+    budget = MemoryBudget(num_workers, context)
+    executor = start_pool(num_workers, context, _begin_work, source, images, shared, budget)
     ahead: deque[Future[list[_Found | str]]] = deque()
     taken = 0  # tasks whose images were handed on, so that their places are free again
 
@@ -94,21 +97,22 @@ def start_workers_soon() -> None:
     forkserver.ensure_running()
 
 
-_worker: tuple[Source, Images, NDArray[np.uint8]] | None = None  # of a worker process
+_worker: tuple[Source, Images, NDArray[np.uint8], MemoryBudget] | None = None  # of a worker process
 
 
-def _begin_work(source: Source, images: Images, shared: Any) -> None:
+def _begin_work(source: Source, images: Images, shared: Any, budget: MemoryBudget) -> None:
     global _worker
     places = np.ctypeslib.as_array(shared).reshape(-1, _IMAGES_A_TASK, images.size, images.size)
-    _worker = (source, images, places)
+    _worker = (source, images, places, budget)
 
 
 def _work(task: Sequence[_File], place: int) -> list[_Found | str]:
     """Put the pixels of a task's images into their place; return the rest."""
     assert _worker is not None
-    source, images, places = _worker
+    source, images, places, budget = _worker
     results: list[_Found | str] = []
-    for pixels, decoded in zip(places[place], _decode_files(source, images, task), strict=False):
+    found = _decode_files(source, images, task, budget)
+    for pixels, decoded in zip(places[place], found, strict=False):
         if isinstance(decoded, str):
             results.append(decoded)
         else:
@@ -117,14 +121,18 @@ def _work(task: Sequence[_File], place: int) -> list[_Found | str]:
     return results
 
 
-def _decode_files(source: Source, images: Images, task: Sequence[_File]) -> list[Decoded | str]:
+def _decode_files(
+    source: Source, images: Images, task: Sequence[_File], budget: MemoryBudget
+) -> list[Decoded | str]:
     if source.num_parallel_reads == 1:
-        return [_decode_file(source, images, file) for file in task]
+        return [_decode_file(source, images, file, budget) for file in task]
     with ThreadPoolExecutor(source.num_parallel_reads) as pool:
-        return list(pool.map(lambda file: _decode_file(source, images, file), task))
+        return list(pool.map(lambda file: _decode_file(source, images, file, budget), task))
 
 
-def _decode_file(source: Source, images: Images, file: _File) -> Decoded | str:
+def _decode_file(
+    source: Source, images: Images, file: _File, budget: MemoryBudget
+) -> Decoded | str:
     path, sha256 = file
     try:
         data = source.read(path)
@@ -133,7 +141,7 @@ def _decode_file(source: Source, images: Images, file: _File) -> Decoded | str:
                 f"{path} in source {source.name} was changed while it was read; start again"
             )
         pixels, size = decode_sized(
-            data, size=images.size, fit=images.fit, max_pixels=images.max_pixels
+            data, size=images.size, fit=images.fit, max_pixels=images.max_pixels, hold=budget.hold
         )
     except ImageError as error:
         return str(error)

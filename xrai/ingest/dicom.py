@@ -26,13 +26,13 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,11 @@ _DAMAGE = (
 )
 _UNPACK_TIMEOUT_S = 60.0  # of one image in the other process: GDCM may also hang
 _quiet_lock = threading.Lock()
+
+START_OF_SCAN: Final = b"\xff\xda"
+MAX_SCANS: Final = 50  # of a JPEG: usual are 1 to 12, and one of 100 million pixels takes 0.2 s
+# Samples (h, W) or (h, W, 3) to what a viewer shows (h, W): 0 black to 255 white, not rounded
+Levels = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
 def is_dicom(data: bytes) -> bool:
@@ -125,19 +130,17 @@ class Radiograph:
     _dataset: "Dataset"
     _directions: tuple[str, str]  # of the patient, along a stored row and a stored column
 
-    def to_grey(self) -> NDArray[np.float32]:
-        """Unpack: (H, W), upright, 0 black to 255 white, not rounded.
+    def unpack(self) -> tuple[NDArray[Any], Levels]:
+        """Samples (H, W) or (H, W, 3), upright, and what makes levels of some of their rows.
 
         Raises `ImageError` when the pixels are damaged, or no installed package unpacks them.
         """
         with _reading("PixelData"):
             with _quiet():
-                samples, lowest, shown = _samples_and_table(self._data, self._dataset)
-            if shown is not None:  # outside, so that several threads get on with it at once
-                samples = np.take(shown, samples.astype(np.int32) - lowest)
-            grey = _turned(samples, self._directions)
-        assert grey.shape == (self.height, self.width)
-        return grey
+                samples, to_levels = _samples_and_levels(self._data, self._dataset)
+            samples = _turned(samples, self._directions)
+        assert samples.shape[:2] == (self.height, self.width)
+        return samples, to_levels
 
 
 def open_radiograph(data: bytes) -> Radiograph:
@@ -361,12 +364,8 @@ def _aspect(dataset: "Dataset") -> float:
 # ------------------------------------------------------------------------------------------- pixels
 
 
-def _samples_and_table(
-    data: bytes, dataset: "Dataset"
-) -> tuple[NDArray[Any], int, NDArray[np.float32] | None]:
-    """The image as a viewer shows it, 0 to 255: stored samples (H, W), the lowest of them, and the
-    levels shown for it and for those that follow; without a table the samples are the levels.
-    """
+def _samples_and_levels(data: bytes, dataset: "Dataset") -> tuple[NDArray[Any], Levels]:
+    """The stored samples, and how a viewer shows them."""
     from pydicom.uid import RLELossless
 
     photometric = dataset.PhotometricInterpretation
@@ -387,8 +386,8 @@ def _samples_and_table(
     claims = [2.0 ** (bits - sign_bits) for bits in (stored, high + 1) if bits < allocated]
     if not is_grey:
         white = grey_range(distinct_values(samples), claims)[1]
-        luma = np.minimum(samples, white).astype(np.float32) @ _LUMA * np.float32(255 / white)
-        return np.asarray(luma, np.float32), 0, None
+        scale = np.float32(255 / white)
+        return samples, lambda rows: np.minimum(rows, white).astype(np.float32) @ _LUMA * scale
     syntax = dataset.file_meta.TransferSyntaxUID
     if high + 1 >= stored and (not syntax.is_encapsulated or syntax == RLELossless):
         # The other bits may hold overlays
@@ -406,7 +405,8 @@ def _samples_and_table(
     if photometric == "MONOCHROME1" or _code(dataset, "PresentationLUTShape") == "INVERSE":
         shown = 1 - shown
     shown[_padding(values, dataset)] = 0
-    return samples, lowest, np.asarray(shown * 255, np.float32)
+    levels = np.asarray(shown * 255, np.float32)
+    return samples, lambda rows: np.take(levels, rows.astype(np.int32) - lowest)
 
 
 def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
@@ -428,8 +428,10 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
         )
     if not syntax.is_encapsulated or syntax == RLELossless:
         return np.asarray(decoder.as_array(dataset, index=0, correct_unused_bits=False)[0])
-    stated = _size_in_frame(get_frame(dataset.PixelData, 0, number_of_frames=1))
-    if stated != (dataset.Columns, dataset.Rows):
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    if frame.count(START_OF_SCAN) > MAX_SCANS:
+        raise ImageError(f"is DICOM of a JPEG of more than {MAX_SCANS} scans")
+    if _size_in_frame(frame) != (dataset.Columns, dataset.Rows):
         raise ImageError("is DICOM whose compressed image is not of the size in its header")
     if "pillow" not in plugins:
         return _elsewhere.unpack(data)
@@ -566,11 +568,11 @@ def _window(
     return np.asarray(np.clip(shown, 0, 1), np.float32)
 
 
-def _turned(stored: NDArray[np.float32], directions: tuple[str, str]) -> NDArray[np.float32]:
+def _turned(stored: NDArray[Any], directions: tuple[str, str]) -> NDArray[Any]:
     """Rows to the patient's left, columns to the feet, as seen from the front. Contiguous."""
     along_row, along_column = directions
     if along_row in "HF":
-        stored, along_row, along_column = stored.T, along_column, along_row
+        stored, along_row, along_column = stored.swapaxes(0, 1), along_column, along_row
     if along_row == "R":
         stored = stored[:, ::-1]
     if along_column == "H":

@@ -17,8 +17,8 @@ median image by 0.16, the worst, a grainy one at 224, by 0.56.
 import io
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import numpy as np
@@ -28,12 +28,19 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from xrai.errors import ImageError
-from xrai.ingest.dicom import is_dicom, open_radiograph
+from xrai.ingest.dicom import MAX_SCANS, START_OF_SCAN, is_dicom, open_radiograph
 from xrai.ingest.greys import FLAT, distinct_values, grey_range
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255 grey levels
 
+Hold = Callable[[int], AbstractContextManager[None]]  # takes bytes of a budget of memory
+
 _REDUCED_MARGIN = 2.0
+_WHOLE_PIXELS = 1 << 24  # of an image that is converted and scaled as a whole
+_STRIP_PIXELS = 1 << 20  # of a larger one that are converted and scaled at a time
+_STRIP_BYTES = 12  # a pixel, for the copies on that way
+_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # a pixel of Pillow's modes, else 4
+_DICOM_BYTES = 8  # a pixel, for all that pydicom and its decoders hold at once
 _FILTER = Image.Resampling.BILINEAR
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what turns the stored image upright (EXIF 2.32, tag 274)
@@ -55,7 +62,12 @@ _DECODER_ERRORS = (
 
 
 def decode(
-    data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int
+    data: bytes | NDArray[np.uint8],
+    *,
+    size: int,
+    fit: str,
+    max_pixels: int,
+    hold: Hold = lambda num_bytes: nullcontext(),
 ) -> NDArray[np.uint8]:
     """A JPEG, PNG or DICOM file, or an array (H, W) uint8, to (size, size) uint8; 0 is black.
 
@@ -63,17 +75,23 @@ def decode(
     the range of the bits that they use (`xrai.ingest.greys`). Nothing else is stretched: stretching
     each image by its own contrast can strengthen shortcuts. EXIF orientation is applied. DICOM
     looks as a viewer first shows it (`xrai.ingest.dicom`), with square pixels. `fit`: "crop" keeps
-    the middle of the long side, "squash" scales both sides to `size`, "pad" adds black.
+    the middle of the long side, "squash" scales both sides to `size`, "pad" adds black. `hold` is
+    entered with the number of bytes that decoding takes, before it takes them.
 
     Raises `ImageError` with a short reason when the data is empty, cut short, damaged, of another
     format, shows one grey level throughout, or declares more than `max_pixels` pixels, which is
     checked before anything is decoded; `SourceError` for DICOM without pydicom.
     """
-    return decode_sized(data, size=size, fit=fit, max_pixels=max_pixels)[0]
+    return decode_sized(data, size=size, fit=fit, max_pixels=max_pixels, hold=hold)[0]
 
 
 def decode_sized(
-    data: bytes | NDArray[np.uint8], *, size: int, fit: str, max_pixels: int
+    data: bytes | NDArray[np.uint8],
+    *,
+    size: int,
+    fit: str,
+    max_pixels: int,
+    hold: Hold = lambda num_bytes: nullcontext(),
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """`decode`, and (width, height) of the whole image, upright, before it is fitted, in pixels."""
     if isinstance(data, np.ndarray):
@@ -84,29 +102,41 @@ def decode_sized(
         height, width = data.shape
         _check_num_pixels(width, height, max_pixels=max_pixels)
         box, scaled = _geometry(width, height, size=size, fit=fit)
-        return _fitted(Image.fromarray(data), box, scaled, size=size), (width, height)
+        grey = Image.fromarray(data).resize(scaled, _FILTER, box=box)
+        return _fitted(grey, size=size), (width, height)
     if is_dicom(data):
         radiograph = open_radiograph(data)
-        _check_num_pixels(radiograph.width, radiograph.height, max_pixels=max_pixels)
-        box, scaled = _geometry(
-            radiograph.width, radiograph.height * radiograph.aspect, size=size, fit=fit
-        )
-        left, top, right, bottom = box  # in square pixels
-        stored = (left, top / radiograph.aspect, right, bottom / radiograph.aspect)
-        grey = Image.fromarray(radiograph.to_grey())
-        return _fitted(grey, stored, scaled, size=size), (radiograph.width, radiograph.height)
+        width, height, aspect = radiograph.width, radiograph.height, radiograph.aspect
+        _check_num_pixels(width, height, max_pixels=max_pixels)
+        (left, top, right, bottom), scaled = _geometry(width, height * aspect, size=size, fit=fit)
+        box = (left, top / aspect, right, bottom / aspect)  # above in square pixels
+        strip_bytes = width * _num_rows((width, height)) * _STRIP_BYTES
+        with hold(len(data) + width * height * _DICOM_BYTES + strip_bytes):
+            samples, to_levels = radiograph.unpack()
+            grey = _scaled(
+                lambda upper, lower: Image.fromarray(to_levels(samples[upper:lower])),
+                *((width, height), box, scaled),
+            )
+        return _fitted(grey, size=size), (width, height)
     with _open(data) as image:
         width, height = image.size
         _check_num_pixels(width, height, max_pixels=max_pixels)
         # Of the true size: a reduced image covers whole blocks, so up to 7 pixels more than exist
         box, scaled = _geometry(width, height, size=size, fit=fit)
+        num_bytes = len(data)
         if isinstance(image, JpegImageFile):
+            num_bytes += _check_scans(image, data)
             factor = _reduce_on_load(image, size=size, fit=fit)
             left, top, right, bottom = box
             box = (left / factor, top / factor, right / factor, bottom / factor)
-        image.load()
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-        fitted = _fitted(_to_grey(image, data), box, scaled, size=size, turn=turn)
+        num_pixels = image.width * image.height
+        num_bytes += num_pixels * _BYTES.get(image.mode, 4)
+        num_bytes += image.width * _num_rows(image.size) * _STRIP_BYTES
+        with hold(num_bytes):
+            image.load()
+            turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+            grey = _scaled(_greys_of(image, data), image.size, box, scaled)
+        fitted = _fitted(grey, size=size, turn=turn)
         return fitted, (height, width) if turn in _SWAPS_SIDES else (width, height)
 
 
@@ -173,42 +203,102 @@ def _reduce_on_load(image: JpegImageFile, *, size: int, fit: str) -> int:
     return factor
 
 
-def _to_grey(image: Image.Image, data: bytes) -> Image.Image:
-    """Mode L, or F in grey levels 0 to 255 for samples of 16 bits, so that rounding comes last."""
+def _check_scans(image: JpegImageFile, data: bytes) -> int:
+    """Refuse a JPEG of so many scans that decoding takes minutes. Returns the number of bytes that
+    libjpeg holds for the coefficients of several ones.
+    """
+    assert image.fp is not None
+    num_scans = 1 + data.count(START_OF_SCAN, image.fp.tell())  # which is behind the first one
+    if num_scans > MAX_SCANS:
+        raise ImageError(f"is a JPEG of {num_scans} scans; at most {MAX_SCANS} are decoded")
+    return 2 * image.layers * image.width * image.height if num_scans > 1 else 0
+
+
+_Rows = Callable[[int, int], Image.Image]  # some rows of an image, in mode L or F
+
+
+def _greys_of(image: Image.Image, data: bytes) -> _Rows:
+    """Rows as luma, or in grey levels 0 to 255 for samples of 16 bits, so that rounding comes
+    last.
+    """
+
+    def rows(upper: int, lower: int) -> Image.Image:
+        whole = (upper, lower) == (0, image.height)
+        return image if whole else image.crop((0, upper, image.width, lower))
+
     if image.mode == "L" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        samples = np.asarray(image)  # (H, W)
-        values = distinct_values(samples)
-        place = data.find(b"sBIT", 0, data.find(b"IDAT")) + 4
-        claims = []
-        if place >= 4:  # the standard asks to scale fewer bits up to 16; not everybody does
-            bits = data[place]
-            claims = [2.0**bits if values[-1] < 1 << bits else 65536.0]
-        _, white = grey_range(values, claims)
-        grey = samples.astype(np.float32) * np.float32(255 / white)
-        return Image.fromarray(np.minimum(grey, np.float32(255)))
-    if image.has_transparency_data:
-        black, colours = Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA")
-        if colours.getchannel("A").getbbox() is None:
+        return rows
+    if not image.mode.startswith("I"):
+        if image.has_transparency_data and not any(
+            rows(*strip).convert("RGBA").getchannel("A").getbbox() for strip in _strips(image.size)
+        ):
             raise ImageError("is transparent throughout")
-        return Image.alpha_composite(black, colours).convert("L")
+        return lambda upper, lower: _to_luma(rows(upper, lower))
+    values = np.unique(
+        np.concatenate([distinct_values(np.asarray(rows(*strip))) for strip in _strips(image.size)])
+    )
+    place = data.find(b"sBIT", 0, data.find(b"IDAT")) + 4
+    claims = []
+    if place >= 4:  # the standard asks to scale fewer bits up to 16; not everybody does
+        bits = data[place]
+        claims = [2.0**bits if values[-1] < 1 << bits else 65536.0]
+    _, white = grey_range(values, claims)
+
+    def to_levels(upper: int, lower: int) -> Image.Image:
+        grey = np.asarray(rows(upper, lower)).astype(np.float32) * np.float32(255 / white)
+        return Image.fromarray(np.minimum(grey, np.float32(255)))
+
+    return to_levels
+
+
+def _to_luma(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("L")
     return image.convert("RGB").convert("L")
 
 
-def _fitted(
-    grey: Image.Image,
-    box: _Box,
-    scaled: tuple[int, int],
-    *,
-    size: int,
-    turn: Image.Transpose | None = None,
-) -> NDArray[np.uint8]:
-    """Scale the box of an image, turn it, and add black up to the square: (size, size).
+def _num_rows(size: tuple[int, int]) -> int:
+    """How many rows of an image are converted and scaled at a time."""
+    width, height = size
+    is_large = width * height > _WHOLE_PIXELS
+    return min(height, max(1, _STRIP_PIXELS // width)) if is_large else height
 
-    Raises `ImageError` where all of the box is of one grey level.
+
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """(upper, lower) of the rows that are converted one after the other."""
+    num_rows = _num_rows(size)
+    for upper in range(0, size[1], num_rows):
+        yield upper, min(size[1], upper + num_rows)
+
+
+def _scaled(rows: _Rows, size: tuple[int, int], box: _Box, scaled: tuple[int, int]) -> Image.Image:
+    """Scale the box of an image. A large one is scaled strip by strip, first all rows and then the
+    columns, as `Image.resize` does it, unless the image is so high that columns come first there.
     """
-    fitted = grey.resize(scaled, _FILTER, box=box)
+    first, *others = _strips(size)
+    if not others:
+        return rows(*first).resize(scaled, _FILTER, box=box)
+    left, top, right, bottom = box
+    narrow = None
+    for upper, lower in (first, *others):
+        num_rows = lower - upper
+        strip = rows(upper, lower).resize(
+            (scaled[0], num_rows), _FILTER, box=(left, 0, right, num_rows)
+        )
+        narrow = narrow or Image.new(strip.mode, (scaled[0], size[1]))
+        narrow.paste(strip, (0, upper))
+    assert narrow is not None
+    return narrow.resize(scaled, _FILTER, box=(0, top, scaled[0], bottom))
+
+
+def _fitted(
+    fitted: Image.Image, *, size: int, turn: Image.Transpose | None = None
+) -> NDArray[np.uint8]:
+    """Round, turn, and add black up to the square: (size, size).
+
+    Raises `ImageError` where all is of one grey level.
+    """
     if fitted.mode == "F":
         fitted = Image.fromarray(np.rint(np.asarray(fitted)).clip(0, 255).astype(np.uint8))
     darkest, brightest = fitted.getextrema()
