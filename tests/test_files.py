@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xrai.errors import StoreError, UserError
-from xrai.files import explaining, num_cores
+from xrai.files import explaining, explaining_disk, num_cores, replacing
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +85,26 @@ def test_an_address_that_cannot_be_written_is_a_mistake_of_the_user(number: int)
     with pytest.raises(UserError) as caught, explaining("written", "out/x"):
         raise OSError(number, os.strerror(number))
     assert caught.value.exit_status == 2
+
+
+def test_a_file_that_could_not_be_written_is_named_by_its_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with pytest.raises(OSError, match="No space") as caught, replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(path) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space", "r/a.pt"), "r/a.pt cannot be used: No space; free some"),
+        (OSError(errno.EFBIG, "File too large"), "a file cannot be used: File too large; free"),
+        (PermissionError(errno.EACCES, "Denied", "r/a"), "r/a cannot be used: Denied; check that"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory"), "No usable temporary"),
+    ],
+)
+def test_a_disk_that_fails_anywhere_is_one_line(error: OSError, said: str) -> None:
+    with pytest.raises(StoreError, match=said), explaining_disk():
+        raise error
+    with pytest.raises(BrokenPipeError), explaining_disk():
+        raise BrokenPipeError(errno.EPIPE, "of a socket, say")

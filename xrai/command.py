@@ -15,6 +15,7 @@ import yaml
 
 from xrai.config import SECTIONS, USES, Config, KeySpec, all_keys, build, nearest, read_file
 from xrai.errors import ConfigError, StoppedError, UserError, XraiError
+from xrai.files import explaining_disk
 from xrai.log import finish_streams, guard_streams, printable
 
 
@@ -87,13 +88,15 @@ def parse(
 def run_command(command: Callable[[], None], *, rank: int = 0, world_size: int = 1) -> NoReturn:
     """Run a command's body and leave the process with the exit status of its outcome.
 
-    An `XraiError` becomes one line on stderr; any other exception keeps its traceback. The user's
-    mistakes, which all ranks of a training meet alike, are printed by rank 0 alone.
+    An `XraiError`, and a file or disk that fails, becomes one line on stderr; any other exception
+    keeps its traceback. The user's mistakes, which all ranks of a training meet alike, are printed
+    by rank 0 alone.
     """
     guard_streams()
     status: Any = 0
     try:
-        command()
+        with explaining_disk():
+            command()
     except SystemExit as ended:  # --help, --print_config
         status = ended.code
     except XraiError as error:

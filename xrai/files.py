@@ -53,6 +53,9 @@ def replacing(path: Path, *, only_if_absent: bool = False, mode: int = 0o666) ->
         if only_if_absent and _link(temporary, path):
             return
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # instead of none, or of the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -162,6 +165,22 @@ def explaining(
         if access != "written" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise NotFoundError(f"there is no {where}") from error
         raise error_type(f"{what}{f'; {hint}' if hint else ''}") from error
+
+
+@contextmanager
+def explaining_disk() -> Iterator[None]:
+    """Turn an `OSError` that no `explaining` met, and that names a file or a full disk, into one
+    line; for the whole of a command.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.filename is None and not is_full and error.errno != errno.ENOENT:
+            raise
+        advice = "free some space" if is_full else "check that it is there, and its permissions"
+        text = f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+        raise StoreError(f"{text}; {advice}, then start again") from error
 
 
 def _link(temporary: Path, path: Path) -> bool:

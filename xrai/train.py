@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -155,11 +155,11 @@ def open_job(
     from xrai.run import Job
 
     run = RunFolder(flags["artifacts"], run_id)
-    try:
-        yield Job(config, flags["dataset"], run, loaders, ranks=ranks)
-    finally:
-        run.flush(timeout_s=_FLUSH_TIMEOUT_S)
-        run.close()
+    with closing(run):
+        try:
+            yield Job(config, flags["dataset"], run, loaders, ranks=ranks)
+        finally:
+            run.flush(timeout_s=_FLUSH_TIMEOUT_S)
 
 
 def call_on_main(job: "Job | None", work: Callable[["Job"], T], *, ranks: Ranks) -> T:

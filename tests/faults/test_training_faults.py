@@ -446,3 +446,44 @@ def test_a_node_is_lost_and_comes_back_and_training_ends(dataset: Path) -> None:
     finally:
         for started in (first, *others):
             started.kill_all()
+
+
+# ------------------------------------------------------------------------------ a disk that is full
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_file_that_may_not_grow_ends_all_ranks_in_one_line_and_a_new_start_goes_on(
+    dataset: Path, whole: dict[str, torch.Tensor], num_ranks: int
+) -> None:
+    run_id, program = f"starved-{num_ranks}", ("tests/faults/starved.py",)
+    launcher = TORCHRUN if num_ranks == 2 else ()
+    text = start(dataset, run_id, launcher=launcher, program=program).ended()
+    said = re.findall(
+        r"^xrai: error: (.*) cannot be used: File too large; free", text, re.MULTILINE
+    )
+    assert said == [f"{folder_of(dataset, run_id)}/checkpoints/step-000000001.pt"] * num_ranks
+    assert num_ranks == 2 or "Traceback" not in text  # torchrun adds its own
+    finish(start(dataset, run_id))
+    assert same(weights(dataset, run_id), whole)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("size_kib", [40, 600, 2900])
+def test_a_full_disk_ends_a_training_in_one_line_and_a_new_start_goes_on(
+    dataset: Path, whole: dict[str, torch.Tensor], size_kib: int, tmp_path: Path
+) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk; the test above starves it by a limit")
+    try:
+        artifacts = f"--artifacts={tmp_path}/submit"
+        text = start(dataset, "full", artifacts).ended()
+        assert text.count("xrai: error:") == 1 and "Traceback" not in text
+        assert "No space left on device; free some space, then start again" in text
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
+        finish(start(dataset, "full", artifacts))
+        content = torch.load(tmp_path / "submit/full/model.pt", weights_only=True)
+        assert same(content["weights"], whole)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)

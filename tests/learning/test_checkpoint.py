@@ -1,3 +1,6 @@
+import contextlib
+import errno
+import io
 import json
 import pickle
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ import torch
 
 from tests.learning.fakes import DamagingStore
 from xrai.errors import CorruptError, NotFoundError, RunError
+from xrai.learning import checkpoint
 from xrai.learning.checkpoint import CheckpointFolder, read_state, refuse_other_run
 from xrai.store import open_store
 
@@ -216,3 +220,15 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs() -> No
             {"seed": 0, "image size": 64}, {"seed": 0, "image size": 128}, name="step-1.pt"
         )
     refuse_other_run({"seed": 0}, {"seed": 0}, name="step-1.pt")
+
+
+def test_a_full_disk_is_told_as_such_and_not_as_torch_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "replacing", lambda path: contextlib.nullcontext(Full()))
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.write_state(tmp_path / "a.pt", {"weights": torch.zeros(1000)})

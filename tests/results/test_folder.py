@@ -1,6 +1,5 @@
 """A run's folder: ids, addresses, whole files, and what a finished run says of itself."""
 
-import errno
 import hashlib
 import json
 from datetime import UTC, datetime
@@ -9,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.results.runs import Bucket, row
-from xrai.errors import InUseError, StoreError, UserError
-from xrai.results import folder as folder_module
+from xrai.errors import InUseError, UserError
 from xrai.results.folder import RunFolder, check_run_id, new_run_id
 
 
@@ -68,22 +66,6 @@ def test_a_bucket_is_tested_with_an_object_that_is_deleted_again(
     RunFolder.check_writable("s3://bucket/runs")
     assert list(bucket.list()) == []
     assert bucket.log[0].startswith("-.write-check-")
-
-
-def test_a_full_disk_is_one_line_that_says_what_to_do(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(folder_module, "write_atomically", fail)
-    run.events.add_scalars(1, {"x": 1.0})
-    for write in (lambda: run.write_text("a.txt", "a"), run.close_segment):
-        with pytest.raises(
-            StoreError, match=r"of run r1 .*No space.*free some.*--run_id"
-        ) as caught:
-            write()
-        assert "\n" not in str(caught.value)
 
 
 def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: RunFolder) -> None:

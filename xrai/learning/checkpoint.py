@@ -83,8 +83,7 @@ class CheckpointFolder:
         """Write a checkpoint and its mark, each whole or not at all, and drop outdated ones."""
         name = f"{FOLDER}/step-{step:09d}.pt"
         path = self._folder / name
-        with replacing(path) as file:
-            torch.save(state, file)
+        write_state(path, state)
         score = score if score is None or math.isfinite(score) else None
         entry = Entry(
             SCHEMA_VERSION, name, step, epoch, score, path.stat().st_size, sha256_of(path)
@@ -190,6 +189,17 @@ class CheckpointFolder:
         for name in (_mark_name(entry), entry.file):  # a checkpoint without its mark is none
             (self._folder / name).unlink(missing_ok=True)
             self._remove([name])
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values for `read_state`, whole or not at all. Raises `OSError`."""
+    with replacing(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # which torch hides behind its own complaint
+                raise error.__context__ from None
+            raise
 
 
 def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
+from xrai.files import explaining_disk
 
 T = TypeVar("T")
 
@@ -87,11 +88,14 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0's result of `work`, on every rank; so is an `XraiError` that it raises."""
+        """Rank 0's result of `work`, on every rank; so is an `XraiError` that it raises, or that
+        `explaining_disk` makes of what it raises.
+        """
         outcome: tuple[T | None, XraiError | None] = (None, None)
         if self.is_main:
             try:
-                outcome = (work(), None)
+                with explaining_disk():
+                    outcome = (work(), None)
             except XraiError as error:
                 if self.world_size == 1:
                     raise

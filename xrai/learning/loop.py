@@ -180,7 +180,10 @@ class Training:
         done = self.done
         done.train_s = time.monotonic() - self._started
         sums = self.setup.ranks.gather([done.loss_sum, done.num_correct, done.num_seen])
-        if self.setup.checkpoints is not None:
+
+        def write() -> None:
+            if self.setup.checkpoints is None:
+                return
             state = {
                 "model": self.model.state_dict(),
                 "average": self.average.state_dict(),
@@ -191,6 +194,8 @@ class Training:
                 "facts": self.setup.facts,
             }
             self.setup.checkpoints.save(state, step=done.step, epoch=done.epoch, score=score)
+
+        self.setup.ranks.on_main(write)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -283,8 +288,9 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
     eval_s = clock.elapsed_s() - epoch_s
     logits, labels = torch.from_numpy(val.logits[0]), torch.from_numpy(setup.val_labels)
     val_losses = optim.image_losses(logits, labels, log_odds=training.log_odds)
-    own_score: float | None = None
-    if setup.after_epoch is not None:
+
+    def show() -> float:
+        assert setup.after_epoch is not None  # on rank 0
         result = EpochResult(
             epoch=done.epoch,
             step=done.step,
@@ -300,8 +306,9 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
             seconds={**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s},
             peak_memory_mib=clock.peak_memory_mib(),
         )
-        own_score = setup.after_epoch(result)
-    score: float = ranks.from_main(own_score)
+        return setup.after_epoch(result)
+
+    score = ranks.on_main(show)
     if score > done.best_score:
         done.best_score, done.best_epoch, done.epochs_without_better = score, done.epoch, 0
     else:

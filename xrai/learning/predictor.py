@@ -12,10 +12,9 @@ from torch import nn
 
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
-from xrai.files import replacing
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
-from xrai.learning.checkpoint import NUM_TRANSFERS, read_state
+from xrai.learning.checkpoint import NUM_TRANSFERS, read_state, write_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import ResNet, fold_filters
 from xrai.learning.typicality import SHIFT_SEED, Typicality
@@ -145,8 +144,7 @@ def save_model(path: Path, trained: TrainedModel) -> None:
         "run_id": trained.run_id,
         "fingerprint": trained.fingerprint,
     }
-    with replacing(path) as file:
-        torch.save(content, file)
+    write_state(path, content)
 
 
 def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:

@@ -18,12 +18,11 @@ import re
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
 from xrai.errors import StoreError, UserError
-from xrai.files import cache_folder, explaining, sha256_of, write_atomically
+from xrai.files import cache_folder, sha256_of, write_atomically
 from xrai.log import get_logger
 from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history, read_history
 from xrai.results.publisher import Publisher
@@ -126,16 +125,14 @@ class RunFolder:
     def open(self) -> None:
         """Create the local folder, fetch what the store holds, and withdraw summary.json."""
         self.attach()
-        with self._explained(self.path):
-            (self.path / SUMMARY).unlink(missing_ok=True)
+        (self.path / SUMMARY).unlink(missing_ok=True)
         self.store.delete(SUMMARY)
         if self.is_remote:
             self._fetch()
 
     def attach(self) -> None:
         """Prepare to add files to an existing run, and leave all that it holds as it is."""
-        with self._explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def resume_at(self, *, epoch: int, step: int) -> None:
         """Forget the rows of history.csv from `epoch` on, and TensorBoard's events from `step` on.
@@ -154,8 +151,7 @@ class RunFolder:
     def write(self, name: str, data: bytes) -> Path:
         """Write a file of the run, whole or not at all, and publish it. Returns its local path."""
         path = self.path / check_key(name)
-        with self._explained(path):
-            write_atomically(path, data)
+        write_atomically(path, data)
         self.publish([name])
         return path
 
@@ -190,13 +186,12 @@ class RunFolder:
         path = self.path / name
         # TensorBoard reads all files with "tfevents" in their name, temporary ones included
         hidden = path.with_name(f".{number:06d}")
-        with self._explained(path):
-            # TensorBoard's server purges nothing at a run's first session: the first file starts it
-            data = self.events.take(purge_step=self._purge_step if number else 0)
-            if data is None:
-                return
-            write_atomically(hidden, data)
-            hidden.replace(path)
+        # TensorBoard's server purges nothing at a run's first session: the first file starts it
+        data = self.events.take(purge_step=self._purge_step if number else 0)
+        if data is None:
+            return
+        write_atomically(hidden, data)
+        hidden.replace(path)
         self._purge_step = None
         self.publish([name])
 
@@ -271,14 +266,6 @@ class RunFolder:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
-
-    def _explained(self, path: Path) -> AbstractContextManager[None]:
-        hint = (
-            "free some space, change the permissions, or name another place with --artifacts, "
-            "then start again with the same --run_id"
-        )
-        where = f"{path} of run {self.run_id}"
-        return explaining("written", where, hint=hint, is_address=False)
 
     def _fetch(self) -> None:
         """Synchronise this machine's files and the store's, from the side with the longer history.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from xrai.config import all_keys
+from xrai.files import explaining
 from xrai.results.history import TITLES
 from xrai.results.metrics import HEADLINES
 from xrai.results.types import Estimate
@@ -104,7 +105,11 @@ class Events:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        hint = "free some space there, or set TMPDIR to another folder"
+        with (
+            explaining("written", tempfile.gettempdir(), hint=hint, is_address=False),
+            tempfile.TemporaryDirectory(prefix="xrai-") as folder,
+        ):
             with SummaryWriter(folder, purge_step=purge_step) as writer:
                 for add in self._waiting:
                     add(writer)
