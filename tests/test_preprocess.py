@@ -95,9 +95,9 @@ def all_files(folder: Path) -> dict[str, str]:
     }
 
 
-def refused(done: Done, message: str) -> None:
-    """The user's mistake: status 2, one clear line, no traceback."""
-    assert done.status == 2, done.err
+def refused(done: Done, message: str, *, status: int = 2) -> None:
+    """The user's mistake, or a fault: its status, one clear line, no traceback."""
+    assert done.status == status, done.err
     assert len(done.error_lines) == 1, done.err
     assert message in done.error_lines[0]
     assert "Traceback" not in done.err
@@ -752,7 +752,7 @@ def test_what_an_older_data_set_left_at_the_address_is_gone_when_the_new_one_is_
     left = {
         "report/near-duplicates.csv": b"old",
         "train-00000-of-00099.h5": b"old",
-        "unfinished-part-x": b"old",
+        "unfinished-part-train-00000-of-00099.h5": b"old",
     }
     write_files(dataset, left)
     index = make(run, source, dataset)
@@ -760,6 +760,31 @@ def test_what_an_older_data_set_left_at_the_address_is_gone_when_the_new_one_is_
         info.name for info in index.objects
     }
     assert set(all_files(dataset)) == listed | {"dataset.json"}
+
+
+def test_a_source_of_damaged_images_does_not_cost_the_data_set_that_it_was_to_replace(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    before = all_files(dataset)
+    bad = {name: data[: len(data) // 2] for name, data in source_files().items()}
+    bad |= {name: source_files()[name] for name in list(bad)[:9]}
+    write_files(tmp_path / "bad", bad)
+    done = run(f"--source={tmp_path / 'bad'}", f"--dataset={dataset}", *SMALL, "--overwrite")
+    refused(done, "more than images.max_set_aside")
+    assert all_files(dataset) == before
+
+
+def test_a_damaged_data_set_is_replaced_too(run: Callable[..., Done], tmp_path: Path) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    before = all_files(dataset)
+    index = (dataset / "dataset.json").read_bytes()
+    (dataset / "dataset.json").write_bytes(index[: len(index) // 2])
+    refused(run(f"--source={source}", f"--dataset={dataset}", *SMALL), "--overwrite", status=1)
+    make(run, source, dataset, "--overwrite")
+    assert all_files(dataset) == before
 
 
 def test_a_source_that_is_refused_does_not_cost_the_data_set_that_it_was_to_replace(
@@ -774,18 +799,54 @@ def test_a_source_that_is_refused_does_not_cost_the_data_set_that_it_was_to_repl
         assert all_files(dataset) == before, name
 
 
-def test_a_file_of_somebody_else_at_the_destination_is_left_alone(
+OTHERS = {
+    "notes.txt": b"mine",
+    "unfinished-thesis.docx": b"mine",
+    "manifest.jsonl": b'{"path": "mine"}\n',
+    "report/card.md": b"# Mine",
+    "report/mine.txt": b"mine",
+    "dataset.json": b'{"images": []}',
+    "replacement/notes.txt": b"mine",
+    "train-1.h5": b"mine",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_folder_with_a_file_of_somebody_else_is_refused_and_left_alone(
+    run: Callable[..., Done], tmp_path: Path, name: str
+) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    write_files(dataset, {name: OTHERS[name]})
+    before = all_files(dataset)
+    for more in ("--overwrite",) if name == "dataset.json" else ("--overwrite", "--partition=0/2"):
+        done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, more)
+        refused(done, f"holds files that are not of a data set ({name})")
+        assert all_files(dataset) == before
+
+
+def test_what_systems_leave_in_folders_is_not_in_the_way(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
-    write_files(dataset, {"notes.txt": b"mine", "report/mine.txt": b"mine"})
+    left = {".DS_Store": b"x", ".git/HEAD": b"x", "Thumbs.db": b"x", "lost+found/1": b"x"}
+    write_files(dataset, left)
     make(run, source, dataset)
     make(run, source, dataset, "--overwrite", "--shards.rows=3")
-    assert (
-        (dataset / "notes.txt").read_bytes()
-        == (dataset / "report" / "mine.txt").read_bytes()
-        == b"mine"
-    )
+    assert {name for name in left if (dataset / name).read_bytes() == b"x"} == set(left)
+
+
+def test_a_file_put_beside_a_finished_data_set_is_left_alone(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    write_files(dataset, {"unfinished-thesis.docx": b"mine"})
+    before = all_files(dataset)
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL)
+    assert done.status == 0 and "nothing to do" in done.err
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, "--overwrite")
+    refused(done, "unfinished-thesis.docx")
+    assert all_files(dataset) == before
 
 
 # ---------------------------------------------------------------------------------------- bad files

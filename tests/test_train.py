@@ -3,10 +3,12 @@ line.
 """
 
 import csv
+import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from tests.training import SMALL, Finished, call_main, make_dataset, run_module
 from xrai import evaluate, train
 from xrai.config import Config
 from xrai.dataset.loader import Loader
+from xrai.dataset.shards import DatasetIndex, read_index
 from xrai.errors import UserError
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import load_model
@@ -85,8 +88,6 @@ def test_a_run_leaves_everything_that_the_readme_lists(finished: Finished) -> No
 
 
 def test_the_summary_names_every_file_with_its_hash(finished: Finished) -> None:
-    import hashlib
-
     folder = finished.folder
     summary = json.loads((folder / "summary.json").read_text())
     for name, digest in summary["files"].items():
@@ -282,6 +283,88 @@ def test_a_run_of_another_data_set_is_not_gone_on_with(
         capsys=capsys,
     )
     assert status == 2 and "was saved with data set fingerprint = " in lines[0]
+
+
+def without_manifest(folder: Path, index: DatasetIndex) -> DatasetIndex:
+    (folder / "manifest.jsonl").unlink()
+    return index
+
+
+def with_a_cut_manifest(folder: Path, index: DatasetIndex) -> DatasetIndex:
+    lines = (folder / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "manifest.jsonl").write_bytes(b"".join(lines[:-3]))
+    return index
+
+
+def with_a_changed_manifest(folder: Path, index: DatasetIndex) -> DatasetIndex:
+    text = (folder / "manifest.jsonl").read_text()
+    (folder / "manifest.jsonl").write_text(text.replace("train", "trian"))
+    return index
+
+
+def with_a_shard_listed_twice(folder: Path, index: DatasetIndex) -> DatasetIndex:
+    train = index.splits["train"]
+    return replace(index, splits={**index.splits, "train": (*train, train[0])}, fingerprint="")
+
+
+def with_a_shard_of_two_splits(folder: Path, index: DatasetIndex) -> DatasetIndex:
+    val = (*index.splits["val"], index.splits["train"][0])
+    return replace(index, splits={**index.splits, "val": val}, fingerprint="")
+
+
+def with_a_cut_shard(folder: Path, index: DatasetIndex) -> DatasetIndex:
+    path = folder / index.splits["val"][0].name
+    path.write_bytes(path.read_bytes()[:-1])
+    return index
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without_manifest, "manifest.jsonl is missing"),
+        (with_a_cut_manifest, "manifest.jsonl is damaged: it has"),
+        (with_a_changed_manifest, "manifest.jsonl is damaged: its bytes"),
+        (with_a_shard_listed_twice, "is listed 2 times in dataset.json"),
+        (with_a_shard_of_two_splits, "is listed 2 times in dataset.json"),
+        (with_a_cut_shard, "is damaged: it has"),
+    ],
+)
+def test_a_damaged_data_set_is_refused_before_training(
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path, DatasetIndex], DatasetIndex],
+    words: str,
+) -> None:
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    index = damage(folder, read_index(open_store(str(folder))))
+    (folder / "dataset.json").write_text(index.to_json())
+    for more in ([], ["--check"]):
+        options = [f"--dataset={folder}", f"--artifacts={tmp_path / 'runs'}", *SMALL, *more]
+        status, lines = call(*options, capsys=capsys)
+        assert status == 2 and len(lines) == 1
+        assert words in lines[0] and "xrai verify lists all faults" in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_finds_rows_of_the_manifest_that_break_the_rules(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    index = read_index(open_store(str(folder)))
+    text = (folder / "manifest.jsonl").read_text().replace('"label": 1', '"label": 0', 1)
+    (folder / "manifest.jsonl").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    objects = [
+        replace(info, sha256=digest) if info.name == "manifest.jsonl" else info
+        for info in index.objects
+    ]
+    (folder / "dataset.json").write_text(replace(index, objects=tuple(objects)).to_json())
+    options = [f"--dataset={folder}", f"--artifacts={tmp_path / 'runs'}", *SMALL, "--check"]
+    status, lines = call(*options, capsys=capsys)
+    assert status == 2 and "does not list as many images of each shard and class" in lines[0]
 
 
 def test_a_run_that_another_job_writes_is_refused_and_left_alone(

@@ -121,7 +121,7 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
     # a hash for each image: names would take ten times the memory
     patients = {split: array("q") for split in index.splits}
     store = open_store(dataset)
-    with store.as_file(MANIFEST_KEY) as path, path.open("rb") as lines:
+    with store.as_file(index.place + MANIFEST_KEY) as path, path.open("rb") as lines:
         for row in parse_manifest(lines, where=store.uri):
             if row.reason:
                 excluded[row.reason] += 1

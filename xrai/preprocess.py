@@ -8,7 +8,8 @@ FILE.csv` names.
 It lists, hashes, plans, decodes on all cores, stores HDF5 shards, and commits with dataset.json.
 Started again after a kill it goes on; started again on a finished data set of the same plan it says
 so and does nothing. `--partition I/N` shares a large job among N processes, on as many machines as
-you like, at once or one after another: whichever ends last commits.
+you like, at once or one after another: whichever ends last commits. `--overwrite` makes the new
+data set beside the old one, which stays whole until the new one is.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -25,21 +26,30 @@ from typing import NoReturn
 from xrai.command import Flag, parse, run_command
 from xrai.config import Config
 from xrai.dataset import shards
-from xrai.dataset.shards import INDEX_KEY, DatasetIndex, read_index
-from xrai.errors import ConfigError, DatasetError, SourceError, StoppedError, UserError
+from xrai.dataset.shards import INDEX_KEY, REPLACEMENT, DatasetIndex, read_index
+from xrai.errors import (
+    ConfigError,
+    CorruptError,
+    DatasetError,
+    NotFoundError,
+    SourceError,
+    StoppedError,
+    UserError,
+)
 from xrai.files import num_cores
+from xrai.ingest.address import find_others, move_into_place, refuse_others_files, remove_others
 from xrai.ingest.build import Builder
-from xrai.ingest.card import REPORT_KEYS, make_report
+from xrai.ingest.card import make_report
 from xrai.ingest.decode import start_workers_soon
 from xrai.ingest.hashing import hash_source
 from xrai.ingest.labels import LabelTable, read_labels
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import Source, open_source
-from xrai.ingest.unfinished import UNFINISHED, Unfinished
+from xrai.ingest.unfinished import Unfinished
 from xrai.log import get_logger, setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
-from xrai.store import Store, open_store
+from xrai.store import LEASE_KEY, Lease, Store, open_store, refuse_writer, take_lease
 
 FLAGS = (
     Flag("source", "data/chest_xray", "images: folder, .zip, .npz or s3://bucket", "XRAI_SOURCE"),
@@ -108,13 +118,27 @@ def main() -> None:
             "it elsewhere"
         )
     table = read_labels(flags["labels"]) if flags["labels"] else None
-    if overwrite:
-        listing = list_source(source, table, key)
-        if store.size(INDEX_KEY) is not None:  # a source that is refused must not cost the data set
-            make_plan(listing, hash_source(source, listing, None), config)
-        del listing
-        remove_dataset(store)
-    preprocess(config, source, table, key, store, share)
+    preprocess(config, source, table, key, store, share, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def lock(store: Store, share: Share) -> Iterator[Lease]:
+    """Keep others from writing at the address: each partition excludes its like and whole jobs.
+
+    Raises `InUseError` where one writes.
+    """
+    is_whole = share.num_partitions == 1
+    own = LEASE_KEY if is_whole else f".lease-{share.number}-of-{share.num_partitions}.json"
+    try:
+        with take_lease(store, own) as lease:
+            for key in [entry.key for entry in store.list(".lease")] if is_whole else [LEASE_KEY]:
+                if key != own:
+                    refuse_writer(store, key)
+            yield lease
+    finally:
+        if (path := store.local_path(own)) is not None:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.parent.rmdir()
 
 
 def preprocess(
@@ -124,43 +148,94 @@ def preprocess(
     key: PatientKey,
     store: Store,
     share: Share,
+    *,
+    overwrite: bool,
 ) -> None:
     """Make a share of the data set, and commit if all shares are there; print the outcome."""
     began = time.monotonic()
     listing = list_source(source, table, key)
-    if store.size(INDEX_KEY) is not None:
+    if not overwrite and is_finished(store):
         show_existing(config, source, listing, store)
         return
-    unfinished = Unfinished(store, listing, shaping_config(config))
-    unfinished.claim()
-    try:
-        if share.num_workers > 1:
-            start_workers_soon()
-        rows = hash_source(source, listing, unfinished, share.number, share.num_partitions)
-        plan = make_plan(listing, rows, config)
-        del listing, rows  # frees memory: the plan has its own rows
-        for note in plan.notes:
-            _logger.warning("%s", note)
-        builder = Builder(plan, source, store, unfinished, num_workers=share.num_workers)
-        builder.build(plan.shards[share.number :: share.num_partitions])
-        report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)
-        index = builder.commit(report)
-    except SourceError:  # starting again would not help: leave nothing half-written
-        if store.size(INDEX_KEY) is None:
-            remove_dataset(store)
-        raise
-    if index is not None:
-        remove_leftovers(store, index)
+    if overwrite or store.size(INDEX_KEY) is None:
+        refuse_others_files(store)
+    with lock(store, share) as lease:
+        old = read_old(store)
+        if old is not None and not overwrite:
+            remove_others(store, read_index(store))  # what a killed job left
+            show_existing(config, source, listing, store)
+            return
+        unfinished = Unfinished(store, listing, shaping_config(config))
+        if overwrite and not unfinished.is_claimed():
+            discard_unfinished(store, old)
+        unfinished.claim()
+        try:
+            if share.num_workers > 1:
+                start_workers_soon()
+            rows = hash_source(source, listing, unfinished, share.number, share.num_partitions)
+            plan = make_plan(listing, rows, config)
+            del listing, rows  # frees memory: the plan has its own rows
+            for note in plan.notes:
+                _logger.warning("%s", note)
+            place = "" if old is None else REPLACEMENT
+            builder = Builder(
+                plan,
+                source,
+                store,
+                unfinished,
+                num_workers=share.num_workers,
+                place=place,
+                confirm=lease.confirm,
+            )
+            builder.build(plan.shards[share.number :: share.num_partitions])
+            report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)
+            index = builder.commit(report, replaced=old)
+        except SourceError:  # starting again would not help: leave nothing half-written
+            if share.num_partitions == 1:
+                discard_unfinished(store, old)
+            raise
+        if index is None:
+            show_uncommitted(store, plan, share)
+            return
+        remove_others(store, index)
+        if index.place:
+            index = move_into_place(store, index)
         print("\n".join(describe(index, store, took_s=time.monotonic() - began)), flush=True)
-    else:
-        show_uncommitted(store, plan, share)
+
+
+def is_finished(store: Store) -> bool:
+    """Whether the address holds a finished data set and nothing that a killed job left."""
+    if store.size(INDEX_KEY) is None:
+        return False
+    index = read_index(store)
+    return not index.place and not find_others(store, index)
+
+
+def read_old(store: Store) -> bytes | None:
+    """The `dataset.json` that is to be replaced, once its objects have their usual keys; None where
+    there is none.
+    """
+    try:
+        old = store.read(INDEX_KEY)
+    except NotFoundError:
+        return None
+    with contextlib.suppress(CorruptError, DatasetError):  # then --overwrite has been given
+        if (index := read_index(store)).place:
+            move_into_place(store, index)
+            return store.read(INDEX_KEY)
+    return old
+
+
+def discard_unfinished(store: Store, old: bytes | None) -> None:
+    """Remove what was made so far, and nothing of the data set that is there."""
+    remove_others(store, None, "" if old is None else REPLACEMENT)
 
 
 def show_uncommitted(store: Store, plan: Plan, share: Share) -> None:
     """Print why this process did not commit. Raises `DatasetError` where something went wrong."""
     if store.size(INDEX_KEY) is not None and read_index(store).plan_sha256 == plan.sha256:
         index = read_index(store)
-        remove_leftovers(store, index)  # what this process stored after another one had committed
+        remove_others(store, index)  # what this process stored after another one had committed
         print("\n".join(describe(index, store)), flush=True)
     elif share.num_partitions > 1:
         print(
@@ -205,40 +280,8 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
             f"{store.uri} holds a data set of other images or labels than those of {source.name}"
             f"{words}: {advice}"
         )
-    remove_leftovers(store, index)  # what a kill between the commit and its last step may have left
     _logger.info("the data set is there already, from the same images and config: nothing to do")
     print("\n".join(describe(index, store)), flush=True)
-
-
-def remove_dataset(store: Store) -> None:
-    """Remove a data set, finished or not: dataset.json first, so that none is left half-removed.
-
-    Only keys that xrai writes are touched.
-    """
-    store.delete(INDEX_KEY)
-    _remove(store, keep=frozenset())
-    folder = store.local_path(INDEX_KEY)
-    if folder is not None:
-        for empty in (folder.parent / shards.REPORT_PREFIX, folder.parent):
-            with contextlib.suppress(OSError):  # it is not empty, or was not there
-                empty.rmdir()
-
-
-def remove_leftovers(store: Store, index: DatasetIndex) -> None:
-    """Remove what xrai wrote beside a finished data set, or for one that it replaced."""
-    keep = {info.name for infos in index.splits.values() for info in infos}
-    _remove(store, keep=keep | {info.name for info in index.objects})
-
-
-def _remove(store: Store, *, keep: Set[str]) -> None:
-    for key in [entry.key for entry in store.list()]:
-        is_ours = (
-            shards.is_shard_name(key)
-            or key.startswith(UNFINISHED)
-            or key in (shards.MANIFEST_KEY, *REPORT_KEYS)
-        )
-        if is_ours and key not in keep:
-            store.delete(key)
 
 
 def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) -> list[str]:

@@ -24,6 +24,7 @@ from xrai.command import Flag, Parsed, parse, run_command
 from xrai.config import Config, Images
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
+from xrai.dataset.verify import find_faults_soon
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
 from xrai.files import num_cores
 from xrai.learning import loop
@@ -98,6 +99,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     own = loaders["train"]
     index = own.index
     config = fit_to_dataset(config, index, given=given, ranks=ranks)
+    ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
     if flags["check"]:
         ranks.on_main(lambda: check_disk(config, index, flags))
@@ -281,6 +283,15 @@ def first_weights(address: str, config: Config) -> dict[str, torch.Tensor]:
                 f"{config.model.name}, model.width = {config.model.width}"
             )
     return weights
+
+
+def check_dataset(dataset: str, index: DatasetIndex, *, with_rows: bool) -> None:
+    """Raise `DatasetError` if the data set is damaged, as far as can be seen before reading it."""
+    if faults := find_faults_soon(open_store(dataset), index, with_rows=with_rows):
+        raise DatasetError(
+            f"data set {dataset} is damaged: {faults[0].key} {faults[0].words}; xrai verify lists "
+            "all faults"
+        )
 
 
 def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 from xrai import config as configuration
 from xrai.command import Flag, parse, run_command
-from xrai.dataset.shards import DatasetIndex, read_index
+from xrai.dataset.shards import REPLACEMENT, DatasetIndex, read_index
 from xrai.dataset.verify import Fault, find_faults
 from xrai.errors import CorruptError
 from xrai.files import num_cores
@@ -69,11 +69,11 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
     faults = find_faults(store, index)
     for fault in faults:
         print(f"{fault.key} {fault.words}", flush=True)
-    for entry in store.list(UNFINISHED):
-        print(
-            f"{entry.key} is left over from preprocess (no fault; the next preprocess removes it)",
-            flush=True,
-        )
+    listed = {info.name for info in index.all_objects()}
+    for entry in store.list():
+        if entry.key.startswith((UNFINISHED, REPLACEMENT)) and entry.key not in listed:
+            words = "is left over from preprocess (no fault; the next preprocess removes it)"
+            print(f"{entry.key} {words}", flush=True)
     return faults
 
 
@@ -85,20 +85,14 @@ def repair_from(
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
     report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)
-    keys = {fault.key for fault in faults} & _listed(index)
+    keys = {fault.key for fault in faults} & {info.name for info in index.all_objects()}
     repair(store, index, keys, plan=plan, source=source, report=report, num_workers=num_cores())
     for key in sorted(keys):
         print(f"{key} is made anew", flush=True)
 
 
-def _listed(index: DatasetIndex) -> set[str]:
-    """The keys of all objects that can be made anew."""
-    shards = (info.name for infos in index.splits.values() for info in infos)
-    return {*shards, *(info.name for info in index.objects)}
-
-
 def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str:
-    if not _listed(index).intersection(fault.key for fault in faults):
+    if {info.name for info in index.all_objects()}.isdisjoint(fault.key for fault in faults):
         return ""
     if tried:
         return "; `xrai preprocess --overwrite` makes the data set anew"

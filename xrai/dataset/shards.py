@@ -28,6 +28,7 @@ SCHEMA_VERSION: Final = 1
 INDEX_KEY: Final = "dataset.json"
 MANIFEST_KEY: Final = "manifest.jsonl"
 REPORT_PREFIX: Final = "report/"
+REPLACEMENT: Final = "replacement/"  # begins the keys of what takes the place of another data set
 SPLITS: Final = ("train", "val", "test")
 HDF5_VERSION: Final = h5py.version.hdf5_version  # another one may write other bytes
 
@@ -248,6 +249,25 @@ class DatasetIndex:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", compute_fingerprint(self))
 
+    def all_objects(self) -> "list[ShardInfo | ObjectInfo]":
+        """Shards, manifest and report."""
+        return [*(shard for shards in self.splits.values() for shard in shards), *self.objects]
+
+    @property
+    def place(self) -> str:
+        """What the keys of all objects begin with: "", or `REPLACEMENT` until they are moved."""
+        infos = (info for infos in self.splits.values() for info in infos)
+        return REPLACEMENT if any(info.name.startswith(REPLACEMENT) for info in infos) else ""
+
+    def moved(self) -> "DatasetIndex":
+        """The same index with every object under its usual key."""
+        splits = {
+            split: tuple(replace(info, name=info.name.removeprefix(REPLACEMENT)) for info in infos)
+            for split, infos in self.splits.items()
+        }
+        objects = (replace(info, name=info.name.removeprefix(REPLACEMENT)) for info in self.objects)
+        return replace(self, splits=splits, objects=tuple(objects))
+
     def num_images(self, split: str) -> int:
         """Images of one split; 0 where there is no such split."""
         return sum(shard.num_rows for shard in self.splits.get(split, ()))
@@ -298,7 +318,7 @@ class DatasetIndex:
             )
         index = cls(**mapping)
         names = (shard.name for shards in index.splits.values() for shard in shards)
-        if not all(map(is_shard_name, names)):
+        if not all(is_shard_name(name.removeprefix(index.place)) for name in names):
             raise CorruptError(f"{where} lists shards under names that xrai never writes")
         return index
 

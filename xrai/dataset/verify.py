@@ -5,6 +5,8 @@ shards with the manifest, the manifest with the counts and the rules of splittin
 fingerprint.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ from xrai.dataset.shards import (
     INDEX_KEY,
     MANIFEST_KEY,
     DatasetIndex,
-    ObjectInfo,
     Shard,
     ShardInfo,
     compute_fingerprint,
@@ -43,30 +44,53 @@ class Fault:
 
 def find_faults(store: Store, index: DatasetIndex) -> list[Fault]:
     """All that is wrong with a data set; empty if nothing is."""
-    faults = find_bad_objects(store, index)
+    faults = [*_check_index(index), *find_bad_objects(store, index)]
     bad = {fault.key for fault in faults}
-    if index.fingerprint != compute_fingerprint(index):
-        faults.append(Fault(INDEX_KEY, "its fingerprint is not that of the shards it lists"))
-    listed = {shard.name for shards in index.splits.values() for shard in shards}
+    listed = {info.name for info in index.all_objects()}
     for entry in store.list():
         if is_shard_name(entry.key) and entry.key not in listed:
             faults.append(Fault(entry.key, f"is a shard that {INDEX_KEY} does not list: delete it"))
-    if MANIFEST_KEY in bad:
+    key = index.place + MANIFEST_KEY
+    if key in bad:
         return faults
     try:
-        rows = read_manifest(store.read(MANIFEST_KEY), where=MANIFEST_KEY)
+        rows = read_manifest(store.read(key), where=key)
     except CorruptError as error:
-        return [*faults, Fault(MANIFEST_KEY, str(error))]
-    faults += [Fault(MANIFEST_KEY, words) for words in _check_manifest(index, rows)]
+        return [*faults, Fault(key, str(error))]
+    faults += [Fault(key, words) for words in _check_manifest(index, rows)]
     return [*faults, *_check_shards(store, index, rows, skip=bad)]
+
+
+def find_faults_soon(store: Store, index: DatasetIndex, *, with_rows: bool) -> list[Fault]:
+    """What can be found without reading a shard: the index, the sizes of all objects, and the
+    manifest's hash, `with_rows` its rows as well.
+    """
+    faults = list(_check_index(index))
+    sizes = {entry.key: entry.size_bytes for entry in store.list(index.place)}
+    for info in index.all_objects():
+        found = sizes.get(info.name)
+        if found is None:
+            faults.append(Fault(info.name, "is missing"))
+        elif found != info.size_bytes:
+            words = f"is damaged: it has {found} bytes instead of {info.size_bytes}"
+            faults.append(Fault(info.name, words))
+    key = index.place + MANIFEST_KEY
+    stated = {info.name: info.sha256 for info in index.objects}
+    if key not in stated:
+        faults.append(Fault(key, f"is not listed in {INDEX_KEY}"))
+    elif key not in {fault.key for fault in faults}:
+        data = store.read(key)
+        if hashlib.sha256(data).hexdigest() != stated[key]:
+            faults.append(Fault(key, "is damaged: its bytes are not those that were written"))
+        elif with_rows:
+            rows = read_manifest(data, where=key)
+            faults += [Fault(key, words) for words in _check_manifest(index, rows)]
+    return faults
 
 
 def find_bad_objects(store: Store, index: DatasetIndex) -> list[Fault]:
     """Objects that are missing, or whose bytes do not have the hash in the index."""
-    infos: list[ShardInfo | ObjectInfo] = [
-        *(shard for shards in index.splits.values() for shard in shards),
-        *index.objects,
-    ]
+    infos = index.all_objects()
     faults = []
     with (
         progress("verify", total=len(infos), unit="objects") as bar,
@@ -86,16 +110,48 @@ def find_bad_objects(store: Store, index: DatasetIndex) -> list[Fault]:
     return faults
 
 
+def _check_index(index: DatasetIndex) -> Iterator[Fault]:
+    """What contradicts itself in `dataset.json`."""
+    counts, shards = index.counts, [info for infos in index.splits.values() for info in infos]
+    if index.fingerprint != compute_fingerprint(index):
+        yield Fault(INDEX_KEY, "its fingerprint is not that of the shards it lists")
+    for name, times in Counter(info.name for info in index.all_objects()).items():
+        if times > 1:
+            yield Fault(name, f"is listed {times} times in {INDEX_KEY}")
+    for digest, times in Counter(info.sha256 for info in shards).items():
+        if times > 1:
+            names = ", ".join(info.name for info in shards if info.sha256 == digest)
+            yield Fault(INDEX_KEY, f"lists shards of the same content: {names}")
+    for split, infos in index.splits.items():
+        for info in infos:
+            if not info.name.removeprefix(index.place).startswith(f"{split}-"):
+                yield Fault(info.name, f"is listed in {INDEX_KEY} as a shard of {split}")
+            if sum(info.num_rows_per_class) != info.num_rows:
+                yield Fault(info.name, f"has {info.num_rows} rows, but {info.num_rows_per_class}")
+    if counts.num_found != counts.num_written + counts.num_set_aside:
+        yield Fault(INDEX_KEY, f"found is not written + excluded: {counts}")
+    if sum(info.num_rows for info in shards) != counts.num_written:
+        yield Fault(INDEX_KEY, f"its shards do not hold as many images as it says: {counts}")
+
+
 def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
     counts = index.counts
     num_written = sum(row.shard is not None for row in rows)
     if (len(rows), num_written) != (counts.num_found, counts.num_written):
         yield f"lists {len(rows)} files, {num_written} of them written; {INDEX_KEY} says {counts}"
-    if counts.num_found != counts.num_written + counts.num_set_aside:
-        yield f"found is not written + excluded in {INDEX_KEY}: {counts}"
     for row in rows:
         if (row.shard is None) == (row.reason == ""):
             yield f"{row.path} has neither a shard nor a reason, or both"
+    found = Counter((row.shard, row.split, row.label) for row in rows if row.shard is not None)
+    stated = {
+        (info.name.removeprefix(index.place), split, label): number
+        for split, infos in index.splits.items()
+        for info in infos
+        for label, number in enumerate(info.num_rows_per_class)
+        if number
+    }
+    if found != stated:
+        yield f"does not list as many images of each shard and class as {INDEX_KEY}"
     yield from find_split_faults(rows, index.carved, Splits(**index.config["splits"]))
 
 
@@ -115,7 +171,8 @@ def _check_shards(
         for info in infos:
             if info.name in skip:
                 continue
-            listed = sorted(by_shard.get(info.name, []), key=lambda row: row.row or 0)
+            name = info.name.removeprefix(index.place)
+            listed = sorted(by_shard.get(name, []), key=lambda row: row.row or 0)
             try:
                 with store.as_file(info.name) as path:
                     shard = open_shard(path)

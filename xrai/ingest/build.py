@@ -1,8 +1,7 @@
 """Make the shards of a plan, then commit: manifest, report and, last, `dataset.json`.
 
-`xrai.preprocess` calls it. Each shard is stored with its part (`xrai.ingest.unfinished`). Two jobs
-that do the same work at once do each other no harm: whoever finishes last commits, with the same
-bytes.
+`xrai.preprocess` calls it. Each shard is stored with its part (`xrai.ingest.unfinished`). The
+partition that ends last commits, with the same bytes whichever it is.
 """
 
 import hashlib
@@ -74,9 +73,19 @@ class Builder:
     """Makes the data set of a plan at an address, or a share of it."""
 
     def __init__(
-        self, plan: Plan, source: Source, store: Store, unfinished: Unfinished, *, num_workers: int
+        self,
+        plan: Plan,
+        source: Source,
+        store: Store,
+        unfinished: Unfinished,
+        *,
+        num_workers: int,
+        place: str = "",
+        confirm: Callable[[], None] = lambda: None,
     ) -> None:
+        """`place` begins the keys of all objects; `confirm` raises where another job took over."""
         self._plan, self._source, self._store, self._unfinished = plan, source, store, unfinished
+        self._place, self._confirm = place, confirm
         self._images = Images(**plan.config["images"])
         self._num_workers = num_workers
 
@@ -116,8 +125,9 @@ class Builder:
             if storing is not None:
                 storing.result()
 
-    def commit(self, report: Report) -> DatasetIndex | None:
-        """Write manifest, report and `dataset.json` and remove the unfinished objects.
+    def commit(self, report: Report, *, replaced: bytes | None = None) -> DatasetIndex | None:
+        """Write manifest, report and `dataset.json` and remove the unfinished objects. `replaced`
+        is the `dataset.json` that this one takes the place of.
 
         Returns None, having done nothing, while parts are missing. Raises `CorruptError` naming the
         shards whose stored bytes are not those that were made; their parts are removed, so that the
@@ -125,7 +135,7 @@ class Builder:
         """
         plan = self._plan
         with ThreadPoolExecutor(_CHECKS_AT_A_TIME) as pool:
-            found = list(pool.map(lambda shard: self._unfinished.part(shard, plan), plan.shards))
+            found = list(pool.map(self._part, plan.shards))
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
             return None
@@ -134,15 +144,37 @@ class Builder:
             index, objects = assemble(plan, parts, self._store, report, Path(folder))
             for key, path in objects.items():
                 self._store.upload(key, path)
-        try:
-            self._store.write(shards.INDEX_KEY, index.to_json().encode(), only_if_absent=True)
-        except AlreadyExistsError:  # another process was faster; both made the same
-            if shards.read_index(self._store) != index:
-                raise DatasetError(
-                    f"another data set was stored at {self._store.uri} meanwhile"
-                ) from None
+        self._confirm()
+        self._write_index(index, replaced)
         remove_unfinished(self._store)
         return index
+
+    def _write_index(self, index: DatasetIndex, replaced: bytes | None) -> None:
+        """Write `dataset.json`, unless another one than `replaced` is there; then look for all
+        objects once more, and take it back if one has gone.
+        """
+        store, data = self._store, index.to_json().encode()
+        try:
+            if replaced is None or store.read(shards.INDEX_KEY) != replaced:
+                store.write(shards.INDEX_KEY, data, only_if_absent=True)
+            else:
+                store.write(shards.INDEX_KEY, data)
+        except AlreadyExistsError:  # another partition was faster; both made the same
+            if shards.read_index(store) != index:
+                raise DatasetError(
+                    f"another data set was stored at {store.uri} meanwhile"
+                ) from None
+        sizes = {entry.key: entry.size_bytes for entry in store.list(self._place)}
+        gone = [x.name for x in index.all_objects() if sizes.get(x.name) != x.size_bytes]
+        if gone:
+            if replaced is None:
+                store.delete(shards.INDEX_KEY)
+            else:
+                store.write(shards.INDEX_KEY, replaced)
+            raise CorruptError(
+                f"{', '.join(gone[:3])} at {store.uri} changed while the data set was committed: "
+                "start again when no other program writes there"
+            )
 
     def _store_decoded(self, shard: PlannedShard, decoded: DecodedShard) -> None:
         info, labels = None, decoded.columns.labels
@@ -150,10 +182,12 @@ class Builder:
             with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
                 path = Path(folder) / shard.name
                 write_decoded(path, decoded)
-                digest = self._store.upload(shard.name, path)
+                self._confirm()
+                digest = self._store.upload(self._place + shard.name, path)
                 size_bytes = path.stat().st_size
             counts = tuple(np.bincount(labels, minlength=len(CLASSES)).tolist())
-            info = ShardInfo(shard.name, len(labels), size_bytes, digest, counts)
+            name = self._place + shard.name
+            info = ShardInfo(name, len(labels), size_bytes, digest, counts)
         histogram = grey_histogram(decoded.columns.images).tolist()
         few_greys = with_few_greys(decoded.columns.source, decoded.columns.images)
         part = Part(self._plan.sha256, info, decoded.reasons, histogram, decoded.hashes, few_greys)
@@ -161,10 +195,17 @@ class Builder:
 
     def _stored_part(self, shard: PlannedShard) -> Part | None:
         """A shard's part, if the shard's stored bytes are those that it names."""
-        part = self._unfinished.part(shard, self._plan)
+        part = self._part(shard)
         if part is None or part.shard is None:
             return part
-        return part if shards.hash_object(self._store, shard.name) == part.shard.sha256 else None
+        return (
+            part if shards.hash_object(self._store, part.shard.name) == part.shard.sha256 else None
+        )
+
+    def _part(self, shard: PlannedShard) -> Part | None:
+        part = self._unfinished.part(shard, self._plan)
+        is_elsewhere = part and part.shard and part.shard.name != self._place + shard.name
+        return None if is_elsewhere else part
 
     def _check_stored(self, parts: Sequence[Part]) -> None:
         infos = [part.shard for part in parts if part.shard is not None]
@@ -174,7 +215,7 @@ class Builder:
             info.name for info, digest in zip(infos, digests, strict=True) if digest != info.sha256
         ]
         for shard in self._plan.shards:
-            if shard.name in bad:
+            if self._place + shard.name in bad:
                 self._unfinished.drop_part(shard)
         if bad:
             raise CorruptError(
@@ -254,9 +295,9 @@ def assemble(
             f"{few_greys[0]}"
         )
         _logger.warning("%s", notes[-1])
-    contents: dict[str, Iterable[bytes]] = {shards.MANIFEST_KEY: manifest_lines(rows)}
+    contents: dict[str, Iterable[bytes]] = {index.place + shards.MANIFEST_KEY: manifest_lines(rows)}
     reported = report(store, Contents(index, rows, near, notes))
-    contents.update((key, [data]) for key, data in reported.items())
+    contents.update((index.place + key, [data]) for key, data in reported.items())
     paths = {key: folder / str(number) for number, key in enumerate(contents)}
     infos = tuple(_write_object(paths[key], key, pieces) for key, pieces in contents.items())
     return replace(index, objects=infos), paths

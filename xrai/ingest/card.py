@@ -64,7 +64,7 @@ def make_report(
     for label, class_name in enumerate(index.classes):
         # From the first shard alone, if it holds enough
         samples = nsmallest(_SAMPLES, (row for row in rows if row.label == label), key=_by_place)
-        images, titles = _read_images(store, samples), [_name(row) for row in samples]
+        images, titles = _read_images(store, index.place, samples), [_name(row) for row in samples]
         name, heading = f"samples-{class_name.lower()}.png", f"Samples of {split}: {class_name}"
         if samples:
             add(name, heading, draw_sheet, images, titles)
@@ -74,7 +74,7 @@ def make_report(
         shown = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
         titles = [f"{row.split}: {_name(row)}" for row in shown]
         heading, note = "Near-duplicates in two splits, the nearest", f"{len(near)} pairs in all"
-        images = _read_images(store, shown)
+        images = _read_images(store, index.place, shown)
         add("near-duplicates.png", heading, draw_sheet, images, titles, note=note)
         files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
     files[f"{REPORT_PREFIX}card.md"] = write_card(contents, sheets=sheets).encode()
@@ -177,11 +177,11 @@ def _by_place(row: Row) -> tuple[str, int]:
     return row.shard or "", row.row or 0
 
 
-def _read_images(store: Store, rows: Sequence[Row]) -> list[NDArray[np.uint8]]:
+def _read_images(store: Store, place: str, rows: Sequence[Row]) -> list[NDArray[np.uint8]]:
     """The stored images (H, W) of a few rows; each shard is fetched once."""
     found: dict[str, NDArray[np.uint8]] = {}
     for name in sorted({row.shard for row in rows if row.shard is not None}):
-        with store.as_file(name) as path:
+        with store.as_file(place + name) as path:
             images = open_shard(path).images
             found.update((row.path, images[row.row].copy()) for row in rows if row.shard == name)
     return [found[row.path] for row in rows]

@@ -48,17 +48,19 @@ def repair(
     images = Images(**plan.config["images"])
     infos = {info.name: info for shards in index.splits.values() for info in shards}
     for shard in plan.shards:
-        if shard.name in keys:
+        name = index.place + shard.name
+        if name in keys:
             decoded = decode_rows(source, images, shard.rows, num_workers=num_workers)
             with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
                 path = Path(folder) / shard.name
                 write_decoded(path, gather(shard, decoded, size=images.size))
-                _replace(store, index, shard.name, path)
+                _replace(store, index, name, path)
     others = sorted(set(keys) - set(infos))
     if not others:
         return
     parts = [
-        _recover_part(store, plan, shard, source, infos.get(shard.name)) for shard in plan.shards
+        _recover_part(store, plan, shard, source, infos.get(index.place + shard.name))
+        for shard in plan.shards
     ]
     with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
         _, paths = assemble(plan, parts, store, report, Path(folder))
@@ -68,8 +70,7 @@ def repair(
 
 def _replace(store: Store, index: DatasetIndex, key: str, path: Path | None) -> None:
     """Store a file that was made again, if it is the one that the index lists."""
-    stated = {info.name: info.sha256 for shards in index.splits.values() for info in shards}
-    stated |= {info.name: info.sha256 for info in index.objects}
+    stated = {info.name: info.sha256 for info in index.all_objects()}
     if path is None or sha256_of(path) != stated.get(key):
         raise CorruptError(
             f"{key} made again is not the one that {store.uri} lists: it was made by xrai "

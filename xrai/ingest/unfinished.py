@@ -3,7 +3,8 @@
 A claim, which says what is being made; the id of the key that patients are hashed with, once one is
 used; the hashes of the source's files; and a part for each shard, which says what the shard holds.
 With these a killed job goes on from what is stored, and several machines can share the work. A
-commit removes them.
+commit removes them. A data set that takes the place of another one is made under keys that begin
+with "replacement/", until dataset.json lists these.
 """
 
 import hashlib
@@ -29,6 +30,9 @@ UNFINISHED: Final = "unfinished-"
 
 _CLAIM = f"{UNFINISHED}claim.json"
 _KEY_ID = f"{UNFINISHED}patient-key"
+_UNFINISHED_KEY = re.compile(
+    r"unfinished-(claim\.json|patient-key|hashes-\d{5,}|part-(train|val|test)-\d{5,}-of-\d{5,}\.h5)"
+)
 _logger = get_logger(__name__)
 
 
@@ -74,6 +78,13 @@ class Unfinished:
         if listing.key.id:  # a table names patients
             claim["patient_key"] = listing.key.id
         self._claim = json.dumps(claim, sort_keys=True).encode()
+
+    def is_claimed(self) -> bool:
+        """Whether the address holds the beginning of this very data set."""
+        try:
+            return self._store.read(_CLAIM) == self._claim
+        except NotFoundError:
+            return False
 
     def claim(self) -> None:
         """State at the address what is being made there. Raises `DatasetError` if it is in use."""
@@ -162,9 +173,14 @@ def _other_key(store: Store, found: str, key: PatientKey) -> DatasetError:
 
 def remove_unfinished(store: Store) -> None:
     """Remove all unfinished objects, the claim last."""
-    for key in [entry.key for entry in store.list(UNFINISHED) if entry.key != _CLAIM]:
+    keys = [entry.key for entry in store.list(UNFINISHED) if is_unfinished(entry.key)]
+    for key in sorted(keys, key=lambda key: key == _CLAIM):
         store.delete(key)
-    store.delete(_CLAIM)
+
+
+def is_unfinished(key: str) -> bool:
+    """Whether a key is that of an unfinished object."""
+    return _UNFINISHED_KEY.fullmatch(key) is not None
 
 
 def _hashes_key(group: int) -> str:

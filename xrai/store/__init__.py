@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from xrai.errors import ConfigError, StoreAccessError
 from xrai.store.base import Store, StoredObject, check_key
 from xrai.store.folder import FolderStore
-from xrai.store.lease import LEASE_KEY, Lease, take_lease
+from xrai.store.lease import LEASE_KEY, Lease, refuse_writer, take_lease
 from xrai.store.s3 import S3Store
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "check_key",
     "folder_of",
     "open_store",
+    "refuse_writer",
     "take_lease",
 ]
 

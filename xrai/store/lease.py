@@ -83,8 +83,10 @@ class Lease:
     def release(self) -> None:
         """Stop renewing, and delete the lease if it is still this process's."""
         self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(StoreError):  # then it goes stale
+        self._thread.join(RENEW_S)
+        if self._thread.is_alive():  # the store does not answer: the lease goes stale
+            return
+        with contextlib.suppress(StoreError):
             found = _read(self._store, self._key)
             if found is not None and found.owner == self._holder.owner:
                 self._store.delete(self._key)
@@ -137,6 +139,13 @@ def take_lease(store: Store, key: str = LEASE_KEY) -> Lease:
         if now is not None:
             _logger.info("taken over from %s, which has ended: %s", found.words, store.uri)
             return Lease(store, key, own)
+
+
+def refuse_writer(store: Store, key: str) -> None:
+    """Raise `InUseError` where another process holds a lease and renews it."""
+    found = _read(store, key)
+    if found is not None and not found.is_gone():
+        _watch(store, key, found)
 
 
 def _watch(store: Store, key: str, found: Holder) -> Holder | None:

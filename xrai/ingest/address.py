@@ -1,0 +1,97 @@
+"""Whose the files at a data set's address are, and how one data set takes the place of another.
+
+Nothing is overwritten or removed there but what `xrai.preprocess` writes.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Final
+
+from xrai.dataset.shards import (
+    INDEX_KEY,
+    MANIFEST_KEY,
+    REPLACEMENT,
+    REPORT_PREFIX,
+    DatasetIndex,
+    is_shard_name,
+)
+from xrai.errors import CorruptError, DatasetError
+from xrai.ingest.card import REPORT_KEYS
+from xrai.ingest.unfinished import is_unfinished, remove_unfinished
+from xrai.store import Store
+
+_SYSTEM_FILES: Final = ("lost+found", "Thumbs.db", "desktop.ini")
+
+
+def refuse_others_files(store: Store) -> None:
+    """Raise `DatasetError` unless the address is new, empty, or holds a data set, finished or not,
+    and nothing else. Hidden files, and those of file systems and desktops, do not count.
+    """
+    keys = [entry.key for entry in store.list() if not _is_hidden(entry.key)]
+    others = [key for key in keys if not _is_own(key)]
+    if not others and not any(_is_mark(store, key) for key in keys):
+        others = keys
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise DatasetError(
+            f"{store.uri} holds files that are not of a data set ({', '.join(others[:3])}{more}): "
+            "give a new or an empty folder or prefix by --dataset"
+        )
+
+
+def find_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> list[str]:
+    """The keys, except `dataset.json` and what it lists, that `xrai.preprocess` writes."""
+    listed = {INDEX_KEY}
+    if index is not None:
+        listed |= {info.name for info in index.all_objects()}
+    keys = [entry.key for entry in store.list(prefix)]
+    return [key for key in keys if _is_own(key) and key not in listed]
+
+
+def remove_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> None:
+    """Remove what `find_others` finds, and what is unfinished."""
+    for key in find_others(store, index, prefix):
+        if not is_unfinished(key):
+            store.delete(key)
+    remove_unfinished(store)  # last: the claim says that the rest is a data set's
+    folder = store.local_path(INDEX_KEY)
+    if folder is not None:
+        for name in (REPLACEMENT + REPORT_PREFIX, REPLACEMENT, REPORT_PREFIX):
+            with contextlib.suppress(OSError):  # it is not empty, or was not there
+                Path(folder.parent, name).rmdir()
+
+
+def move_into_place(store: Store, index: DatasetIndex) -> DatasetIndex:
+    """Give the objects of a data set that replaced another one their usual keys.
+
+    They are copied first, so the data set is whole at any moment. Raises `CorruptError` where one
+    is damaged; then they stay where they are.
+    """
+    for info in index.all_objects():
+        with store.as_file(info.name) as path:
+            digest = store.upload(info.name.removeprefix(REPLACEMENT), path)
+        if digest != info.sha256:
+            raise CorruptError(f"{store.uri}/{info.name} is not what was stored there")
+    moved = index.moved()
+    store.write(INDEX_KEY, moved.to_json().encode())
+    remove_others(store, moved)
+    return moved
+
+
+def _is_own(key: str) -> bool:
+    """Whether a key is one that `xrai.preprocess` writes."""
+    name = key.removeprefix(REPLACEMENT)
+    is_object = is_shard_name(name) or name in (MANIFEST_KEY, *REPORT_KEYS)
+    return key == INDEX_KEY or is_object or is_unfinished(key)
+
+
+def _is_mark(store: Store, key: str) -> bool:
+    """Whether a key tells that the address is a data set's; others use the names of the rest."""
+    if key == INDEX_KEY:
+        return b'"schema_version"' in store.read(key)[:200]
+    return is_unfinished(key) or is_shard_name(key.removeprefix(REPLACEMENT))
+
+
+def _is_hidden(key: str) -> bool:
+    parts = key.split("/")
+    return parts[0] in _SYSTEM_FILES or any(part.startswith(".") for part in parts)
