@@ -78,7 +78,7 @@ def test_a_phantom_as_dicom_agrees_with_the_same_phantom_as_png_and_jpeg(size: i
 
 def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
     levels = np.full((64, 64), 100.4)
-    levels[0] = 255
+    levels[0], levels[-1] = 0, 255
     levels[1::2, 1::2] = 100.9  # on average 100.525; rounded first it would be 100.25
     stored = np.round(levels * 257).astype("<u2")
     assert set(decoded(dicom_file(stored), size=32)[2:-2, 2:-2].ravel()) == {101}
@@ -96,6 +96,7 @@ def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
         (ramp(0, 2100), {"HighBit": 11}, lambda x: x / 4095),
         (ramp(0, 2100), {"LargestImagePixelValue": 4000}, lambda x: x / 4095),
         (ramp(0, 2000), {"LargestImagePixelValue": 65535}, lambda x: x / 2047),
+        (ramp(32768, 32768 + 3000), {}, lambda x: (x - 32768) / 4095),  # signed, with an offset
         (ramp(-1000, 3000, "<i2"), {}, lambda x: (x + 1024) / (1024 + 4095)),
         (ramp(0, 65535), {}, lambda x: x / 65535),
         (ramp(0, 4000), {}, lambda x: x / 4095),  # 16 bits declared, 12 used
@@ -277,6 +278,13 @@ def test_bits_that_hold_no_sample_are_left_out(shift: int, high_bit: int) -> Non
     other = np.uint16(0xF000 if shift == 0 else 0x000F)  # an overlay, say
     file = dicom_file((stored << shift) | other, BitsStored=12, HighBit=high_bit)
     assert_levels(file, stored / 4095.0)
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+def test_samples_at_the_upper_end_of_their_words_are_found_there(signed: int) -> None:
+    words = ramp(0, 4095) << 4
+    file = dicom_file(words ^ (0x8000 * signed), BitsStored=12, PixelRepresentation=signed)
+    assert_levels(file, ramp(0, 4095) / 4095.0)
 
 
 def test_signed_samples_shorter_than_their_words_keep_their_sign() -> None:

@@ -59,3 +59,19 @@ def test_burned_in_text_and_borders_do_not_darken_the_rest(others: list[int]) ->
 
 def test_a_few_bright_values_count_where_the_file_claims_their_range() -> None:
     assert grey_range(np.array([*range(900), 4095]), [4096]) == (0, 4095)
+
+
+def test_a_border_at_the_negative_end_does_not_lighten_the_rest() -> None:
+    assert grey_range(np.array([-32768, *range(4000)])) == (-1, 4095)
+
+
+def test_signed_samples_with_an_offset_have_the_range_of_those_without() -> None:
+    for bits in range(8, 16):
+        values = np.arange(1 << bits)
+        assert grey_range(values + 32768) == (32768, 32768 + 2**bits - 1)
+
+
+def test_an_offset_moves_black_without_a_step() -> None:
+    ranges = [np.array(grey_range(np.arange(lowest, 40000))) for lowest in range(28000, 35000, 16)]
+    assert tuple(ranges[0]) == grey_range(np.arange(40000))
+    assert max(np.abs(after - before).max() for before, after in pairwise(ranges)) <= 16 * 9

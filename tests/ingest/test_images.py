@@ -171,6 +171,12 @@ def test_16_bits_are_divided_by_the_range_that_they_are_of(
     assert np.abs(decoded(file, size=32) - expected).max() <= 0.51
 
 
+def test_signed_samples_of_a_png_that_have_an_offset_are_shown_without_it() -> None:
+    samples = np.linspace(0, 4000, 32 * 32).astype(np.uint16).reshape(32, 32)
+    plain, shifted = (decoded(encoded(Image.fromarray(samples + add))) for add in (0, 32768))
+    np.testing.assert_array_equal(plain, shifted)
+
+
 def test_16_bits_are_not_clipped_to_white() -> None:
     samples = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     assert len(np.unique(decoded(encoded(Image.fromarray(samples)), size=32))) > 200

@@ -390,6 +390,9 @@ def _samples_and_levels(data: bytes, dataset: "Dataset") -> tuple[NDArray[Any], 
         return samples, lambda rows: np.minimum(rows, white).astype(np.float32) @ _LUMA * scale
     syntax = dataset.file_meta.TransferSyntaxUID
     if high + 1 >= stored and (not syntax.is_encapsulated or syntax == RLELossless):
+        is_beyond = int(samples.max()) >> (high + 1 - sign_bits)
+        if is_beyond and not (samples & ((1 << (allocated - stored)) - 1)).any():
+            high = allocated - 1  # at the upper end of their words, whatever HighBit says
         # The other bits may hold overlays
         samples = (samples << (allocated - 1 - high)) >> (allocated - stored)
     present = distinct_values(samples)

@@ -56,12 +56,31 @@ def num_levels(
 def grey_range(values: NDArray[np.int64], claims: Sequence[float] = ()) -> tuple[float, float]:
     """Black and white of an image with these distinct values, sorted.
 
-    Black is 0 unless values are negative. Those far above all others, such as burned-in text or a
-    border of 65535, are white like the rest's white.
+    Black is 0, the negative end, or 32768 where all values are above it: signed samples with an
+    offset. Values far beyond all others, such as burned-in text or a border, are clipped.
     """
-    lowest, largest = float(values[0]), max(0.0, float(values[-1]))
-    typical = max(1.0, float(values[int(_TYPICAL * (len(values) - 1))]))
-    outlying = min(1, max(0, largest / typical / 2 - 1))  # none up to twice, all from four times on
-    num_typical = max(_MIN_LEVELS, largest + outlying * (typical - largest) + 1)
-    white = num_levels(largest + 1, claims, num_typical=num_typical) - 1
-    return (-num_levels(-lowest, claims) if lowest < 0 else 0.0), white
+    offset = min(1, max(0, float(values[0]) / 4096 - 7))  # by degrees from 28672 on
+    if offset:
+        black, white = _range_from_zero(values, claims)
+        raised = 32768 + _range_from_zero(values - 32768, ())[1]
+        return black + offset * (32768 - black), white + offset * (raised - white)
+    return _range_from_zero(values, claims)
+
+
+def _range_from_zero(values: NDArray[np.int64], claims: Sequence[float]) -> tuple[float, float]:
+    last = len(values) - 1
+    largest, typical = max(0.0, float(values[-1])), float(values[int(_TYPICAL * last)])
+    needed = max(_MIN_LEVELS, _without_outliers(largest, typical) + 1)
+    white = num_levels(largest + 1, claims, num_typical=needed) - 1
+    if values[0] >= 0:
+        return 0.0, white
+    lowest, typical = -float(values[0]), -float(values[last - int(_TYPICAL * last)])
+    needed = _without_outliers(lowest, typical)
+    return -num_levels(lowest, claims, num_typical=needed), white
+
+
+def _without_outliers(extreme: float, typical: float) -> float:
+    """The extreme value, or a typical one if it is four times that; by degrees from twice on."""
+    typical = max(1.0, typical)
+    outlying = min(1, max(0, extreme / typical / 2 - 1))
+    return extreme + outlying * (typical - extreme)

@@ -242,11 +242,12 @@ def _greys_of(image: Image.Image, data: bytes) -> _Rows:
     if place >= 4:  # the standard asks to scale fewer bits up to 16; not everybody does
         bits = data[place]
         claims = [2.0**bits if values[-1] < 1 << bits else 65536.0]
-    _, white = grey_range(values, claims)
+    black, white = grey_range(values, claims)
 
     def to_levels(upper: int, lower: int) -> Image.Image:
-        grey = np.asarray(rows(upper, lower)).astype(np.float32) * np.float32(255 / white)
-        return Image.fromarray(np.minimum(grey, np.float32(255)))
+        grey = np.asarray(rows(upper, lower)).astype(np.float32) - np.float32(black)
+        grey *= np.float32(255 / (white - black))
+        return Image.fromarray(np.clip(grey, 0, 255, out=grey))
 
     return to_levels
 
