@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal, get_origin
 
@@ -6,7 +7,7 @@ import pytest
 import yaml
 
 from xrai.command import parse
-from xrai.config import Config, all_keys, from_mapping
+from xrai.config import Config, all_keys, from_mapping, read_file
 from xrai.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -111,3 +112,68 @@ def test_every_key_has_a_meaning_and_numbers_have_bounds() -> None:
     assert {field.name for field in dataclasses.fields(Config)} == {
         spec.name.partition(".")[0] for spec in all_keys()
     }
+
+
+# ------------------------------------------------------------------------- files made to do harm
+
+
+def nested(template: str, first: str, *, levels: int = 11, times: int = 9) -> str:
+    """YAML in which each level names the one before it nine times."""
+    lines = [f"a0: &a0 {first}"]
+    for level in range(1, levels):
+        aliases = ", ".join([f"*a{level - 1}"] * times)
+        lines.append(f"a{level}: &a{level} {template.format(aliases)}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (nested("[{}]", "[x, x]"), "it is too large once its aliases are replaced"),
+        (nested("{{<<: [{}]}}", "{x: 1}"), "it is too large once its aliases are replaced"),
+        (f"a: &a {'x' * 60_000}\ntrain: [*a, *a]", "it is too large once its aliases are replaced"),
+        ("[" * 60_000, "nested more than 20 levels"),
+        ("{a: " * 15_000, "nested more than 20 levels"),
+        ("- " * 30_000, "nested more than 20 levels"),
+        ("#" * 70_000, "it has more than 65536 bytes"),
+        ("train: {epochs: 2020-99-99}", "month must be in"),
+        (f"train: {{epochs: {'9' * 5000}}}", "Exceeds the limit"),
+        (f"optim: {{lr: {'9' * 500}}}", "is not allowed"),
+        ("!!timestamp x", "is not valid YAML"),
+        ("train: !!bool x", "is not valid YAML"),
+        ("train: {epochs: !!int ''}", "is not valid YAML"),
+        ("&a !!str {=: *a}", "is not valid YAML"),
+        ("!!map x", "is not valid YAML"),
+        ("{[a]: 1}", "is not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("train: &a {epochs: *a}", "is not allowed"),
+        ("cache: {max_gib: .inf}", "is not allowed"),
+        ("cache: {max_gib: 1e300}", "is not allowed"),
+        ("train: {timeout_s: 1e300}", "is not allowed"),
+    ],
+)
+def test_no_yaml_takes_the_memory_or_ends_in_a_traceback(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_file(str(tmp_path / "c.yaml"))
+
+
+def test_an_alias_of_a_value_may_stand_in_a_config(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("optim: {lr: &a 0.01}\naugment: {scale: *a}\ntrain: &b {}")
+    assert read_file(str(tmp_path / "c.yaml")) == {"optim.lr": 0.01, "augment.scale": 0.01}
+
+
+def test_a_config_may_be_a_pipe_which_is_read_once() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"train: {epochs: 7}")
+    os.close(writer)
+    assert read_file(f"/dev/fd/{reader}") == {"train.epochs": 7}
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/proc/self/mem", "/", "a\0b"])
+def test_what_is_no_file_is_no_config(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read|is not valid YAML"):
+        read_file(name)

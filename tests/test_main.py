@@ -228,3 +228,18 @@ def test_every_file_of_the_package_is_in_the_wheel() -> None:
         if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
     }
     assert others == taken and {"py.typed", "pneumonia.yaml"} <= {path.name for path in taken}
+
+
+def test_several_processes_cannot_read_one_pipe() -> None:
+    reader, writer = os.pipe()
+    config = f"--config=/dev/fd/{reader}"
+    done = subprocess.run(
+        [sys.executable, "-m", "xrai", "train", "--nproc_per_node=2", config],
+        pass_fds=[reader],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(reader), os.close(writer)
+    assert done.returncode == 2 and "is a pipe, which only one process can read" in done.stderr

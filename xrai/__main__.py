@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from xrai import __version__
@@ -82,6 +83,10 @@ def launch(arguments: list[str]) -> list[str]:
     for text in options:
         if "=" not in text and text != "--standalone":
             _refuse(f"{text} lacks its value; write {text}=VALUE")
+    for before, text in zip(["", *own], own, strict=False):
+        file = text if before == "--config" else text.removeprefix("--config=")
+        if Path(file).is_fifo():
+            _refuse(f"--config {file} is a pipe, which only one process can read: name a file")
     train = ["-m", "xrai.train"]
     if os.environ.get("XRAI_PREFLIGHT", "1") != "0":
         check = [sys.executable, *train, "--check", *own]

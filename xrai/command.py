@@ -8,12 +8,21 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-import yaml
-
-from xrai.config import SECTIONS, USES, Config, KeySpec, all_keys, build, nearest, read_file
+from xrai.config import (
+    SECTIONS,
+    USES,
+    Config,
+    KeySpec,
+    all_keys,
+    build,
+    load_yaml,
+    nearest,
+    read_file,
+)
 from xrai.errors import ConfigError, StoppedError, UserError, XraiError
 from xrai.files import explaining_disk
 from xrai.log import finish_streams, guard_streams, printable
@@ -130,10 +139,8 @@ def _takes(command: str, name: str) -> bool:
 def _value(spec: KeySpec, text: str) -> Any:
     """What a flag's text means: what it would mean in YAML."""
     if spec.type in (int, float, bool):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
+        with suppress(ConfigError):
+            return load_yaml(os.fsencode(text), where=spec.name)
     return text
 
 

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -77,7 +78,7 @@ class Cache:
     """Where shards of a remote data set are kept on this machine."""
 
     dir: str = _key("", "folder of the local cache; empty: $XDG_CACHE_HOME/xrai or ~/.cache/xrai")
-    max_gib: float = _key(0.0, "size limit of the cache, GiB; 0: no limit", "[0, inf)")
+    max_gib: float = _key(0.0, "size limit of the cache, GiB; 0: no limit", "[0, 1000000]")
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,10 @@ class Train:
     max_minutes: float = _key(0.0, "stop after this many minutes; 0: no limit", "[0, inf)")
     profile: str = _key("", "steps A:B, from 1, to profile into profile.json (Chrome trace)")
     timeout_s: float = _key(
-        600.0, "seconds to wait for other ranks until the first step ends", "(0, inf)"
+        600.0, "seconds to wait for other ranks until the first step ends", "(0, 1000000]"
     )
     step_timeout_s: float = _key(
-        300.0, "seconds to wait for other ranks after the first step", "(0, inf)"
+        300.0, "seconds to wait for other ranks after the first step", "(0, 1000000]"
     )
 
 
@@ -243,7 +244,7 @@ class KeySpec:
             is_allowed = checked in get_args(self.type)
         else:
             if self.type is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3 as text
-                with suppress(ValueError):
+                with suppress(ValueError, OverflowError):
                     checked = float(value)
             is_allowed = type(checked) is self.type and self._holds(checked)
         if not is_allowed:
@@ -329,22 +330,59 @@ def read_file(name: str) -> dict[str, Any]:
     try:
         if not path.is_file():
             path = shipped.get(name, path)
-        # _UniqueLoader is a SafeLoader
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueLoader)
+        with path.open("rb") as file:  # a pipe, perhaps, or a device without an end
+            data = file.read(_MAX_YAML + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"there is no config file {name}; --config takes the path of a YAML file, or "
             f"{', '.join(sorted(shipped))}"
         ) from None
-    except OSError as error:
-        raise ConfigError(f"config file {name} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {name} is not valid YAML: {error}") from error
-    return flatten(mapping, where=f"in {name}")
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(f"config file {name!r} cannot be read: {cause}") from error
+    return flatten(load_yaml(data, where=f"config file {name}"), where=f"in {name}")
 
 
-class _UniqueLoader(yaml.SafeLoader):
-    """YAML in which a key may not stand twice."""
+def load_yaml(data: bytes, *, where: str) -> Any:
+    """The plain values of a small YAML file. Raises `ConfigError` if it is not valid, or if it is
+    too large or nested too deep once its aliases are replaced. `where` names it.
+    """
+    try:
+        if len(data) > _MAX_YAML:
+            raise yaml.YAMLError(f"it has more than {_MAX_YAML} bytes")
+        return yaml.load(data.decode(), _Loader)  # a SafeLoader
+    except _NOT_YAML as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
+_MAX_YAML = 65_536  # bytes, and characters and nodes once aliases are replaced
+_MAX_DEPTH = 20
+# What PyYAML raises on values that are not what their tag or form says
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may not stand twice, and a few aliases cannot mean millions of nodes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth, self._sizes = 0, dict[yaml.Node, int]()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode):
+            self._sizes[node] = 1 + len(node.value)
+        elif node is not None:
+            is_mapping = isinstance(node, yaml.MappingNode)
+            parts = chain.from_iterable(node.value) if is_mapping else node.value
+            self._sizes[node] = 1 + sum(self._sizes.get(part, 1) for part in parts)
+        if node is not None and self._sizes[node] > _MAX_YAML:
+            raise yaml.YAMLError("it is too large once its aliases are replaced")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from xrai.config import Config
+from xrai.config import Config, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import RunError
@@ -158,7 +157,7 @@ class Job:
             return []
         where = f"{self.run.address}/{_CONFIG}"
         try:
-            earlier = yaml.safe_load(self.run.store.read(_CONFIG))
+            earlier = load_yaml(self.run.store.read(_CONFIG), where=where)
             return [
                 f"{section}.{key} = {value!r}, was {was!r}"
                 for section, keys in self.config.to_mapping().items()
@@ -166,7 +165,7 @@ class Job:
                 if not _FREE & {section, f"{section}.{key}"}
                 and (was := earlier.get(section, {}).get(key, value)) != value
             ]
-        except (yaml.YAMLError, ValueError, AttributeError) as error:
+        except AttributeError as error:
             raise RunError(f"{where} is not the config of a run: it is damaged") from error
 
     def _refuse_incomplete_history(self, num_epochs: int) -> None:
