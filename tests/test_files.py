@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,51 @@ def test_a_disk_that_fails_anywhere_is_one_line(error: OSError, said: str) -> No
         raise error
     with pytest.raises(BrokenPipeError), explaining_disk():
         raise BrokenPipeError(errno.EPIPE, "of a socket, say")
+
+
+# ------------------------------------------------------------------------------- temporary folders
+
+USES_SCRATCH = "from xrai.files import scratch_folder; print(scratch_folder(), flush=True); input()"
+
+
+def test_folders_of_killed_processes_are_cleared_and_those_of_others_never(tmp_path: Path) -> None:
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", USES_SCRATCH],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        return process, Path(process.stdout.readline().strip())
+
+    others = {tmp_path / "xrai-2024-results", tmp_path / "pymp-abcdefgh", tmp_path / "xrai-old"}
+    for other in others:
+        other.mkdir()
+    (killed, left), (living, used) = start(), start()
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert set(tmp_path.iterdir()) == {left, used, *others}
+    third, own = start()
+    assert set(tmp_path.iterdir()) == {own, used, *others}
+    for process in (third, living):
+        process.communicate("\n", timeout=60)
+        assert process.returncode == 0
+    assert set(tmp_path.iterdir()) == others
+
+
+def test_a_fork_does_not_remove_the_folder_of_its_parent(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from xrai.files import scratch_folder, temporary_folder
+folder = scratch_folder()
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+with temporary_folder() as inside:
+    assert os.path.dirname(inside) == str(folder)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ from xrai.command import run_command
 from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
 from xrai.dataset.verify import find_faults
+from xrai.files import scratch_folder
 from xrai.ingest import sources
 from xrai.phantom import make_phantoms
 from xrai.store import open_store
@@ -1052,6 +1053,7 @@ def test_a_machine_without_a_folder_for_temporary_files_is_told_so_at_once(
 ) -> None:
     source = write_files(tmp_path / "chest", source_files())
     with monkeypatch.context() as patch:
+        scratch_folder.cache_clear()
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
         done = run(f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)

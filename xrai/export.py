@@ -8,7 +8,6 @@ with the program's own path from files.
 """
 
 import io
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -22,6 +21,7 @@ from PIL import Image
 from xrai import __version__
 from xrai.command import Flag, parse, run_command
 from xrai.errors import UserError
+from xrai.files import temporary_folder
 from xrai.ingest.images import decode
 from xrai.learning import export
 from xrai.log import get_logger, setup_logging
@@ -65,7 +65,7 @@ def main() -> None:
     program = export.trace(serving)
     _logger.info("traced; writing and checking %s", " and ".join(formats))
     lines, agreements = [], {}
-    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+    with temporary_folder() as folder:
         for kind in formats:
             name = FILES[kind]
             path = Path(folder) / name

@@ -3,12 +3,17 @@
 Every room writes through `replacing` or `write_atomically`, so a reader never sees half a file.
 """
 
+import atexit
 import errno
+import fcntl
+import functools
 import glob
 import hashlib
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +32,7 @@ from xrai.errors import (
 Access = Literal["read", "written", "listed", "deleted"]
 
 _CHUNK_BYTES = 256 * 1024
+_LOCK = ".xrai-lock"
 _STALE_S = 24 * 3600.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
@@ -86,6 +92,46 @@ def copy_hashed(file: BinaryIO, write: Callable[[bytes], object]) -> str:
         digest.update(chunk)
         write(chunk)
     return digest.hexdigest()
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that vanishes after the block, and after a kill when a command starts again."""
+    return tempfile.TemporaryDirectory(dir=scratch_folder())
+
+
+@functools.lru_cache(1)
+def scratch_folder() -> Path:
+    """This process's own folder below TMPDIR, removed when it ends. The first call removes those of
+    processes that were killed.
+
+    A process holds a lock in its folder, so nothing that another one uses is removed, whatever its
+    process id and container. Raises `UserError` where no folder can be made.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="xrai-"))
+    except OSError as error:
+        raise UserError(
+            f"{error.strerror}: temporary files are written there; mount a folder, or name one by "
+            "TMPDIR"
+        ) from error
+    for lock_path in folder.parent.glob(f"xrai-*/{_LOCK}"):
+        # not ours, or locked as long as its process lives
+        with suppress(OSError), lock_path.open("rb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock_path.parent)
+    lock = (folder / "new").open("wb")
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "new").rename(folder / _LOCK)  # so that nobody finds it unlocked
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a fork
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+    atexit.register(remove)
+    return folder
 
 
 def cache_folder(*parts: str) -> Path:

@@ -15,7 +15,6 @@ data set beside the old one, which stays whole until the new one is.
 import contextlib
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +33,8 @@ from xrai.errors import (
     NotFoundError,
     SourceError,
     StoppedError,
-    UserError,
 )
-from xrai.files import num_cores
+from xrai.files import num_cores, scratch_folder
 from xrai.ingest.address import find_others, move_into_place, refuse_others_files, remove_others
 from xrai.ingest.build import Builder
 from xrai.ingest.card import make_report
@@ -91,12 +89,7 @@ def main() -> None:
     share = Share(*read_partition(flags["partition"]), workers or num_cores())
     setup_logging()
     signal.signal(signal.SIGTERM, _stop)
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.strerror}: shards are first written there; mount one, or name one by TMPDIR"
-        ) from error
+    scratch_folder()  # which clears what killed ones left
     if not address:
         raise ConfigError("--dataset is empty; it takes a folder or s3://bucket/prefix")
     source, store = open_source(flags["source"]), open_store(address)

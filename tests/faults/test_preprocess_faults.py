@@ -451,6 +451,27 @@ def test_another_config_at_the_address_of_unfinished_work_is_refused_and_disturb
     assert objects(dataset) == expected
 
 
+def test_what_a_killed_command_left_in_tmpdir_is_gone_after_the_next_start(
+    source: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    words = ("preprocess", f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    command = [sys.executable, "-m", "xrai", *words, "--workers=2"]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not list(temporary.glob("xrai-*/pymp-*/listener-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.wait(60)
+        assert len(list(temporary.iterdir())) == 1
+    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    assert list(temporary.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------- partitions
 
 

@@ -5,7 +5,6 @@ partition that ends last commits, with the same bytes whichever it is.
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -23,7 +22,7 @@ from xrai.dataset.manifest import CLASSES, Row, manifest_lines
 from xrai.dataset.rules import grey_histogram, mean_and_std
 from xrai.dataset.shards import SPLITS, DatasetIndex, ObjectInfo, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, SourceError
-from xrai.files import explaining
+from xrai.files import explaining, temporary_folder
 from xrai.ingest.decode import Decoded, decode_rows
 from xrai.ingest.greys import FEW_GREYS, with_few_greys
 from xrai.ingest.leaks import find_near_pairs, num_pairs
@@ -140,7 +139,7 @@ class Builder:
         if len(parts) < len(found):
             return None
         self._check_stored(parts)
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        with temporary_folder() as folder:
             index, objects = assemble(plan, parts, self._store, report, Path(folder))
             for key, path in objects.items():
                 self._store.upload(key, path)
@@ -179,7 +178,7 @@ class Builder:
     def _store_decoded(self, shard: PlannedShard, decoded: DecodedShard) -> None:
         info, labels = None, decoded.columns.labels
         if len(labels):
-            with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            with temporary_folder() as folder:
                 path = Path(folder) / shard.name
                 write_decoded(path, decoded)
                 self._confirm()

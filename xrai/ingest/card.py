@@ -4,7 +4,6 @@ Rooms do not import each other, so the commands pass in what draws (`xrai.result
 """
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from heapq import nsmallest
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from xrai.dataset.manifest import CLASSES, Row
 from xrai.dataset.shards import REPORT_PREFIX, open_shard
+from xrai.files import temporary_folder
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
 from xrai.log import printable
@@ -55,7 +55,7 @@ def make_report(
     def add(
         name: str, heading: str, draw: Callable[..., None], *content: object, note: str = ""
     ) -> None:
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        with temporary_folder() as folder:
             path = Path(folder) / name
             draw(*content, path, heading=heading, note=" · ".join(filter(None, [note, warning])))
             files[REPORT_PREFIX + name] = path.read_bytes()

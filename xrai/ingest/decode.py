@@ -3,6 +3,8 @@
 import ctypes
 import math
 import multiprocessing
+import multiprocessing.util
+import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from xrai.config import Images
 from xrai.dataset.manifest import Row
 from xrai.errors import ImageError, SourceError, XraiError
+from xrai.files import scratch_folder
 from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.images import decode_sized
 from xrai.ingest.leaks import perceptual_hash
@@ -93,6 +96,11 @@ def decode_rows(
 
 def start_workers_soon() -> None:
     """Let the server that workers are forked from import its modules in the background."""
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch_folder())
+    try:
+        multiprocessing.util.get_temp_dir()  # of its sockets; made where it is removed after a kill
+    finally:
+        tempfile.tempdir = before
     forkserver.set_forkserver_preload([__name__])
     forkserver.ensure_running()
 

@@ -3,7 +3,6 @@
 `xrai.verify` calls it.
 """
 
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from xrai.config import Images
 from xrai.dataset.rules import grey_histogram
 from xrai.dataset.shards import DatasetIndex, ShardInfo, open_shard
 from xrai.errors import CorruptError, DatasetError
-from xrai.files import sha256_of
+from xrai.files import sha256_of, temporary_folder
 from xrai.ingest.build import Report, assemble, gather, write_decoded
 from xrai.ingest.decode import decode_rows
 from xrai.ingest.greys import with_few_greys
@@ -51,7 +50,7 @@ def repair(
         name = index.place + shard.name
         if name in keys:
             decoded = decode_rows(source, images, shard.rows, num_workers=num_workers)
-            with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+            with temporary_folder() as folder:
                 path = Path(folder) / shard.name
                 write_decoded(path, gather(shard, decoded, size=images.size))
                 _replace(store, index, name, path)
@@ -62,7 +61,7 @@ def repair(
         _recover_part(store, plan, shard, source, infos.get(index.place + shard.name))
         for shard in plan.shards
     ]
-    with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+    with temporary_folder() as folder:
         _, paths = assemble(plan, parts, store, report, Path(folder))
         for key in others:
             _replace(store, index, key, paths.get(key))

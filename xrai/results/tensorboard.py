@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from xrai.config import all_keys
-from xrai.files import explaining
+from xrai.files import explaining, temporary_folder
 from xrai.results.history import TITLES
 from xrai.results.metrics import HEADLINES
 from xrai.results.types import Estimate
@@ -108,7 +108,7 @@ class Events:
         hint = "free some space there, or set TMPDIR to another folder"
         with (
             explaining("written", tempfile.gettempdir(), hint=hint, is_address=False),
-            tempfile.TemporaryDirectory(prefix="xrai-") as folder,
+            temporary_folder() as folder,
         ):
             with SummaryWriter(folder, purge_step=purge_step) as writer:
                 for add in self._waiting:

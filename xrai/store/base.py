@@ -1,7 +1,6 @@
 """What a store is: objects under keys, behind one small interface."""
 
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xrai.errors import StoreError, TooLargeError
+from xrai.files import temporary_folder
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +73,7 @@ class Store(ABC):
         if path is not None and path.exists():
             yield path
             return
-        with tempfile.TemporaryDirectory(prefix="xrai-") as folder:
+        with temporary_folder() as folder:
             copy = Path(folder) / "object"
             self.download(key, copy)
             yield copy
