@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 import warnings
@@ -175,6 +176,34 @@ def test_signed_samples_of_a_png_that_have_an_offset_are_shown_without_it() -> N
     samples = np.linspace(0, 4000, 32 * 32).astype(np.uint16).reshape(32, 32)
     plain, shifted = (decoded(encoded(Image.fromarray(samples + add))) for add in (0, 32768))
     np.testing.assert_array_equal(plain, shifted)
+
+
+def deep_colours(samples: NDArray[np.uint16]) -> bytes:
+    """A PNG of 16-bit colours, (H, W, 2) with alpha, (H, W, 3) or (H, W, 4), which Pillow cannot
+    write.
+    """
+    height, width, channels = samples.shape
+    rows = np.zeros((height, 1 + width * channels * 2), np.uint8)  # a filter, then the samples
+    rows[:, 1:] = samples.astype(">u2").reshape(height, -1).view(np.uint8)
+    colour_type = {2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_colours_are_read_where_they_use_16_bits_and_are_else_refused(channels: int) -> None:
+    film = gradient(32, 32)
+    for bits in (8, 12, 14, 16):
+        samples = np.rint(film / 255 * (2**bits - 1)).astype(np.uint16)
+        colours = np.repeat(samples[:, :, None], channels, axis=2)
+        if channels != 3:
+            colours[:, :, -1] = 65535
+        if bits == 16:
+            assert np.abs(decoded(deep_colours(colours)).astype(int) - film).max() <= 1
+        else:
+            with pytest.raises(ImageError, match="declares 16 bits and uses fewer"):
+                decoded(deep_colours(colours))
 
 
 def test_16_bits_are_not_clipped_to_white() -> None:

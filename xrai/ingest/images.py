@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from xrai.errors import ImageError
 from xrai.ingest.dicom import MAX_SCANS, START_OF_SCAN, is_dicom, open_radiograph
-from xrai.ingest.greys import FLAT, distinct_values, grey_range
+from xrai.ingest.greys import FLAT, distinct_values, grey_range, num_levels
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255 grey levels
 
@@ -233,6 +233,12 @@ def _greys_of(image: Image.Image, data: bytes) -> _Rows:
             rows(*strip).convert("RGBA").getchannel("A").getbbox() for strip in _strips(image.size)
         ):
             raise ImageError("is transparent throughout")
+        if isinstance(image, PngImageFile) and data[24] == 16:  # bits, of which Pillow keeps 8
+            brightest = int(np.max(image.getextrema()[:3]))
+            if num_levels(256 * (brightest + 1)) < 1 << 16:
+                raise ImageError(
+                    "is a colour PNG that declares 16 bits and uses fewer; save it in grey levels"
+                )
         return lambda upper, lower: _to_luma(rows(upper, lower))
     values = np.unique(
         np.concatenate([distinct_values(np.asarray(rows(*strip))) for strip in _strips(image.size)])
