@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Tests run beside others, and threads that wait for work spin; torch reads this when it is loaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 FIXTURE_MARKS = {
     "real_images": "data",
     "real_originals": "data",

@@ -38,11 +38,7 @@ def phantoms(
 def train(
     network: ResNet, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, num_steps: int
 ) -> None:
-    """A few steps on pictures (N, H, W), enough to tell the classes roughly apart; on one
-    thread, being so little.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A few steps on images (N, H, W), enough to tell the classes roughly apart."""
     grey, wanted = torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels).float()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(1)
@@ -54,7 +50,6 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.set_num_threads(num_threads)
 
 
 def save_run(

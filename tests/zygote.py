@@ -22,6 +22,7 @@ from typing import IO, Any
 
 REPOSITORY = Path(__file__).parents[1]
 
+PREPARE = ("xrai.preprocess", "xrai.verify", "boto3.session")
 RANK = ("xrai.train", "torch._dynamo")  # what each rank of a training loads
 COMMAND = (  # what commands load: the packages that measure, draw and store, and torchrun itself
     *RANK,
@@ -93,7 +94,7 @@ def start(
     """`python ARGUMENTS` in a session of its own. It writes to `output`, or else to two files."""
     files: list[IO[Any]] = [output, output] if output else [_file(), _file()]
     read, write = os.pipe()
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"} if environment is None else environment
+    variables = dict(os.environ) if environment is None else environment
     request = json.dumps({"arguments": arguments, "environment": variables})
     fds = [write, *(file.fileno() for file in files)]
     socket.send_fds(_zygote(preload), [request.encode()], fds)
@@ -111,7 +112,6 @@ def _zygote(preload: tuple[str, ...]) -> socket.socket:
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.zygote", str(theirs.fileno()), *preload],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

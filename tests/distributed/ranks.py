@@ -26,7 +26,6 @@ def wiring(*, world_size: int, environment: dict[str, str] | None = None) -> lis
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
     }
     more = environment or {}
     return [

@@ -92,7 +92,7 @@ def training(
     log = cache / f"{run_id}-{time.monotonic_ns()}.log"
     command = ["-m", "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}"]
     command += [f"--run_id={run_id}", *SMALL, *options]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     with log.open("w") as file:
         started = Training(zygote.start(command, environment=environment, output=file), log)
     try:

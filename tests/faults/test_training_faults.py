@@ -77,7 +77,7 @@ def start(
 ) -> Started:
     command = [*launcher, *program, f"--dataset={dataset}", f"--run_id={run_id}"]
     command += [f"--artifacts={dataset.parent}/submit", *OPTIONS, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = dataset.parent / f"{run_id}-{time.monotonic_ns()}.log"
     with log.open("w") as file:
         return Started(zygote.start(command, environment=environment, output=file), log)
