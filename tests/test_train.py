@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.distributed.ranks import run_ranks
 from tests.training import SMALL, Finished, call_main, make_dataset, run_module
-from xrai import evaluate, train
+from xrai import evaluate, run, train
 from xrai.config import Config
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, read_index
@@ -53,6 +53,12 @@ def keep_signal_handlers() -> Iterator[None]:
     yield
     for kind, handler in zip(kinds, handlers, strict=True):
         signal.signal(kind, handler)
+
+
+@pytest.fixture
+def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of this test are not measured and drawn at their end."""
+    monkeypatch.setattr(run.Job, "conclude", lambda *_, **__: [])
 
 
 def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
@@ -201,6 +207,7 @@ def test_one_and_two_processes_give_the_same_validation_numbers(
     assert metrics[0]["counts"] == metrics[1]["counts"]
 
 
+@pytest.mark.ci
 @pytest.mark.distributed
 def test_ranks_other_than_0_never_load_what_measures_and_draws(
     dataset: Path, tmp_path: Path
@@ -422,14 +429,15 @@ def test_a_finished_run_named_again_with_another_config_is_refused(
     folder = finished.folder
     common = [f"--dataset={dataset}", f"--artifacts={folder.parent}", "--run_id=whole", *SMALL]
     before = (folder / "config.yaml").read_bytes()
-    status, lines = call(*common, "--optim.lr=0.5", "--train.threads=1", capsys=capsys)
+    status, lines = call(*common, "--optim.lr=0.5", "--train.threads=2", capsys=capsys)
     assert status == 2
     assert "is finished, with another config (optim.lr = 0.5, was 0.003)" in lines[0]
     assert (folder / "config.yaml").read_bytes() == before
-    status, _ = call(*common, "--train.threads=1", "--cache.max_gib=3", capsys=capsys)
+    status, _ = call(*common, "--train.threads=2", "--cache.max_gib=3", capsys=capsys)
     assert status == 0
 
 
+@pytest.mark.usefixtures("no_conclusion")
 def test_a_changed_config_is_named_and_taken_only_when_told_so(
     finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -470,6 +478,7 @@ def test_tasks_of_slurm_that_would_each_train_alone_are_refused(
     assert status == 0
 
 
+@pytest.mark.usefixtures("no_conclusion")
 def test_another_number_of_epochs_is_taken_and_the_earlier_config_kept(
     finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,7 +510,7 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
         assert torch.allclose(warm.network.state_dict()[name], tensor, atol=1e-5), name
 
 
-def test_evaluate_refuses_pictures_of_another_size(
+def test_evaluate_refuses_images_of_another_size(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = finished.folder
