@@ -45,10 +45,22 @@ class Measuring:
         `loader` reads the whole split and does not shuffle.
         """
         looks = read_looks(loader, limit=baselines.MAX_IMAGES)
-        num, split = self.num_bootstrap, loader.split
+        num, split, atypicality = self.num_bootstrap, loader.split, predictions.atypicality
+        columns = loader.columns("labels", "source", "patient", "subtype")
+        scores = Scores(
+            split=split,
+            classes=tuple(loader.index.classes),
+            outputs=(self.output,),
+            labels=columns["labels"].astype(np.int8)[:, None],
+            logits=predictions.logits[0][:, None],
+            patients=columns["patient"].tolist(),
+            sources=columns["source"].tolist(),
+            subtypes=columns["subtype"].tolist(),
+            atypicality=None if atypicality is None else atypicality[0],
+        )
         return record_scores(
             self.run,
-            scores_of(loader, predictions, self.output),
+            scores,
             num_bootstrap=num,
             baselines=baselines.measure_baselines(
                 self.known, looks, split=split, num_bootstrap=num
@@ -57,23 +69,6 @@ class Measuring:
             images=_Images(loader, self.network),
             step=step,
         )
-
-
-def scores_of(loader: Loader, predictions: Predictions, output: Output) -> Scores:
-    """The scores of a split of two classes, from one draw of its images."""
-    columns = loader.columns("labels", "source", "patient", "subtype")
-    atypicality = predictions.atypicality
-    return Scores(
-        split=loader.split,
-        classes=tuple(loader.index.classes),
-        outputs=(output,),
-        labels=columns["labels"].astype(np.int8)[:, None],
-        logits=predictions.logits[0][:, None],
-        patients=columns["patient"].tolist(),
-        sources=columns["source"].tolist(),
-        subtypes=columns["subtype"].tolist(),
-        atypicality=None if atypicality is None else atypicality[0],
-    )
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from xrai.learning.explain import grad_cam
 from xrai.learning.network import fold_filters
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.results.calibration import calibrated
-from xrai.results.review import REVIEW, needs_review
 from xrai.results.summary import stated_hash
+from xrai.results.types import REVIEW, needs_review
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64

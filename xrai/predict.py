@@ -25,7 +25,7 @@ from xrai.log import printable, progress, setup_logging
 from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.results.folder import RunFolder
 from xrai.results.panel import draw_panel
-from xrai.results.review import REVIEW
+from xrai.results.types import REVIEW
 from xrai.store import Store, open_store
 from xrai.tables import to_csv, to_json
 

@@ -12,7 +12,7 @@ import pytest
 from tests.results.runs import read_events, row
 from xrai.errors import RunError
 from xrai.results.folder import RunFolder
-from xrai.results.history import read_history
+from xrai.results.history import parse_history
 
 METRICS = {  # of an epoch: the column of history.csv, in order, and the tag in TensorBoard
     "train_loss": "loss/train",
@@ -45,7 +45,7 @@ def test_history_has_one_column_for_each_metric_and_comes_back_as_it_was(run: Ru
     header, first, _ = (run.path / "history.csv").read_text().splitlines()
     assert header.split(",") == ["epoch", "step", *METRICS]
     assert first.startswith("1,10,0.5,,,0.51,")
-    assert read_history(run.path / "history.csv") == rows
+    assert parse_history((run.path / "history.csv").read_bytes(), where="r1") == rows
     assert math.isnan(rows[0].val_loss) and math.isnan(rows[0].lr)
 
 

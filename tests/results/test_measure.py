@@ -26,7 +26,7 @@ from xrai.results.metrics import (
     format_interval,
     format_value,
 )
-from xrai.results.schema import metrics_json
+from xrai.results.record import metrics_json
 from xrai.results.types import Counts, CurvePoint, Output, ReviewCount, Scores
 from xrai.tables import to_json
 
@@ -422,7 +422,7 @@ def test_an_interval_reads_as_people_write_it() -> None:
 
 def test_counting_results_loads_no_other_library_than_numpy() -> None:
     program = (
-        "import sys, xrai.results.metrics, xrai.results.review, xrai.results.baselines\n"
+        "import sys, xrai.results.metrics, xrai.results.types, xrai.results.baselines\n"
         "assert not {'scipy', 'sklearn', 'matplotlib', 'torch', 'jinja2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

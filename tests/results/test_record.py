@@ -18,9 +18,8 @@ from xrai.config import Config
 from xrai.errors import RunError
 from xrai.results.environment import describe_environment
 from xrai.results.folder import RunFolder
-from xrai.results.record import pick_examples, pick_mistakes, record_scores
+from xrai.results.record import metrics_json, pick_examples, pick_mistakes, record_scores
 from xrai.results.report import Page, render_report
-from xrai.results.schema import metrics_json
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, TrainedOn, Training
 from xrai.tables import to_json

@@ -13,8 +13,7 @@ from xrai.results.baselines import Looks, measure_baselines
 from xrai.results.folder import RunFolder
 from xrai.results.measure import measure
 from xrai.results.metrics import HEADLINES
-from xrai.results.record import record_scores
-from xrai.results.schema import metrics_json
+from xrai.results.record import metrics_json, record_scores
 from xrai.results.summary import Summary, main_results, result_lines
 from xrai.results.types import Output, Scores, SplitResults, TrainedOn, Training
 from xrai.tables import to_json

@@ -13,7 +13,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from xrai.log import get_logger
 from xrai.store import Store
 
 FOLDER = "checkpoints"
+_LATEST = f"{FOLDER}/latest.json"
 SCHEMA_VERSION = 1
 NUM_TRANSFERS = 3  # of a file in a bucket, until it arrives as it was stored
 # What zipfile and torch raise on bytes that are not a file of weights
@@ -89,10 +90,10 @@ class CheckpointFolder:
             SCHEMA_VERSION, name, step, epoch, score, path.stat().st_size, sha256_of(path)
         )
         text = json.dumps(asdict(entry), indent=1).encode()
-        latest = f"{FOLDER}/latest.json"
-        for mark in (_mark_name(entry), latest):
+        marks = [_mark_name(entry), _LATEST]
+        for mark in marks:
             write_atomically(self._folder / mark, text)
-        self._publish([name, _mark_name(entry), latest])
+        self._publish([name, *marks])
         self._entries = [*(other for other in self._entries if other.step != step), entry]
         self._prune()
 
@@ -106,8 +107,7 @@ class CheckpointFolder:
         for path in (self._folder / FOLDER).glob(".*"):
             if is_temporary(path.name):  # of a process that was killed while it saved
                 path.unlink(missing_ok=True)
-        marks = self._marks()
-        self._entries = sorted(self._listed(marks), key=lambda entry: entry.step)
+        num_marks = self._list()
         for place, entry in reversed(list(enumerate(self._entries))):
             state = self._readable(entry)
             if state is not None:
@@ -115,9 +115,9 @@ class CheckpointFolder:
                     self._delete(damaged)
                 del self._entries[place + 1 :]
                 return entry, state
-        if marks:
+        if num_marks:
             raise RunError(
-                f"none of the checkpoints of {self._store.uri} can be read ({len(marks)} in all), "
+                f"none of the checkpoints of {self._store.uri} can be read ({num_marks} in all), "
                 "so the run cannot be resumed and is left as it is: restore one of them, or start "
                 "anew with another --run_id"
             )
@@ -136,31 +136,28 @@ class CheckpointFolder:
         scored = [entry for entry in self._entries if entry.score is not None]
         return sorted(scored, key=lambda entry: (-(entry.score or 0.0), entry.step))
 
-    def _marks(self) -> dict[str, bool]:
-        """The marks in the store, and those here that an earlier process did not upload; each with
-        whether it is stored.
+    def _list(self) -> int:
+        """Read all marks: those in the store, and those here that an earlier process did not
+        upload. Damaged ones are skipped with a warning. Returns how many there are.
         """
         stored = {found.key for found in self._store.list(FOLDER + "/")}
         here = {f"{FOLDER}/{path.name}" for path in (self._folder / FOLDER).glob("step-*.json")}
-        return {
-            key: key in stored
-            for key in sorted(stored | here)
-            if key.endswith(".json") and not key.endswith("/latest.json")
-        }
-
-    def _listed(self, marks: Mapping[str, bool]) -> Iterator[Entry]:
-        for key, is_stored in marks.items():
+        marks = sorted(key for key in stored | here if key.endswith(".json") and key != _LATEST)
+        self._entries = []
+        for key in marks:
             try:
+                is_stored = key in stored
                 content = self._store.read(key) if is_stored else (self._folder / key).read_bytes()
                 entry = Entry(**json.loads(content))
                 if _mark_name(entry) != key:
                     raise ValueError(f"it belongs to {entry.file!r}")
-                yield entry
+                self._entries.append(entry)
             except (ValueError, TypeError) as error:
                 where = self._store.uri
                 _logger.warning(
                     "checkpoint mark %s in %s is damaged and skipped: %s", key, where, error
                 )
+        return len(marks)
 
     def _readable(self, entry: Entry) -> dict[str, Any] | None:
         """The state of a checkpoint, or None with a warning if its bytes are not as saved."""

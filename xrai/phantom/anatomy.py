@@ -20,7 +20,7 @@ from PIL import Image
 
 Kind = Literal["normal", "bacteria", "virus"]
 Array = NDArray[np.floating]  # float32 for images
-Line = tuple[tuple[tuple[float, float], ...], float]  # (u, v) points and a width
+Line = tuple[list[tuple[float, float]], float]  # (u, v) points and a width
 
 # 40 normal patients to 60 with pneumonia, in an order in which neighbours hold both classes
 _KINDS: tuple[Kind, ...] = (
@@ -160,9 +160,8 @@ def _grow_vessels(rng: np.random.Generator) -> tuple[Line, ...]:
             along, down = np.cos(heading), np.sin(heading)
             m = start[:, :1] + np.cumsum(along * step, axis=1) - along[:, :1] * step
             v = start[:, 1:] + np.cumsum(down * step, axis=1) - down[:, :1] * step
-            for k in range(len(angle)):
-                points = tuple(zip((side * m[k]).tolist(), v[k].tolist(), strict=True))
-                lines.append((points, float(width[k])))
+            points = np.stack([side * m, v], axis=2).tolist()
+            lines += zip(points, width.tolist(), strict=True)
             fork = rng.integers(2, 5, len(angle))
             rows = np.arange(len(angle))
             start = np.stack([m[rows, fork], v[rows, fork]], axis=1)

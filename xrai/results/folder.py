@@ -24,7 +24,7 @@ from pathlib import Path
 from xrai.errors import StoreError, UserError
 from xrai.files import cache_folder, sha256_of, write_atomically
 from xrai.log import get_logger
-from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history, read_history
+from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history
 from xrai.results.publisher import Publisher
 from xrai.results.tensorboard import Events
 from xrai.store import LEASE_KEY, Lease, Store, check_key, open_store, take_lease
@@ -166,7 +166,7 @@ class RunFolder:
     def history(self) -> list[EpochRow]:
         """The rows of history.csv so far."""
         path = self.path / HISTORY
-        return read_history(path) if path.exists() else []
+        return parse_history(path.read_bytes(), where=str(path)) if path.exists() else []
 
     def append_history(self, row: EpochRow) -> None:
         """Add an epoch to history.csv and to TensorBoard."""
@@ -274,8 +274,8 @@ class RunFolder:
         """
         stored = {found.key: found.size_bytes for found in self.store.list()}
         stored.pop(LEASE_KEY, None)
-        theirs = self.store.read(HISTORY).decode() if HISTORY in stored else ""
-        num_theirs = len(parse_history(theirs.splitlines(), where=f"{self.address}/{HISTORY}"))
+        theirs = self.store.read(HISTORY) if HISTORY in stored else b""
+        num_theirs = len(parse_history(theirs, where=f"{self.address}/{HISTORY}"))
         is_ahead = len(self.history()) >= num_theirs
         local = {name: (self.path / name).stat().st_size for name in self._names()}
         for name, size_bytes in stored.items():

@@ -5,9 +5,7 @@ A metric is one field of `EpochRow`; everything else follows from the field.
 
 import csv
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 from xrai.errors import RunError
 
@@ -70,17 +68,11 @@ TITLES = {  # by tag: the metrics of an epoch in TensorBoard's table of runs
 }
 
 
-def read_history(path: Path) -> list[EpochRow]:
-    """The rows of a history.csv."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return parse_history(file, where=str(path))
-
-
-def parse_history(lines: Iterable[str], *, where: str) -> list[EpochRow]:
-    """The rows of a history.csv in text; `where` is its name in the `RunError` of a damaged one."""
+def parse_history(data: bytes, *, where: str) -> list[EpochRow]:
+    """The rows of a history.csv; `where` is its name in the `RunError` of a damaged one."""
     try:
         rows = []
-        for cells in csv.DictReader(lines):
+        for cells in csv.DictReader(data.decode().splitlines()):
             epoch, step = int(cells.pop("epoch")), int(cells.pop("step"))
             metrics = {name: float(text) if text else math.nan for name, text in cells.items()}
             rows.append(EpochRow(epoch=epoch, step=step, **metrics))

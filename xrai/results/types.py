@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from xrai.results.calibration import Floats, Ints, calibrated
-from xrai.results.review import needs_review
 
+REVIEW: Final = "review"  # the decision for an image unlike the training images
 _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the public set's file names
 
 
@@ -101,6 +102,13 @@ class Scores:
         rows = np.flatnonzero(self.labels[:, column] >= 0)
         labels = self.labels[rows, column].astype(np.int64)
         return Labelled(rows, labels, self.logits[rows, column], self.probabilities[rows, column])
+
+
+def needs_review(atypicality: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Which atypicalities (N,), or whether one, are above the limit of 1; NaN is. Such an image
+    gets no class: a person looks at it.
+    """
+    return ~np.less_equal(np.asarray(atypicality, np.float64), 1)
 
 
 def are_phantoms(sources: Iterable[str]) -> bool:
