@@ -92,15 +92,6 @@ class Progress:
     train_s: float = 0.0  # over all epochs
 
 
-@dataclass(frozen=True)
-class Step:
-    """What the loop needs to know of the last step."""
-
-    lr: float = 0.0
-    grad_norm: float = float("nan")
-    stop: int = _GO_ON
-
-
 def fit(model: nn.Module, setup: Setup) -> Progress:
     """Train `model` in place; the best epoch's averaged weights end up in the checkpoints.
 
@@ -114,28 +105,28 @@ def fit(model: nn.Module, setup: Setup) -> Progress:
     profiler = Profiler(config.train.profile, setup.profile_path)
     first_step = done.step
     while not (reason := _end_reason(config.train, done)):
-        clock, last = Clock(ranks.device), Step()
+        clock, stop = Clock(ranks.device), _GO_ON
         model.train()
         name = f"epoch {done.epoch + 1}/{config.train.epochs}"
         with progress(name, total=setup.train.num_batches, unit="steps", closing_line=False) as bar:
             for batch in clock.waits(setup.train.epoch(done.epoch, start=done.batch)):
                 profiler.before_step(done.step + 1)
-                last = train_step(training, batch, clock)
+                stop = train_step(training, batch, clock)
                 profiler.after_step(done.step)
                 if done.step == first_step + 1:
                     ranks.set_timeout(config.train.step_timeout_s)
                 bar.update()
-                if last.stop == _STOP_ASKED:
+                if stop == _STOP_ASKED:
                     training.save(None)
                     raise _stopped(done, setup.train.num_batches)
-                if last.stop:
+                if stop:
                     break
                 if config.checkpoint.every and done.step % config.checkpoint.every == 0:
                     training.save(None)
-        end_epoch(training, clock, last)
+        end_epoch(training, clock)
         if ranks.largest(int(setup.asked_to_stop())):
             raise _stopped(done, setup.train.num_batches)
-        if last.stop:
+        if stop:
             reason = "a limit of the train section is reached"
             break
     _logger.info("training ends after epoch %d, step %d: %s", done.epoch, done.step, reason)
@@ -156,12 +147,18 @@ class Training:
         self.average = deepcopy(model).requires_grad_(False)
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.done = Progress()
+        self.lr, self.grad_norm = 0.0, math.nan  # of the last step
         if setup.resumed is not None:
             self._restore(setup.resumed)
         self.wrapped = ranks.wrap(model)
         self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
         self.log_odds = optim.log_odds(setup.class_counts, config.optim.logit_adjustment)
-        self.weights = optim.class_weights(setup.class_counts, config.optim.class_weighting)
+        self.losses = partial(
+            optim.image_losses,
+            log_odds=self.log_odds,
+            smoothing=config.optim.label_smoothing,
+            weights=optim.class_weights(setup.class_counts, config.optim.class_weighting),
+        )
         self.num_steps = config.train.epochs * setup.train.num_batches
         self._started = time.monotonic() - self.done.train_s
 
@@ -212,13 +209,14 @@ class Training:
         done.loss_sum, done.num_correct, done.num_seen = loss_sum, int(num_correct), int(num_seen)
 
 
-def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
-    """One step of the optimizer on a global batch, of which `batch` is this rank's share."""
+def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
+    """One step on a global batch, of which `batch` is this rank's share; returns why to stop."""
     config, ranks, done = training.setup.config, training.setup.ranks, training.done
     precision, optimizer = training.precision, training.optimizer
-    rate = optim.learning_rate(done.step, num_steps=training.num_steps, config=config.optim)
+    num_steps = training.num_steps
+    training.lr = optim.learning_rate(done.step, num_steps=num_steps, config=config.optim)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = training.lr
 
     # Gradients of the mean loss over the global batch, in parts to save memory
     losses: list[Tensor] = []
@@ -238,13 +236,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
         with ranks.synchronized(training.wrapped, last=is_last):
             with precision.autocast():
                 part_logits = training.network(images)  # (b,)
-            part_losses = optim.image_losses(
-                part_logits.to(precision.weights),
-                targets,
-                log_odds=training.log_odds,
-                smoothing=config.optim.label_smoothing,
-                weights=training.weights,
-            )
+            part_losses = training.losses(part_logits.to(precision.weights), targets)
             # DistributedDataParallel divides the sum over ranks by their number; undo that
             mean = part_losses.sum() * (ranks.world_size / batch.num_global)
             if is_last:  # ranks agree on stopping while they compute the gradients
@@ -255,7 +247,8 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
 
     # The guard: all ranks hold the same gradients, so all decide alike before the step
     precision.scaler.unscale_(optimizer)
-    norm = float(optim.clip_gradients(training.model.parameters(), config.optim.clip_norm))
+    max_norm = config.optim.clip_norm
+    norm = training.grad_norm = float(optim.clip_gradients(training.model.parameters(), max_norm))
     batch_losses = torch.cat(losses)
     if not math.isfinite(norm) and not precision.overflowed(ranks, batch_losses):
         _refuse_not_finite(training, batch, batch_losses, norm)
@@ -271,10 +264,10 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> Step:
     done.num_seen += len(batch.labels)
     done.step, done.batch = done.step + 1, done.batch + 1
     ranks.note(done.step)
-    return Step(rate, norm, stop_of_all())
+    return stop_of_all()
 
 
-def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
+def end_epoch(training: Training, clock: "Clock") -> None:
     """Validate the averaged weights, have rank 0 show and score them, and save a checkpoint."""
     setup, done = training.setup, training.done
     config, ranks = setup.config, setup.ranks
@@ -299,8 +292,8 @@ def end_epoch(training: Training, clock: "Clock", last: Step) -> None:
             val_loss=float(val_losses.mean()),
             val=val,
             shifted=shifted,
-            lr=last.lr,
-            grad_norm=last.grad_norm,
+            lr=training.lr,
+            grad_norm=training.grad_norm,
             images_per_s=clock.num_batches * config.train.global_batch_size / epoch_s,
             data_wait_share=clock.wait_s / epoch_s,
             seconds={**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s},
