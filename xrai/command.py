@@ -125,7 +125,7 @@ def run_command(command: Callable[[], None], *, rank: int = 0, world_size: int =
     sys.exit(status)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, with its errors as our one-line `ConfigError`."""
 
     def error(self, message: str) -> NoReturn:
@@ -146,8 +146,8 @@ def _value(spec: KeySpec, text: str) -> Any:
 
 def _parser(
     command: str, description: str, keys: dict[str, KeySpec], flags: Sequence[Flag]
-) -> _Parser:
-    parser = _Parser(prog=f"xrai {command}", description=description, allow_abbrev=False)
+) -> Parser:
+    parser = Parser(prog=f"xrai {command}", description=description, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action="append",

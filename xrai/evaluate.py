@@ -51,7 +51,15 @@ def main() -> None:
     run = RunFolder(artifacts or ".", run_id)
     try:
         run.attach()
-        measuring = make_measuring(run, model, loaders[0], config, dataset=dataset)
+        output = binary_output(
+            model.classes,
+            temperature=model.temperature,
+            threshold=model.threshold,
+            threshold_source="that of the run",
+        )
+        has_train = "train" in loaders[0].index.splits
+        known = read_looks(open_split(config, dataset, "train")) if has_train else None
+        measuring = Measuring(run, model.network, output, config.evaluate.num_bootstrap, known)
         for loader, predictions in zip(loaders, scored, strict=True):
             folder_name = f"evaluate/{loader.split}-{loader.index.fingerprint[:12]}"
             run.write_text(f"{folder_name}/config.yaml", config.to_yaml())
@@ -100,22 +108,6 @@ def score(model: TrainedModel, loaders: list[Loader], config: Config) -> list[Pr
         return [
             predict_split(network, loader, ranks=ranks, typicality=typicality) for loader in loaders
         ]
-
-
-def make_measuring(
-    run: RunFolder, model: TrainedModel, loader: Loader, config: Config, *, dataset: str
-) -> Measuring:
-    """What measures each split: the run's own network and threshold."""
-    known = None
-    if "train" in loader.index.splits:
-        known = read_looks(open_split(config, dataset, "train"))
-    output = binary_output(
-        model.classes,
-        temperature=model.temperature,
-        threshold=model.threshold,
-        threshold_source="that of the run",
-    )
-    return Measuring(run, model.network, output, config.evaluate.num_bootstrap, known)
 
 
 def write_report(

@@ -2,22 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from xrai.command import run_command
-from xrai.errors import UserError
+from xrai.command import Parser, run_command
 from xrai.log import setup_logging
 from xrai.phantom.folder import SUFFIXES, make_phantoms
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see xrai phantom --help")
-
-
 def main() -> None:
     """Read the command line and draw."""
-    parser = _Parser(
+    parser = Parser(
         prog="xrai phantom",
         description="Draw made-up chest X-rays (phantoms) to try xrai with, and for tests. They "
         "show no patient.",
