@@ -7,14 +7,13 @@ Newcombe's, both counted in patients.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
 from xrai.results.calibration import Floats
-from xrai.results.metrics import METRICS, Sample
+from xrai.results.metrics import METRICS, PROPORTIONS, Sample
 from xrai.results.types import Estimate
 
 CONFIDENCE = 0.95
@@ -26,17 +25,6 @@ _WEIGHTS_AT_ONCE = 2**18  # resamples times images of a large split: ten arrays 
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # of resamples in which a metric is defined
 
-# the images that a proportion is a share of
-_DENOMINATORS: Mapping[str, Callable[[Sample], npt.NDArray[np.bool_]]] = {
-    "accuracy": lambda sample: np.ones(len(sample.labels), dtype=bool),
-    "sensitivity": lambda sample: sample.labels == 1,
-    "specificity": lambda sample: sample.labels == 0,
-    "ppv": lambda sample: sample.calls == 1,
-    "npv": lambda sample: sample.calls == 0,
-    "sensitivity_at_specificity_90": lambda sample: sample.labels == 1,
-    "specificity_at_sensitivity_90": lambda sample: sample.labels == 0,
-}
-
 
 def bootstrap(
     samples: Mapping[Key, Sample], *, num_patients: int, num_bootstrap: int, seed: int
@@ -45,7 +33,7 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     num_images = max(len(sample.labels) for sample in samples.values())
     at_once = max(1, min(_RESAMPLES_AT_ONCE, _WEIGHTS_AT_ONCE // max(num_images, num_patients, 1)))
-    parts: dict[Key, list[dict[str, Floats]]] = {key: [] for key in samples}
+    parts = {key: [dict.fromkeys(METRICS, np.zeros(0))] for key in samples}
     for start in range(0, num_bootstrap if num_patients else 0, at_once):
         num_rows = min(at_once, num_bootstrap - start)
         drawn = generator.integers(0, num_patients, size=(num_rows, num_patients))
@@ -56,8 +44,6 @@ def bootstrap(
             parts[key].append(sample.resampled(times_drawn))
     return {
         key: {name: np.concatenate([part[name] for part in found]) for name in METRICS}
-        if found
-        else dict.fromkeys(METRICS, np.zeros(0))
         for key, found in parts.items()
     }
 
@@ -78,8 +64,8 @@ def estimate_all(sample: Sample, resampled: Mapping[str, Floats]) -> dict[str, E
 
 
 def _estimate(name: str, value: float, sample: Sample, resampled: Floats) -> Estimate:
-    if name in _DENOMINATORS:
-        num_patients = len(np.unique(sample.patient_of[_DENOMINATORS[name](sample)]))
+    if name in PROPORTIONS:
+        num_patients = len(np.unique(sample.patient_of[PROPORTIONS[name](sample)]))
         # where each patient has one image the product is a whole number
         if min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5:
             return Estimate(value, *wilson_interval(value, num_patients), "wilson")

@@ -6,9 +6,8 @@ from weights, by matrix products.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,52 +36,38 @@ class MetricInfo:
 
     title: str
     meaning: str
-    unit: Literal["percent", "number"]
     undefined: str  # the reason given where it has no value
 
 
 METRICS: Mapping[str, MetricInfo] = {
-    "accuracy": MetricInfo(
-        "Accuracy", "share of images correctly classified", "percent", _NO_IMAGES
-    ),
+    "accuracy": MetricInfo("Accuracy", "share of images correctly classified", _NO_IMAGES),
     "sensitivity": MetricInfo(
-        "Sensitivity", "share of pneumonia images called pneumonia", "percent", _NO_PNEUMONIA
+        "Sensitivity", "share of pneumonia images called pneumonia", _NO_PNEUMONIA
     ),
-    "specificity": MetricInfo(
-        "Specificity", "share of normal images called normal", "percent", _NO_NORMAL
-    ),
+    "specificity": MetricInfo("Specificity", "share of normal images called normal", _NO_NORMAL),
     "ppv": MetricInfo(
-        "PPV", f"share of pneumonia calls that are correct; {_MIX}", "percent", f"{_NONE} pneumonia"
+        "PPV", f"share of pneumonia calls that are correct; {_MIX}", f"{_NONE} pneumonia"
     ),
-    "npv": MetricInfo(
-        "NPV", f"share of normal calls that are correct; {_MIX}", "percent", f"{_NONE} normal"
-    ),
+    "npv": MetricInfo("NPV", f"share of normal calls that are correct; {_MIX}", f"{_NONE} normal"),
     "auroc": MetricInfo(
-        "AUROC", "chance that a pneumonia image scores above a normal one", "number", _NEEDS_BOTH
+        "AUROC", "chance that a pneumonia image scores above a normal one", _NEEDS_BOTH
     ),
     "average_precision": MetricInfo(
-        "Average precision", "area under the precision-recall curve", "number", _NEEDS_BOTH
+        "Average precision", "area under the precision-recall curve", _NEEDS_BOTH
     ),
     "f1": MetricInfo(
-        "F1",
-        "harmonic mean of PPV and sensitivity",
-        "number",
-        "no image is, or was called, pneumonia",
+        "F1", "harmonic mean of PPV and sensitivity", "no image is, or was called, pneumonia"
     ),
-    "mcc": MetricInfo(
-        "MCC", "correlation of calls with labels, -1 to 1 (Matthews)", "number", _ONE_KIND
-    ),
+    "mcc": MetricInfo("MCC", "correlation of calls with labels, -1 to 1 (Matthews)", _ONE_KIND),
     "brier": MetricInfo(
-        "Brier score", f"mean squared distance of score and label; {_LOWER}", "number", _NO_IMAGES
+        "Brier score", f"mean squared distance of score and label; {_LOWER}", _NO_IMAGES
     ),
-    "ece": MetricInfo(
-        "ECE", f"mean distance of score and observed share; {_LOWER}", "number", _NO_IMAGES
-    ),
+    "ece": MetricInfo("ECE", f"mean distance of score and observed share; {_LOWER}", _NO_IMAGES),
     "sensitivity_at_specificity_90": MetricInfo(
-        "Sensitivity at 90 % specificity", f"{_BEST} specificity", "percent", _NEEDS_BOTH
+        "Sensitivity at 90 % specificity", f"{_BEST} specificity", _NEEDS_BOTH
     ),
     "specificity_at_sensitivity_90": MetricInfo(
-        "Specificity at 90 % sensitivity", f"{_BEST} sensitivity", "percent", _NEEDS_BOTH
+        "Specificity at 90 % sensitivity", f"{_BEST} sensitivity", _NEEDS_BOTH
     ),
 }
 
@@ -91,14 +76,14 @@ def format_value(name: str, value: float | None) -> str:
     """A metric's value as it is written everywhere: `94.2 %` or `0.981`; a dash where undefined."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{100 * value:.1f} %" if METRICS[name].unit == "percent" else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if name in PROPORTIONS else f"{value:.3f}"
 
 
 def format_interval(name: str, low: float | None, high: float | None) -> str:
     """A metric's interval: `92.1–95.9 %` or `0.972–0.989`; empty where there is none."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    if METRICS[name].unit == "percent":
+    if name in PROPORTIONS:
         return f"{100 * low:.1f}–{100 * high:.1f} %"
     return f"{low:.3f}–{high:.3f}"
 
@@ -247,6 +232,18 @@ class Sample:
             "sensitivity_at_specificity_90": defined * found / num_positive,
             "specificity_at_sensitivity_90": defined * (1 - paid / num_negative),
         }
+
+
+# The metrics that are a share of images, and of which
+PROPORTIONS: Mapping[str, Callable[[Sample], npt.NDArray[np.bool_]]] = {
+    "accuracy": lambda sample: sample.labels >= 0,
+    "sensitivity": lambda sample: sample.labels == 1,
+    "specificity": lambda sample: sample.labels == 0,
+    "ppv": lambda sample: sample.calls == 1,
+    "npv": lambda sample: sample.calls == 0,
+    "sensitivity_at_specificity_90": lambda sample: sample.labels == 1,
+    "specificity_at_sensitivity_90": lambda sample: sample.labels == 0,
+}
 
 
 def _last_of_ties(falling: Floats) -> npt.NDArray[np.intp]:
