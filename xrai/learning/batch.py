@@ -13,32 +13,22 @@ class Batch(Protocol):
     """This rank's part of a global batch; in the last batch of an epoch it may be empty."""
 
     @property
-    def images(self) -> NDArray[np.uint8]:
-        """(n, 1, H, W)."""
-
+    def images(self) -> NDArray[np.uint8]: ...  # (n, 1, H, W)
     @property
-    def labels(self) -> NDArray[np.uint8]:
-        """(n,), 1 for pneumonia."""
-
+    def labels(self) -> NDArray[np.uint8]: ...  # (n,), 1 for pneumonia
     @property
-    def rows(self) -> NDArray[np.int64]:
-        """(n,), positions in the split."""
-
+    def rows(self) -> NDArray[np.int64]: ...  # (n,), positions in the split
     @property
-    def num_global(self) -> int:
-        """Images of the global batch, all ranks together."""
+    def num_global(self) -> int: ...  # images of the global batch, all ranks together
 
 
 class Loader(Protocol):
     """The batches of one split, for one rank."""
 
     @property
-    def num_images(self) -> int:
-        """Of the split, all ranks together."""
-
+    def num_images(self) -> int: ...  # of the split, all ranks together
     @property
-    def num_batches(self) -> int:
-        """Global batches of an epoch."""
+    def num_batches(self) -> int: ...  # global ones, of an epoch
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch from batch `start` on."""

@@ -152,7 +152,8 @@ class Training:
             self._restore(setup.resumed)
         self.wrapped = ranks.wrap(model)
         self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
-        self.log_odds = optim.log_odds(setup.class_counts, config.optim.logit_adjustment)
+        normal, pneumonia = setup.class_counts
+        self.log_odds = config.optim.logit_adjustment * math.log(pneumonia / normal)
         self.losses = partial(
             optim.image_losses,
             log_odds=self.log_odds,

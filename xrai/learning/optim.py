@@ -53,11 +53,6 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     update(list(average.parameters()), list(model.parameters()), None)
 
 
-def log_odds(counts: tuple[int, int], adjustment: float) -> float:
-    """What logit adjustment adds to the logits in training, see `image_losses`."""
-    return adjustment * math.log(counts[1] / counts[0])
-
-
 def class_weights(counts: tuple[int, int], weighting: float) -> tuple[float, float]:
     """Loss weights of normal and pneumonia, (N / 2 N_class) ** `weighting`: 1 balances them."""
     total = sum(counts)

@@ -21,21 +21,8 @@ _DRAWN_WIDTH_MAX = 640  # soft structures of wider images are drawn at this widt
 _PIXELS_A_STRIP = 12_000  # 48 kB as float32
 
 
-@dataclass(frozen=True)
-class _Pose:
-    """Pixel (x, y) to chest frame: u = a x + b y + c, v = d x + e y + f."""
-
-    a: float
-    b: float
-    c: float
-    d: float
-    e: float
-    f: float
-
-    def pixel(self, u: float, v: float) -> tuple[float, float]:
-        determinant = self.a * self.e - self.b * self.d
-        du, dv = u - self.c, v - self.f
-        return (self.e * du - self.b * dv) / determinant, (self.a * dv - self.d * du) / determinant
+# Pixel (x, y) to chest frame: (a, b, c), (d, e, f) for u = a x + b y + c, v = d x + e y + f
+_Pose = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def _draw_pose(rng: np.random.Generator, width: int, height: int) -> _Pose:
@@ -48,7 +35,7 @@ def _draw_pose(rng: np.random.Generator, width: int, height: int) -> _Pose:
     cos, sin = math.cos(turn), math.sin(turn)
     a, b = cos / unit_u, (sin + shear) / unit_u
     d, e = -sin / unit_v, cos / unit_v
-    return _Pose(a, b, -a * x0 - b * y0, d, e, 0.5 - d * x0 - e * y0)
+    return (a, b, -a * x0 - b * y0), (d, e, 0.5 - d * x0 - e * y0)
 
 
 def _edge(x: Array, width: float) -> Array:
@@ -97,8 +84,8 @@ def _capsule(
 def _place_texture(tile: Array, pose: _Pose, shape: tuple[int, int]) -> Array:
     """A tile (128, 128) over u in [-1.3, 1.3], v in [-0.2, 1.4], in this pose; 0 outside."""
     su, sv = 128 / 2.6, 128 / 1.6
-    across = (pose.a * su, pose.b * su, (pose.c + 1.3) * su)
-    down = (pose.d * sv, pose.e * sv, (pose.f + 0.2) * sv)
+    (a, b, c), (d, e, f) = pose
+    across, down = (a * su, b * su, (c + 1.3) * su), (d * sv, e * sv, (f + 0.2) * sv)
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
     size = (shape[1], shape[0])
     placed = Image.fromarray(tile).transform(size, affine, (*across, *down), resample=bilinear)
@@ -111,13 +98,15 @@ def _draw_vessels(anatomy: Anatomy, pose: _Pose, shape: tuple[int, int]) -> Arra
     height, width = shape
     canvas = Image.new("L", (2 * width, 2 * height))
     draw = ImageDraw.Draw(canvas)
-    pixels_a_unit = 2 / abs(pose.e)
+    (a, b, c), (d, e, f) = pose
     for points, thickness in anatomy.vessels:
-        size = thickness * pixels_a_unit
+        size = thickness * (2 / abs(e))
         fill = int(255 * min(1.0, 0.35 + thickness / 0.03))
-        xy = [2 * coordinate for u, v in points for coordinate in pose.pixel(u, v)]
+        u, v = np.transpose(points)
+        du, dv = u - c, v - f
+        xy = np.stack([e * du - b * dv, a * dv - d * du], axis=1) / (a * e - b * d) * 2
         fill = fill if size >= 1 else int(fill * size)
-        draw.line(xy, fill=fill, width=max(1, round(size)), joint="curve")
+        draw.line(xy.ravel().tolist(), fill=fill, width=max(1, round(size)), joint="curve")
     strengths: Array = np.asarray(canvas.reduce(2), dtype=np.float32) * np.float32(1 / 255)
     return strengths
 
@@ -307,8 +296,7 @@ def _absorption(
     height, width = shape
     x = np.arange(width, dtype=np.float32)
     y = np.arange(height, dtype=np.float32)[:, None]
-    u = np.float32(pose.a) * x + np.float32(pose.b) * y + np.float32(pose.c)
-    v = np.float32(pose.d) * x + np.float32(pose.e) * y + np.float32(pose.f)
+    u, v = (np.float32(a) * x + np.float32(b) * y + np.float32(c) for a, b, c in pose)
     texture = _place_texture(anatomy.texture, pose, shape)
     fine = _place_texture(anatomy.fine_texture, pose, shape)
     vessels = _draw_vessels(anatomy, pose, shape)

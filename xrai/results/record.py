@@ -27,11 +27,8 @@ PREDICTION_COLUMNS = (
 class SplitImages(Protocol):
     """Gives the images of a split, and what in them is evidence for pneumonia."""
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The images (n, H, W) of some rows."""
-
-    def explain(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
-        """The heat maps (n, H, W) in [0, 1] of images (n, H, W)."""
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]: ...  # (n, H, W)
+    def explain(self, images: NDArray[np.uint8]) -> NDArray[np.floating]: ...  # in [0, 1]
 
 
 def record_scores(
