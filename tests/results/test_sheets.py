@@ -55,9 +55,8 @@ def test_class_counts_are_drawn_in_the_colours_of_their_classes(tmp_path: Path) 
 
 def test_pictures_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 224, 224), np.uint8)
-    sheets.draw_sheet(
-        list(noise), [str(number) for number in range(8)], tmp_path / "sheet.png", columns=6
-    )
+    names = [str(number) for number in range(8)]
+    sheets.draw_sheet(list(noise), names, tmp_path / "sheet.png")
     shown = pixels_of(tmp_path / "sheet.png")
     assert (shown == shown[..., :1])[120:340].all()
     corners = [

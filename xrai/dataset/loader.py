@@ -397,7 +397,7 @@ class _ShardFeed:
         self._asked = queue.SimpleQueue()
         self._opening: dict[int, Future[OpenShard]] = {}
         self._threads: list[threading.Thread] = []  # started when first needed
-        atexit.register(self._settle)
+        atexit.register(self._cache.settle)
 
     def hold(self, needed: Sequence[int]) -> None:
         """Open these shards, in this order, and close all others."""
@@ -441,10 +441,7 @@ class _ShardFeed:
         for thread in self._threads:
             thread.join(timeout=_POLL_S)
         if not any(thread.is_alive() for thread in self._threads):
-            atexit.unregister(self._settle)
-
-    def _settle(self) -> None:
-        self._cache.settle()
+            atexit.unregister(self._cache.settle)
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:

@@ -97,13 +97,9 @@ def uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     return parts.flatten(1)[:, :count].to(torch.float32) / 32768 - 1
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
 def _splitmix64(state: Tensor) -> Tensor:
     """The SplitMix64 output function on int64 words, whose products wrap like unsigned ones."""
-    state = state + _signed(0x9E3779B97F4A7C15)
-    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    state = state + (0x9E3779B97F4A7C15 - 2**64)
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return state ^ ((state >> 31) & (2**33 - 1))

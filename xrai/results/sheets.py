@@ -23,6 +23,7 @@ from xrai.results.style import DPI
 _MARGIN = 0.15  # left and right, inches
 _HEAD = 0.75  # height of title and note, inches
 _SIDE, _GAP = 224, 13  # of an image on a sheet, and between two, pixels
+_COLUMNS = 6
 _LONGEST_TITLE = 24  # letters
 _COMPRESS_LEVEL = 3  # twice as fast as 6, and no larger for X-rays
 _BAR, _BAR_STEP = 0.34, 0.55  # height of a bar, and from one to the next, inches
@@ -36,7 +37,6 @@ def draw_sheet(
     heading: str = "",
     note: str = "",
     marks: Sequence[str] = (),
-    columns: int = 6,
 ) -> None:
     """Write a sheet of images, each (H, W) or (H, W, 3) uint8, with a short title under each.
 
@@ -52,11 +52,11 @@ def draw_sheet(
     margin, head = round(_MARGIN * DPI), round(_HEAD * DPI)
     below = round((0.36 if marks else 0.24) * DPI)
     step = _SIDE + _GAP
-    num_rows = max(1, math.ceil(len(images) / columns))
-    size = (2 * margin + columns * step - _GAP, head + num_rows * (_SIDE + below))
+    num_rows = max(1, math.ceil(len(images) / _COLUMNS))
+    size = (2 * margin + _COLUMNS * step - _GAP, head + num_rows * (_SIDE + below))
     with _sheet(path, size, heading, note) as (sheet, draw):
         for number, (pixels, title) in enumerate(zip(images, titles, strict=True)):
-            row, column = divmod(number, columns)
+            row, column = divmod(number, _COLUMNS)
             left, top = margin + column * step, head + row * (_SIDE + below)
             image = Image.fromarray(pixels)
             width, height = (max(1, round(_SIDE / max(image.size) * side)) for side in image.size)
