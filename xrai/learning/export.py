@@ -51,6 +51,8 @@ _LARGEST = 1 << 16  # of a dimension; the exporter asks for a bound
 
 Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # OUTPUTS, each (B,)
 Run = Callable[[NDArray[np.uint8]], Scores]
+Batches = Sequence[NDArray[np.uint8]]  # (B, H, W) each
+Program = torch.export.ExportedProgram
 
 
 class Fitting(nn.Module):
@@ -150,7 +152,7 @@ def require_onnx() -> None:
         )
 
 
-def trace(serving: Serving) -> torch.export.ExportedProgram:
+def trace(serving: Serving) -> Program:
     """The graph of a model, with dynamic batch, height and width."""
     example = torch.zeros(2, 70, 90, dtype=torch.uint8)  # a side of 1 would become a constant
     sides = [torch.export.Dim(name, min=1, max=_LARGEST) for name in _DIMENSIONS]
@@ -162,15 +164,10 @@ def trace(serving: Serving) -> torch.export.ExportedProgram:
 
 
 def write(
-    program: torch.export.ExportedProgram,
-    serving: Serving,
-    path: Path,
-    *,
-    metadata: dict[str, Any],
-    batches: Sequence[NDArray[np.uint8]],
+    program: Program, serving: Serving, path: Path, *, metadata: dict[str, Any], batches: Batches
 ) -> Agreement:
     """Write a traced graph with its metadata to an ONNX_FILE or a TORCH_FILE, if what is written
-    agrees with torch on `batches`, which are (B, H, W) uint8 each.
+    agrees with torch on `batches`.
 
     Raises `XraiError` if it does not agree, and `UserError` if a package is missing.
     """
@@ -187,7 +184,7 @@ def write(
     return agreement
 
 
-def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, Run]:
+def _to_onnx(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
     """The graph as a file for onnxruntime, and what runs it there."""
     require_onnx()
     import onnx
@@ -206,7 +203,7 @@ def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any]) ->
     return data, lambda images: session.run(list(OUTPUTS), {"images": images})
 
 
-def _to_torch(program: torch.export.ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, Run]:
+def _to_torch(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
     """The graph in torch.export's format, and what runs it."""
     buffer = io.BytesIO()
     with _quiet():
@@ -264,7 +261,7 @@ def _tidy(proto: Any) -> None:
     del graph.value_info[:], proto.functions[:]
 
 
-def _compare(serving: Serving, run: Run, batches: Sequence[NDArray[np.uint8]]) -> Agreement:
+def _compare(serving: Serving, run: Run, batches: Batches) -> Agreement:
     worst = [0.0, 0.0]
     for images in batches:
         pairs = zip(serve(serving, images), run(images), strict=True)

@@ -121,17 +121,12 @@ def _summarize(maps: Tensor) -> Tensor:
 
 
 Draws = Tensor  # (B, 56) in [-1, 1), a row for each image
+Range = tuple[float, float]
+Change = Callable[[Tensor, Draws], Tensor]  # of images (B, 1, H, W)
 Pixels = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, 1, H, W), and (n,) numbers in the split
 
 
-def _resize(
-    images: Tensor,
-    draws: Draws,
-    *,
-    width: tuple[float, float],
-    height: tuple[float, float],
-    shift: float,
-) -> Tensor:
+def _resize(images: Tensor, draws: Draws, *, width: Range, height: Range, shift: float) -> Tensor:
     """Images magnified by factors from the two ranges and shifted; beyond the edge, mirrored."""
     theta = images.new_zeros(len(images), 2, 3)
     for axis, (low, high) in enumerate((width, height)):
@@ -157,7 +152,7 @@ def _shuffle(images: Tensor, draws: Draws) -> Tensor:
 
 # Ways to make images (B, 1, H, W) in [0, 1] out-of-distribution. Chests that are too narrow are not
 # among them, because a wide image squashed to a square looks like this
-SPOILED: Mapping[str, Callable[[Tensor, Draws], Tensor]] = {
+SPOILED: Mapping[str, Change] = {
     "inverted": lambda images, draws: 1 - images,
     "turned left": lambda images, draws: images.rot90(1, (2, 3)),
     "turned right": lambda images, draws: images.rot90(-1, (2, 3)),
@@ -190,27 +185,20 @@ def fit_typicality(
     mean, covariance, sample = fit.moments(train)
     whitening = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D)
     directions = [fit.direction(change, sample, mean, whitening) for change in SPOILED.values()]
-    num_scores = 2 + len(directions)
-    tensors = {
-        "mean": mean,
-        "directions": torch.stack(directions, dim=1),
-        "offset": mean.new_zeros(num_scores),
-        "scale": mean.new_ones(num_scores),
-        "limit": mean.new_ones(()),
+    tensors = {"mean": mean, "directions": torch.stack(directions, dim=1)}
+    ends = pairwise(np.cumsum([0, *fit.sizes]))
+    whitenings = {
+        f"whitening_{number}": _whitening(covariance[low:high, low:high], _DISTANCE_SHRINKAGE)
+        for number, (low, high) in enumerate(ends)
     }
-    for number, (low, high) in enumerate(pairwise(np.cumsum([0, *fit.sizes]))):
-        own = covariance[low:high, low:high]
-        tensors[f"whitening_{number}"] = _whitening(own, _DISTANCE_SHRINKAGE)
-    fitted = Typicality(**tensors).to(fit.dtype)
-    values = fit.measured(fitted, val)  # (3 x N, 2 + K)
+    values = fit.measured(Typicality(**tensors, **whitenings).to(fit.dtype), val)  # (3 N, 2 + K)
     offset, top = np.quantile(values, (0.5, 0.99), axis=0)
     scale = np.maximum(top - offset, 1e-6)
     limit = max(float(np.quantile(((values - offset) / scale).max(axis=1), 1 - share)), 1e-6)
     assert math.isfinite(limit)
-    fitted.offset.copy_(torch.from_numpy(offset))
-    fitted.scale.copy_(torch.from_numpy(scale))
-    fitted.limit.fill_(limit)
-    return fitted
+    scaling = {"offset": offset, "scale": scale, "limit": np.array(limit)}
+    tensors |= {name: torch.from_numpy(each).to(mean.device) for name, each in scaling.items()}
+    return Typicality(**tensors, **whitenings).to(fit.dtype)
 
 
 class _Fit:
@@ -239,11 +227,7 @@ class _Fit:
         return *sums.reduce(self._ranks), sample
 
     def direction(
-        self,
-        change: Callable[[Tensor, Draws], Tensor],
-        sample: list[Pixels],
-        mean: Tensor,
-        whitening: Tensor,
+        self, change: Change, sample: list[Pixels], mean: Tensor, whitening: Tensor
     ) -> Tensor:
         """The direction (D,) that best separates images spoiled by `change` from training images.
 

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from xrai.results.plots import overlay
@@ -17,12 +17,7 @@ _GAP, _ABOVE, _BELOW = 12, 40, 66  # pixels around the images
 
 
 def draw_panel(
-    image: npt.NDArray[np.uint8],
-    heat: npt.NDArray[np.float32],
-    *,
-    verdict: str,
-    note: str,
-    strength: float,
+    image: NDArray[np.uint8], heat: NDArray[np.float32], *, verdict: str, note: str, strength: float
 ) -> bytes:
     """A PNG of an image (side, side), its heat map in [0, 1] times `strength`, and a verdict."""
     side = len(image)

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from xrai.results.calibration import Floats
 from xrai.results.folder import RunFolder
 from xrai.results.intervals import CONFIDENCE
 from xrai.results.measure import measure
@@ -158,11 +159,7 @@ def pick_examples(labels: NDArray[np.integer], *, num: int = NUM_SHOWN) -> NDArr
 
 
 def pick_mistakes(
-    labels: NDArray[np.integer],
-    scores: NDArray[np.float64],
-    *,
-    threshold: float,
-    num: int = NUM_SHOWN,
+    labels: NDArray[np.integer], scores: Floats, *, threshold: float, num: int = NUM_SHOWN
 ) -> NDArray[np.int64]:
     """Up to `num` rows: wrong calls first, and the largest errors first within each kind."""
     is_right = (scores >= threshold) == labels.astype(bool)
