@@ -284,13 +284,8 @@ class Job:
         # all images, where the rank's own loader has a share of them
         whole = functools.partial(open_split, self.config, self._dataset)
         step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
-        measuring = Measuring(
-            self.run,
-            trained.network,
-            output,
-            num_bootstrap=self.config.evaluate.num_bootstrap,
-            known=read_looks(whole("train")),
-        )
+        num, known = self.config.evaluate.num_bootstrap, read_looks(whole("train"))
+        measuring = Measuring(self.run, trained.network, output, num, known)
         main = "test" if "test" in trained.scored else "val"
         results = {
             split: measuring.record(

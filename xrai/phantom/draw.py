@@ -304,15 +304,8 @@ def _absorption(
     num_rows = max(1, _PIXELS_A_STRIP // width)
     for first in range(0, height, num_rows):
         rows = slice(first, first + num_rows)
-        strip = _Strip(
-            u[rows],
-            v[rows],
-            lateral=np.abs(u[rows]),
-            left=u[rows] > 0,
-            texture=texture[rows],
-            fine=fine[rows],
-            vessels=vessels[rows],
-        )
+        own = u[rows]
+        strip = _Strip(own, v[rows], np.abs(own), own > 0, texture[rows], fine[rows], vessels[rows])
         absorption[rows] = _absorption_at(strip, anatomy, disease, severity)
     return absorption
 
