@@ -217,7 +217,16 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
     """
     place = own_place()
     rank, world_size = place.rank, place.world_size
-    device = _device(place.local_rank, place.local_world_size)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if place.local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"{place.local_world_size} processes on this machine but "
+                f"{torch.cuda.device_count()} CUDA devices: give torchrun --nproc_per_node at most "
+                "the number of devices"
+            )
+        torch.cuda.set_device(place.local_rank)
+        device = torch.device("cuda", place.local_rank)
     if world_size == 1 and not place.is_torchrun:
         yield Ranks(0, 1, 0, 1, device)
         return
@@ -241,15 +250,3 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
     finally:
         gc.collect()  # frees DistributedDataParallel, which must go before its process group
         dist.destroy_process_group()
-
-
-def _device(local_rank: int, local_world_size: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_world_size > torch.cuda.device_count():
-        raise UserError(
-            f"{local_world_size} processes on this machine but {torch.cuda.device_count()} CUDA "
-            "devices: give torchrun --nproc_per_node at most the number of devices"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)

@@ -85,14 +85,12 @@ class Events:
         self.add_scalars(step, {tag: metrics[name].value for name, tag in FINAL_TAGS.items()})
 
         def add(writer: SummaryWriter) -> None:
-            from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+            from tensorboard.plugins.hparams import api_pb2, metadata
 
             # torch's own has no time of the end
-            end = plugin_data_pb2.SessionEndInfo(
-                status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time()
-            )
-            data = plugin_data_pb2.HParamsPluginData(session_end_info=end)
-            _add_summary(writer, _hparams(metadata.SESSION_END_INFO_TAG, data), step)
+            end = {"status": api_pb2.STATUS_SUCCESS, "end_time_secs": time.time()}
+            summary = _hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end)
+            _add_summary(writer, summary, step)
 
         self._waiting.append(add)
 
@@ -128,7 +126,7 @@ def _experiment(config: Mapping[str, int | float | str]) -> object:
     """What the columns of TensorBoard's table of runs are; TensorBoard has no public function for
     columns whose type, but not whose range, is known.
     """
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from tensorboard.plugins.hparams import api_pb2, metadata
 
     types = {bool: "DATA_TYPE_BOOL", str: "DATA_TYPE_STRING"}
     meanings = {key.name: key.meaning for key in all_keys()}
@@ -147,14 +145,13 @@ def _experiment(config: Mapping[str, int | float | str]) -> object:
             for tag, title in titles.items()
         ],
     )
-    data = plugin_data_pb2.HParamsPluginData(experiment=experiment)
-    return _hparams(metadata.EXPERIMENT_TAG, data)
+    return _hparams(metadata.EXPERIMENT_TAG, experiment=experiment)
 
 
-def _hparams(tag: str, data: Any) -> object:
+def _hparams(tag: str, **message: object) -> object:
     """A message of TensorBoard's hparams plugin as a summary."""
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
-    content = metadata.create_summary_metadata(data)
+    content = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**message))
     return Summary(value=[Summary.Value(tag=tag, metadata=content, tensor=metadata.NULL_TENSOR)])
