@@ -41,7 +41,7 @@ def bootstrap(
         weights = np.bincount(drawn.ravel(), minlength=num_rows * num_patients)
         times_drawn = weights.reshape(num_rows, num_patients).astype(np.float64)
         for key, sample in samples.items():
-            parts[key].append(sample.resampled(times_drawn))
+            parts[key].append(sample.measure(times_drawn[:, sample.patient_of]))
     return {
         key: {name: np.concatenate([part[name] for part in found]) for name in METRICS}
         for key, found in parts.items()

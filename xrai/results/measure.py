@@ -116,7 +116,10 @@ def _abstention(
 ) -> types.Abstention:
     """What is left to a person, the metrics of the rest, and accuracy as more is left."""
     is_right = (found.scores >= output.threshold) == found.labels
-    certainty = np.abs(found.logits / output.temperature - _logit(output.threshold))
+    tiny = float(np.finfo(np.float64).tiny)
+    above, below = max(output.threshold, tiny), max(1 - output.threshold, tiny)
+    limit = math.log(above) - math.log(below)  # the threshold as a calibrated logit
+    certainty = np.abs(found.logits / output.temperature - limit)
     by_doubt = is_right[np.argsort(-certainty, kind="stable")]
     by_atypicality = None
     if scores.atypicality is not None:
@@ -144,11 +147,6 @@ def _abstention(
         reason="" if len(in_review) else "there are no images",
         curve=tuple(curve),
     )
-
-
-def _logit(probability: float) -> float:
-    tiny = np.finfo(np.float64).tiny
-    return math.log(max(probability, tiny)) - math.log(max(1 - probability, tiny))
 
 
 def _by_prevalence(sensitivity: Estimate, specificity: Estimate) -> tuple[types.WorthOfCall, ...]:

@@ -178,14 +178,11 @@ class Sample:
 
     def values(self) -> dict[str, float]:
         """Each metric of the images as they are; NaN where undefined."""
-        found = self._measure(np.ones((1, len(self.labels))))
+        found = self.measure(np.ones((1, len(self.labels))))
         return {name: float(value[0]) for name, value in found.items()}
 
-    def resampled(self, patient_weights: Floats) -> dict[str, Floats]:
-        """Each metric (R,) for R resamples, given how often each patient was drawn, (R, P)."""
-        return self._measure(patient_weights[:, self.patient_of])
-
-    def _measure(self, weights: Floats) -> dict[str, Floats]:
+    def measure(self, weights: Floats) -> dict[str, Floats]:
+        """Each metric (R,) for R resamples, given how often each image was drawn, (R, N)."""
         sums = weights @ self._features  # (R, 5 + bins)
         tp, fp, tn, fn, squares = sums[:, :5].T
         total = tp + fp + tn + fn
