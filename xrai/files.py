@@ -3,7 +3,6 @@
 Every room writes through `replacing` or `write_atomically`, so a reader never sees half a file.
 """
 
-import atexit
 import errno
 import fcntl
 import functools
@@ -17,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -123,14 +123,13 @@ def scratch_folder() -> Path:
     with suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "new").rename(folder / _LOCK)  # so that nobody finds it unlocked
-    owner = os.getpid()
 
     def remove() -> None:
-        if os.getpid() == owner:  # not in a fork
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         lock.close()
 
-    atexit.register(remove)
+    # After multiprocessing's own finalizers, which remove a folder in it; never in a fork
+    Finalize(None, remove, exitpriority=-200)
     return folder
 
 

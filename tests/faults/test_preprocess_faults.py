@@ -468,7 +468,8 @@ def test_what_a_killed_command_left_in_tmpdir_is_gone_after_the_next_start(
         process.kill()
         process.wait(60)
         assert len(list(temporary.iterdir())) == 1
-    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    done = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    assert b"Traceback" not in done.stderr
     assert list(temporary.iterdir()) == []
 
 
