@@ -55,7 +55,6 @@ def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
     assert (
         len({entry.patient for entry in layout.entries}) == 3
     )  # p1 of north and p1 of south are two people
-    assert layout.has_splits
     assert layout.not_data == {"not named by t.csv": 2}
 
 

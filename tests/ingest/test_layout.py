@@ -31,7 +31,6 @@ def test_split_and_class_folders_are_found_below_any_folder(
         for k in (0, 1)
     ]
     layout = lay_out(paths, source="S")
-    assert layout.has_splits
     assert [(entry.split, entry.label) for entry in layout.entries] == [
         (path.split("/")[-3], int("PNEU" in path)) for path in sorted(paths)
     ]
@@ -42,7 +41,6 @@ def test_class_folders_alone_are_all_train() -> None:
         ("NORMAL/a.png", "train", 0),
         ("PNEUMONIA/b.png", "train", 1),
     ]
-    assert not lay_out(["NORMAL/a.png", "PNEUMONIA/b.png"], source="S").has_splits
 
 
 def test_the_case_of_folders_does_not_matter() -> None:
@@ -92,7 +90,7 @@ def test_split_folders_have_other_names_and_may_be_inside_the_class_folders(
         for label in ("NORMAL", "PNEUMONIA")
     ]
     layout = lay_out(tree(*(f"chest/{folder}" for folder in folders)), source="S")
-    assert layout.has_splits and layout.notes == ()
+    assert layout.notes == ()
     words = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
     for entry in layout.entries:
         folder = entry.path.lower().split("/")[1 if order.startswith("{s") else 2]

@@ -134,7 +134,7 @@ def lay_out_by_labels(
     )
     num_others = len(held) - len(entries)
     not_data = {f"not named by {table.name}": num_others} if num_others else {}
-    return Layout(entries, "split" in filled, not_data, notes)
+    return Layout(entries, not_data, notes)
 
 
 def _match(

@@ -1,9 +1,8 @@
 """From paths to data files: the layout of folders, and the file names of the public data set."""
 
 import re
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,7 +50,6 @@ class Layout:
     """What a source's paths say."""
 
     entries: tuple[Entry, ...]  # sorted by path
-    has_splits: bool  # the source has split folders
     not_data: dict[str, int]  # description of skipped files -> how many
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
 
@@ -73,27 +71,30 @@ def lay_out(paths: Iterable[str], *, source: str) -> Layout:
     split has two folders, or there are several trees.
     """
     not_data: Counter[str] = Counter()
-    trees: dict[str, list[_Place]] = defaultdict(list)  # by the folder above
+    folders: dict[str, _Folder | str] = {}
+    trees: dict[str, list[tuple[str, _Folder]]] = defaultdict(list)  # by the folder above
     outside = []
     for path in sorted(paths):
-        if words := _junk(path):
+        above, _, name = path.rpartition("/")
+        if above not in folders:
+            folders[above] = _describe(above)
+        folder = folders[above]
+        if words := (folder if isinstance(folder, str) else "") or _junk(name):
             not_data[words] += 1
-        elif place := _find_place(path):
-            trees[place.above].append(place)
-        else:
+        elif isinstance(folder, str):
             outside.append(path)
+        else:
+            trees[folder.above].append((path, folder))
     if not trees:
         others = f"it holds {len(outside)} other files, such as {outside[0]}" if outside else ""
         raise SourceError(
             f"{source} holds no images laid out as {_LAYOUT}; {others or 'it is empty'}; {_TABLE}"
         )
-    has_splits = _check_folders(
-        [place for tree in trees.values() for place in tree], outside, source=source
-    )
+    _check_folders({folder for tree in trees.values() for _, folder in tree}, outside, source)
     top, *nested = sorted(trees, key=lambda above: (above.count("/"), above))
-    inside = {place.below for place in trees[top]} if nested else set()
+    inside = {path.removeprefix(top) for path, _ in trees[top]} if nested else set()
     for above in nested:
-        copies = {place.below for place in trees[above]}
+        copies = {path.removeprefix(above) for path, _ in trees[above]}
         if not above.startswith(top) or not inside.issuperset(copies):
             raise SourceError(
                 f"{source} holds several trees of images, in {top or 'its top folder'!r} and "
@@ -107,8 +108,8 @@ def lay_out(paths: Iterable[str], *, source: str) -> Layout:
     if num_derived := len(trees[top]) - len(images):
         not_data["masks, thumbnails or the like"] += num_derived
     patients: dict[str, str] = {}  # each key once in memory
-    entries = tuple(_entry(place, patients) for place in images)
-    return Layout(entries, has_splits, dict(not_data), (*notes, *_note_folders(images)))
+    entries = tuple(_entry(path, folder, patients) for path, folder in images)
+    return Layout(entries, dict(not_data), (*notes, *_note_folders(images)))
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -135,132 +136,127 @@ def is_file_patient(patient: str) -> bool:
     return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a file is. Strings other than `path` are interned: a large source repeats them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Folder:
+    """A folder of images, as its path describes it."""
 
     path: str
     above: str  # "" or "chest_xray/"
     split: str  # "" where there is no split folder
-    folders: str  # of split and class, as they are written: "Train/NORMAL", "NORMAL/Train"
+    own: str  # split and class folder, as they are written: "Train/NORMAL", "NORMAL/Train"
     class_folder: str
     inside: str  # the class folder: "" or "masks"
 
-    @property
-    def below(self) -> str:
-        """The path from the split or class folder on: "train/NORMAL/IM-0115-0001.jpeg"."""
-        return self.path.removeprefix(self.above)
 
-
-def _find_place(path: str) -> _Place | None:
-    """None where a path has neither a split nor a class folder."""
-    *folders, _ = path.split("/")
+def _describe(path: str) -> _Folder | str:
+    """A folder; for one of no images, what its files are, "" where it only is no class folder."""
+    folders = path.split("/") if path else []
+    if any(folder.lower() == "__macosx" for folder in folders):
+        return "in __MACOSX"
+    if words := next(filter(None, map(_junk, folders)), ""):
+        return words
     splits = [SPLIT_NAMES.get(folder.lower(), "") for folder in folders]
+
+    def described(own: slice, split: str, class_folder: str) -> _Folder:
+        above = "".join(f"{folder}/" for folder in folders[: own.start])
+        inside = "/".join(folders[own.stop :])
+        return _Folder(path, above, split, "/".join(folders[own]), class_folder, inside)
+
     for k, folder in enumerate(folders):
         if folder.upper() in CLASSES:
             if k and splits[k - 1]:
-                return _place(path, folders, slice(k - 1, k + 1), splits[k - 1], folder)
+                return described(slice(k - 1, k + 1), splits[k - 1], folder)
             if k + 1 < len(folders) and splits[k + 1]:
-                return _place(path, folders, slice(k, k + 2), splits[k + 1], folder)
+                return described(slice(k, k + 2), splits[k + 1], folder)
             if not any(splits[:k]):
-                return _place(path, folders, slice(k, k + 1), "", folder)
+                return described(slice(k, k + 1), "", folder)
             break
     for k, split in enumerate(splits[:-1]):
         if split:  # with a folder inside that is no class
-            return _place(path, folders, slice(k, k + 2), split, folders[k + 1])
-    return None
+            return described(slice(k, k + 2), split, folders[k + 1])
+    return ""
 
 
-def _place(path: str, folders: list[str], own: slice, split: str, class_folder: str) -> _Place:
-    top = "".join(f"{folder}/" for folder in folders[: own.start])
-    texts = (top, split, "/".join(folders[own]), class_folder, "/".join(folders[own.stop :]))
-    return _Place(path, *map(sys.intern, texts))
-
-
-def _check_folders(places: Sequence[_Place], outside: Sequence[str], *, source: str) -> bool:
-    """Whether there are split folders. Raises `SourceError` for an unknown class folder."""
-    has_splits = any(place.split for place in places)
-    folders = [(place.class_folder, place.path) for place in places]
+def _check_folders(found: Collection[_Folder], outside: Sequence[str], source: str) -> None:
+    has_splits = any(folder.split for folder in found)
+    folders = sorted(found, key=lambda folder: folder.path)
+    classes = [(folder.class_folder, folder.path) for folder in folders]
     if not has_splits:  # then every folder beside the class folders is meant as a class
-        for top in sorted({place.above for place in places}):
-            rest = [path[len(top) :] for path in outside if path.startswith(top)]
-            folders += [
-                (path.split("/")[0], top + path)
-                for path in rest
-                if "/" in path and not _DERIVED.search(path.split("/")[0])
-            ]
-    for folder, path in folders:
-        if folder.upper() not in CLASSES:
+        for top in sorted({folder.above for folder in folders}):
+            rest = (path[len(top) :].split("/") for path in outside if path.startswith(top))
+            names = {parts[0] for parts in rest if len(parts) > 1}
+            classes += [(name, top + name) for name in sorted(names) if not _DERIVED.search(name)]
+    for name, path in classes:
+        if name.upper() not in CLASSES:
             raise SourceError(
-                f"unknown class folder {folder!r} in {source} ({path}); allowed are "
+                f"unknown class folder {name!r} in {source} ({path}/); allowed are "
                 f"{' and '.join(CLASSES)}, directly in a split folder if there are any; {_TABLE}"
             )
-    names: dict[str, str] = {}
-    for place in places:
-        if has_splits and not place.split:
+    names_of: dict[str, str] = {}
+    for folder in folders:
+        if has_splits and not folder.split:
             raise SourceError(
-                f"{source} has split folders, but {place.path} is in none; split folders are "
+                f"{source} has split folders, but {folder.path}/ is in none; split folders are "
                 f"called {', '.join(SPLIT_NAMES)}, and the layout is {_LAYOUT}; {_TABLE}"
             )
-        if place.inside and any(part.upper() in CLASSES for part in place.inside.split("/")):
+        if any(name.upper() in CLASSES for name in folder.inside.split("/")):
             raise SourceError(
-                f"a class folder is inside another in {source} ({place.path}): move its images to "
-                f"one of them; {_TABLE}"
+                f"a class folder is inside another in {source} ({folder.path}/): move its images "
+                f"to one of them; {_TABLE}"
             )
-        if place.split:
-            folders_of_split = place.folders.lower().split("/")
-            (name,) = (folder for folder in folders_of_split if folder in SPLIT_NAMES)
-            if names.setdefault(place.split, name) != name:
+        if folder.split:
+            (name,) = (part for part in folder.own.lower().split("/") if part in SPLIT_NAMES)
+            if (other := names_of.setdefault(folder.split, name)) != name:
                 raise SourceError(
-                    f"{source} has two folders for the split {place.split}, "
-                    f"{names[place.split]!r} and {name!r}; leave one; {_TABLE}"
+                    f"{source} has two folders for the split {folder.split}, {other!r} and "
+                    f"{name!r}; leave one; {_TABLE}"
                 )
-    return has_splits
 
 
-def _without_derived(places: Sequence[_Place]) -> tuple[Sequence[_Place], list[str]]:
+def _without_derived(
+    files: Sequence[tuple[str, _Folder]],
+) -> tuple[Sequence[tuple[str, _Folder]], list[str]]:
     """Leave out masks, thumbnails and the like that lie beside images, with a note.
 
     They are known by a folder inside the class folder, or by a name such as `a_mask.png` beside
     `a.png`. Where there is nothing else, they are the images.
     """
-    suspects = [place for place in places if _DERIVED.search(place.inside)]
-    named = [place for place in places if _DERIVED.search(place.path.rpartition("/")[2])]
-    if named:
-        stems = {place.path.rpartition(".")[0] for place in places}
-        for place in named:
-            stem = place.path.rpartition(".")[0]
-            cuts = (match.start() for match in re.finditer(r"[ _.-]", stem))
-            if any(stem[:cut] in stems for cut in cuts):
-                suspects.append(place)
-    derived = {place.path for place in suspects}
-    if not 0 < len(derived) < len(places):
-        return places, []
+    folders = {folder for _, folder in files}
+    bad = {folder for folder in folders if _DERIVED.search(folder.inside)}
+    derived = {path for path, folder in files if folder in bad}
+    named = [path for path, _ in files if _DERIVED.search(path, path.rfind("/") + 1)]
+    stems = {path.rpartition(".")[0] for path, _ in files} if named else set()
+    for path in named:
+        stem = path.rpartition(".")[0]
+        if any(stem[: match.start()] in stems for match in re.finditer(r"[ _.-]", stem)):
+            derived.add(path)
+    if not 0 < len(derived) < len(files):
+        return files, []
     note = (
         f"{len(derived)} files are left out, because their folders or names are those of masks, "
         f"thumbnails or the like, such as {min(derived)}; a table (--labels FILE.csv) that names "
         "them takes them in"
     )
-    return [place for place in places if place.path not in derived], [note]
+    return [file for file in files if file[0] not in derived], [note]
 
 
-def _note_folders(places: Iterable[_Place]) -> list[str]:
+def _note_folders(files: Iterable[tuple[str, _Folder]]) -> list[str]:
     """A note where class folders hold several folders alike, such as images and crops of them.
 
     Folders of the same name in several places are kinds of images; others are patients. Numbers do
     not count: `study1` and `study2` are one kind.
     """
-    counts = Counter((place.folders, place.inside) for place in places)
+    counts = Counter(folder for _, folder in files)
     parents: dict[str, set[str]] = defaultdict(set)  # by the name of the folder that holds images
     num_images: Counter[str] = Counter()
-    for (folders, inside), count in counts.items():
-        parent, _, name = f"{folders}/{inside}".rpartition("/")
+    for folder, count in counts.items():
+        parent, _, name = f"{folder.own}/{folder.inside}".rpartition("/")
         kind = re.sub(r"\d+", "", name).strip(" ._-").lower()
-        if kind or not inside:
+        if kind or not folder.inside:
             parents[kind].add(parent)
             num_images[kind] += count
-    with_folders = {folders for folders, inside in counts if inside}
-    is_mixed = any(not inside and folders in with_folders for folders, inside in counts)
+    with_folders = {folder.own for folder in counts if folder.inside}
+    is_mixed = any(not folder.inside and folder.own in with_folders for folder in counts)
     kinds = [kind for kind, above in parents.items() if kind and (is_mixed or len(above) > 1)]
     if len(kinds) < 2 and not is_mixed:
         return []
@@ -273,22 +269,21 @@ def _note_folders(places: Iterable[_Place]) -> list[str]:
     ]
 
 
-def _junk(path: str) -> str:
-    *folders, name = path.split("/")
-    if any(folder.lower() == "__macosx" for folder in folders):
-        return "in __MACOSX"
-    if name.startswith(".") or any(folder.startswith(".") for folder in folders):
+def _junk(name: str) -> str:
+    if name.startswith("."):
         return "hidden (names that begin with a dot)"
     return "Thumbs.db or desktop.ini" if name.lower() in ("thumbs.db", "desktop.ini") else ""
 
 
-def _entry(place: _Place, patients: dict[str, str]) -> Entry:
-    label = CLASSES.index(place.class_folder.upper())
-    patient, subtype = parse_name(place.path.rpartition("/")[2])
+def _entry(path: str, folder: _Folder, patients: dict[str, str]) -> Entry:
+    label = CLASSES.index(folder.class_folder.upper())
+    patient, subtype = parse_name(path.rpartition("/")[2])
     return Entry(
-        path=place.path,
-        split=place.split or "train",
+        path=path,
+        split=folder.split or "train",
         label=label,
-        patient=patients.setdefault(patient, patient) if patient else file_patient(place.below),
+        patient=patients.setdefault(patient, patient)
+        if patient
+        else file_patient(path.removeprefix(folder.above)),
         subtype=subtype if CLASSES[label] == "PNEUMONIA" else "",
     )
