@@ -191,7 +191,9 @@ def _to_onnx(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
     import onnxruntime
 
     with _quiet():
-        written = torch.onnx.export(program, (), dynamo=True, verbose=False)
+        written = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=["images"], output_names=OUTPUTS
+        )
     assert written is not None
     proto = written.model_proto
     _tidy(proto)
@@ -240,23 +242,17 @@ def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
 
 
 def _tidy(proto: Any) -> None:
-    """Name inputs, outputs and dimensions, and remove traces of the machine that exported."""
-    names = {value.name: name for value, name in zip(proto.graph.output, OUTPUTS, strict=True)}
-    names[proto.graph.input[0].name] = "images"
-    sides = [side.dim_param for side in proto.graph.input[0].type.tensor_type.shape.dim]
+    """Name the dimensions, and remove traces of the machine that exported."""
+    graph = proto.graph
+    sides = [side.dim_param for side in graph.input[0].type.tensor_type.shape.dim]
     dimensions = dict(zip(sides, _DIMENSIONS, strict=True))
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.name = names[value.name]
+    for value in (*graph.input, *graph.output):
         for side in value.type.tensor_type.shape.dim:
             if side.dim_param:
                 side.dim_param = dimensions[side.dim_param]
-    graph = proto.graph
-    for entry in (proto, graph, *graph.input, *graph.output, *graph.initializer):
+    for node in graph.node:
+        node.doc_string = ""
+    for entry in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del entry.metadata_props[:]
     del graph.value_info[:], proto.functions[:]
 
