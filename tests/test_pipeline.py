@@ -403,6 +403,8 @@ def test_a_path_that_is_missing_or_no_file_is_refused_before_any_work(
         ),
         (tmp_path / "pipe", "is neither a file nor a folder"),
         (tmp_path / "bare", "holds no files to classify"),
+        ("s3://[x", r"'s3://\[x' names no bucket"),
+        ("s3://[x/*.png", r"'s3://\[x' names no bucket"),
         (tmp_path / "\udcff.png", "is not UTF-8; rename it"),
     ):
         with pytest.raises(UserError, match=message):

@@ -118,7 +118,8 @@ def _find_in_bucket(uri: str) -> list[File]:
     if name and parent.count("/") > 1 and open_store(parent).size(name) is not None:
         return [_file(open_source(parent), name, uri)]
     parts = uri.split("/")
-    first = next((number for number, part in enumerate(parts) if _WILDCARDS & set(part)), None)
+    places = range(3, len(parts))  # behind the bucket
+    first = next((place for place in places if _WILDCARDS & set(parts[place])), None)
     if first is None:
         return _all_of(open_source(uri), uri)
     top, pattern = "/".join(parts[:first]), parts[first:]
