@@ -38,7 +38,7 @@ from xrai.errors import (
     UserError,
     WrongEndpointError,
 )
-from xrai.store import S3Store, Store, StoredObject, check_key, open_store, s3
+from xrai.store import S3Store, Store, StoredObject, answers, check_key, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -404,7 +404,7 @@ def test_each_answer_of_a_server_has_its_own_error_or_is_tried_again(
         "Error": {"Code": code, "Message": "words"},
         "ResponseMetadata": {"HTTPStatusCode": status},
     }
-    found = s3._explain(
+    found = answers.explain(
         ClientError(answer, "GetObject"), done="read", where="s3://bucket/key", bucket="bucket"
     )
     assert (None if found is None else type(found)) is expected

@@ -29,7 +29,7 @@ from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooLargeError
 from xrai.log import get_logger
-from xrai.store import Store, check_key, folder_of, open_store
+from xrai.store import Store, check_key, folder_of, masked, open_store
 
 MAX_FILE_BYTES: Final = 1 << 28  # no X-ray is larger: 100 million pixels of 16 bits are 2e8 bytes
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
@@ -86,7 +86,7 @@ def open_source(uri: str) -> Source:
             )
         return StoreSource(open_store(uri))
     if scheme not in ("", "file"):
-        raise SourceError(f"source {uri!r} is of no known kind; --source takes {_KINDS}")
+        raise SourceError(f"source {masked(uri)!r} is of no known kind; --source takes {_KINDS}")
     path = folder_of(uri) if scheme else Path(uri)
     try:
         mode = path.stat().st_mode

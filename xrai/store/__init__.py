@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from xrai.errors import ConfigError, StoreAccessError
+from xrai.store.answers import masked
 from xrai.store.base import Store, StoredObject, check_key
 from xrai.store.folder import FolderStore
 from xrai.store.lease import LEASE_KEY, Lease, refuse_writer, take_lease
@@ -34,6 +35,7 @@ __all__ = [
     "StoredObject",
     "check_key",
     "folder_of",
+    "masked",
     "open_store",
     "refuse_writer",
     "take_lease",
@@ -56,9 +58,10 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
-            raise StoreAccessError(
-                f"{uri!r} names no bucket: {bucket!r} is not a bucket's name; {_ALLOWED}"
-            )
+            allowed = _ALLOWED
+            if bucket.startswith("arn:"):  # each has one, which serves as a bucket's name
+                allowed = "give an access point by its alias, s3://NAME-…-s3alias/prefix"
+            raise StoreAccessError(f"{masked(uri)!r} names no bucket; {allowed}")
         return S3Store(
             bucket,
             prefix.strip("/"),
@@ -68,7 +71,7 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     if scheme == "file":
         return FolderStore(folder_of(uri))
     if scheme or not uri:
-        raise StoreAccessError(f"{uri!r} is not an address of a store; {_ALLOWED}")
+        raise StoreAccessError(f"{masked(uri)!r} is not an address of a store; {_ALLOWED}")
     return FolderStore(Path(uri))
 
 
@@ -78,7 +81,7 @@ def folder_of(uri: str) -> Path:
     """
     host, slash, path = uri.partition("://")[2].partition("/")
     if host not in ("", "localhost") or not slash:
-        raise StoreAccessError(f"{uri!r} is not a folder of this machine; {_ALLOWED}")
+        raise StoreAccessError(f"{masked(uri)!r} is not a folder of this machine; {_ALLOWED}")
     return Path(unquote(f"/{path}"))
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import io
+import math
 import os
 import random
 import re
@@ -9,22 +11,34 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from xrai import errors
-from xrai.errors import AlreadyExistsError, NotFoundError, WrongEndpointError, XraiError
+from xrai.errors import AlreadyExistsError, NotFoundError, WrongEndpointError
 from xrai.files import explaining, replacing
 from xrai.log import get_logger
+from xrai.store.answers import (
+    NotS3Error,
+    UnknownRequestError,
+    ask,
+    explain,
+    masked,
+    network_errors,
+    plain,
+    watch,
+)
 from xrai.store.base import Store, StoredObject, check_key
 
 _CHUNK_BYTES = 256 * 1024
 _PART_BYTES = 32 * 1024 * 1024  # objects above this go up in parts; S3 takes parts from 5 MiB
 _MAX_PARTS = 10_000  # S3's limit
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 4.0
-_NUM_UNREADABLE = 2  # answers that make no sense before the server is taken for something else
 
 _logger = get_logger(__name__)
+# When the running thread stops waiting for bytes; a timeout of a socket ends a silence only
+_reading_ends: ContextVar[float] = ContextVar("_reading_ends")
 _T = TypeVar("_T")
 
 
@@ -86,7 +100,7 @@ class S3Store(Store):
                 key = entry["Key"][len(self._prefix) :]
                 if key and not key.endswith("/"):  # consoles mark folders by empty objects
                     yield StoredObject(key, entry["Size"])
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
 
@@ -112,7 +126,7 @@ class S3Store(Store):
             # because of it.
             if self.read(key) != data:
                 raise
-        except _NotImplementedError:  # no conditional writes: check first, the window is small
+        except UnknownRequestError:  # no conditional writes: check first, the window is small
             if self.size(key) is not None:
                 raise AlreadyExistsError(f"{self._where(key)} exists already") from None
             self._put(key, data)
@@ -138,9 +152,11 @@ class S3Store(Store):
                 raise errors.StoreError(f"{error}; its parts were removed meanwhile") from error
         except BaseException:
             try:  # best effort: the bucket's lifecycle rule frees what stays
+                _reading_ends.set(time.monotonic() + self._timeout_s)
                 self._client().abort_multipart_upload(Bucket=self._bucket, **upload)
-            except _network_errors() as error:
-                _logger.warning("the parts of a failed upload stay in %s: %s", self.uri, error)
+            except network_errors() as error:
+                text = "the parts of a failed upload stay in %s: %s"
+                _logger.warning(text, self.uri, plain(error))
             raise
         return digest.hexdigest()
 
@@ -164,24 +180,27 @@ class S3Store(Store):
             if done == size_bytes:
                 return
             rest = {"Range": f"bytes={done}-", "IfMatch": etag} if done else {}
-            answer = client.get_object(Bucket=self._bucket, Key=name, **rest)
-            if "ETag" not in answer:  # a web page, say: botocore does not read a streamed body
-                raise WrongEndpointError(
-                    f"{self._where(key)} cannot be read: the endpoint {client.meta.endpoint_url} "
-                    "does not speak S3 (its answer has no ETag); see AWS_ENDPOINT_URL_S3"
-                )
-            place = _range_start(answer)
-            if place > done:
-                raise ConnectionError(f"bytes from {place} on came, not from {done}")
-            etag, size_bytes = answer["ETag"], place + int(answer["ContentLength"])
+            answer = ask(client, "get_object", Bucket=self._bucket, Key=name, **rest)
             with closing(answer["Body"]) as body:
+                place = _range_start(answer)
+                if place > done:
+                    raise ConnectionError(f"bytes from {place} on came, not from {done}")
+                etag, length = answer["ETag"], answer.get("ContentLength")
+                if length is None and not _is_chunked(answer):
+                    raise NotS3Error("its answer does not say where it ends")
+                size_bytes = -1 if length is None else place + length
                 self._check_size(key, size_bytes, max_bytes)
                 while chunk := body.read(_CHUNK_BYTES):
                     new = chunk[max(done - place, 0) :]  # a server without ranges starts over
                     place += len(chunk)
+                    self._check_size(key, place, max_bytes)
                     digest.update(new)
                     write(new)
                     done += len(new)
+                    if place % _CHUNK_BYTES < len(chunk):
+                        _reading_ends.set(time.monotonic() + self._retry_s)
+            if length is None:
+                size_bytes = done  # a chunked body that breaks off raises
             if done < size_bytes:
                 raise ConnectionError(f"the body ended after {done} of {size_bytes} bytes")
 
@@ -198,7 +217,7 @@ class S3Store(Store):
     def _ask(self, done: str, key: str, operation: str, **request: Any) -> Any:
         """The answer to one request about the bucket; see `_call`."""
         return self._call(
-            done, key, lambda client: getattr(client, operation)(Bucket=self._bucket, **request)
+            done, key, lambda client: ask(client, operation, Bucket=self._bucket, **request)
         )
 
     def _call(
@@ -218,32 +237,29 @@ class S3Store(Store):
         jitter = random.SystemRandom()
         while True:
             try:
+                _reading_ends.set(max(deadline, time.monotonic() + self._timeout_s))
                 return request(self._client())
-            except _network_errors() as error:
-                final = _explain(error, done=done, where=where, bucket=self._bucket, tries=tries)
+            except network_errors() as error:
+                final = explain(error, done=done, where=where, bucket=self._bucket, tries=tries)
                 if final is not None:
                     raise final from error
                 cause = error
-            if progress() > reached:
+            if progress() >= reached + _CHUNK_BYTES:
                 reached, tries = progress(), 0
-                deadline = time.monotonic() + self._retry_s
+                deadline = _reading_ends.get()
             tries += 1
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise errors.UnreachableError(
                     f"{where} cannot be {done}: no success in {tries} tries within "
-                    f"{self._retry_s:g} s (endpoint {self._client().meta.endpoint_url}): "
-                    f"{_plain(cause)}"
+                    f"{self._retry_s:g} s (endpoint {masked(self._client().meta.endpoint_url)}): "
+                    f"{plain(cause)}"
                 ) from cause
             if tries == 1:
                 text = "%s: %s; trying again for up to %g s"
-                _logger.warning(text, where, _plain(cause), self._retry_s)
+                _logger.warning(text, where, plain(cause), self._retry_s)
             pause_s = min(_FIRST_PAUSE_S * 2 ** min(tries - 1, 16), _LONGEST_PAUSE_S)
             time.sleep(min(pause_s * jitter.uniform(0.5, 1), left_s))
-
-
-class _NotImplementedError(errors.StoreError):
-    """The server does not know a request that not all servers know."""
 
 
 def _body(data: bytes) -> dict[str, Any]:
@@ -260,6 +276,11 @@ def _range_start(answer: Any) -> int:
     if found is None:
         raise ConnectionError(f"an unknown part of an object: {answer.get('ContentRange')!r}")
     return int(found[1])
+
+
+def _is_chunked(answer: Any) -> bool:
+    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+    return "chunked" in headers.get("transfer-encoding", "").lower()
 
 
 def _connect(timeout_s: float, uri: str) -> Any:
@@ -280,112 +301,71 @@ def _connect(timeout_s: float, uri: str) -> Any:
     )
     try:
         # a session of our own: threads may not share boto3's default one
-        return boto3.session.Session().client("s3", config=config)
+        client: Any = boto3.session.Session().client("s3", config=config)
     except ValueError as error:
         raise WrongEndpointError(
-            f"{uri}: {error}; AWS_ENDPOINT_URL_S3 takes a URL such as http://s3:8333"
+            f"{uri}: {plain(error)}; AWS_ENDPOINT_URL_S3 takes a URL such as http://s3:8333"
         ) from error
     except BotoCoreError as error:
-        text = f"{uri}: the AWS settings cannot be used: {error}"
+        text = f"{uri}: the AWS settings cannot be used: {plain(error)}"
         raise errors.NoCredentialsError(text) from error
+    watch(client)
+    # botocore has no public way to choose the class of its connections
+    client._endpoint.http_session._pool_classes_by_scheme.update(_timed_pools())
+    return client
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError
+class _TimedReader(io.RawIOBase):
+    """Reads a socket until `_reading_ends`."""
 
-    ours = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
-    return (*ours, ConnectionError, TimeoutError)
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
 
+    def readable(self) -> bool:
+        return True
 
-def _plain(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    def readinto(self, buffer: Any) -> int | None:
+        if time.monotonic() > _reading_ends.get(math.inf):
+            raise TimeoutError("the answer takes too long")
+        return self._raw.readinto(buffer)
 
-
-_DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}  # on the way
-_BUSY = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
-_TRANSIENT = _DAMAGED | _BUSY | {"ConditionalRequestConflict", "OperationAborted"}
-_BAD_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
-_BAD_KEYS |= {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-_WRONG_REGION = {"301", "307", "400", "405"}  # 400: to a HEAD of another region
-_WRONG_REGION |= {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-_WRONG_REGION |= {"MethodNotAllowed", "PermanentRedirect"}
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
-def _explain(
-    error: Exception, *, done: str, where: str, bucket: str, tries: int = 0
-) -> XraiError | None:
-    """Our error for one that trying again cannot fix; None for a transient one, of which there
-    were `tries` before.
-    """
-    from botocore import exceptions
-    from botocore.parsers import ResponseParserError
+class _TimedSocket:
+    """A socket whose files end at `_reading_ends`."""
 
-    what, plain = f"{where} cannot be {done}", _plain(error)
-    no_s3 = WrongEndpointError(
-        f"{what}: the endpoint does not speak S3 ({plain}); see AWS_ENDPOINT_URL_S3"
-    )
-    if isinstance(error, exceptions.ClientError):
-        has_no_code = error.response.get("Error", {}).get("Code") in ("404", "501")
-        if has_no_code and error.operation_name != "HeadObject":
-            return no_s3
-        return _explain_answer(error.response, done=done, where=where, bucket=bucket)
-    no_keys = (
-        *(exceptions.NoCredentialsError, exceptions.PartialCredentialsError),
-        *(exceptions.CredentialRetrievalError, exceptions.TokenRetrievalError, exceptions.SSOError),
-    )
-    if isinstance(error, no_keys):
-        return errors.NoCredentialsError(
-            f"{what}: {plain}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
-            "credentials in any other standard AWS way"
-        )
-    if isinstance(error, ResponseParserError):
-        return no_s3 if tries >= _NUM_UNREADABLE else None  # it may have been damaged on the way
-    if isinstance(error, exceptions.SSLError):
-        text = f"{what}: {plain}; AWS_CA_BUNDLE names the certificates to trust"
-        return WrongEndpointError(text)
-    if isinstance(error, exceptions.ParamValidationError | exceptions.InvalidRegionError):
-        return errors.StoreAccessError(f"{what}: {plain}")
-    return None
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def makefile(self, mode: str, buffering: int = -1) -> Any:
+        timed = _TimedReader(self._socket.makefile(mode, buffering=0))
+        return timed if buffering == 0 else io.BufferedReader(timed)
 
 
-def _explain_answer(response: Any, *, done: str, where: str, bucket: str) -> XraiError | None:
-    """The same for an answer of the server."""
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    answer = response.get("Error", {})
-    code = str(answer.get("Code", status))
-    what = f"{where} cannot be {done}"
-    said = f"{code}: {answer.get('Message', 'no further explanation')}"
-    if code == "NotImplemented":
-        return _NotImplementedError(f"{what}: {said}")
-    if status >= 500 or status == 429 or code in _TRANSIENT:
-        return None
-    if code == "NoSuchBucket":
-        return errors.NoSuchBucketError(
-            f"{what}: there is no bucket {bucket!r}; create it, or correct the address"
-        )
-    if code in _WRONG_REGION:
-        hint = "see AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3"
-        if region := answer.get("Region"):
-            hint = f"the bucket is in {region}, set AWS_DEFAULT_REGION"
-        return WrongEndpointError(f"{what}: wrong region or endpoint ({said}); {hint}")
-    if code == "PreconditionFailed" and done == "read":
-        return errors.CorruptError(f"{what}: it was replaced while it was read; start again")
-    if code == "PreconditionFailed":
-        return AlreadyExistsError(f"{where} exists already")
-    if code in _BAD_KEYS:
-        return errors.ForbiddenError(
-            f"{what}: the keys are refused ({said}); check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY"
-        )
-    if status in (401, 403):
-        return errors.ForbiddenError(
-            f"{what}: forbidden ({said}); these keys lack the permission, or this machine's clock "
-            "is wrong"
-        )
-    if code == "NoSuchUpload":
-        return NotFoundError(f"{what}: {said}")
-    if status == 404:
-        return NotFoundError(f"there is no {where}")
-    return errors.StoreError(f"{what}: {said}")
+def _timed_pools() -> dict[str, Any]:
+    """Pools of connections by scheme, whose answers are read until `_reading_ends`."""
+    from botocore import awsrequest
+
+    class Connection(awsrequest.AWSHTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            self.sock = _TimedSocket(self.sock)
+
+    class SecureConnection(awsrequest.AWSHTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            self.sock = _TimedSocket(self.sock)
+
+    class Pool(awsrequest.AWSHTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class SecurePool(awsrequest.AWSHTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    return {"http": Pool, "https": SecurePool}
