@@ -662,7 +662,7 @@ def unneeded() -> Iterator[tuple[str, bytes]]:
     for name in ("HighBit", "BitsStored", "PixelRepresentation", "SamplesPerPixel", "Modality"):
         yield f"no {name}", dicom_file(samples, leave_out=(name,), BitsStored=12)
     bad: dict[str, Any] = {
-        "HighBit": 3,
+        "HighBit": 20,
         "NumberOfFrames": "",
         "PixelSpacing": [0.14],
         "ImagerPixelSpacing": [-1, 1],
@@ -818,7 +818,7 @@ def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_without_the_patient
             assert decoded(bytes(file)).shape == (32, 32)
         except ImageError as error:
             text = str(error)
-            assert text
+            assert text and "Error" not in text
     out = capfd.readouterr()
     said = " ".join(
         [text, caplog.text, out.out, out.err, *(str(warning.message) for warning in told)]

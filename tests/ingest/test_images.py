@@ -520,4 +520,24 @@ def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_and_nothing_else(
             try:
                 assert decoded(found).shape == (32, 32)
             except ImageError as error:
-                assert str(error)
+                assert str(error) and "Error" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (EOFError(), "is cut short or damaged"),
+        (TypeError("'NoneType' object is not iterable"), "is cut short or damaged"),
+        (OSError("image file is truncated"), "is cut short or damaged (image file is truncated)"),
+    ],
+)
+def test_a_reason_names_no_class_of_python(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ImageError) as caught:
+        decoded(grey_png())
+    assert str(caught.value) == reason

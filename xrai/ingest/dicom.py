@@ -291,7 +291,7 @@ def _read_image(data: bytes) -> "Dataset":
         "PixelRepresentation": int(_integer(dataset, "PixelRepresentation", 0) == 1),
         "BitsAllocated": allocated,
         "BitsStored": stored,
-        "HighBit": min(high, allocated - 1),
+        "HighBit": high if 0 <= high < allocated else stored - 1,
     }
     for name, value in completed.items():
         setattr(dataset, name, value)

@@ -159,8 +159,9 @@ def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
         with image:
             yield image
     except _DECODER_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"is cut short or damaged ({reason})") from error
+        said = " ".join(str(error).split())
+        is_plain = said and isinstance(error, OSError | SyntaxError | ValueError)  # not of Python
+        raise ImageError(f"is cut short or damaged{f' ({said})' if is_plain else ''}") from error
 
 
 def _check_num_pixels(width: int, height: int, *, max_pixels: int) -> None:
