@@ -304,6 +304,16 @@ def test_what_can_not_be_exported_is_refused_before_any_work(
     ]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "model.onnx", "export.json"])
+def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"files of something else \\({name}\\): .* by --out"):
+        call("--run", run, "--out", tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_phantoms_to_check_with_are_films_of_several_sizes() -> None:
     films = export.draw_phantoms()
     assert len({film.shape for film in films}) >= 4 and all(film.std() > 20 for film in films)

@@ -351,20 +351,31 @@ def safe_letters() -> str:
     return "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
 
 
-def test_overlays_of_an_earlier_table_are_removed_and_other_files_stay(
+def test_overlays_of_an_earlier_table_are_removed(
     run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     call("--run", run, films, "--out", out, monkeypatch=monkeypatch)
-    (out / "overlays" / "mine.png").touch()
     call("--run", run, films / "noise.png", "--out", out, monkeypatch=monkeypatch)
-    assert sorted(path.name for path in (out / "overlays").iterdir()) == [
-        "00001-noise.png",
-        "mine.png",
-    ]
+    assert [path.name for path in (out / "overlays").iterdir()] == ["00001-noise.png"]
     call("--run", run, films / "noise.png", "--out", out, "--no_overlays", monkeypatch=monkeypatch)
-    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["mine.png"]
+    assert list((out / "overlays").iterdir()) == []
     assert json.loads((out / "predictions.json").read_text())["predictions"][0]["overlay"] is None
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "config.yaml", "predictions.csv", "overlays/mine.png", "model.pt"]
+)
+def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
+    run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("source,label\n")
+    with pytest.raises(UserError, match=f"files of something else \\({name}\\): .* by --out"):
+        call("--run", run, films, "--out", tmp_path / "out", monkeypatch=monkeypatch)
+    assert path.read_text() == "source,label\n"
+    assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path]
 
 
 def test_an_overlay_that_can_not_be_stored_ends_the_command(

@@ -28,7 +28,7 @@ from xrai.log import get_logger, setup_logging
 from xrai.phantom import draw_phantom, plan
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.folder import RunFolder
-from xrai.store import open_store
+from xrai.store import open_store, refuse_others_files
 from xrai.tables import to_json
 
 FLAGS = (
@@ -58,26 +58,35 @@ def main() -> None:
     pipeline = load_pipeline(flags["run"])
     RunFolder.check_writable(out_uri, flag="--out")
     out = open_store(out_uri)
+    if flags["out"]:  # export/ of the run is the run's
+        own = (*FILES.values(), "config.yaml", "export.json")
+        refuse_others_files(
+            out,
+            is_own=lambda key: key in own,
+            is_mark=lambda out, key: key == "export.json" and b'"agreement"' in out.read(key),
+            flag="--out",
+        )
     serving = export.Serving(pipeline.model)
     phantoms = draw_phantoms()
     batches = [*random_images(), *(phantom[None] for phantom in phantoms)]
     metadata = export.describe_model(pipeline.model, version=__version__)
     program = export.trace(serving)
     _logger.info("traced; writing and checking %s", " and ".join(formats))
+    beside = compare_with_files(pipeline, serving, phantoms)
     lines, agreements = [], {}
     with temporary_folder() as folder:
         for kind in formats:
             name = FILES[kind]
             path = Path(folder) / name
             agreement = export.write(program, serving, path, metadata=metadata, batches=batches)
-            out.upload(name, path)
             agreements[name] = asdict(agreement)
             lines.append(
                 f"{out.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within "
                 f"{agreement.probability:.0e} of torch on {agreement.num_pictures} images of "
                 f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
-    beside = compare_with_files(pipeline, serving, phantoms)
+        for name in agreements:
+            out.upload(name, Path(folder) / name)
     out.write("config.yaml", config.to_yaml().encode())
     content = {**metadata, "agreement": agreements, "beside_own_path": beside}
     out.write("export.json", to_json(content).encode())

@@ -26,7 +26,7 @@ from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.results.folder import RunFolder
 from xrai.results.panel import draw_panel
 from xrai.results.types import REVIEW
-from xrai.store import Store, open_store
+from xrai.store import Store, open_store, refuse_others_files
 from xrai.tables import to_csv, to_json
 
 FLAGS = (
@@ -45,6 +45,8 @@ SCHEMA_VERSION = 2
 _SHOWN = 50  # rows that are printed if files hold all of them
 _SIDE = 512  # of the image in an overlay, pixels
 _NUM_DRAWING = 32  # overlays that wait to be drawn or stored, at most
+_TABLE, _JSON = "predictions.csv", "predictions.json"
+_COLUMNS = [field.name for field in fields(Prediction)]
 _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
 
@@ -66,6 +68,7 @@ def main() -> None:
     out = open_store(flags["out"]) if flags["out"] else None
     if out is not None:
         RunFolder.check_writable(flags["out"], flag="--out")
+        refuse_others_files(out, is_own=is_own, is_mark=is_mark, flag="--out")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     rows: list[Prediction] = []
@@ -81,8 +84,8 @@ def main() -> None:
             bar.update()
     if out is not None:
         remove_others(out, set(names.values()))
-        out.write("config.yaml", replace(config, images=images).to_yaml().encode())
         write_table(out, rows, pipeline.model, overlays=names)
+        out.write("config.yaml", replace(config, images=images).to_yaml().encode())
     lines = format_table(rows, pipeline.model, out=out, num_overlays=len(names))
     print("\n".join(lines), flush=True)
     if all(row.probability is None for row in rows):
@@ -116,7 +119,7 @@ def write_table(
     out: Store, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
 ) -> None:
     """Write predictions.csv, then predictions.json, which also states the model and overlays."""
-    table = to_csv([field.name for field in fields(Prediction)], rows)
+    table = to_csv(_COLUMNS, rows)
     content = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
@@ -135,8 +138,8 @@ def write_table(
             {**asdict(row), "overlay": overlays.get(number)} for number, row in enumerate(rows)
         ],
     }
-    out.write("predictions.csv", table.encode())
-    out.write("predictions.json", to_json(content).encode())
+    out.write(_TABLE, table.encode())
+    out.write(_JSON, to_json(content).encode())
 
 
 def format_table(
@@ -221,6 +224,18 @@ def overlay_name(number: int, path: str) -> str:
     stem = path.replace("\\", "/").rpartition("/")[2].rpartition(".")
     kept = re.sub(r"[^A-Za-z0-9]+", "_", stem[0] or stem[2]).strip("_")[:60]
     return f"overlays/{number:05d}{'-' if kept else ''}{kept}.png"
+
+
+def is_own(key: str) -> bool:
+    """Whether a key is one that this command writes."""
+    return key in (_TABLE, _JSON, "config.yaml") or _OVERLAY.fullmatch(key) is not None
+
+
+def is_mark(out: Store, key: str) -> bool:
+    """Whether a key tells that the place is this command's."""
+    if key == _TABLE:
+        return out.read(key).startswith(",".join(_COLUMNS).encode())
+    return _OVERLAY.fullmatch(key) is not None
 
 
 def remove_others(out: Store, names: set[str]) -> None:

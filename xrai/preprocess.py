@@ -35,7 +35,8 @@ from xrai.errors import (
     StoppedError,
 )
 from xrai.files import num_cores, scratch_folder
-from xrai.ingest.address import find_others, move_into_place, refuse_others_files, remove_others
+from xrai.ingest import address
+from xrai.ingest.address import find_others, move_into_place, remove_others
 from xrai.ingest.build import Builder
 from xrai.ingest.card import make_report
 from xrai.ingest.decode import start_workers_soon
@@ -47,7 +48,15 @@ from xrai.ingest.sources import Source, open_source
 from xrai.ingest.unfinished import Unfinished
 from xrai.log import get_logger, setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
-from xrai.store import LEASE_KEY, Lease, Store, open_store, refuse_writer, take_lease
+from xrai.store import (
+    LEASE_KEY,
+    Lease,
+    Store,
+    open_store,
+    refuse_others_files,
+    refuse_writer,
+    take_lease,
+)
 
 FLAGS = (
     Flag("source", "data/chest_xray", "images: folder, .zip, .npz or s3://bucket", "XRAI_SOURCE"),
@@ -81,7 +90,7 @@ def main() -> None:
     config, flags, _ = parse(
         "preprocess", description="Turn raw X-rays into a data set.", flags=FLAGS
     )
-    workers, address, overwrite = flags["workers"], flags["dataset"], flags["overwrite"]
+    workers, overwrite = flags["workers"], flags["overwrite"]
     if not 0 <= workers <= 1024:
         raise ConfigError(
             f"--workers = {workers} is not allowed: it takes a whole number from 0 to 1024"
@@ -90,9 +99,9 @@ def main() -> None:
     setup_logging()
     signal.signal(signal.SIGTERM, _stop)
     scratch_folder()  # which clears what killed ones left
-    if not address:
+    if not flags["dataset"]:
         raise ConfigError("--dataset is empty; it takes a folder or s3://bucket/prefix")
-    source, store = open_source(flags["source"]), open_store(address)
+    source, store = open_source(flags["source"]), open_store(flags["dataset"])
     if source.holds(store):
         raise ConfigError(
             f"--dataset {store.uri} is inside --source {flags['source']}, so that its files would "
@@ -151,7 +160,7 @@ def preprocess(
         show_existing(config, source, listing, store)
         return
     if overwrite or store.size(INDEX_KEY) is None:
-        refuse_others_files(store)
+        refuse_others_files(store, is_own=address.is_own, is_mark=address.is_mark, flag="--dataset")
     with lock(store, share) as lease:
         old = read_old(store)
         if old is not None and not overwrite:

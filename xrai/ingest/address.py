@@ -5,7 +5,6 @@ Nothing is overwritten or removed there but what `xrai.preprocess` writes.
 
 import contextlib
 from pathlib import Path
-from typing import Final
 
 from xrai.dataset.shards import (
     INDEX_KEY,
@@ -15,28 +14,10 @@ from xrai.dataset.shards import (
     DatasetIndex,
     is_shard_name,
 )
-from xrai.errors import CorruptError, DatasetError
+from xrai.errors import CorruptError
 from xrai.ingest.card import REPORT_KEYS
 from xrai.ingest.unfinished import is_unfinished, remove_unfinished
 from xrai.store import Store
-
-_SYSTEM_FILES: Final = ("lost+found", "Thumbs.db", "desktop.ini")
-
-
-def refuse_others_files(store: Store) -> None:
-    """Raise `DatasetError` unless the address is new, empty, or holds a data set, finished or not,
-    and nothing else. Hidden files, and those of file systems and desktops, do not count.
-    """
-    keys = [entry.key for entry in store.list() if not _is_hidden(entry.key)]
-    others = [key for key in keys if not _is_own(key)]
-    if not others and not any(_is_mark(store, key) for key in keys):
-        others = keys
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise DatasetError(
-            f"{store.uri} holds files that are not of a data set ({', '.join(others[:3])}{more}): "
-            "give a new or an empty folder or prefix by --dataset"
-        )
 
 
 def find_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> list[str]:
@@ -45,7 +26,7 @@ def find_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> l
     if index is not None:
         listed |= {info.name for info in index.all_objects()}
     keys = [entry.key for entry in store.list(prefix)]
-    return [key for key in keys if _is_own(key) and key not in listed]
+    return [key for key in keys if is_own(key) and key not in listed]
 
 
 def remove_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> None:
@@ -78,20 +59,15 @@ def move_into_place(store: Store, index: DatasetIndex) -> DatasetIndex:
     return moved
 
 
-def _is_own(key: str) -> bool:
+def is_own(key: str) -> bool:
     """Whether a key is one that `xrai.preprocess` writes."""
     name = key.removeprefix(REPLACEMENT)
     is_object = is_shard_name(name) or name in (MANIFEST_KEY, *REPORT_KEYS)
     return key == INDEX_KEY or is_object or is_unfinished(key)
 
 
-def _is_mark(store: Store, key: str) -> bool:
-    """Whether a key tells that the address is a data set's; others use the names of the rest."""
+def is_mark(store: Store, key: str) -> bool:
+    """Whether a key tells that the address is a data set's: others use the names of the rest."""
     if key == INDEX_KEY:
         return b'"schema_version"' in store.read(key)[:200]
     return is_unfinished(key) or is_shard_name(key.removeprefix(REPLACEMENT))
-
-
-def _is_hidden(key: str) -> bool:
-    parts = key.split("/")
-    return parts[0] in _SYSTEM_FILES or any(part.startswith(".") for part in parts)

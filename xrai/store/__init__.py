@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from xrai.errors import ConfigError, StoreAccessError
 from xrai.store.answers import masked
-from xrai.store.base import Store, StoredObject, check_key
+from xrai.store.base import Store, StoredObject, check_key, refuse_others_files
 from xrai.store.folder import FolderStore
 from xrai.store.lease import LEASE_KEY, Lease, refuse_writer, take_lease
 from xrai.store.s3 import S3Store
@@ -37,6 +37,7 @@ __all__ = [
     "folder_of",
     "masked",
     "open_store",
+    "refuse_others_files",
     "refuse_writer",
     "take_lease",
 ]

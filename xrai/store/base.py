@@ -2,13 +2,15 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from xrai.errors import StoreError, TooLargeError
+from xrai.errors import StoreError, TooLargeError, UserError
 from xrai.files import temporary_folder
+
+_SYSTEM_FILES = ("lost+found", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +88,31 @@ class Store(ABC):
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri
+
+
+def refuse_others_files(
+    store: Store, *, is_own: Callable[[str], bool], is_mark: Callable[[Store, str], bool], flag: str
+) -> None:
+    """Raise `UserError`, naming the flag, unless an address is new, empty, or holds nothing but
+    what the command wrote: keys of its own, one of which no other program would write.
+
+    Hidden files, and those of file systems and desktops, do not count.
+    """
+    keys = [
+        entry.key
+        for entry in store.list()
+        if entry.key.partition("/")[0] not in _SYSTEM_FILES
+        and not any(part.startswith(".") for part in entry.key.split("/"))
+    ]
+    others = [key for key in keys if not is_own(key)]
+    if not others and not any(is_mark(store, key) for key in keys):
+        others = keys
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(
+            f"{store.uri} holds files of something else ({', '.join(others[:3])}{more}): give a "
+            f"new or an empty folder or prefix by {flag}"
+        )
 
 
 def check_key(key: str) -> str:
