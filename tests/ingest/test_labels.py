@@ -239,6 +239,7 @@ def resolved(*paths: str, source: str = "films") -> tuple[list[str], tuple[str, 
         ("./x/NORMAL/1.png", ".\\x\\NORMAL\\2 b.png", " top.png "),
         ("NORMAL/1.png", "2 b.png", "top.png"),
         ("NORMAL\\1.png", "2 b.png", "top.png"),
+        ("X\\Normal\\1.PNG", "2 B.png", "Top.png"),
     ],
 )
 def test_backslashes_dots_and_missing_first_folders_are_taken_where_one_file_fits(
@@ -251,6 +252,7 @@ def test_backslashes_dots_and_missing_first_folders_are_taken_where_one_file_fit
     ("above", "source"),
     [
         ("C:\\Users\\Ann\\films\\", "films"),
+        ("FILMS\\", "films"),
         ("/data/films/", "other"),
         ("s3://bucket/films/", "s3://bucket/films"),
         ("films/", "films.zip"),
@@ -267,6 +269,15 @@ def test_paths_of_another_machine_are_taken_without_what_they_all_begin_with(
     assert note.startswith("the paths of t.csv begin with ") and note.endswith(
         "taken as the source"
     )
+
+
+def test_files_that_differ_in_case_alone_are_told_apart_and_accents_may_be_composed() -> None:
+    text = "path,label\nA.png,NORMAL\na.png,PNEUMONIA\nre\u0301.png,NORMAL\n"
+    paths = ("a.png", "A.png", "r\u00e9.png")
+    found = entries(text, paths=paths)
+    assert {entry.path: entry.label for entry in found} == {"a.png": 1, "A.png": 0, paths[2]: 0}
+    with pytest.raises(SourceError, match=r"line 2: 2 files fit path 'A\.PNG': 'A\.png', 'a\.png'"):
+        entries("path,label\nA.PNG,NORMAL\n", paths=paths)
 
 
 def test_a_name_that_several_files_have_is_refused_with_two_of_them() -> None:

@@ -9,6 +9,7 @@ names.
 import csv
 import io
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,34 +144,40 @@ def _match(
     """The table's rows with the paths of the files that they mean, and a note.
 
     A path that begins at a root, or with the source's name, is tried without its first folders,
-    the same ones in all rows. Any other that is no file is the end of the path of one file.
+    the same ones in all rows. Any other that is no file is the end of the path of one file. The
+    case of letters, and how accents are composed, does not matter there.
     """
     labels = table.labels
     texts = {label.cells["path"] for label in labels}.difference(held)
+    files: dict[str, list[str]] = defaultdict(list)
     by_name: dict[str, list[str]] = defaultdict(list)
     for path in held if texts else ():
-        by_name[path.rpartition("/")[2]].append(path)
-    own_name = source.rpartition("/")[2].removesuffix(".zip")
+        files[_folded(path)].append(path)
+        by_name[_folded(path.rpartition("/")[2])].append(path)
+    own_name = _folded(source.rpartition("/")[2].removesuffix(".zip"))
     found: dict[str, str] = {}
     faults: list[tuple[int, str]] = []
     prefix: list[str] | None = None
     num_ends = 0
     for label in labels:
         text = label.cells["path"]
-        parts = [part for part in re.split(r"[/\\]", text.strip()) if part not in ("", ".")]
+        parts = [
+            part for part in re.split(r"[/\\]", _folded(text.strip())) if part not in ("", ".")
+        ]
         if text not in texts or text in found or not parts or ".." in parts:
             continue
         has_root = _FROM_ROOT.match(text.strip()) is not None
-        if has_root or (parts[0] == own_name and "/".join(parts) not in held):
+        if has_root or (parts[0] == own_name and "/".join(parts) not in files):
             cuts = range(len(parts)) if prefix is None else [len(prefix)]
             rests = ((cut, "/".join(parts[cut:])) for cut in cuts)
-            cut, path = next(((cut, rest) for cut, rest in rests if rest in held), (0, ""))
-            if path and prefix in (None, parts[:cut]):
-                prefix, found[text] = parts[:cut], path
-            continue
-        end = "/".join(parts)
-        fitting = [end] if end in held else [p for p in by_name[parts[-1]] if p.endswith(f"/{end}")]
-        num_ends += end not in held
+            cut, path = next(((cut, rest) for cut, rest in rests if rest in files), (0, ""))
+            fitting = files[path] if path and prefix in (None, parts[:cut]) else []
+            prefix = parts[:cut] if fitting else prefix
+        else:
+            end = "/".join(parts)
+            named = by_name[parts[-1]]
+            fitting = files.get(end) or [p for p in named if _folded(p).endswith(f"/{end}")]
+            num_ends += end not in files
         if len(fitting) == 1:
             found[text] = fitting[0]
         elif fitting:
@@ -184,6 +191,10 @@ def _match(
         paths = ((label, found.get(path := label.cells["path"], path)) for label in labels)
         labels = tuple(replace(row, cells={**row.cells, "path": path}) for row, path in paths)
     return labels, (note,) if prefix is not None else ()
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
 
 
 def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
