@@ -14,6 +14,7 @@ import pytest
 from tests.faults.buckets import use_endpoint
 from xrai.errors import (
     ForbiddenError,
+    SourceError,
     StoreAccessError,
     StoreError,
     TooLargeError,
@@ -23,6 +24,7 @@ from xrai.errors import (
     XraiError,
 )
 from xrai.ingest.sources import open_source
+from xrai.results.folder import RunFolder
 from xrai.store import Store, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
@@ -337,3 +339,48 @@ def test_no_password_of_an_address_that_is_refused_is_repeated(address: str) -> 
         with pytest.raises(UserError, match=r"\*\*\*@") as caught:
             refuse(address)
         assert "s3cr3t" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- rights and names
+
+
+def test_keys_without_the_right_to_delete_leave_no_object_of_the_check(server: Server) -> None:
+    written = []
+
+    def answer(method: str, path: str) -> Answer:
+        if method == "DELETE":
+            return reason("AccessDenied", 403)(method, path)
+        if method == "PUT":
+            written.append(path)
+        return Answer()
+
+    server.answer = answer
+    with pytest.raises(ForbiddenError, match=r"\.write-check-.* these keys lack s3:DeleteObject"):
+        RunFolder.check_writable("s3://bucket/f")
+    assert written == []
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (
+            "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/films/f",
+            "its alias, s3://.*-s3alias",
+        ),
+        ("s3://bucket/a//b", "impossible prefix.*'//'"),
+        ("s3://bucket/a/../b", "impossible prefix"),
+    ],
+)
+def test_an_address_that_cannot_be_used_says_what_to_give(address: str, words: str) -> None:
+    for refuse in (open_store, open_source):
+        with pytest.raises(StoreAccessError, match=words):
+            refuse(address)
+
+
+def test_an_empty_folder_name_in_a_listing_is_named_in_one_line(
+    store: Store, server: Server
+) -> None:
+    entry = b"<Contents><Key>f/NORMAL//a.png</Key><Size>1</Size></Contents>"
+    server.answer = always(Answer(200, PAGE % (b"<IsTruncated>false</IsTruncated>" + entry)))
+    with pytest.raises(SourceError, match=r"unsafe name 'NORMAL//a\.png' .*rename it"):
+        open_source("s3://bucket/f").files()

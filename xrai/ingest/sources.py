@@ -353,7 +353,8 @@ class StoreSource(Source):
                 check_key(entry.key)
             except StoreError:
                 raise SourceError(
-                    f"{self.name} holds an object of the unsafe name {entry.key!r}; rename it"
+                    f"{self.name} holds an object of the unsafe name {entry.key!r} ('..' or '//'); "
+                    "rename it"
                 ) from None
         return sorted(SourceFile(entry.key, entry.size_bytes) for entry in entries)
 

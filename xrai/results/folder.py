@@ -93,6 +93,7 @@ class RunFolder:
         place = store.local_path("check")
         if place is None:
             name = f".write-check-{secrets.token_hex(6)}"
+            store.delete(name)  # first: keys without this right would leave the object there
             store.write(name, b"")
             store.delete(name)
             return

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from xrai.errors import ConfigError, StoreAccessError
+from xrai.errors import ConfigError, StoreAccessError, StoreError
 from xrai.store.answers import masked
 from xrai.store.base import Store, StoredObject, check_key, refuse_others_files
 from xrai.store.folder import FolderStore
@@ -63,6 +63,10 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
             if bucket.startswith("arn:"):  # each has one, which serves as a bucket's name
                 allowed = "give an access point by its alias, s3://NAME-…-s3alias/prefix"
             raise StoreAccessError(f"{masked(uri)!r} names no bucket; {allowed}")
+        try:
+            check_key(prefix.strip("/") or "prefix")
+        except StoreError as error:
+            raise StoreAccessError(f"{masked(uri)!r} has an impossible prefix: {error}") from error
         return S3Store(
             bucket,
             prefix.strip("/"),

@@ -121,6 +121,7 @@ def check_key(key: str) -> str:
     """
     if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise StoreError(
-            f"{key!r} is not a key: keys are relative paths such as report/card.md, without '..'"
+            f"{key!r} is not a key: keys are relative paths such as report/card.md, without '..' "
+            "and '//'"
         )
     return key

@@ -48,7 +48,7 @@ class S3Store(Store):
     """
 
     def __init__(self, bucket: str, prefix: str, *, timeout_s: float, retry_s: float) -> None:
-        self._bucket, self._prefix = bucket, check_key(prefix) + "/" if prefix else ""
+        self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._timeout_s, self._retry_s = timeout_s, retry_s
         # (process id, client): boto3's clients do not survive a fork
         self._connection: tuple[int, Any] | None = None
