@@ -6,15 +6,16 @@ only the two baselines are fitted here, to the data set's own training split. On
 results of each split go into the run's folder below evaluate/, the same files as training writes.
 """
 
-import json
+import operator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import yaml
 
 from xrai.command import Flag, parse, run_command
-from xrai.config import Config
+from xrai.config import Config, load_yaml
 from xrai.dataset.loader import Loader, open_split
-from xrai.errors import DatasetError, UserError
+from xrai.errors import DatasetError, RunError, UserError
 from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
@@ -24,6 +25,7 @@ from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, result_lines
 from xrai.results.types import SplitResults, binary_output
+from xrai.tables import from_plain, load_json
 
 FLAGS = (
     Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
@@ -110,6 +112,28 @@ def score(model: TrainedModel, loaders: list[Loader], config: Config) -> list[Pr
         ]
 
 
+def read_facts(run: RunFolder) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The config and the environment of a run, with what its report shows of them."""
+    try:
+        config = load_yaml(run.store.read("config.yaml"), where=f"{run.address}/config.yaml")
+        config = from_plain(Mapping[str, Mapping[str, Any]], config, "config")
+        environment = from_plain(
+            Mapping[str, Any], load_json(run.store.read("environment.json")), "environment"
+        )
+        packages = from_plain(Mapping[str, str], environment["packages"], "packages")
+        for values, keys in (
+            (config["model"], ("name", "width")),
+            (config["train"], ("seed",)),
+            (environment, ("processor", "num_cores", "memory_gib", "python")),
+        ):
+            operator.itemgetter(*keys)(values)
+    except (ValueError, LookupError) as error:
+        raise RunError(
+            f"config.yaml and environment.json of {run.address} are not those of a run: {error!r}"
+        ) from error
+    return config, environment | {"packages": packages}
+
+
 def write_report(
     run: RunFolder, folder: str, results: SplitResults, loader: Loader, *, dataset: str
 ) -> None:
@@ -122,12 +146,13 @@ def write_report(
         )
         return
     summary = read_summary(run.store.read(SUMMARY), where=f"{run.address}/{SUMMARY}")
+    config, environment = read_facts(run)
     page = Page(
         results,
         summary.training,
         describe_dataset(dataset, loader.index),
-        config=yaml.safe_load(run.store.read("config.yaml")),
-        environment=json.loads(run.store.read("environment.json")),
+        config=config,
+        environment=environment,
         is_evaluation=True,
     )
     run.write_text(f"{folder}/report.html", render_report(page, run.path / folder))

@@ -7,9 +7,10 @@ import io
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -26,6 +27,48 @@ _FORMULA_AFTER_SPLIT = re.compile(rf'([;\t\r\n][\s"]*)(?=[{_BEGINS_FORMULA}])')
 def to_json(value: object) -> str:
     """JSON text; what is not finite becomes null. Fields with `in_json=False` are left out."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_json(data: str | bytes) -> Any:
+    """The plain values of JSON text. Raises `ValueError` if it is not valid or nested too deep."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def from_plain(kind: Any, value: Any, name: str = "it") -> Any:
+    """`value`, from JSON, as a `kind`: a dataclass, or a type that the field of one may have.
+
+    Other keys than a dataclass has are left out. Raises `ValueError` that names the first value of
+    another type; numbers must be finite, and no larger than a float or 64 bits can hold.
+    """
+    parts: tuple[Any, ...] = get_args(kind)
+    if type(None) in parts:
+        kinds = [part for part in parts if part is not type(None)]
+        return None if value is None else from_plain(kinds[0], value, name)
+    kept = get_origin(kind) or kind
+    if kind is Any:
+        return value
+    if kept is Mapping and isinstance(value, dict):
+        return {key: from_plain(parts[1], each, f"{name}.{key}") for key, each in value.items()}
+    if kept is tuple and isinstance(value, list):
+        kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        if len(kinds) == len(value):
+            return tuple(map(from_plain, kinds, value, [name] * len(value)))
+    if hasattr(kept, "__dataclass_fields__") and isinstance(value, dict):
+        hints = get_type_hints(kept)
+        for field in fields(kept):
+            if field.name not in value and field.default is MISSING:
+                raise ValueError(f"{name} lacks {field.name}")
+        given = [field.name for field in fields(kept) if field.name in value]
+        return kept(**{key: from_plain(hints[key], value[key], f"{name}.{key}") for key in given})
+    is_number = type(value) is int or type(value) is float
+    if is_number and not (abs(value) < 2**63 if type(value) is int else math.isfinite(value)):
+        raise ValueError(f"{name} is not a number that can be used")
+    if type(value) is kind or (kind is float and is_number):
+        return value
+    raise ValueError(f"{name} is {reprlib.repr(value)}, of another type")
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object] | DataclassInstance]) -> str:

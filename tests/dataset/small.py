@@ -45,7 +45,7 @@ def write_dataset(
         plan_sha256="0" * 64,
         counts=Counts(num_found=num, num_written=num, num_set_aside=0, num_not_data=0),
         objects=(),
-        config={},
+        config={"images": {"size": size, "fit": "crop"}},
         tool_version="0",
     )
     if commit:

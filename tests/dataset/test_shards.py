@@ -280,7 +280,7 @@ def index(**changes: object) -> DatasetIndex:
         "plan_sha256": "ef" * 32,
         "counts": Counts(6, 5, 1, 0),
         "objects": (ObjectInfo("manifest.jsonl", 10, "01" * 32),),
-        "config": {"images": {"size": 64}},
+        "config": {"images": {"size": 64, "fit": "crop"}},
         "tool_version": "0.1.0",
     }
     return DatasetIndex(**{**values, **changes})  # type: ignore[arg-type]

@@ -20,9 +20,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from xrai.config import flatten
 from xrai.errors import CorruptError, DatasetError, NotFoundError
 from xrai.files import sha256_of, write_atomically
 from xrai.store import Store
+from xrai.tables import from_plain, load_json
 
 SCHEMA_VERSION: Final = 1
 INDEX_KEY: Final = "dataset.json"
@@ -32,6 +34,7 @@ REPLACEMENT: Final = "replacement/"  # begins the keys of what takes the place o
 SPLITS: Final = ("train", "val", "test")
 HDF5_VERSION: Final = h5py.version.hdf5_version  # another one may write other bytes
 
+_HASH = re.compile(r"[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}-of-\d{5,}\.h5")
 _PAGE_BYTES = 4096
 _NUM_INDEX_READS = 3
@@ -294,10 +297,9 @@ class DatasetIndex:
         version.
         """
         try:
-            mapping = json.loads(text)
-            version = mapping["schema_version"]
-            stated = mapping.pop("index_sha256")
-        except (ValueError, KeyError, TypeError) as error:
+            mapping = load_json(text)
+            version, stated = mapping["schema_version"], mapping.pop("index_sha256")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CorruptError(
                 f"{where} is not the index of a data set, or is damaged: {error}"
             ) from error
@@ -305,22 +307,32 @@ class DatasetIndex:
             raise CorruptError(f"{where} is damaged: its contents do not have the hash it states")
         if version != SCHEMA_VERSION:
             raise DatasetError(
-                f"{where} has schema version {version}; this xrai reads version {SCHEMA_VERSION}"
+                f"{where} has schema version {version!r}; this xrai reads version {SCHEMA_VERSION}"
             )
-        mapping["classes"] = tuple(mapping["classes"])
-        mapping["carved"] = tuple(mapping["carved"])
-        mapping["counts"] = Counts(**mapping["counts"])
-        mapping["objects"] = tuple(ObjectInfo(**entry) for entry in mapping["objects"])
-        for split, entries in mapping["splits"].items():
-            mapping["splits"][split] = tuple(
-                ShardInfo(**{**entry, "num_rows_per_class": tuple(entry["num_rows_per_class"])})
-                for entry in entries
-            )
-        index = cls(**mapping)
-        names = (shard.name for shards in index.splits.values() for shard in shards)
-        if not all(is_shard_name(name.removeprefix(index.place)) for name in names):
-            raise CorruptError(f"{where} lists shards under names that xrai never writes")
+        try:
+            index: DatasetIndex = from_plain(cls, mapping)
+            index._check()
+        except ValueError as error:
+            raise CorruptError(f"{where} is not the index of a data set: {error}") from error
         return index
+
+    def _check(self) -> None:
+        """Raise `ValueError` for what xrai never writes, `ConfigError` for an unknown config."""
+        infos = [info for infos in self.splits.values() for info in infos]
+        if not all(is_shard_name(info.name.removeprefix(self.place)) for info in infos):
+            raise ValueError("it lists shards under names that xrai never writes")
+        hashes = [self.fingerprint, *(info.sha256 for info in self.all_objects())]
+        if not all(_HASH.fullmatch(text) for text in hashes):
+            raise ValueError("a hash is none")
+        counts = [(info.num_rows, *info.num_rows_per_class) for info in infos]
+        if not all(len(each) == 1 + len(self.classes) and min(each) >= 0 for each in counts):
+            raise ValueError("the rows of a shard are not counted class by class")
+        is_usual = len(self.classes) == 2 and {*self.splits} <= {*SPLITS}
+        if not is_usual or not infos or not all(self.splits.values()):
+            raise ValueError("it has other classes or splits than xrai writes")
+        keys = flatten(self.config, where="in the config of dataset.json")
+        if not {"images.fit", "images.size"} <= keys.keys():
+            raise ValueError("its config lacks images.fit or images.size")
 
 
 def compute_fingerprint(index: DatasetIndex) -> str:

@@ -152,7 +152,7 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
     }
     if found != stated:
         yield f"does not list as many images of each shard and class as {INDEX_KEY}"
-    yield from find_split_faults(rows, index.carved, Splits(**index.config["splits"]))
+    yield from find_split_faults(rows, index.carved, Splits(**index.config.get("splits", {})))
 
 
 def _check_shards(

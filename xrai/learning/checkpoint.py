@@ -24,6 +24,7 @@ from xrai.errors import CorruptError, NotFoundError, RunError
 from xrai.files import is_temporary, replacing, sha256_of, write_atomically
 from xrai.log import get_logger
 from xrai.store import Store
+from xrai.tables import from_plain, load_json
 
 FOLDER = "checkpoints"
 _LATEST = f"{FOLDER}/latest.json"
@@ -148,11 +149,11 @@ class CheckpointFolder:
             try:
                 is_stored = key in stored
                 content = self._store.read(key) if is_stored else (self._folder / key).read_bytes()
-                entry = Entry(**json.loads(content))
-                if _mark_name(entry) != key:
+                entry: Entry = from_plain(Entry, load_json(content))
+                if {_mark_name(entry), entry.file.removesuffix(".pt") + ".json"} != {key}:
                     raise ValueError(f"it belongs to {entry.file!r}")
                 self._entries.append(entry)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 where = self._store.uri
                 _logger.warning(
                     "checkpoint mark %s in %s is damaged and skipped: %s", key, where, error

@@ -74,9 +74,11 @@ def parse_history(data: bytes, *, where: str) -> list[EpochRow]:
         rows = []
         for cells in csv.DictReader(data.decode().splitlines()):
             epoch, step = int(cells.pop("epoch")), int(cells.pop("step"))
+            if not (1 <= epoch < 2**31 and 0 <= step < 2**53):
+                raise ValueError(f"epoch {epoch}, step {step}")
             metrics = {name: float(text) if text else math.nan for name, text in cells.items()}
             rows.append(EpochRow(epoch=epoch, step=step, **metrics))
         return rows
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         text = f"{where} is not a history of xrai: {error}; remove it, or start a new run"
         raise RunError(text) from error

@@ -1,16 +1,15 @@
 """summary.json, the mark of a finished run, and the lines that a command ends with."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xrai.errors import RunError
 from xrai.results.folder import SUMMARY
 from xrai.results.metrics import HEADLINES, format_interval, format_value
-from xrai.results.types import Counts, Estimate, SplitResults, TrainedOn, Training
+from xrai.results.types import Counts, Estimate, SplitResults, Training
 from xrai.store import Store
+from xrai.tables import from_plain, load_json
 
 SCHEMA_VERSION = 1
 
@@ -109,23 +108,20 @@ class Summary:
 def read_summary(data: bytes, *, where: str) -> Summary:
     """The summary that `Summary.to_mapping` wrote. Raises `RunError` where it is none."""
     try:
-        found: dict[str, Any] = json.loads(data)
+        found = load_json(data)
         version = found["schema_version"]
         if version != SCHEMA_VERSION:
             raise RunError(
-                f"{where} has schema version {version}, this xrai reads version {SCHEMA_VERSION}"
+                f"{where} has schema version {version!r}, this xrai reads version {SCHEMA_VERSION}"
             )
-        found["counts"] = Counts(**found["counts"])
-        found["review"] = ReviewSummary(**found["review"])
-        found["baselines"] = {
-            name: BaselineSummary(**each) for name, each in found["baselines"].items()
-        }
-        found["trained_on"] = TrainedOn(**found["trained_on"])
-        main = {each.name: found[each.name] for each in fields(MainResults)}
-        training = {each.name: found[each.name] for each in fields(Training)}
-        return Summary(Training(**training), MainResults(**main), found["validation"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{where} is not a summary of a run: {error!r}") from error
+        training, main = from_plain(Training, found), from_plain(MainResults, found)
+        validation = from_plain(Mapping[str, Number], found["validation"], "validation")
+        is_complete = {*validation} <= {*HEADLINES} <= {*main.intervals}
+        if not is_complete or {*main.baselines} not in (set(), {"geometry", "border"}):
+            raise ValueError("it lacks metrics, or has others than xrai writes")
+        return Summary(training, main, validation)
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{where} is not a summary of a run: {error}") from error
 
 
 def stated_hash(store: Store, name: str) -> str | None:
@@ -136,7 +132,7 @@ def stated_hash(store: Store, name: str) -> str | None:
     if store.size(SUMMARY) is None:
         return None
     try:
-        sha256 = json.loads(store.read(SUMMARY))["files"][name]
+        sha256 = load_json(store.read(SUMMARY))["files"][name]
         if isinstance(sha256, str):
             return sha256
         raise TypeError(f"{sha256!r} is no hash")
