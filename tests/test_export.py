@@ -83,7 +83,7 @@ def own_scores(pipeline: Pipeline, pictures: list[np.ndarray]) -> tuple[np.ndarr
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("size", [64, 97])
-def test_the_graph_fits_pictures_as_pillow_does(fit: str, size: int) -> None:
+def test_the_graph_fits_images_as_pillow_does(fit: str, size: int) -> None:
     fitting = Fitting(size=size, fit=fit)
     generator = np.random.default_rng(0)
     for height, width in [
@@ -106,7 +106,7 @@ def test_the_graph_fits_pictures_as_pillow_does(fit: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
-def test_pictures_higher_than_wide_differ_by_one_grey_level_at_most(fit: str) -> None:
+def test_images_higher_than_wide_differ_by_one_grey_level_at_most(fit: str) -> None:
     # Pillow 13 scales the columns of some of them first, and rounds between
     fitting = Fitting(size=64, fit=fit)
     for height, width in [(130, 110), (700, 300), (300, 3), (5, 1)]:
@@ -118,7 +118,7 @@ def test_pictures_higher_than_wide_differ_by_one_grey_level_at_most(fit: str) ->
         )
 
 
-def test_pictures_of_a_batch_are_fitted_each_by_itself() -> None:
+def test_images_of_a_batch_are_fitted_each_by_itself() -> None:
     films = np.random.default_rng(2).integers(0, 256, (3, 90, 120), np.uint8)
     fitting = Fitting(size=64, fit="crop")
     together = fitting(torch.from_numpy(films))
@@ -132,7 +132,7 @@ def test_pictures_of_a_batch_are_fitted_each_by_itself() -> None:
 
 @needs_onnx
 @pytest.mark.slow
-def test_onnx_says_of_any_picture_what_the_program_says(exported: Exported) -> None:
+def test_onnx_says_of_any_image_what_the_program_says(exported: Exported) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -314,7 +314,7 @@ def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
-def test_phantoms_to_check_with_are_films_of_several_sizes() -> None:
+def test_phantoms_to_check_with_are_images_of_several_sizes() -> None:
     films = export.draw_phantoms()
     assert len({film.shape for film in films}) >= 4 and all(film.std() > 20 for film in films)
     assert Image.fromarray(films[0]).mode == "L"

@@ -75,7 +75,7 @@ def test_importing_xrai_loads_neither_torch_nor_numpy() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_one_line_of_python_gives_a_row_for_each_picture(run: Run, films: Path) -> None:
+def test_one_line_of_python_gives_a_row_for_each_image(run: Run, films: Path) -> None:
     first = phantoms(1)[0][0]
     rows = xrai.load(str(run.folder)).predict(
         [films / "a [1].png", first, str(films / "empty.jpg")]
@@ -111,7 +111,7 @@ def test_probabilities_are_calibrated_and_the_threshold_stands_on_their_scale(ru
         assert (row.decision, row.threshold) == (decision, threshold)
 
 
-def test_pictures_unlike_the_training_images_go_to_review_with_their_score(run: Run) -> None:
+def test_images_unlike_those_of_training_go_to_review_with_their_score(run: Run) -> None:
     films, labels = phantoms(48)
     rows = run.pipeline.predict(films)
     seen = [row for row in rows if row.decision != "review"]
@@ -192,7 +192,7 @@ def test_after_an_error_of_the_store_what_waits_is_not_read(
     assert num_read < 50
 
 
-def test_explained_rows_have_a_picture_and_its_heat_map_and_others_none(run: Run) -> None:
+def test_explained_rows_have_an_image_and_its_heat_map_and_others_none(run: Run) -> None:
     film = phantoms(1)[0][0]
     files = [File("a", lambda: film), File("b", lambda: b"none"), File("c", lambda: film[:, ::-1])]
     first, second, third = run.pipeline.classify(files, explain_side=100)
@@ -209,7 +209,7 @@ def test_explained_rows_have_a_picture_and_its_heat_map_and_others_none(run: Run
 # -------------------------------------------------------------------------------------------- DICOM
 
 
-def test_a_film_as_dicom_and_as_jpeg_gets_the_same_answer_and_no_header_text(
+def test_an_image_as_dicom_and_as_jpeg_gets_the_same_answer_and_no_header_text(
     run: Run, tmp_path: Path
 ) -> None:
     pytest.importorskip("pydicom")

@@ -288,7 +288,7 @@ def test_nothing_of_a_dicom_header_is_shown_or_kept(
 # ----------------------------------------------------------------------------------------- overlays
 
 
-def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text_chunks(
+def test_an_overlay_shows_the_image_beside_itself_under_heat_and_holds_no_text_chunks(
     run: Path, films: Path
 ) -> None:
     pipeline = load_pipeline(str(run))
@@ -307,7 +307,7 @@ def test_an_overlay_shows_the_picture_beside_itself_under_heat_and_holds_no_text
     assert pixels[:40].max() > 200 and pixels[552:].max() > 200, "there are words above and below"
 
 
-def test_the_heat_of_a_film_called_normal_fades_with_its_probability() -> None:
+def test_the_heat_of_an_image_called_normal_fades_with_its_probability() -> None:
     picture, heat = np.full((512, 512), 100, np.uint8), np.ones((64, 64), np.float32)
 
     def strength(probability: float) -> float:
@@ -393,7 +393,7 @@ def test_an_overlay_that_can_not_be_stored_ends_the_command(
         assert drawing.draw(explained, number=1) == "overlays/00001-x.png"
 
 
-def test_a_bucket_takes_table_and_overlays_and_gives_the_films(
+def test_a_bucket_takes_table_and_overlays_and_gives_the_images(
     run: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with moto_server() as url, new_bucket(url) as bucket:

@@ -161,7 +161,7 @@ def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_pat
     assert index.pixel_std == pytest.approx(train.std(), rel=1e-9)
 
 
-def test_the_shards_say_how_large_each_source_picture_was(
+def test_the_shards_say_how_large_each_source_image_was(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     files = source_files()

@@ -66,7 +66,7 @@ def test_a_size_without_figures_is_named_as_such() -> None:
         growth_of(runs_of({1000: [1.0], 10_000: [2.0]}), "load", [1000, 10_000, 100_000])
 
 
-def test_pictures_differ_belong_to_their_patient_and_do_not_depend_on_how_many_are_made(
+def test_images_differ_belong_to_their_patient_and_do_not_depend_on_how_many_are_made(
     tmp_path: Path,
 ) -> None:
     make_pictures(tmp_path / "few", 5, num_drawn=3, num_workers=1)
@@ -92,7 +92,7 @@ def test_a_variation_carries_the_name_of_its_patient() -> None:
         assert {parse_name(name_of(phantom, variation)) for variation in range(3)} == {own}
 
 
-def test_each_size_has_its_first_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_size_has_its_first_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "benchmarks.growth.make_pictures", lambda folder, num, num_workers: make_names(folder, num)
     )
@@ -119,7 +119,7 @@ def test_memory_that_a_file_holds_is_left_out() -> None:
     assert count_kib(rollup, OWN_PAGES) == 123
 
 
-def test_pictures_look_alike_but_are_no_copies(tmp_path: Path) -> None:
+def test_images_look_alike_but_are_no_copies(tmp_path: Path) -> None:
     make_pictures(tmp_path, 6, num_drawn=2, num_workers=1)
     pictures = [
         np.asarray(Image.open(path), np.float32) for path in sorted(tmp_path.rglob("*.jpeg"))

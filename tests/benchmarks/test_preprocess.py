@@ -50,7 +50,7 @@ def test_the_limit_decodes_at_the_size_that_xrai_picks(side: int, size: int) -> 
     assert reduction(picture.size, size) == _reduce_on_load(picture, size=size, fit="crop")
 
 
-def test_a_share_of_the_pictures_is_spread_over_all_of_them() -> None:
+def test_a_share_of_the_images_is_spread_over_all_of_them() -> None:
     paths = [Path(str(k)) for k in range(10)]
     assert spread(paths, 0) == spread(paths, 10) == spread(paths, 99) == paths
     assert spread(paths, 5) == paths[::2]

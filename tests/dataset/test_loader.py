@@ -864,7 +864,7 @@ def test_memory_of_a_batch_is_used_again_only_when_no_view_of_it_is_held() -> No
     ],
     ids=["itself", "view", "view of a view", "memoryview", "tensor", "view of a tensor", "dlpack"],
 )
-def test_pictures_stay_as_they_are_while_anything_of_their_batch_is_held(
+def test_images_stay_as_they_are_while_anything_of_their_batch_is_held(
     folder: Path, hold: Any
 ) -> None:
     loader = make_loader(folder, batch_size=2, shuffle=True)

@@ -71,7 +71,7 @@ def no_report(*_: object) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(
+def test_images_come_in_the_order_of_rows_whatever_the_number_of_workers(
     job: Job, num_workers: int
 ) -> None:
     rows = job.rows()
@@ -88,7 +88,7 @@ def test_pictures_come_in_the_order_of_rows_whatever_the_number_of_workers(
         assert picture.perceptual_hash == again.perceptual_hash
 
 
-def test_a_picture_that_is_kept_stays_as_it_was_when_workers_use_its_memory_again(job: Job) -> None:
+def test_an_image_that_is_kept_stays_as_it_was_when_workers_use_its_memory_again(job: Job) -> None:
     rows = job.rows() * 8
     assert len(rows) > 2 * decode._IMAGES_A_TASK * (2 * decode._TASKS_AHEAD + 1)
     found = list(decode_rows(job.source, CONFIG.images, rows, num_workers=2))
@@ -102,7 +102,7 @@ def test_a_picture_that_is_kept_stays_as_it_was_when_workers_use_its_memory_agai
         assert (picture.size, picture.perceptual_hash) == (other.size, other.perceptual_hash)
 
 
-def test_decoding_stays_a_bounded_number_of_pictures_ahead(job: Job) -> None:
+def test_decoding_stays_a_bounded_number_of_images_ahead(job: Job) -> None:
     rows = job.rows() * 40  # 1,800 rows
     pictures = decode_rows(job.source, CONFIG.images, rows, num_workers=2)
     most = 0

@@ -166,7 +166,7 @@ def stored(folder: Path, rows: list[Row]) -> Store:
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
-def test_the_sheets_show_the_stored_pictures_under_their_names(
+def test_the_sheets_show_the_stored_images_under_their_names(
     tmp_path: Path, is_remote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, drawn = stored(tmp_path, ROWS), Drawn()

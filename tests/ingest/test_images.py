@@ -56,12 +56,12 @@ def test_any_shape_comes_out_as_the_square_of_8_bits(
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_a_png_and_the_same_picture_as_an_array_come_out_alike(fit: str) -> None:
+def test_a_png_and_the_same_image_as_an_array_come_out_alike(fit: str) -> None:
     pixels = gradient(60, 40)
     np.testing.assert_array_equal(decoded(encoded(pixels), fit=fit), decoded(pixels, fit=fit))
 
 
-def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
+def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
     pixels = gradient(32, 32)
     for fit in FITS:
         np.testing.assert_array_equal(decoded(pixels, fit=fit), pixels)
@@ -213,7 +213,7 @@ def test_16_bits_are_not_clipped_to_white() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
-def test_a_picture_is_turned_upright_by_its_exif_orientation(
+def test_an_image_is_turned_upright_by_its_exif_orientation(
     orientation: int, image_format: str
 ) -> None:
     upright = Image.fromarray(gradient(48, 32))
@@ -241,7 +241,7 @@ def test_a_picture_is_turned_upright_by_its_exif_orientation(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_of_a_source_picture_is_that_of_the_upright_one_however_it_is_decoded(
+def test_the_size_of_a_source_image_is_that_of_the_upright_one_however_it_is_decoded(
     orientation: int,
 ) -> None:
     stored = gradient(640, 401) if orientation < 5 else gradient(401, 640)
@@ -283,7 +283,7 @@ def mean_difference(data: bytes, *, size: int, fit: str) -> float:
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_reduced_decoding_of_full_size_films_stays_within_the_stated_tolerance(fit: str) -> None:
+def test_reduced_decoding_of_full_size_images_stays_within_the_stated_tolerance(fit: str) -> None:
     for data in FILMS:
         for size in (32, 64, 224):
             assert mean_difference(data, size=size, fit=fit) < REDUCED_TOLERANCE
@@ -292,7 +292,7 @@ def test_reduced_decoding_of_full_size_films_stays_within_the_stated_tolerance(f
 FILMS = full_size_films(3)
 
 
-def test_full_size_films_really_are_decoded_at_reduced_size(
+def test_full_size_images_really_are_decoded_at_reduced_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drafts = []
@@ -314,7 +314,7 @@ def test_a_reduction_by_too_much_would_break_the_tolerance(monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64, 224])
-def test_reduced_decoding_of_the_published_films_stays_within_the_stated_tolerance(
+def test_reduced_decoding_of_the_published_images_stays_within_the_stated_tolerance(
     real_originals: Path, size: int
 ) -> None:
     paths = sorted(real_originals.rglob("*.jpeg"))
@@ -341,7 +341,7 @@ def test_a_large_image_is_converted_and_scaled_in_strips_to_the_same_greys(
     np.testing.assert_array_equal(decoded(data, fit=fit), whole)
 
 
-def test_a_large_dicom_film_is_scaled_in_strips_to_the_same_greys(
+def test_a_large_dicom_image_is_scaled_in_strips_to_the_same_greys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     samples = gradient(190, 130).astype(np.uint16) * 257
@@ -465,7 +465,7 @@ def test_a_png_with_a_bomb_of_text_is_set_aside() -> None:
     "array",
     [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.float32), np.zeros((0, 4), np.uint8)],
 )
-def test_an_array_that_is_no_grey_picture_is_refused(array: NDArray[np.uint8]) -> None:
+def test_an_array_that_is_no_grey_image_is_refused(array: NDArray[np.uint8]) -> None:
     with pytest.raises(ImageError, match="not a grey image"):
         decoded(array)
 
@@ -507,7 +507,7 @@ VALID = [
 
 
 @given(data=st.data())
-def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_and_nothing_else(
+def test_a_file_damaged_anywhere_gives_an_image_or_a_reason_and_nothing_else(
     data: st.DataObject,
 ) -> None:
     file = bytearray(data.draw(st.sampled_from(VALID)))

@@ -56,7 +56,7 @@ def test_a_copy_that_was_changed_a_little_stays_near(name: str) -> None:
         assert distance(hash_of_film(film), CHANGES[name](film)) <= MAX_DISTANCE
 
 
-def test_different_films_are_far_from_each_other() -> None:
+def test_different_images_are_far_from_each_other() -> None:
     hashes = [hash_of_film(film) for film in FILMS]
     distances = [distance(one, other) for k, one in enumerate(hashes) for other in hashes[k + 1 :]]
     assert min(distances) > MAX_DISTANCE
@@ -160,7 +160,7 @@ def test_a_bit_sample_has_different_bits_and_never_changes() -> None:
     assert leaks._sample(8, 0).tolist() == [8, 134, 252, 119, 51, 94, 177, 39]
 
 
-def test_films_that_all_look_alike_are_found_as_by_comparing_all(
+def test_images_that_all_look_alike_are_found_as_by_comparing_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, other = ([f"{1 << bit:064x}" for bit in range(start, 256, 3)] for start in (0, 1))
@@ -172,7 +172,7 @@ def test_films_that_all_look_alike_are_found_as_by_comparing_all(
 
 
 @pytest.mark.data
-def test_the_public_images_hold_no_near_pair_of_different_films(real_images: Path) -> None:
+def test_the_public_data_set_holds_no_near_pair_of_different_images(real_images: Path) -> None:
     paths = sorted(real_images.rglob("*.jpeg"))[::4]
     pictures = [decode(path.read_bytes(), size=64, fit="crop", max_pixels=10**8) for path in paths]
     hashes = {"one": [perceptual_hash(picture) for picture in pictures]}
@@ -238,7 +238,7 @@ def test_coefficients_that_tie_are_not_above_the_median() -> None:
     )
 
 
-def test_a_worker_that_hashes_pictures_does_not_import_scipy() -> None:
+def test_a_worker_that_hashes_images_does_not_import_scipy() -> None:
     code = """
 import sys
 import numpy as np

@@ -74,7 +74,7 @@ def test_a_source_that_travels_to_another_process_reads_the_same(tmp_path: Path,
     assert [bytes(travelled.read(path)) for path in paths] == before
 
 
-def test_the_pickle_of_a_source_does_not_carry_its_pictures(tmp_path: Path) -> None:
+def test_the_pickle_of_a_source_does_not_carry_its_images(tmp_path: Path) -> None:
     source = open_source(medmnist(tmp_path / "m.npz", num=600))
     source.files()
     assert len(pickle.dumps(source)) < 1000
@@ -324,7 +324,7 @@ def test_a_zip_that_is_none_is_refused_by_name(tmp_path: Path, data: bytes) -> N
 # ----------------------------------------------------------------------------------- MedMNIST files
 
 
-def test_a_medmnist_file_lists_its_pictures_by_split_and_class(tmp_path: Path) -> None:
+def test_a_medmnist_file_lists_its_images_by_split_and_class(tmp_path: Path) -> None:
     source = open_source(medmnist(tmp_path / "m.npz"))
     paths = [file.path for file in source.files()]
     assert paths[:2] == ["train/NORMAL/000000", "train/NORMAL/000002"]

@@ -71,7 +71,7 @@ def test_seed_epoch_and_image_each_change_the_draw() -> None:
     )
 
 
-def test_no_strength_leaves_pictures_as_they_are() -> None:
+def test_no_strength_leaves_images_as_they_are() -> None:
     images = pictures(5)
     assert torch.allclose(
         augment(images, torch.arange(5), seed=0, epoch=0, strength=STILL), images, atol=1e-5
@@ -104,7 +104,7 @@ def test_shift_moves_by_at_most_its_share_of_the_side() -> None:
     assert float(offsets.abs().max()) > 0.07 * size  # and 80 draws come near it
 
 
-def test_no_black_border_comes_in_where_a_picture_is_moved() -> None:
+def test_no_black_border_comes_in_where_an_image_is_moved() -> None:
     image = torch.full((40, 1, 32, 32), 0.6)
     strength = still(rotation_deg=20, scale=0.3, shift=0.2, aspect=0.4, shear=0.2)
     assert torch.allclose(
@@ -112,7 +112,7 @@ def test_no_black_border_comes_in_where_a_picture_is_moved() -> None:
     )
 
 
-def test_rotation_by_up_to_180_degrees_keeps_a_round_picture() -> None:
+def test_rotation_by_up_to_180_degrees_keeps_a_round_image() -> None:
     size = 48
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     image = (0.6 * torch.exp(-12 * (x**2 + y**2)))[None, None].expand(10, -1, -1, -1)

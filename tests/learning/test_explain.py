@@ -134,7 +134,7 @@ def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(
 # ----------------------------------------------------------------------------------------- promises
 
 
-def test_each_map_reaches_1_and_does_not_depend_on_the_pictures_beside_it(trained: ResNet) -> None:
+def test_each_map_reaches_1_and_does_not_depend_on_the_images_beside_it(trained: ResNet) -> None:
     images = grey(make_discs(6, size=64, seed=4)[0])
     heat = grad_cam(trained, images)
     assert heat.shape == (6, 64, 64) and not heat.requires_grad

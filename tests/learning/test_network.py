@@ -6,7 +6,7 @@ from xrai.learning.network import ResNet, StandardizedConv2d, fold_filters
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
-def test_any_picture_size_gives_one_logit_an_image(name: str, size: int) -> None:
+def test_any_image_size_gives_one_logit_an_image(name: str, size: int) -> None:
     network = ResNet(name=name, width=8)
     assert network(torch.rand(3, 1, size, size)).shape == (3,)
     assert network.features(torch.rand(2, 1, size, size)).shape == (

@@ -91,7 +91,7 @@ def test_an_image_has_the_same_score_whatever_stands_beside_it() -> None:
     assert torch.allclose(together, alone, atol=1e-10, rtol=1e-10)
 
 
-def test_any_picture_has_a_finite_score_that_is_not_negative() -> None:
+def test_any_image_has_a_finite_score_that_is_not_negative() -> None:
     network = small_network()
     typicality = fit_on_discs(network).float()
     network = network.float()
@@ -146,9 +146,7 @@ def test_one_validation_image_is_enough_to_go_on() -> None:
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_spoiled_pictures_are_other_pictures_and_each_is_spoiled_by_its_own_number(
-    name: str,
-) -> None:
+def test_spoiled_images_are_other_images_and_each_is_spoiled_by_its_own_number(name: str) -> None:
     images = to_grey(make_discs(6)[0])
     draws = torch.rand(6, 56, dtype=torch.float64) * 2 - 1
     spoiled = SPOILED[name](images, draws)
@@ -158,7 +156,7 @@ def test_spoiled_pictures_are_other_pictures_and_each_is_spoiled_by_its_own_numb
 
 
 @pytest.mark.parametrize("size", [16, 32, 50])
-def test_a_shuffled_picture_has_the_same_tiles(size: int) -> None:
+def test_a_shuffled_image_has_the_same_tiles(size: int) -> None:
     images = torch.arange(size * size, dtype=torch.float64).reshape(1, 1, size, size)
     shuffled = SPOILED["shuffled"](images, torch.linspace(1, -1, 56, dtype=torch.float64)[None])
     if size % 4 == 0:
@@ -253,7 +251,7 @@ def test_held_out_phantoms_are_not_left_to_review(
 
 
 @pytest.mark.parametrize("kind", ["inverted", "upside down", "turned", "noise", "gradient", "flat"])
-def test_what_is_no_upright_chest_film_is_left_to_review(
+def test_what_is_no_upright_chest_x_ray_is_left_to_review(
     kind: str, trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
 ) -> None:
     films = phantoms["test"][0]
@@ -272,7 +270,7 @@ def test_what_is_no_upright_chest_film_is_left_to_review(
     assert share_to_review(trained, np.ascontiguousarray(foreign[kind])) >= 0.9
 
 
-def test_each_direction_finds_the_pictures_that_it_was_fitted_for(
+def test_each_direction_finds_the_images_that_it_was_fitted_for(
     trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
 ) -> None:
     network, typicality = trained

@@ -66,14 +66,14 @@ def test_more_images_or_other_workers_leave_the_first_ones_byte_for_byte_the_sam
     assert few == {path: many[path] for path in few}
 
 
-def test_another_seed_draws_other_pictures() -> None:
+def test_another_seed_draws_other_images() -> None:
     mine, other = first(1)[0], first(1, seed=SEED + 1)[0]
     assert encode(SEED, mine, draw_phantom(SEED, mine), image_format="png") != encode(
         SEED + 1, other, draw_phantom(SEED + 1, other), image_format="png"
     )
 
 
-def test_the_strips_a_picture_is_computed_in_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strips_an_image_is_computed_in_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     phantoms = first(24)
     in_strips = [draw_phantom(SEED, p) for p in phantoms]
     monkeypatch.setattr(phantom, "_PIXELS_A_STRIP", 10**9)
@@ -105,7 +105,7 @@ def test_a_patient_keeps_the_body_and_changes_the_pose() -> None:
     assert len(shapes) == len(images) > 1
 
 
-def test_pictures_are_160_to_320_wide_not_square_and_use_the_grey_scale(
+def test_images_are_160_to_320_wide_not_square_and_use_the_grey_scale(
     films: tuple[npt.NDArray[np.bool_], list[Film]],
 ) -> None:
     for film in films[1]:
@@ -116,7 +116,7 @@ def test_pictures_are_160_to_320_wide_not_square_and_use_the_grey_scale(
     assert np.mean([film.shape[0] != film.shape[1] for film in films[1]]) > 0.9
 
 
-def test_full_size_pictures_are_1000_to_2500_wide() -> None:
+def test_full_size_images_are_1000_to_2500_wide() -> None:
     widths = [draw_phantom(SEED, p, full_size=True).shape[1] for p in first(5)]
     assert all(1000 <= width <= 2500 for width in widths)
     assert max(widths) > 1400
@@ -286,7 +286,7 @@ def test_a_destination_below_a_file_is_refused(tmp_path: Path) -> None:
         make_phantoms(tmp_path / "file" / "below", num_images=2)
 
 
-def test_a_run_killed_midway_leaves_no_readme_no_half_picture_and_no_process_and_can_be_repeated(
+def test_a_run_killed_midway_leaves_no_readme_no_half_image_and_no_process_and_can_be_repeated(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
@@ -372,7 +372,7 @@ def test_dicom_without_pydicom_is_refused_with_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
-def test_dicom_files_hold_the_same_picture_in_12_to_16_bits_and_name_it_a_phantom(
+def test_dicom_files_hold_the_same_image_in_12_to_16_bits_and_name_it_a_phantom(
     tmp_path: Path,
 ) -> None:
     pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")

@@ -83,7 +83,7 @@ def test_every_plot_is_drawn_for_any_scores_the_same_each_time(
         assert b"tIME" not in data
 
 
-def test_phantoms_are_named_as_phantoms_in_every_picture(tmp_path: Path) -> None:
+def test_phantoms_are_named_as_phantoms_in_every_figure(tmp_path: Path) -> None:
     labels, scores = [0, 1, 1], [0.2, 0.4, 0.9]
     for is_phantom in (False, True):
         folder = tmp_path / str(is_phantom)

@@ -226,7 +226,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert page.text.count(name) >= 5
 
 
-def test_every_picture_says_in_words_what_it_shows(tmp_path: Path) -> None:
+def test_every_figure_says_in_words_what_it_shows(tmp_path: Path) -> None:
     assert all(len(image["alt"] or "") > 30 for image in Html(render(tmp_path)).images)
 
 
@@ -323,7 +323,7 @@ def test_phantoms_are_named_at_the_top_and_at_the_end(tmp_path: Path) -> None:
     assert text.count("rawn phantoms, not patients") >= 2
 
 
-def test_limits_fit_the_split_and_the_way_pictures_were_fitted(tmp_path: Path) -> None:
+def test_limits_fit_the_split_and_the_way_images_were_fitted(tmp_path: Path) -> None:
     assert "so the numbers are too" not in render(tmp_path, split="test")
     assert "read an image's proportions" not in html.unescape(render(tmp_path))
     assert "read an image's proportions" in html.unescape(render(tmp_path, fit="squash"))
@@ -342,7 +342,7 @@ def render_bare(folder: Path, results: SplitResults) -> str:
 
 
 @pytest.mark.parametrize("missing", ["curves", "plots"])
-def test_a_page_without_its_pictures_is_a_page(tmp_path: Path, missing: str) -> None:
+def test_a_page_without_its_figures_is_a_page(tmp_path: Path, missing: str) -> None:
     render(tmp_path)
     for path in (tmp_path / missing).iterdir():
         path.unlink()
@@ -506,7 +506,7 @@ def test_the_slider_moves_the_numbers_and_the_address_and_the_button_brings_them
 
 
 @pytest.mark.browser
-def test_a_script_or_a_picture_that_is_not_the_pages_own_is_refused_by_the_browser_and_seen_here(
+def test_a_script_or_an_image_that_is_not_the_pages_own_is_refused_by_the_browser_and_seen_here(
     tmp_path: Path, browse: Callable[[Path, str], tuple[str, list[str]]]
 ) -> None:
     page = tmp_path / "report.html"

@@ -23,7 +23,7 @@ def has_colour(path: Path, colour: str) -> bool:
     return bool((pixels_of(path) == ImageColor.getrgb(colour)).all(axis=2).any())
 
 
-def test_a_sheet_shows_coloured_pictures_beside_grey_ones(tmp_path: Path) -> None:
+def test_a_sheet_shows_coloured_images_beside_grey_ones(tmp_path: Path) -> None:
     grey = np.full((32, 32), 77, np.uint8)
     sheets.draw_sheet(
         [grey, np.full((32, 32, 3), (200, 30, 60), np.uint8)], ["a", "b"], tmp_path / "sheet.png"
@@ -53,7 +53,7 @@ def test_class_counts_are_drawn_in_the_colours_of_their_classes(tmp_path: Path) 
     sheets.draw_class_counts({}, tmp_path / "none.png")
 
 
-def test_pictures_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_path: Path) -> None:
+def test_images_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 224, 224), np.uint8)
     names = [str(number) for number in range(8)]
     sheets.draw_sheet(list(noise), names, tmp_path / "sheet.png")
@@ -75,7 +75,7 @@ def test_pictures_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_p
     assert min(np.diff([x for _, x in places[:6]])) > 224
 
 
-def test_small_pictures_are_enlarged_and_large_ones_averaged_and_none_is_stretched(
+def test_small_images_are_enlarged_and_large_ones_averaged_and_none_is_stretched(
     tmp_path: Path,
 ) -> None:
     small = np.array([[0, 90], [180, 255]], np.uint8)
@@ -109,7 +109,7 @@ def test_the_same_data_set_gives_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["counts.png", "sheet.png"]
 
 
-def test_preprocessing_draws_its_pictures_without_matplotlib() -> None:
+def test_preprocessing_draws_its_figures_without_matplotlib() -> None:
     program = (
         "import sys, pathlib, tempfile, numpy, xrai.preprocess as command\n"
         "folder = pathlib.Path(tempfile.mkdtemp())\n"
