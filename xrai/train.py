@@ -26,7 +26,7 @@ from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.dataset.verify import find_faults_soon
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
-from xrai.files import num_cores
+from xrai.files import cache_folder, num_cores
 from xrai.learning import loop
 from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
 from xrai.learning.predictor import Trained, build_model, predict_split
@@ -301,7 +301,7 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
     needed = sum(shard.size_bytes for shards in index.splits.values() for shard in shards)
     if config.cache.max_gib:
         needed = min(needed, int(config.cache.max_gib * 2**30))
-    folder = Path(config.cache.dir or Path.home())
+    folder = Path(config.cache.dir or cache_folder())
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

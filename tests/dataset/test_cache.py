@@ -3,6 +3,7 @@ befalls it.
 """
 
 import dataclasses
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from functools import partial
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -101,6 +103,28 @@ def test_a_shard_of_a_folder_is_used_where_it_is(tmp_path: Path, folder: Path) -
     )
     assert opened.shard.images.shape == (20, 16, 16)
     assert not folder.exists()
+
+
+def test_a_data_set_in_a_folder_needs_no_home_for_a_cache(
+    tmp_path: Path, bucket: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = write_dataset(tmp_path / "set", {"train": [20]})
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    open_and_close(ShardCache(open_store(str(tmp_path / "set")), index), index, 0)
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        open_and_close(ShardCache(bucket, index), index, 0)
+
+
+def test_a_cache_on_a_file_system_without_locks_is_one_line(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_and_close(ShardCache(bucket, index, folder=folder), index, 0)
+    refusal = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=refusal))
+    for number in (0, 1):  # one that is there, and one to fetch
+        with pytest.raises(StoreError, match=r"No locks available; .*--cache\.dir=FOLDER"):
+            open_and_close(ShardCache(bucket, index, folder=folder), index, number)
 
 
 def test_of_many_processes_one_fetches_a_shard(

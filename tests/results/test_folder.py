@@ -68,6 +68,16 @@ def test_a_bucket_is_tested_with_an_object_that_is_deleted_again(
     assert bucket.log[0].startswith("-.write-check-")
 
 
+def test_where_a_run_of_a_bucket_is_first_written_is_tested_as_well(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"written to .*/file/xrai/runs .*set XDG_CACHE_HOME"):
+        RunFolder.check_writable("s3://bucket/runs")
+    RunFolder.check_writable("s3://bucket/predictions", flag="--out")
+
+
 def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: RunFolder) -> None:
     run.write_text("config.yaml", "train: {}\n")
     run.append_history(row(1))

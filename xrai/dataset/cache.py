@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import file_digest
 from io import BufferedReader
 from pathlib import Path
@@ -89,7 +90,7 @@ class ShardCache:
         timeout_s: float = 600.0,
     ) -> None:
         self._store, self._index = store, index
-        self._root = folder or files.cache_folder()
+        self._folder = folder
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
         self._verified: set[tuple[str, _Stamp]] = set()
         self._known: dict[str, tuple[_Stamp, Layout]] = {}  # of shards that were open before
@@ -100,6 +101,11 @@ class ShardCache:
         self._max_kept = 0 if max_bytes else most
         # One thread at a time is in HDF5, which has such a lock anyway
         self._mapping = (os.getpid(), threading.Lock())
+
+    @cached_property
+    def _root(self) -> Path:
+        """The cache folder, which a data set in a folder does not need."""
+        return self._folder or files.cache_folder()
 
     def settle(self) -> None:
         """Wait for the thread inside HDF5, then block others. Called when a process ends.
@@ -168,7 +174,8 @@ class ShardCache:
             file = path.open("rb")
         try:
             if in_cache:
-                _lock(file, fcntl.LOCK_SH, _poll(self._timeout_s, f"the lock on {path}"))
+                with files.explaining("read", str(path), hint=_CACHE_HINT):  # it may have no locks
+                    _lock(file, fcntl.LOCK_SH, _poll(self._timeout_s, f"the lock on {path}"))
                 if not _is_at(file, path):
                     raise NotFoundError(f"{path} was removed while it was opened")
                 with suppress(OSError):  # note the time of use; a read-only cache needs none

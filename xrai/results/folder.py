@@ -96,7 +96,12 @@ class RunFolder:
             store.delete(name)  # first: keys without this right would leave the object there
             store.write(name, b"")
             store.delete(name)
-            return
+            if flag != "--artifacts":
+                return
+            place = cache_folder("runs", "check")  # a run is written here first
+            advice = "set XDG_CACHE_HOME to another folder"
+        else:
+            advice = f"name another folder or bucket with {flag}"
         folder = existing = place.parent
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
@@ -107,9 +112,10 @@ class RunFolder:
             is_file = isinstance(error, NotADirectoryError)
             cause = "it is not a folder" if is_file else (error.strerror or str(error))
             where = "" if existing == folder else f" ({existing})"
+            shown = artifacts_uri if store.local_path("check") else folder
             raise UserError(
-                f"results cannot be written to {artifacts_uri}{where}: {cause}; name another "
-                f"folder or bucket with {flag}, or change the permissions"
+                f"results cannot be written to {shown}{where}: {cause}; {advice}, or change the "
+                "permissions"
             ) from error
 
     def exists(self) -> bool:
