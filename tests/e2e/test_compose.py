@@ -407,13 +407,13 @@ def test_wrong_keys_a_missing_bucket_and_a_silent_server_are_one_clear_line_and_
     trained: str, s3: Stack
 ) -> None:
     cases = {
-        ("preprocess", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "keys"),
+        ("preprocess", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "AWS_SECRET_ACCESS_KEY is not"),
         ("preprocess", "XRAI_DATASET=s3://no-such-bucket/x"): (
             2,
             "there is no bucket 'no-such-bucket'",
         ),
         ("preprocess", "AWS_ENDPOINT_URL_S3=http://s3:1"): (1, "no success in"),
-        ("train", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "keys"),
+        ("train", "AWS_SECRET_ACCESS_KEY=wrong"): (2, "AWS_SECRET_ACCESS_KEY is not"),
         ("train", "XRAI_ARTIFACTS=s3://no-such-bucket"): (2, "there is no bucket 'no-such-bucket'"),
         ("train", "XRAI_DATASET=s3://xrai-data/nothing"): (2, "xrai-data/nothing"),
         ("train", "AWS_ENDPOINT_URL_S3=http://nobody:8333"): (1, "no success in"),
