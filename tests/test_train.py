@@ -24,7 +24,7 @@ from xrai.config import Config
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, read_index
 from xrai.errors import UserError
-from xrai.learning.distributed import Ranks
+from xrai.learning.distributed import Place, Ranks
 from xrai.learning.predictor import load_model
 from xrai.results.calibration import calibrated
 from xrai.store import open_store, take_lease
@@ -525,3 +525,26 @@ def test_evaluate_refuses_images_of_another_size(
         evaluate, f"--run={tmp_path}/none", f"--dataset={other}", "--split=val", capsys=capsys
     )
     assert status == 2 and "holds no model.pt" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "place", "threads"),
+    [
+        ("", Place(), 8),
+        ("3", Place(), 3),
+        ("1", Place(), 1),
+        ("99", Place(), 8),
+        ("2,1", Place(), 2),
+        ("x", Place(), 8),
+        ("0", Place(), 8),
+        ("", Place(0, 2, 0, 2, is_torchrun=True), 4),
+        ("1", Place(0, 2, 0, 2, is_torchrun=True), 4),
+        ("3", Place(0, 2, 0, 2, is_torchrun=True), 3),
+    ],
+)
+def test_threads_are_the_share_of_the_cores_or_fewer_where_openmp_may_use_fewer(
+    asked: str, place: Place, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "num_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert train.default_threads(place) == threads

@@ -86,7 +86,7 @@ def main() -> None:
     if place.is_torchrun:
         follow_parent(grace_s=_GRACE_S)
     with join(timeout_s=config.train.timeout_s) as ranks:
-        torch.set_num_threads(config.train.threads or max(1, num_cores() // ranks.local_world_size))
+        torch.set_num_threads(config.train.threads or default_threads(place))
         with ranks.explaining(), loop.explaining_memory(config.train, world_size=ranks.world_size):
             train(parsed, ranks=ranks, asked_to_stop=stop.is_set)
 
@@ -192,6 +192,17 @@ def score(
     draws = config.evaluate.shift_draws
     shifted = predict(loaders["val"], shift=config.augment, draws=draws)
     return Trained(network, epoch, typicality, scored, shifted)
+
+
+def default_threads(place: Place) -> int:
+    """This rank's share of the cores, or OMP_NUM_THREADS if that is less. Of a rank of torchrun, a
+    1 counts as unset: torchrun sets it where nobody has.
+    """
+    share = max(1, num_cores() // place.local_world_size)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if not asked.isdecimal() or int(asked) == 0 or (place.is_torchrun and asked == "1"):
+        return share
+    return min(share, int(asked))
 
 
 def refuse_lone_tasks(place: Place) -> None:
