@@ -11,7 +11,7 @@ import time
 from xrai.command import run_command
 from xrai.errors import ConfigError, UnreachableError, XraiError
 from xrai.log import get_logger, setup_logging
-from xrai.store import open_store
+from xrai.store import open_store, seconds_of
 
 ASK_EVERY_S = 5.0
 
@@ -24,7 +24,7 @@ def main() -> None:
         raise ConfigError(
             "XRAI_DATASET is not set: it names the data set to wait for, a folder or s3://bucket/prefix"
         )
-    wait_s = float(os.environ.get("XRAI_WAIT_S", "86400"))
+    wait_s = seconds_of("XRAI_WAIT_S", 86400)
     store = open_store(address)
     began, told = time.monotonic(), ""
     while True:

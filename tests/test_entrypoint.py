@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,4 +72,17 @@ def test_it_is_alive_from_its_start_and_while_the_file_is_young(
     assert enter(programs, "healthy", **name).returncode == 1
     assert (
         enter(programs, "healthy", XRAI_HEARTBEAT_MAX_AGE_S="99999999999", **name).returncode == 0
+    )
+
+
+def test_waiting_for_a_time_that_is_none_is_refused_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "docker/wait_for_dataset.py"],
+        env={**os.environ, "XRAI_DATASET": "/nowhere", "XRAI_WAIT_S": "soon"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "xrai: error: XRAI_WAIT_S = 'soon' is not allowed: it takes a number of seconds above 0\n"
     )

@@ -39,6 +39,7 @@ __all__ = [
     "open_store",
     "refuse_others_files",
     "refuse_writer",
+    "seconds_of",
     "take_lease",
 ]
 
@@ -70,8 +71,8 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
         return S3Store(
             bucket,
             prefix.strip("/"),
-            timeout_s=_seconds("XRAI_S3_TIMEOUT_S", 20.0) if timeout_s is None else timeout_s,
-            retry_s=_seconds("XRAI_S3_RETRY_S", 120.0) if retry_s is None else retry_s,
+            timeout_s=seconds_of("XRAI_S3_TIMEOUT_S", 20.0) if timeout_s is None else timeout_s,
+            retry_s=seconds_of("XRAI_S3_RETRY_S", 120.0) if retry_s is None else retry_s,
         )
     if scheme == "file":
         return FolderStore(folder_of(uri))
@@ -90,8 +91,8 @@ def folder_of(uri: str) -> Path:
     return Path(unquote(f"/{path}"))
 
 
-def _seconds(variable: str, default: float) -> float:
-    """A positive number of seconds from the environment."""
+def seconds_of(variable: str, default: float) -> float:
+    """A positive number of seconds from an environment variable. Raises `ConfigError`."""
     text = os.environ.get(variable, "")
     try:
         value = float(text) if text else default
