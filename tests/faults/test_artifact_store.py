@@ -32,7 +32,7 @@ from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.faults.proxy import Proxy
 from tests.training import SMALL, Finished, make_dataset
 from xrai.learning.predictor import load_model
-from xrai.store import Store, open_store
+from xrai.store import LEASE_KEY, Store, open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("artifact_store"), pytest.mark.timeout(600)]
 
@@ -336,10 +336,11 @@ def test_a_bucket_that_hangs_refuses_and_loses_answers_does_not_hold_the_trainin
 ) -> None:
     proxy, artifacts = failing
     store = open_store(f"{artifacts}/r")
-    proxy.fail("hang", method="PUT", path="/runs/r/", times=1000)
+    for name in ("config", "environment", "history", "tensorboard", "curves", "checkpoints"):
+        proxy.fail("hang", method="PUT", path=f"/runs/r/{name}", times=1000)
     with training(dataset, artifacts, "--train.epochs=2", cache=tmp_path / "cache") as run:
         wait_for(lambda: "training ends after epoch 2" in run.text(), "the end of the training")
-        assert list(store.list()) == []
+        assert [found.key for found in store.list()] == [LEASE_KEY]
         proxy.heal()
         proxy.fail("503", method="PUT", path="tensorboard", times=3)
         proxy.fail("lose", method="PUT", path="checkpoints", times=2)
