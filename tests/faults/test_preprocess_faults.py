@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -454,8 +455,7 @@ def test_another_config_at_the_address_of_unfinished_work_is_refused_and_disturb
 def test_what_a_killed_command_left_in_tmpdir_is_gone_after_the_next_start(
     source: Path, tmp_path: Path
 ) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a long name has no room for sockets
     words = ("preprocess", f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
     command = [sys.executable, "-m", "xrai", *words, "--workers=2"]
     environment = {**os.environ, "TMPDIR": str(temporary)}
@@ -470,6 +470,21 @@ def test_what_a_killed_command_left_in_tmpdir_is_gone_after_the_next_start(
         assert len(list(temporary.iterdir())) == 1
     done = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
     assert b"Traceback" not in done.stderr
+    assert list(temporary.iterdir()) == []
+    temporary.rmdir()
+
+
+@pytest.mark.parametrize("length", [70, 150])
+def test_the_name_of_tmpdir_may_be_too_long_for_sockets(
+    source: Path, expected: dict[str, str], tmp_path: Path, length: int
+) -> None:
+    temporary = tmp_path / ("x" * max(length - len(str(tmp_path)), 1))
+    temporary.mkdir()
+    words = ("preprocess", f"--source={source}", f"--dataset={tmp_path / 'dataset'}", *SMALL)
+    command = [sys.executable, "-m", "xrai", *words, "--workers=2"]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    assert all_files(tmp_path / "dataset") == expected
     assert list(temporary.iterdir()) == []
 
 

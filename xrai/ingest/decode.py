@@ -4,6 +4,7 @@ import ctypes
 import math
 import multiprocessing
 import multiprocessing.util
+import os
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -94,11 +95,18 @@ def decode_rows(
         executor.shutdown(cancel_futures=True)
 
 
+# The name of a socket has 107 bytes at most, "/pymp-xxxxxxxx/listener-xxxxxxxx" among them
+_LONGEST_PLACE = 75
+
+
 def start_workers_soon() -> None:
     """Let the server that workers are forked from import its modules in the background."""
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch_folder())
+    # Its sockets lie where they are removed after a kill, if their names are not too long there
+    places = [str(scratch_folder()), tempfile.gettempdir()]
+    fitting = (place for place in places if len(os.fsencode(place)) <= _LONGEST_PLACE)
+    before, tempfile.tempdir = tempfile.tempdir, next(fitting, "/tmp")
     try:
-        multiprocessing.util.get_temp_dir()  # of its sockets; made where it is removed after a kill
+        multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = before
     forkserver.set_forkserver_preload([__name__])
