@@ -400,6 +400,20 @@ def test_a_run_that_exists_is_not_begun_again_with_resume_never(
     assert status == 2 and "--resume is never" in lines[0]
 
 
+def test_a_finished_run_of_another_data_set_is_not_shown_for_this_one(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_dataset(tmp_path, num_images=40, seed=5, options=("--splits.test_fraction=0.1",))
+    status, lines = call(
+        f"--dataset={other}",
+        f"--artifacts={finished.folder.parent}",
+        "--run_id=whole",
+        *SMALL,
+        capsys=capsys,
+    )
+    assert status == 2 and "whole is finished, on data set " in lines[0]
+
+
 @pytest.mark.parametrize("num_lines", [0, 1, 2])
 def test_a_run_whose_history_lacks_epochs_of_its_checkpoint_is_not_resumed(
     num_lines: int,

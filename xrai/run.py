@@ -94,8 +94,13 @@ class Job:
                 f"run {address} is finished, with another config ({', '.join(changed)}): give "
                 "another --run_id to train with this one"
             )
-        _logger.info("run %s is finished; give another --run_id to train once more", address)
         summary = read_summary(self.run.store.read(SUMMARY), where=f"{address}/{SUMMARY}")
+        if summary.training.fingerprint != self.index.fingerprint:
+            raise RunError(
+                f"run {address} is finished, on data set {summary.training.fingerprint[:16]}, not "
+                f"{self.index.fingerprint[:16]}: give another --run_id to train on this one"
+            )
+        _logger.info("run %s is finished; give another --run_id to train once more", address)
         lines = result_lines(summary.main, address, validation=summary.validation)
         print("\n".join(lines), flush=True)
         return True
