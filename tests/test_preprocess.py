@@ -721,6 +721,18 @@ def test_once_more_is_nothing_to_do(run: Callable[..., Done], tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in sorted(dataset.rglob("*"))} == before
 
 
+@pytest.mark.parametrize("name", ["train-00000-of-00003.h5", "manifest.jsonl"])
+def test_once_more_on_a_damaged_data_set_says_that_it_is_damaged(
+    run: Callable[..., Done], tmp_path: Path, name: str
+) -> None:
+    source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
+    make(run, source, dataset)
+    damaged = next(dataset.glob(name[:8] + "*"))
+    damaged.unlink()
+    done = run(f"--source={source}", f"--dataset={dataset}", *SMALL)
+    refused(done, f"is damaged: {damaged.name} is missing; `xrai verify --repair`")
+
+
 @pytest.mark.parametrize("change", ["config", "images"])
 def test_another_data_set_is_refused_and_left_alone(
     run: Callable[..., Done], tmp_path: Path, change: str
@@ -809,6 +821,7 @@ OTHERS = {
     "dataset.json": b'{"images": []}',
     "replacement/notes.txt": b"mine",
     "train-1.h5": b"mine",
+    "train-00000-of-00003.h5": b"mine",
 }
 
 
@@ -841,7 +854,7 @@ def test_a_file_put_beside_a_finished_data_set_is_left_alone(
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
     make(run, source, dataset)
-    write_files(dataset, {"unfinished-thesis.docx": b"mine"})
+    write_files(dataset, {"unfinished-thesis.docx": b"mine", "test-00007-of-00009.h5": b"mine"})
     before = all_files(dataset)
     done = run(f"--source={source}", f"--dataset={dataset}", *SMALL)
     assert done.status == 0 and "nothing to do" in done.err

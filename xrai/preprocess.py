@@ -26,6 +26,7 @@ from xrai.command import Flag, parse, run_command
 from xrai.config import Config
 from xrai.dataset import shards
 from xrai.dataset.shards import INDEX_KEY, REPLACEMENT, DatasetIndex, read_index
+from xrai.dataset.verify import find_faults_soon
 from xrai.errors import (
     ConfigError,
     CorruptError,
@@ -265,6 +266,11 @@ def read_partition(text: str) -> tuple[int, int]:
 def show_existing(config: Config, source: Source, listing: Listing, store: Store) -> None:
     """Print the data set that is there. Raises `DatasetError` if it is of another plan."""
     index = read_index(store)
+    if faults := find_faults_soon(store, index, with_rows=False):
+        raise DatasetError(
+            f"{store.uri} is damaged: {faults[0].key} {faults[0].words}; `xrai verify --repair` "
+            "makes it whole, --overwrite makes it anew"
+        )
     advice = "give another --dataset, or --overwrite to replace it"
     for section, keys in shaping_config(config).items():
         for key, value in keys.items():

@@ -21,12 +21,18 @@ from xrai.store import Store
 
 
 def find_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> list[str]:
-    """The keys, except `dataset.json` and what it lists, that `xrai.preprocess` writes."""
+    """The keys, except `dataset.json` and what it lists, that `xrai.preprocess` has left.
+
+    The claim, or the folder of a replacement, says that there are any: else a file that bears the
+    name of a shard is somebody's.
+    """
     listed = {INDEX_KEY}
     if index is not None:
         listed |= {info.name for info in index.all_objects()}
-    keys = [entry.key for entry in store.list(prefix)]
-    return [key for key in keys if is_own(key) and key not in listed]
+    others = [entry.key for entry in store.list() if is_own(entry.key) and entry.key not in listed]
+    if not any(is_unfinished(key) or key.startswith(REPLACEMENT) for key in others):
+        return []
+    return [key for key in others if key.startswith(prefix)]
 
 
 def remove_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> None:
@@ -70,4 +76,4 @@ def is_mark(store: Store, key: str) -> bool:
     """Whether a key tells that the address is a data set's: others use the names of the rest."""
     if key == INDEX_KEY:
         return b'"schema_version"' in store.read(key)[:200]
-    return is_unfinished(key) or is_shard_name(key.removeprefix(REPLACEMENT))
+    return is_unfinished(key)

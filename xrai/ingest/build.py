@@ -29,7 +29,7 @@ from xrai.ingest.leaks import find_near_pairs, num_pairs
 from xrai.ingest.plan import Plan, PlannedShard, check_excluded
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import refuse_missing_class
-from xrai.ingest.unfinished import Part, Unfinished, remove_unfinished
+from xrai.ingest.unfinished import Part, Unfinished
 from xrai.log import get_logger, progress
 from xrai.store import Store
 
@@ -125,8 +125,8 @@ class Builder:
                 storing.result()
 
     def commit(self, report: Report, *, replaced: bytes | None = None) -> DatasetIndex | None:
-        """Write manifest, report and `dataset.json` and remove the unfinished objects. `replaced`
-        is the `dataset.json` that this one takes the place of.
+        """Write manifest, report and `dataset.json`. `replaced` is the `dataset.json` that this one
+        takes the place of.
 
         Returns None, having done nothing, while parts are missing. Raises `CorruptError` naming the
         shards whose stored bytes are not those that were made; their parts are removed, so that the
@@ -145,7 +145,6 @@ class Builder:
                 self._store.upload(key, path)
         self._confirm()
         self._write_index(index, replaced)
-        remove_unfinished(self._store)
         return index
 
     def _write_index(self, index: DatasetIndex, replaced: bytes | None) -> None:
