@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
-from xrai.errors import InUseError, NotFoundError
+from xrai.errors import InUseError, NotFoundError, StoreError
 from xrai.store import LEASE_KEY, Lease, Store, lease, open_store, take_lease
 
 pytestmark = pytest.mark.timeout(60)
@@ -117,6 +117,25 @@ def test_a_damaged_lease_is_taken_when_it_is_stale(store: Store, is_quick: None)
     store.write(LEASE_KEY, b"\xff{")
     with take_lease(store):
         assert holder_of(store).process == os.getpid()
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [make_folder, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_in_place_of_a_lease_is_refused_in_time(
+    tmp_path: Path, is_quick: None, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / LEASE_KEY)
+    with pytest.raises(StoreError, match=r"\.lease\.json"):
+        take_lease(open_store(str(tmp_path)))
+
+
+def test_a_lease_that_is_nested_too_deep_is_a_damaged_one(tmp_path: Path, is_quick: None) -> None:
+    (tmp_path / LEASE_KEY).write_text("[" * 100_000)
+    with take_lease(open_store(str(tmp_path))):
+        pass
 
 
 def test_of_many_that_find_a_stale_lease_one_gets_it(store: Store, is_quick: None) -> None:

@@ -38,6 +38,7 @@ from xrai.errors import (
     UserError,
     WrongEndpointError,
 )
+from xrai.files import sha256_of
 from xrai.store import S3Store, Store, StoredObject, answers, check_key, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
@@ -124,6 +125,19 @@ def test_no_more_than_was_asked_for_is_read_of_a_file_or_a_pipe(tmp_path: Path) 
     (tmp_path / "zero").symlink_to("/dev/zero")
     with pytest.raises(TooLargeError, match="zero has 11 bytes"):
         store.read("zero", max_bytes=10)
+
+
+def test_a_pipe_in_a_folder_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pt")
+    store = open_store(str(tmp_path))
+    for read in (
+        lambda: store.read("model.pt"),
+        lambda: store.download("model.pt", tmp_path / "x"),
+    ):
+        with pytest.raises(StoreError, match=r"model\.pt cannot be read: it is not a regular file"):
+            read()
+    with pytest.raises(OSError, match="not a regular file"):
+        sha256_of(tmp_path / "model.pt")
 
 
 def test_deleting_removes_and_may_be_repeated(store: Store) -> None:

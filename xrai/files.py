@@ -8,10 +8,12 @@ import fcntl
 import functools
 import glob
 import hashlib
+import io
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -79,9 +81,22 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read it, without waiting where it is a pipe, a device or a folder. Raises
+    `OSError` where it is one of these.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(kind, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -114,9 +129,11 @@ def scratch_folder() -> Path:
             f"{error.strerror}: temporary files are written there; mount a folder, or name one by "
             "TMPDIR"
         ) from error
-    for lock_path in folder.parent.glob(f"xrai-*/{_LOCK}"):
+    for lock_path in folder.parent.glob(f"xrai-{'[a-z0-9_]' * 8}/{_LOCK}"):
         # not ours, or locked as long as its process lives
-        with suppress(OSError), lock_path.open("rb") as other:
+        with suppress(OSError), open_regular(lock_path) as other:
+            if os.fstat(other.fileno()).st_uid != os.geteuid():
+                continue
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock_path.parent)
     lock = (folder / "new").open("wb")

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from xrai.errors import StoreError, UserError
-from xrai.files import cache_folder, sha256_of, write_atomically
+from xrai.files import cache_folder, open_regular, sha256_of, write_atomically
 from xrai.log import get_logger
 from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history
 from xrai.results.publisher import Publisher
@@ -173,7 +173,10 @@ class RunFolder:
     def history(self) -> list[EpochRow]:
         """The rows of history.csv so far."""
         path = self.path / HISTORY
-        return parse_history(path.read_bytes(), where=str(path)) if path.exists() else []
+        if not path.exists():
+            return []
+        with open_regular(path) as file:
+            return parse_history(file.read(), where=str(path))
 
     def append_history(self, row: EpochRow) -> None:
         """Add an epoch to history.csv and to TensorBoard."""

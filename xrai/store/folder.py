@@ -7,7 +7,15 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 
 from xrai.errors import NotFoundError, StoreError
-from xrai.files import Access, copy_hashed, explaining, is_temporary, replacing, write_atomically
+from xrai.files import (
+    Access,
+    copy_hashed,
+    explaining,
+    is_temporary,
+    open_regular,
+    replacing,
+    write_atomically,
+)
 from xrai.store.base import Store, StoredObject, check_key
 
 _MAX_PIPE_BYTES = 1 << 28  # of what states no size
@@ -22,7 +30,11 @@ class FolderStore(Store):
 
     def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
         path = self._path(key)
-        with self._explaining("read", key), path.open("rb") as file:
+        is_pipe_allowed = max_bytes < sys.maxsize  # it has no size
+        with (
+            self._explaining("read", key),
+            path.open("rb") if is_pipe_allowed else open_regular(path) as file,
+        ):
             size_bytes = os.fstat(file.fileno()).st_size
             self._check_size(key, size_bytes, max_bytes)
             limit = max_bytes if size_bytes else min(max_bytes, _MAX_PIPE_BYTES)
@@ -38,7 +50,7 @@ class FolderStore(Store):
     def download(self, key: str, path: Path) -> str:
         source = self._path(key)
         with self._explaining("read", key):
-            opened = source.open("rb")
+            opened = open_regular(source)
         with opened, explaining("written", str(path)), replacing(path) as file:
             return copy_hashed(opened, file.write)
 

@@ -29,6 +29,7 @@ from xrai.store.base import Store
 LEASE_KEY: Final = ".lease.json"
 RENEW_S = 5.0
 STALE_S = 30.0
+_NUM_ROUNDS = 5
 SETTLE_S = 1.0  # between taking a lease over and being sure that nobody else did
 
 _logger = get_logger(__name__)
@@ -122,7 +123,7 @@ def take_lease(store: Store, key: str = LEASE_KEY) -> Lease:
     has it and renews it.
     """
     own = Holder()
-    while True:
+    for _ in range(_NUM_ROUNDS):
         with contextlib.suppress(AlreadyExistsError):
             _write(store, key, own, only_if_absent=True)
             return Lease(store, key, own)
@@ -139,6 +140,7 @@ def take_lease(store: Store, key: str = LEASE_KEY) -> Lease:
         if now is not None:
             _logger.info("taken over from %s, which has ended: %s", found.words, store.uri)
             return Lease(store, key, own)
+    raise StoreError(f"{store.uri}/{key} can be neither read nor made: remove it")
 
 
 def refuse_writer(store: Store, key: str) -> None:
@@ -172,7 +174,11 @@ def _read(store: Store, key: str) -> Holder | None:
         return Holder(**json.loads(store.read(key)))
     except NotFoundError:
         return None
-    except (ValueError, TypeError):  # damaged: nobody's, and so stale unless it is renewed
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # damaged: nobody's, and so stale unless it is renewed
         return Holder("an unknown host", 0, "", "", "an unknown time", "")
 
 
