@@ -19,7 +19,7 @@ from xrai.command import run_command
 from xrai.dataset.manifest import Row, manifest_lines, read_manifest
 from xrai.dataset.shards import DatasetIndex, ObjectInfo, compute_fingerprint, read_index
 from xrai.dataset.verify import find_faults
-from xrai.store import open_store
+from xrai.store import open_store, take_lease
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -275,6 +275,17 @@ def test_repair_writes_the_damaged_shard_alone(
     assert check("--repair", f"--source={source}")[0] == 0
     assert contents(dataset) == contents(original)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_repair_is_refused_while_another_job_writes_the_data_set(
+    made: tuple[Path, Path], check: Command, dataset: Path
+) -> None:
+    flip(next(dataset.glob("train-00000*")), 5000)
+    before = contents(dataset)
+    with take_lease(open_store(str(dataset))):
+        status, _, err = check("--repair", f"--source={made[0]}")
+    assert status == 2 and "is being written by process" in err
+    assert contents(dataset) == before
 
 
 def test_repair_from_another_source_is_refused_and_changes_nothing(

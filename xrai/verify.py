@@ -12,7 +12,7 @@ from xrai import config as configuration
 from xrai.command import Flag, parse, run_command
 from xrai.dataset.shards import REPLACEMENT, DatasetIndex, read_index
 from xrai.dataset.verify import Fault, find_faults
-from xrai.errors import CorruptError
+from xrai.errors import CorruptError, DatasetError
 from xrai.files import num_cores
 from xrai.ingest.card import make_report
 from xrai.ingest.hashing import hash_source
@@ -24,7 +24,7 @@ from xrai.ingest.sources import Source, open_source
 from xrai.ingest.unfinished import UNFINISHED
 from xrai.log import setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
-from xrai.store import Store, open_store
+from xrai.store import Store, open_store, take_lease
 
 FLAGS = (
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
@@ -50,7 +50,10 @@ def main() -> None:
         source = open_source(flags["source"])
         table = read_labels(flags["labels"]) if flags["labels"] else None
         listing = list_source(source, table, PatientKey(flags["patient_key"], may_make=False))
-        repair_from(store, index, faults, source=source, listing=listing)
+        with take_lease(store):
+            if read_index(store) != index:
+                raise DatasetError(f"{store.uri} holds another data set now: start again")
+            repair_from(store, index, faults, source=source, listing=listing)
         faults = verify(store, index)
     if faults:
         number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
