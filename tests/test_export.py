@@ -4,6 +4,7 @@ is not kept.
 
 import importlib.util
 import json
+import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -301,6 +302,20 @@ def test_what_can_not_be_exported_is_refused_before_any_work(
         "xrai: error: ONNX needs onnx and onnxscript and onnxruntime, not installed here: pip "
         "install 'xrai[export]', "
         "or leave it out with --formats=torch"
+    ]
+
+
+def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
+    exported: Exported, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exported.out, out)
+    assert (out / "model.onnx").exists()
+    call("--run", exported.run, "--out", out, "--formats=torch")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml",
+        "export.json",
+        "model.pt2",
     ]
 
 

@@ -363,6 +363,14 @@ def test_overlays_of_an_earlier_table_are_removed(
     assert json.loads((out / "predictions.json").read_text())["predictions"][0]["overlay"] is None
 
 
+def test_a_place_inside_what_is_classified_is_refused(
+    run: Path, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"out is inside .*, which is classified"):
+        call("--run", run, films, "--out", films / "out", monkeypatch=monkeypatch)
+    assert not (films / "out").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["notes.txt", "config.yaml", "predictions.csv", "overlays/mine.png", "model.pt"]
 )

@@ -85,6 +85,8 @@ def main() -> None:
                 f"{agreement.probability:.0e} of torch on {agreement.num_pictures} images of "
                 f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
+        for name in ("export.json", *FILES.values()):  # perhaps of another run
+            out.delete(name)
         for name in agreements:
             out.upload(name, Path(folder) / name)
     out.write("config.yaml", config.to_yaml().encode())

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import torch
 
@@ -62,6 +63,7 @@ def main() -> None:
             "submit/20261123-031500-a1b2c3"
         )
     files = find_files(flags["paths"])
+    refuse_inside(flags["out"], flags["paths"])
     pipeline = load_pipeline(flags["run"])
     images = fit_to_run(config.images, pipeline.model, given=given)
     pipeline.max_pixels = images.max_pixels
@@ -93,6 +95,18 @@ def main() -> None:
             f"none of the {len(rows)} files could be read as an image: {rows[0].path} "
             f"{rows[0].reason}"
         )
+
+
+def refuse_inside(out: str, paths: Sequence[str]) -> None:
+    """Raise `UserError` where --out is in a folder to classify: its overlays would be images of
+    the next time.
+    """
+    place = open_store(out).local_path(_TABLE) if out else None
+    for path in paths:
+        if place and Path(path).is_dir() and place.resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(
+                f"--out {out} is inside {path}, which is classified: name another folder"
+            )
 
 
 def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Images:
