@@ -179,7 +179,9 @@ class Checkpoint:
 class Evaluate:
     """How results are measured."""
 
-    batch_size: int = _key(256, "images a step in evaluation, over all ranks together", "[1, inf)")
+    batch_size: int = _key(
+        256, "images a step in evaluation, over all ranks together", "[1, 65536]"
+    )
     shift_draws: int = _key(2, "augmented copies scored for each val image", "[1, 100]")
     num_bootstrap: int = _key(1000, "bootstrap samples behind each 95 % interval", "[10, 1000000]")
 

@@ -77,6 +77,27 @@ def test_a_model_of_another_version_is_refused(run: Path) -> None:
         load_model(open_store(str(run)))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threshold", float("nan")),
+        ("threshold", "0.5"),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("classes", 2),
+        ("weights", {}),
+        ("model", {"name": "resnet10", "depth": 3}),
+        ("images", None),
+        ("typicality", {}),
+    ],
+)
+def test_a_model_that_holds_something_else_is_refused(run: Path, key: str, value: object) -> None:
+    content = torch.load(run / MODEL_FILE, weights_only=True)
+    torch.save({**content, key: value}, run / MODEL_FILE)
+    with pytest.raises(CorruptError, match=r"model\.pt of .* does not hold what a run saves"):
+        load_model(open_store(str(run)))
+
+
 def test_a_model_file_with_a_flipped_bit_is_refused_or_unchanged(run: Path) -> None:
     good = (run / MODEL_FILE).read_bytes()
     expected = torch.load(run / MODEL_FILE, weights_only=True)["weights"]

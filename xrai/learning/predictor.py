@@ -1,5 +1,6 @@
 """From weights to scores: a split over all ranks, and the model file of a finished run."""
 
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,14 +165,30 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
             f"{MODEL_FILE} of {store.uri} has schema version {content.get('schema_version')}, "
             f"this xrai reads version {SCHEMA_VERSION}"
         )
+    try:
+        return _build(content)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptError(
+            f"{MODEL_FILE} of {store.uri} does not hold what a run saves: {error}"
+        ) from error
+
+
+def _build(content: dict[str, Any]) -> TrainedModel:
+    """The model of what `save_model` wrote. Raises several errors if it is something else."""
     del content["schema_version"]
     weights = content.pop("weights")
     content["model"], content["images"] = Model(**content["model"]), Images(**content["images"])
     content["classes"] = tuple(content["classes"])
     content["typicality"] = Typicality(**content["typicality"])
+    threshold, temperature = content["threshold"], content["temperature"]
+    if not (0 <= threshold <= 1 and 0 < temperature < math.inf):
+        raise ValueError(f"threshold {threshold}, temperature {temperature}")
     network = build_model(content["model"])
     network.load_state_dict(weights)
     network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    side = content["images"].size
+    with torch.inference_mode():  # whether all tensors fit each other
+        content["typicality"].atypicality(network, torch.zeros(1, 1, side, side))
     return TrainedModel(network, **content)
 
 
