@@ -30,7 +30,8 @@ class FolderStore(Store):
 
     def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
         path = self._path(key)
-        is_pipe_allowed = max_bytes < sys.maxsize  # it has no size
+        # Who states a limit also takes what has no size, such as --labels <(…)
+        is_pipe_allowed = max_bytes < sys.maxsize
         with (
             self._explaining("read", key),
             path.open("rb") if is_pipe_allowed else open_regular(path) as file,

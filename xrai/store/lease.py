@@ -29,8 +29,8 @@ from xrai.store.base import Store
 LEASE_KEY: Final = ".lease.json"
 RENEW_S = 5.0
 STALE_S = 30.0
-_NUM_ROUNDS = 5
 SETTLE_S = 1.0  # between taking a lease over and being sure that nobody else did
+_NUM_ROUNDS = 5  # of finding a lease that is there to nobody who reads it, such as a folder
 
 _logger = get_logger(__name__)
 
@@ -174,11 +174,8 @@ def _read(store: Store, key: str) -> Holder | None:
         return Holder(**json.loads(store.read(key)))
     except NotFoundError:
         return None
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # damaged: nobody's, and so stale unless it is renewed
+    except (ValueError, TypeError, RecursionError):
+        # Damaged: nobody's, and so stale unless it is renewed
         return Holder("an unknown host", 0, "", "", "an unknown time", "")
 
 
