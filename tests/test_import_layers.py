@@ -37,6 +37,7 @@ def write_package(folder: Path, changes: dict[str, str]) -> None:
         "errors",
         "files",
         "log",
+        "labels",
         "tables",
         "workers",
     ]
