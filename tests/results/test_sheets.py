@@ -53,6 +53,48 @@ def test_class_counts_are_drawn_in_the_colours_of_their_classes(tmp_path: Path) 
     sheets.draw_class_counts({}, tmp_path / "none.png")
 
 
+def bar_lengths(path: Path) -> list[int]:
+    """The lengths of the bars of a sheet of many classes, row by row from left to right."""
+    bar = [round(0.85 * level + 0.15 * 255) for level in ImageColor.getrgb(style.CURVE)]
+    inside = (pixels_of(path) == bar).all(axis=2)  # (H, W)
+    rows = runs_of(np.flatnonzero(inside.any(axis=1)))
+    middles = [row[len(row) // 2] for row in rows]
+    return [len(run) for middle in middles for run in runs_of(np.flatnonzero(inside[middle]))]
+
+
+def runs_of(places: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+
+
+@pytest.mark.parametrize("num_classes", [3, 14, 20])
+def test_many_classes_have_a_row_each_and_bars_as_long_as_their_shares(
+    tmp_path: Path, num_classes: int
+) -> None:
+    names = [
+        f"finding {'of a long name ' * (number == 1)}{number}" for number in range(num_classes)
+    ]
+    counts = {
+        split: {name: times * (number + 1) for number, name in enumerate(names)}
+        for split, times in (("train", 90), ("val", 3), ("test", 10))
+    }
+    num_images = {"train": 9000, "val": 300, "test": 1000}  # the same shares in each split
+    path = tmp_path / "counts.png"
+    sheets.draw_class_counts(counts, path, num_images=num_images)
+    lengths = np.array(bar_lengths(path)).reshape(num_classes, 3)
+    assert (np.ptp(lengths, axis=1) <= 1).all()
+    expected = lengths[-1, 0] * np.arange(1, num_classes + 1) / num_classes
+    assert lengths[:, 0] == pytest.approx(expected, abs=2)
+    with Image.open(path) as image:
+        assert image.width < 1300 and image.height < 1000
+
+
+def test_two_findings_are_not_added_up_as_two_classes_are(tmp_path: Path) -> None:
+    counts = {"train": {"effusion": 50, "nodule": 100}}
+    sheets.draw_class_counts(counts, tmp_path / "findings.png", num_images={"train": 400})
+    short, long = bar_lengths(tmp_path / "findings.png")
+    assert long == pytest.approx(2 * short, abs=2)
+
+
 def test_images_of_224_pixels_are_shown_as_they_are_one_beside_the_other(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 224, 224), np.uint8)
     names = [str(number) for number in range(8)]

@@ -8,7 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xrai.results.plots import overlay
 
-_TITLES = ("X-ray, the part that the model sees", "Grad-CAM: evidence for pneumonia")
 _NOTE = (
     "Brightest where evidence is strongest, fainter below the threshold. It shows what the model "
     "used, not disease."
@@ -17,9 +16,18 @@ _GAP, _ABOVE, _BELOW = 12, 40, 66  # pixels around the images
 
 
 def draw_panel(
-    image: NDArray[np.uint8], heat: NDArray[np.float32], *, verdict: str, note: str, strength: float
+    image: NDArray[np.uint8],
+    heat: NDArray[np.float32],
+    *,
+    verdict: str,
+    note: str,
+    strength: float,
+    finding: str = "pneumonia",
 ) -> bytes:
-    """A PNG of an image (side, side), its heat map in [0, 1] times `strength`, and a verdict."""
+    """A PNG of an image (side, side), its heat map in [0, 1] times `strength`, and a verdict; the
+    heat map is that of `finding`.
+    """
+    titles = ("X-ray, the part that the model sees", f"Grad-CAM: evidence for {finding}")
     side = len(image)
     panel = Image.new("RGB", (2 * side + 3 * _GAP, side + _ABOVE + _BELOW), "#101318")
     draw = ImageDraw.Draw(panel)
@@ -27,7 +35,7 @@ def draw_panel(
     for number, pixels in enumerate((image, overlay(image, heat * strength))):
         left = _GAP + number * (side + _GAP)
         panel.paste(Image.fromarray(pixels), (left, _ABOVE))
-        draw.text((left, _ABOVE / 2), _TITLES[number], fill="#e4e7ec", font=large, anchor="lm")
+        draw.text((left, _ABOVE / 2), titles[number], fill="#e4e7ec", font=large, anchor="lm")
     top = side + _ABOVE
     draw.text((_GAP, top + 21), verdict, fill="#ffffff", font=large, anchor="lm")
     draw.text((_GAP, top + 47), f"{_NOTE} {note}", fill="#9aa4b2", font=small, anchor="lm")

@@ -27,6 +27,10 @@ _COLUMNS = 6
 _LONGEST_TITLE = 24  # letters
 _COMPRESS_LEVEL = 3  # twice as fast as 6, and no larger for X-rays
 _BAR, _BAR_STEP = 0.34, 0.55  # height of a bar, and from one to the next, inches
+_ROW_STEP, _COLUMN = (
+    0.215,
+    1.9,
+)  # from one class to the next, and from one split to the next, inches
 
 
 def draw_sheet(
@@ -74,43 +78,123 @@ def draw_sheet(
 
 
 def draw_class_counts(
-    counts: Mapping[str, Mapping[str, int]], path: Path, *, heading: str = "", note: str = ""
+    counts: Mapping[str, Mapping[str, int]],
+    path: Path,
+    *,
+    heading: str = "",
+    note: str = "",
+    num_images: Mapping[str, int] | None = None,
 ) -> None:
-    """Write one bar for each split, cut by class; `counts` is {split: {class: number}}."""
+    """Write bars of how many images each split has of each class: {split: {class: number}}.
+
+    Two classes share one bar for each split. More of them have a row each, and a column of bars for
+    each split; so do findings, of which an image may show several: `num_images` by split says so.
+    """
     classes = list(dict.fromkeys(name for split in counts.values() for name in split))
-    palette = [style.NORMAL, style.PNEUMONIA, style.VALIDATION, style.SHIFTED, style.TRAIN]
-    colours = dict(zip(classes, palette, strict=False))
     totals = {split: sum(by_class.values()) for split, by_class in counts.items()}
-    size = (round(7.2 * DPI), round((_HEAD + 0.25 + _BAR_STEP * max(1, len(counts))) * DPI))
-    num_images = f"{sum(totals.values()):,} images"
-    note = " · ".join(filter(None, [num_images, note]))
+    totals |= num_images or {}
+    note = " · ".join(filter(None, [f"{sum(totals.values()):,} images", note]))
+    if num_images is None and len(classes) <= 2:
+        size = (round(7.2 * DPI), round((_HEAD + 0.25 + _BAR_STEP * max(1, len(counts))) * DPI))
+        with _sheet(path, size, heading, note) as (_, draw):
+            _draw_shared_bars(draw, counts, classes, totals, width=size[0])
+        return
+    width = 1.75 + _COLUMN * len(counts) + _MARGIN
+    size = (round(width * DPI), round((_HEAD + 0.5 + _ROW_STEP * len(classes)) * DPI))
+    with _sheet(path, size, heading, note) as (_, draw):
+        _draw_rows(draw, counts, classes, totals)
+
+
+def _draw_shared_bars(
+    draw: ImageDraw.ImageDraw,
+    counts: Mapping[str, Mapping[str, int]],
+    classes: Sequence[str],
+    totals: Mapping[str, int],
+    *,
+    width: int,
+) -> None:
+    """One bar for each split, cut by class."""
+    colours = dict(zip(classes, [style.NORMAL, style.PNEUMONIA], strict=False))
     labels_end = round(0.65 * DPI)
     pixels = 4.9 * DPI / max([1, *totals.values()])  # an image
-    with _sheet(path, size, heading, note) as (_, draw):
-        for row, (split, by_class) in enumerate(counts.items()):
-            middle = (_HEAD + 0.1 + _BAR_STEP * (row + 0.5)) * DPI
-            draw.text((labels_end - 8, middle), split, style.INK, _font(9.5), anchor="rm")
-            bar, num_left = round(_BAR * DPI / 2), 0
-            for name in classes:
-                num = by_class.get(name, 0)
-                left, right = (labels_end + round(at * pixels) for at in (num_left, num_left + num))
-                if right > left:
-                    box = (left, round(middle) - bar, right - 1, round(middle) + bar - 1)
-                    levels = ImageColor.getrgb(colours[name])  # at an opacity of 85 % on paper
-                    draw.rectangle(box, fill=tuple(round(0.85 * of + 0.15 * 255) for of in levels))
-                if right - left > 0.4 * DPI:
-                    place = ((left + right) / 2, middle)
-                    draw.text(place, f"{num:,}", style.PAPER, _font(9), anchor="mm")
-                num_left += num
-            share = by_class.get(classes[-1], 0) / totals[split] if totals[split] else 0.0
-            text = f"{totals[split]:,} · {100 * share:.0f} % {classes[-1]}"
-            end = labels_end + round(num_left * pixels) + 10
-            draw.text((end, middle), text, style.MUTED, _font(8.5), anchor="lm")
-        legend_end = size[0] - _MARGIN * DPI
-        for name in reversed(classes):
-            place, legend = (legend_end, style.TITLE_DOWN * DPI), f"■ {name}"
-            draw.text(place, legend, colours[name], _font(9.5), anchor="rm")
-            legend_end -= draw.textlength(legend, _font(9.5)) + 0.15 * DPI
+    for row, (split, by_class) in enumerate(counts.items()):
+        middle = (_HEAD + 0.1 + _BAR_STEP * (row + 0.5)) * DPI
+        draw.text((labels_end - 8, middle), split, style.INK, _font(9.5), anchor="rm")
+        bar, num_left = round(_BAR * DPI / 2), 0
+        for name in classes:
+            num = by_class.get(name, 0)
+            left, right = (labels_end + round(at * pixels) for at in (num_left, num_left + num))
+            if right > left:
+                box = (left, round(middle) - bar, right - 1, round(middle) + bar - 1)
+                draw.rectangle(box, fill=_lighter(colours[name]))
+            if right - left > 0.4 * DPI:
+                place = ((left + right) / 2, middle)
+                draw.text(place, f"{num:,}", style.PAPER, _font(9), anchor="mm")
+            num_left += num
+        share = by_class.get(classes[-1], 0) / totals[split] if totals[split] else 0.0
+        text = f"{totals[split]:,} · {100 * share:.0f} % {classes[-1]}"
+        end = labels_end + round(num_left * pixels) + 10
+        draw.text((end, middle), text, style.MUTED, _font(8.5), anchor="lm")
+    legend_end = width - _MARGIN * DPI
+    for name in reversed(classes):
+        place, legend = (legend_end, style.TITLE_DOWN * DPI), f"■ {name}"
+        draw.text(place, legend, colours[name], _font(9.5), anchor="rm")
+        legend_end -= draw.textlength(legend, _font(9.5)) + 0.15 * DPI
+
+
+def _draw_rows(
+    draw: ImageDraw.ImageDraw,
+    counts: Mapping[str, Mapping[str, int]],
+    classes: Sequence[str],
+    totals: Mapping[str, int],
+) -> None:
+    """A row for each class, with a bar for each split: as long as its share of the split's images,
+    and with its number.
+    """
+    shares = {
+        split: {name: num / totals[split] if totals[split] else 0.0 for name, num in own.items()}
+        for split, own in counts.items()
+    }
+    largest = max([share for own in shares.values() for share in own.values()], default=0) or 1
+    names_end = 1.65 * DPI
+    for column, split in enumerate(counts):
+        left = (1.75 + _COLUMN * column) * DPI
+        head = (left, (_HEAD + 0.12) * DPI)
+        draw.text(head, f"{split} · {totals[split]:,}", style.INK, _font(9.5), anchor="lm")
+        for row, name in enumerate(classes):
+            middle = (_HEAD + 0.32 + _ROW_STEP * (row + 0.5)) * DPI
+            share = shares[split].get(name, 0.0)
+            end = left + round(_COLUMN * 0.48 * DPI * share / largest)
+            if end > left:
+                half = 0.3 * _ROW_STEP * DPI
+                box = (round(left), round(middle - half), round(end), round(middle + half))
+                draw.rectangle(box, fill=_lighter(style.CURVE))
+            text = f"{counts[split].get(name, 0):,} · {_percent(share)}"
+            draw.text((end + 6, middle), text, style.MUTED, _font(8), anchor="lm")
+    for row, name in enumerate(classes):
+        middle = (_HEAD + 0.32 + _ROW_STEP * (row + 0.5)) * DPI
+        text = _shortened(printable(name), names_end - _MARGIN * DPI)
+        draw.text((names_end, middle), text, style.INK, _font(9), anchor="rm")
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    return f"{100 * share:.{1 if 0 < share < 0.1 else 0}f} %"
+
+
+def _shortened(text: str, width: float) -> str:
+    """The text, its middle left out where it is wider than `width` pixels."""
+    shown, num_kept = text, len(text)
+    while _font(9).getlength(shown) > width:
+        num_kept -= 1
+        shown = text[: (num_kept + 1) // 2] + "…" + text[len(text) - num_kept // 2 :]
+    return shown
+
+
+def _lighter(colour: str) -> tuple[int, ...]:
+    """A colour at an opacity of 85 % on paper."""
+    return tuple(round(0.85 * level + 0.15 * 255) for level in ImageColor.getrgb(colour))
 
 
 @contextmanager
