@@ -16,6 +16,7 @@ from xrai.command import Flag, parse, run_command
 from xrai.config import Config, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, RunError, UserError
+from xrai.labels import LabelSpec
 from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
@@ -24,7 +25,7 @@ from xrai.pipeline import open_run
 from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, result_lines
-from xrai.results.types import SplitResults, binary_output
+from xrai.results.types import SplitResults, outputs_of
 from xrai.tables import from_plain, load_json
 
 FLAGS = (
@@ -53,12 +54,8 @@ def main() -> None:
     run = RunFolder(artifacts or ".", run_id)
     try:
         run.attach()
-        output = binary_output(
-            model.classes,
-            temperature=model.temperature,
-            threshold=model.threshold,
-            threshold_source="that of the run",
-        )
+        spec = LabelSpec("binary", model.classes)
+        (output,) = outputs_of(spec, [model.temperature], [model.threshold], "that of the run")
         has_train = "train" in loaders[0].index.splits
         known = read_looks(open_split(config, dataset, "train")) if has_train else None
         measuring = Measuring(run, model.network, output, config.evaluate.num_bootstrap, known)

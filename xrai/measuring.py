@@ -49,6 +49,7 @@ class Measuring:
         columns = loader.columns("labels", "source", "patient", "subtype")
         scores = Scores(
             split=split,
+            task="binary",
             classes=tuple(loader.index.classes),
             outputs=(self.output,),
             labels=columns["labels"].astype(np.int8)[:, None],

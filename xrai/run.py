@@ -16,6 +16,7 @@ from xrai.config import Config, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import RunError
+from xrai.labels import LabelSpec
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.loop import EpochResult, resolve_precision
@@ -234,11 +235,11 @@ class Job:
         labels = np.tile(self.loaders["val"].labels, len(trained.shifted.logits))
         logits = trained.shifted.logits.ravel()
         temperature = fit_temperature(labels, logits)
-        output = types.binary_output(
-            self.index.classes,
-            temperature=temperature,
-            threshold=choose_threshold(labels, calibrated(logits, temperature)),
-            threshold_source="chosen on augmented validation images",
+        (output,) = types.outputs_of(
+            LabelSpec("binary", tuple(self.index.classes)),
+            [temperature],
+            [choose_threshold(labels, calibrated(logits, temperature))],
+            "chosen on augmented validation images",
         )
         results = self._measure(trained, output)
         main = results.pop("test" if "test" in results else "val")
@@ -247,7 +248,7 @@ class Job:
             self.config.model,
             self.config.images,
             self.index.classes,
-            output.threshold,
+            output.threshold or 0.0,
             output.temperature,
             trained.typicality,
             self.run.run_id,

@@ -33,6 +33,7 @@ def make_scores(
         logits = np.log(probabilities) - np.log1p(-probabilities)
     return Scores(
         split=split,
+        task="binary",
         classes=("NORMAL", "PNEUMONIA"),
         outputs=(Output("pneumonia", "normal", temperature, threshold, "chosen on validation"),),
         labels=np.asarray(labels, np.int8)[:, None],

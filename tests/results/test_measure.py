@@ -14,6 +14,7 @@ from sklearn import metrics as scikit
 
 from tests.results.small import make_scores, measure_main, measure_split, scored_images
 from xrai.errors import XraiError
+from xrai.labels import LabelSpec
 from xrai.results.calibration import fit_temperature
 from xrai.results.intervals import newcombe_interval, wilson_interval
 from xrai.results.measure import measure
@@ -27,7 +28,7 @@ from xrai.results.metrics import (
     format_value,
 )
 from xrai.results.record import metrics_json
-from xrai.results.types import Counts, CurvePoint, Output, ReviewCount, Scores
+from xrai.results.types import Counts, CurvePoint, Output, ReviewCount, Scores, outputs_of
 from xrai.tables import to_json
 
 
@@ -291,6 +292,7 @@ def test_calibration_is_measured_before_and_after() -> None:
         measure(
             Scores(
                 "val",
+                "binary",
                 ("NORMAL", "PNEUMONIA"),
                 (Output("pneumonia", "normal", each, 0.5, "given"),),
                 labels[:, None].astype(np.int8),
@@ -445,10 +447,11 @@ def test_several_outputs_with_unknown_labels_are_measured_one_by_one() -> None:
     labels = generator.integers(-1, 2, (90, 3)).astype(np.int8)
     logits = 2.0 * labels + generator.normal(0, 1, (90, 3))
     names = ("effusion", "nodule", "mass")
-    outputs = tuple(Output(name, f"no {name}", 1.0, 0.5, "given") for name in names)
+    outputs = outputs_of(LabelSpec("multilabel", names), [1.0] * 3, [0.5] * 3, "given")
     patients, none = [str(row // 2) for row in range(90)], [""] * 90
     found = measure(
-        Scores("val", names, outputs, labels, logits, patients, none, none), num_bootstrap=20
+        Scores("val", "multilabel", names, outputs, labels, logits, patients, none, none),
+        num_bootstrap=20,
     )
     assert [each.output.name for each in found.outputs] == list(names)
     for column, each in enumerate(found.outputs):

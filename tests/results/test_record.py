@@ -88,8 +88,8 @@ def test_examples_are_of_both_classes_and_mistakes_begin_with_the_largest_errors
     assert pick_examples(labels, num=4).tolist() == [3, 5, 0, 1]
     assert pick_examples(labels, num=100).tolist() == [3, 5, 0, 1, 2, 4]
     assert pick_examples(np.zeros(3, np.uint8), num=2).tolist() == [0, 1]
-    assert pick_mistakes(labels, scores, threshold=0.4, num=4).tolist() == [4, 1, 3, 5]
-    correct = pick_mistakes(labels, scores, threshold=0.4, num=6).tolist()[4:]
+    assert pick_mistakes(labels, scores, scores >= 0.4, num=4).tolist() == [4, 1, 3, 5]
+    correct = pick_mistakes(labels, scores, scores >= 0.4, num=6).tolist()[4:]
     assert correct == [2, 0]
 
 
@@ -117,7 +117,7 @@ def test_the_images_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> N
     found = scores.labelled()
     assert asked == [
         pick_examples(labels).tolist(),
-        pick_mistakes(found.labels, found.scores, threshold=0.5).tolist(),
+        pick_mistakes(found.labels, found.scores, found.called).tolist(),
     ]
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()

@@ -47,6 +47,7 @@ def scores(rows: slice = slice(None), **changes: Any) -> Scores:
     )
     values = {
         "split": "test",
+        "task": "binary",
         "outputs": (output,),
         "labels": given.LABELS[rows, None].astype(np.int8),
         "logits": given.LOGITS[rows, None],

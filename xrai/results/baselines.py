@@ -89,6 +89,7 @@ def measure_baselines(
                 reason = "; ".join(filter(None, [reason, "it was fitted to these very images"]))
             scores = Scores(
                 split=split,
+                task="binary",
                 classes=("NORMAL", "PNEUMONIA"),
                 outputs=(Output("pneumonia", "normal", 1.0, 0.5, "fixed"),),
                 labels=measured.labels[:, None].astype(np.int8),

@@ -23,6 +23,14 @@ def calibrated(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
     return scores
 
 
+def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """The scores of classes that exclude each other, (N, C), of logits (N, C); rows sum to 1."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    scores: Floats = powers / powers.sum(axis=1, keepdims=True)
+    return scores
+
+
 def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
     """The temperature in [0.05, 20] whose scores have the largest likelihood (Guo et al. 2017).
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from xrai.results.calibration import Floats
 from xrai.results.metrics import METRICS, PROPORTIONS, Sample
-from xrai.results.types import Estimate
+from xrai.results.types import Estimate, Output
 
 CONFIDENCE = 0.95
-Key = tuple[str, str]  # of a sample: the kind of a selection of images, and its name
+# Of a sample: the column of an output, the kind of a selection of images, and its name
+Key = tuple[int, str, str]
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; fewer make resamples of a proportion uninformative
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
@@ -48,14 +49,16 @@ def bootstrap(
     }
 
 
-def estimate_all(sample: Sample, resampled: Mapping[str, Floats]) -> dict[str, Estimate]:
+def estimate_all(
+    sample: Sample, resampled: Mapping[str, Floats], output: Output
+) -> dict[str, Estimate]:
     """Every metric of a sample with its interval, or with the reason why it has none."""
     num_patients, values = len(np.unique(sample.patient_of)), sample.values()
     found = {}
     for name, info in METRICS.items():
         value = values[name]
         if math.isnan(value):
-            found[name] = Estimate(reason=info.undefined)
+            found[name] = Estimate(reason=info.of(output).undefined)
         elif num_patients < 2:
             found[name] = Estimate(value, reason="one patient alone cannot be resampled")
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xrai.results import types
-from xrai.results.calibration import calibrated, checked
+from xrai.results.calibration import checked
 from xrai.results.intervals import Key, bootstrap, estimate_all
 from xrai.results.metrics import Sample, count_calls_by_threshold
 from xrai.results.types import Estimate, Labelled, Measured, Scores
@@ -23,54 +23,60 @@ _Chosen = npt.NDArray[np.bool_]
 
 
 def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> types.SplitResults:
-    """All metrics of one split, for each output.
+    """All metrics of one split, for each output and for all of them.
 
     The positive images of a subtype are measured against all negative ones. A source group of
     one class is measured against all images of the other, a group of both by itself. Intervals are
-    those of `xrai.results.intervals`. Raises `XraiError` for a logit that is not finite.
+    those of `xrai.results.intervals`, all of them over the same resamples of patients. Raises
+    `XraiError` for a logit that is not finite.
     """
     names, patient_of = np.unique(np.asarray(scores.patients, dtype=str), return_inverse=True)
-    outputs = []
-    for column, output in enumerate(scores.outputs):
-        found = scores.labelled(column)
+    known = [scores.labelled(column) for column in range(len(scores.outputs))]
+    samples: dict[Key, Sample] = {}
+    for column, (output, found) in enumerate(zip(scores.outputs, known, strict=True)):
         checked(found.labels, found.logits, in_unit_range=False)
         patients = patient_of[found.rows]
-        samples = {
-            key: Sample(found.labels[own], found.scores[own], output.threshold, patients[own])
+        samples |= {
+            (column, *key): Sample(
+                found.labels[own], found.scores[own], found.called[own], patients[own]
+            )
             for key, own in _select(scores, found).items()
         }
         if output.temperature != 1:
-            before = calibrated(found.logits)
-            samples["before", ""] = Sample(found.labels, before, output.threshold, patients)
-        resampled = bootstrap(
-            samples, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed
+            before = scores.uncalibrated[found.rows, column]
+            samples[column, "before", ""] = Sample(found.labels, before, found.called, patients)
+    resampled = bootstrap(samples, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed)
+    measured: list[dict[tuple[str, str], Measured]] = [{} for _ in known]
+    for (column, kind, name), sample in samples.items():
+        drawn = resampled[column, kind, name]
+        measured[column][kind, name] = Measured(
+            num_images=len(sample.labels),
+            num_patients=len(np.unique(sample.patient_of)),
+            counts=sample.counts(),
+            metrics=estimate_all(sample, drawn, scores.outputs[column]),
         )
-        measured = {
-            key: Measured(
-                num_images=len(sample.labels),
-                num_patients=len(np.unique(sample.patient_of)),
-                counts=sample.counts(),
-                metrics=estimate_all(sample, resampled[key]),
-            )
-            for key, sample in samples.items()
-        }
-        outputs.append(_output_results(scores, found, output, measured))
+    outputs = tuple(
+        _output_results(scores, found, output, own)
+        for found, output, own in zip(known, scores.outputs, measured, strict=True)
+    )
     return types.SplitResults(
         split=scores.split,
+        task=scores.task,
         num_images=len(scores.labels),
         num_patients=len(names),
         num_groups=len(set(scores.groups) - {""}),
         is_phantom=scores.is_phantom,
-        outputs=tuple(outputs),
+        outputs=outputs,
+        abstention=outputs[0].abstention,
         num_bootstrap=num_bootstrap,
         seed=seed,
     )
 
 
-def _select(scores: Scores, found: Labelled) -> dict[Key, _Chosen]:
+def _select(scores: Scores, found: Labelled) -> dict[tuple[str, str], _Chosen]:
     """Every selection of images that is measured."""
     negative = found.labels == 0
-    chosen: dict[Key, _Chosen] = {("whole", ""): np.ones(len(negative), dtype=bool)}
+    chosen = {("whole", ""): np.ones(len(negative), dtype=bool)}
     subtype_of = np.asarray(scores.subtypes, dtype=str)[found.rows]
     for subtype in sorted(set(subtype_of[~negative].tolist()) - {""}):
         chosen["subtype", subtype] = negative | (subtype_of == subtype)
@@ -88,7 +94,7 @@ def _select(scores: Scores, found: Labelled) -> dict[Key, _Chosen]:
 
 
 def _output_results(
-    scores: Scores, found: Labelled, output: types.Output, measured: dict[Key, Measured]
+    scores: Scores, found: Labelled, output: types.Output, measured: dict[tuple[str, str], Measured]
 ) -> types.OutputResults:
     whole = measured["whole", ""]
     before = measured.get(("before", ""), whole).metrics
@@ -97,7 +103,8 @@ def _output_results(
     for name in [name for kind, name in measured if kind == "group"]:
         labels = found.labels[group_of == name]
         positive, negative = int(labels.sum()), int((1 - labels).sum())
-        against = "all pneumonia" if not positive else "itself" if negative else "all normal"
+        opposites = "itself" if negative else f"all {output.opposite}"
+        against = opposites if positive else f"all {output.name}"
         groups[name] = types.Group(negative, positive, against, measured["group", name])
     return types.OutputResults(
         output=output,
@@ -115,11 +122,8 @@ def _abstention(
     scores: Scores, found: Labelled, output: types.Output, kept: Measured
 ) -> types.Abstention:
     """What is left to a person, the metrics of the rest, and accuracy as more is left."""
-    is_right = (found.scores >= output.threshold) == found.labels
-    tiny = float(np.finfo(np.float64).tiny)
-    above, below = max(output.threshold, tiny), max(1 - output.threshold, tiny)
-    limit = math.log(above) - math.log(below)  # the threshold as a calibrated logit
-    certainty = np.abs(found.logits / output.temperature - limit)
+    is_right = found.called == found.labels
+    certainty = scores.certainty[found.rows, scores.outputs.index(output)]
     by_doubt = is_right[np.argsort(-certainty, kind="stable")]
     by_atypicality = None
     if scores.atypicality is not None:

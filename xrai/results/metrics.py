@@ -1,8 +1,8 @@
 """The metrics: what each means, how its values are written, and how they are counted.
 
-A label is 1 for pneumonia and 0 for normal; an image is called pneumonia where score >= threshold.
-Values agree with scikit-learn's; tests hold it. All metrics of many resamples are computed at once,
-from weights, by matrix products.
+A label is 1 where an image shows what an output looks for, else 0. Values agree with those of
+scikit-learn; tests hold it. All metrics of many resamples are computed at once, from weights, by
+matrix products.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xrai.results.calibration import Floats, Ints, checked
-from xrai.results.types import CallsByThreshold, Counts
+from xrai.results.types import CallsByThreshold, Counts, Output
 
 HEADLINES = ("accuracy", "sensitivity", "specificity", "auroc")
 NUM_CALIBRATION_BINS = 10
@@ -21,8 +21,7 @@ FIXED_RATE = 0.90  # the specificity at which sensitivity is read off the ROC cu
 NUM_THRESHOLDS = 200  # equal steps from 0 to 1, for which metrics.json counts the calls
 
 _NO_IMAGES = "there are no images"
-_NO_PNEUMONIA, _NO_NORMAL = "there are no pneumonia images", "there are no normal images"
-_NEEDS_BOTH = "it needs images of both classes"
+_NEEDS_BOTH = "it needs {both}"
 _NONE = "no image was called"
 _ONE_KIND = "all images have one label or got one call"
 _MIX = "depends on this split's mix of classes"
@@ -32,31 +31,40 @@ _BEST = "the highest of any threshold with at least 90 %"
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What people need to know of one metric to read it."""
+    """What people need to know of one metric to read it; `{}` are places for an output's words."""
 
     title: str
     meaning: str
     undefined: str  # the reason given where it has no value
 
+    def of(self, output: Output) -> "MetricInfo":
+        """The same, in words for this output."""
+        words = output.words
+        return MetricInfo(
+            self.title, self.meaning.format_map(words), self.undefined.format_map(words)
+        )
+
 
 METRICS: Mapping[str, MetricInfo] = {
     "accuracy": MetricInfo("Accuracy", "share of images correctly classified", _NO_IMAGES),
     "sensitivity": MetricInfo(
-        "Sensitivity", "share of pneumonia images called pneumonia", _NO_PNEUMONIA
+        "Sensitivity", "share of {positives} called {name}", "there are no {positives}"
     ),
-    "specificity": MetricInfo("Specificity", "share of normal images called normal", _NO_NORMAL),
+    "specificity": MetricInfo(
+        "Specificity", "share of {negatives} called {opposite}", "there are no {negatives}"
+    ),
     "ppv": MetricInfo(
-        "PPV", f"share of pneumonia calls that are correct; {_MIX}", f"{_NONE} pneumonia"
+        "PPV", f"share of {{name}} calls that are correct; {_MIX}", f"{_NONE} {{name}}"
     ),
-    "npv": MetricInfo("NPV", f"share of normal calls that are correct; {_MIX}", f"{_NONE} normal"),
-    "auroc": MetricInfo(
-        "AUROC", "chance that a pneumonia image scores above a normal one", _NEEDS_BOTH
+    "npv": MetricInfo(
+        "NPV", f"share of {{opposite}} calls that are correct; {_MIX}", f"{_NONE} {{opposite}}"
     ),
+    "auroc": MetricInfo("AUROC", "chance that {a_positive} scores above {a_negative}", _NEEDS_BOTH),
     "average_precision": MetricInfo(
         "Average precision", "area under the precision-recall curve", _NEEDS_BOTH
     ),
     "f1": MetricInfo(
-        "F1", "harmonic mean of PPV and sensitivity", "no image is, or was called, pneumonia"
+        "F1", "harmonic mean of PPV and sensitivity", "no image is, or was called, {name}"
     ),
     "mcc": MetricInfo("MCC", "correlation of calls with labels, -1 to 1 (Matthews)", _ONE_KIND),
     "brier": MetricInfo(
@@ -148,17 +156,21 @@ def calibration_bins(labels: Ints, scores: Floats) -> list[CalibrationBin]:
 class Sample:
     """Some images, laid out so that the weights of many resamples become metrics at once.
 
-    `labels` (N,), `scores` (N,) in [0, 1]; `patient_of` (N,) holds the number of each image's
-    patient among all patients of the split.
+    `labels` (N,), `scores` (N,) in [0, 1], `called` (N,) bool; `patient_of` (N,) holds the number
+    of each image's patient among all patients of the split.
     """
 
     def __init__(
-        self, labels: Ints, scores: Floats, threshold: float, patient_of: npt.NDArray[np.intp]
+        self,
+        labels: Ints,
+        scores: Floats,
+        called: npt.NDArray[np.bool_],
+        patient_of: npt.NDArray[np.intp],
     ) -> None:
         order = np.argsort(-scores, kind="stable")
         self.labels, self.patient_of = labels[order], patient_of[order]
         scores = scores[order]
-        self.calls = (scores >= threshold).astype(np.int64)
+        self.calls = called[order].astype(np.int64)
         self._cuts = _last_of_ties(scores)
         in_bin = np.eye(NUM_CALIBRATION_BINS)[_bin_of(scores)]  # (N, bins)
         self._features = np.column_stack(
@@ -207,7 +219,7 @@ class Sample:
             nothing = np.full(len(weights), math.nan)
             names = [name for name, info in METRICS.items() if info.undefined == _NEEDS_BOTH]
             return dict.fromkeys(names, nothing)
-        # called pneumonia from the top down, (R, U)
+        # called from the top down, (R, U)
         tp = np.cumsum(weights * self.labels, axis=1)[:, self._cuts]
         called = np.cumsum(weights, axis=1)[:, self._cuts]
         fp = called - tp

@@ -224,7 +224,6 @@ def _draw_calibration(figure: Figure, found: Labelled, main: OutputResults) -> N
 def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
     """The histogram of scores by class; solid bars are on the wrong side of the threshold."""
     output, counts = main.output, main.whole.counts
-    is_called = found.scores >= output.threshold
     names = [output.opposite, output.name]
     small: _Look = {"fontsize": 8.5}
     for label, bottom, colour, num_wrong in (
@@ -232,7 +231,7 @@ def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
         (1, 0.125, PNEUMONIA, counts.fn),
     ):
         axes = figure.add_axes((0.185, bottom, 0.785, 0.32))
-        own, is_wrong = found.labels == label, is_called != bool(label)
+        own, is_wrong = found.labels == label, found.called != bool(label)
         parts = [found.scores[own & is_wrong], found.scores[own & ~is_wrong]]
         red, green, blue = (1 - 0.4 * (1 - part) for part in to_rgb(colour))
         colours = [to_rgb(colour), (red, green, blue)]
@@ -245,7 +244,8 @@ def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.xaxis.set_major_formatter(_PERCENT)
-        axes.axvline(output.threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        if output.threshold is not None:
+            axes.axvline(output.threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
         bold: _Look = {"color": colour, "fontsize": 11, "fontweight": "bold"}
         for height, text, look in (
             (0.78, names[label], bold),
@@ -257,9 +257,10 @@ def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
             axes.set_xlabel(f"score: predicted probability of {output.name}")
             continue
         axes.tick_params(labelbottom=False)
-        shift, side = (-5, "right") if output.threshold > 0.75 else (5, "left")
-        text, place = f"threshold {output.threshold:.3f}", (output.threshold, 1)
-        _note(axes, text, place, (shift, 5), ha=side, color=INK, **_TOP)
+        if output.threshold is not None:
+            shift, side = (-5, "right") if output.threshold > 0.75 else (5, "left")
+            text, place = f"threshold {output.threshold:.3f}", (output.threshold, 1)
+            _note(axes, text, place, (shift, 5), ha=side, color=INK, **_TOP)
 
 
 def _draw_abstention(figure: Figure, found: Labelled, main: OutputResults) -> None:
@@ -391,12 +392,13 @@ def _square_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
     return axes
 
 
-def _mark_threshold(axes: Axes, place: tuple[float, float], threshold: float) -> None:
+def _mark_threshold(axes: Axes, place: tuple[float, float], threshold: float | None) -> None:
     x, y = place
+    text = "calls" if threshold is None else f"threshold {threshold:.3f}"
     axes.plot([x], [y], "o", color=PNEUMONIA, **_POINT)
     side, shift = ("left", 10) if x < 0.55 else ("right", -10)
     look: _Look = {"color": PNEUMONIA, "ha": side, "va": "center"}
-    _note(axes, f"threshold {threshold:.3f}", (x, y), (shift, -14 if y > 0.25 else 12), **look)
+    _note(axes, text, (x, y), (shift, -14 if y > 0.25 else 12), **look)
 
 
 def _note(

@@ -131,9 +131,9 @@ def _measured(measured: Measured) -> dict[str, object]:
 
 def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
     """The rows of predictions.csv, for networks with one output."""
-    (output,), names, labels = scores.outputs, scores.classes, scores.labels[:, 0]
+    names, labels = scores.classes, scores.labels[:, 0]
     for row, source in enumerate(scores.sources):
-        call = names[int(scores.probabilities[row, 0] >= output.threshold)]
+        call = names[int(scores.called[row, 0])]
         yield {
             "split": scores.split,
             "source": source,
@@ -159,10 +159,10 @@ def pick_examples(labels: NDArray[np.integer], *, num: int = NUM_SHOWN) -> NDArr
 
 
 def pick_mistakes(
-    labels: NDArray[np.integer], scores: Floats, *, threshold: float, num: int = NUM_SHOWN
+    labels: NDArray[np.integer], scores: Floats, called: NDArray[np.bool_], *, num: int = NUM_SHOWN
 ) -> NDArray[np.int64]:
     """Up to `num` rows: wrong calls first, and the largest errors first within each kind."""
-    is_right = (scores >= threshold) == labels.astype(bool)
+    is_right = called == labels.astype(bool)
     order = np.lexsort((-np.abs(labels - scores), is_right))
     return order[:num].astype(np.int64)
 
@@ -172,10 +172,11 @@ def _draw_sheets(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
     from xrai.results.plots import overlay
 
     found, output = scores.labelled(), scores.outputs[0]
-    is_wrong = ((found.scores >= output.threshold) != found.labels.astype(bool)).tolist()
+    is_wrong = (found.called != found.labels).tolist()
     num_wrong = f"{sum(is_wrong):,} of {len(is_wrong):,} misclassified"
-    note = f"label and score; {num_wrong} at {output.threshold:.3f}"
-    worst = pick_mistakes(found.labels, found.scores, threshold=output.threshold)
+    at = "" if output.threshold is None else f" at {output.threshold:.3f}"
+    note = f"label and score; {num_wrong}{at}"
+    worst = pick_mistakes(found.labels, found.scores, found.called)
     for name, heading, rows in (
         ("examples", f"Examples of the {scores.split} split", pick_examples(found.labels)),
         ("mistakes", f"The largest errors on the {scores.split} split", worst),

@@ -6,6 +6,7 @@ by its hash. `xrai.run` and `xrai.evaluate` call it. Every number is one of the 
 """
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 import math
@@ -21,7 +22,7 @@ import xrai
 from xrai.results import history, style
 from xrai.results.history import EpochRow
 from xrai.results.metrics import HEADLINES, METRICS, format_interval, format_value
-from xrai.results.types import DatasetFacts, Estimate, OutputResults, SplitResults, Training
+from xrai.results.types import DatasetFacts, Estimate, Output, OutputResults, SplitResults, Training
 
 _NUM_BARS = 50  # of the explorer's histogram
 _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
@@ -60,14 +61,14 @@ class Shown:
     width: float | None
 
 
-def show(name: str, estimate: Estimate) -> Shown:
-    """An estimate in words and as places on a bar."""
+def show(name: str, estimate: Estimate, *, output: Output) -> Shown:
+    """An estimate of an output in words and as places on a bar."""
     interval = format_interval(name, estimate.low, estimate.high)
     is_on_bar = name not in _NOT_ON_A_BAR
     has_range = is_on_bar and bool(interval)
     return Shown(
         title=METRICS[name].title,
-        meaning=METRICS[name].meaning,
+        meaning=METRICS[name].of(output).meaning,
         value=format_value(name, estimate.value),
         interval=interval,
         reason=estimate.reason if estimate.is_undefined else "",
@@ -107,7 +108,7 @@ def render_report(page: Page, folder: Path) -> str:
         explorer=explore(page.results.main),
         base64=lambda name: base64.b64encode((folder / name).read_bytes()).decode("ascii"),
         has=lambda name: (folder / name).exists(),
-        show=show,
+        show=functools.partial(show, output=page.results.main.output),
         history_cell=_format_cell,
         history_columns=history.COLUMNS,
         metrics=METRICS,

@@ -46,7 +46,7 @@ class MainResults:
     auroc: Number
     intervals: Mapping[str, tuple[Number, Number]]
     counts: Counts
-    threshold: float
+    threshold: Number
     threshold_source: str
     temperature: float
     review: ReviewSummary
@@ -155,7 +155,7 @@ def result_lines(
         "accuracy": f"{counts.tp + counts.tn:,} of {num_images:,} {correct}",
         "sensitivity": f"{counts.tp:,} of {counts.num_positive:,} pneumonia images found",
         "specificity": f"{counts.tn:,} of {counts.num_negative:,} normal {correct}",
-        "auroc": f"threshold {results.threshold:.3f}, {results.threshold_source}",
+        "auroc": f"threshold {results.threshold or 0:.3f}, {results.threshold_source}",
     }
     phantoms = "; drawn phantoms, not patients" if results.is_phantom else ""
     lines = [

@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from xrai.results.calibration import Floats, Ints, calibrated
+from xrai.labels import LabelSpec, Task
+from xrai.results.calibration import Floats, Ints, calibrated, softmax
 
 REVIEW: Final = "review"  # the decision for an image unlike the training images
 _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the public set's file names
@@ -22,21 +23,64 @@ _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the pub
 
 @dataclass(frozen=True)
 class Output:
-    """One thing that a network looks for, and how its logit is read."""
+    """One class or finding that a network looks for, and how its logit is read."""
 
     name: str  # for people: "pneumonia"
     opposite: str  # what an image is that shows none of it: "normal"
     temperature: float
-    threshold: float  # of the calibrated score
+    threshold: float | None  # of the calibrated score; None: the class with the highest is called
     threshold_source: str  # in words
+    task: Task = "binary"  # of the network
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        """How to speak of the images that show it (`positives`), of the others, and of one each."""
+        name, opposite = self.name, self.opposite
+        if self.task == "multiclass":
+            found = (f"images of class {name}", "images of other classes")
+            one = (f"an image of class {name}", "one of another class")
+        elif self.task == "multilabel":
+            found = (f"images with {name}", f"images without {name}")
+            one = (f"an image with {name}", "one without it")
+        else:
+            found = (f"{name} images", f"{opposite} images")
+            one = (f"{_article(name)} {name} image", f"{_article(opposite)} {opposite} one")
+        both = "images of both classes" if self.task == "binary" else " and ".join(found)
+        return {
+            **{"name": name, "opposite": opposite, "both": both},
+            **dict(zip(("positives", "negatives"), found, strict=True)),
+            **dict(zip(("a_positive", "a_negative"), one, strict=True)),
+        }
 
 
-def binary_output(
-    classes: Sequence[str], *, temperature: float, threshold: float, threshold_source: str
-) -> Output:
-    """The one output of a network that tells two classes apart: it looks for the second."""
-    opposite, name = (each.lower() for each in classes)
-    return Output(name, opposite, float(temperature), float(threshold), threshold_source)
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in "aeiou" else "a"
+
+
+def outputs_of(
+    spec: LabelSpec, temperatures: Sequence[float], thresholds: Sequence[float], source: str
+) -> tuple[Output, ...]:
+    """The outputs of a network for these labels, `source` saying where thresholds come from.
+
+    Two classes have one output, which looks for the second. Classes share one temperature and have
+    no thresholds, findings have one of each.
+    """
+    if spec.task == "multiclass":
+        (temperature,) = temperatures
+        source = "the class with the highest score is called"
+        return tuple(
+            Output(name, f"not {name}", float(temperature), None, source, spec.task)
+            for name in spec.classes
+        )
+    names = [(name, f"no {name}") for name in spec.classes]
+    if spec.task == "binary":
+        names = [(spec.classes[1].lower(), spec.classes[0].lower())]
+    return tuple(
+        Output(name, opposite, float(temperature), float(threshold), source, spec.task)
+        for (name, opposite), temperature, threshold in zip(
+            names, temperatures, thresholds, strict=True
+        )
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +91,7 @@ class Labelled:
     labels: Ints  # (n,) 0 or 1
     logits: Floats  # (n,)
     scores: Floats  # (n,) in [0, 1]
+    called: npt.NDArray[np.bool_]  # (n,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +99,8 @@ class Scores:
     """The logits of one split of N images for C outputs, and what is known of each image."""
 
     split: str
-    classes: tuple[str, ...]  # as the data set names them
+    task: Task
+    classes: tuple[str, ...]  # or findings, as the data set names them
     outputs: tuple[Output, ...]  # C of them: one for two classes
     labels: npt.NDArray[np.int8]  # (N, C): 1 present, 0 absent, -1 unknown
     logits: Floats  # (N, C)
@@ -86,9 +132,46 @@ class Scores:
 
     @cached_property
     def probabilities(self) -> Floats:
-        """Calibrated scores (N, C)."""
-        columns = [calibrated(self.logits[:, c], o.temperature) for c, o in enumerate(self.outputs)]
+        """Calibrated scores (N, C); those of classes sum to 1 in each row."""
+        return self._scored([output.temperature for output in self.outputs])
+
+    @cached_property
+    def uncalibrated(self) -> Floats:
+        """Scores at temperature 1, (N, C)."""
+        return self._scored([1.0] * len(self.outputs))
+
+    def _scored(self, temperatures: Sequence[float]) -> Floats:
+        if self.task == "multiclass":
+            return softmax(self.logits, temperatures[0])
+        columns = [calibrated(self.logits[:, c], each) for c, each in enumerate(temperatures)]
         return np.stack(columns, axis=1)
+
+    @cached_property
+    def called(self) -> npt.NDArray[np.bool_]:
+        """Which outputs each image is called, (N, C): the class with the highest score, or each
+        one whose score reaches its threshold.
+        """
+        thresholds = [output.threshold for output in self.outputs]
+        if None not in thresholds:
+            found: npt.NDArray[np.bool_] = self.probabilities >= np.array(thresholds, np.float64)
+            return found
+        # of the logits: probabilities of very sure calls round to ties
+        called: npt.NDArray[np.bool_] = self.logits.argmax(axis=1)[:, None] == np.arange(
+            len(self.outputs)
+        )
+        return called
+
+    @cached_property
+    def certainty(self) -> Floats:
+        """How far each call is from another one, (N, C), as a difference of calibrated logits."""
+        scaled = self.logits / np.array([output.temperature for output in self.outputs])
+        if self.task == "multiclass":
+            order = np.sort(scaled, axis=1)
+            limits = np.where(self.called, order[:, -2:-1], order[:, -1:])  # the best other class
+        else:
+            limits = np.array([_logit(output.threshold or 0.0) for output in self.outputs])
+        found: Floats = np.abs(scaled - limits)
+        return found
 
     @cached_property
     def in_review(self) -> npt.NDArray[np.bool_]:
@@ -100,8 +183,13 @@ class Scores:
     def labelled(self, column: int = 0) -> Labelled:
         """The images whose label for an output is known."""
         rows = np.flatnonzero(self.labels[:, column] >= 0)
-        labels = self.labels[rows, column].astype(np.int64)
-        return Labelled(rows, labels, self.logits[rows, column], self.probabilities[rows, column])
+        columns = (each[rows, column] for each in (self.logits, self.probabilities, self.called))
+        return Labelled(rows, self.labels[rows, column].astype(np.int64), *columns)
+
+
+def _logit(share: float) -> float:
+    tiny = float(np.finfo(np.float64).tiny)
+    return math.log(max(share, tiny)) - math.log(max(1 - share, tiny))
 
 
 def needs_review(atypicality: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -260,19 +348,39 @@ class SplitResults:
     """All that was measured on one split."""
 
     split: str
+    task: Task
     num_images: int
     num_patients: int
     num_groups: int
     is_phantom: bool
     outputs: tuple[OutputResults, ...]
+    abstention: Abstention  # of all outputs together; of two classes, that of the one output
     num_bootstrap: int
     seed: int
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    # Of several outputs, by the names in `METRICS`; both are empty for two classes
+    macro: Mapping[str, Estimate] = field(default_factory=dict)  # means over outputs
+    micro: Mapping[str, Estimate] = field(default_factory=dict)  # of all outputs' pooled labels
+    # metric -> outputs without a value, which its macro mean leaves out
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # images by class (rows) and call (columns), (C, C); None unless classes exclude each other
+    confusion: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def main(self) -> OutputResults:
         """The first output, which is the only one of a network for two classes."""
         return self.outputs[0]
+
+    @property
+    def headline(self) -> Mapping[str, Estimate]:
+        """The metrics that are said first: the one output's, or the macro means of several."""
+        return self.macro or self.main.whole.metrics
+
+    @property
+    def worst(self) -> OutputResults | None:
+        """The output with the lowest AUROC; None where none has one."""
+        known = [each for each in self.outputs if not each.whole.metrics["auroc"].is_undefined]
+        return min(known, key=lambda each: each.whole.metrics["auroc"].value, default=None)
 
 
 @dataclass(frozen=True)
