@@ -161,6 +161,13 @@ def test_the_stored_pixels_are_those_of_decode(run: Callable[..., Done], tmp_pat
     assert index.pixel_std == pytest.approx(train.std(), rel=1e-9)
 
 
+def test_the_name_of_a_source_that_is_not_utf_8_is_written_as_text(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source = write_files(tmp_path / "chest\udcff", source_files())
+    assert make(run, source, tmp_path / "dataset").source == "chest\ufffd"
+
+
 def test_the_shards_say_how_large_each_source_image_was(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:

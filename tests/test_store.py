@@ -185,7 +185,8 @@ def test_of_many_writers_of_one_commit_mark_one_wins(
 
 
 @pytest.mark.parametrize(
-    "key", ["", "/etc/passwd", "../secret", "a/../../b", "a//b", "a/", ".", "a/.", "a\0b"]
+    "key",
+    ["", "/etc/passwd", "../secret", "a/../../b", "a//b", "a/", ".", "a/.", "a\0b", "a\ud800"],
 )
 @pytest.mark.parametrize("address", ["/some/folder", "s3://bucket/prefix"])
 def test_a_key_that_could_leave_the_store_is_refused(
@@ -203,6 +204,16 @@ def test_a_key_that_could_leave_the_store_is_refused(
     for call in calls:
         with pytest.raises(StoreError, match="is not a key"):
             call()
+
+
+def test_a_name_that_is_not_utf_8_is_a_key_of_a_folder_alone(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("film\udcff", b"x")
+    assert [found.key for found in store.list()] == ["film\udcff"]
+    with pytest.raises(StoreError, match="keys in a bucket are UTF-8"):
+        open_store("s3://bucket/prefix").read("film\udcff")
+    with pytest.raises(StoreError, match="keys in a bucket are UTF-8"):
+        open_store("s3://bucket/\udcff").read("film")
 
 
 @given(st.text(alphabet="ab./", max_size=12))

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from tests.training import Finished
 from xrai.dataset.shards import DatasetIndex, compute_fingerprint
 from xrai.dataset.shards import _hash_json as hash_json
-from xrai.errors import ConfigError, RunError, XraiError
+from xrai.errors import ConfigError, CorruptError, RunError, XraiError
 from xrai.evaluate import read_facts
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.results.folder import RunFolder
@@ -85,6 +85,31 @@ def test_an_index_of_other_types_is_refused_though_its_hash_is_right(finished: F
     for damaged in ("", "[]", "null", "[" * 100_000, "1" * 5000):
         with pytest.raises(XraiError, match="is not the index of a data set"):
             DatasetIndex.from_json(damaged, where="index")
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("more than 1000000", lambda index, shard: shard.update(num_rows=2**62)),
+        ("has no images", lambda index, shard: shard.update(num_rows=0)),
+        (
+            "its classes are 'NORMAL', 'NORMAL'",
+            lambda index, _: index.update(classes=["NORMAL"] * 2),
+        ),
+        ("surrogates", lambda index, _: index.update(classes=["NORMAL", "\ud800"])),
+        ("is not a key", lambda index, _: index["objects"][0].update(name="\ud800")),
+        ("its images are 64 and 32 wide", lambda index, _: index.update(image_size=64)),
+    ],
+)
+def test_a_forged_index_is_refused_though_its_hash_is_right(
+    finished: Finished, words: str, change: Callable[[dict[str, Any], dict[str, Any]], None]
+) -> None:
+    values = json.loads((finished.dataset / "dataset.json").read_text())
+    del values["index_sha256"]
+    change(values, values["splits"]["train"][0])
+    text = json.dumps(values | {"index_sha256": hash_json(values)})
+    with pytest.raises(CorruptError, match=words):
+        DatasetIndex.from_json(text, where="index")
 
 
 def test_config_and_environment_of_other_types_are_refused(

@@ -95,6 +95,10 @@ def test_a_folder_store_holds_the_run_itself_and_summary_names_every_file(run: R
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
 
 
+def test_a_name_that_is_not_utf_8_does_not_end_a_run(run: RunFolder) -> None:
+    assert run.write_text("report.html", "films of \udcff").read_bytes() == b"films of ?"
+
+
 def test_opening_a_finished_run_withdraws_its_summary(run: RunFolder) -> None:
     run.write_text("config.yaml", "a: {}\n")
     run.finish({})

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.config import flatten
-from xrai.errors import CorruptError, DatasetError, NotFoundError
+from xrai.errors import CorruptError, DatasetError, NotFoundError, StoreError
 from xrai.files import sha256_of, write_atomically
-from xrai.store import Store
+from xrai.store import Store, check_key
 from xrai.tables import from_plain, load_json
 
 SCHEMA_VERSION: Final = 1
@@ -38,6 +38,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}-of-\d{5,}\.h5")
 _PAGE_BYTES = 4096
 _NUM_INDEX_READS = 3
+_MAX_ROWS = 1_000_000  # of a shard, as in the config
 
 
 def shard_name(split: str, number: int, num_shards: int) -> str:
@@ -312,18 +313,27 @@ class DatasetIndex:
         try:
             index: DatasetIndex = from_plain(cls, mapping)
             index._check()
-        except ValueError as error:
+        except (ValueError, StoreError) as error:
             raise CorruptError(f"{where} is not the index of a data set: {error}") from error
         return index
 
     def _check(self) -> None:
-        """Raise `ValueError` for what xrai never writes, `ConfigError` for an unknown config."""
+        """Raise `ValueError` or `StoreError` for what xrai never writes, `ConfigError` for an
+        unknown config.
+        """
         infos = [info for infos in self.splits.values() for info in infos]
         if not all(is_shard_name(info.name.removeprefix(self.place)) for info in infos):
             raise ValueError("it lists shards under names that xrai never writes")
         hashes = [self.fingerprint, *(info.sha256 for info in self.all_objects())]
         if not all(_HASH.fullmatch(text) for text in hashes):
             raise ValueError("a hash is none")
+        for info in self.all_objects():
+            check_key(info.name)
+        "".join(self.classes).encode()  # raises `ValueError` where it is not text
+        if len({*self.classes}) < len(self.classes) or not all(self.classes):
+            raise ValueError(f"its classes are {', '.join(map(repr, self.classes))}")
+        if not all(0 < info.num_rows <= _MAX_ROWS for info in infos):
+            raise ValueError(f"a shard has no images, or more than {_MAX_ROWS}")
         counts = [(info.num_rows, *info.num_rows_per_class) for info in infos]
         if not all(len(each) == 1 + len(self.classes) and min(each) >= 0 for each in counts):
             raise ValueError("the rows of a shard are not counted class by class")
@@ -333,6 +343,8 @@ class DatasetIndex:
         keys = flatten(self.config, where="in the config of dataset.json")
         if not {"images.fit", "images.size"} <= keys.keys():
             raise ValueError("its config lacks images.fit or images.size")
+        if self.image_size != keys["images.size"]:
+            raise ValueError(f"its images are {self.image_size} and {keys['images.size']} wide")
 
 
 def compute_fingerprint(index: DatasetIndex) -> str:

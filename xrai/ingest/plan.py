@@ -21,7 +21,7 @@ from xrai.ingest.layout import Layout, lay_out
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import assign_splits, refuse_missing_class
-from xrai.log import get_logger
+from xrai.log import get_logger, printable
 
 # The sections of the config that decide what a data set holds
 SHAPING_SECTIONS: Final = ("images", "splits", "shards")
@@ -85,7 +85,7 @@ def list_source(
         _logger.info("%s", words)
     listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)
     said = [] if table is None else _in_list(json.dumps(asdict(entry)) for entry in layout.entries)
-    return Listing(source.name, layout, _hash_of_texts(chain(listed, said)), key)
+    return Listing(printable(source.name), layout, _hash_of_texts(chain(listed, said)), key)
 
 
 def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:

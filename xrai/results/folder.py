@@ -163,8 +163,8 @@ class RunFolder:
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file of the run in UTF-8."""
-        return self.write(name, text.encode())
+        """Write a text file of the run in UTF-8; names that are not show as "?"."""
+        return self.write(name, text.encode(errors="replace"))
 
     def write_json(self, name: str, value: object) -> Path:
         """Write plain values as JSON; see `to_json`."""

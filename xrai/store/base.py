@@ -1,5 +1,6 @@
 """What a store is: objects under keys, behind one small interface."""
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -119,7 +120,12 @@ def check_key(key: str) -> str:
     """`key` itself, if it is a relative path that stays inside the store; raises `StoreError` if
     it is not.
     """
-    if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+    try:
+        os.fsencode(key)
+        is_name = "\0" not in key
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name or any(part in ("", ".", "..") for part in key.split("/")):
         raise StoreError(
             f"{key!r} is not a key: keys are relative paths such as report/card.md, without '..' "
             "and '//'"

@@ -112,7 +112,12 @@ class S3Store(Store):
         return None
 
     def _name(self, key: str) -> str:
-        return self._prefix + check_key(key)
+        name = self._prefix + check_key(key)
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise errors.StoreError(f"{name!r} is not a key: keys in a bucket are UTF-8") from error
+        return name
 
     def _put(self, key: str, data: bytes, **conditions: str) -> None:
         self._ask("written", key, "put_object", Key=self._name(key), **_body(data), **conditions)
