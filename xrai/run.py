@@ -128,7 +128,7 @@ class Job:
                 "use auto"
             )
         if found is not None:
-            refuse_other_run(found[1]["facts"], self.facts, name=found[0].file)
+            refuse_other_run(found[1].get("facts"), self.facts, name=found[0].file)
         changed = self._changed()
         if resume != "changed" and not all(text.startswith(_LIMITS) for text in changed):
             raise RunError(
@@ -214,7 +214,7 @@ class Job:
         _logger.info("%s", row)
         return shifted_auroc if np.isfinite(shifted_auroc) else -result.val_loss
 
-    def best(self) -> tuple[int, dict[str, torch.Tensor]]:
+    def best(self) -> tuple[int, Any]:
         """The epoch with the best score, counted from 1, and its averaged weights."""
         found = self.checkpoints.best() or self.checkpoints.newest()
         if found is None:
@@ -223,7 +223,7 @@ class Job:
                 "measure"
             )
         entry, state = found
-        return entry.epoch, state["average"]
+        return entry.epoch, state.get("average")
 
     def conclude(self, trained: Trained, *, began: float) -> list[str]:
         """Write model.pt and all results, summary.json last; return the lines to end with."""

@@ -28,6 +28,7 @@ from xrai.dataset.verify import find_faults_soon
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
 from xrai.files import cache_folder, num_cores
 from xrai.learning import loop
+from xrai.learning.checkpoint import load_weights
 from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
 from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
@@ -175,16 +176,12 @@ def call_on_main(job: "Job | None", work: Callable[["Job"], T], *, ranks: Ranks)
 
 
 def score(
-    best: tuple[int, dict[str, torch.Tensor]],
-    config: Config,
-    loaders: dict[str, Loader],
-    *,
-    ranks: Ranks,
+    best: tuple[int, Any], config: Config, loaders: dict[str, Loader], *, ranks: Ranks
 ) -> Trained:
     """Score the images held out with the weights of the best epoch."""
     epoch, weights = best
     network = build_model(config.model)
-    network.load_state_dict(weights)
+    load_weights(network, weights)
     network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
     predict = functools.partial(predict_split, network, ranks=ranks, typicality=typicality)

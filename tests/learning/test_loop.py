@@ -1,6 +1,8 @@
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 
 from tests.learning.fakes import FakeBatch, FakeLoader, Outcome, train_discs
 from xrai.config import Checkpoint, Config, Optim, Train
-from xrai.errors import ConfigError, TrainingError, UserError
+from xrai.errors import ConfigError, CorruptError, TrainingError, UserError
+from xrai.files import sha256_of
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size, resolve_precision
 from xrai.learning.optim import class_weights, image_losses
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
+WEIGHT = "head.weight"  # of the network
 
 
 @pytest.fixture
@@ -68,6 +72,49 @@ def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(
         assert not second.stopped
         assert first.losses + second.losses == whole.losses
         assert same(whole, second), f"stopped after step {step}"
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("weights of this network", lambda state: state.pop("model")),
+        ("weights of this network", lambda state: state.update(average={"head.weight": 1})),
+        ("size mismatch", lambda state: state["model"].update({WEIGHT: torch.zeros(3)})),
+        ("not finite: " + WEIGHT, lambda state: state["average"][WEIGHT].fill_(math.nan)),
+        ("KeyError", lambda state: state.pop("optimizer")),
+        ("the optimizer's moments", lambda state: state["optimizer"]["state"][0].pop("exp_avg")),
+        (
+            "the optimizer's moments",
+            lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        ),
+        ("Progress", lambda state: state["progress"].update(step="3")),
+        ("Progress", lambda state: state["progress"].update(step=-10)),
+        ("'other'", lambda state: state["progress"].update(other=1)),
+        ("not enough values", lambda state: state.update(sums=[[1.0]])),
+        ("NaN", lambda state: state.update(sums=[[1.0, math.nan, 1]])),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_though_its_hash_is_right(
+    alone: Ranks, tmp_path: Path, words: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    train_discs(SMALL, ranks=alone, folder=tmp_path, stop_after=3)
+    (path,) = (tmp_path / "checkpoints").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    for mark in path.parent.glob("*.json"):
+        facts = {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        mark.write_text(json.dumps(json.loads(mark.read_text()) | facts))
+    with pytest.raises(CorruptError, match=words):
+        train_discs(SMALL, ranks=alone, folder=tmp_path)
+
+
+def test_a_resumed_run_takes_a_changed_weight_decay(alone: Ranks, tmp_path: Path) -> None:
+    train_discs(SMALL, ranks=alone, folder=tmp_path / "a", stop_after=3)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    other = changed(SMALL, optim={"weight_decay": 0.5})
+    same_decay = train_discs(SMALL, ranks=alone, folder=tmp_path / "a")
+    assert not same(same_decay, train_discs(other, ranks=alone, folder=tmp_path / "b"))
 
 
 def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: Path) -> None:

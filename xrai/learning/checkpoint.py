@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from xrai.errors import CorruptError, NotFoundError, RunError
 from xrai.files import is_temporary, replacing, sha256_of, write_atomically
@@ -42,6 +43,8 @@ _UNREADABLE = (
     struct.error,
     OSError,  # zipfile seeks to where a damaged header points
 )
+# What Python and torch raise on plain values and tensors that are not those that were saved
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _logger = get_logger(__name__)
 
 
@@ -224,8 +227,28 @@ def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str,
     return state
 
 
-def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], *, name: str) -> None:
-    """Raise `RunError` naming the first fact in which a checkpoint differs from this run."""
+def load_weights(model: nn.Module, weights: Any) -> None:
+    """Give a model the weights of a checkpoint. Raises `CorruptError` if they are not finite, or of
+    another network.
+    """
+    try:
+        model.load_state_dict(weights)
+    except MISFITS as error:
+        cause = " ".join(str(error).split())
+        raise CorruptError(
+            f"a checkpoint does not hold the weights of this network: {cause}"
+        ) from error
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CorruptError(f"a checkpoint holds weights that are not finite: {name}")
+
+
+def refuse_other_run(saved: Any, current: dict[str, Any], *, name: str) -> None:
+    """Raise `RunError` naming the first fact in which a checkpoint differs from this run,
+    `CorruptError` if it holds no facts.
+    """
+    if not isinstance(saved, dict):
+        raise CorruptError(f"checkpoint {name} does not say of which run it is")
     for fact, value in current.items():
         if saved.get(fact) != value:
             raise RunError(

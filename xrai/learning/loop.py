@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xrai.config import Config, Train
-from xrai.errors import ConfigError, StoppedError, TrainingError, UserError
+from xrai.errors import ConfigError, CorruptError, StoppedError, TrainingError, UserError
 from xrai.learning import optim
 from xrai.learning.augment import augment
 from xrai.learning.batch import Batch, Loader, to_grey
-from xrai.learning.checkpoint import CheckpointFolder
+from xrai.learning.checkpoint import MISFITS, CheckpointFolder, load_weights
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import Predictions, predict_split
 from xrai.log import get_logger, progress
@@ -196,13 +196,26 @@ class Training:
         self.setup.ranks.on_main(write)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.precision.name == "fp16" and state["scaler"]:
-            self.precision.scaler.load_state_dict(state["scaler"])
-        self.done = done = Progress(**state["progress"])
-        sums, ranks = state["sums"], self.setup.ranks
+        """Go on from a checkpoint. Raises `CorruptError` if it holds something else."""
+        load_weights(self.model, state.get("model"))
+        load_weights(self.average, state.get("average"))
+        try:
+            optim.restore(self.optimizer, state["optimizer"])
+            if self.precision.name == "fp16" and state["scaler"]:
+                self.precision.scaler.load_state_dict(state["scaler"])
+            self.done = done = Progress(**state["progress"])
+            self._restore_sums(state["sums"])
+            values = vars(done).items()
+            is_kind = all(type(value) is type(getattr(Progress, name)) for name, value in values)
+            if not is_kind or min(done.epoch, done.batch, done.step, done.best_epoch + 1) < 0:
+                raise ValueError(f"{done}")
+        except MISFITS as error:
+            raise CorruptError(
+                f"a checkpoint does not hold the state of a training: {error!r}"
+            ) from error
+
+    def _restore_sums(self, sums: list[list[float]]) -> None:
+        done, ranks = self.done, self.setup.ranks
         if len(sums) != ranks.world_size:  # another world size: rank 0 takes over all sums
             total = [math.fsum(column) for column in zip(*sums, strict=True)]
             sums = [total] + [[0.0, 0.0, 0.0]] * (ranks.world_size - 1)

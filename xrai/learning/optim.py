@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,24 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
     )
+
+
+def restore(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Give an optimizer the moments of a checkpoint; its rates and decays stay its own.
+
+    Raises `ValueError` or what torch raises if they are none of its parameters.
+    """
+    own = [{**group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rates in zip(optimizer.param_groups, own, strict=True):
+        group.update(rates)
+    moments = {"step", "exp_avg", "exp_avg_sq"}
+    if isinstance(optimizer, torch.optim.SGD):
+        moments = {"momentum_buffer"}
+    for parameter, found in optimizer.state.items():
+        shapes = {tensor.shape for tensor in found.values()}
+        if {*found} != moments or not shapes <= {parameter.shape, torch.Size()}:
+            raise ValueError(f"the optimizer's moments are {sorted(found)}, {shapes}")
 
 
 def learning_rate(step: int, *, num_steps: int, config: Optim) -> float:

@@ -15,7 +15,7 @@ from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
-from xrai.learning.checkpoint import NUM_TRANSFERS, read_state, write_state
+from xrai.learning.checkpoint import MISFITS, NUM_TRANSFERS, read_state, write_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import ResNet, fold_filters
 from xrai.learning.typicality import SHIFT_SEED, Typicality
@@ -167,7 +167,7 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
         )
     try:
         return _build(content)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MISFITS as error:
         raise CorruptError(
             f"{MODEL_FILE} of {store.uri} does not hold what a run saves: {error}"
         ) from error
