@@ -5,6 +5,15 @@ They show no patient and teach nothing about real ones.
 
 from xrai.phantom.anatomy import Phantom, plan
 from xrai.phantom.draw import draw_phantom
+from xrai.phantom.findings import FINDINGS, plan_findings
 from xrai.phantom.folder import encode, make_phantoms
 
-__all__ = ["Phantom", "draw_phantom", "encode", "make_phantoms", "plan"]
+__all__ = [
+    "FINDINGS",
+    "Phantom",
+    "draw_phantom",
+    "encode",
+    "make_phantoms",
+    "plan",
+    "plan_findings",
+]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xrai.command import Parser, run_command
 from xrai.log import setup_logging
-from xrai.phantom.folder import SUFFIXES, make_phantoms
+from xrai.phantom.folder import SUFFIXES, TASKS, make_phantoms
 
 
 def main() -> None:
@@ -20,6 +20,13 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder: new, empty or of phantoms")
     add("--num-images", type=int, default=600, metavar="N", help="how many images, at least 2")
+    add(
+        "--task",
+        choices=TASKS,
+        default="binary",
+        help="what to tell apart: NORMAL and PNEUMONIA; NORMAL, BACTERIAL and VIRAL; or six "
+        "findings, with labels.csv",
+    )
     add("--seed", type=int, default=0, metavar="S", help="the same seed draws the same images")
     add("--format", choices=tuple(SUFFIXES), default="png", dest="image_format", help="file format")
     add("--full-size", action="store_true", help="1,000 to 2,500 pixels wide, not 160 to 320")

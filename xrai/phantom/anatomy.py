@@ -1,4 +1,5 @@
 """What is drawn at random: which phantoms there are, each patient's body, and what pneumonia adds.
+The findings of other phantoms are in `findings`.
 
 Places are in the chest's own frame: u is 0 on the midline, -1 and 1 at the widest part of the rib
 cage (the patient's left is at u > 0, on the right, as radiologists look at it); v is 0 at the tips
@@ -10,7 +11,7 @@ are drawn, or by whom.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Kind = Literal["normal", "bacteria", "virus"]
+Kind = Literal["normal", "bacteria", "virus", "findings"]
+Finding = Literal[
+    "Cardiomegaly", "Consolidation", "Effusion", "Infiltration", "Nodule", "Pneumothorax"
+]
 Array = NDArray[np.floating]  # float32 for images
 Line = tuple[list[tuple[float, float]], float]  # (u, v) points and a width
 
@@ -37,11 +41,14 @@ def generator(seed: int, *key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Phantom:
-    """One image to draw: the image-th (from 0) of a patient (from 1)."""
+    """One image to draw: the image-th (from 0) of a patient (from 1). The kind "findings" shows the
+    findings listed, or none.
+    """
 
     patient: int
     image: int
     kind: Kind
+    findings: frozenset[Finding] = frozenset()
 
     @property
     def label(self) -> str:
@@ -50,7 +57,11 @@ class Phantom:
 
     @property
     def stem(self) -> str:
-        """The file name without its suffix: as in the public data set, behind `phantom-`."""
+        """The file name without its suffix: as in the public data set, behind `phantom-`; with
+        findings, patient and image.
+        """
+        if self.kind == "findings":
+            return f"phantom-{self.patient:06d}-{self.image + 1}"
         if self.kind == "normal":
             return f"phantom-IM-{self.patient:04d}-{self.image + 1:04d}"
         return f"phantom-person{self.patient}_{self.kind}_{self.image + 1}"
@@ -68,11 +79,18 @@ def plan(seed: int) -> Iterator[Phantom]:
     show many patients.
     """
     for block in itertools.count():
-        chosen = generator(seed, 0, block).integers(len(_NUM_IMAGES_OF_PATIENT), size=len(_KINDS))
-        for image in range(max(_NUM_IMAGES_OF_PATIENT)):
-            for position, kind in enumerate(_KINDS):
-                if image < _NUM_IMAGES_OF_PATIENT[chosen[position]]:
-                    yield Phantom(block * len(_KINDS) + position + 1, image, kind)
+        first = block * len(_KINDS) + 1
+        patients = [Phantom(first + position, 0, kind) for position, kind in enumerate(_KINDS)]
+        yield from images_of(patients, generator(seed, 0, block))
+
+
+def images_of(patients: Sequence[Phantom], rng: np.random.Generator) -> Iterator[Phantom]:
+    """One to four images of each patient: all first images, then the second ones, and so on."""
+    chosen = rng.integers(len(_NUM_IMAGES_OF_PATIENT), size=len(patients))
+    for image in range(max(_NUM_IMAGES_OF_PATIENT)):
+        for patient, number in zip(patients, chosen, strict=True):
+            if image < _NUM_IMAGES_OF_PATIENT[number]:
+                yield replace(patient, image=image)
 
 
 def _between(*ranges: tuple[float, float]) -> Any:
@@ -199,14 +217,38 @@ class Lobe:
 
 
 @dataclass(frozen=True)
+class Nodule:
+    """A ball in a lung. `side` is -1 or 1; the density is that of its middle."""
+
+    side: int
+    m: float
+    v: float
+    radius: float
+    density: float
+
+
+@dataclass(frozen=True)
+class Pneumothorax:
+    """Air beside a lung that has shrunk: by `gap` from the ribs, by `drop` from its tip."""
+
+    side: int
+    gap: float
+    drop: float
+
+
+@dataclass(frozen=True)
 class Disease:
-    """What pneumonia adds. Haze and reticulation are strengths for the (right, left) lung."""
+    """What pneumonia and findings add. Pairs are strengths for the (right, left) lung."""
 
     opacities: tuple[Opacity, ...] = ()
     lobes: tuple[Lobe, ...] = ()
     haze: tuple[float, float] = (0.0, 0.0)
     reticulation: tuple[float, float] = (0.0, 0.0)
-    effusion: tuple[float, float] = (0.0, 0.0)
+    effusion: tuple[float, float] = (0.0, 0.0)  # of pneumonia: a diaphragm that is blunted
+    fluid: tuple[float, float] = (0.0, 0.0)  # height of an effusion with a meniscus
+    heart_ratio: float = 0.0  # width of heart to width of chest; 0: the body's own
+    nodules: tuple[Nodule, ...] = ()
+    pneumothorax: Pneumothorax | None = None
 
 
 # m, v, radius_m, radius_v, angle, density, softness, roughness

@@ -14,9 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from xrai.phantom.anatomy import Anatomy, Disease, Phantom, draw_anatomy, draw_disease, generator
+from xrai.phantom.anatomy import (
+    Anatomy,
+    Disease,
+    Nodule,
+    Phantom,
+    Pneumothorax,
+    draw_anatomy,
+    draw_disease,
+    generator,
+)
+from xrai.phantom.findings import draw_findings
 
 Array = NDArray[np.floating]  # float32
+_ASPECT = 0.62  # a step of 1 in v is as long as this one in u, on average
+_CAGE = 0.95  # half the inner width of the rib cage
 _DRAWN_WIDTH_MAX = 640  # soft structures of wider images are drawn at this width and enlarged
 _PIXELS_A_STRIP = 12_000  # 48 kB as float32
 
@@ -27,7 +39,7 @@ _Pose = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 def _draw_pose(rng: np.random.Generator, width: int, height: int) -> _Pose:
     unit_v = min(height, width / 1.12) * rng.uniform(0.55, 0.74)
-    unit_u = unit_v * 0.62 * rng.uniform(0.92, 1.10)
+    unit_u = unit_v * _ASPECT * rng.uniform(0.92, 1.10)
     turn = math.radians(float(np.clip(rng.normal(0, 4), -10, 10)))
     shear = rng.uniform(-0.05, 0.05)
     x0 = width * (0.5 + rng.uniform(-0.05, 0.05))
@@ -162,14 +174,26 @@ def _flesh(at: _Strip, anatomy: Anatomy) -> Array:
     return body
 
 
-def _middle(at: _Strip, anatomy: Anatomy) -> Array:
+def _heart_scale(anatomy: Anatomy, ratio: float) -> float:
+    """How much larger a heart is whose width is `ratio` of the chest's; 1 for a ratio of 0."""
+    if not ratio:
+        return 1.0
+    angle = anatomy.heart_angle
+    left = math.hypot(anatomy.heart_width * math.cos(angle), 0.25 * math.sin(angle))
+    return (2 * _CAGE * ratio - anatomy.heart_u - 0.06) / (left + 0.22)
+
+
+def _middle(at: _Strip, anatomy: Anatomy, heart_ratio: float) -> Array:
     """The heart and what else lies between the lungs, 0 to 1."""
     half_width = anatomy.mediastinum + 0.03 * np.cos(9 * at.v) + 0.14 * _ramp(at.v - 0.45, 0.5)
     middle = _ramp(half_width - at.lateral, 0.09)
     if at.meets(0.2, 1.3):
-        center, radii = (anatomy.heart_u, anatomy.heart_v), (anatomy.heart_width, 0.25)
+        scale = _heart_scale(anatomy, heart_ratio)
+        height = 0.25 * (0.75 + 0.25 * scale)
+        center, radii = (anatomy.heart_u, anatomy.heart_v), (scale * anatomy.heart_width, height)
         heart = _ellipse(at.u, at.v, center, radii, anatomy.heart_angle)
-        right_heart = _ellipse(at.u, at.v, (-0.06, anatomy.heart_v - 0.02), (0.22, 0.25))
+        center, radii = (-0.06, anatomy.heart_v - 0.02), (0.22 * scale, height)
+        right_heart = _ellipse(at.u, at.v, center, radii)
         middle = np.maximum(middle, _ramp(np.maximum(heart, right_heart), 0.30))
     if at.meets(0.0, 0.6):
         aorta = _ellipse(at.u, at.v, (anatomy.mediastinum, 0.30), (0.10, 0.09))
@@ -242,20 +266,67 @@ def _pneumonia(at: _Strip, disease: Disease, severity: float, air: Array, marks:
     air *= 1 - filling
 
 
+def _up(v: Array) -> Array:
+    """1 at the tips of the lungs and above, 0 where the rib cage is widest and below."""
+    up: Array = np.clip(1 - v * (1 / 0.95), 0, 1)
+    return up
+
+
+def _cage(up: Array, anatomy: Anatomy) -> Array:
+    """The rib cage's inner edge, as a distance from the midline."""
+    shape = anatomy.cage_shape
+    edge: Array = _CAGE * np.sqrt(1 - up * up * (shape + (1 - shape) * up))
+    return edge
+
+
+def _fluid_surface(outer: Array, height: Array) -> Array:
+    """Where fluid of a height ends, relative to the diaphragm's dome; it creeps up at the ribs,
+    which are `outer` away.
+    """
+    meniscus = np.exp(np.maximum(outer, 0) * np.float32(-10))
+    surface: Array = 0.14 - height - (0.08 + 0.3 * height) * meniscus
+    surface[height <= 0] = 9
+    return surface
+
+
+def _collapse(
+    at: _Strip, anatomy: Anatomy, pneumothorax: Pneumothorax, air: Array, texture: Array
+) -> Array:
+    """Thicken a lung that has shrunk, in its `air`. Returns its texture, which the air beside it
+    lacks, with the line of the pleura between the two.
+    """
+    gap = pneumothorax.gap * (1 - 0.6 * _ramp(at.v - 0.6, 0.6))
+    inner = _cage(_up(at.v - pneumothorax.drop), anatomy) - gap - at.lateral
+    own = at.left if pneumothorax.side > 0 else ~at.left
+    lung = _edge(inner, 0.02)
+    pleura = 0.12 * _edge(0.018 - np.abs(inner), 0.02)
+    air *= np.where(own, 1.25 - (0.25 + 0.6 * pneumothorax.gap) * lung, np.float32(1))
+    return np.where(own, texture * lung + pleura, texture)
+
+
+def _nodule(at: _Strip, nodule: Nodule) -> Array:
+    """The way of the beam through a ball, 1 in its middle."""
+    center, radii = (nodule.side * nodule.m, nodule.v), (nodule.radius, _ASPECT * nodule.radius)
+    return np.sqrt(np.maximum(_ellipse(at.u, at.v, center, radii), 0))
+
+
 def _absorption_at(at: _Strip, anatomy: Anatomy, disease: Disease, severity: float) -> Array:
     """The absorption of some rows of the image."""
-    body, middle = _flesh(at, anatomy), _middle(at, anatomy)
+    body, middle = _flesh(at, anatomy), _middle(at, anatomy, disease.heart_ratio)
 
     # The lungs: between rib cage, middle and diaphragm; what fills them replaces their air
-    up = np.clip(1 - at.v * (1 / 0.95), 0, 1)
+    up = _up(at.v)
     up_squared = up * up
-    cage = 0.95 * np.sqrt(1 - up_squared * (anatomy.cage_shape + (1 - anatomy.cage_shape) * up))
+    cage = _cage(up, anatomy)
     offset = at.lateral - 0.42
     dome = anatomy.dome_right + (anatomy.dome_left - anatomy.dome_right) * _ramp(at.u, 0.5)
     diaphragm = dome + 0.55 * offset * offset
     if any(disease.effusion):
         diaphragm -= 1.6 * severity * at.by_side(*disease.effusion) * _ramp(at.lateral - 0.6, 0.7)
     outer = cage - at.lateral
+    if any(disease.fluid):
+        height = severity * at.by_side(*disease.fluid)
+        diaphragm = np.minimum(diaphragm, dome + _fluid_surface(outer, height))
     air = _edge(outer, 0.05) * (0.62 + 0.38 * _ramp(outer - 0.18, 0.4))
     air *= _ramp(diaphragm - at.v, 0.035)
     air *= _ramp(at.lateral - 0.10 - 0.22 * up_squared * up_squared * up_squared, 0.08)
@@ -264,7 +335,12 @@ def _absorption_at(at: _Strip, anatomy: Anatomy, disease: Disease, severity: flo
     _pneumonia(at, disease, severity, air, marks)
     marks *= air
     air *= 1 - 0.86 * middle
-    marks += (anatomy.vessel_density * at.vessels + 0.012 * at.fine + 0.015 * at.texture) * air
+    texture = anatomy.vessel_density * at.vessels + 0.012 * at.fine + 0.015 * at.texture
+    if disease.pneumothorax:
+        texture = _collapse(at, anatomy, disease.pneumothorax, air, texture)
+    marks += texture * air
+    for nodule in disease.nodules:
+        marks += severity * nodule.density * _nodule(at, nodule)
 
     below = _edge(at.v - diaphragm, 0.05)
     soft = 0.16 * below + 0.18 * middle + 1
@@ -372,7 +448,10 @@ def draw_phantom(seed: int, phantom: Phantom, *, full_size: bool = False) -> Arr
     """
     of_patient = generator(seed, 1, phantom.patient)
     anatomy = draw_anatomy(of_patient)
-    disease = draw_disease(of_patient, phantom.kind)
+    if phantom.kind == "findings":
+        disease = draw_findings(of_patient, phantom.findings)
+    else:
+        disease = draw_disease(of_patient, phantom.kind)
     rng = generator(seed, 2, phantom.patient, phantom.image)
     narrow, wide = (1000, 2500) if full_size else (160, 320)
     width = round(narrow * (wide / narrow) ** rng.random())

@@ -1,4 +1,5 @@
-"""Phantoms as files: PNG, JPEG or DICOM, in a folder laid out like the public data set.
+"""Phantoms as files: PNG, JPEG or DICOM, in class folders laid out like the public data set, or,
+with findings, beside a table.
 
 Folder, file and patient names say that they are phantoms.
 """
@@ -8,9 +9,11 @@ import importlib.util
 import io
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -18,16 +21,28 @@ from PIL import Image
 from xrai.errors import UserError
 from xrai.files import explaining, is_temporary, num_cores, write_atomically
 from xrai.ingest.dicom import write_radiograph
+from xrai.labels import UNKNOWN, Task
 from xrai.log import get_logger, progress
-from xrai.phantom.anatomy import Array, Phantom, generator, plan
+from xrai.phantom.anatomy import Array, Kind, Phantom, generator, plan
 from xrai.phantom.draw import draw_phantom
+from xrai.phantom.findings import FINDINGS, draw_labels, plan_findings
 from xrai.tables import to_csv
 from xrai.workers import start_pool
 
+TASKS: tuple[Task, ...] = get_args(Task)
 SUFFIXES = {"png": ".png", "jpeg": ".jpeg", "dicom": ".dcm"}
 
 _README_TITLE = "xrai chest phantoms, version 1"
+_CLASSES: Mapping[Task, Mapping[Kind, str]] = {  # kind of phantom -> class folder
+    "binary": {"normal": "NORMAL", "bacteria": "PNEUMONIA", "virus": "PNEUMONIA"},
+    "multiclass": {"normal": "NORMAL", "bacteria": "BACTERIAL", "virus": "VIRAL"},
+}
 _COLUMNS = ("path", "label", "patient", "split", "subtype")  # of labels.csv
+_IMAGE_FOLDERS = {
+    "images",
+    *(f"train/{name}" for classes in _CLASSES.values() for name in classes.values()),
+}
+_FINDING_COLUMNS = ("path", "patient", *FINDINGS)  # with findings
 _DICOM_BITS = (12, 12, 14, 16)
 _CHEST_MM = 350.0  # an image's width, for the spacing of pixels
 _IMAGES_A_TASK = 8
@@ -91,20 +106,73 @@ def _encode_dicom(seed: int, phantom: Phantom, image: Array) -> bytes:
     return write_radiograph(stored, tags, identity=identity)
 
 
-def _path(phantom: Phantom, image_format: str) -> str:
-    return f"train/{phantom.label}/{phantom.stem}{SUFFIXES[image_format]}"
+@dataclass(frozen=True)
+class _Folder:
+    """A folder of phantoms to make: which, and how its files are called."""
+
+    out: Path
+    task: Task
+    num_images: int
+    seed: int
+    image_format: str
+    full_size: bool
+
+    def phantoms(self) -> Iterator[Phantom]:
+        """In the order of drawing."""
+        phantoms = plan_findings(self.seed) if self.task == "multilabel" else plan(self.seed)
+        return islice(phantoms, self.num_images)
+
+    def path(self, phantom: Phantom) -> str:
+        """Of a phantom's file, relative to `out`."""
+        name = phantom.stem + SUFFIXES[self.image_format]
+        if self.task == "multilabel":
+            return f"images/{name}"
+        return f"train/{_CLASSES[self.task][phantom.kind]}/{name}"
+
+    def folders(self) -> tuple[str, ...]:
+        """That hold images."""
+        if self.task == "multilabel":
+            return ("images",)
+        return tuple(f"train/{name}" for name in dict.fromkeys(_CLASSES[self.task].values()))
+
+    @property
+    def has_table(self) -> bool:
+        """Whether labels.csv is written: for DICOM, to have the patients, and for findings."""
+        return self.image_format == "dicom" or self.task == "multilabel"
+
+    def table(self) -> bytes:
+        """labels.csv."""
+        if self.task == "multilabel":
+            return to_csv(_FINDING_COLUMNS, map(self._finding_row, self.phantoms())).encode()
+        return to_csv(_COLUMNS, map(self._class_row, self.phantoms())).encode()
+
+    def _class_row(self, phantom: Phantom) -> dict[str, object]:
+        has_subtype = self.task == "binary" and phantom.kind != "normal"
+        return {
+            "path": self.path(phantom),
+            "label": _CLASSES[self.task][phantom.kind],
+            "patient": phantom.patient_id,
+            "subtype": phantom.kind if has_subtype else "",
+        }
+
+    def _finding_row(self, phantom: Phantom) -> dict[str, object]:
+        labels = draw_labels(self.seed, phantom)
+        known = zip(FINDINGS, labels, strict=True)
+        return {
+            "path": self.path(phantom),
+            "patient": phantom.patient_id,
+            **{name: "" if label == UNKNOWN else label for name, label in known},
+        }
 
 
-def _draw_files(
-    phantoms: tuple[Phantom, ...], *, out: Path, seed: int, image_format: str, full_size: bool
-) -> int:
+def _draw_files(phantoms: tuple[Phantom, ...], *, folder: _Folder) -> int:
     for phantom in phantoms:
-        image = draw_phantom(seed, phantom, full_size=full_size)
+        image = draw_phantom(folder.seed, phantom, full_size=folder.full_size)
         # not `write_atomically`: it syncs each file and looks through its folder, and README.txt,
         # written last, says that all are there
-        path = out / _path(phantom, image_format)
+        path = folder.out / folder.path(phantom)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(encode(seed, phantom, image, image_format=image_format))
+        temporary.write_bytes(encode(folder.seed, phantom, image, image_format=folder.image_format))
         temporary.replace(path)
     return len(phantoms)
 
@@ -114,19 +182,19 @@ def _is_ours(out: Path, path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     folder, name = path.parent.relative_to(out).as_posix(), path.name
-    if folder in {"train/NORMAL", "train/PNEUMONIA"}:
+    if folder in _IMAGE_FOLDERS:
         return name.startswith(("phantom-", ".phantom-"))
     if folder == "." and name in {"README.txt", "labels.csv"}:
         head = path.read_bytes()[:200].decode("utf-8", "replace")
-        return head.startswith(
-            (f"{_README_TITLE}\n", f"{','.join(_COLUMNS)}\ntrain/NORMAL/phantom-")
-        )
+        classes, findings = ",".join(_COLUMNS), ",".join(_FINDING_COLUMNS)
+        tables = (f"{classes}\ntrain/NORMAL/phantom-", f"{findings}\nimages/phantom-")
+        return head.startswith((f"{_README_TITLE}\n", *tables))
     return (
         folder == "." and name.startswith((".README.txt.", ".labels.csv.")) and is_temporary(name)
     )
 
 
-def _clear(out: Path) -> None:
+def _clear(out: Path, folders: Iterable[str]) -> None:
     """Make an empty folder. Removes phantoms of an earlier call; refuses anything else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a new or empty folder")
@@ -141,33 +209,37 @@ def _clear(out: Path) -> None:
     (out / "README.txt").unlink(missing_ok=True)  # first: the folder is now unfinished
     for path in files:
         path.unlink(missing_ok=True)
-    for label in ("NORMAL", "PNEUMONIA"):
-        (out / "train" / label).mkdir(parents=True, exist_ok=True)
+    for name in (*sorted(_IMAGE_FOLDERS), "train"):  # those of another task are not left empty
+        if (out / name).is_dir() and not any((out / name).iterdir()):
+            (out / name).rmdir()
+    for name in folders:
+        (out / name).mkdir(parents=True, exist_ok=True)
 
 
-def _label_rows(seed: int, *, num_images: int, image_format: str) -> Iterator[dict[str, object]]:
-    for phantom in islice(plan(seed), num_images):
-        yield {
-            "path": _path(phantom, image_format),
-            "label": phantom.label,
-            "patient": phantom.patient_id,
-            "subtype": "" if phantom.kind == "normal" else phantom.kind,
-        }
-
-
-def _readme(*, num_images: int, seed: int, image_format: str, full_size: bool) -> str:
+def _readme(folder: _Folder) -> str:
+    if folder.task == "multilabel":
+        layout = (
+            "images/ and labels.csv, for xrai preprocess --labels: a column for each finding, 1 "
+            "where it\nwas drawn, 0 where it was not, and empty in a fifth of cells, as if nobody "
+            "had looked for it."
+        )
+    else:
+        names = ",".join(name.removeprefix("train/") for name in folder.folders())
+        layout = (
+            f"train/{{{names}}}/; splits are carved from it by patient. The number behind IM- or\n"
+            "person is the patient's, _bacteria_ and _virus_ the kind of pneumonia that was drawn."
+        )
     return f"""{_README_TITLE}
 
 These images are phantoms: drawn by a program (xrai phantom), not taken of any person.
 They serve tests and demonstrations. A model trained on them knows nothing about patients.
 
-images: {num_images}
-seed: {seed}
-format: {image_format}
-width: {"1,000 to 2,500" if full_size else "160 to 320"} pixels
+images: {folder.num_images}
+seed: {folder.seed}
+format: {folder.image_format}
+width: {"1,000 to 2,500" if folder.full_size else "160 to 320"} pixels
 
-Layout: train/{{NORMAL,PNEUMONIA}}/; splits are carved from it by patient. The number behind IM- or
-person is the patient's, _bacteria_ and _virus_ the kind of pneumonia that was drawn.
+Layout: {layout}
 This file is written last: without it the folder is unfinished.
 """
 
@@ -176,40 +248,29 @@ def make_phantoms(
     out: Path,
     *,
     num_images: int,
+    task: Task = "binary",
     seed: int = 0,
     image_format: str = "png",
     full_size: bool = False,
     workers: int = 0,
 ) -> None:
-    """Draw `num_images` phantoms into OUT/train/{NORMAL,PNEUMONIA}/ and write OUT/README.txt last.
+    """Draw `num_images` phantoms into OUT and write OUT/README.txt last.
 
-    The first N images of a seed are byte for byte the same whatever `num_images` and `workers`
-    (0: all cores). About 40 of 100 are normal. DICOM files come with OUT/labels.csv, for
-    `xrai.preprocess --labels`. Phantoms that OUT already holds are replaced.
+    `binary` draws into OUT/train/{NORMAL,PNEUMONIA}/, about 40 of 100 normal; `multiclass` draws
+    the same images into {NORMAL,BACTERIAL,VIRAL}/; `multilabel` draws others, with six findings,
+    into OUT/images/. The first N images of a seed are byte for byte the same whatever `num_images`
+    and `workers` (0: all cores). DICOM files and findings come with OUT/labels.csv, for
+    `xrai preprocess --labels`. Phantoms that OUT already holds are replaced.
 
     Raises `UserError` for a value out of range, a folder that holds anything else or cannot be
     written, or DICOM without pydicom; `StoreError` if writing fails later.
     """
-    if num_images < 2:
-        raise UserError(
-            f"--num-images {num_images}: at least 2 are needed, one of each class (default: 600)"
-        )
-    if min(seed, workers) < 0:
-        name, value = ("seed", seed) if seed < 0 else ("workers", workers)
-        raise UserError(f"--{name} {value}: must be 0 or more")
-    if image_format not in SUFFIXES:
-        raise UserError(f"--format {image_format}: must be one of {', '.join(SUFFIXES)}")
-    if image_format == "dicom" and importlib.util.find_spec("pydicom") is None:
-        raise UserError(
-            "--format dicom needs pydicom, which is missing; pip install 'xrai[dicom]', or use png "
-            "or jpeg"
-        )
+    folder = _Folder(out, task, num_images, seed, image_format, full_size)
+    _check(folder, workers)
     with explaining("written", f"--out {out}", hint="name a folder that can"):
-        _clear(out)
-    draw = functools.partial(
-        _draw_files, out=out, seed=seed, image_format=image_format, full_size=full_size
-    )
-    phantoms = islice(plan(seed), num_images)
+        _clear(out, folder.folders())
+    draw = functools.partial(_draw_files, folder=folder)
+    phantoms = folder.phantoms()
     tasks = iter(lambda: tuple(islice(phantoms, _IMAGES_A_TASK)), ())
     workers = min(workers or num_cores(), math.ceil(num_images / _IMAGES_A_TASK))
     hint = "the folder has no README.txt and is unfinished: fix the cause and draw again"
@@ -224,11 +285,28 @@ def make_phantoms(
             with start_pool(workers, multiprocessing.get_context("spawn")) as pool:
                 for num_done in pool.map(draw, tasks):
                     bar.update(num_done)
-        if image_format == "dicom":
-            rows = _label_rows(seed, num_images=num_images, image_format=image_format)
-            write_atomically(out / "labels.csv", to_csv(_COLUMNS, rows).encode())
-        text = _readme(
-            num_images=num_images, seed=seed, image_format=image_format, full_size=full_size
-        )
-        write_atomically(out / "README.txt", text.encode())
+        if folder.has_table:
+            write_atomically(out / "labels.csv", folder.table())
+        write_atomically(out / "README.txt", _readme(folder).encode())
     _logger.info("%d phantoms (drawn, no patients) are in %s", num_images, out)
+
+
+def _check(folder: _Folder, workers: int) -> None:
+    """Raise `UserError` for a value out of range."""
+    if folder.task not in TASKS:
+        raise UserError(f"--task {folder.task}: must be one of {', '.join(TASKS)}")
+    if folder.num_images < 2:
+        raise UserError(
+            f"--num-images {folder.num_images}: at least 2 are needed, one of each class "
+            "(default: 600)"
+        )
+    if min(folder.seed, workers) < 0:
+        name, value = ("seed", folder.seed) if folder.seed < 0 else ("workers", workers)
+        raise UserError(f"--{name} {value}: must be 0 or more")
+    if folder.image_format not in SUFFIXES:
+        raise UserError(f"--format {folder.image_format}: must be one of {', '.join(SUFFIXES)}")
+    if folder.image_format == "dicom" and importlib.util.find_spec("pydicom") is None:
+        raise UserError(
+            "--format dicom needs pydicom, which is missing; pip install 'xrai[dicom]', or use png "
+            "or jpeg"
+        )
