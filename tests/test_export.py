@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -19,14 +20,15 @@ from PIL import Image
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import FINGERPRINT, MAX_PIXELS, phantoms, save_run
-from tests.training import call_main
+from tests.training import call_main, run_module
+from tests.zygote import start
 from xrai import export
 from xrai.errors import RunError, UserError, XraiError
 from xrai.ingest.images import decode
 from xrai.learning import export as writing
 from xrai.learning.export import TOLERANCE, TOLERANCE_ATYPICALITY, Fitting, Serving
 from xrai.pipeline import Pipeline, load_pipeline
-from xrai.store import open_store
+from xrai.store import LEASE_KEY, open_store
 
 needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="the extra `export` is missing"
@@ -317,6 +319,35 @@ def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
         "export.json",
         "model.pt2",
     ]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_of_two_exports_into_one_folder_the_second_is_refused(
+    run: Path, tmp_path: Path, is_named: bool
+) -> None:
+    shutil.copytree(run, tmp_path / "tiny", ignore=shutil.ignore_patterns("export"))
+    out = tmp_path / ("elsewhere" if is_named else "tiny/export")
+    options = [f"--run={tmp_path}/tiny", "--formats=torch", *([f"--out={out}"] * is_named)]
+    hold = (
+        "import time\n"
+        "from xrai import command, export\n"
+        "export.draw_phantoms = lambda: time.sleep(100)\n"
+        "command.run_command(export.main)\n"
+    )
+    first = start(["-c", hold, *options])
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / LEASE_KEY).exists():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.01)
+        second = run_module("xrai.export", *options)
+        assert second.returncode == 2 and second.stdout == ""
+        [line] = [line for line in second.stderr.splitlines() if line.startswith("xrai:")]
+        assert f"{out} is being written by process {first.pid} on" in line
+    finally:
+        first.kill()
+        first.communicate()
+    assert [path.name for path in out.iterdir()] == [LEASE_KEY]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.onnx", "export.json"])

@@ -5,7 +5,9 @@ safe to open.
 import csv
 import io
 import json
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from PIL import Image
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.models import FINGERPRINT, phantoms, save_run
-from tests.training import Finished, call_main
+from tests.training import Finished, call_main, run_module
+from tests.zygote import start
 from xrai import predict
 from xrai.config import Images
 from xrai.errors import CorruptError, RunError, StoreError, UserError
@@ -24,7 +27,8 @@ from xrai.ingest.find import find_files
 from xrai.phantom import draw_phantom, encode, plan
 from xrai.pipeline import Explained, Prediction, load_pipeline
 from xrai.predict import Drawing, draw_overlay, fit_to_run, format_table, overlay_name
-from xrai.store import FolderStore, open_store
+from xrai.results.folder import own_place
+from xrai.store import LEASE_KEY, FolderStore, open_store
 
 MAX_PIXELS = 200_000
 COLUMNS = ["path", "probability", "threshold", "decision", "reason", "model"]
@@ -371,6 +375,44 @@ def test_a_place_inside_what_is_classified_is_refused(
     assert not (films / "out").exists()
 
 
+def test_of_two_predictions_into_one_folder_the_second_is_refused_and_nothing_mixes(
+    run: Path, films: Path, tmp_path: Path
+) -> None:
+    out, expected, begun = tmp_path / "out", tmp_path / "expected", tmp_path / "begun"
+    hold = (
+        "import os, pathlib, signal, sys\n"
+        "from xrai import command, predict\n"
+        "begun = pathlib.Path(sys.argv.pop())\n"
+        "draw = predict.Drawing.draw\n"
+        "def hold(*given, **named):\n"
+        "    if not begun.exists():\n"
+        "        begun.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    return draw(*given, **named)\n"
+        "predict.Drawing.draw = hold\n"
+        "command.run_command(predict.main)\n"
+    )
+    first = start(["-c", hold, f"--run={run}", f"--out={out}", str(films), str(begun)])
+    try:
+        deadline = time.monotonic() + 60
+        while not begun.exists():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.01)
+        second = run_module("xrai.predict", f"--run={run}", f"--out={out}", f"{films}/noise.png")
+        assert second.returncode == 2 and second.stdout == ""
+        [line] = [line for line in second.stderr.splitlines() if line.startswith("xrai:")]
+        assert f"{out} is being written by process {first.pid} on" in line
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 0
+    finally:
+        first.kill()
+        first.communicate()
+    run_module("xrai.predict", f"--run={run}", f"--out={expected}", str(films))
+    files = {path.name: path.read_bytes() for path in expected.rglob("*") if path.is_file()}
+    assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert len(files) == 6
+
+
 @pytest.mark.parametrize(
     "name", ["notes.txt", "config.yaml", "predictions.csv", "overlays/mine.png", "model.pt"]
 )
@@ -389,14 +431,19 @@ def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
 def test_an_overlay_that_can_not_be_stored_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise StoreError("the disk is full")
+    write = FolderStore.write
+
+    def refuse(store: FolderStore, key: str, data: bytes, **options: bool) -> None:
+        if key != LEASE_KEY:
+            raise StoreError("the disk is full")
+        write(store, key, data, **options)
 
     monkeypatch.setattr(FolderStore, "write", refuse)
     explained = Explained(row("x"), np.zeros((8, 8), np.uint8), np.zeros((4, 4), np.float32))
     with (
         pytest.raises(StoreError, match="the disk is full"),
-        Drawing(open_store(str(tmp_path))) as drawing,
+        own_place(str(tmp_path), is_own=predict.is_own, is_mark=predict.is_mark) as out,
+        Drawing(out) as drawing,
     ):
         assert drawing.draw(explained, number=1) == "overlays/00001-x.png"
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from xrai.config import (
     SECTIONS,
@@ -43,12 +43,26 @@ class Flag:
     nargs: str | None = None  # "+" or "*" makes it a positional list
 
 
+# Of the commands that use a finished run
+RUN: Final = Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID")
+
+
 class Parsed(NamedTuple):
     """A command line that has been read."""
 
     config: Config
     flags: dict[str, Any]  # values of the command's own flags
     given: frozenset[str]  # keys (section.key) that the user gave, by flag or file
+
+    @property
+    def run(self) -> str:
+        """The address that `RUN` gives. Raises `UserError` if it is empty."""
+        if not (run := str(self.flags[RUN.name]).rstrip("/")):
+            raise UserError(
+                "--run is missing: give the address of a finished run, such as "
+                "submit/20261123-031500-a1b2c3"
+            )
+        return run
 
 
 def parse(

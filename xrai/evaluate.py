@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from xrai.command import Flag, parse, run_command
-from xrai.config import Config, load_yaml
+from xrai.command import RUN, Flag, parse, run_command
+from xrai.config import Config, Images, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, RunError, UserError
 from xrai.labels import LabelSpec
@@ -21,7 +21,7 @@ from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
 from xrai.measuring import Measuring, describe_dataset, read_looks
-from xrai.pipeline import open_run
+from xrai.pipeline import open_run, other_pixels
 from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, result_lines
@@ -29,7 +29,7 @@ from xrai.results.types import SplitResults, outputs_of
 from xrai.tables import from_plain, load_json
 
 FLAGS = (
-    Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
+    RUN,
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag("split", "test", "the splits to measure, separated by commas: test, val or train"),
 )
@@ -38,17 +38,13 @@ _logger = get_logger("xrai.evaluate")
 
 def main() -> None:
     """Read the command line, score each split, write and print the results."""
-    config, flags, _ = parse("evaluate", description="Measure a run on a data set.", flags=FLAGS)
+    parsed = parse("evaluate", description="Measure a run on a data set.", flags=FLAGS)
+    config, flags, _ = parsed
     setup_logging()
-    artifacts, _, run_id = flags["run"].rstrip("/").rpartition("/")
-    if not run_id:
-        raise UserError(
-            "--run is missing: give the address of a finished run, such as "
-            "submit/20261123-031500-a1b2c3"
-        )
+    artifacts, _, run_id = parsed.run.rpartition("/")
     dataset = flags["dataset"]
     loaders = [open_split(config, dataset, split) for split in parse_splits(flags["split"])]
-    model = open_run(flags["run"])
+    model = open_run(parsed.run)
     refuse_other_pixels(model, loaders[0])
     scored = score(model, loaders, config)
     run = RunFolder(artifacts or ".", run_id)
@@ -83,13 +79,11 @@ def parse_splits(text: str) -> list[str]:
 
 def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
     """Raise `DatasetError` where the images were not made as the model's training images were."""
-    stored = loader.index.config["images"]
-    for key, own in (("size", model.image_size), ("fit", model.fit)):
-        if stored[key] != own:
-            raise DatasetError(
-                f"run {model.run_id} was trained on images with images.{key} = {own!r}, this data "
-                f"set has {stored[key]!r}: preprocess the source with --images.{key}={own}"
-            )
+    for key, stored, own in other_pixels(model, Images(**loader.index.config["images"])):
+        raise DatasetError(
+            f"run {model.run_id} was trained on images with images.{key} = {own!r}, this data "
+            f"set has {stored!r}: preprocess the source with --images.{key}={own}"
+        )
     if tuple(loader.index.classes) != model.classes:
         raise DatasetError(
             f"run {model.run_id} knows the classes {', '.join(model.classes)}, this data set has "

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xrai import __version__
-from xrai.command import Flag, parse, run_command
+from xrai.command import RUN, Flag, parse, run_command
+from xrai.config import Config
 from xrai.errors import UserError
 from xrai.files import temporary_folder
 from xrai.ingest.images import decode
@@ -27,18 +28,18 @@ from xrai.learning import export
 from xrai.log import get_logger, setup_logging
 from xrai.phantom import draw_phantom, plan
 from xrai.pipeline import Pipeline, load_pipeline
-from xrai.results.folder import RunFolder
-from xrai.store import open_store, refuse_others_files
+from xrai.results.folder import Place, own_place
 from xrai.tables import to_json
 
 FLAGS = (
-    Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
+    RUN,
     Flag("out", "", "folder or s3://bucket/prefix for the files; empty: export/ of the run"),
     Flag("formats", "onnx,torch", "what to write: onnx, torch, or both, separated by a comma"),
 )
 FILES = {"onnx": export.ONNX_FILE, "torch": export.TORCH_FILE}
 # Of the random images to check with, (n, H, W)
 SHAPES = ((1, 64, 64), (3, 130, 97), (2, 60, 200), (5, 256, 256), (1, 1000, 801))
+_REPORT = "export.json"  # written last
 _NUM_PHANTOMS = 6
 _SEED = 20_261_123
 _logger = get_logger("xrai.export")
@@ -46,26 +47,26 @@ _logger = get_logger("xrai.export")
 
 def main() -> None:
     """Read the command line, write, check and store the files, and say how well they agree."""
-    config, flags, _ = parse("export", description="Write a run for other programs.", flags=FLAGS)
+    parsed = parse("export", description="Write a run for other programs.", flags=FLAGS)
+    config, flags, _ = parsed
     setup_logging()
-    if not flags["run"]:
-        raise UserError(
-            "--run is missing: give the address of a finished run, such as "
-            "submit/20261123-031500-a1b2c3"
-        )
+    run = parsed.run
     formats = parse_formats(flags["formats"])
-    out_uri = flags["out"] or f"{flags['run'].rstrip('/')}/export"
-    pipeline = load_pipeline(flags["run"])
-    RunFolder.check_writable(out_uri, flag="--out")
-    out = open_store(out_uri)
-    if flags["out"]:  # export/ of the run is the run's
-        own = (*FILES.values(), "config.yaml", "export.json")
-        refuse_others_files(
-            out,
-            is_own=lambda key: key in own,
-            is_mark=lambda out, key: key == "export.json" and b'"agreement"' in out.read(key),
-            flag="--out",
-        )
+    pipeline = load_pipeline(run)
+    is_runs = not flags["out"]  # export/ of the run is the run's
+    with own_place(
+        flags["out"] or f"{run}/export",
+        is_own=lambda key: is_runs or key in (*FILES.values(), "config.yaml", _REPORT),
+        is_mark=lambda out, key: is_runs or (key == _REPORT and b'"agreement"' in out.read(key)),
+    ) as out:
+        lines = write_files(pipeline, out, formats, config=config)
+    print("\n".join([*lines, export.NOTE]), flush=True)
+
+
+def write_files(
+    pipeline: Pipeline, out: Place, formats: Sequence[str], *, config: Config
+) -> list[str]:
+    """Write and check the files; lines that say how well they agree."""
     serving = export.Serving(pipeline.model)
     phantoms = draw_phantoms()
     batches = [*random_images(), *(phantom[None] for phantom in phantoms)]
@@ -81,24 +82,26 @@ def main() -> None:
             agreement = export.write(program, serving, path, metadata=metadata, batches=batches)
             agreements[name] = asdict(agreement)
             lines.append(
-                f"{out.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within "
+                f"{out.store.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within "
                 f"{agreement.probability:.0e} of torch on {agreement.num_pictures} images of "
                 f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
-        for name in ("export.json", *FILES.values()):  # perhaps of another run
-            out.delete(name)
+        out.lease.confirm()
+        for name in (_REPORT, *FILES.values()):  # perhaps of another run
+            out.store.delete(name)
         for name in agreements:
-            out.upload(name, Path(folder) / name)
+            out.lease.confirm()
+            out.store.upload(name, Path(folder) / name)
     out.write("config.yaml", config.to_yaml().encode())
     content = {**metadata, "agreement": agreements, "beside_own_path": beside}
-    out.write("export.json", to_json(content).encode())
+    out.write(_REPORT, to_json(content).encode())
     lines.append(
         f"beside xrai predict, on {len(phantoms)} phantoms: PNG within "
         f"{beside['png_probability']:.0e} in probability ({beside['num_other_pixels']} of "
         f"{beside['num_pixels']} pixels differ), JPEG, which xrai predict decodes at reduced size, "
         f"within {beside['jpeg_probability']:.0e}"
     )
-    print("\n".join([*lines, metadata["note"]]), flush=True)
+    return lines
 
 
 def parse_formats(text: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xrai.config import Images
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.budget import MemoryBudget
@@ -200,6 +201,16 @@ class Pipeline:
 def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:
     """The pipeline of the finished run at an address; `xrai.load` says more."""
     return Pipeline(open_run(run), max_pixels=max_pixels)
+
+
+def other_pixels(model: TrainedModel, images: Images) -> Iterator[tuple[str, object, object]]:
+    """The keys of `images` that make other pixels of a file than the model was trained on: name,
+    value, and the value of the training.
+    """
+    for key in ("size", "fit"):
+        value, own = getattr(images, key), getattr(model.images, key)
+        if value != own:
+            yield key, value, own
 
 
 def open_run(run: str) -> TrainedModel:

@@ -17,21 +17,21 @@ from pathlib import Path
 import torch
 
 from xrai import __version__
-from xrai.command import Flag, parse, run_command
+from xrai.command import RUN, Flag, parse, run_command
 from xrai.config import Images
 from xrai.errors import RunError, UserError
-from xrai.ingest.find import find_files
+from xrai.ingest.find import File, find_files
 from xrai.learning.predictor import TrainedModel
 from xrai.log import printable, progress, setup_logging
-from xrai.pipeline import Explained, Prediction, load_pipeline
-from xrai.results.folder import RunFolder
+from xrai.pipeline import Explained, Pipeline, Prediction, load_pipeline, other_pixels
+from xrai.results.folder import Place, own_place
 from xrai.results.panel import draw_panel
 from xrai.results.types import REVIEW
-from xrai.store import Store, open_store, refuse_others_files
+from xrai.store import Store, open_store
 from xrai.tables import to_csv, to_json
 
 FLAGS = (
-    Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID"),
+    RUN,
     Flag("out", "", "folder or s3://… for the table and the overlays; empty: print only"),
     Flag("no_overlays", False, "with --out: write the table alone, no overlays", type=bool),
     Flag(
@@ -53,48 +53,51 @@ _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
 def main() -> None:
     """Read the command line, classify, print and write the table."""
-    config, flags, given = parse(
-        "predict", description="Classify X-rays with a finished run.", flags=FLAGS
-    )
+    parsed = parse("predict", description="Classify X-rays with a finished run.", flags=FLAGS)
+    config, flags, given = parsed
     setup_logging()
-    if not flags["run"]:
-        raise UserError(
-            "--run is missing: give the address of a finished run, such as "
-            "submit/20261123-031500-a1b2c3"
-        )
+    run = parsed.run
     files = find_files(flags["paths"])
     refuse_inside(flags["out"], flags["paths"])
-    pipeline = load_pipeline(flags["run"])
+    pipeline = load_pipeline(run)
     images = fit_to_run(config.images, pipeline.model, given=given)
     pipeline.max_pixels = images.max_pixels
-    out = open_store(flags["out"]) if flags["out"] else None
-    if out is not None:
-        RunFolder.check_writable(flags["out"], flag="--out")
-        refuse_others_files(out, is_own=is_own, is_mark=is_mark, flag="--out")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    rows: list[Prediction] = []
-    names: dict[int, str] = {}  # of the overlays, by the place of their row
-    with (
-        progress("predict", total=len(files), unit="images") as bar,
-        Drawing(None if flags["no_overlays"] else out) as drawing,
-    ):
-        for explained in pipeline.classify(files, explain_side=_SIDE if drawing.is_on else None):
-            rows.append(explained.prediction)
-            if name := drawing.draw(explained, number=len(rows)):
-                names[len(rows) - 1] = name
-            bar.update()
-    if out is not None:
-        remove_others(out, set(names.values()))
-        write_table(out, rows, pipeline.model, overlays=names)
-        out.write("config.yaml", replace(config, images=images).to_yaml().encode())
-    lines = format_table(rows, pipeline.model, out=out, num_overlays=len(names))
+    if not flags["out"]:
+        rows, _ = classify(pipeline, files, None)
+        lines = format_table(rows, pipeline.model, out=None)
+    else:
+        with own_place(flags["out"], is_own=is_own, is_mark=is_mark) as out:
+            rows, overlays = classify(pipeline, files, None if flags["no_overlays"] else out)
+            out.lease.confirm()
+            remove_others(out.store, set(overlays.values()))
+            write_table(out, rows, pipeline.model, overlays=overlays)
+            out.write("config.yaml", replace(config, images=images).to_yaml().encode())
+        lines = format_table(rows, pipeline.model, out=out.store, num_overlays=len(overlays))
     print("\n".join(lines), flush=True)
     if all(row.probability is None for row in rows):
         raise UserError(
             f"none of the {len(rows)} files could be read as an image: {rows[0].path} "
             f"{rows[0].reason}"
         )
+
+
+def classify(
+    pipeline: Pipeline, files: Sequence[File], out: Place | None
+) -> tuple[list[Prediction], dict[int, str]]:
+    """The rows of files, and the names of the overlays drawn into `out`, by the place of their
+    row.
+    """
+    rows: list[Prediction] = []
+    overlays: dict[int, str] = {}
+    with progress("predict", total=len(files), unit="images") as bar, Drawing(out) as drawing:
+        for explained in pipeline.classify(files, explain_side=_SIDE if drawing.is_on else None):
+            rows.append(explained.prediction)
+            if name := drawing.draw(explained, number=len(rows)):
+                overlays[len(rows) - 1] = name
+            bar.update()
+    return rows, overlays
 
 
 def refuse_inside(out: str, paths: Sequence[str]) -> None:
@@ -114,9 +117,8 @@ def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Image
 
     Raises `RunError` if the user gave another size or fit than the run's.
     """
-    for key, own in (("size", model.image_size), ("fit", model.fit)):
-        value = getattr(images, key)
-        if f"images.{key}" in given and value != own:
+    for key, value, own in other_pixels(model, images):
+        if f"images.{key}" in given:
             raise RunError(
                 f"images.{key} = {value!r}, but run {model.run_id} was trained with {own!r}: "
                 "leave the key out"
@@ -130,7 +132,7 @@ def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Image
 
 
 def write_table(
-    out: Store, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
+    out: Place, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
 ) -> None:
     """Write predictions.csv, then predictions.json, which also states the model and overlays."""
     table = to_csv(_COLUMNS, rows)
@@ -195,9 +197,9 @@ def format_table(
 
 
 class Drawing:
-    """Draws and stores overlays beside the classification. Does nothing without a store."""
+    """Draws and stores overlays beside the classification. Does nothing without a place."""
 
-    def __init__(self, out: Store | None) -> None:
+    def __init__(self, out: Place | None) -> None:
         self._out = out
         self._pool = ThreadPoolExecutor()
         self._waiting: deque[Future[None]] = deque()
@@ -224,7 +226,7 @@ class Drawing:
         return name
 
     @staticmethod
-    def _store(out: Store, name: str, explained: Explained) -> None:
+    def _store(out: Place, name: str, explained: Explained) -> None:
         out.write(name, draw_overlay(explained))
 
     def _settle(self, *, leave: int) -> None:

@@ -17,9 +17,11 @@ import hashlib
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from xrai.errors import StoreError, UserError
 from xrai.files import cache_folder, open_regular, sha256_of, write_atomically
@@ -27,7 +29,15 @@ from xrai.log import get_logger
 from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history
 from xrai.results.publisher import Publisher
 from xrai.results.tensorboard import Events
-from xrai.store import LEASE_KEY, Lease, Store, check_key, open_store, take_lease
+from xrai.store import (
+    LEASE_KEY,
+    Lease,
+    Store,
+    check_key,
+    open_store,
+    refuse_others_files,
+    take_lease,
+)
 from xrai.tables import to_csv, to_json
 
 SUMMARY = "summary.json"
@@ -58,6 +68,34 @@ def check_run_id(run_id: str) -> str:
             "get a new one"
         )
     return run_id
+
+
+class Place(NamedTuple):
+    """An address that this process alone writes."""
+
+    store: Store
+    lease: Lease
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write an object. Raises `InUseError` if another process has taken the place over."""
+        self.lease.confirm()
+        self.store.write(key, data)
+
+
+@contextmanager
+def own_place(
+    address: str, *, is_own: Callable[[str], bool], is_mark: Callable[[Store, str], bool]
+) -> Iterator[Place]:
+    """The place that --out gives, for this process alone until the block ends.
+
+    Raises `UserError` if it cannot be written or holds files of something else, see
+    `refuse_others_files`, and `InUseError` where another process writes it.
+    """
+    RunFolder.check_writable(address, flag="--out")
+    out = open_store(address)
+    with take_lease(out) as lease:
+        refuse_others_files(out, is_own=is_own, is_mark=is_mark, flag="--out")
+        yield Place(out, lease)
 
 
 class RunFolder:
