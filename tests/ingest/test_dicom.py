@@ -92,6 +92,12 @@ def test_samples_of_16_bits_are_kept_until_they_are_scaled() -> None:
         (ramp(0, 9000), {"BitsStored": 14}, lambda x: x / 16383),
         (ramp(0, 1000), {"BitsStored": 14}, lambda x: x / 1023),  # 14 bits declared, 10 used
         (ramp(0, 4096), {}, lambda x: x / 4100),
+        (ramp(0, 63), {"BitsStored": 6}, lambda x: x / 63),
+        (ramp(0, 40, "u1"), {"BitsStored": 6}, lambda x: x / 63),
+        (ramp(0, 1), {"BitsStored": 1}, lambda x: x),
+        (ramp(-32, 31, "<i2"), {"BitsStored": 6}, lambda x: (x + 32) / 63),
+        (ramp(0, 4000), {"BitsStored": 5}, lambda x: x / 4095),  # so 5 bits cannot be true
+        (ramp(0, 63), {}, lambda x: x / 255),
         (ramp(0, 2100), {"BitsStored": 12}, lambda x: x / 4095),
         (ramp(0, 2100), {"HighBit": 11}, lambda x: x / 4095),
         (ramp(0, 2100), {"LargestImagePixelValue": 4000}, lambda x: x / 4095),
@@ -639,6 +645,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "no slope": (
         lambda: dicom_file(SMALL, RescaleSlope=0, RescaleIntercept=5),
+        "is DICOM whose RescaleSlope or table",
+    ),
+    "a slope beyond all numbers": (
+        lambda: dicom_file(SMALL, RescaleSlope="1e300", RescaleIntercept="1e300"),
         "is DICOM whose RescaleSlope or table",
     ),
     "a preamble alone": (

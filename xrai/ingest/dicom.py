@@ -74,6 +74,7 @@ _DAMAGE = (
     *(ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 _UNPACK_TIMEOUT_S = 60.0  # of one image in the other process: GDCM may also hang
+_NO_RANGE = "is DICOM whose RescaleSlope or table leaves no range of values"
 _quiet_lock = threading.Lock()
 
 START_OF_SCAN: Final = b"\xff\xda"
@@ -383,9 +384,12 @@ def _samples_and_levels(data: bytes, dataset: "Dataset") -> tuple[NDArray[Any], 
     if samples.shape != (dataset.Rows, dataset.Columns) + (() if is_grey else (3,)):
         raise ImageError("is DICOM of other samples per pixel than PhotometricInterpretation says")
     sign_bits = dataset.PixelRepresentation
+    if stored < 8 and int(samples.max()) >> (high + 1):
+        stored, high = allocated, allocated - 1  # no overlays above so few bits: they are not true
     claims = [2.0 ** (bits - sign_bits) for bits in (stored, high + 1) if bits < allocated]
+    least = 2.0 ** (stored - sign_bits if stored < 8 else 8)  # levels
     if not is_grey:
-        white = grey_range(distinct_values(samples), claims)[1]
+        white = grey_range(distinct_values(samples), claims, least=least)[1]
         scale = np.float32(255 / white)
         return samples, lambda rows: np.minimum(rows, white).astype(np.float32) @ _LUMA * scale
     syntax = dataset.file_meta.TransferSyntaxUID
@@ -404,7 +408,10 @@ def _samples_and_levels(data: bytes, dataset: "Dataset") -> tuple[NDArray[Any], 
         raise ImageError(FLAT)
     largest = _numbers(dataset, "LargestImagePixelValue")
     claims += [num_levels(number + 1) for number in largest if number > image[-1]]
-    shown = _look_up(values, dataset, ends=grey_range(image, claims))
+    with np.errstate(over="ignore", invalid="ignore"):  # an odd RescaleSlope, refused below
+        shown = _look_up(values, dataset, ends=grey_range(image, claims, least=least))
+    if not np.isfinite(shown).all():
+        raise ImageError(_NO_RANGE)
     if photometric == "MONOCHROME1" or _code(dataset, "PresentationLUTShape") == "INVERSE":
         shown = 1 - shown
     shown[_padding(values, dataset)] = 0
@@ -506,7 +513,7 @@ def _look_up(
             return _window(values, centre, width, function)
     low, high = ends
     if not math.isfinite(high - low) or high <= low:
-        raise ImageError("is DICOM whose RescaleSlope or table leaves no range of values")
+        raise ImageError(_NO_RANGE)
     shown = (values - np.float32(low)) / np.float32(high - low)
     return np.asarray(np.clip(shown, 0, 1), np.float32)
 

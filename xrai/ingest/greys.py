@@ -53,24 +53,29 @@ def num_levels(
     return levels
 
 
-def grey_range(values: NDArray[np.int64], claims: Sequence[float] = ()) -> tuple[float, float]:
+def grey_range(
+    values: NDArray[np.int64], claims: Sequence[float] = (), *, least: float = _MIN_LEVELS
+) -> tuple[float, float]:
     """Black and white of an image with these distinct values, sorted.
 
     Black is 0, the negative end, or 32768 where all values are above it: signed samples with an
-    offset. Values far beyond all others, such as burned-in text or a border, are clipped.
+    offset. Values far beyond all others, such as burned-in text or a border, are clipped. The range
+    has at least `least` levels: fewer than 256 where the file states fewer than 8 bits.
     """
     offset = min(1, max(0, float(values[0]) / 4096 - 7))  # by degrees from 28672 on
     if offset:
-        black, white = _range_from_zero(values, claims)
-        raised = 32768 + _range_from_zero(values - 32768, ())[1]
+        black, white = _range_from_zero(values, claims, least)
+        raised = 32768 + _range_from_zero(values - 32768, (), least)[1]
         return black + offset * (32768 - black), white + offset * (raised - white)
-    return _range_from_zero(values, claims)
+    return _range_from_zero(values, claims, least)
 
 
-def _range_from_zero(values: NDArray[np.int64], claims: Sequence[float]) -> tuple[float, float]:
+def _range_from_zero(
+    values: NDArray[np.int64], claims: Sequence[float], least: float
+) -> tuple[float, float]:
     last = len(values) - 1
     largest, typical = max(0.0, float(values[-1])), float(values[int(_TYPICAL * last)])
-    needed = max(_MIN_LEVELS, _without_outliers(largest, typical) + 1)
+    needed = max(least, _without_outliers(largest, typical) + 1)
     white = num_levels(largest + 1, claims, num_typical=needed) - 1
     if values[0] >= 0:
         return 0.0, white
