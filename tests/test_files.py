@@ -4,12 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from xrai.errors import StoreError, UserError
-from xrai.files import explaining, explaining_disk, num_cores, replacing
+from xrai import files
+from xrai.errors import StoreAccessError, StoreError, UserError
+from xrai.files import explaining, explaining_disk, num_cores, read_once, replacing
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +160,34 @@ with temporary_folder() as inside:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_read_once_in_as_many_parts_as_its_writer_makes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    def write() -> None:
+        with (tmp_path / "pipe").open("wb", buffering=0) as file:
+            for part in (b"a" * 100_000, b"b" * 100_000):
+                file.write(part)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert read_once(tmp_path / "pipe", max_bytes=1 << 20) == b"a" * 100_000 + b"b" * 100_000
+    writer.join()
+    (tmp_path / "file").write_bytes(b"0123456789")
+    assert read_once(tmp_path / "file", max_bytes=4) == b"0123"
+    assert read_once(Path("/dev/null"), max_bytes=4) == b""
+    with pytest.raises(IsADirectoryError):
+        read_once(tmp_path, max_bytes=4)
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(files, "_SILENCE_S", 0.05)
+    with (
+        pytest.raises(StoreAccessError, match=r"pipe cannot be read: nothing was written into it"),
+        explaining("read", "pipe"),
+    ):
+        read_once(tmp_path / "pipe", max_bytes=4)

@@ -1081,6 +1081,17 @@ def test_a_machine_without_a_folder_for_temporary_files_is_told_so_at_once(
     assert not (tmp_path / "dataset").exists()
 
 
+def test_a_folder_in_place_of_dataset_json_is_refused_before_any_image_is_read(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source = write_files(tmp_path / "chest", source_files())
+    (tmp_path / "dataset" / "dataset.json").mkdir(parents=True)
+    done = run(f"--source={source}", f"--dataset={tmp_path}/dataset", *SMALL)
+    refused(done, "dataset.json cannot be read: it is not a regular file")
+    assert "hash:" not in done.err
+    assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["dataset.json"]
+
+
 def test_a_data_set_inside_its_own_source_is_refused(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:

@@ -222,6 +222,7 @@ def test_ranks_other_than_0_never_load_what_measures_and_draws(
     ("arguments", "message"),
     [
         (["--dataset={tmp}/nothing"], "holds no dataset.json"),
+        (["--dataset={tmp}/folder"], "dataset.json cannot be read: it is not a regular file"),
         (["--artifacts={tmp}/file/below"], "results cannot be written to"),
         (["--images.size=48"], "images.size = 48, but the data set was made with 32"),
         (["--images.size=64"], "images.size = 64, but the data set was made with 32"),
@@ -246,6 +247,7 @@ def test_a_mistake_is_one_clear_line_with_status_2_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("a file where a folder should be")
+    (tmp_path / "folder" / "dataset.json").mkdir(parents=True)
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     default = [
         f"--dataset={dataset}",
@@ -509,7 +511,11 @@ def test_another_number_of_epochs_is_taken_and_the_earlier_config_kept(
 
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
-    finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = finished.folder
     common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", f"--init_from={folder}"]
@@ -522,6 +528,13 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
     warm, first = (load_model(open_store(str(place))) for place in (tmp_path / "warm", folder))
     for name, tensor in first.network.state_dict().items():
         assert torch.allclose(warm.network.state_dict()[name], tensor, atol=1e-5), name
+    caplog.clear()
+    again = [*common, "--run_id=warm", *SMALL, "--train.epochs=1", "--optim.lr=1e-9"]
+    assert call(*again, capsys=capsys) == (0, [])
+    assert "--init_from is not used: run warm is finished" in caplog.text
+    (tmp_path / "warm" / "summary.json").unlink()
+    assert call(*again, capsys=capsys) == (0, [])
+    assert "--init_from is not used: run warm goes on with its own weights" in caplog.text
 
 
 def test_evaluate_refuses_images_of_another_size(

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from xrai.errors import ConfigError
+from xrai.files import read_once
 
 # The sections, and single keys of other sections, that a command takes as flags.
 USES = {
@@ -332,8 +333,7 @@ def read_file(name: str) -> dict[str, Any]:
     try:
         if not path.is_file():
             path = shipped.get(name, path)
-        with path.open("rb") as file:  # a pipe, perhaps, or a device without an end
-            data = file.read(_MAX_YAML + 1)
+        data = read_once(path, max_bytes=_MAX_YAML + 1)  # a device without an end, perhaps
     except FileNotFoundError:
         raise ConfigError(
             f"there is no config file {name}; --config takes the path of a YAML file, or "

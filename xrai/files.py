@@ -12,6 +12,7 @@ import io
 import os
 import re
 import secrets
+import select
 import shutil
 import stat
 import tempfile
@@ -36,6 +37,7 @@ Access = Literal["read", "written", "listed", "deleted"]
 _CHUNK_BYTES = 256 * 1024
 _LOCK = ".xrai-lock"
 _STALE_S = 24 * 3600.0
+_SILENCE_S = 60.0  # of a pipe that is read
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
@@ -92,6 +94,28 @@ def open_regular(path: Path) -> io.BufferedReader:
         kind = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(kind, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def read_once(path: Path, *, max_bytes: int) -> bytes:
+    """The first `max_bytes` of a file, or of a pipe such as `<(…)`, which can be read only once.
+
+    Raises `OSError`: `TimeoutError` where a pipe's writer is missing, or silent for a minute.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        ready = select.poll()
+        ready.register(file, select.POLLIN)
+        parts: list[bytes] = []
+        while max_bytes > 0:
+            if not ready.poll(_SILENCE_S * 1000):
+                words = f"nothing was written into it for {_SILENCE_S:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, words, str(path))
+            part = file.read(min(max_bytes, 4 * _CHUNK_BYTES))
+            if not part:
+                break
+            parts.append(part)
+            max_bytes -= len(part)
+    return b"".join(parts)
 
 
 def sha256_of(path: Path) -> str:
@@ -224,6 +248,8 @@ def explaining(
             advice = hint or "choose another folder"
             text = f"{where} cannot be written: it is below a file; {advice}"
             raise StoreAccessError(text) from error
+        if access == "read" and isinstance(error, IsADirectoryError | TimeoutError):
+            raise StoreAccessError(f"{what}{f'; {hint}' if hint else ''}") from error
         if access != "written" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise NotFoundError(f"there is no {where}") from error
         raise error_type(f"{what}{f'; {hint}' if hint else ''}") from error

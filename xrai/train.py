@@ -109,9 +109,13 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     run_id = flags["run_id"] or ranks.from_main(new_run_id(datetime.now(UTC)))
     with open_job(config, flags, run_id, loaders, ranks=ranks) as job:
         on_job = functools.partial(call_on_main, job, ranks=ranks)
-        if on_job(lambda job: job.is_finished(resume=flags["resume"])):
+        is_finished = on_job(lambda job: job.is_finished(resume=flags["resume"]))
+        resumed = None if is_finished else on_job(lambda job: job.open(resume=flags["resume"]))
+        if flags["init_from"] and ranks.is_main and (is_finished or resumed is not None):
+            why = "is finished" if is_finished else "goes on with its own weights"
+            _logger.warning("--init_from is not used: run %s %s", run_id, why)
+        if is_finished:
             return
-        resumed = on_job(lambda job: job.open(resume=flags["resume"]))
         torch.manual_seed(config.train.seed)
         network = build_model(config.model)
         if flags["init_from"] and resumed is None:

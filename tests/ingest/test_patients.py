@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from xrai import files
 from xrai.errors import UserError
 from xrai.ingest.patients import PatientKey
 
@@ -72,10 +73,15 @@ def test_a_key_that_cannot_be_used_is_one_line_that_names_the_option(
     (tmp_path / "short").write_text("secret\n")
     (tmp_path / "long").write_bytes(b"x" * 5000)
     (tmp_path / "file").write_text("")
+    (tmp_path / "null").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(files, "_SILENCE_S", 0.05)
     for name, may_make, words in (
         ("short", True, "is no key .* 16 to 4096 bytes"),
         ("long", True, "is no key"),
         ("file", True, "is no key"),
+        ("null", True, "is no key .* bytes; name a file by --patient_key"),
+        ("pipe", True, "nothing was written into it for 0.05 s"),
         ("", True, "Is a directory.*--patient_key FILE or XRAI_PATIENT_KEY"),
         ("file/below", True, "it is a file.*--patient_key"),
         ("none", False, "No such file or directory.*--patient_key"),

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from xrai.errors import UserError
-from xrai.files import write_atomically
+from xrai.files import read_once, write_atomically
 from xrai.log import get_logger
 
 _MIN_BYTES, _MAX_BYTES = 16, 4096
@@ -70,17 +70,19 @@ class PatientKey:
         try:
             if self._may_make and not self.path.exists():
                 self._make()
-            with self.path.open("rb") as file:
-                secret = file.read(_MAX_BYTES + 1).strip()
+            secret = read_once(self.path, max_bytes=_MAX_BYTES + 1).strip()
         except OSError as error:
             raise UserError(
                 f"patients' identifiers are hashed with a key, and the file {self.path} for it "
                 f"cannot be read or made ({error.strerror}); name one by {_OPTION}"
             ) from error
         if not _MIN_BYTES <= len(secret) <= _MAX_BYTES:
+            advice = f"name a file by {_OPTION}"
+            if self.path.is_file():
+                advice = "remove it, and a new one is made"
             raise UserError(
                 f"{self.path} is no key to hash patients' identifiers with: it takes "
-                f"{_MIN_BYTES} to {_MAX_BYTES} bytes; remove it, and a new one is made"
+                f"{_MIN_BYTES} to {_MAX_BYTES} bytes; {advice}"
             )
         return secret
 

@@ -13,12 +13,11 @@ from xrai.files import (
     explaining,
     is_temporary,
     open_regular,
+    read_once,
     replacing,
     write_atomically,
 )
 from xrai.store.base import Store, StoredObject, check_key
-
-_MAX_PIPE_BYTES = 1 << 28  # of what states no size
 
 
 class FolderStore(Store):
@@ -30,18 +29,15 @@ class FolderStore(Store):
 
     def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
         path = self._path(key)
-        # Who states a limit also takes what has no size, such as --labels <(…)
-        is_pipe_allowed = max_bytes < sys.maxsize
-        with (
-            self._explaining("read", key),
-            path.open("rb") if is_pipe_allowed else open_regular(path) as file,
-        ):
-            size_bytes = os.fstat(file.fileno()).st_size
-            self._check_size(key, size_bytes, max_bytes)
-            limit = max_bytes if size_bytes else min(max_bytes, _MAX_PIPE_BYTES)
-            data = file.read(size_bytes or limit + 1)
-            self._check_size(key, len(data), limit)
-            return data
+        with self._explaining("read", key):
+            if max_bytes < sys.maxsize:  # who states a limit also takes a pipe, as --labels <(…)
+                with suppress(OSError):
+                    self._check_size(key, path.stat().st_size, max_bytes)
+                data = read_once(path, max_bytes=max_bytes + 1)
+                self._check_size(key, len(data), max_bytes)
+                return data
+            with open_regular(path) as file:
+                return file.read()
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         path = self._path(key)
