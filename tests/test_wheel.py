@@ -51,8 +51,10 @@ def test_the_wheel_holds_modules_templates_configs_and_types(wheel: Path) -> Non
         metadata = archive.read(f"{info}/METADATA").decode()
     modules = {f"{path.relative_to(ROOT)}" for path in (ROOT / "xrai").rglob("*.py")}
     configs = {f"xrai/configs/{path.name}" for path in (ROOT / "xrai/configs").glob("*.yaml")}
-    assert len(configs) >= 3
-    assert modules | configs | {"xrai/py.typed", "xrai/results/report.html.jinja"} <= names
+    results = (ROOT / "xrai/results").glob("*.jinja")
+    templates = {f"xrai/results/{path.name}" for path in results}
+    assert len(configs) >= 3 and "xrai/results/report.html.jinja" in templates
+    assert modules | configs | {"xrai/py.typed"} | templates <= names
     assert {name.partition("/")[0] for name in names} == {"xrai", info}
     assert f"{info}/licenses/LICENSE" in names
     assert "xrai = xrai.__main__:main" in scripts

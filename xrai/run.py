@@ -307,8 +307,8 @@ class Job:
 
         folder = self.run.path / "curves"
         history, is_phantom = self.run.history(), self._is_phantom
-        draw_curves(history, folder, best_epoch=best_epoch, is_phantom=is_phantom)
-        self.run.publish(["curves/loss.png", "curves/accuracy.png"])
+        names = draw_curves(history, folder, best_epoch=best_epoch, is_phantom=is_phantom)
+        self.run.publish([f"curves/{name}" for name in names])
 
     def _environment(self) -> dict[str, object]:
         """What this machine is, and what ranks and devices the run has."""

@@ -1,6 +1,9 @@
 """A run in a folder, a bucket in a folder."""
 
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -23,3 +26,51 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     monkeypatch.setattr(folder_module, "open_store", lambda uri: found)
     monkeypatch.setattr(publisher, "_FIRST_PAUSE_S", 0.01)
     return found
+
+
+class Browse(Protocol):
+    """Opens a page in a headless Chromium with a window of "WIDTH,HEIGHT"."""
+
+    def __call__(
+        self, page: Path, fragment: str, *, size: str = "800,600"
+    ) -> tuple[str, list[str]]: ...
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Browse:
+    """Opens a page in a headless Chromium; gives the document after its script, and what the
+    console said.
+    """
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if found is None:
+        pytest.skip("no Chromium: none of chromium, chromium-browser and google-chrome is in PATH")
+
+    def open_page(page: Path, fragment: str, *, size: str = "800,600") -> tuple[str, list[str]]:
+        done = subprocess.run(
+            [
+                found,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--disable-extensions",
+                "--disable-component-update",
+                "--disable-background-networking",
+                "--enable-logging=stderr",
+                "--v=0",
+                f"--window-size={size}",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--dump-dom",
+                f"{page.as_uri()}{fragment}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page

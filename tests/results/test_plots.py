@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.results.many import KINDS, make_many
 from tests.results.small import make_scores
+from xrai.labels import Task
 from xrai.results import plots, sheets, style
 from xrai.results.history import EpochRow
 from xrai.results.measure import measure
@@ -140,3 +142,24 @@ def has_colour(path: Path, colour: str) -> bool:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     wanted = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
     return bool((pixels == wanted).all(axis=1).sum() >= 5)
+
+
+@pytest.mark.parametrize(("task", "num"), KINDS)
+def test_several_outputs_are_drawn_side_by_side_in_a_bounded_number_of_figures(
+    tmp_path: Path, task: Task, num: int
+) -> None:
+    plots.draw_plots(*make_many(task, num), tmp_path)
+    names = ["abstention", "calibration", "confusion", "overview", "precision_recall", "roc"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == names
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            assert max(image.size) < 1700, path.name
+    for name in ("overview", "roc", "precision_recall", "calibration"):
+        assert has_colour(tmp_path / f"{name}.png", style.CURVE)
+
+
+def test_several_outputs_look_the_same_each_time(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        plots.draw_plots(*make_many("multilabel", 14), tmp_path / folder)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()

@@ -7,8 +7,6 @@ import functools
 import html
 import json
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -353,45 +351,6 @@ def test_a_page_without_its_figures_is_a_page(tmp_path: Path, missing: str) -> N
 
 
 # ------------------------------------------------------------------------------------------ browser
-
-
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[[Path, str], tuple[str, list[str]]]:
-    """Opens a page in a headless Chromium; gives the document after its script, and what the
-    console said.
-    """
-    found = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if found is None:
-        pytest.skip("no Chromium: none of chromium, chromium-browser and google-chrome is in PATH")
-
-    def open_page(page: Path, fragment: str) -> tuple[str, list[str]]:
-        done = subprocess.run(
-            [
-                found,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--no-first-run",
-                "--disable-extensions",
-                "--disable-component-update",
-                "--disable-background-networking",
-                "--enable-logging=stderr",
-                "--v=0",
-                f"--user-data-dir={tmp_path / 'profile'}",
-                "--dump-dom",
-                f"{page.as_uri()}{fragment}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return open_page
 
 
 def shown_by(document: str) -> dict[str, str]:

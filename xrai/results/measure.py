@@ -12,7 +12,7 @@ import numpy.typing as npt
 from xrai.results import types
 from xrai.results.calibration import checked
 from xrai.results.intervals import Key, bootstrap, estimate_all
-from xrai.results.metrics import Sample, count_calls_by_threshold
+from xrai.results.metrics import Sample, count_calls_by_threshold, find_curves
 from xrai.results.types import Estimate, Labelled, Measured, Scores
 
 PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # shares of pneumonia for which calls are valued
@@ -115,6 +115,7 @@ def _output_results(
         abstention=_abstention(scores, found, output, measured.get(("kept", ""), whole)),
         by_threshold=count_calls_by_threshold(found.labels, found.scores),
         by_prevalence=_by_prevalence(whole.metrics["sensitivity"], whole.metrics["specificity"]),
+        curves=find_curves(found.labels, found.scores),
     )
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from xrai.results.calibration import Floats, Ints, checked
-from xrai.results.types import CallsByThreshold, Counts, Output
+from xrai.results.types import CallsByThreshold, Counts, Curves, Output
 
 HEADLINES = ("accuracy", "sensitivity", "specificity", "auroc")
 NUM_CALIBRATION_BINS = 10
 FIXED_RATE = 0.90  # the specificity at which sensitivity is read off the ROC curve, and vice versa
+NUM_POINTS = 100  # of a curve on the page
 NUM_THRESHOLDS = 200  # equal steps from 0 to 1, for which metrics.json counts the calls
 
 _NO_IMAGES = "there are no images"
@@ -151,6 +152,32 @@ def calibration_bins(labels: Ints, scores: Floats) -> list[CalibrationBin]:
         low, high = number / NUM_CALIBRATION_BINS, (number + 1) / NUM_CALIBRATION_BINS
         bins.append(CalibrationBin(low, high, int(inside.sum()), mean, share))
     return bins
+
+
+def find_curves(labels: Ints, scores: Floats) -> Curves:
+    """The curves of labels (N,) and scores (N,) as the page draws them."""
+    bins = tuple(
+        (each.mean_score, each.share_positive, each.num_images)
+        for each in calibration_bins(labels, scores)
+        if each.num_images
+    )
+    tp, fp = cumulative_calls(labels, scores)
+    if not (tp[-1] and fp[-1]):
+        return Curves((), (), bins)
+    precision = tp[1:] / (tp + fp)[1:]
+    return Curves(
+        roc=_thinned(fp / fp[-1], tp / tp[-1]),
+        precision_recall=_thinned(tp[1:] / tp[-1], precision),
+        reliability=bins,
+    )
+
+
+def _thinned(x: Floats, y: Floats) -> tuple[tuple[float, float], ...]:
+    """At most `NUM_POINTS` of a curve's points, evenly along it; both ends are kept."""
+    length = np.append(0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
+    wanted = np.linspace(0.0, length[-1], NUM_POINTS)
+    kept = np.unique(np.append(np.searchsorted(length, wanted[:-1]), len(x) - 1))
+    return tuple(zip(x[kept].round(4).tolist(), y[kept].round(4).tolist(), strict=True))
 
 
 class Sample:

@@ -9,8 +9,9 @@ import gc
 import io
 import itertools
 import math
+import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,15 @@ from xrai.results import style
 from xrai.results.calibration import calibrated
 from xrai.results.history import EpochRow
 from xrai.results.intervals import wilson_interval
-from xrai.results.metrics import calibration_bins, cumulative_calls, format_interval, format_value
+from xrai.results.metrics import (
+    METRICS,
+    calibration_bins,
+    cumulative_calls,
+    format_interval,
+    format_value,
+)
 from xrai.results.style import CURVE, INK, MUTED, NORMAL, PAPER, PNEUMONIA, note_line
-from xrai.results.types import Estimate, Labelled, OutputResults, Scores, SplitResults
+from xrai.results.types import Abstention, Estimate, Labelled, OutputResults, Scores, SplitResults
 
 _Look = dict[str, Any]  # options of matplotlib, which documents plain values
 
@@ -59,6 +66,7 @@ _DEFAULTS: _Look = {
     "legend.frameon": False,
 }
 _SQUARE = (5.6, 5.6)  # inches
+_PANEL, _PANELS = 1.85, 5  # inches from one small plot to the next, and of them in a row
 _SQUARE_AXES = (0.13, 0.105, 0.81, 0.74)
 _CHANCE: _Look = {"color": MUTED, "linewidth": 1, "linestyle": (0, (2, 3))}
 _AREA: _Look = {"color": CURVE, "alpha": 0.08, "linewidth": 0}
@@ -66,11 +74,20 @@ _POINT: _Look = {"markersize": 9, "markeredgecolor": PAPER, "markeredgewidth": 1
 _SMALL: _Look = {"fontsize": 8.5, "color": MUTED}
 _TOP: _Look = {"xycoords": ("data", "axes fraction")}  # of a note at (x, 1)
 _PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
-_SERIES = (  # name, colour, and how columns of history.csv begin; there is no shifted_loss
-    ("train", style.TRAIN, "train"),
-    ("validation", style.VALIDATION, "val"),
-    ("validation,\naugmented", style.SHIFTED, "shifted"),
-)
+WORST_COLUMN = "val_auroc_worst"  # of history.csv, where there are several outputs
+_SERIES = {  # of each picture: name, colour and column of history.csv
+    "loss": (("train", style.TRAIN, "train_loss"), ("validation", style.VALIDATION, "val_loss")),
+    "accuracy": (
+        ("train", style.TRAIN, "train_accuracy"),
+        ("validation", style.VALIDATION, "val_accuracy"),
+        ("validation,\naugmented", style.SHIFTED, "shifted_accuracy"),
+    ),
+    "auroc": (
+        ("validation", style.VALIDATION, "val_auroc"),
+        ("validation,\naugmented", style.SHIFTED, "shifted_auroc"),
+        ("validation,\nthe worst", style.PNEUMONIA, WORST_COLUMN),
+    ),
+}
 _HEAT_OPACITY = 0.65  # of a heat map where it is 1
 
 
@@ -80,18 +97,19 @@ def draw_curves(
     *,
     best_epoch: int | None = None,
     is_phantom: bool = False,
-) -> None:
-    """Write `folder`/loss.png and accuracy.png: training and validation by epoch.
+) -> list[str]:
+    """Write `folder`/loss.png and accuracy.png: training and validation by epoch. With several
+    outputs also auroc.png: their macro mean, and the worst of each epoch. Return the names.
 
     A value that is NaN leaves a gap.
     """
     epochs = [row.epoch for row in history]
-    for kind, unit in (
-        ("loss", "cross-entropy, nats"),
-        ("accuracy", "share of images correctly classified"),
-    ):
+    units = {"loss": "cross-entropy, nats", "accuracy": "share of images correctly classified"}
+    if any(math.isfinite(getattr(row, WORST_COLUMN, math.nan)) for row in history):
+        units["auroc"] = "macro mean, and the worst class or finding of each epoch"
+    for kind, unit in units.items():
         note = note_line(unit, is_phantom=is_phantom)
-        title = f"{kind.capitalize()} by epoch"
+        title = f"{'AUROC' if kind == 'auroc' else kind.capitalize()} by epoch"
         with _figure(folder / f"{kind}.png", title, note, size=(6.2, 4.3)) as figure:
             axes = figure.add_subplot()
             figure.subplots_adjust(left=0.1, right=0.745, top=0.795, bottom=0.12)
@@ -102,16 +120,27 @@ def draw_curves(
                 side: _Look = {"ha": "right" if is_late else "left", "va": "top"}
                 _note(axes, "saved", (best_epoch, 1), (-4 if is_late else 4, -2), **_TOP, **side)
     gc.collect()  # figures are full of cycles: a training grew by 5 MiB an epoch
+    return [f"{kind}.png" for kind in units]
 
 
 def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
-    """Write all plots of one split, of its first output."""
+    """Write all plots of one split; those of several outputs show them side by side."""
     note = f"{results.num_images:,} images of {results.num_patients:,} patients"
     note = note_line(f"{results.split} split", note, is_phantom=results.is_phantom)
-    for name, (title, size, draw) in _PLOTS.items():
-        with _figure(folder / f"{name}.png", title, note, size=size) as figure:
-            draw(figure, scores.labelled(), results.main)
-    gc.collect()  # as above, once for all six: it takes longer than drawing one
+    if results.task == "binary":
+        for name, (title, size, draw) in _PLOTS.items():
+            with _figure(folder / f"{name}.png", title, note, size=size) as figure:
+                draw(figure, scores.labelled(), results.main)
+    else:
+        noun = "class" if results.task == "multiclass" else "finding"
+        for name, (title, draw_all, size_of) in _PLOTS_OF_MANY.items():
+            size = size_of(len(results.outputs))
+            with _figure(folder / f"{name}.png", f"{title} by {noun}", note, size=size) as figure:
+                draw_all(figure, scores, results)
+        title, size, _ = _PLOTS["abstention"]
+        with _figure(folder / "abstention.png", title, note, size=size) as figure:
+            _draw_abstention(figure, results.abstention)
+    gc.collect()  # as above, once for all of them: it takes longer than drawing one
 
 
 def _draw_roc(figure: Figure, found: Labelled, main: OutputResults) -> None:
@@ -263,9 +292,8 @@ def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
             _note(axes, text, place, (shift, 5), ha=side, color=INK, **_TOP)
 
 
-def _draw_abstention(figure: Figure, found: Labelled, main: OutputResults) -> None:
+def _draw_abstention(figure: Figure, abstention: Abstention) -> None:
     """The accuracy of the images that are kept as more and more are left to a person."""
-    abstention = main.abstention
     axes = _square_axes(figure, "share of images left to a person", "accuracy on the others")
     lowest = 1.0
     for name, colour, order in (
@@ -297,8 +325,179 @@ _PLOTS = {  # title, size in inches, and what draws it
     "confusion": ("Calls against labels", _SQUARE, _draw_confusion),
     "calibration": ("Calibration", _SQUARE, _draw_calibration),
     "scores": ("Scores by class", (10.4, 4.4), _draw_scores),
-    "abstention": ("Leaving images to a person", _SQUARE, _draw_abstention),
+    "abstention": (
+        "Leaving images to a person",
+        _SQUARE,
+        lambda figure, _, main: _draw_abstention(figure, main.abstention),
+    ),
 }
+
+
+def _draw_overview(figure: Figure, scores: Scores, results: SplitResults) -> None:
+    """AUROC with its interval: the means on top, then each output, the lowest first."""
+    rows = [
+        (title, means["auroc"], INK)
+        for title, means in (("macro mean", results.macro), ("micro mean", results.micro))
+        if "auroc" in means
+    ]
+    ranked = [results.outputs[number] for number in results.ranked]
+    rows += [(found.output.name, found.whole.metrics["auroc"], CURVE) for found in ranked]
+    height = figure.get_size_inches()[1]
+    bottom = 0.35 / height
+    axes = figure.add_axes((0.30, bottom, 0.45, 1 - 0.80 / height - bottom))
+    values = [each.value for _, each, _ in rows if not each.is_undefined]
+    axes.set_xlim(math.floor(10 * min([0.4, *values])) / 10, 1.005)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.axvline(0.5, **_CHANCE)
+    axes.set_yticks(range(len(rows)), [_shortened(name, 24) for name, _, _ in rows], color=INK)
+    axes.grid(axis="y", visible=False)
+    for row, (_, each, colour) in enumerate(rows):
+        text = each.reason or "undefined"
+        if not each.is_undefined:
+            axes.plot([each.low, each.high], [row] * 2, color=colour, linewidth=5, alpha=0.4)
+            axes.plot([each.value], [row], "o", color=colour, markersize=4.5)
+            interval = format_interval("auroc", each.low, each.high)
+            text = f"{format_value('auroc', each.value)}  {interval}"
+        place: _Look = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
+        axes.text(1.03, row, _shortened(text, 44), color=INK if row < 2 else MUTED, **place)
+
+
+def _draw_matrix(figure: Figure, scores: Scores, results: SplitResults) -> None:
+    """How many images with a label (row) got each call (column), tinted by the share of the row."""
+    names = [_shortened(found.output.name, 20) for found in results.outputs]
+    counts = (scores.labels == 1).T.astype(np.int64) @ scores.called.astype(np.int64)  # (C, C)
+    totals = np.maximum((scores.labels == 1).sum(axis=0), 1)
+    width, height = figure.get_size_inches()
+    side = _cell_of(len(names)) * len(names)
+    axes = figure.add_axes((1.75 / width, 0.15 / height, side / width, side / height))
+    axes.set(xlim=(0, len(names)), ylim=(len(names), 0))
+    middles = np.arange(len(names)) + 0.5
+    axes.set_xticks(middles, names, color=INK, rotation=90, fontsize=8)
+    axes.set_yticks(middles, names, color=INK, fontsize=8)
+    axes.xaxis.tick_top()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    centred: _Look = {"ha": "center", "va": "center", "fontsize": 7.5}
+    for (row, column), num in np.ndenumerate(counts):
+        share, is_right = num / totals[row], row == column
+        tint: _Look = {"facecolor": NORMAL if is_right else PNEUMONIA, "linewidth": 0}
+        if num:
+            box = mpl.patches.Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, **tint)
+            box.set_alpha(0.06 + 0.5 * share)
+            axes.add_patch(box)
+        weight = "bold" if is_right else "normal"
+        colour = INK if num else MUTED
+        axes.text(column + 0.5, row + 0.52, f"{num:,}", color=colour, weight=weight, **centred)
+
+
+def _draw_panels(
+    figure: Figure, scores: Scores, results: SplitResults, draw: "_DrawPanel", metric: str
+) -> None:
+    """A small plot of each output, the one with the lowest AUROC first, under its name and value
+    of `metric`.
+    """
+    columns = min(_PANELS, len(results.outputs))
+    rows = math.ceil(len(results.outputs) / columns)
+    width, height = figure.get_size_inches()
+    side = _PANEL - 0.62
+    for place, number in enumerate(results.ranked):
+        found = results.outputs[number]
+        row, column = divmod(place, columns)
+        left = 0.5 + column * _PANEL
+        bottom = height - 1.2 - row * (_PANEL + 0.1) - side
+        box = (left / width, bottom / height, side / width, side / height)
+        axes = figure.add_axes(box)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.tick_params(
+            labelsize=7, labelleft=column == 0, labelbottom=place >= columns * (rows - 1)
+        )
+        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.yaxis.set_major_formatter(_PERCENT)
+        value = format_value(metric, found.whole.metrics[metric].value)
+        head: _Look = {"transform": axes.transAxes, "va": "bottom"}
+        axes.text(0, 1.13, _shortened(found.output.name, 21), fontsize=8, weight="bold", **head)
+        axes.text(0, 1.02, f"{METRICS[metric].title} {value}", fontsize=7, color=MUTED, **head)
+        draw(axes, scores.labelled(number), found)
+        if (estimate := found.whole.metrics[metric]).is_undefined:
+            reason = textwrap.fill(estimate.reason, 22)
+            axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=7, color=MUTED)
+
+
+def _panel_roc(axes: Axes, found: Labelled, own: OutputResults) -> None:
+    axes.plot([0, 1], [0, 1], **_CHANCE)
+    tp, fp = cumulative_calls(found.labels, found.scores)
+    if tp[-1] and fp[-1]:
+        axes.plot(fp / fp[-1], tp / tp[-1], color=CURVE, linewidth=1.5)
+        rates = (own.whole.metrics[name].value for name in ("specificity", "sensitivity"))
+        specificity, sensitivity = rates
+        axes.plot([1 - specificity], [sensitivity], "o", color=PNEUMONIA, markersize=4.5)
+
+
+def _panel_precision_recall(axes: Axes, found: Labelled, own: OutputResults) -> None:
+    tp, fp = cumulative_calls(found.labels, found.scores)
+    if tp[-1] and fp[-1]:
+        axes.axhline(float(found.labels.mean()), **_CHANCE)
+        precision = np.append(tp[:0:-1] / (tp + fp)[:0:-1], 1.0)
+        axes.step(tp[::-1] / tp[-1], precision, color=CURVE, linewidth=1.5, where="pre")
+        if not own.whole.metrics["ppv"].is_undefined:
+            place = [[own.whole.metrics[name].value] for name in ("sensitivity", "ppv")]
+            axes.plot(*place, "o", color=PNEUMONIA, markersize=4.5)
+
+
+def _panel_calibration(axes: Axes, found: Labelled, own: OutputResults) -> None:
+    axes.plot([0, 1], [0, 1], **_CHANCE)
+    bins = [each for each in calibration_bins(found.labels, found.scores) if each.num_images]
+    for each in bins:
+        ends = wilson_interval(each.share_positive, each.num_images)
+        axes.plot([each.mean_score] * 2, ends, color=CURVE, linewidth=1.4, alpha=0.45)
+    means, shares = [each.mean_score for each in bins], [each.share_positive for each in bins]
+    axes.plot(means, shares, "o-", color=CURVE, linewidth=1, markersize=3.5)
+
+
+def _panels(draw: "_DrawPanel", metric: str) -> "_DrawAll":
+    return lambda figure, scores, results: _draw_panels(figure, scores, results, draw, metric)
+
+
+def _panels_size(num: int) -> tuple[float, float]:
+    columns = min(_PANELS, num)
+    width = 0.55 + columns * _PANEL
+    return max(width, 4.6), 0.95 + math.ceil(num / columns) * (_PANEL + 0.1)
+
+
+def _matrix_size(num: int) -> tuple[float, float]:
+    side = _cell_of(num) * num
+    return max(1.95 + side, 4.6), 2.4 + side
+
+
+def _cell_of(num: int) -> float:
+    return min(0.75, max(0.36, 3.6 / num))  # the side of a cell, inches
+
+
+def _overview_size(num: int) -> tuple[float, float]:
+    return 7.6, 1.2 + 0.24 * (num + 2)
+
+
+_DrawPanel = Callable[[Axes, Labelled, OutputResults], None]
+_DrawAll = Callable[[Figure, Scores, SplitResults], None]
+_PLOTS_OF_MANY: dict[str, tuple[str, _DrawAll, Callable[[int], tuple[float, float]]]] = {
+    # title, what draws it, and its size in inches
+    "overview": ("AUROC", _draw_overview, _overview_size),
+    "roc": ("ROC curves", _panels(_panel_roc, "auroc"), _panels_size),
+    "precision_recall": (
+        "Precision and recall",
+        _panels(_panel_precision_recall, "average_precision"),
+        _panels_size,
+    ),
+    "calibration": ("Calibration", _panels(_panel_calibration, "ece"), _panels_size),
+    "confusion": ("Calls against labels", _draw_matrix, _matrix_size),
+}
+
+
+def _shortened(text: str, length: int) -> str:
+    """The text, its middle left out where it is longer than `length` letters."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
 
 
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
@@ -340,23 +539,24 @@ def _figure(path: Path, title: str, note: str, *, size: tuple[float, float]) -> 
 
 def _draw_series(axes: Axes, history: Sequence[EpochRow], kind: str) -> None:
     """Draw the lines of `_SERIES` with their names and last values at the right."""
-    is_share, epochs = kind == "accuracy", [row.epoch for row in history]
+    is_share, epochs = kind != "loss", [row.epoch for row in history]
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
-    for name, colour, split in _SERIES:
-        values = [float(getattr(row, f"{split}_{kind}", math.nan)) for row in history]
+    for name, colour, column in _SERIES[kind]:
+        values = [float(getattr(row, column, math.nan)) for row in history]
         if known := [value for value in values if math.isfinite(value)]:
             marker = "o" if len(known) <= 40 else None
             look: _Look = {"linewidth": 2, "marker": marker, "markersize": 3.5}
             axes.plot(epochs, values, color=colour, label=name, **look)
-            text = f"{100 * known[-1]:.1f} %" if is_share else f"{known[-1]:.3f}"
+            text = f"{100 * known[-1]:.1f} %" if kind == "accuracy" else f"{known[-1]:.3f}"
             ends.append((known[-1], f"{name}\n{text}", colour))
             shown += known
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
-    if is_share:
+    if kind == "accuracy":
         axes.yaxis.set_major_formatter(_PERCENT)
+    if is_share:
         axes.set_ylim(max(0.0, math.floor(20 * min(shown, default=0.0) - 0.1) / 20), 1)
     else:
         axes.set_ylim(0, 1.08 * max(shown, default=1.0))

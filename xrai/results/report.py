@@ -6,17 +6,17 @@ by its hash. `xrai.run` and `xrai.evaluate` call it. Every number is one of the 
 """
 
 import base64
-import functools
 import hashlib
 import importlib.resources
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 import xrai
 from xrai.results import history, style
@@ -24,6 +24,7 @@ from xrai.results.history import EpochRow
 from xrai.results.metrics import HEADLINES, METRICS, format_interval, format_value
 from xrai.results.types import DatasetFacts, Estimate, Output, OutputResults, SplitResults, Training
 
+_MOST_NAMED = 4  # outputs in the heading
 _NUM_BARS = 50  # of the explorer's histogram
 _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
 _NOT_ON_A_BAR = ("mcc", "brier", "ece")  # their scale is not 0 to 1, or lower is better
@@ -61,14 +62,14 @@ class Shown:
     width: float | None
 
 
-def show(name: str, estimate: Estimate, *, output: Output) -> Shown:
-    """An estimate of an output in words and as places on a bar."""
+def show(name: str, estimate: Estimate, output: Output | None = None) -> Shown:
+    """An estimate in words, those of its meaning for an output, and as places on a bar."""
     interval = format_interval(name, estimate.low, estimate.high)
     is_on_bar = name not in _NOT_ON_A_BAR
     has_range = is_on_bar and bool(interval)
     return Shown(
         title=METRICS[name].title,
-        meaning=METRICS[name].of(output).meaning,
+        meaning=METRICS[name].of(output).meaning if output else "",
         value=format_value(name, estimate.value),
         interval=interval,
         reason=estimate.reason if estimate.is_undefined else "",
@@ -80,10 +81,13 @@ def show(name: str, estimate: Estimate, *, output: Output) -> Shown:
 
 def render_report(page: Page, folder: Path) -> str:
     """The whole page as HTML text; the images below curves/ and plots/ of `folder` are shown."""
-    package = importlib.resources.files("xrai.results")
-    template = package.joinpath("report.html.jinja").read_text(encoding="utf-8")
+    results, package = page.results, importlib.resources.files("xrai.results")
     jinja = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(lambda name: package.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     jinja.filters.update(
         {
@@ -94,21 +98,28 @@ def render_report(page: Page, folder: Path) -> str:
             ),
             "total": lambda numbers: sum(numbers.values()),
             "sha256": source_hash,
+            "sentence": lambda text: text[:1].upper() + text[1:],
             "value": lambda value, name: format_value(name, value),
         }
     )
-    return jinja.from_string(template).render(
+    parts = [
+        Part(f"explorer-{number}" if len(results.outputs) > 1 else "explorer", number, found)
+        for number, found in enumerate(results.outputs)
+    ]
+    return jinja.get_template("report.html.jinja").render(
         page=page,
-        results=page.results,
-        found=page.results.main,
+        results=results,
+        found=results.main,
         dataset=page.dataset,
         training=page.training,
         config_text=yaml.safe_dump(dict(page.config), sort_keys=False),
-        notes=_notes(page.results.main),
-        explorer=explore(page.results.main),
+        heading=_heading(results),
+        parts=parts,
+        part=parts[0],
+        overview=Overview(results, parts),
         base64=lambda name: base64.b64encode((folder / name).read_bytes()).decode("ascii"),
         has=lambda name: (folder / name).exists(),
-        show=functools.partial(show, output=page.results.main.output),
+        show=show,
         history_cell=_format_cell,
         history_columns=history.COLUMNS,
         metrics=METRICS,
@@ -116,6 +127,82 @@ def render_report(page: Page, folder: Path) -> str:
         style=style,
         version=xrai.__version__,
     )
+
+
+def _heading(results: SplitResults) -> str:
+    names = [found.output.name for found in results.outputs]
+    if results.task == "binary":
+        names = [names[0][:1].upper() + names[0][1:], results.main.output.opposite]
+    if len(names) > _MOST_NAMED:
+        nouns = "classes" if results.task == "multiclass" else "findings"
+        return f"{len(names)} {nouns}, from a chest X-ray"
+    last = " and " if results.task == "multilabel" else " or "
+    return f"{last.join(filter(None, [', '.join(names[:-1]), names[-1]]))}, from a chest X-ray"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One output as the page shows it."""
+
+    key: str  # what the ids of its explorer begin with
+    number: int  # among the outputs
+    found: OutputResults
+
+    @cached_property
+    def explorer(self) -> "Explorer":
+        """Its threshold explorer."""
+        return explore(self.found)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is undefined or doubtful, in words."""
+        return _notes(self.found)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All outputs side by side."""
+
+    results: SplitResults
+    parts: Sequence[Part]
+
+    @cached_property
+    def ranked(self) -> list[Part]:
+        """The parts by AUROC, the lowest first; those without one come last."""
+        return [self.parts[number] for number in self.results.ranked]
+
+    @cached_property
+    def low(self) -> float:
+        """Where the axis of AUROC begins: at 0.4, or lower where a value does."""
+        values = [part.found.whole.metrics["auroc"].value for part in self.parts]
+        return math.floor(10 * min([0.4, *(each for each in values if math.isfinite(each))])) / 10
+
+    def on_axis(self, estimate: Estimate) -> Shown:
+        """An AUROC as places on this axis."""
+        value, low, high = (
+            (end - self.low) / (1 - self.low)
+            for end in (estimate.value, max(estimate.low, self.low), estimate.high)
+        )
+        return show("auroc", Estimate(value, low, high))
+
+    @cached_property
+    def num_correct(self) -> int:
+        """Images of which the right class was called."""
+        return sum(row[number] for number, row in enumerate(self.results.confusion or ()))
+
+    @cached_property
+    def confusions(self) -> list[tuple[int, str, str, int]]:
+        """Which class was called another how often, and how many images it has; the most frequent
+        ones first.
+        """
+        names = [part.found.output.name for part in self.parts]
+        found = [
+            (num, names[row], names[column], sum(calls))
+            for row, calls in enumerate(self.results.confusion or ())
+            for column, num in enumerate(calls)
+            if num and row != column
+        ]
+        return sorted(found, key=lambda each: -each[0])
 
 
 @dataclass(frozen=True)

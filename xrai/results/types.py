@@ -278,6 +278,18 @@ class CallsByThreshold:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """What the page draws of an output, at most `metrics.NUM_POINTS` points of each curve; empty
+    where a class is missing.
+    """
+
+    roc: tuple[tuple[float, float], ...]  # 1 - specificity, sensitivity
+    precision_recall: tuple[tuple[float, float], ...]  # recall, precision
+    # mean score, share of positive images, and number of images of each bin that has some
+    reliability: tuple[tuple[float, float, int], ...]
+
+
+@dataclass(frozen=True)
 class WorthOfCall:
     """PPV and NPV at one prevalence, and at the lower ends of both rates' intervals."""
 
@@ -330,6 +342,7 @@ class OutputResults:
     abstention: Abstention
     by_threshold: CallsByThreshold
     by_prevalence: tuple[WorthOfCall, ...]
+    curves: Curves
 
 
 @dataclass(frozen=True)
@@ -377,10 +390,16 @@ class SplitResults:
         return self.macro or self.main.whole.metrics
 
     @property
+    def ranked(self) -> list[int]:
+        """The outputs' numbers by AUROC, the lowest first; those without one come last."""
+        values = [found.whole.metrics["auroc"].value for found in self.outputs]
+        return sorted(range(len(values)), key=lambda at: (math.isnan(values[at]), values[at]))
+
+    @property
     def worst(self) -> OutputResults | None:
         """The output with the lowest AUROC; None where none has one."""
-        known = [each for each in self.outputs if not each.whole.metrics["auroc"].is_undefined]
-        return min(known, key=lambda each: each.whole.metrics["auroc"].value, default=None)
+        first = self.outputs[self.ranked[0]]
+        return None if first.whole.metrics["auroc"].is_undefined else first
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,221 @@
+"""The page of several classes or findings: all of them side by side, and one at a time."""
+
+import html
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.results.conftest import Browse
+from tests.results.many import KINDS, LONG_NAME, make_many, rename
+from tests.results.test_report import HISTORY, Html, training_on
+from xrai.config import Config
+from xrai.labels import Task
+from xrai.results.environment import describe_environment
+from xrai.results.report import Page, render_report, source_hash
+from xrai.results.types import DatasetFacts, SplitResults
+
+
+def render(folder: Path, results: SplitResults) -> str:
+    splits = {"train": {found.output.name: 30 for found in results.outputs}}
+    dataset = DatasetFacts("data/findings", "0123abcd", 64, "crop", splits, 103)
+    page = Page(
+        results,
+        training_on(dataset),
+        dataset,
+        config=Config().to_mapping(),
+        environment=describe_environment(),
+        history=HISTORY,
+        others=[results],
+    )
+    return render_report(page, folder)
+
+
+def overview_of(text: str) -> list[tuple[str, str]]:
+    """The rows of the overview: section and name."""
+    table = text.partition('id="overview"')[2].partition("</table>")[0]
+    rows = re.findall(r'<th scope="row"><a href="#(output-\d+)"[^>]*>([^<]*)</a>', table)
+    return [(place, html.unescape(name)) for place, name in rows]
+
+
+@pytest.mark.parametrize(("task", "num"), KINDS)
+def test_the_page_shows_each_output_once_and_the_one_with_the_lowest_auroc_first(
+    tmp_path: Path, task: Task, num: int
+) -> None:
+    results = make_many(task, num)[1]
+    text = render(tmp_path, results)
+    page = Html(text)
+    rows = overview_of(text)
+    values = [results.outputs[int(place[7:])].whole.metrics["auroc"].value for place, _ in rows]
+    known = [value for value in values if math.isfinite(value)]
+    assert known == sorted(known) and values[: len(known)] == known
+    assert sorted(name for _, name in rows) == sorted(
+        found.output.name for found in results.outputs
+    )
+    shown = re.findall(r'<section class="output" id="(output-\d+)"', text)
+    assert shown == [place for place, _ in rows]
+    assert {address for address in page.addresses if address.startswith("#")} <= {
+        f"#{name}" for name in page.ids
+    }
+    words = " ".join(page.text.split())
+    assert f"It does worst on {rows[0][1]}: AUROC {known[0]:.3f}" in words
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_the_page_of_many_outputs_asks_no_network_for_anything(tmp_path: Path, task: Task) -> None:
+    text = render(tmp_path, make_many(task, 20)[1])
+    assert not re.search(r"https?:|url\(|@import|<link|<iframe", text)
+    scripts = Html(text).scripts
+    explorers = [f"explorer-{number}-data" for number in range(20)]
+    assert [attributes.get("id") for attributes, _ in scripts[:-1]] == (
+        explorers if task == "multilabel" else []
+    ), "classes have no threshold to try"
+    (policy,) = re.findall(r"script-src ([^;\"]*)", html.unescape(text))
+    assert policy == source_hash(scripts[-1][1])
+
+
+def test_a_number_that_is_undefined_stands_with_its_reason(tmp_path: Path) -> None:
+    results = make_many("multilabel", 14)[1]
+    text = " ".join(Html(render(tmp_path, results)).text.split())
+    reason = results.outputs[-1].whole.metrics["auroc"].reason
+    assert f"no AUROC: {reason}" in text
+    assert f"AUROC: undefined, because {reason}." in text
+    assert (
+        results.worst is not None and results.worst.output.name != results.outputs[-1].output.name
+    )
+
+
+def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:
+    text = render(tmp_path, make_many("multilabel", 14)[1])
+    assert not re.findall(r'<section class="output"[^>]*hidden', text)
+    assert re.search(r'<div class="picker" id="picker" hidden>', text)
+    assert re.search(r"@media print.*\.output\[hidden\] \{ display: block", text, re.DOTALL)
+
+
+def test_hostile_names_of_classes_stay_text(tmp_path: Path) -> None:
+    name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}%s"
+    for task in ("multiclass", "multilabel"):
+        page = Html(render(tmp_path, rename(make_many(task, 3)[1], name)))
+        assert not any("alert" in script for _, script in page.scripts)
+        assert page.images == []
+        assert page.text.count(name) >= 5
+
+
+# ------------------------------------------------------------------------------------------ browser
+
+
+def after(text: str, steps: str) -> str:
+    """The page whose script takes some steps more and puts their result into the title."""
+    script = Html(text).scripts[-1][1]
+    acting = f"{script}\nconst act = () => {{ {steps} }};\n"
+    acting += "setTimeout(() => { document.title = JSON.stringify(act()); });"
+    old, new = (
+        html.escape(source_hash(each)).replace("&#x27;", "&#39;") for each in (script, acting)
+    )
+    assert old in text
+    return text.replace(old, new).replace(script, acting)
+
+
+def title_of(document: str) -> str:
+    return html.unescape(document.partition("<title>")[2].partition("</title>")[0])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("task", "num"), KINDS)
+def test_the_overview_fits_a_screen_and_no_part_of_the_page_is_wider(
+    tmp_path: Path, browse: Browse, task: Task, num: int
+) -> None:
+    steps = (
+        "const box = document.getElementById('overview').getBoundingClientRect();"
+        "return [Math.ceil(box.height), document.documentElement.scrollWidth - innerWidth];"
+    )
+    path = tmp_path / "report.html"
+    path.write_text(after(render(tmp_path, make_many(task, num)[1]), steps), encoding="utf-8")
+    document, console = browse(path, "", size="1440,900")
+    assert console == []
+    height, excess = map(int, re.findall(r"-?\d+", title_of(document)))
+    assert 100 < height <= 900
+    assert excess <= 0
+
+
+def shown_in(document: str) -> list[str]:
+    """The sections that are not hidden."""
+    return [
+        place
+        for place, rest in re.findall(
+            r'<section class="output" id="(output-\d+)"([^>]*)>', document
+        )
+        if "hidden" not in rest
+    ]
+
+
+@pytest.mark.browser
+def test_one_output_is_shown_at_a_time_the_worst_first_and_the_address_chooses(
+    tmp_path: Path, browse: Browse
+) -> None:
+    text = render(tmp_path, make_many("multilabel", 14)[1])
+    worst = overview_of(text)[0][0]
+    path = tmp_path / "report.html"
+    path.write_text(text, encoding="utf-8")
+    for fragment, wanted in (("", worst), ("#output-5", "output-5"), ("#metrics", worst)):
+        document, console = browse(path, fragment)
+        assert console == []
+        assert shown_in(document) == [wanted]
+        assert '<div class="picker" id="picker">' in document
+    document, _ = browse(path, "#output-5&threshold=0.25")
+    assert shown_in(document) == ["output-5"]
+    assert re.search(r'id="explorer-5-threshold">0\.250<', document)
+    assert re.search(r'id="explorer-4-threshold">0\.600<', document)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_the_picker_is_a_labelled_list_that_keeps_the_focus_with_buttons_beside_it(
+    tmp_path: Path, browse: Browse, task: Task
+) -> None:
+    text = render(tmp_path, make_many(task, 20)[1])
+    rows = [place for place, _ in overview_of(text)]
+    steps = """
+      const choice = document.getElementById("picker-choice");
+      const seen = [choice.labels.length, choice.tagName];
+      const shown = () => [...document.querySelectorAll("section.output")]
+        .filter((section) => !section.hidden).map((section) => section.id);
+      const note = () => seen.push(shown().join("+"), location.hash);
+      choice.focus();
+      choice.selectedIndex = 3; choice.dispatchEvent(new Event("change")); note();
+      seen.push(document.activeElement.id);
+      document.getElementById("picker-next").click(); note();
+      document.getElementById("picker-previous").click(); note();
+      choice.selectedIndex = 20; choice.dispatchEvent(new Event("change"));
+      seen.push(shown().length);
+      return seen;"""
+    path = tmp_path / "report.html"
+    path.write_text(after(text, steps), encoding="utf-8")
+    document, console = browse(path, "")
+    assert console == []
+    expected = [1, "SELECT", rows[3], f"#{rows[3]}", "picker-choice"]
+    expected += [rows[4], f"#{rows[4]}", rows[3], f"#{rows[3]}", 20]
+    assert title_of(document) == str(expected).replace("'", '"').replace(", ", ",")
+
+
+@pytest.mark.browser
+def test_a_link_of_the_overview_opens_its_output_and_moves_the_focus_there(
+    tmp_path: Path, browse: Browse
+) -> None:
+    text = render(tmp_path, make_many("multiclass", 20)[1])
+    place, _ = overview_of(text)[7]
+    steps = f"""
+      document.querySelector('#overview a[href="#{place}"]').click();
+      dispatchEvent(new Event("hashchange"));
+      const top = document.getElementById("{place}").getBoundingClientRect().top;
+      return [document.activeElement.id, Math.abs(top) < 200];"""
+    path = tmp_path / "report.html"
+    path.write_text(after(text, steps), encoding="utf-8")
+    document, console = browse(path, "")
+    assert console == []
+    assert title_of(document) == f'["{place}-title",true]'
+    assert shown_in(document) == [place]
+    assert LONG_NAME in document
