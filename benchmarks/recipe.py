@@ -156,7 +156,7 @@ def write_labels(path: Path, entries: Iterable[Entry], held_out: Sequence[Entry]
         table = csv.writer(file)
         table.writerow(["path", "label", "patient", "split"])
         for entry in entries:
-            label = ("NORMAL", "PNEUMONIA")[entry.label]
+            label = "PNEUMONIA" if entry.label == 1 else "NORMAL"
             table.writerow(
                 [entry.path, label, entry.patient, "test" if entry.path in tested else "train"]
             )

@@ -205,7 +205,7 @@ LIES: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
     ),
     "a file that is not listed": (lambda rows: rows[1:], "dataset.json says"),
     "another label": (
-        lambda rows: in_val(rows, label=1 - first(rows, "val").label),
+        lambda rows: in_val(rows, label=int(first(rows, "val").label == 0)),
         "does not hold the rows",
     ),
 }

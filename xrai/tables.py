@@ -10,7 +10,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -48,6 +48,8 @@ def from_plain(kind: Any, value: Any, name: str = "it") -> Any:
         kinds = [part for part in parts if part is not type(None)]
         return None if value is None else from_plain(kinds[0], value, name)
     kept = get_origin(kind) or kind
+    if kept is Literal and value in parts:
+        return value
     if kind is Any:
         return value
     if kept is Mapping and isinstance(value, dict):

@@ -168,8 +168,8 @@ def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
         open_shard(path)
     write(path)
     with h5py.File(path, "r+") as file:
-        file.attrs["schema_version"] = 2
-    with pytest.raises(CorruptError, match="schema version 2; this xrai reads 1"):
+        file.attrs["schema_version"] = 3
+    with pytest.raises(CorruptError, match="schema version 3; this xrai reads 1 and 2"):
         open_shard(path)
     with h5py.File(path, "w") as file:
         file.attrs["schema_version"] = 1
@@ -310,8 +310,8 @@ def test_any_flipped_byte_of_an_index_is_noticed(place: float, value: int) -> No
 
 
 def test_an_index_of_another_version_is_refused_as_such() -> None:
-    text = index(schema_version=2).to_json()
-    with pytest.raises(DatasetError, match="has schema version 2; this xrai reads version 1"):
+    text = index(schema_version=3).to_json()
+    with pytest.raises(DatasetError, match="has schema version 3; this xrai reads versions 1 to 2"):
         DatasetIndex.from_json(text, where="dataset.json")
 
 

@@ -3,6 +3,7 @@ import pytest
 from tests.dataset.pictures import public_names
 from xrai.errors import SourceError
 from xrai.ingest.layout import Layout, lay_out, parse_name
+from xrai.labels import Label
 
 
 def tree(*folders: str, num: int = 3) -> list[str]:
@@ -15,7 +16,7 @@ def both(*insides: str) -> Layout:
     return lay_out(tree(*folders), source="S")
 
 
-def found(*paths: str) -> list[tuple[str, str, int]]:
+def found(*paths: str) -> list[tuple[str, str, Label]]:
     return [(entry.path, entry.split, entry.label) for entry in lay_out(paths, source="S").entries]
 
 

@@ -11,8 +11,10 @@ from xrai.dataset.manifest import Row
 from xrai.dataset.rules import carve_share, find_split_faults
 from xrai.errors import SourceError
 from xrai.ingest.splits import assign_splits
+from xrai.labels import LabelSpec
 
 CARVE = Splits(val_fraction=0.2, test_fraction=0.2)
+BINARY = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
 
 
 def row(
@@ -33,7 +35,9 @@ def many(
 
 
 def splits_of(rows: list[Row], config: Splits = CARVE) -> dict[str, str]:
-    return {row.path: row.split for row in assign_splits(rows, config).rows if not row.reason}
+    return {
+        row.path: row.split for row in assign_splits(rows, BINARY, config).rows if not row.reason
+    }
 
 
 # ------------------------------------------------------------------------------------------ carving
@@ -66,7 +70,7 @@ def rows_of(pairs: list[tuple[int, int]]) -> list[Row]:
 @given(pairs=patients)
 def test_no_patient_and_no_image_is_in_two_carved_splits(pairs: list[tuple[int, int]]) -> None:
     by_patient, by_image = defaultdict(set), defaultdict(set)
-    for found in assign_splits(rows_of(pairs), CARVE).rows:
+    for found in assign_splits(rows_of(pairs), BINARY, CARVE).rows:
         by_patient[found.patient].add(found.split)
         by_image[found.sha256].add(found.split)
     assert all(len(splits) == 1 for splits in (*by_patient.values(), *by_image.values()))
@@ -105,14 +109,14 @@ def test_adding_an_identical_image_of_another_patient_moves_only_these_two() -> 
 
 def test_splits_that_the_source_gives_are_kept() -> None:
     rows = many(40) + many(40, split="val", prefix="v") + many(10, split="test", prefix="t")
-    assignment = assign_splits(rows, CARVE)
+    assignment = assign_splits(rows, BINARY, CARVE)
     assert assignment.carved == ()
     assert [found.split for found in assignment.rows] == [given.split for given in rows]
 
 
 def test_a_val_too_small_to_measure_with_joins_train_and_is_carved_anew_with_a_note() -> None:
     rows = many(200) + many(16, split="val", prefix="v") + many(30, split="test", prefix="t")
-    assignment = assign_splits(rows, Splits())
+    assignment = assign_splits(rows, BINARY, Splits())
     assert assignment.carved == ("val",)
     assert any(
         "16 images, fewer than splits.min_val_images = 32" in note for note in assignment.notes
@@ -136,7 +140,7 @@ def test_a_patient_in_two_splits_of_the_source_stays_where_the_source_has_him() 
     rows = [
         replace(found, sha256=hashlib.sha256(found.path.encode()).hexdigest()) for found in rows
     ]
-    assert [found.split for found in assign_splits(rows, Splits()).rows] == [
+    assert [found.split for found in assign_splits(rows, BINARY, Splits()).rows] == [
         given.split for given in rows
     ]
 
@@ -153,14 +157,14 @@ def test_the_same_image_in_two_splits_of_the_source_is_refused_by_both_names(
     with pytest.raises(
         SourceError, match=f"{other}/b.png and {one}/a.png; .*--splits.duplicates=drop"
     ):
-        assign_splits(rows, Splits())
+        assign_splits(rows, BINARY, Splits())
 
 
 def test_on_request_all_but_the_one_in_test_else_val_are_set_aside() -> None:
     rows = many(40) + many(40, split="val", prefix="v") + many(40, split="test", prefix="t")
     rows += [row("a.png", split=split, content="x") for split in ("train", "val", "test")]
     rows += [row("b.png", split=split, content="y") for split in ("train", "val")]
-    assignment = assign_splits(rows, Splits(duplicates="drop"))
+    assignment = assign_splits(rows, BINARY, Splits(duplicates="drop"))
     aside = {found.path: found.reason for found in assignment.rows if found.reason}
     assert aside == {
         "train/a.png": "is the same image as test/a.png",
@@ -173,14 +177,14 @@ def test_on_request_all_but_the_one_in_test_else_val_are_set_aside() -> None:
 
 def test_a_val_that_joins_train_may_repeat_its_images() -> None:
     rows = [*many(100), row("v.png", split="val", content="same"), row("t.png", content="same")]
-    one, other = assign_splits(rows, CARVE).rows[-2:]
+    one, other = assign_splits(rows, BINARY, CARVE).rows[-2:]
     assert one.split == other.split
     assert not one.reason and not other.reason
 
 
 def test_the_same_image_under_both_labels_is_set_aside_on_both_sides() -> None:
     rows = [*many(60), row("a.png", label=0, content="same"), row("b.png", label=1, content="same")]
-    aside = [found for found in assign_splits(rows, CARVE).rows if found.reason]
+    aside = [found for found in assign_splits(rows, BINARY, CARVE).rows if found.reason]
     assert [found.path for found in aside] == ["train/a.png", "train/b.png"]
     assert all("under another label" in found.reason for found in aside)
 
@@ -188,7 +192,7 @@ def test_the_same_image_under_both_labels_is_set_aside_on_both_sides() -> None:
 def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
     bad = replace(row("bad.png"), sha256="", reason="cannot be read")
     worse = replace(row("worse.png", label=1), sha256="", reason="cannot be read")
-    found = assign_splits([*many(60), bad, worse], CARVE).rows[-2:]
+    found = assign_splits([*many(60), bad, worse], BINARY, CARVE).rows[-2:]
     assert [(entry.reason, entry.split) for entry in found] == [("cannot be read", "train")] * 2
 
 
@@ -212,14 +216,14 @@ def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
 )
 def test_what_can_not_be_split_is_refused(rows: list[Row], message: str) -> None:
     with pytest.raises(SourceError, match=message):
-        assign_splits(rows, Splits(val_fraction=0.1, test_fraction=0.1))
+        assign_splits(rows, BINARY, Splits(val_fraction=0.1, test_fraction=0.1))
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.9])
 def test_one_patient_id_for_all_images_is_said_with_what_to_do(val_fraction: float) -> None:
     rows = [row(f"{k}.png", label=k % 2, patient="dicom:0f") for k in range(40)]
     with pytest.raises(SourceError) as caught:
-        assign_splits(rows, Splits(val_fraction=val_fraction, test_fraction=0.05))
+        assign_splits(rows, BINARY, Splits(val_fraction=val_fraction, test_fraction=0.05))
     for words in ("all 40 images", "PatientID", "anonymizing", "column patient", "--labels", "val"):
         assert words in str(caught.value)
     assert "raise" not in str(caught.value)
@@ -228,17 +232,17 @@ def test_one_patient_id_for_all_images_is_said_with_what_to_do(val_fraction: flo
 def test_few_patients_whose_images_all_leave_train_are_counted() -> None:
     rows = [row(f"{k}.png", label=k % 2, patient=f"p:{k % 2}") for k in range(40)]
     with pytest.raises(SourceError, match=r"no \w+ image stays in train: 2 patients are too few"):
-        assign_splits(rows, Splits(val_fraction=0.9, test_fraction=0.05))
+        assign_splits(rows, BINARY, Splits(val_fraction=0.9, test_fraction=0.05))
 
 
 def test_a_patient_of_a_large_share_of_the_images_is_noted() -> None:
     anonymous = [row(f"{k}.png", label=k % 2, patient="dicom:0f") for k in range(60)]
-    (note,) = assign_splits([*many(100), *anonymous], CARVE).notes
+    (note,) = assign_splits([*many(100), *anonymous], BINARY, CARVE).notes
     assert "60 of 160 images are of one patient by their PatientID" in note
-    assert assign_splits([*many(200), *anonymous], CARVE).notes == ()
+    assert assign_splits([*many(200), *anonymous], BINARY, CARVE).notes == ()
     given = [row(f"v{k}.png", label=k % 2, split="val") for k in range(40)]
     given += [row(f"t{k}.png", label=k % 2, split="test") for k in range(40)]
-    assert assign_splits([*anonymous, *given], CARVE).notes == ()
+    assert assign_splits([*anonymous, *given], BINARY, CARVE).notes == ()
 
 
 @pytest.mark.parametrize("splits", [("test",), ("val", "test"), ("val",)])
@@ -246,7 +250,7 @@ def test_a_source_without_train_is_kept_as_it_is_whatever_classes_it_has(
     splits: tuple[str, ...],
 ) -> None:
     rows = [row(f"{k}.png", label=1, split=splits[k % len(splits)]) for k in range(12)]
-    assignment = assign_splits(rows, Splits())
+    assignment = assign_splits(rows, BINARY, Splits())
     assert (assignment.rows, assignment.carved) == (tuple(rows), ())
     (note,) = assignment.notes
     assert "to evaluate on alone" in note
@@ -258,7 +262,7 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
     rows.append(row("p.png", label=1, patient=f"one:{train_only}"))
     assert (
         "val was carved from train and holds no PNEUMONIA images"
-        in assign_splits(rows, CARVE).notes
+        in assign_splits(rows, BINARY, CARVE).notes
     )
 
 
@@ -267,13 +271,13 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
 
 @given(pairs=patients)
 def test_what_was_assigned_breaks_no_rule(pairs: list[tuple[int, int]]) -> None:
-    assignment = assign_splits(rows_of(pairs), CARVE)
+    assignment = assign_splits(rows_of(pairs), BINARY, CARVE)
     assert find_split_faults(assignment.rows, assignment.carved, CARVE) == []
 
 
 def test_each_broken_rule_is_named() -> None:
     rows = many(100, images_each=2)
-    assignment = assign_splits(rows, CARVE)
+    assignment = assign_splits(rows, BINARY, CARVE)
     moved = list(assignment.rows)
     place = next(k for k, found in enumerate(moved) if found.split == "val")
     moved[place] = replace(moved[place], split="train")

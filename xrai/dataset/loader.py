@@ -8,7 +8,8 @@ For the training loop, and for anyone who wants the data without our training. N
     for epoch in range(10):
         for batch in loader.epoch(epoch):
             batch.images  # (n, 1, H, W) uint8
-            batch.labels  # (n,) uint8, positions in loader.index.classes
+            batch.labels  # (n,) uint8, positions in loader.index.classes; or, of findings,
+            # (n, C) int8: 1 present, 0 absent, -1 unknown (loader.index.labels.task says which)
 
 Global batch k of an epoch holds the same images whatever the number of ranks or threads, and
 wherever a run was restarted: `loader.epoch(epoch, start=step)` continues at a step, so the whole
@@ -41,6 +42,7 @@ from xrai.dataset.cache import OpenShard, ShardCache
 from xrai.dataset.order import EpochOrder, most_held, rank_slice, shards_to_hold
 from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
 from xrai.errors import ConfigError, DatasetError, UnreachableError, XraiError
+from xrai.labels import Labels
 from xrai.store import Store, open_store
 
 _POLL_S = 0.1
@@ -54,7 +56,7 @@ class Batch:
     """One rank's part of a global batch; empty if that has fewer images than there are ranks."""
 
     images: NDArray[np.uint8]  # (n, 1, H, W), C-contiguous
-    labels: NDArray[np.uint8]  # (n,), positions in `DatasetIndex.classes`
+    labels: Labels  # (n,) uint8 positions in `DatasetIndex.classes`, or (n, C) int8 findings
     rows: NDArray[np.int64]  # (n,), positions in the split
     step: int  # of this global batch in the epoch
     num_global: int  # images in the global batch, all ranks together
@@ -174,8 +176,10 @@ class Loader:
         return -(-self.num_images // self.batch_size)
 
     @cached_property
-    def labels(self) -> NDArray[np.uint8]:
-        """(N,) classes of all rows of the split; opens every shard when first asked for."""
+    def labels(self) -> Labels:
+        """(N,) classes or (N, C) findings of all rows of the split; opens every shard when first
+        asked for.
+        """
         return self.columns("labels")["labels"]
 
     def columns(
@@ -184,9 +188,9 @@ class Loader:
         """Columns of the split, by name, of rows `start` to `stop`; opens the shards that hold
         them and keeps nothing.
 
-        Names are labels (uint8), source, patient, subtype (str), width and height (uint32, of the
-        source image). `stop` may be past the last row, as in a slice. Raises `ConfigError` for an
-        unknown column or row.
+        Names are labels (uint8, or (N, C) int8 findings), source, patient, subtype (str), width and
+        height (uint32, of the source image). `stop` may be past the last row, as in a slice. Raises
+        `ConfigError` for an unknown column or row.
         """
         stop = self.num_images if stop is None else min(stop, self.num_images)
         if not 0 <= start < stop:
@@ -325,6 +329,7 @@ class Loader:
             shuffle=self.shuffle,
         )
         starts = np.cumsum([0, *rows_of_shards])
+        spec = self.index.labels
         num_images = self.num_images
         held = range(0)
         opened: dict[int, Shard] = {}
@@ -344,7 +349,7 @@ class Loader:
             for shard in sorted(set(shards.tolist()).difference(opened)):
                 opened[shard] = feed.take(shard)
             started = time.monotonic()
-            images, labels = self._buffers.take(len(rows)), np.empty(len(rows), np.uint8)
+            images, labels = self._buffers.take(len(rows)), spec.empty(len(rows))
             # Indexing by arrays copies twice and is 2 to 4 times slower for rows of 64 shards
             # (n = 64, 64 and 224 pixels, numpy 2.4, 2 cores, best of three)
             places = zip(shards.tolist(), (rows - starts[shards]).tolist(), strict=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xrai.errors import CorruptError
+from xrai.labels import Label
 
 CLASSES: Final = ("NORMAL", "PNEUMONIA")  # a label is a position in this tuple
 
@@ -19,7 +20,7 @@ class Row:
 
     path: str  # in the source, forward slashes
     sha256: str  # hex; "" where the file could not be read
-    label: int  # position in the data set's classes
+    label: Label  # a list in JSON; rows with the same findings share one tuple
     # Group first: "IM:0115", "bacteria:1000", "dicom:" and a hash; "file:…" where nothing says who
     patient: str
     subtype: str  # "bacterial", "viral" or ""
@@ -28,7 +29,7 @@ class Row:
     row: int | None = None  # position in that shard
     reason: str = ""  # why it was excluded
 
-    def to_mapping(self) -> dict[str, str | int | None]:
+    def to_mapping(self) -> dict[str, Label | str | None]:
         """As `dataclasses.asdict`, in a tenth of its time."""
         return {name: getattr(self, name) for name in self.__slots__}
 
@@ -46,10 +47,15 @@ def read_manifest(data: bytes, *, where: str) -> list[Row]:
 
 def parse_manifest(lines: Iterable[bytes], *, where: str) -> Iterator[Row]:
     """The rows of `manifest.jsonl`, one at a time: held together they take 700 bytes each."""
+    known: dict[Label, Label] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = Row(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            values = json.loads(line)
+            if isinstance(values["label"], list):
+                label = tuple(values["label"])
+                values["label"] = known.setdefault(label, label)
+            row = Row(**values)
+        except (ValueError, TypeError, KeyError) as error:
             raise CorruptError(
                 f"{where}, line {number}, is not a row of a manifest: {error}"
             ) from error

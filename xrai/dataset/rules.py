@@ -17,6 +17,7 @@ from PIL import Image
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row
+from xrai.labels import Label
 
 _HASH_DIGITS = 13  # 52 bits: a float holds the share exactly
 
@@ -43,6 +44,23 @@ def carve_share(patient: str) -> float:
     """A patient's fixed place in [0, 1): val is carved from the low end, test from the high end."""
     digest = hashlib.sha256(patient.encode()).hexdigest()
     return int(digest[:_HASH_DIGITS], 16) / 16.0**_HASH_DIGITS
+
+
+def find_contradicted(rows: Iterable[Row]) -> set[str]:
+    """Hashes of images that stand under different labels. A finding that is unknown in one place
+    contradicts nothing.
+    """
+    first: dict[str, Label] = {}
+    several: dict[str, set[Label]] = {}
+    for row in rows:
+        if (label := first.setdefault(row.sha256, row.label)) != row.label:
+            several.setdefault(row.sha256, {label}).add(row.label)
+    return {sha256 for sha256, labels in several.items() if _contradict(labels)}
+
+
+def _contradict(labels: Collection[Label]) -> bool:
+    findings = [label for label in labels if isinstance(label, tuple)]
+    return not findings or any({0, 1} <= set(values) for values in zip(*findings, strict=True))
 
 
 def patients_in_several(rows: Iterable[Row], splits: Collection[str]) -> list[str]:

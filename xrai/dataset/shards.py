@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from xrai.config import flatten
 from xrai.errors import CorruptError, DatasetError, NotFoundError, StoreError
 from xrai.files import sha256_of, write_atomically
+from xrai.labels import Labels, LabelSpec, Task
 from xrai.store import Store, check_key
 from xrai.tables import from_plain, load_json
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2  # of dataset.json; version 1 knew two classes alone, and is read as such
 INDEX_KEY: Final = "dataset.json"
 MANIFEST_KEY: Final = "manifest.jsonl"
 REPORT_PREFIX: Final = "report/"
@@ -36,6 +38,7 @@ HDF5_VERSION: Final = h5py.version.hdf5_version  # another one may write other b
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}-of-\d{5,}\.h5")
+_CLASS_VERSION, _FINDING_VERSION = 1, 2  # of shards with a class, or with findings, for each image
 _PAGE_BYTES = 4096
 _NUM_INDEX_READS = 3
 _MAX_ROWS = 1_000_000  # of a shard, as in the config
@@ -56,10 +59,10 @@ def is_shard_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a shard is written from; all but the images are (N,), N at least 1."""
+    """What a shard is written from; all but images and findings are (N,), N at least 1."""
 
     images: NDArray[np.uint8]  # (N, H, W)
-    labels: NDArray[np.uint8]  # positions in `DatasetIndex.classes`
+    labels: Labels  # positions in `DatasetIndex.classes`, or (N, C) findings
     source: Sequence[str]  # paths of the source files
     patient: Sequence[str]  # keys of the patients
     subtype: Sequence[str]  # "bacterial", "viral" or ""
@@ -74,7 +77,7 @@ class Layout:
 
     shape: tuple[int, int, int]  # of `images`, (N, H, W)
     offset: int  # of `images` in the file, bytes
-    labels: NDArray[np.uint8]  # (N,)
+    labels: Labels  # (N,) or (N, C)
 
 
 class _Column:
@@ -104,7 +107,7 @@ class Shard:
     """An open shard. `images` is a view of the mapped file: pages are read when touched."""
 
     images: NDArray[np.uint8]  # (N, H, W), read-only
-    labels: NDArray[np.uint8]  # (N,), positions in `DatasetIndex.classes`
+    labels: Labels  # (N,) uint8 positions in `DatasetIndex.classes`, or (N, C) int8 findings
     layout: Layout = field(repr=False)
     _path: Path = field(repr=False)  # for messages: the file may have gone
     _mapped: mmap.mmap = field(repr=False)
@@ -123,7 +126,9 @@ def write_shard(path: Path, columns: Columns) -> None:
     Raises OSError if the disk is full or `path` cannot be written.
     """
     assert columns.images.ndim == 3 and len(columns.images) > 0
-    assert columns.images.dtype == columns.labels.dtype == np.uint8
+    has_findings = columns.labels.ndim == 2
+    assert columns.images.dtype == np.uint8
+    assert columns.labels.dtype == (np.int8 if has_findings else np.uint8)
     text = h5py.string_dtype("utf-8")
     types = {"source": text, "patient": text, "subtype": text, "sha256": "S64"}
     types |= {"width": np.uint32, "height": np.uint32}
@@ -141,9 +146,9 @@ def write_shard(path: Path, columns: Columns) -> None:
         alignment_threshold=_PAGE_BYTES,
         alignment_interval=_PAGE_BYTES,
     ) as file:
-        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["schema_version"] = _FINDING_VERSION if has_findings else _CLASS_VERSION
         for name, column in values.items():  # contiguous: no chunks, no filter
-            data = np.asarray(column, dtype=types.get(name, np.uint8))
+            data = np.asarray(column, dtype=types.get(name))
             file.create_dataset(name, data=data, track_times=False)
         file.flush()
         content = file.id.get_file_image()
@@ -174,15 +179,20 @@ def map_shard(path: Path, layout: Layout) -> Shard:
 def _read_layout(path: Path) -> Layout:
     with _explained(path), h5py.File(path, "r", locking=False) as file:
         version = int(file.attrs["schema_version"])
-        if version != SCHEMA_VERSION:
+        if version not in (_CLASS_VERSION, _FINDING_VERSION):
             raise CorruptError(
-                f"{path} is a shard of schema version {version}; this xrai reads {SCHEMA_VERSION}"
+                f"{path} is a shard of schema version {version}; this xrai reads "
+                f"{_CLASS_VERSION} and {_FINDING_VERSION}"
             )
         images, labels = file["images"], file["labels"][:]
         shape, dtype, offset = images.shape, images.dtype, images.id.get_offset()
-    if dtype != np.uint8 or len(shape) != 3 or offset is None or labels.shape != shape[:1]:
+    kind = (labels.ndim, labels.dtype)
+    is_usual = kind == ((2, np.int8) if version == _FINDING_VERSION else (1, np.uint8))
+    is_usual = is_usual and labels.shape[:1] == shape[:1]
+    if dtype != np.uint8 or len(shape) != 3 or offset is None or not is_usual:
         raise CorruptError(
-            f"{path} is not laid out as a shard: images are {shape} {dtype}, labels {labels.shape}"
+            f"{path} is not laid out as a shard: images are {shape} {dtype}, labels "
+            f"{labels.shape} {labels.dtype}"
         )
     return Layout(shape, offset, labels)
 
@@ -206,7 +216,8 @@ class ShardInfo:
     num_rows: int
     size_bytes: int
     sha256: str
-    num_rows_per_class: tuple[int, ...]
+    num_rows_per_class: tuple[int, ...]  # or with each finding present
+    num_unknown_per_class: tuple[int, ...] = ()  # findings alone
 
 
 @dataclass(frozen=True)
@@ -246,12 +257,18 @@ class DatasetIndex:
     objects: tuple[ObjectInfo, ...]
     config: Mapping[str, Any]  # sections images, splits and shards, as resolved
     tool_version: str
+    task: Task = "binary"
     schema_version: int = SCHEMA_VERSION
     fingerprint: str = field(default="")  # computed where it is not given
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", compute_fingerprint(self))
+
+    @property
+    def labels(self) -> LabelSpec:
+        """What the labels of the images mean."""
+        return LabelSpec(self.task, self.classes)
 
     def all_objects(self) -> "list[ShardInfo | ObjectInfo]":
         """Shards, manifest and report."""
@@ -277,16 +294,34 @@ class DatasetIndex:
         return sum(shard.num_rows for shard in self.splits.get(split, ()))
 
     def num_images_per_class(self, split: str) -> dict[str, int]:
-        """Images of one split, class by class."""
+        """Images of one split that are of each class, or with each finding present."""
         shards = self.splits.get(split, ())
         return {
             name: sum(shard.num_rows_per_class[k] for shard in shards)
             for k, name in enumerate(self.classes)
         }
 
+    def num_known_per_class(self, split: str) -> dict[str, int]:
+        """Images of one split where it is known whether they are of each class, or show each
+        finding.
+        """
+        shards = self.splits.get(split, ())
+        unknown = [
+            sum(each) for each in zip(*(x.num_unknown_per_class for x in shards), strict=True)
+        ]
+        num = self.num_images(split)
+        return {
+            name: num - absent
+            for name, absent in zip(self.classes, unknown or [0] * len(self.classes), strict=True)
+        }
+
     def to_json(self) -> str:
         """The text of `dataset.json`; its last key is a hash of all others, so any change shows."""
         mapping = asdict(replace(self, splits=dict(self.splits), config=dict(self.config)))
+        if self.schema_version == 1:
+            del mapping["task"]
+            for info in chain.from_iterable(mapping["splits"].values()):
+                del info["num_unknown_per_class"]
         ordered = {key: mapping[key] for key in ("schema_version", "fingerprint")} | mapping
         return json.dumps(ordered | {"index_sha256": _hash_json(ordered)}, indent=1) + "\n"
 
@@ -306,9 +341,10 @@ class DatasetIndex:
             ) from error
         if stated != _hash_json(mapping):
             raise CorruptError(f"{where} is damaged: its contents do not have the hash it states")
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise DatasetError(
-                f"{where} has schema version {version!r}; this xrai reads version {SCHEMA_VERSION}"
+                f"{where} has schema version {version!r}; this xrai reads versions 1 to "
+                f"{SCHEMA_VERSION}"
             )
         try:
             index: DatasetIndex = from_plain(cls, mapping)
@@ -334,10 +370,13 @@ class DatasetIndex:
             raise ValueError(f"its classes are {', '.join(map(repr, self.classes))}")
         if not all(0 < info.num_rows <= _MAX_ROWS for info in infos):
             raise ValueError(f"a shard has no images, or more than {_MAX_ROWS}")
-        counts = [(info.num_rows, *info.num_rows_per_class) for info in infos]
-        if not all(len(each) == 1 + len(self.classes) and min(each) >= 0 for each in counts):
-            raise ValueError("the rows of a shard are not counted class by class")
-        is_usual = len(self.classes) == 2 and {*self.splits} <= {*SPLITS}
+        num_counts = (len(self.classes), len(self.classes) if self.task == "multilabel" else 0)
+        for info in infos:
+            counts = (info.num_rows_per_class, info.num_unknown_per_class)
+            is_counted = min((info.num_rows, *counts[0], *counts[1])) >= 0
+            if (len(counts[0]), len(counts[1])) != num_counts or not is_counted:
+                raise ValueError("the rows of a shard are not counted class by class")
+        is_usual = {*self.splits} <= {*SPLITS} and not self.labels.fault()
         if not is_usual or not infos or not all(self.splits.values()):
             raise ValueError("it has other classes or splits than xrai writes")
         keys = flatten(self.config, where="in the config of dataset.json")
@@ -348,13 +387,22 @@ class DatasetIndex:
 
 
 def compute_fingerprint(index: DatasetIndex) -> str:
-    """Hex sha256 of a data set's contents: classes, image size and the hashes of its shards."""
+    """Hex sha256 of a data set's contents: task, classes, image size and the hashes of its shards.
+
+    For two classes it is that of version 1: the same images give the same fingerprint.
+    """
     shards = {
         split: [shard.sha256 for shard in index.splits[split]]
         for split in SPLITS
         if split in index.splits
     }
-    return _hash_json([index.schema_version, index.classes, index.image_size, shards])
+    return _hash_json([*head_of(index.labels), index.image_size, shards])
+
+
+def head_of(labels: LabelSpec) -> list[Any]:
+    """What begins the values that a data set's hashes are made of, for its labels."""
+    head = [1] if labels.task == "binary" else [SCHEMA_VERSION, labels.task]
+    return [*head, labels.classes]
 
 
 def read_index(store: Store) -> DatasetIndex:

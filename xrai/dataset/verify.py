@@ -6,7 +6,7 @@ fingerprint.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from xrai.dataset.shards import (
     open_shard,
 )
 from xrai.errors import CorruptError
+from xrai.labels import Label, LabelSpec
 from xrai.log import progress
 from xrai.store import Store
 
@@ -126,12 +127,19 @@ def _check_index(index: DatasetIndex) -> Iterator[Fault]:
         for info in infos:
             if not info.name.removeprefix(index.place).startswith(f"{split}-"):
                 yield Fault(info.name, f"is listed in {INDEX_KEY} as a shard of {split}")
-            if sum(info.num_rows_per_class) != info.num_rows:
+            if not _adds_up(info, index.labels):
                 yield Fault(info.name, f"has {info.num_rows} rows, but {info.num_rows_per_class}")
     if counts.num_found != counts.num_written + counts.num_set_aside:
         yield Fault(INDEX_KEY, f"found is not written + excluded: {counts}")
     if sum(info.num_rows for info in shards) != counts.num_written:
         yield Fault(INDEX_KEY, f"its shards do not hold as many images as it says: {counts}")
+
+
+def _adds_up(info: ShardInfo, labels: LabelSpec) -> bool:
+    if labels.task != "multilabel":
+        return sum(info.num_rows_per_class) == info.num_rows
+    counts = zip(info.num_rows_per_class, info.num_unknown_per_class, strict=True)
+    return all(present + unknown <= info.num_rows for present, unknown in counts)
 
 
 def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
@@ -142,15 +150,26 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if (row.shard is None) == (row.reason == ""):
             yield f"{row.path} has neither a shard nor a reason, or both"
-    found = Counter((row.shard, row.split, row.label) for row in rows if row.shard is not None)
+    bad = [row for row in rows if not index.labels.allows(row.label)]
+    for row in bad:
+        yield f"{row.path} has the label {row.label!r}, which its data set does not know"
+    found: dict[tuple[str, str], list[Label]] = defaultdict(list)
+    for row in rows:
+        if row.shard is not None:
+            found[row.shard, row.split].append(row.label)
     stated = {
-        (info.name.removeprefix(index.place), split, label): number
+        (info.name.removeprefix(index.place), split): (
+            info.num_rows,
+            info.num_rows_per_class,
+            info.num_unknown_per_class,
+        )
         for split, infos in index.splits.items()
         for info in infos
-        for label, number in enumerate(info.num_rows_per_class)
-        if number
     }
-    if found != stated:
+    if not bad and stated != {
+        place: (len(labels), *index.labels.count(index.labels.array(labels)))
+        for place, labels in found.items()
+    }:
         yield f"does not list as many images of each shard and class as {INDEX_KEY}"
     yield from find_split_faults(rows, index.carved, Splits(**index.config.get("splits", {})))
 
@@ -200,10 +219,16 @@ def _check_shard(
     if shard.images.shape != shape:
         yield f"holds images of shape {shard.images.shape}; {INDEX_KEY} says {shape}"
         return
-    counts = tuple(np.bincount(shard.labels, minlength=len(index.classes)).tolist())
-    if counts != info.num_rows_per_class:
-        yield f"holds {counts} images of each class; {INDEX_KEY} says {info.num_rows_per_class}"
-    inside = list(zip(*columns, shard.labels.tolist(), strict=True))
+    if shard.labels.shape != index.labels.empty(info.num_rows).shape:
+        yield f"holds labels of shape {shard.labels.shape}, not those of {len(index.classes)} names"
+        return
+    counts, stated_counts = index.labels.count(shard.labels)[0], info.num_rows_per_class
+    if counts != stated_counts:
+        yield f"holds {counts} images of each class; {INDEX_KEY} says {stated_counts}"
+    labels = shard.labels.tolist()
+    if shard.labels.ndim == 2:
+        labels = [tuple(each) for each in labels]
+    inside = list(zip(*columns, labels, strict=True))
     stated = [(row.path, row.patient, row.subtype, row.sha256, row.label) for row in rows]
     places = [(row.split, row.row) for row in rows]
     if inside != stated or places != [(split, number) for number in range(len(rows))]:

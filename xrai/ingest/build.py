@@ -18,7 +18,7 @@ import numpy as np
 from xrai import __version__
 from xrai.config import Images
 from xrai.dataset import shards
-from xrai.dataset.manifest import CLASSES, Row, manifest_lines
+from xrai.dataset.manifest import Row, manifest_lines
 from xrai.dataset.rules import grey_histogram, mean_and_std
 from xrai.dataset.shards import SPLITS, DatasetIndex, ObjectInfo, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, SourceError
@@ -30,6 +30,7 @@ from xrai.ingest.plan import Plan, PlannedShard, check_excluded
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import refuse_missing_class
 from xrai.ingest.unfinished import Part, Unfinished
+from xrai.labels import LabelSpec
 from xrai.log import get_logger, progress
 from xrai.store import Store
 
@@ -113,7 +114,13 @@ class Builder:
             storing: Future[None] | None = None
             for shard in missing:
                 rows_of_shard = islice(pending, len(shard.rows))
-                decoded = gather(shard, rows_of_shard, size=self._images.size, on_done=bar.update)
+                decoded = gather(
+                    shard,
+                    rows_of_shard,
+                    labels=self._plan.labels,
+                    size=self._images.size,
+                    on_done=bar.update,
+                )
                 unusable += _excluded(shard, decoded.reasons)
                 check_excluded(
                     unusable, num_files=len(self._plan.rows), limit=self._images.max_set_aside
@@ -183,9 +190,9 @@ class Builder:
                 self._confirm()
                 digest = self._store.upload(self._place + shard.name, path)
                 size_bytes = path.stat().st_size
-            counts = tuple(np.bincount(labels, minlength=len(CLASSES)).tolist())
+            counts = self._plan.labels.count(labels)
             name = self._place + shard.name
-            info = ShardInfo(name, len(labels), size_bytes, digest, counts)
+            info = ShardInfo(name, len(labels), size_bytes, digest, *counts)
         histogram = grey_histogram(decoded.columns.images).tolist()
         few_greys = with_few_greys(decoded.columns.source, decoded.columns.images)
         part = Part(self._plan.sha256, info, decoded.reasons, histogram, decoded.hashes, few_greys)
@@ -226,6 +233,7 @@ def gather(
     shard: PlannedShard,
     decoded: Iterable[Decoded | str],
     *,
+    labels: LabelSpec,
     size: int,
     on_done: Callable[[], object] = lambda: None,
 ) -> DecodedShard:
@@ -244,7 +252,7 @@ def gather(
         rows.append(row)
     columns = shards.Columns(
         images=images[: len(rows)],
-        labels=np.array([row.label for row in rows], np.uint8),
+        labels=labels.array([row.label for row in rows]),
         source=[row.path for row in rows],
         patient=[row.patient for row in rows],
         subtype=[row.subtype for row in rows],
@@ -369,7 +377,8 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
     used = [row for row in rows if row.shard is not None]
     has_train = any(row.split == "train" for row in rows)
     if has_train:
-        refuse_missing_class((row.label for row in used if row.split == "train"), where="train")
+        in_train = (row.label for row in used if row.split == "train")
+        refuse_missing_class(in_train, plan.labels, where="train")
     if has_train and not any(row.split == "val" for row in used):
         raise SourceError(
             "no image of val could be decoded; fix them, or raise splits.val_fraction"
@@ -385,7 +394,7 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
             histogram += np.array(part.histogram)
     mean, std = mean_and_std(histogram)
     return DatasetIndex(
-        classes=CLASSES,
+        classes=plan.labels.classes,
         image_size=int(plan.config["images"]["size"]),
         splits={split: tuple(infos[split]) for split in SPLITS if split in infos},
         carved=plan.carved,
@@ -397,4 +406,5 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
         objects=(),
         config=plan.config,
         tool_version=__version__,
+        task=plan.labels.task,
     )

@@ -9,7 +9,9 @@ from typing import Final
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
+from xrai.labels import Label, LabelSpec
 
+BINARY: Final = LabelSpec("binary", CLASSES)  # the public set's classes
 # As file names and tables write them -> as the manifest keeps them
 SUBTYPES: Final = {"bacteria": "bacterial", "virus": "viral"}
 SPLIT_NAMES: Final = {name: name for name in SPLITS} | {
@@ -40,7 +42,7 @@ class Entry:
 
     path: str
     split: str  # the split that the source gives; "train" where it has no split folders
-    label: int
+    label: Label  # entries with the same findings share one tuple
     patient: str
     subtype: str
 
@@ -52,6 +54,7 @@ class Layout:
     entries: tuple[Entry, ...]  # sorted by path
     not_data: dict[str, int]  # description of skipped files -> how many
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
+    labels: LabelSpec = BINARY  # what the entries' labels mean
 
     def describe_not_data(self) -> str:
         """In words; empty where nothing was skipped."""

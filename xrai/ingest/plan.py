@@ -12,15 +12,16 @@ from itertools import chain
 from typing import Any, Final
 
 from xrai.config import Config
-from xrai.dataset.manifest import CLASSES, Row
+from xrai.dataset.manifest import Row
 from xrai.dataset.rules import in_shard_order
-from xrai.dataset.shards import SCHEMA_VERSION, SPLITS, shard_name
+from xrai.dataset.shards import SPLITS, head_of, shard_name
 from xrai.errors import SourceError
 from xrai.ingest.labels import LabelTable, lay_out_by_labels
 from xrai.ingest.layout import Layout, lay_out
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import assign_splits, refuse_missing_class
+from xrai.labels import LabelSpec
 from xrai.log import get_logger, printable
 
 # The sections of the config that decide what a data set holds
@@ -53,6 +54,7 @@ class Plan:
     """All of a data set but its pixels."""
 
     source: str  # for people
+    labels: LabelSpec  # what the rows' labels mean
     rows: tuple[Row, ...]  # one per data file, sorted by path; shard and row are not filled in yet
     shards: tuple[PlannedShard, ...]
     carved: tuple[str, ...]
@@ -78,14 +80,18 @@ def list_source(
         layout = lay_out(paths, source=source.name)
     else:
         layout = lay_out_by_labels(paths, table, source=source.name, key=key)
+    if fault := layout.labels.fault():
+        raise SourceError(f"the classes of source {source.name} {fault}")
     if any(entry.split == "train" for entry in layout.entries):  # else it is to evaluate on
         labels = (entry.label for entry in layout.entries)
-        refuse_missing_class(labels, where=f"source {source.name}")
+        refuse_missing_class(labels, layout.labels, where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
     listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)
+    meaning = json.dumps(head_of(layout.labels))
     said = [] if table is None else _in_list(json.dumps(asdict(entry)) for entry in layout.entries)
-    return Listing(printable(source.name), layout, _hash_of_texts(chain(listed, said)), key)
+    sha256 = _hash_of_texts(chain(listed, [meaning], said))
+    return Listing(printable(source.name), layout, sha256, key)
 
 
 def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
@@ -96,14 +102,16 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
     """
     limit = config.images.max_set_aside
     check_excluded([row for row in rows if row.reason], num_files=len(rows), limit=limit)
-    assignment = assign_splits(rows, config.splits)
+    labels = listing.layout.labels
+    assignment = assign_splits(rows, labels, config.splits)
     unusable = [row for row in assignment.rows if row.reason and row.path not in assignment.dropped]
     check_excluded(unusable, num_files=len(rows), limit=limit)
     shaping = shaping_config(config)
-    head = json.dumps([SCHEMA_VERSION, CLASSES, shaping], sort_keys=True).removesuffix("]") + ", "
+    head = json.dumps([*head_of(labels), shaping], sort_keys=True).removesuffix("]") + ", "
     told = (json.dumps(row.to_mapping(), sort_keys=True) for row in assignment.rows)
     return Plan(
         source=listing.source,
+        labels=labels,
         rows=assignment.rows,
         shards=_cut(assignment.rows, rows_per_shard=config.shards.rows),
         carved=assignment.carved,

@@ -52,7 +52,8 @@ def repair(
             decoded = decode_rows(source, images, shard.rows, num_workers=num_workers)
             with temporary_folder() as folder:
                 path = Path(folder) / shard.name
-                write_decoded(path, gather(shard, decoded, size=images.size))
+                made = gather(shard, decoded, labels=plan.labels, size=images.size)
+                write_decoded(path, made)
                 _replace(store, index, name, path)
     others = sorted(set(keys) - set(infos))
     if not others:

@@ -4,15 +4,16 @@ A source's own split folders are honoured. What is missing is carved from train,
 `xrai.dataset.rules`.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from xrai.config import Splits
-from xrai.dataset.manifest import CLASSES, Row
-from xrai.dataset.rules import carve, patients_in_several
+from xrai.dataset.manifest import Row
+from xrai.dataset.rules import carve, find_contradicted, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
+from xrai.labels import Label, LabelSpec
 
 _NAME_PATIENTS = "say who is who in the column patient of a table (--labels FILE.csv)"
 _MANY_IMAGES, _LARGE_SHARE = 20, 0.25  # that one patient hardly has
@@ -28,7 +29,21 @@ class Assignment:
     notes: tuple[str, ...]  # what people should know, a sentence each
 
 
-def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
+@dataclass(frozen=True)
+class _Lack:
+    """What training needs images of, and some images do not show."""
+
+    name: str  # of a class or finding
+    value: int | None = None  # of the finding: 1 present, 0 absent
+
+    def words(self, image: str) -> str:
+        """With `image` as the word for one image or more."""
+        if self.value is None:
+            return f"{self.name} {image}"
+        return f"{image} {'with' if self.value else 'known to be without'} {self.name}"
+
+
+def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Assignment:
     """Give every usable row its split; `rows` carry those of the source.
 
     A val of fewer than `splits.min_val_images` joins train. Identical images with different labels
@@ -66,41 +81,56 @@ def assign_splits(rows: Sequence[Row], config: Splits) -> Assignment:
         split for split, fraction in fractions.items() if split not in given and fraction > 0
     )
     pool = [row for row in used if row.split == "train"]
-    refuse_missing_class((row.label for row in pool), where="train")
+    refuse_missing_class((row.label for row in pool), labels, where="train")
     if carved:
         notes += _note_common_patient(pool)
     rows = carve(rows, carved, config)
     used = [row for row in rows if not row.reason]
-    found = {(row.split, row.label) for row in used}
-    missing = [name for label, name in enumerate(CLASSES) if ("train", label) not in found]
-    if missing or not any(row.split == "val" for row in used):
-        raise SourceError(_explain_carving(pool, carved, config, missing=missing))
+    found = {split: {row.label for row in used if row.split == split} for split in SPLITS}
+    lacks = {split: [*_lacks(found[split], labels)] for split in SPLITS}
+    if lacks["train"] or not found["val"]:
+        raise SourceError(_explain_carving(pool, carved, config, missing=lacks["train"]))
+    if lacks["val"] and labels.task != "binary":
+        refuse_missing_class(found["val"], labels, where="val")
     for split in carved:
-        missing = [name for label, name in enumerate(CLASSES) if (split, label) not in found]
-        if missing:
-            notes.append(
-                f"{split} was carved from train and holds no {' and no '.join(missing)} images"
-            )
+        if lacks[split]:
+            missing = " and no ".join(lack.words("images") for lack in lacks[split])
+            notes.append(f"{split} was carved from train and holds no {missing}")
     return Assignment(tuple(rows), carved, dropped, tuple(notes))
 
 
-def refuse_missing_class(labels: Iterable[int], *, where: str) -> None:
-    """Raise `SourceError` where one of the classes has no image."""
-    found = set(labels)
-    for label, name in enumerate(CLASSES):
-        if label not in found:
-            raise SourceError(
-                f"{where} has no usable {name} images; training needs images of both classes, and "
-                "images to evaluate on alone belong in a folder test/ (or have test in the column "
-                "split of --labels)"
-            )
+def refuse_missing_class(labels: Iterable[Label], spec: LabelSpec, *, where: str) -> None:
+    """Raise `SourceError` where a class has no image, or a finding none where it is present, or
+    none where it is absent.
+    """
+    lack = next(_lacks(set(labels), spec), None)
+    if lack is not None:
+        each = {"binary": "of both classes", "multiclass": "of every class"}
+        raise SourceError(
+            f"{where} has no usable {lack.words('images')}; training needs images "
+            f"{each.get(spec.task, 'with and without each finding')}, and images to evaluate on "
+            "alone belong in a folder test/ (or have test in the column split of --labels)"
+        )
+
+
+def _lacks(labels: Collection[Label], spec: LabelSpec) -> Iterator[_Lack]:
+    """What none of these labels says."""
+    for k, name in enumerate(spec.classes):
+        if spec.task != "multilabel":
+            if k not in labels:
+                yield _Lack(name)
+            continue
+        values = {label[k] for label in labels if isinstance(label, tuple)}
+        yield from (_Lack(name, value) for value in (1, 0) if value not in values)
 
 
 def _explain_carving(
-    pool: Sequence[Row], carved: Sequence[str], config: Splits, *, missing: Sequence[str]
+    pool: Sequence[Row], carved: Sequence[str], config: Splits, *, missing: Sequence[_Lack]
 ) -> str:
     """Why `pool`, the source's train, cannot be divided by patient."""
-    what = f"no {missing[0]} image stays in train" if missing else "no image falls into val"
+    what = "no image falls into val"
+    if missing:
+        what = f"no {missing[0].words('image')} stays in train"
     patients = {row.patient for row in pool}
     if len(patients) == 1:
         return (
@@ -133,13 +163,10 @@ def _origin(row: Row) -> str:
 
 
 def _exclude_contradictions(rows: Sequence[Row]) -> list[Row]:
-    labels: dict[str, set[int]] = defaultdict(set)
-    for row in rows:
-        if not row.reason:
-            labels[row.sha256].add(row.label)
+    contradicted = find_contradicted(row for row in rows if not row.reason)
     return [
         replace(row, reason="is under another label, too, as the same image")
-        if not row.reason and len(labels[row.sha256]) > 1
+        if not row.reason and row.sha256 in contradicted
         else row
         for row in rows
     ]

@@ -56,8 +56,9 @@ class Part:
         try:
             mapping = json.loads(data)
             if mapping["shard"] is not None:
-                counts = tuple(mapping["shard"].pop("num_rows_per_class"))
-                mapping["shard"] = ShardInfo(**mapping["shard"], num_rows_per_class=counts)
+                for name in ("num_rows_per_class", "num_unknown_per_class"):
+                    mapping["shard"][name] = tuple(mapping["shard"][name])
+                mapping["shard"] = ShardInfo(**mapping["shard"])
             return cls(**mapping)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptError(f"not the part of a data set: {error}") from error

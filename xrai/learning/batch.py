@@ -15,7 +15,7 @@ class Batch(Protocol):
     @property
     def images(self) -> NDArray[np.uint8]: ...  # (n, 1, H, W)
     @property
-    def labels(self) -> NDArray[np.uint8]: ...  # (n,), 1 for pneumonia
+    def labels(self) -> NDArray[np.integer]: ...  # (n,) or (n, C), see `LabelSpec`
     @property
     def rows(self) -> NDArray[np.int64]: ...  # (n,), positions in the split
     @property

@@ -64,7 +64,7 @@ class Setup:
     train: Loader
     val: Loader
     class_counts: tuple[int, int]  # normal and pneumonia images of the training split
-    val_labels: NDArray[np.uint8]  # (N,)
+    val_labels: NDArray[np.integer]  # (N,) or (N, C)
     name_of: Callable[[int], str] = str  # names a training image in messages
     # on rank 0 only: shows the results, and returns the epoch's score, larger is better (NaN: none)
     after_epoch: Callable[[EpochResult], float] | None = None
