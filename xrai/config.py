@@ -21,7 +21,7 @@ from xrai.files import read_once
 
 # The sections, and single keys of other sections, that a command takes as flags.
 USES = {
-    "preprocess": ("images", "splits", "shards"),
+    "preprocess": ("labels", "images", "splits", "shards"),
     "train": (
         *("images", "cache", "loader", "model", "augment", "optim", "train"),
         *("checkpoint", "evaluate"),
@@ -36,6 +36,43 @@ USES = {
 def _key(default: Any, meaning: str, interval: str = "") -> Any:
     """A key; `interval` says which numbers are allowed, such as "[1, 10]" or "(0, inf)"."""
     return field(default=default, metadata={"meaning": meaning, "interval": interval})
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of images are, and how tables that state them are read."""
+
+    target: Literal["label", "subtype"] = _key(
+        "label", "what is learned: the label, or for pneumonia its subtype beside the normal images"
+    )
+    names: str = _key(
+        "", "classes in order, or findings to use, joined by |; empty: those that are found"
+    )
+    negative: str = _key(
+        "",
+        "the class that is not looked for; empty: the one called normal, no finding, negative, "
+        "healthy or control",
+    )
+    layout: Literal["", "nih", "chexpert", "rsna", "vindr", "covidx"] = _key(
+        "", "public data set whose tables are read as they are downloaded; empty: none"
+    )
+    uncertain: Literal["unknown", "negative", "positive"] = _key(
+        "unknown", "what a finding of -1 counts as"
+    )
+    blank: Literal["auto", "unknown", "negative"] = _key(
+        "auto", "what an empty finding counts as; auto: negative in chexpert, else unknown"
+    )
+    missing: Literal["error", "skip"] = _key(
+        "error", "files that a table names and the source lacks: refuse, or leave them out"
+    )
+    views: Literal["frontal", "pa", "ap", "all"] = _key(
+        "frontal", "views that are used, where the tables of a layout tell them"
+    )
+    readers: Literal["majority", "any", "all", "agree"] = _key(
+        "majority",
+        "when a finding is present that several readers looked for (vindr): more than half of them "
+        "say so, any, all; agree: unknown where they differ",
+    )
 
 
 @dataclass(frozen=True)
@@ -191,6 +228,7 @@ class Evaluate:
 class Config:
     """All keys of all commands."""
 
+    labels: Labels = field(default_factory=Labels)
     images: Images = field(default_factory=Images)
     splits: Splits = field(default_factory=Splits)
     shards: Shards = field(default_factory=Shards)

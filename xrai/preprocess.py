@@ -3,7 +3,7 @@
     python -m xrai.preprocess --source DIR|ZIP|NPZ|s3://… --dataset URI
 
 JPEG, PNG and DICOM files. The label of each comes from its folder, or from the table that `--labels
-FILE.csv` names.
+FILE.csv` names: two classes or more, of any names, or findings.
 
 It lists, hashes, plans, decodes on all cores, stores HDF5 shards, and commits with dataset.json.
 Started again after a kill it goes on; started again on a finished data set of the same plan it says
@@ -42,7 +42,8 @@ from xrai.ingest.build import Builder
 from xrai.ingest.card import make_report
 from xrai.ingest.decode import start_workers_soon
 from xrai.ingest.hashing import hash_source
-from xrai.ingest.labels import LabelTable, read_labels
+from xrai.ingest.labels import LabelTable
+from xrai.ingest.layouts import read_table
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import Source, open_source
@@ -61,7 +62,12 @@ from xrai.store import (
 
 FLAGS = (
     Flag("source", "data/chest_xray", "images: folder, .zip, .npz or s3://bucket", "XRAI_SOURCE"),
-    Flag("labels", "", "CSV file: path, label, patient, split; else class folders", "XRAI_LABELS"),
+    Flag(
+        "labels",
+        "",
+        "CSV file: path, label or findings, patient, split; else class folders",
+        "XRAI_LABELS",
+    ),
     Flag("dataset", "data/dataset", "the data set: folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag(
         "patient_key",
@@ -120,7 +126,7 @@ def main() -> None:
             f"--patient_key {key.path} is inside --dataset {store.uri}, which others may get; keep "
             "it elsewhere"
         )
-    table = read_labels(flags["labels"]) if flags["labels"] else None
+    table = read_table(flags["labels"], source, config.labels)
     preprocess(config, source, table, key, store, share, overwrite=overwrite)
 
 
@@ -156,7 +162,7 @@ def preprocess(
 ) -> None:
     """Make a share of the data set, and commit if all shares are there; print the outcome."""
     began = time.monotonic()
-    listing = list_source(source, table, key)
+    listing = list_source(source, table, key, config.labels)
     if not overwrite and is_finished(store):
         show_existing(config, source, listing, store)
         return
@@ -272,9 +278,10 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
             "makes it whole, --overwrite makes it anew"
         )
     advice = "give another --dataset, or --overwrite to replace it"
+    defaults = shaping_config(Config())  # data sets of earlier versions do not state all keys
     for section, keys in shaping_config(config).items():
         for key, value in keys.items():
-            found = index.config.get(section, {}).get(key)
+            found = index.config.get(section, {}).get(key, defaults[section][key])
             if found != value:
                 raise DatasetError(
                     f"{store.uri} holds a data set of {section}.{key} = {found}, not {value}: "

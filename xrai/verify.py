@@ -10,13 +10,14 @@ from functools import partial
 
 from xrai import config as configuration
 from xrai.command import Flag, parse, run_command
+from xrai.config import Config
 from xrai.dataset.shards import REPLACEMENT, DatasetIndex, read_index
 from xrai.dataset.verify import Fault, find_faults
 from xrai.errors import CorruptError, DatasetError
 from xrai.files import num_cores
 from xrai.ingest.card import make_report
 from xrai.ingest.hashing import hash_source
-from xrai.ingest.labels import read_labels
+from xrai.ingest.layouts import read_table
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, list_source, make_plan
 from xrai.ingest.repair import repair
@@ -48,12 +49,14 @@ def main() -> None:
     faults = verify(store, index)
     if faults and flags["repair"]:
         source = open_source(flags["source"])
-        table = read_labels(flags["labels"]) if flags["labels"] else None
-        listing = list_source(source, table, PatientKey(flags["patient_key"], may_make=False))
+        config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
+        table = read_table(flags["labels"], source, config.labels)
+        key = PatientKey(flags["patient_key"], may_make=False)
+        listing = list_source(source, table, key, config.labels)
         with take_lease(store):
             if read_index(store) != index:
                 raise DatasetError(f"{store.uri} holds another data set now: start again")
-            repair_from(store, index, faults, source=source, listing=listing)
+            repair_from(store, index, faults, source=source, listing=listing, config=config)
         faults = verify(store, index)
     if faults:
         number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -81,10 +84,15 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
 
 
 def repair_from(
-    store: Store, index: DatasetIndex, faults: Sequence[Fault], *, source: Source, listing: Listing
+    store: Store,
+    index: DatasetIndex,
+    faults: Sequence[Fault],
+    *,
+    source: Source,
+    listing: Listing,
+    config: Config,
 ) -> None:
     """Make the objects of these faults anew, with the config that the data set states."""
-    config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
     report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)

@@ -1,15 +1,18 @@
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xrai.config import Labels
 from xrai.errors import SourceError
-from xrai.ingest import labels
+from xrai.ingest import records
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
-from xrai.ingest.layout import Entry, is_file_patient
+from xrai.ingest.layout import Entry, Layout, is_file_patient
 from xrai.ingest.patients import PatientKey
+from xrai.labels import Label, LabelSpec
 from xrai.store import open_store
 
 KEY = PatientKey()
@@ -107,16 +110,156 @@ def test_the_order_of_rows_does_not_matter(order: list[str]) -> None:
     assert entries("\n".join([GOOD.splitlines()[0], *order])) == entries(GOOD)
 
 
+# ------------------------------------------------------------------------------ classes of any name
+
+
+def laid_out(text: str, **keys: Any) -> Layout:
+    config = Labels(**keys)
+    table = parse_labels(text, name="t.csv", config=config)
+    return lay_out_by_labels(PATHS, table, source="films", key=KEY, config=config)
+
+
+def refused(text: str, **keys: Any) -> str:
+    with pytest.raises(SourceError) as caught:
+        laid_out(text, **keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_labels_of_any_name_are_classes_with_the_negative_one_first() -> None:
+    layout = laid_out("path,label\na.dcm,TB\nb.dcm,Covid\nc.dcm,Healthy\nd/e.png,tb\n")
+    assert layout.labels == LabelSpec("multiclass", ("Healthy", "Covid", "TB"))
+    assert [(entry.path, entry.label) for entry in layout.entries] == [
+        ("a.dcm", 2),
+        ("b.dcm", 1),
+        ("c.dcm", 0),
+        ("d/e.png", 2),
+    ]
+    assert layout.notes[0].startswith("the classes are 'Healthy' (1 images), 'Covid' (1 images)")
+
+
+def test_two_classes_are_binary_and_the_negative_one_is_known_or_said() -> None:
+    text = "path,label\na.dcm,TB\nb.dcm,{}\n"
+    assert laid_out(text.format("No finding")).labels.classes == ("No finding", "TB")
+    found = refused(text.format("Other"))
+    assert "by --labels.negative=Other or =TB" in found
+    assert laid_out(text.format("Other"), negative="tb").labels.classes == ("TB", "Other")
+    assert "labels.negative = 'Othr' is no class of t.csv, which has Other, TB; did you mean" in (
+        refused(text.format("Other"), negative="Othr")
+    )
+
+
+def test_names_say_the_classes_and_their_order() -> None:
+    text = "path,label\na.dcm,tb\nb.dcm,Covid\n"
+    layout = laid_out(text, names="Healthy|Covid|TB")
+    assert layout.labels == LabelSpec("multiclass", ("Healthy", "Covid", "TB"))
+    assert [entry.label for entry in layout.entries] == [2, 1]
+    assert "line 3: unknown label 'Covid', allowed are TB, Cofid; did you mean Cofid?" in refused(
+        text, names="TB|Cofid"
+    )
+    assert "labels.names has the name 'tb' twice" in refused(text, names="TB|Covid|tb")
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["healthy"], "t.csv has one class alone, 'healthy' (t.csv, line 2)"),
+        (["NORMAL", "PNEUMONIA", "PNUEMONIA"], "t.csv, line 4: 'PNUEMONIA' has 1 image; did you"),
+        (["NORMAL", "TB", "TB (1)"], "t.csv, line 4: 'TB (1)' looks like a copy or a part of"),
+        (["NORMAL", "TB", "healthy"], "the classes 'healthy' and 'NORMAL', which mean the same"),
+        (["NORMAL", "TB", "a|b"], "'a|b' is no name of a class"),
+    ],
+)
+def test_labels_that_are_likely_mistakes_are_refused(labels: list[str], words: str) -> None:
+    rows = "".join(f"{path},{label}\n" for path, label in zip(PATHS, labels, strict=False))
+    assert words in refused(f"path,label\n{rows}")
+
+
+def test_subtypes_become_classes_of_their_own() -> None:
+    text = "path,label,subtype\na.dcm,NORMAL,\nb.dcm,PNEUMONIA,virus\nc.dcm,PNEUMONIA,{}\n"
+    layout = laid_out(text.format("bacterial"), target="subtype")
+    assert layout.labels == LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
+    assert [(entry.label, entry.subtype) for entry in layout.entries] == [(0, ""), (2, ""), (1, "")]
+    assert "1 PNEUMONIA images of t.csv have none, such as c.dcm" in refused(
+        text.format(""), target="subtype"
+    )
+    assert "are of one subtype, 'viral'" in refused(text.format("virus"), target="subtype")
+
+
+# ---------------------------------------------------------------------------------------- findings
+
+COLUMNS = (
+    "path,patient,Edema,Effusion,age,note\n"
+    "a.dcm,p1,1,0,61,x\nb.dcm,p2,,-1,7,y\nc.dcm,p2,0.0,1.0,1,\n"
+)
+
+
+def test_columns_of_1_0_and_empty_are_findings(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        layout = laid_out(COLUMNS)
+    assert layout.labels == LabelSpec("multilabel", ("Edema", "Effusion"))
+    assert [entry.label for entry in layout.entries] == [(1, 0), (-1, -1), (0, 1)]
+    assert layout.notes == ("the findings are Edema, Effusion",)
+    assert "columns 'age', 'note' are not used" in caplog.text
+
+
+def test_the_policy_says_what_uncertain_and_blank_findings_count_as() -> None:
+    def labels(**keys: Any) -> list[Label]:
+        return [entry.label for entry in laid_out(COLUMNS, **keys).entries]
+
+    assert labels(uncertain="positive") == [(1, 0), (-1, 1), (0, 1)]
+    assert labels(uncertain="negative", blank="negative") == [(1, 0), (0, 0), (0, 1)]
+    assert labels(names="effusion") == [(0,), (-1,), (1,)]
+
+
+def test_one_column_of_names_is_findings_too() -> None:
+    text = "path,findings\na.dcm,Edema|Effusion?\nb.dcm,No Finding\nc.dcm, effusion \n"
+    layout = laid_out(text)
+    assert layout.labels == LabelSpec("multilabel", ("Edema", "Effusion"))
+    assert [entry.label for entry in layout.entries] == [(1, -1), (0, 0), (0, 1)]
+    assert [entry.label for entry in laid_out(text, names="Effusion").entries] == [
+        (-1,),
+        (0,),
+        (1,),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "words"),
+    [
+        ("path,A,B\na.dcm,1,0\nb.dcm,2,0\n", {}, "line 3: A is '2', allowed are 1 (present), 0"),
+        ("path,A,a\na.dcm,1,0\n", {}, "the first line of t.csv has the name 'a' twice"),
+        ("path,A,B\na.dcm,1,0\n", {"names": "A|C"}, "t.csv has no column 'C' of labels.names"),
+        (
+            "path,Edema,B\na.dcm,1,0\n",
+            {"names": "Edmea"},
+            "no column 'Edmea' of labels.names; did you mean Edema?",
+        ),
+        ("path,A,B\na.dcm,1,0\na.dcm,0,0\n", {}, "is in line 2, too, with another label"),
+        ("path,label,findings\na.dcm,x,y\n", {}, "has the columns label and findings; leave one"),
+        ("path,findings\na.dcm,\n", {}, "line 2: findings is empty; write 'No finding'"),
+        ("path,findings\na.dcm,A||B\n", {}, "line 2: findings 'A||B' lacks a name"),
+        ("path,findings\na.dcm,A|No finding\n", {}, "line 2: findings 'A|No finding' says none"),
+        (
+            "path,findings\na.dcm,Edema\n",
+            {"names": "Edmea"},
+            "t.csv has no finding 'Edmea' of labels.names; did you mean Edema?",
+        ),
+        ("path,A,B\na.dcm,1,0\n", {"target": "subtype"}, "2 classes or findings: A, B"),
+    ],
+)
+def test_findings_that_are_none_are_refused_by_their_lines(
+    text: str, keys: dict[str, str], words: str
+) -> None:
+    assert words in refused(text, **keys)
+
+
 # ------------------------------------------------------------------------------------------- faults
 
 FAULTS = {
     "an absent file": (
         "a.dcm,NORMAL,p,train\nx.dcm,NORMAL,p,train",
         "line 3: there is no file 'x.dcm' in films",
-    ),
-    "an unknown label": (
-        "a.dcm,healthy,p,train",
-        "line 2: unknown label 'healthy', allowed are NORMAL and PNEUMONIA",
     ),
     "an unknown split": (
         "a.dcm,NORMAL,p,dev",
@@ -125,6 +268,14 @@ FAULTS = {
     "a patient in two splits": (
         "a.dcm,NORMAL,Ann,train\nb.dcm,NORMAL,Ann,train\nc.dcm,PNEUMONIA,Ann,test",
         "line 4: a patient in test who is in train in line 2",
+    ),
+    "an image with two labels": (
+        "a.dcm,NORMAL,p,train\na.dcm,PNEUMONIA,p,train",
+        "line 3: path 'a.dcm' is in line 2, too, with another label",
+    ),
+    "a split that is misspelt": (
+        "a.dcm,NORMAL,p,trian",
+        "line 2: unknown split 'trian', allowed are train, val, test; did you mean train?",
     ),
     "a path twice": (
         "a.dcm,NORMAL,p,train\nb.dcm,NORMAL,p,train\na.dcm,NORMAL,p,train",
@@ -189,7 +340,7 @@ def test_all_faults_are_told_but_not_hundreds() -> None:
         ("", "the first line of t.csv has no columns path and label"),
         (
             "path,labels\na.dcm,NORMAL\n",
-            "separated by commas, semicolons or tabs, but 'path,labels'",
+            "commas, semicolons or tabs, but 'path,labels'; is 'labels' meant as label?",
         ),
         ("path|label\na.dcm|NORMAL\n", "has no columns path and label"),
         ("path,label,label\na.dcm,NORMAL,NORMAL\n", "t.csv has two columns 'label'; leave one"),
@@ -321,7 +472,7 @@ def test_a_file_in_a_bucket_is_read_by_its_address(
     (tmp_path / "t.csv").write_text(GOOD)
     asked: list[str] = []
     monkeypatch.setattr(
-        labels, "open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path))
+        records, "open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path))
     )
     assert len(read_labels("s3://bucket/some/t.csv").labels) == 3
     assert asked == ["s3://bucket/some"]

@@ -1,9 +1,13 @@
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from tests.dataset.pictures import public_names
+from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest.layout import Layout, lay_out, parse_name
-from xrai.labels import Label
+from xrai.labels import Label, LabelSpec
 
 
 def tree(*folders: str, num: int = 3) -> list[str]:
@@ -177,11 +181,6 @@ def test_files_in_folders_below_a_class_folder_belong_to_the_class() -> None:
     [
         ([], "S holds no images laid out as .*; it is empty"),
         (["a.png", "b/c.png"], "it holds 2 other files, such as a.png"),
-        (
-            ["train/NORMAL/a.png", "train/COVID/b.png"],
-            "unknown class folder 'COVID' in S .*NORMAL and PNEUMONIA",
-        ),
-        (["NORMAL/a.png", "COVID/b.png"], "unknown class folder 'COVID'.*--labels FILE.csv"),
         (["train/images/NORMAL/a.png"], "unknown class folder 'images'.*directly in a split"),
         (["NORMAL/a.png", "NORMAL/PNEUMONIA/b.png"], "a class folder is inside another"),
         (["val/NORMAL/a.png", "valid/NORMAL/b.png"], "two folders for .* val, 'val' and 'valid'"),
@@ -207,6 +206,146 @@ def test_what_is_not_laid_out_as_documented_is_refused(
         return
     with pytest.raises(SourceError, match=message):
         lay_out(paths, source="S")
+
+
+# ------------------------------------------------------------------------------ classes of any name
+
+
+def classes_of(*folders: str, num: int = 12, **keys: Any) -> tuple[str, ...]:
+    return lay_out(tree(*folders, num=num), source="S", config=Labels(**keys)).labels.classes
+
+
+@pytest.mark.parametrize("above", ["", "chest/", "a/b/"])
+@pytest.mark.parametrize("order", ["{name}", "{split}/{name}", "{name}/{split}"])
+def test_class_folders_have_any_names(above: str, order: str) -> None:
+    names = ("Viral Pneumonia", "COVID", "Normal", "Lung_Opacity")
+    folders = [
+        above + order.format(split=split, name=name)
+        for split in ("train", "test")
+        for name in names
+    ]
+    folders = sorted(set(folders))
+    layout = lay_out(tree(*folders), source="S")
+    assert layout.labels == LabelSpec(
+        "multiclass", ("Normal", "COVID", "Lung_Opacity", "Viral Pneumonia")
+    )
+    places = {name: k for k, name in enumerate(layout.labels.classes)}
+    for entry in layout.entries:
+        name = next(part for part in entry.path.split("/") if part in places)
+        assert entry.label == places[name]
+        assert entry.split == ("test" if "/test/" in f"/{entry.path}" else "train")
+    assert [entry.path for entry in layout.entries] == sorted(tree(*folders))
+    assert layout.notes[0].startswith("the classes are 'Normal' (")
+
+
+def test_without_known_names_the_first_folders_beside_each_other_are_the_classes() -> None:
+    assert classes_of("x/TB/p1/s1", "x/TB/p2", "x/Healthy/p3", "x/masks") == ("Healthy", "TB")
+    layout = lay_out(
+        [*tree("COVID/images", "COVID/masks", "No_findings/images"), "COVID.metadata.xlsx"],
+        source="S",
+    )
+    assert layout.labels.classes == ("No_findings", "COVID")
+    assert len(layout.entries) == 6
+    assert layout.not_data == {
+        "masks, thumbnails or the like": 3,
+        "outside of the class folders": 1,
+    }
+
+
+def test_a_folder_of_texts_is_no_class() -> None:
+    paths = [*tree("TB", "Healthy"), "docs/readme.txt", "docs/table.csv"]
+    layout = lay_out(paths, source="S")
+    assert layout.labels.classes == ("Healthy", "TB")
+    assert layout.not_data == {"outside of the class folders": 2}
+
+
+def test_the_classes_of_splits_are_the_same_in_any_case() -> None:
+    layout = lay_out(tree("train/Tb", "train/Healthy", "test/TB", "test/Healthy"), source="S")
+    assert layout.labels.classes == ("Healthy", "TB")
+    assert len(layout.entries) == 12
+
+
+def test_the_usual_two_are_these_also_where_one_is_missing() -> None:
+    for folders in (("test/Pneumonia",), ("test/normal",), ("Normal", "pneumonia")):
+        layout = lay_out(tree(*folders), source="S")
+        assert layout.labels == LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+        assert layout.notes == ()
+
+
+def test_two_of_any_names_need_a_negative_one() -> None:
+    with pytest.raises(SourceError, match=r"by --labels\.negative='No TB' or =TB"):
+        classes_of("TB", "No TB")
+    assert classes_of("TB", "No TB", negative="no tb") == ("No TB", "TB")
+    assert classes_of("TB", "No TB", names="No TB|TB") == ("No TB", "TB")
+
+
+def test_a_third_class_is_told() -> None:
+    layout = lay_out(tree("NORMAL", "PNEUMONIA", "COVID"), source="S")
+    assert layout.labels == LabelSpec("multiclass", ("NORMAL", "COVID", "PNEUMONIA"))
+    assert layout.notes[0].startswith(
+        "the classes are 'NORMAL' (3 images), 'COVID' (3 images), 'PNEUMONIA' (3 images): if one "
+        "is not meant as a class, move its images away or name the classes by --labels.names"
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("NORMAL (1)", r"NORMAL \(1\)/: 'NORMAL \(1\)' looks like a copy or a part of .*'NORMAL'"),
+        ("pneumonia_old", "'pneumonia_old' looks like a copy or a part of the class 'PNEUMONIA'"),
+        ("Pneumonia - Kopie", "looks like a copy or a part of the class 'PNEUMONIA'"),
+        ("NORMAL2", "looks like a copy or a part of the class 'NORMAL'"),
+        ("Normal", "two folders of one class, 'NORMAL' and 'Normal' in 'its top folder'"),
+        ("PNEUMONA", "PNEUMONA/: 'PNEUMONA' has 3 images; did you mean PNEUMONIA"),
+        ("healthy", "the classes 'healthy' and 'NORMAL', which mean the same"),
+    ],
+)
+def test_a_folder_that_looks_like_another_is_refused(extra: str, words: str) -> None:
+    paths = [*tree("NORMAL", "PNEUMONIA", num=12), *tree(extra)]
+    with pytest.raises(SourceError, match=words) as caught:
+        lay_out(paths, source="S")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_of_hardly_an_image_is_refused_and_taken_where_it_is_named() -> None:
+    paths = [*tree("NORMAL", "PNEUMONIA", num=900), *tree("todo")]
+    with pytest.raises(SourceError, match="'todo' would be a class of 3 images beside one of 900"):
+        lay_out(paths, source="S")
+    config = Labels(names="NORMAL|PNEUMONIA|todo")
+    assert len(lay_out(paths, source="S", config=config).entries) == 1803
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("TB",), "no images laid out as .* two classes at least"),
+        (("train/TB",), "S has one class alone, 'TB' .train/TB/."),
+        (("images_001", "images_002"), "look like parts or patients and not like classes"),
+        (("train/TB/Healthy", "train/Healthy"), "a class folder is inside another"),
+        ([f"q{k}x" for k in range(101)], "S has 101 classes, more than 100"),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(folders: Sequence[str], words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        classes_of(*folders)
+
+
+def test_names_and_case_say_which_classes_there_are() -> None:
+    with pytest.raises(
+        SourceError, match=r"'Covd', labels\.names allows Covid, TB; did you mean Cov"
+    ):
+        classes_of("Covd", "TB", names="Covid|TB")
+    assert classes_of("test/TB", names="Healthy|TB") == ("Healthy", "TB")
+
+
+def test_subtypes_of_public_names_become_three_classes() -> None:
+    paths = [f"train/{label}/{name}" for label, name in public_names(4, 8)]
+    layout = lay_out(paths, source="S", config=Labels(target="subtype"))
+    assert layout.labels == LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
+    for entry in layout.entries:
+        assert entry.label == (1 if "bacteria" in entry.path else 2 if "virus" in entry.path else 0)
+    with pytest.raises(SourceError, match="1 PNEUMONIA images of S have none, such as train/PNEU"):
+        lay_out([*paths, "train/PNEUMONIA/a.png"], source="S", config=Labels(target="subtype"))
 
 
 # -------------------------------------------------------------------------------------------- names

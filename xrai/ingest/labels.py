@@ -1,48 +1,65 @@
 """Labels from a table: `--labels FILE.csv` gives the label of each file, in place of class folders.
 
-Columns `path` and `label`; `patient`, `split`, `subtype` and `group` where they are known, each
-filled in every row or in none (except `subtype`). Every mistake in the table is found and named by
-its line before any image is read. Patients are kept as keyed hashes, since tables may hold their
-names.
+Columns `path` and what the image shows: `label`, a class; `findings`, names joined by `|`; or a
+column for each finding. `patient`, `split`, `subtype` and `group` where they are known, each filled
+in every row or in none (except `subtype`). Every mistake in the table is found and named by its
+line before any image is read. Patients are kept as keyed hashes, since tables may hold their names.
 """
 
-import csv
-import io
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from xrai.config import Labels
 from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
-from xrai.errors import NotFoundError, SourceError, TooLargeError
-from xrai.ingest.layout import SPLIT_NAMES, SUBTYPES, Entry, Layout, file_patient
+from xrai.errors import SourceError
+from xrai.ingest import findings
+from xrai.ingest.classes import (
+    Found,
+    check_name,
+    explain,
+    folded,
+    is_negative_word,
+    make_spec,
+    nearest_name,
+    places_of,
+    split_names,
+)
+from xrai.ingest.folders import SPLIT_NAMES
+from xrai.ingest.layout import SUBTYPES, Entry, Layout, by_target, file_patient
 from xrai.ingest.patients import PatientKey
+from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
+from xrai.labels import Label, LabelSpec
 from xrai.log import get_logger
-from xrai.store import open_store
 
-REQUIRED: Final[Sequence[str]] = ("path", "label")
 OPTIONAL: Final[Sequence[str]] = ("patient", "split", "subtype", "group")
 
-_DELIMITERS = ",;\t"
-_MAX_BYTES = 1 << 28
-_MAX_CELL = 60  # characters of a cell that a message shows
-_MAX_FAULTS = 10  # that one message lists
-_EXCEL_MARK = re.compile(r'"?sep=([^\r\n])"?[;,\t ]*(?:\r\n|\r|\n)', re.IGNORECASE)
+_TOLD = (("path", "label"), OPTIONAL)  # columns that are needed and others, for messages
+_WANTED = "a CSV file with the columns path and label, or path and findings"
 _FROM_ROOT = re.compile(r"(\w+:)?[/\\]")  # "/films/a.png", "C:\films\a.png", "s3://films/a.png"
 _GROUP = re.compile(r"[\w.-]{1,40}")
 _SUBTYPE = re.compile(r"[\w .-]{1,40}")
+_DEFAULTS = Labels()
 _logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Label:
-    """One row of the table, as it is written there."""
+@dataclass(frozen=True, slots=True)
+class LabelRow:
+    """One row of a table."""
 
     line: int
-    cells: Mapping[str, str]  # of the known columns that the table has
+    cells: Mapping[str, str]  # of the known columns that the table has, as they are written there
+    findings: tuple[int, ...] = ()  # in the order of the table's; equal ones share one tuple
+    table: str = ""  # its name, where rows of several tables stand together
+
+    @property
+    def place(self) -> str:
+        """For people: "line 7"."""
+        return f"{self.table}, line {self.line}" if self.table else f"line {self.line}"
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,16 @@ class LabelTable:
     """The whole table; not yet compared with a source."""
 
     name: str  # for people
-    labels: tuple[Label, ...]
+    labels: tuple[LabelRow, ...]
+    findings: tuple[str, ...] = ()  # empty: its rows have a cell `label`, a class
+    num_unused: int = 0  # images that it names and leaves out, such as lateral ones
+    notes: tuple[str, ...] = ()  # what people should know, a sentence each
+    tail_parts: int = 0  # of a path, from its end, that say which file is meant; 0: all of it
+    negative: str = ""  # the negative class, where the layout says it
+    has_target: bool = False  # whether its labels are those of labels.target already
 
 
-def read_labels(uri: str) -> LabelTable:
+def read_labels(uri: str, config: Labels = _DEFAULTS) -> LabelTable:
     """Read a CSV file, at a path or s3:// address.
 
     UTF-8, with or without a byte order mark; commas, semicolons (as Excel writes them in many
@@ -61,86 +84,195 @@ def read_labels(uri: str) -> LabelTable:
     case; unknown ones are skipped with a note. Raises `SourceError` where there is no such file or
     it is no such table.
     """
-    wanted = f"a CSV file with the columns {', '.join(REQUIRED)}"
-    folder, _, name = uri.rpartition("/")
-    if not name:
-        raise SourceError(f"--labels {uri!r} is not a file; it takes {wanted}")
-    try:
-        store = open_store(folder or ("/" if uri.startswith("/") else "."))
-        data = store.read(name, max_bytes=_MAX_BYTES)
-    except TooLargeError as error:
-        raise SourceError(f"--labels is no table: {error}") from error
-    except NotFoundError:
-        raise SourceError(f"there is no file --labels {uri}; it takes {wanted}") from None
-    try:
-        return parse_labels(data.decode("utf-8-sig"), name=name)
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{name} is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8' and give it again"
-        ) from error
+    name, text = read_text(uri, wanted=_WANTED)
+    return parse_labels(text, name=name, config=config)
 
 
-def parse_labels(text: str, *, name: str) -> LabelTable:
+def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTable:
     """The rows of a table's text; `name` is for messages. Raises `SourceError` naming lines."""
-    records = _records(text, name=name)
-    _, header = next(records, (0, []))
+    rows = read_records(text, name=name, required=("path",), told=_TOLD)
+    _, header = next(rows)
     columns = [cell.strip().lower() for cell in header]
     known = {
-        column: columns.index(column) for column in (*REQUIRED, *OPTIONAL) if column in columns
+        column: columns.index(column)
+        for column in ("path", "label", findings.COLUMN, *OPTIONAL)
+        if column in columns
     }
     twice = sorted(column for column in known if columns.count(column) > 1)
     if twice:
         raise SourceError(f"{name} has two columns {twice[0]!r}; leave one")
-    unknown = [_shown(cell.strip()) for cell in header if cell.strip().lower() not in known]
-    if unknown:
-        _logger.info("%s: columns %s are not used", name, ", ".join(unknown))
-    faults, labels = [], []
-    for line, record in records:
-        if len(record) != len(header):
-            faults.append((line, f"has {len(record)} cells, the first line {len(header)}"))
-        else:
-            cells = {
-                column: record[k] if column == "path" else record[k].strip()
-                for column, k in known.items()
-            }
-            labels.append(Label(line, cells))
-    _refuse(faults, name=name)
-    if not labels:
+    if "label" in known and findings.COLUMN in known:
+        raise SourceError(f"{name} has the columns label and findings; leave one")
+    records = list(rows)
+    faults = [
+        (line, f"has {len(record)} cells, the first line {len(header)}")
+        for line, record in records
+        if len(record) != len(header)
+    ]
+    _refuse_lines(faults, name=name)
+    found: dict[str, int] = {}
+    if "label" not in known and findings.COLUMN not in known:
+        cells = [record for _, record in records]
+        found = findings.find_columns(header, cells, config, name=name, known=known)
+        if not found:
+            first = next(line for line in text.splitlines() if "path" in line.lower())
+            raise SourceError(
+                explain_header(name, first, columns, required=("path", "label"), optional=OPTIONAL)
+            )
+    used = {*known.values(), *found.values()}
+    if unused := [shown(cell.strip()) for k, cell in enumerate(header) if k not in used]:
+        _logger.info("%s: columns %s are not used", name, ", ".join(unused))
+    if not records:
         raise SourceError(f"{name} has no rows below its first line")
-    return LabelTable(name, tuple(labels))
+    cells_of = {
+        line: {
+            column: record[k] if column == "path" else record[k].strip()
+            for column, k in known.items()
+        }
+        for line, record in records
+    }
+    if found:
+        return _with_columns(records, cells_of, found, config, name=name)
+    if findings.COLUMN in known:
+        return _with_names(cells_of, config, name=name)
+    return LabelTable(name, tuple(LabelRow(line, cells) for line, cells in cells_of.items()))
 
 
 def lay_out_by_labels(
-    paths: Iterable[str], table: LabelTable, *, source: str, key: PatientKey
+    paths: Iterable[str],
+    table: LabelTable,
+    *,
+    source: str,
+    key: PatientKey,
+    config: Labels = _DEFAULTS,
 ) -> Layout:
     """The layout that a table gives to a source's paths; `source` names it in messages.
 
     Files that the table does not name are counted, but are not data. Paths may be written with
     backslashes, be those of another machine, or lack the first folders; see `_match`. Raises
     `SourceError` naming the lines of the table with a path that repeats, does not exist, fits
-    several files or is outside of the source, an unknown label, split or subtype, a patient in two
-    splits, or an empty cell.
+    several files or is outside of the source, a label that is unknown or doubtful (`make_spec`), an
+    unknown split or subtype, a patient in two splits, or an empty cell.
     """
     held = set(paths)
-    labels, notes = _match(table, held, source=source)
+    notes: tuple[str, ...] = ()
+    if table.tail_parts:
+        labels = _match_tails(table, held)
+    else:
+        labels, notes = _match(table, held, source=source)
+    if config.missing == "skip":
+        labels, skipped = _without_missing(labels, held, table=table, source=source)
+        notes = (*notes, *skipped)
     filled = {column for column in OPTIONAL if any(label.cells.get(column) for label in labels)}
     faults = [
-        (label.line, words)
-        for label in labels
-        for words in _faults(label.cells, filled, held, source=source)
+        (number, label.place, words)
+        for number, label in enumerate(labels)
+        for words in _faults(label.cells, filled, held, source=source, config=config)
     ]
-    _refuse(sorted([*faults, *_repeated(labels)]), name=table.name)
+    faults = sorted([*faults, *_repeated(labels)], key=lambda fault: fault[0])
+    refuse([(place, words) for _, place, words in faults], name=table.name)
+    if table.findings:
+        spec = LabelSpec("multilabel", table.findings)
+        notes = (*notes, f"the findings are {', '.join(table.findings)}")
+    else:
+        found = _found_classes(labels, table)
+        own = replace(config, negative=config.negative or table.negative)
+        spec = make_spec(found, own, where=table.name)
+        notes = notes if spec.classes == CLASSES else (*notes, explain(found, spec))
+    places = places_of(spec)
     entries = tuple(
-        sorted((_entry(label.cells, key) for label in labels), key=lambda entry: entry.path)
+        sorted((_entry(label, places, key) for label in labels), key=lambda entry: entry.path)
     )
     num_others = len(held) - len(entries)
-    not_data = {f"not named by {table.name}": num_others} if num_others else {}
-    return Layout(entries, not_data, notes)
+    num_unused = min(table.num_unused, num_others)
+    counts = {
+        f"not named by {table.name}": num_others - num_unused,
+        f"of views that {table.name} names and labels.views leaves out": num_unused,
+    }
+    not_data = {words: count for words, count in counts.items() if count}
+    layout = Layout(entries, not_data, (*table.notes, *notes), spec)
+    return layout if table.has_target else by_target(layout, config, source=table.name)
+
+
+def _with_columns(
+    records: Sequence[tuple[int, Sequence[str]]],
+    cells_of: Mapping[int, Mapping[str, str]],
+    columns: Mapping[str, int],
+    config: Labels,
+    *,
+    name: str,
+) -> LabelTable:
+    """A table with a column for each finding. Raises `SourceError` naming lines."""
+    policy = findings.policy_of(config)
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+    faults, labels = [], []
+    for line, record in records:
+        values, fault = findings.values_of(record, columns, policy)
+        if fault:
+            faults.append((line, fault))
+        labels.append(LabelRow(line, cells_of[line], shared.setdefault(values, values)))
+    _refuse_lines(faults, name=name)
+    return LabelTable(name, tuple(labels), tuple(columns))
+
+
+def _with_names(
+    cells_of: Mapping[int, Mapping[str, str]], config: Labels, *, name: str
+) -> LabelTable:
+    """A table with one column of names joined by `|`. Raises `SourceError` naming lines."""
+    policy = findings.policy_of(config)
+    stated: dict[int, dict[str, int]] = {}
+    first: dict[str, tuple[str, int]] = {}  # folded finding -> as first written, line
+    counts: Counter[str] = Counter()
+    faults = []
+    for line, cells in cells_of.items():
+        cell = cells[findings.COLUMN] or ("No finding" if policy.blank == 0 else "")
+        stated[line], fault = findings.split_cell(cell)
+        if fault:
+            faults.append((line, fault))
+        for each in stated[line]:
+            first.setdefault(folded(each), (each, line))
+            counts[folded(each)] += 1
+    _refuse_lines(faults, name=name)
+    names = split_names(config.names)
+    if not names:
+        names = tuple(each for _, (each, _) in sorted(first.items()))
+    for each in names:
+        check_name(each, where=name)
+        if config.names and folded(each) not in first:
+            own = (written for written, _ in first.values())
+            raise SourceError(
+                f"{name} has no finding {each!r} of labels.names{nearest_name(each, own)}"
+            )
+    if not names:
+        raise SourceError(f"{name} states no finding in its column findings")
+    places = {folded(each): place for place, each in enumerate(names)}
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+    labels = []
+    for line, said in stated.items():
+        values = findings.to_values(said, places, policy)
+        labels.append(LabelRow(line, cells_of[line], shared.setdefault(values, values)))
+    return LabelTable(name, tuple(labels), names)
+
+
+def _found_classes(labels: Sequence[LabelRow], table: LabelTable) -> list[Found]:
+    counts: Counter[str] = Counter()
+    first: dict[str, LabelRow] = {}
+    for label in labels:
+        counts[own := folded(label.cells["label"])] += 1
+        first.setdefault(own, label)
+    return [
+        Found(
+            label.cells["label"],
+            counts[own],
+            label.place if label.table else f"{table.name}, {label.place}",
+        )
+        for own, label in first.items()
+    ]
 
 
 def _match(
     table: LabelTable, held: Collection[str], *, source: str
-) -> tuple[Sequence[Label], tuple[str, ...]]:
+) -> tuple[Sequence[LabelRow], tuple[str, ...]]:
     """The table's rows with the paths of the files that they mean, and a note.
 
     A path that begins at a root, or with the source's name, is tried without its first folders,
@@ -156,7 +288,7 @@ def _match(
         by_name[_folded(path.rpartition("/")[2])].append(path)
     own_name = _folded(source.rpartition("/")[2].removesuffix(".zip"))
     found: dict[str, str] = {}
-    faults: list[tuple[int, str]] = []
+    faults: list[tuple[str, str]] = []
     prefix: list[str] | None = None
     num_ends = 0
     for label in labels:
@@ -181,9 +313,9 @@ def _match(
         if len(fitting) == 1:
             found[text] = fitting[0]
         elif fitting:
-            shown = ", ".join(map(_shown, sorted(fitting)[:2]))
-            faults.append((label.line, f"{len(fitting)} files fit path {_shown(text)}: {shown}"))
-    _refuse(faults, name=table.name)
+            two = ", ".join(map(shown, sorted(fitting)[:2]))
+            faults.append((label.place, f"{len(fitting)} files fit path {shown(text)}: {two}"))
+    refuse(faults, name=table.name)
     if num_ends:
         _logger.info("%s: %d paths are matched by their ends", table.name, num_ends)
     note = f"the paths of {table.name} begin with {'/'.join(prefix or ())}/, taken as the source"
@@ -193,105 +325,139 @@ def _match(
     return labels, (note,) if prefix is not None else ()
 
 
+def _match_tails(table: LabelTable, held: Collection[str]) -> Sequence[LabelRow]:
+    """The rows of a layout's table with the paths of the files that they mean: those whose paths
+    end alike, with any suffix, and of several the one in a folder of the row's split.
+    """
+    files: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(held):
+        tail = _tail(path, table.tail_parts)
+        files[tail].append(path)
+        files[tail.rpartition(".")[0]].append(path)
+    faults: list[tuple[str, str]] = []
+    labels = []
+    for label in table.labels:
+        text = label.cells["path"]
+        tail = _tail(text, table.tail_parts)
+        fitting = files.get(tail) or files.get(tail.rpartition(".")[0]) or []
+        if len(fitting) > 1:
+            split = _split_of(label.cells)
+            inside = [path for path in fitting if split in map(_split_named, path.split("/"))]
+            fitting = inside or fitting
+        if len(fitting) > 1:
+            two = ", ".join(map(shown, fitting[:2]))
+            faults.append((label.place, f"{len(fitting)} files fit path {shown(text)}: {two}"))
+        path = fitting[0] if fitting else text
+        labels.append(replace(label, cells={**label.cells, "path": path}))
+    refuse(faults, name=table.name)
+    return labels
+
+
+def _tail(path: str, num_parts: int) -> str:
+    return "/".join(re.split(r"[/\\]", _folded(path))[-num_parts:])
+
+
+def _without_missing(
+    labels: Sequence[LabelRow], held: Collection[str], *, table: LabelTable, source: str
+) -> tuple[Sequence[LabelRow], Sequence[str]]:
+    """The rows whose files are there, and a note. Raises `SourceError` where none is."""
+    kept = [label for label in labels if label.cells["path"] in held]
+    num_missing = len(labels) - len(kept)
+    if not kept:
+        raise SourceError(f"none of the {num_missing} files that {table.name} names is in {source}")
+    if not num_missing:
+        return labels, ()
+    return kept, [
+        f"{num_missing} files that {table.name} names are not in {source}: they are skipped, as "
+        "labels.missing says"
+    ]
+
+
 def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", path).casefold()
 
 
-def _records(text: str, *, name: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of all rows that are not empty; the first is the header."""
-    excel = _EXCEL_MARK.match(text)  # which Excel obeys and does not show
-    text = text[excel.end() :] if excel else text
-    first = text.splitlines()[0] if text.strip() else ""
-    marks = _DELIMITERS + (excel[1] if excel else "")
-    known = {mark: {cell.strip(' "').lower() for cell in first.split(mark)} for mark in marks}
-    delimiter = next((mark for mark, columns in known.items() if columns.issuperset(REQUIRED)), "")
-    if not delimiter:
-        raise SourceError(
-            f"the first line of {name} has no columns {' and '.join(REQUIRED)}, separated by "
-            f"commas, semicolons or tabs, but {_shown(first)}; optional are {', '.join(OPTIONAL)}"
-        )
-    num_before = 1 if excel else 0
-    line = num_before + 1
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        for record in reader:
-            if any(cell.strip() for cell in record):
-                yield line, record
-            line = num_before + reader.line_num + 1
-    except csv.Error as error:
-        raise SourceError(f"{name}, line {line}, is not CSV: {error}") from error
-
-
 def _faults(
-    cells: Mapping[str, str], filled: Collection[str], held: Collection[str], *, source: str
+    cells: Mapping[str, str],
+    filled: Collection[str],
+    held: Collection[str],
+    *,
+    source: str,
+    config: Labels,
 ) -> Iterator[str]:
-    path, label, split = cells["path"], cells["label"], cells.get("split")
-    for column in (*REQUIRED, *OPTIONAL):
-        must_be_filled = column in REQUIRED or (column in filled and column != "subtype")
+    path, label, split = cells["path"], cells.get("label", ""), cells.get("split")
+    for column in ("path", "label", *OPTIONAL):
+        must_be_filled = column in filled and column != "subtype"
+        if column in ("path", "label"):
+            must_be_filled = column in cells
         if must_be_filled and not cells[column].strip():
             yield f"{column} is empty"
     if path.strip() and path not in held:
         if path.startswith(("/", "\\")) or ":" in path or ".." in re.split(r"[/\\]", path):
-            yield f"path {_shown(path)} leaves the source"
+            yield f"path {shown(path)} leaves the source"
         else:
-            yield f"there is no file {_shown(path)} in {source}"
-    if label and label.upper() not in CLASSES:
-        yield f"unknown label {_shown(label)}, allowed are {' and '.join(CLASSES)}"
+            yield f"there is no file {shown(path)} in {source}"
+    names = split_names(config.names) if config.names and label else ()
+    if names and folded(label) not in map(folded, names):
+        hint = nearest_name(label, names)
+        yield f"unknown label {shown(label)}, allowed are {', '.join(names)}{hint}"
     if split and split.lower() not in SPLIT_NAMES:
-        yield f"unknown split {_shown(split)}, allowed are {', '.join(SPLITS)}"
-    if cells.get("subtype") and label.upper() == CLASSES[0]:
-        yield f"a subtype is given to a {CLASSES[0]} image"
+        hint = nearest_name(split, SPLIT_NAMES)
+        yield f"unknown split {shown(split)}, allowed are {', '.join(SPLITS)}{hint}"
+    if cells.get("subtype") and is_negative_word(label):
+        yield f"a subtype is given to a {label.upper()} image"
     for column, pattern in (("group", _GROUP), ("subtype", _SUBTYPE)):
         if cells.get(column) and not pattern.fullmatch(cells[column]):
             allowed = "1 to 40 letters, digits, dots, hyphens or underscores"
-            yield f"{column} {_shown(cells[column])} is not {allowed}"
+            yield f"{column} {shown(cells[column])} is not {allowed}"
 
 
-def _repeated(labels: Sequence[Label]) -> Iterator[tuple[int, str]]:
+def _repeated(labels: Sequence[LabelRow]) -> Iterator[tuple[int, str, str]]:
     """Paths that appear twice, and patients in two splits; a patient is not named."""
-    lines: dict[str, int] = {}
-    places: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for label in labels:
+    first: dict[str, LabelRow] = {}
+    places: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for number, label in enumerate(labels):
         path = label.cells["path"]
-        first = lines.setdefault(path, label.line)
-        if first != label.line:
-            yield label.line, f"path {_shown(path)} is in line {first}, too"
+        other = first.setdefault(path, label)
+        if other is not label:
+            own, others = (
+                (folded(each.cells.get("label", "")), each.findings) for each in (label, other)
+            )
+            differs = "" if own == others else ", with another label"
+            yield number, label.place, f"path {shown(path)} is in {other.place}, too{differs}"
         patient, split = label.cells.get("patient", ""), _split_of(label.cells)
         if patient and split:
             splits = places[label.cells.get("group", ""), patient]
             if split not in splits and splits:
-                other, line = next(iter(splits.items()))
-                yield label.line, f"a patient in {split} who is in {other} in line {line}"
-            splits.setdefault(split, label.line)
+                known, place = next(iter(splits.items()))
+                words = f"a patient in {split} who is in {known} in {place}"
+                yield number, label.place, words
+            splits.setdefault(split, label.place)
 
 
-def _refuse(faults: Sequence[tuple[int, str]], *, name: str) -> None:
-    if not faults:
-        return
-    shown = "; ".join(f"line {line}: {words}" for line, words in faults[:_MAX_FAULTS])
-    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
-    num_lines = len({line for line, _ in faults})
-    rows = "1 row" if num_lines == 1 else f"{num_lines} rows"
-    raise SourceError(f"{rows} of {name} cannot be used: {shown}{more}")
+def _refuse_lines(faults: Sequence[tuple[int, str]], *, name: str) -> None:
+    refuse([(f"line {line}", words) for line, words in faults], name=name)
 
 
-def _entry(cells: Mapping[str, str], key: PatientKey) -> Entry:
+def _entry(row: LabelRow, places: Mapping[str, int], key: PatientKey) -> Entry:
+    cells = row.cells
     subtype, group = cells.get("subtype", "").lower(), cells.get("group", "")
     patient = file_patient(cells["path"], group=group)
     if identifier := cells.get("patient"):
         patient = key.hash(identifier, group=group or "patient")
+    label: Label = row.findings or places[folded(cells["label"])]
     return Entry(
         path=cells["path"],
         split=_split_of(cells) or "train",
-        label=CLASSES.index(cells["label"].upper()),
+        label=label,
         patient=patient,
         subtype=SUBTYPES.get(subtype, subtype),
     )
 
 
 def _split_of(cells: Mapping[str, str]) -> str:
-    return SPLIT_NAMES.get(cells.get("split", "").lower(), "")
+    return _split_named(cells.get("split", ""))
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…")
+def _split_named(name: str) -> str:
+    return SPLIT_NAMES.get(name.lower(), "")

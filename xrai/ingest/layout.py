@@ -2,29 +2,24 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
+from xrai.config import Labels
 from xrai.dataset.manifest import CLASSES
-from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
+from xrai.ingest.classes import Found, explain, folded, make_spec, places_of
+from xrai.ingest.folders import DERIVED, SPLIT_NAMES, ClassFolders, Folder, holds_images
 from xrai.labels import Label, LabelSpec
 
 BINARY: Final = LabelSpec("binary", CLASSES)  # the public set's classes
 # As file names and tables write them -> as the manifest keeps them
 SUBTYPES: Final = {"bacteria": "bacterial", "virus": "viral"}
-SPLIT_NAMES: Final = {name: name for name in SPLITS} | {
-    "training": "train",
-    "valid": "val",
-    "validation": "val",
-    "testing": "test",
-}
 
-_LAYOUT = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA}/* or {NORMAL,PNEUMONIA}/*"
+_LAYOUT = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA,…}/* or {NORMAL,PNEUMONIA,…}/*"
 _TABLE = "a table (--labels FILE.csv) can say for any layout what each file is"
-# Folders and files of these names are made from images and lie beside them. Synology: @eaDir
-_DERIVED = re.compile(r"mask|thumb|segment|annotat|overlay|heat.?map|preview|@eadir", re.IGNORECASE)
+_DEFAULTS = Labels()
 # IM-0115-0001.jpeg, NORMAL2-IM-0416-0001-0002.jpeg, person1000_bacteria_2931.jpeg,
 # person1_virus_7_1.jpeg
 _PUBLIC_NAME = re.compile(
@@ -62,7 +57,7 @@ class Layout:
         return f"{sum(self.not_data.values())} files are not data: {parts}" if parts else ""
 
 
-def lay_out(paths: Iterable[str], *, source: str) -> Layout:
+def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) -> Layout:
     """Find the data files among a source's paths; `source` names it in messages.
 
     Accepted: split and class folders, one in the other, in any case; class folders alone (all of it
@@ -70,49 +65,87 @@ def lay_out(paths: Iterable[str], *, source: str) -> Layout:
     public archive. Hidden files, `__MACOSX`, `Thumbs.db`, `desktop.ini`, masks and thumbnails
     beside images, and files outside of class folders are counted, but are not data.
 
-    Raises `SourceError` when there is no data file, a class folder is unknown or inside another, a
-    split has two folders, or there are several trees.
+    Raises `SourceError` when there is no data file, a class folder is inside another or doubtful
+    (`make_spec`), a split has two folders, or there are several trees.
     """
     not_data: Counter[str] = Counter()
-    folders: dict[str, _Folder | str] = {}
-    trees: dict[str, list[tuple[str, _Folder]]] = defaultdict(list)  # by the folder above
-    outside = []
+    names: dict[str, list[str]] = defaultdict(list)  # by the folder above
     for path in sorted(paths):
         above, _, name = path.rpartition("/")
-        if above not in folders:
-            folders[above] = _describe(above)
-        folder = folders[above]
-        if words := (folder if isinstance(folder, str) else "") or _junk(name):
+        if words := _junk_above(above) or _junk(name):
             not_data[words] += 1
-        elif isinstance(folder, str):
-            outside.append(path)
         else:
-            trees[folder.above].append((path, folder))
+            names[above].append(name)
+    classes = ClassFolders([above for above, own in names.items() if holds_images(own)])
+    trees: dict[str, list[tuple[str, Folder]]] = defaultdict(list)  # by the folder above
+    outside: list[str] = []
+    for above, own in names.items():
+        folder = classes.describe(above)
+        files = [f"{above}/{name}" if above else name for name in own]
+        if folder is None:
+            outside += files
+        else:
+            trees[folder.above] += [(path, folder) for path in files]
     if not trees:
-        others = f"it holds {len(outside)} other files, such as {outside[0]}" if outside else ""
+        others = f"it holds {len(outside)} other files, such as {min(outside)}" if outside else ""
         raise SourceError(
-            f"{source} holds no images laid out as {_LAYOUT}; {others or 'it is empty'}; {_TABLE}"
+            f"{source} holds no images laid out as {_LAYOUT}, with two classes at least; "
+            f"{others or 'it is empty'}; {_TABLE}"
         )
-    _check_folders({folder for tree in trees.values() for _, folder in tree}, outside, source)
-    top, *nested = sorted(trees, key=lambda above: (above.count("/"), above))
-    inside = {path.removeprefix(top) for path, _ in trees[top]} if nested else set()
-    for above in nested:
-        copies = {path.removeprefix(above) for path, _ in trees[above]}
-        if not above.startswith(top) or not inside.issuperset(copies):
-            raise SourceError(
-                f"{source} holds several trees of images, in {top or 'its top folder'!r} and "
-                f"{above!r}; call them train, val and test if they are splits, else give one of "
-                f"them as --source; {_TABLE}"
-            )
-        not_data["in a second copy of the tree"] += len(trees[above])
+    _check_folders({folder for tree in trees.values() for _, folder in tree}, source)
+    own_tree, copies = _without_copies(trees, source)
+    if copies:
+        not_data["in a second copy of the tree"] = copies
     if outside:
         not_data["outside of the class folders"] += len(outside)
-    images, notes = _without_derived(trees[top])
-    if num_derived := len(trees[top]) - len(images):
+    images, notes = _without_derived(own_tree)
+    if num_derived := len(own_tree) - len(images):
         not_data["masks, thumbnails or the like"] += num_derived
+    found = _found_classes(images)
+    spec = make_spec(found, config, where=source)
+    if spec.classes != CLASSES:
+        notes.append(explain(found, spec))
+    places = places_of(spec)
     patients: dict[str, str] = {}  # each key once in memory
-    entries = tuple(_entry(path, folder, patients) for path, folder in images)
-    return Layout(entries, dict(not_data), (*notes, *_note_folders(images)))
+    entries = tuple(_entry(path, folder, places, patients) for path, folder in images)
+    notes += _note_folders(images)
+    return by_target(Layout(entries, dict(not_data), tuple(notes), spec), config, source=source)
+
+
+def by_target(layout: Layout, config: Labels, *, source: str) -> Layout:
+    """The layout with the labels that `labels.target` asks for: of two classes the second one is
+    divided into its subtypes, in capitals and by name, as in NORMAL, BACTERIAL, VIRAL.
+
+    Raises `SourceError` where there are not two classes, or an image of the second has no subtype.
+    """
+    if config.target == "label":
+        return layout
+    if layout.labels.task != "binary":
+        raise SourceError(
+            f"labels.target = subtype takes two classes with subtypes of the second; {source} has "
+            f"{len(layout.labels.classes)} classes or findings: {', '.join(layout.labels.classes)}"
+        )
+    negative, positive = layout.labels.classes
+    lacking = [entry.path for entry in layout.entries if entry.label and not entry.subtype]
+    if lacking:
+        raise SourceError(
+            f"labels.target = subtype, but {len(lacking)} {positive} images of {source} have none, "
+            f"such as {lacking[0]}: it stands in file names as of the public set "
+            "(person1_virus_7.jpeg) or in the column subtype of a table (--labels FILE.csv)"
+        )
+    subtypes = sorted({entry.subtype for entry in layout.entries if entry.label})
+    spec = LabelSpec("multiclass", (negative, *(subtype.upper() for subtype in subtypes)))
+    if len(spec.classes) < 3:
+        raise SourceError(
+            f"labels.target = subtype, but all {positive} images of {source} are of one subtype, "
+            f"{''.join(subtypes)!r}: it takes two or more"
+        )
+    places = {subtype: k for k, subtype in enumerate(subtypes, start=1)}
+    entries = tuple(
+        replace(entry, label=places[entry.subtype] if entry.label else 0, subtype="")
+        for entry in layout.entries
+    )
+    return replace(layout, entries=entries, labels=spec)
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -139,73 +172,38 @@ def is_file_patient(patient: str) -> bool:
     return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Folder:
-    """A folder of images, as its path describes it."""
-
-    path: str
-    above: str  # "" or "chest_xray/"
-    split: str  # "" where there is no split folder
-    own: str  # split and class folder, as they are written: "Train/NORMAL", "NORMAL/Train"
-    class_folder: str
-    inside: str  # the class folder: "" or "masks"
-
-
-def _describe(path: str) -> _Folder | str:
-    """A folder; for one of no images, what its files are, "" where it only is no class folder."""
-    folders = path.split("/") if path else []
-    if any(folder.lower() == "__macosx" for folder in folders):
-        return "in __MACOSX"
-    if words := next(filter(None, map(_junk, folders)), ""):
-        return words
-    splits = [SPLIT_NAMES.get(folder.lower(), "") for folder in folders]
-
-    def described(own: slice, split: str, class_folder: str) -> _Folder:
-        above = "".join(f"{folder}/" for folder in folders[: own.start])
-        inside = "/".join(folders[own.stop :])
-        return _Folder(path, above, split, "/".join(folders[own]), class_folder, inside)
-
-    for k, folder in enumerate(folders):
-        if folder.upper() in CLASSES:
-            if k and splits[k - 1]:
-                return described(slice(k - 1, k + 1), splits[k - 1], folder)
-            if k + 1 < len(folders) and splits[k + 1]:
-                return described(slice(k, k + 2), splits[k + 1], folder)
-            if not any(splits[:k]):
-                return described(slice(k, k + 1), "", folder)
-            break
-    for k, split in enumerate(splits[:-1]):
-        if split:  # with a folder inside that is no class
-            return described(slice(k, k + 2), split, folders[k + 1])
-    return ""
-
-
-def _check_folders(found: Collection[_Folder], outside: Sequence[str], source: str) -> None:
+def _check_folders(found: Collection[Folder], source: str) -> None:
+    """Raise `SourceError` where the folders of images do not agree with each other."""
     has_splits = any(folder.split for folder in found)
     folders = sorted(found, key=lambda folder: folder.path)
-    classes = [(folder.class_folder, folder.path) for folder in folders]
-    if not has_splits:  # then every folder beside the class folders is meant as a class
-        for top in sorted({folder.above for folder in folders}):
-            rest = (path[len(top) :].split("/") for path in outside if path.startswith(top))
-            names = {parts[0] for parts in rest if len(parts) > 1}
-            classes += [(name, top + name) for name in sorted(names) if not _DERIVED.search(name)]
-    for name, path in classes:
-        if name.upper() not in CLASSES:
-            raise SourceError(
-                f"unknown class folder {name!r} in {source} ({path}/); allowed are "
-                f"{' and '.join(CLASSES)}, directly in a split folder if there are any; {_TABLE}"
-            )
+    classes = {folded(folder.class_folder) for folder in folders}
+    usual = {folded(name) for name in CLASSES}
     names_of: dict[str, str] = {}
+    written: dict[tuple[str, str], str] = {}
     for folder in folders:
         if has_splits and not folder.split:
             raise SourceError(
                 f"{source} has split folders, but {folder.path}/ is in none; split folders are "
                 f"called {', '.join(SPLIT_NAMES)}, and the layout is {_LAYOUT}; {_TABLE}"
             )
-        if any(name.upper() in CLASSES for name in folder.inside.split("/")):
+        inside = {folded(name) for name in folder.inside.split("/")}
+        is_usual = folded(folder.class_folder) in usual
+        if inside & usual and not is_usual:
+            raise SourceError(
+                f"unknown class folder {folder.class_folder!r} in {source} ({folder.path}/): "
+                "class folders are directly in a split folder if there are any, and beside each "
+                f"other; {_TABLE}"
+            )
+        if inside & (usual if is_usual else classes - {folded(folder.class_folder)}):
             raise SourceError(
                 f"a class folder is inside another in {source} ({folder.path}/): move its images "
                 f"to one of them; {_TABLE}"
+            )
+        beside = (folder.class_path.rpartition("/")[0], folded(folder.class_folder))
+        if (other := written.setdefault(beside, folder.class_folder)) != folder.class_folder:
+            raise SourceError(
+                f"{source} has two folders of one class, {other!r} and {folder.class_folder!r} in "
+                f"{beside[0] or 'its top folder'!r}: make them one; case does not matter"
             )
         if folder.split:
             (name,) = (part for part in folder.own.lower().split("/") if part in SPLIT_NAMES)
@@ -216,18 +214,47 @@ def _check_folders(found: Collection[_Folder], outside: Sequence[str], source: s
                 )
 
 
+def _without_copies(
+    trees: Mapping[str, list[tuple[str, Folder]]], source: str
+) -> tuple[list[tuple[str, Folder]], int]:
+    """The files of the one tree, and how many are in copies of it inside. Raises `SourceError`."""
+    top, *nested = sorted(trees, key=lambda above: (above.count("/"), above))
+    inside = {path.removeprefix(top) for path, _ in trees[top]} if nested else set()
+    for above in nested:
+        copies = {path.removeprefix(above) for path, _ in trees[above]}
+        if not above.startswith(top) or not inside.issuperset(copies):
+            raise SourceError(
+                f"{source} holds several trees of images, in {top or 'its top folder'!r} and "
+                f"{above!r}; call them train, val and test if they are splits, else give one of "
+                f"them as --source; {_TABLE}"
+            )
+    return sorted(trees[top], key=lambda file: file[0]), sum(len(trees[above]) for above in nested)
+
+
+def _found_classes(files: Iterable[tuple[str, Folder]]) -> list[Found]:
+    counts: Counter[str] = Counter()
+    first: dict[str, Folder] = {}
+    for _, folder in files:
+        counts[own := folded(folder.class_folder)] += 1
+        first.setdefault(own, folder)
+    return [
+        Found(folder.class_folder, counts[own], f"{folder.class_path}/")
+        for own, folder in first.items()
+    ]
+
+
 def _without_derived(
-    files: Sequence[tuple[str, _Folder]],
-) -> tuple[Sequence[tuple[str, _Folder]], list[str]]:
+    files: Sequence[tuple[str, Folder]],
+) -> tuple[Sequence[tuple[str, Folder]], list[str]]:
     """Leave out masks, thumbnails and the like that lie beside images, with a note.
 
     They are known by a folder inside the class folder, or by a name such as `a_mask.png` beside
     `a.png`. Where there is nothing else, they are the images.
     """
     folders = {folder for _, folder in files}
-    bad = {folder for folder in folders if _DERIVED.search(folder.inside)}
+    bad = {folder for folder in folders if DERIVED.search(folder.inside)}
     derived = {path for path, folder in files if folder in bad}
-    named = [path for path, _ in files if _DERIVED.search(path, path.rfind("/") + 1)]
+    named = [path for path, _ in files if DERIVED.search(path, path.rfind("/") + 1)]
     stems = {path.rpartition(".")[0] for path, _ in files} if named else set()
     for path in named:
         stem = path.rpartition(".")[0]
@@ -243,7 +270,7 @@ def _without_derived(
     return [file for file in files if file[0] not in derived], [note]
 
 
-def _note_folders(files: Iterable[tuple[str, _Folder]]) -> list[str]:
+def _note_folders(files: Iterable[tuple[str, Folder]]) -> list[str]:
     """A note where class folders hold several folders alike, such as images and crops of them.
 
     Folders of the same name in several places are kinds of images; others are patients. Numbers do
@@ -272,21 +299,28 @@ def _note_folders(files: Iterable[tuple[str, _Folder]]) -> list[str]:
     ]
 
 
+def _junk_above(path: str) -> str:
+    """Why the files of a folder are no data, in words; empty where they may be."""
+    folders = path.split("/")
+    if any(folder.lower() == "__macosx" for folder in folders):
+        return "in __MACOSX"
+    return next(filter(None, map(_junk, folders)), "")
+
+
 def _junk(name: str) -> str:
     if name.startswith("."):
         return "hidden (names that begin with a dot)"
     return "Thumbs.db or desktop.ini" if name.lower() in ("thumbs.db", "desktop.ini") else ""
 
 
-def _entry(path: str, folder: _Folder, patients: dict[str, str]) -> Entry:
-    label = CLASSES.index(folder.class_folder.upper())
+def _entry(path: str, folder: Folder, places: Mapping[str, int], patients: dict[str, str]) -> Entry:
     patient, subtype = parse_name(path.rpartition("/")[2])
     return Entry(
         path=path,
         split=folder.split or "train",
-        label=label,
+        label=places[folded(folder.class_folder)],
         patient=patients.setdefault(patient, patient)
         if patient
         else file_patient(path.removeprefix(folder.above)),
-        subtype=subtype if CLASSES[label] == "PNEUMONIA" else "",
+        subtype=subtype if folder.class_folder.upper() == CLASSES[1] else "",
     )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, Final
 
-from xrai.config import Config
+from xrai.config import Config, Labels
 from xrai.dataset.manifest import Row
 from xrai.dataset.rules import in_shard_order
 from xrai.dataset.shards import SPLITS, head_of, shard_name
@@ -25,8 +25,9 @@ from xrai.labels import LabelSpec
 from xrai.log import get_logger, printable
 
 # The sections of the config that decide what a data set holds
-SHAPING_SECTIONS: Final = ("images", "splits", "shards")
+SHAPING_SECTIONS: Final = ("labels", "images", "splits", "shards")
 
+_DEFAULTS = Labels()
 _logger = get_logger(__name__)
 
 
@@ -66,10 +67,13 @@ class Plan:
 
 
 def list_source(
-    source: Source, table: LabelTable | None = None, key: PatientKey | None = None
+    source: Source,
+    table: LabelTable | None = None,
+    key: PatientKey | None = None,
+    config: Labels = _DEFAULTS,
 ) -> Listing:
     """List a source and find its data files, by their folders or by a table. `key` is for the
-    identifiers of patients; None means the user's own.
+    identifiers of patients; None means the user's own. `config` says what their labels mean.
 
     Raises `SourceError` when it is empty, lacks a class or has an unknown one, or the table does
     not fit it.
@@ -77,9 +81,9 @@ def list_source(
     files, key = source.files(), key or PatientKey()
     paths = (file.path for file in files)
     if table is None:
-        layout = lay_out(paths, source=source.name)
+        layout = lay_out(paths, source=source.name, config=config)
     else:
-        layout = lay_out_by_labels(paths, table, source=source.name, key=key)
+        layout = lay_out_by_labels(paths, table, source=source.name, key=key, config=config)
     if fault := layout.labels.fault():
         raise SourceError(f"the classes of source {source.name} {fault}")
     if any(entry.split == "train" for entry in layout.entries):  # else it is to evaluate on
