@@ -667,7 +667,7 @@ def test_another_table_is_another_data_set(
         ),
         (
             lambda rows: [rows[0].replace("normal", "healthy"), *rows[1:]],
-            "line 2: unknown label 'healthy'",
+            "line 2: 'healthy' would be a class of 1 image beside one of ",
         ),
         (
             lambda rows: [rows[0].replace("val", "train"), *rows[1:]],

@@ -24,7 +24,7 @@ MAX_CLASSES: Final = 100  # more folders are patients, and more labels are texts
 MAX_NAME: Final = 60  # characters
 
 _SAY_SO = "if each is meant, name the classes by --labels.names='A|B|…'"
-_FEW_IMAGES, _SMALL_SHARE = 10, 0.01  # what a class by mistake has at most
+_FEW_IMAGES, _SMALL_SHARE = 10, 0.1  # what a class by mistake has at most
 _SIMILAR = 0.75  # ratio of difflib from which a rare name is taken for a misspelling
 _SHOWN = 5  # names that one message lists
 # What people append to the name of a folder that is a copy or a part of another one
@@ -176,7 +176,7 @@ def _negative_of(
     if len(negative) > 1:
         raise SourceError(
             f"{where} has the classes {' and '.join(map(repr, negative))}, which mean the same: "
-            f"make them one, or say by --labels.negative which one is not looked for"
+            "make them one, or say by --labels.negative which one is not looked for"
         )
     if not negative and len(names) == 2:
         raise SourceError(
