@@ -45,7 +45,7 @@ from xrai.ingest.hashing import hash_source
 from xrai.ingest.labels import LabelTable
 from xrai.ingest.layouts import read_table
 from xrai.ingest.patients import PatientKey
-from xrai.ingest.plan import Listing, Plan, list_source, make_plan, shaping_config
+from xrai.ingest.plan import SHAPING_SECTIONS, Listing, Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import Source, open_source
 from xrai.ingest.unfinished import Unfinished
 from xrai.log import get_logger, setup_logging
@@ -278,13 +278,13 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
             "makes it whole, --overwrite makes it anew"
         )
     advice = "give another --dataset, or --overwrite to replace it"
-    defaults = shaping_config(Config())  # data sets of earlier versions do not state all keys
-    for section, keys in shaping_config(config).items():
-        for key, value in keys.items():
-            found = index.config.get(section, {}).get(key, defaults[section][key])
+    wanted, defaults = config.to_mapping(), Config().to_mapping()
+    for section in SHAPING_SECTIONS:
+        for name, value in wanted[section].items():
+            found = index.config.get(section, {}).get(name, defaults[section][name])
             if found != value:
                 raise DatasetError(
-                    f"{store.uri} holds a data set of {section}.{key} = {found}, not {value}: "
+                    f"{store.uri} holds a data set of {section}.{name} = {found}, not {value}: "
                     f"{advice}"
                 )
     plan = make_plan(listing, hash_source(source, listing, None), config)

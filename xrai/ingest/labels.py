@@ -72,7 +72,7 @@ class LabelTable:
     num_unused: int = 0  # images that it names and leaves out, such as lateral ones
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
     tail_parts: int = 0  # of a path, from its end, that say which file is meant; 0: all of it
-    negative: str = ""  # the negative class, where the layout says it
+    classes: tuple[str, ...] = ()  # in order, where the layout knows them
     has_target: bool = False  # whether its labels are those of labels.target already
 
 
@@ -176,7 +176,7 @@ def lay_out_by_labels(
         notes = (*notes, f"the findings are {', '.join(table.findings)}")
     else:
         found = _found_classes(labels, table)
-        own = replace(config, negative=config.negative or table.negative)
+        own = replace(config, names=config.names or "|".join(table.classes))
         spec = make_spec(found, own, where=table.name)
         notes = notes if spec.classes == CLASSES else (*notes, explain(found, spec))
     places = places_of(spec)

@@ -128,8 +128,13 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
 
 
 def shaping_config(config: Config) -> dict[str, Any]:
-    """The sections of the config that decide what a data set holds, as plain values."""
-    return {section: asdict(getattr(config, section)) for section in SHAPING_SECTIONS}
+    """The sections of the config that decide what a data set holds, as plain values; without
+    `labels` where nothing is said there, as data sets of version 1 have it.
+    """
+    sections = {section: asdict(getattr(config, section)) for section in SHAPING_SECTIONS}
+    if config.labels == _DEFAULTS:
+        del sections["labels"]
+    return sections
 
 
 def check_excluded(unusable: Sequence[Row], *, num_files: int, limit: float) -> None:

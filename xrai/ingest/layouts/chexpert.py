@@ -7,16 +7,24 @@ val; test is carved from train, unless there is a test.csv.
 """
 
 import re
+from dataclasses import replace
 from typing import Final
 
 from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest import findings
+from xrai.ingest.classes import folded, nearest_name
 from xrai.ingest.labels import LabelRow, LabelTable
 from xrai.ingest.layouts.tables import Record, TableFile, Tables, merge
 from xrai.ingest.records import Fault, refuse, shown
 
 _TABLES: Final = {"train": r"train\.csv", "val": r"valid\.csv", "test": r"test(_labels)?\.csv"}
+FINDINGS: Final = (
+    *("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
+    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
+    *("Pleural Other", "Fracture", "Support Devices"),
+)
+
 _KNOWN = ("path", "sex", "age", "frontal/lateral", "ap/pa")
 _PATIENT = re.compile(r"(?:^|[/\\])(patient\d+)[/\\]", re.IGNORECASE)
 _TAIL_PARTS = 4  # train/patient00001/study1/view1_frontal.jpg
@@ -35,8 +43,7 @@ def read(tables: Tables, config: Labels) -> LabelTable:
     num_unused = 0
     for split, table in files.items():
         records = list(table.records("path"))
-        cells = [record.cells for record in records]
-        columns = findings.find_columns(table.header, cells, config, name=table.name, known=_KNOWN)
+        columns = _find_columns(table, config)
         _check_names(table, tuple(columns), names)
         names = names or tuple(columns)
         for record in records:
@@ -67,6 +74,18 @@ def _find_tables(tables: Tables) -> dict[str, TableFile]:
     first = tables.main(_TABLES["train"], wanted="train.csv")
     others = {split: tables.find(_TABLES[split]) for split in ("val", "test")}
     return {"train": first} | {split: table for split, table in others.items() if table}
+
+
+def _find_columns(table: TableFile, config: Labels) -> dict[str, int]:
+    """Finding -> its column. Raises `SourceError` for a column that is likely misspelt."""
+    known = {folded(name) for name in FINDINGS}
+    present = [cell for cell in table.header if folded(cell) in known]
+    lacking = [name for name in FINDINGS if folded(name) not in map(folded, present)]
+    for cell in table.header:
+        if folded(cell) not in known.union(_KNOWN) and (near := nearest_name(cell, lacking)):
+            raise SourceError(f"{table.name} has an unknown column {cell!r}{near}")
+    wanted = replace(config, names=config.names or "|".join(present))
+    return findings.find_columns(table.header, (), wanted, name=table.name, known=_KNOWN)
 
 
 def _check_names(table: TableFile, own: tuple[str, ...], names: tuple[str, ...]) -> None:

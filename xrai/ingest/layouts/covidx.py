@@ -15,7 +15,9 @@ from xrai.ingest.labels import LabelRow, LabelTable
 from xrai.ingest.layouts.tables import TableFile, Tables, merge
 from xrai.ingest.records import Fault, refuse, shown
 
-CLASSES: Final = ("negative", "positive", "normal", "pneumonia", "COVID-19")
+VERSIONS: Final = {"B": ("negative", "positive"), "A": ("normal", "COVID-19", "pneumonia")}
+
+_ALL: Final = (*VERSIONS["B"], *VERSIONS["A"])
 _LISTS: Final = {"train": r"train.*\.txt", "val": r"val.*\.txt", "test": r"test.*\.txt"}
 
 
@@ -29,7 +31,11 @@ def read(tables: Tables, config: Labels) -> LabelTable:
     name = " and ".join(table.name for table in files.values())
     if not rows:
         raise SourceError(f"{name} has no lines")
-    return LabelTable(name, merge(rows, name=name), tail_parts=1)
+    used = {row.cells["label"] for row in rows}
+    fitting = [classes for classes in VERSIONS.values() if used <= set(classes)]
+    if not fitting:
+        raise SourceError(f"{name} mix the classes of versions A and B: {', '.join(sorted(used))}")
+    return LabelTable(name, merge(rows, name=name), classes=fitting[0], tail_parts=1)
 
 
 def _find_lists(tables: Tables) -> dict[str, TableFile]:
@@ -46,7 +52,7 @@ def _find_lists(tables: Tables) -> dict[str, TableFile]:
 
 
 def _read_list(table: TableFile, split: str) -> list[LabelRow]:
-    known = {folded(name): name for name in CLASSES}
+    known = {folded(name): name for name in _ALL}
     faults: list[Fault] = []
     rows: list[LabelRow] = []
     for number, line in enumerate(table.text.splitlines(), start=1):
@@ -57,7 +63,7 @@ def _read_list(table: TableFile, split: str) -> list[LabelRow]:
         at = next((k for k in (-2, -1) if len(words) + k >= 2 and folded(words[k]) in known), None)
         if at is None:
             label = words[-2] if len(words) > 3 else words[-1]
-            hint = nearest_name(label, CLASSES) or f", allowed are {', '.join(CLASSES)}"
+            hint = nearest_name(label, _ALL) or f", allowed are {', '.join(_ALL)}"
             faults.append((f"{table.name}, line {number}", f"unknown class {shown(label)}{hint}"))
             continue
         cells = {

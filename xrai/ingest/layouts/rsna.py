@@ -48,7 +48,7 @@ def read(tables: Tables, config: Labels) -> LabelTable:
     return LabelTable(
         main.name,
         merge(rows, name=main.name),
-        negative=DETAILED[0] if is_detailed else CLASSES[0],
+        classes=DETAILED if is_detailed else CLASSES,
         has_target=True,
         tail_parts=1,
     )
