@@ -464,7 +464,7 @@ def test_covidx_a_has_three_classes_and_any_name_of_its_lists(write: Callable[..
         {
             **dict.fromkeys(f"train/{k}.png" for k in "abc"),
             **dict.fromkeys(f"test/{k}.png" for k in "de"),
-            "labels/train_COVIDx9A.txt": "1 a.png COVID-19 x\n2 b.png normal x\n3 c.png pneumonia\n",
+            "labels/train_COVIDx9A.txt": "1 a.png COVID-19 x\n2 b.png normal\n3 c.png pneumonia\n",
             "labels/test_COVIDx9A.txt": "4 d.png normal\n5 e.png COVID-19\n",
         }
     )
