@@ -1,13 +1,15 @@
 """Scores of a few images, from probabilities as tests write them."""
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from xrai.labels import LabelSpec
 from xrai.results.measure import measure
-from xrai.results.types import Output, OutputResults, Scores, SplitResults
+from xrai.results.types import Output, OutputResults, Scores, SplitResults, outputs_of
 
 
 def make_scores(
@@ -41,6 +43,48 @@ def make_scores(
         patients=names,
         sources=[f"{'phantom-' * is_phantom}{row}.png" for row in range(num)],
         subtypes=[""] * num if subtypes is None else list(subtypes),
+        atypicality=None if atypicality is None else np.asarray(atypicality, np.float64),
+    )
+
+
+def make_classes(labels: Any, logits: Any, *, temperature: float = 1.0, **options: Any) -> Scores:
+    """Scores of classes A, B, C … that exclude each other; `labels` (N,) are their numbers."""
+    names = tuple(string.ascii_uppercase[: np.shape(logits)[1]])
+    spec = LabelSpec("multiclass", names)
+    return make_several(spec, spec.matrix(np.asarray(labels)), logits, [temperature], **options)
+
+
+def make_findings(labels: Any, logits: Any, **options: Any) -> Scores:
+    """Scores of findings A, B, C …, each of them 1, 0 or -1 in `labels` (N, C)."""
+    num = np.shape(logits)[1]
+    spec = LabelSpec("multilabel", tuple(string.ascii_uppercase[:num]))
+    return make_several(spec, np.asarray(labels, np.int8), logits, [1.0] * num, **options)
+
+
+def make_several(
+    spec: LabelSpec,
+    labels: Any,
+    logits: Any,
+    temperatures: Sequence[float],
+    *,
+    thresholds: Sequence[float] = (),
+    patients: Sequence[object] | None = None,
+    atypicality: Any = None,
+) -> Scores:
+    """Scores of several outputs; the thresholds of findings are 0.5 unless given."""
+    num = len(labels)
+    if spec.task == "multilabel" and not thresholds:
+        thresholds = [0.5] * len(spec.classes)
+    return Scores(
+        split="val",
+        task=spec.task,
+        classes=spec.classes,
+        outputs=outputs_of(spec, temperatures, thresholds, "chosen on validation"),
+        labels=labels,
+        logits=np.asarray(logits, np.float64),
+        patients=[str(each) for each in (range(num) if patients is None else patients)],
+        sources=[f"{row}.png" for row in range(num)],
+        subtypes=[""] * num,
         atypicality=None if atypicality is None else np.asarray(atypicality, np.float64),
     )
 

@@ -5,6 +5,8 @@ temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599). The output is c
 >= threshold.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -44,6 +46,27 @@ def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
     def slope(sharpness: float) -> float:
         return float(np.mean((calibrated(logits, 1 / sharpness) - labels) * logits))
 
+    return _bisect(slope)
+
+
+def fit_softmax_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
+    """The same for classes that exclude each other: `labels` (N,) are the classes' numbers,
+    `logits` (N, C). Raises `XraiError` for a logit that is not finite, or without images.
+    """
+    labels, logits = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
+    if len(labels) == 0:
+        raise XraiError("no temperature can be chosen: there are no images")
+    one_hot = labels[:, None] == np.arange(logits.shape[1])
+    checked(one_hot.ravel(), logits.ravel(), in_unit_range=False)
+
+    def slope(sharpness: float) -> float:
+        return float(np.mean((softmax(logits, 1 / sharpness) - one_hot) * logits))
+
+    return _bisect(slope)
+
+
+def _bisect(slope: Callable[[float], float]) -> float:
+    """The temperature at which the slope in 1 / temperature of a convex loss is 0."""
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     while high - low > 1e-12 * high:
         middle = (low + high) / 2

@@ -27,6 +27,7 @@ _NONE = "no image was called"
 _ONE_KIND = "all images have one label or got one call"
 _MIX = "depends on this split's mix of classes"
 _LOWER = "lower is better"
+_TINY = float(np.finfo(np.float64).tiny)
 _BEST = "the highest of any threshold with at least 90 %"
 
 
@@ -77,6 +78,17 @@ METRICS: Mapping[str, MetricInfo] = {
     ),
     "specificity_at_sensitivity_90": MetricInfo(
         "Specificity at 90 % sensitivity", f"{_BEST} sensitivity", _NEEDS_BOTH
+    ),
+}
+
+
+CLASS_METRICS: Mapping[str, MetricInfo] = {  # of calls of classes that exclude each other
+    "accuracy": METRICS["accuracy"],
+    "kappa": MetricInfo(
+        "Kappa", "agreement of calls with labels beyond chance, 1 at most (Cohen)", _ONE_KIND
+    ),
+    "log_loss": MetricInfo(
+        "Log loss", f"mean negative logarithm of the score of the true class; {_LOWER}", _NO_IMAGES
     ),
 }
 
@@ -194,6 +206,7 @@ class Sample:
         called: npt.NDArray[np.bool_],
         patient_of: npt.NDArray[np.intp],
     ) -> None:
+        self.infos = METRICS
         order = np.argsort(-scores, kind="stable")
         self.labels, self.patient_of = labels[order], patient_of[order]
         scores = scores[order]
@@ -214,11 +227,6 @@ class Sample:
     def counts(self) -> Counts:
         """Calls against labels."""
         return Counts(*(int(total) for total in self._features[:, :4].sum(axis=0)))
-
-    def values(self) -> dict[str, float]:
-        """Each metric of the images as they are; NaN where undefined."""
-        found = self.measure(np.ones((1, len(self.labels))))
-        return {name: float(value[0]) for name, value in found.items()}
 
     def measure(self, weights: Floats) -> dict[str, Floats]:
         """Each metric (R,) for R resamples, given how often each image was drawn, (R, N)."""
@@ -270,8 +278,53 @@ class Sample:
         }
 
 
+class ClassSample:
+    """Some images of C classes that exclude each other, laid out as those of a `Sample`.
+
+    `labels` and `calls` (N,) are numbers of classes; `scores` (N, C) are the classes', whose sum
+    in each row is 1.
+    """
+
+    def __init__(
+        self, labels: Ints, calls: Ints, scores: Floats, patient_of: npt.NDArray[np.intp]
+    ) -> None:
+        self.infos = CLASS_METRICS
+        self.labels, self.calls, self.patient_of = labels, calls, patient_of
+        self._num_classes = scores.shape[1]
+        eye = np.eye(self._num_classes)
+        true_scores = np.maximum(scores[np.arange(len(labels)), labels], _TINY)
+        self._features = np.column_stack(
+            [labels == calls, -np.log(true_scores), eye[labels], eye[calls]]
+        )  # (N, 2 + 2 C)
+
+    def confusion(self) -> tuple[tuple[int, ...], ...]:
+        """Images by label (rows) and call (columns)."""
+        num = self._num_classes
+        cells = np.bincount(self.labels * num + self.calls, minlength=num * num)
+        return tuple(tuple(row) for row in cells.reshape(num, num).tolist())
+
+    def measure(self, weights: Floats) -> dict[str, Floats]:
+        """Each metric (R,) for R resamples, given how often each image was drawn, (R, N)."""
+        sums, num = weights @ self._features, self._num_classes
+        total = sums[:, 2 : 2 + num].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            right = sums[:, 0] / total
+            by_chance = (sums[:, 2 : 2 + num] * sums[:, 2 + num :]).sum(axis=1) / total**2
+            return {
+                "accuracy": right,
+                "kappa": (right - by_chance) / (1 - by_chance),
+                "log_loss": sums[:, 1] / total,
+            }
+
+
+def values(sample: Sample | ClassSample) -> dict[str, float]:
+    """Each metric of the images as they are; NaN where undefined."""
+    found = sample.measure(np.ones((1, len(sample.labels))))
+    return {name: float(value[0]) for name, value in found.items()}
+
+
 # The metrics that are a share of images, and of which
-PROPORTIONS: Mapping[str, Callable[[Sample], npt.NDArray[np.bool_]]] = {
+PROPORTIONS: Mapping[str, Callable[[Sample | ClassSample], npt.NDArray[np.bool_]]] = {
     "accuracy": lambda sample: sample.labels >= 0,
     "sensitivity": lambda sample: sample.labels == 1,
     "specificity": lambda sample: sample.labels == 0,
