@@ -93,6 +93,9 @@ CLASS_METRICS: Mapping[str, MetricInfo] = {  # of calls of classes that exclude 
 }
 
 
+ALL_METRICS: Mapping[str, MetricInfo] = {**METRICS, **CLASS_METRICS}
+
+
 def format_value(name: str, value: float | None) -> str:
     """A metric's value as it is written everywhere: `94.2 %` or `0.981`; a dash where undefined."""
     if value is None or not math.isfinite(value):

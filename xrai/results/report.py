@@ -21,13 +21,14 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 import xrai
 from xrai.results import history, style
 from xrai.results.history import EpochRow
-from xrai.results.metrics import HEADLINES, METRICS, format_interval, format_value
+from xrai.results.metrics import ALL_METRICS, HEADLINES, format_interval, format_value
 from xrai.results.types import DatasetFacts, Estimate, Output, OutputResults, SplitResults, Training
 
 _MOST_NAMED = 4  # outputs in the heading
 _NUM_BARS = 50  # of the explorer's histogram
 _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
-_NOT_ON_A_BAR = ("mcc", "brier", "ece")  # their scale is not 0 to 1, or lower is better
+# Their scale is not 0 to 1, or lower is better
+_NOT_ON_A_BAR = ("mcc", "brier", "ece", "kappa", "log_loss")
 _METHODS = {
     "wilson": "Wilson's interval, because there are too few errors to resample",
     "newcombe": "Newcombe's interval",
@@ -68,8 +69,8 @@ def show(name: str, estimate: Estimate, output: Output | None = None) -> Shown:
     is_on_bar = name not in _NOT_ON_A_BAR
     has_range = is_on_bar and bool(interval)
     return Shown(
-        title=METRICS[name].title,
-        meaning=METRICS[name].of(output).meaning if output else "",
+        title=ALL_METRICS[name].title,
+        meaning=ALL_METRICS[name].of(output).meaning if output else "",
         value=format_value(name, estimate.value),
         interval=interval,
         reason=estimate.reason if estimate.is_undefined else "",
@@ -122,7 +123,7 @@ def render_report(page: Page, folder: Path) -> str:
         show=show,
         history_cell=_format_cell,
         history_columns=history.COLUMNS,
-        metrics=METRICS,
+        metrics=ALL_METRICS,
         headlines=HEADLINES,
         style=style,
         version=xrai.__version__,
@@ -259,12 +260,12 @@ def _notes(found: OutputResults) -> list[str]:
     for where, measured in parts:
         for name, each in measured.metrics.items():
             if each.reason:
-                about = f"{METRICS[name].title}{f' ({where})' if where else ''}"
+                about = f"{ALL_METRICS[name].title}{f' ({where})' if where else ''}"
                 what = "undefined" if each.is_undefined else "no interval"
                 notes.append(f"{about}: {what}, because {each.reason}.")
     for method, words in _METHODS.items():
         whole = found.whole.metrics.items()
-        if named := [METRICS[name].title for name, each in whole if each.method == method]:
+        if named := [ALL_METRICS[name].title for name, each in whole if each.method == method]:
             notes.append(f"{', '.join(named)}: {words}; counted in patients.")
     return list(dict.fromkeys(notes))
 
