@@ -17,6 +17,7 @@ from xrai import evaluate
 from xrai.dataset.loader import Loader
 from xrai.errors import UserError
 from xrai.measuring import read_looks
+from xrai.store import LEASE_KEY, open_store, take_lease
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluate")]
 FEW = "--evaluate.num_bootstrap=50"
@@ -40,6 +41,21 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_split_is_measured_by_one_process_at_a_time(
+    run: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(run))
+    fingerprint = json.loads((dataset / "dataset.json").read_text())["fingerprint"]
+    key = f"evaluate/test-{fingerprint[:12]}/{LEASE_KEY}"
+    arguments = [f"--run={run}", f"--dataset={dataset}", FEW]
+    with take_lease(store, key):
+        status, lines = call_main(evaluate, *arguments, "--split=val,test", capsys=capsys)
+        assert status == 2 and "is being written by process" in lines[0]
+        assert not [found for found in store.list("evaluate/") if found.key != key]
+        assert call_main(evaluate, *arguments, "--split=val", capsys=capsys) == (0, [])
+    assert not [found for found in store.list() if found.key.endswith(LEASE_KEY)]
 
 
 def test_several_splits_are_measured_at_once_with_the_files_and_numbers_of_training(

@@ -8,6 +8,7 @@ results of each split go into the run's folder below evaluate/, the same files a
 
 import operator
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, result_lines
 from xrai.results.types import SplitResults, outputs_of
+from xrai.store import LEASE_KEY, take_lease
 from xrai.tables import from_plain, load_json
 
 FLAGS = (
@@ -46,25 +48,25 @@ def main() -> None:
     loaders = [open_split(config, dataset, split) for split in parse_splits(flags["split"])]
     model = open_run(parsed.run)
     refuse_other_pixels(model, loaders[0])
-    scored = score(model, loaders, config)
     run = RunFolder(artifacts or ".", run_id)
-    try:
+    folders = [f"evaluate/{one.split}-{one.index.fingerprint[:12]}" for one in loaders]
+    with closing(run), ExitStack() as leases:
+        for folder in folders:  # other splits and data sets may be measured at the same time
+            leases.enter_context(take_lease(run.store, f"{folder}/{LEASE_KEY}"))
+        scored = score(model, loaders, config)
         run.attach()
         spec = LabelSpec("binary", model.classes)
         (output,) = outputs_of(spec, [model.temperature], [model.threshold], "that of the run")
         has_train = "train" in loaders[0].index.splits
         known = read_looks(open_split(config, dataset, "train")) if has_train else None
         measuring = Measuring(run, model.network, output, config.evaluate.num_bootstrap, known)
-        for loader, predictions in zip(loaders, scored, strict=True):
-            folder_name = f"evaluate/{loader.split}-{loader.index.fingerprint[:12]}"
-            run.write_text(f"{folder_name}/config.yaml", config.to_yaml())
-            results = measuring.record(loader, predictions, folder=folder_name)
-            write_report(run, folder_name, results, loader, dataset=dataset)
-            lines = result_lines(main_results(results), f"{run.address}/{folder_name}")
+        for folder, loader, predictions in zip(folders, loaders, scored, strict=True):
+            run.write_text(f"{folder}/config.yaml", config.to_yaml())
+            results = measuring.record(loader, predictions, folder=folder)
+            write_report(run, folder, results, loader, dataset=dataset)
+            lines = result_lines(main_results(results), f"{run.address}/{folder}")
             print("\n".join(lines), flush=True)
         run.flush_or_raise()
-    finally:
-        run.close()
 
 
 def parse_splits(text: str) -> list[str]:

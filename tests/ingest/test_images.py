@@ -18,6 +18,7 @@ from PIL import Image
 from tests.dataset.pictures import dicom_file, encoded, gradient, huge_png, png_chunk
 from xrai.errors import ImageError
 from xrai.ingest import images
+from xrai.ingest.dicom import max_scans
 from xrai.ingest.images import REDUCED_TOLERANCE, decode, decode_sized
 from xrai.phantom import draw_phantom, encode, plan
 
@@ -399,6 +400,12 @@ def test_what_decoding_takes_is_known_before_it_takes_it(tmp_path: Path) -> None
         taken, held = (int(number) for number in told)
         assert taken < held + (16 << 20), name
         assert held < 340_000_000, name  # of 25 million pixels; 16-bit PNG alone took 340 MB
+
+
+def test_fewer_scans_of_a_large_jpeg_are_decoded() -> None:
+    assert [max_scans(num) for num in (1, 24_000_000, 48_000_000, 100_000_000, 10**9)] == [
+        *(50, 50, 25, 12, 12)
+    ]
 
 
 def test_a_jpeg_of_scans_for_minutes_is_refused() -> None:

@@ -78,9 +78,15 @@ _NO_RANGE = "is DICOM whose RescaleSlope or table leaves no range of values"
 _quiet_lock = threading.Lock()
 
 START_OF_SCAN: Final = b"\xff\xda"
-MAX_SCANS: Final = 50  # of a JPEG: usual are 1 to 12, and one of 100 million pixels takes 0.2 s
+_MAX_SCANS, _USUAL_SCANS = 50, 12  # of a JPEG, and of what encoders write
+_MAX_SCANNED = 1_200_000_000  # pixels over all scans: those of 12 scans of 100 million pixels
 # Samples (h, W) or (h, W, 3) to what a viewer shows (h, W): 0 black to 255 white, not rounded
 Levels = Callable[[NDArray[Any]], NDArray[np.float32]]
+
+
+def max_scans(num_pixels: int) -> int:
+    """How many scans of a JPEG are decoded: fewer of a large one, whose scans take longer."""
+    return min(_MAX_SCANS, max(_USUAL_SCANS, _MAX_SCANNED // max(1, num_pixels)))
 
 
 def is_dicom(data: bytes) -> bool:
@@ -439,8 +445,9 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
     if not syntax.is_encapsulated or syntax == RLELossless:
         return np.asarray(decoder.as_array(dataset, index=0, correct_unused_bits=False)[0])
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-    if frame.count(START_OF_SCAN) > MAX_SCANS:
-        raise ImageError(f"is DICOM of a JPEG of more than {MAX_SCANS} scans")
+    allowed = max_scans(dataset.Columns * dataset.Rows)
+    if frame.count(START_OF_SCAN) > allowed:
+        raise ImageError(f"is DICOM of a JPEG of more than {allowed} scans")
     if _size_in_frame(frame) != (dataset.Columns, dataset.Rows):
         raise ImageError("is DICOM whose compressed image is not of the size in its header")
     if "pillow" not in plugins:
