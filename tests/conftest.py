@@ -9,6 +9,7 @@ absence is a failure, not a skip.
 import functools
 import os
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.training import Finished
+    from xrai.store import Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -194,3 +196,37 @@ def finished_by_two(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
     from tests.training import finished_run
 
     return finished_run(tmp_path_factory, num_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[tuple[str, str]]:
+    """The address of an S3 in this process, and a bucket there."""
+    from tests.faults.buckets import moto_server, new_bucket
+
+    with moto_server() as url, new_bucket(url) as name:
+        yield url, name
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[tuple[str, str]]:
+    """The address of a real S3, and a bucket there."""
+    from tests.faults.buckets import new_bucket
+
+    url = os.environ["XRAI_TEST_S3_ENDPOINT"]
+    with new_bucket(url) as name:
+        yield url, name
+
+
+@pytest.fixture(params=["folder", "moto", pytest.param("real", marks=pytest.mark.s3)])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> "Store":
+    """An empty store of each kind."""
+    from tests.faults.buckets import use_endpoint
+    from xrai.store import open_store
+
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    url, bucket = request.getfixturevalue(request.param)
+    use_endpoint(monkeypatch, url)
+    return open_store(f"s3://{bucket}/some/{uuid.uuid4().hex[:8]}", retry_s=5)

@@ -9,15 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from xrai.errors import InUseError, NotFoundError, StoreError
 from xrai.store import LEASE_KEY, Lease, Store, lease, open_store, take_lease
 
@@ -30,28 +28,6 @@ with take_lease(open_store(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[str, str]]:
-    """The address of an S3 in this process, and a bucket there."""
-    with moto_server() as url, new_bucket(url) as name:
-        yield url, name
-
-
-@pytest.fixture(params=["folder", "moto", pytest.param("real", marks=pytest.mark.s3)])
-def store(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
-    """An empty store of each kind."""
-    if request.param == "folder":
-        yield open_store(str(tmp_path / "store"))
-    elif request.param == "moto":
-        url, name = request.getfixturevalue("moto")
-        use_endpoint(monkeypatch, url)
-        yield open_store(f"s3://{name}/{uuid.uuid4().hex}")
-    else:
-        yield open_store(f"s3://{request.getfixturevalue('s3_bucket')}/store")
 
 
 @pytest.fixture
@@ -95,8 +71,9 @@ def test_a_second_writer_of_the_same_machine_is_refused_at_once(store: Store) ->
 
 
 def test_a_writer_on_another_machine_is_refused_as_soon_as_it_renews(
-    store: Store, is_quick: None
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 30.0)  # looked at every second
     leave_lease(store, elsewhere())
     renewal = threading.Timer(0.4, leave_lease, (store, replace(elsewhere(), renewals=1)))
     renewal.start()

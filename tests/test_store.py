@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.dataset.remote import RemoteFolder
-from tests.faults.buckets import moto_server, new_bucket, use_endpoint
+from tests.faults.buckets import use_endpoint
 from tests.faults.proxy import Proxy
 from xrai.errors import (
     AlreadyExistsError,
@@ -44,35 +44,11 @@ from xrai.store import S3Store, Store, StoredObject, answers, check_key, open_st
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[str, str]]:
-    """The address of an S3 in this process, and a bucket there."""
-    with moto_server() as url, new_bucket(url) as name:
-        yield url, name
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[tuple[str, str]]:
-    """The address of a real S3, and a bucket there."""
-    url = os.environ["XRAI_TEST_S3_ENDPOINT"]
-    with new_bucket(url) as name:
-        yield url, name
-
-
 @pytest.fixture
 def moto_uri(moto: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """An address in moto that no other test has."""
     use_endpoint(monkeypatch, moto[0])
     return f"s3://{moto[1]}/some/{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture(params=["folder", "moto", pytest.param("real", marks=pytest.mark.s3)])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    url, bucket = request.getfixturevalue(request.param)
-    use_endpoint(monkeypatch, url)
-    return open_store(f"s3://{bucket}/some/{uuid.uuid4().hex[:8]}", retry_s=5)
 
 
 # ----------------------------------------------------------------------------- what all stores keep

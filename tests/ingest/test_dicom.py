@@ -127,7 +127,7 @@ def test_without_a_window_the_range_of_the_bits_in_use_is_shown(
 
 
 @pytest.mark.parametrize("bits", [8, 10, 13, 14, 15, 16])
-def test_a_film_looks_the_same_whatever_part_of_16_bits_it_uses(bits: int) -> None:
+def test_an_image_looks_the_same_whatever_part_of_16_bits_it_uses(bits: int) -> None:
     film = gradient(32, 32) / 255
     expected = decoded(dicom_file(np.rint(film * 4095).astype("<u2"), BitsStored=12)).astype(int)
     stored = np.rint(film * (2**bits - 1)).astype("<u2")
@@ -139,7 +139,7 @@ def test_a_film_looks_the_same_whatever_part_of_16_bits_it_uses(bits: int) -> No
         assert np.abs(decoded(file) - expected).max() <= 1
 
 
-def test_one_bright_pixel_does_not_darken_a_film() -> None:
+def test_one_bright_pixel_does_not_darken_an_image() -> None:
     stored = ramp(0, 4095)
     plain = decoded(dicom_file(stored)).astype(int)
     stored[-1, -1] = 65535
@@ -207,7 +207,7 @@ def table(
 @pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("packing", ["US", "words", "pairs"])
-def test_a_table_of_8_bits_gives_the_picture_of_its_samples(
+def test_a_table_of_8_bits_gives_the_image_of_its_samples(
     sequence: str, order: str, packing: str
 ) -> None:
     entries = [place // 16 for place in range(4096)]
@@ -263,7 +263,7 @@ def test_a_modality_table_comes_before_the_window() -> None:
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_around_a_picture_is_black_and_does_not_change_its_range(photometric: str) -> None:
+def test_padding_around_an_image_is_black_and_does_not_change_its_range(photometric: str) -> None:
     stored = ramp(0, 4000)
     stored[:, :8], stored[:, 24:] = 65535, 65000
     tags: dict[str, Any] = {
@@ -350,7 +350,7 @@ TURNS = {
 
 @pytest.mark.parametrize("directions", TURNS)
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
-def test_a_film_is_turned_upright_by_its_patient_orientation(
+def test_an_image_is_turned_upright_by_its_patient_orientation(
     directions: tuple[str, str], fit: str
 ) -> None:
     file = dicom_file(TURNS[directions], PatientOrientation=list(directions))
@@ -408,7 +408,7 @@ def published(name: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     "name", ["RLE", "bigendian", "expb", "implicit", "padded", "jp2klossless", "jpeg_ls_lossless"]
 )
-def test_pydicoms_own_files_give_the_same_picture_however_they_are_packed(
+def test_pydicoms_own_files_give_the_same_image_however_they_are_packed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "jpeg_ls_lossless":
@@ -430,7 +430,7 @@ def test_pydicoms_own_files_give_the_same_picture_however_they_are_packed(
         ("SC_rgb_jls_lossy_line.dcm", 3),
     ],
 )
-def test_pydicoms_own_colour_files_give_the_same_picture(
+def test_pydicoms_own_colour_files_give_the_same_image(
     name: str, tolerance: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name in ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_jls_lossy_line.dcm"):
@@ -454,7 +454,7 @@ def packed(stream: bytes, samples: NDArray[np.uint8], syntax: str, **tags: Any) 
     return buffer.getvalue()
 
 
-def test_a_jpeg_inside_dicom_is_the_picture_of_the_jpeg() -> None:
+def test_a_jpeg_inside_dicom_is_the_image_of_the_jpeg() -> None:
     pixels = gradient(64, 64)
     jpeg = encoded(pixels, "JPEG", quality=90)
     file = packed(jpeg, pixels, pydicom.uid.JPEGBaseline8Bit)
@@ -470,7 +470,7 @@ def test_a_jpeg_of_scans_for_minutes_inside_dicom_is_refused() -> None:
         decoded(packed(film, pixels, pydicom.uid.JPEGBaseline8Bit))
 
 
-def test_a_compressed_picture_of_another_size_than_declared_is_not_unpacked(
+def test_a_compressed_image_of_another_size_than_declared_is_not_unpacked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -536,7 +536,7 @@ def test_a_file_that_kills_gdcm_is_set_aside_and_the_next_is_read(
     assert refusal(good) == "is DICOM whose compressed image cannot be unpacked"
 
 
-def test_an_interrupted_file_does_not_leave_its_picture_to_the_next(
+def test_an_interrupted_file_does_not_leave_its_image_to_the_next(
     elsewhere: dicom._Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = (
@@ -691,7 +691,7 @@ def unneeded() -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize(("name", "data"), list(unneeded()))
-def test_a_film_is_read_without_what_is_not_needed(name: str, data: bytes) -> None:
+def test_an_image_is_read_without_what_is_not_needed(name: str, data: bytes) -> None:
     assert_levels(data, ramp(0, 4095) / 4095.0)
 
 
@@ -814,7 +814,7 @@ def test_a_file_cut_short_anywhere_is_refused() -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
-def test_a_file_damaged_anywhere_gives_a_picture_or_a_reason_without_the_patient(
+def test_a_file_damaged_anywhere_gives_an_image_or_a_reason_without_the_patient(
     draw: st.DataObject, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = bytearray(draw.draw(st.sampled_from(DAMAGED)))

@@ -220,7 +220,7 @@ def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str,
                 raise CorruptError(f"{name} is damaged: its part {damaged} is not as it was saved")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        cause = (str(error) or type(error).__name__).splitlines()[0]
+        cause = (str(error) or "it is cut short").splitlines()[0]  # an EOFError says nothing
         raise CorruptError(f"{name} is not a file of weights: {cause}") from error
     if not isinstance(state, dict):
         raise CorruptError(f"{name} holds {type(state).__name__}, not the state of a model")

@@ -126,7 +126,7 @@ def masked(text: str) -> str:
 
 def plain(error: Exception) -> str:
     """The error's text on one line, without passwords."""
-    return masked(" ".join(str(error).split())) or type(error).__name__
+    return masked(" ".join(str(error).split())) or "no cause was given"
 
 
 def explain(
