@@ -200,10 +200,10 @@ def measure(
         )
         grey = torch.from_numpy(pictures)[:, None].float() / 255  # (B, 1, H, W)
         logits, atypicality = model.typicality.atypicality(model.network, grey)
-        scores.append(calibrated(logits.double().numpy(), model.temperature))
+        scores.append(calibrated(logits[:, 0].double().numpy(), model.temperatures[0]))
         reviews.append(atypicality.numpy() > 1)
     probabilities = np.concatenate(scores)
-    calls = probabilities >= model.threshold
+    calls = probabilities >= model.thresholds[0]
     return {
         "num_images": len(labels),
         "auroc": float(roc_auc_score(labels, probabilities)),

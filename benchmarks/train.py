@@ -33,7 +33,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +46,7 @@ from xrai.learning.distributed import join
 from xrai.learning.loop import EpochResult, Precision, Setup, fit
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model
-from xrai.train import class_counts
+from xrai.train import label_counts
 
 RATE = Figure("images_per_s", "images/s")
 NUM_PHANTOMS = 3000
@@ -192,8 +191,8 @@ class Between:
     rates.
     """
 
-    def __init__(self, batches: list[Batch], config: Config, *, log_odds: float) -> None:
-        self._batches, self._config, self._log_odds = batches, config, log_odds
+    def __init__(self, batches: list[Batch], config: Config, objective: optim.Objective) -> None:
+        self._batches, self._config, self._objective = batches, config, objective
         self.figures: dict[str, list[float]] = {}
 
     def after_epoch(self, result: EpochResult) -> float:
@@ -205,11 +204,7 @@ class Between:
                 self._note("utilisation", result.seconds["compute"] / result.seconds["epoch"])
         for name, plain in ((BARE, False), (PLAIN, True)):
             rate = bare_epoch(
-                self._batches,
-                self._config,
-                log_odds=self._log_odds,
-                epoch=result.epoch,
-                plain=plain,
+                self._batches, self._config, self._objective, epoch=result.epoch, plain=plain
             )
             if result.epoch >= 2:
                 self._note(name, rate)
@@ -226,9 +221,11 @@ def measure_turns(*, scratch: Path, dataset: str, turns: int, threads: int) -> d
     config = replace(config, evaluate=replace(config.evaluate, shift_draws=1))
     loader = Loader(dataset, split="train", batch_size=config.train.global_batch_size, shuffle=True)
     val = Loader(dataset, split="val", batch_size=config.evaluate.batch_size)
-    counts = class_counts(loader.index)
+    labels = loader.index.labels
+    counts = label_counts(loader.index)
     alternating = Alternating(loader)
-    observer = Between(alternating.batches, config, log_odds=float(np.log(counts[1] / counts[0])))
+    objective = optim.make_objective(labels, counts, config.optim)
+    observer = Between(alternating.batches, config, objective)
     torch.manual_seed(0)
     with join(timeout_s=60) as ranks:
         setup = Setup(
@@ -236,22 +233,24 @@ def measure_turns(*, scratch: Path, dataset: str, turns: int, threads: int) -> d
             ranks,
             alternating,
             val,
-            class_counts=counts,
+            labels=labels,
+            counts=counts,
             val_labels=val.labels,
             after_epoch=observer.after_epoch,
         )
-        fit(build_model(config.model), setup)
+        fit(build_model(config.model, labels.num_outputs), setup)
     return {name: statistics.median(values) for name, values in observer.figures.items()}
 
 
 def bare_epoch(
-    batches: list[Batch], config: Config, *, log_odds: float, epoch: int, plain: bool
+    batches: list[Batch], config: Config, objective: optim.Objective, *, epoch: int, plain: bool
 ) -> float:
     """Images/s of the same training, written down without anything around it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = Precision(config.train, device)
     model: nn.Module = ResNet().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = deepcopy(model).requires_grad_(False)
+    on_device = objective.to(device, torch.float32)
     optimizer = optim.make_optimizer(model, config.optim)
     pictures = [torch.from_numpy(batch.images).to(device) for batch in batches]
     labels = [torch.from_numpy(batch.labels).to(device) for batch in batches]
@@ -264,7 +263,7 @@ def bare_epoch(
         images = images.contiguous(memory_format=torch.channels_last)
         with precision.autocast():
             logits = model(images)
-        optim.image_losses(logits.float(), labels[step], log_odds=log_odds).mean().backward()
+        optim.image_losses(logits.float(), labels[step], on_device).mean().backward()
         if not plain:
             optim.clip_gradients(model.parameters(), config.optim.clip_norm)
         optimizer.step()
@@ -365,11 +364,12 @@ def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
             ranks,
             loader,
             val,
-            class_counts=class_counts(loader.index),
+            labels=loader.index.labels,
+            counts=label_counts(loader.index),
             val_labels=val.labels,
             after_epoch=observer.after_epoch if ranks.is_main else None,
         )
-        fit(build_model(config.model), setup)
+        fit(build_model(config.model, loader.index.labels.num_outputs), setup)
         if ranks.is_main:
             rate = statistics.median(observer.images_per_s[1:])  # the first epoch is warm-up
             told.write_text(json.dumps({"images_per_s": rate}))

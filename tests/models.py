@@ -15,6 +15,7 @@ from tests.learning.fakes import FakeLoader
 from xrai.config import Config, Images
 from xrai.config import Model as ModelConfig
 from xrai.ingest.images import decode
+from xrai.labels import LabelSpec
 from xrai.learning.distributed import join
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import TrainedModel, build_model, save_model
@@ -45,7 +46,7 @@ def train(
     for _ in range(num_steps):
         chosen = torch.randint(len(grey), (32,), generator=generator)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            network(grey[chosen]), wanted[chosen]
+            network(grey[chosen]).squeeze(1), wanted[chosen]
         )
         optimizer.zero_grad()
         loss.backward()
@@ -71,7 +72,7 @@ def save_run(
     config = Config(
         images=Images(size=size, fit=fit, max_pixels=max_pixels), model=ModelConfig(width=8)
     )
-    network = build_model(config.model)
+    network = build_model(config.model, 1)
     train(network, images, np.array(labels, np.uint8), num_steps=num_steps)
     loader = FakeLoader(images, np.array(labels, np.uint8), batch_size=16)
     with join(timeout_s=60) as ranks:
@@ -82,9 +83,9 @@ def save_run(
         network,
         config.model,
         config.images,
-        ("NORMAL", "PNEUMONIA"),
-        threshold,
-        temperature,
+        LabelSpec("binary", ("NORMAL", "PNEUMONIA")),
+        (temperature,),
+        (threshold,),
         typicality,
         run_id,
         FINGERPRINT,

@@ -152,18 +152,22 @@ def test_the_model_file_alone_gives_the_same_scores(
 ) -> None:
     folder = finished.folder
     model = load_model(open_store(str(folder)))
-    assert (model.image_size, model.fit, model.classes) == (32, "crop", ("NORMAL", "PNEUMONIA"))
+    assert (model.image_size, model.fit, model.labels.classes) == (
+        32,
+        "crop",
+        ("NORMAL", "PNEUMONIA"),
+    )
     batch = next(Loader(str(dataset), split="test", batch_size=1000).epoch(0))
     with torch.inference_mode():
-        logits = model.network(torch.from_numpy(batch.images) / 255).double().numpy()
-    scores = calibrated(logits, model.temperature)
+        logits = model.network(torch.from_numpy(batch.images) / 255)[:, 0].double().numpy()
+    scores = calibrated(logits, *model.temperatures)
     with (folder / "predictions.csv").open(newline="") as file:
         written = [float(row["score"]) for row in csv.DictReader(file)]
     assert scores == pytest.approx(np.array(written), abs=1e-5)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (model.threshold, model.temperature) == (
-        metrics["threshold"],
-        metrics["calibration"]["temperature"],
+    assert (model.thresholds, model.temperatures) == (
+        (metrics["threshold"],),
+        (metrics["calibration"]["temperature"],),
     )
 
 

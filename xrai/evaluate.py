@@ -17,7 +17,6 @@ from xrai.command import RUN, Flag, parse, run_command
 from xrai.config import Config, Images, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, RunError, UserError
-from xrai.labels import LabelSpec
 from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
@@ -55,8 +54,9 @@ def main() -> None:
             leases.enter_context(take_lease(run.store, f"{folder}/{LEASE_KEY}"))
         scored = score(model, loaders, config)
         run.attach()
-        spec = LabelSpec("binary", model.classes)
-        (output,) = outputs_of(spec, [model.temperature], [model.threshold], "that of the run")
+        (output,) = outputs_of(
+            model.labels, model.temperatures, model.thresholds, "that of the run"
+        )
         has_train = "train" in loaders[0].index.splits
         known = read_looks(open_split(config, dataset, "train")) if has_train else None
         measuring = Measuring(run, model.network, output, config.evaluate.num_bootstrap, known)
@@ -86,10 +86,10 @@ def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
             f"run {model.run_id} was trained on images with images.{key} = {own!r}, this data "
             f"set has {stored!r}: preprocess the source with --images.{key}={own}"
         )
-    if tuple(loader.index.classes) != model.classes:
+    if loader.index.labels != model.labels:
         raise DatasetError(
-            f"run {model.run_id} knows the classes {', '.join(model.classes)}, this data set has "
-            f"{', '.join(loader.index.classes)}"
+            f"run {model.run_id} knows the classes {', '.join(model.labels.classes)}, this data "
+            f"set has {', '.join(loader.index.classes)}"
         )
 
 

@@ -53,7 +53,7 @@ class Measuring:
             classes=tuple(loader.index.classes),
             outputs=(self.output,),
             labels=columns["labels"].astype(np.int8)[:, None],
-            logits=predictions.logits[0][:, None],
+            logits=predictions.logits[0],
             patients=columns["patient"].tolist(),
             sources=columns["source"].tolist(),
             subtypes=columns["subtype"].tolist(),

@@ -140,7 +140,7 @@ class Pipeline:
         """
         with torch.inference_mode():
             logits, atypicality = self._typicality.atypicality(self._network, self._grey(images))
-        probabilities = calibrated(logits.double().cpu().numpy(), self.model.temperature)
+        probabilities = calibrated(logits[:, 0].double().cpu().numpy(), self.model.temperatures[0])
         return probabilities, atypicality.double().cpu().numpy()
 
     def explain(self, images: Pixels) -> NDArray[np.float32]:
@@ -183,7 +183,7 @@ class Pipeline:
                 probability, atypicality = next(scores)
                 decision, reason = self._decide(probability, atypicality)
             row = Prediction(
-                read.path, probability, model.threshold, decision, reason, model.run_id
+                read.path, probability, model.thresholds[0], decision, reason, model.run_id
             )
             yield Explained(row, read.shown, None if read.own is None else next(heat, None))
 
@@ -195,7 +195,7 @@ class Pipeline:
                 f"does not look like the training images: atypicality {atypicality:.2f}, above the "
                 "limit of 1",
             )
-        return self.model.classes[int(probability >= self.model.threshold)].lower(), ""
+        return self.model.labels.classes[int(probability >= self.model.thresholds[0])].lower(), ""
 
 
 def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:

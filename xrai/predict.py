@@ -142,9 +142,9 @@ def write_table(
         "note": NOTE,
         "run_id": model.run_id,
         "dataset_fingerprint": model.fingerprint,
-        "classes": model.classes,
-        "threshold": model.threshold,
-        "temperature": model.temperature,
+        "classes": model.labels.classes,
+        "threshold": model.thresholds[0],
+        "temperature": model.temperatures[0],
         "image_size": model.image_size,
         "fit": model.fit,
         "num_files": len(rows),
@@ -172,7 +172,7 @@ def format_table(
         lines.append(f"{path:<{width}}  {probability:>11}  {row.decision}{reason}")
     if len(shown) < len(rows):
         lines.append(f"... and {len(rows) - len(shown)} more in predictions.csv")
-    normal, pneumonia = (name.lower() for name in model.classes)
+    normal, pneumonia = (name.lower() for name in model.labels.classes)
     counts = [
         f"{sum(row.decision == decision for row in rows)} {decision}"
         for decision in (normal, pneumonia, REVIEW)
@@ -181,8 +181,8 @@ def format_table(
     lines += [
         "",
         f"files: {len(rows)} = {' + '.join(counts)}, {num_unreadable} of which could not be read",
-        f"{pneumonia} is called from a probability of {model.threshold:.3f} up, the threshold of "
-        f"{model.run_id}",
+        f"{pneumonia} is called from a probability of {model.thresholds[0]:.3f} up, the threshold "
+        f"of {model.run_id}",
     ]
     if out is not None:
         lines.append(f"table: {out.uri}/predictions.csv  {out.uri}/predictions.json")

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xrai.config import Config, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import RunError
-from xrai.labels import LabelSpec
+from xrai.labels import UNKNOWN, LabelSpec
 from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.loop import EpochResult, resolve_precision
@@ -57,6 +58,7 @@ class Job:
     ) -> None:
         self.config, self.run, self.loaders, self.ranks = config, run, loaders, ranks
         self.index: DatasetIndex = loaders["train"].index
+        self.labels = self.index.labels
         self._dataset = dataset
         self.checkpoints = CheckpointFolder(
             run.path,
@@ -72,6 +74,8 @@ class Job:
         """What must not change between a checkpoint and the run that resumes from it."""
         return {
             "data set fingerprint": self.index.fingerprint,
+            "task": self.labels.task,
+            "classes": list(self.labels.classes),
             "image size": self.index.image_size,
             "model.name": self.config.model.name,
             "model.width": self.config.model.width,
@@ -185,14 +189,15 @@ class Job:
             )
 
     def after_epoch(self, result: EpochResult) -> float:
-        """Record an epoch; its score is the AUROC on augmented validation images.
+        """Record an epoch; its score is the AUROC on augmented validation images, the mean over
+        all outputs.
 
-        That tracks the AUROC on other hospitals' images. With one class alone it is undefined, and
-        the score is the negative validation loss.
+        That tracks the AUROC on other hospitals' images. Where it is undefined, as with one class
+        alone, the score is the negative validation loss.
         """
         labels = self.loaders["val"].labels
-        shifted_labels = np.tile(labels, len(result.shifted.logits))
-        shifted_auroc = auroc(shifted_labels, result.shifted.logits.ravel())
+        val_accuracy, val_auroc = judge(self.labels, labels, result.val.logits)
+        shifted_accuracy, shifted_auroc = judge(self.labels, labels, result.shifted.logits)
         own = {name: value for name, value in vars(result).items() if name in TAGS}
         stages = {f"{stage}_s": result.seconds.get(stage, math.nan) for stage in _STAGES}
         row = EpochRow(
@@ -200,14 +205,14 @@ class Job:
             step=result.step,
             **own,
             **stages,
-            val_accuracy=float(np.mean((result.val.logits[0] > 0) == labels)),
-            val_auroc=auroc(labels, result.val.logits[0]),
-            shifted_accuracy=float(np.mean((result.shifted.logits.ravel() > 0) == shifted_labels)),
+            val_accuracy=val_accuracy,
+            val_auroc=val_auroc,
+            shifted_accuracy=shifted_accuracy,
             shifted_auroc=shifted_auroc,
             accelerator_utilisation=result.seconds["compute"] / result.seconds["epoch"],
         )
         self.run.events.add_precision_recall(
-            result.step, "precision_recall/val", labels, calibrated(result.val.logits[0])
+            result.step, "precision_recall/val", labels, calibrated(result.val.logits[0, :, 0])
         )
         self.run.append_history(row)
         self._draw_curves()
@@ -232,14 +237,11 @@ class Job:
         from xrai.results.report import Page, render_report
 
         # temperature and threshold are chosen on augmented validation images
-        labels = np.tile(self.loaders["val"].labels, len(trained.shifted.logits))
-        logits = trained.shifted.logits.ravel()
-        temperature = fit_temperature(labels, logits)
+        temperatures, thresholds = calibrate(
+            self.labels, self.loaders["val"].labels, trained.shifted.logits
+        )
         (output,) = types.outputs_of(
-            LabelSpec("binary", tuple(self.index.classes)),
-            [temperature],
-            [choose_threshold(labels, calibrated(logits, temperature))],
-            "chosen on augmented validation images",
+            self.labels, temperatures, thresholds, "chosen on augmented validation images"
         )
         results = self._measure(trained, output)
         main = results.pop("test" if "test" in results else "val")
@@ -247,9 +249,9 @@ class Job:
             trained.network,
             self.config.model,
             self.config.images,
-            self.index.classes,
-            output.threshold or 0.0,
-            output.temperature,
+            self.labels,
+            temperatures,
+            thresholds,
             trained.typicality,
             self.run.run_id,
             self.index.fingerprint,
@@ -329,3 +331,37 @@ class Job:
         starts = range(0, loader.num_images, _ROWS_AT_ONCE)
         parts = (loader.columns("source", start=at, stop=at + _ROWS_AT_ONCE) for at in starts)
         return types.are_phantoms(source for part in parts for source in part["source"])
+
+
+def judge(
+    spec: LabelSpec, labels: NDArray[np.integer], logits: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Accuracy and AUROC of logits (draws, N, C) on labels (N,) or (N, C), all draws together.
+
+    Accuracy calls the class with the largest logit, or each output whose logit is above 0, and
+    counts known labels. The AUROC is the mean of those outputs that have one, else NaN.
+    """
+    scores = logits.reshape(-1, spec.num_outputs)
+    wanted = np.tile(spec.matrix(labels), (len(logits), 1))  # (draws x N, C)
+    called = scores > 0
+    is_known = wanted != UNKNOWN
+    is_right = (called == wanted)[is_known]
+    columns = zip(wanted.T, scores.T, is_known.T, strict=True)
+    aurocs = [auroc(wanted[known], own[known]) for wanted, own, known in columns]
+    defined = [value for value in aurocs if math.isfinite(value)]
+    return float(np.mean(is_right)), math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def calibrate(
+    spec: LabelSpec, labels: NDArray[np.integer], logits: NDArray[np.float64]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Temperatures and thresholds for logits (draws, N, C), by labels (N,) or (N, C), those that
+    are known. Raises `XraiError` for an output that all images show, or none.
+    """
+    flat = logits.reshape(-1, spec.num_outputs)  # (draws x N, C)
+    temperatures, thresholds = [], []
+    for wanted, own in zip(np.tile(spec.matrix(labels), (len(logits), 1)).T, flat.T, strict=True):
+        known, scores = wanted[wanted != UNKNOWN], own[wanted != UNKNOWN]
+        temperatures.append(fit_temperature(known, scores))
+        thresholds.append(choose_threshold(known, calibrated(scores, temperatures[-1])))
+    return tuple(temperatures), tuple(thresholds)

@@ -30,6 +30,8 @@ from xrai.files import cache_folder, num_cores
 from xrai.learning import loop
 from xrai.learning.checkpoint import load_weights
 from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
+from xrai.learning.network import ResNet
+from xrai.learning.optim import Counts
 from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.log import get_logger, setup_logging
@@ -117,9 +119,10 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         if is_finished:
             return
         torch.manual_seed(config.train.seed)
-        network = build_model(config.model)
+        labels = index.labels
+        network = build_model(config.model, labels.num_outputs)
         if flags["init_from"] and resumed is None:
-            weights = ranks.on_main(lambda: first_weights(flags["init_from"], config))
+            weights = ranks.on_main(lambda: first_weights(flags["init_from"], config, network))
             network.load_state_dict(weights)
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
         setup = loop.Setup(
@@ -127,7 +130,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             ranks,
             own,
             loaders["val"],
-            class_counts=class_counts(index),
+            labels=labels,
+            counts=label_counts(index),
             val_labels=loaders["val"].labels,
             name_of=lambda row: str(own.columns("source", start=row, stop=row + 1)["source"][0]),
             after_epoch=job.after_epoch if job else None,
@@ -184,7 +188,7 @@ def score(
 ) -> Trained:
     """Score the images held out with the weights of the best epoch."""
     epoch, weights = best
-    network = build_model(config.model)
+    network = build_model(config.model, loaders["train"].index.labels.num_outputs)
     load_weights(network, weights)
     network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
@@ -268,7 +272,7 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
             f"{ranks.world_size} processes, but only {num_images} training images: each process "
             "needs at least one"
         )
-    if min(class_counts(index)) == 0:
+    if min(index.num_images_per_class("train").values()) == 0:
         raise DatasetError(
             f"the training split has {index.num_images_per_class('train')}: both classes are needed"
         )
@@ -276,18 +280,29 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
     return dataclasses.replace(config, images=stored)
 
 
-def class_counts(index: DatasetIndex) -> tuple[int, int]:
-    """Normal and pneumonia images of the training split."""
-    normal, pneumonia = index.num_images_per_class("train").values()
-    return normal, pneumonia
+def label_counts(index: DatasetIndex) -> Counts:
+    """Images of the training split that show each output, and those where it is known."""
+    counts = tuple(index.num_images_per_class("train").values())
+    known = (sum(counts),) * len(counts)
+    return tuple(zip(counts, known, strict=True))[-index.labels.num_outputs :]
 
 
-def first_weights(address: str, config: Config) -> dict[str, torch.Tensor]:
-    """The weights of a finished run, for a network of this config."""
+def first_weights(address: str, config: Config, network: ResNet) -> dict[str, torch.Tensor]:
+    """The weights of a finished run, for the network of this config.
+
+    A head of other outputs is left out: the network's own stays as it is.
+    """
     from xrai.pipeline import open_run  # here: it loads what decodes images
 
-    weights = open_run(address).network.state_dict()
-    own = build_model(config.model).state_dict()
+    model = open_run(address)
+    weights, own = model.network.state_dict(), network.state_dict()
+    if model.network.head.weight.shape[0] != network.head.weight.shape[0]:
+        _logger.info(
+            "--init_from %s was trained on %s: its head is left out",
+            address,
+            ", ".join(model.labels.classes),
+        )
+        weights |= {name: own[name] for name in own if name.startswith("head.")}
     for name, tensor in own.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise RunError(
@@ -326,11 +341,12 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
 
 def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
     """One line about the network, the data and the devices."""
-    normal, pneumonia = class_counts(index)
+    counts = index.num_images_per_class("train")
     share = loop.rank_batch_size(config.train, world_size=ranks.world_size)
     return (
-        f"{config.model.name} on {normal + pneumonia} images ({normal} normal, {pneumonia} "
-        f"pneumonia) of {index.image_size} x {index.image_size} pixels, {config.train.epochs} "
+        f"{config.model.name} on {index.num_images('train')} images ("
+        + ", ".join(f"{num} {name.lower()}" for name, num in counts.items())
+        + f") of {index.image_size} x {index.image_size} pixels, {config.train.epochs} "
         "epochs, batches of "
         f"{config.train.global_batch_size} = {ranks.world_size} x {share}, "
         f"{loop.resolve_precision(config.train.precision, ranks.device)} on {ranks.device.type}, "

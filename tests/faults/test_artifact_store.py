@@ -385,12 +385,12 @@ def test_a_bucket_that_stays_away_is_one_line_and_a_later_start_finishes_the_upl
         assert again.ended() == 0, again.text()
     assert "epoch 2:" not in again.text(), "nothing is trained twice"
     check_whole(store)
-    assert load_model(store).threshold == pytest.approx(threshold_of(weights, tmp_path))
+    assert load_model(store).thresholds == pytest.approx(thresholds_of(weights, tmp_path))
     assert len(history(store)) == 2
 
 
-def threshold_of(model: bytes, folder: Path) -> float:
+def thresholds_of(model: bytes, folder: Path) -> list[float]:
     (folder / "model-before.pt").write_bytes(model)
-    value = torch.load(folder / "model-before.pt", weights_only=True)["threshold"]
-    assert isinstance(value, float)
+    value = torch.load(folder / "model-before.pt", weights_only=True)["thresholds"]
+    assert isinstance(value, list)
     return value

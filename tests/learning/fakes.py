@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from xrai.config import Config
 from xrai.errors import StoppedError
+from xrai.labels import LabelSpec
 from xrai.learning import loop, optim
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.learning.distributed import Ranks
 from xrai.learning.predictor import build_model
 from xrai.store import open_store
 from xrai.store.folder import FolderStore
+
+DISC = LabelSpec("binary", ("NOISE", "DISC"))
 
 
 @dataclass
@@ -132,7 +135,7 @@ def train_discs(
         found = checkpoints.newest()
         resumed = found[1] if found else None
     torch.manual_seed(config.train.seed)
-    network = build_model(config.model)
+    network = build_model(config.model, 1)
     sums: list[torch.Tensor] = []
     results: list[loop.EpochResult] = []
     original = optim.image_losses
@@ -158,7 +161,8 @@ def train_discs(
             ranks,
             train,
             FakeLoader(val_images, val_labels, batch_size=16, **share),
-            class_counts=(int((labels == 0).sum()), int(labels.sum())),
+            labels=DISC,
+            counts=((int(labels.sum()), len(labels)),),
             val_labels=val_labels,
             name_of=lambda row: f"disc-{row}",
             after_epoch=after_epoch if ranks.is_main else None,

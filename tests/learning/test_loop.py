@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learning.fakes import FakeBatch, FakeLoader, Outcome, train_discs
+from tests.learning.fakes import DISC, FakeBatch, FakeLoader, Outcome, train_discs
 from xrai.config import Checkpoint, Config, Optim, Train
 from xrai.errors import ConfigError, CorruptError, TrainingError, UserError
 from xrai.files import sha256_of
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size, resolve_precision
-from xrai.learning.optim import class_weights, image_losses
+from xrai.learning.optim import image_losses, make_objective
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
 WEIGHT = "head.weight"  # of the network
@@ -285,11 +285,13 @@ def test_too_little_memory_says_which_batch_to_try() -> None:
 
 
 def test_weighting_the_classes_equals_counting_each_image_so_often() -> None:
-    weights = class_weights((30, 90), 1.0)
-    assert weights == pytest.approx((2.0, 2 / 3)) and class_weights((30, 90), 0.0) == (1.0, 1.0)
-    logits, labels = torch.tensor([0.2, -0.4]), torch.tensor([0, 1], dtype=torch.uint8)
-    plain = image_losses(logits, labels, log_odds=0.0)
-    assert image_losses(logits, labels, log_odds=0.0, weights=weights).tolist() == pytest.approx(
+    weighted = make_objective(DISC, ((90, 120),), Optim(class_weighting=1.0))
+    assert weighted.weights.flatten().tolist() == pytest.approx([2.0, 2 / 3])
+    unweighted = make_objective(DISC, ((90, 120),), Optim())
+    assert unweighted.weights.flatten().tolist() == [1.0, 1.0]
+    logits, labels = torch.tensor([[0.2], [-0.4]]), torch.tensor([0, 1], dtype=torch.uint8)
+    plain = image_losses(logits, labels, unweighted)
+    assert image_losses(logits, labels, weighted).tolist() == pytest.approx(
         [plain[0].item() * 2, plain[1].item() * 2 / 3]
     )
 

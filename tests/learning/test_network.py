@@ -6,9 +6,9 @@ from xrai.learning.network import ResNet, StandardizedConv2d, fold_filters
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
 @pytest.mark.parametrize("name", ["resnet10", "resnet18"])
-def test_any_image_size_gives_one_logit_an_image(name: str, size: int) -> None:
-    network = ResNet(name=name, width=8)
-    assert network(torch.rand(3, 1, size, size)).shape == (3,)
+def test_any_image_size_gives_a_logit_for_each_output(name: str, size: int) -> None:
+    network = ResNet(name=name, width=8, num_outputs=5)
+    assert network(torch.rand(3, 1, size, size)).shape == (3, 5)
     assert network.features(torch.rand(2, 1, size, size)).shape == (
         2,
         64,

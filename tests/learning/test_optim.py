@@ -61,7 +61,9 @@ def test_the_average_follows_its_closed_formula() -> None:
 def test_the_loss_is_binary_cross_entropy_of_adjusted_logits() -> None:
     logits = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
     labels = torch.tensor([1, 0, 0], dtype=torch.uint8)
-    losses = optim.image_losses(logits, labels, log_odds=0.7, smoothing=0.1)
+    prior = torch.tensor([0.7], dtype=torch.float64)
+    objective = optim.Objective("binary", prior, torch.ones(2, 1), smoothing=0.1)
+    losses = optim.image_losses(logits[:, None], labels, objective)
     for logit, label, loss in zip(logits.tolist(), labels.tolist(), losses.tolist(), strict=True):
         probability = 1 / (1 + math.exp(-(logit + 0.7)))
         target = label * 0.9 + 0.05

@@ -10,6 +10,7 @@ from tests.learning.fakes import DamagingStore, FakeLoader, make_discs
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
 from xrai.files import sha256_of
+from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import (
@@ -30,7 +31,7 @@ ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 def fitted() -> tuple[ResNet, Typicality]:
     """A network of fresh weights, and its typicality on discs."""
     torch.manual_seed(3)
-    network = build_model(Model(width=8))
+    network = build_model(Model(width=8), 1)
     train, val = (
         FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30)
     )
@@ -43,9 +44,9 @@ def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
         fitted[0],
         Model(width=8),
         Images(size=32),
-        ("NORMAL", "PNEUMONIA"),
-        threshold=0.25,
-        temperature=1.5,
+        LabelSpec("binary", ("NORMAL", "PNEUMONIA")),
+        temperatures=(1.5,),
+        thresholds=(0.25,),
         typicality=fitted[1],
         run_id="discs",
         fingerprint="f" * 64,
@@ -56,9 +57,9 @@ def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
 
 def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path) -> None:
     model = load_model(open_store(str(run)))
-    assert (model.threshold, model.temperature, model.run_id, model.image_size) == (
-        0.25,
-        1.5,
+    assert (model.temperatures, model.thresholds) == ((1.5,), (0.25,))
+    assert (model.labels, model.run_id, model.image_size) == (
+        LabelSpec("binary", ("NORMAL", "PNEUMONIA")),
         "discs",
         32,
     )
@@ -73,18 +74,22 @@ def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: 
 def test_a_model_of_another_version_is_refused(run: Path) -> None:
     content = torch.load(run / MODEL_FILE, weights_only=True)
     torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
-    with pytest.raises(RunError, match="schema version 1, this xrai reads version 2"):
+    with pytest.raises(RunError, match="schema version 1, this xrai reads version 3"):
         load_model(open_store(str(run)))
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("threshold", float("nan")),
-        ("threshold", "0.5"),
-        ("temperature", 0.0),
-        ("temperature", -1.0),
+        ("thresholds", [float("nan")]),
+        ("thresholds", ["0.5"]),
+        ("thresholds", [0.5, 0.5]),
+        ("temperatures", [0.0]),
+        ("temperatures", [-1.0]),
+        ("temperatures", []),
         ("classes", 2),
+        ("task", "multilabel"),
+        ("task", "ternary"),
         ("weights", {}),
         ("model", {"name": "resnet10", "depth": 3}),
         ("images", None),
@@ -141,7 +146,7 @@ def test_atypicality_comes_beside_the_same_logits_for_each_draw(
         network, loader, ranks=ONE, shift=Augment(), draws=draws, typicality=typicality
     )
     assert alone.atypicality is None and both.atypicality is not None
-    assert both.logits.shape == both.atypicality.shape == (draws, 21)
+    assert both.logits.shape == (draws, 21, 1) and both.atypicality.shape == (draws, 21)
     assert both.logits == pytest.approx(alone.logits, abs=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.distributed.ranks import run_ranks
-from tests.learning.fakes import FakeLoader, make_discs
+from tests.learning.fakes import DISC, FakeLoader, make_discs
 from xrai.config import Config, Model, Optim, Train
 from xrai.ingest.images import decode
 from xrai.learning import loop
@@ -53,7 +53,7 @@ def fit_numbers(ranks: Ranks, *, batch_size: int) -> dict[str, list[float]]:
 
 def small_network(seed: int = 0, *, name: Literal["resnet10", "resnet18"] = "resnet10") -> ResNet:
     torch.manual_seed(seed)
-    return build_model(Model(name=name, width=8)).double().eval()
+    return build_model(Model(name=name, width=8), 1).double().eval()
 
 
 def fit_on_discs(
@@ -177,7 +177,7 @@ def test_a_state_gives_the_same_scores() -> None:
 
 def test_the_state_of_the_reference_network_is_small() -> None:
     torch.manual_seed(0)
-    typicality = fit_on_discs(build_model(Model()))
+    typicality = fit_on_discs(build_model(Model(), 1))
     assert (
         sum(tensor.numel() * tensor.element_size() for tensor in typicality.buffers()) < 1_000_000
     )
@@ -218,7 +218,7 @@ def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
         optim=Optim(ema_decay=0.9),
         train=Train(epochs=4, global_batch_size=32, precision="off"),
     )
-    network = build_model(config.model)
+    network = build_model(config.model, 1)
     labels = phantoms["train"][1]
     train, val = (
         FakeLoader(*phantoms[split], batch_size=32, shuffle=split == "train")
@@ -229,7 +229,8 @@ def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
         ONE,
         train,
         val,
-        class_counts=(int((labels == 0).sum()), int(labels.sum())),
+        labels=DISC,
+        counts=((int(labels.sum()), len(labels)),),
         val_labels=phantoms["val"][1],
         after_epoch=lambda result: 0.0,
     )

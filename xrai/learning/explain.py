@@ -1,4 +1,4 @@
-"""Heat maps: where in an image the network found evidence for pneumonia.
+"""Heat maps: where in an image the network found evidence for one of its outputs.
 
 They explain the network, not the lungs. Grad-CAM (Selvaraju et al. 2017,
 https://arxiv.org/abs/1610.02391) weighs the last feature maps by the mean gradient of the logit. At
@@ -25,19 +25,21 @@ from xrai.learning.network import ResNet
 MIN_CELLS = 8  # a side of the feature maps that are shown
 
 
-def grad_cam(network: ResNet, images: Tensor) -> Tensor:
+def grad_cam(network: ResNet, images: Tensor, output: int | Tensor = 0) -> Tensor:
     """Heat maps (B, H, W) in [0, 1] of grey values (B, 1, H, W) in [0, 1].
 
-    1 is each image's hottest position. An image without evidence for pneumonia has a map of zeros.
-    Works inside `torch.inference_mode` too.
+    They show the evidence for one output: one for all images, or each image's own, (B,) int64. 1 is
+    each image's hottest position. An image without evidence has a map of zeros. Works inside
+    `torch.inference_mode` too.
     """
     network.eval()
     with torch.inference_mode(False), torch.enable_grad():
         blocks = network.maps(network.standardize(images.clone().requires_grad_()))[1:]
-        logits = network.head(blocks[-1].mean(dim=(2, 3)))  # (B, 1)
+        logits = network.head(blocks[-1].mean(dim=(2, 3)))  # (B, C)
+        outputs = torch.as_tensor(output, device=logits.device).expand(len(logits))[:, None]
         fine_enough = [maps for maps in blocks if min(maps.shape[2:]) >= MIN_CELLS]
         maps = fine_enough[-1] if fine_enough else blocks[0]
-        (gradients,) = torch.autograd.grad(logits.sum(), maps)  # (B, C, h, w)
+        (gradients,) = torch.autograd.grad(logits.gather(1, outputs).sum(), maps)
         heat = (gradients.relu() * maps.detach()).sum(dim=1).relu()  # (B, h, w)
         fine = functional.interpolate(
             heat[:, None], size=images.shape[2:], mode="bilinear", align_corners=False

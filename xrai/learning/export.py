@@ -110,14 +110,14 @@ class Serving(nn.Module):
         network = copy.deepcopy(model.network).cpu().float()
         self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.typicality = copy.deepcopy(model.typicality).cpu().float()
-        self._temperature = model.temperature
+        self._temperature = model.temperatures[0]
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, H, W) uint8 to calibrated probabilities and atypicality, (B,) each."""
         grey = self.fitting(images).float()[:, None] / 255  # (B, 1, size, size)
         logits, atypicality = self.typicality.atypicality(self.network, grey)
-        return torch.sigmoid(logits / self._temperature), atypicality
+        return torch.sigmoid(logits[:, 0] / self._temperature), atypicality
 
     def fit(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The squares (B, size, size) uint8 that images (B, H, W) become."""
@@ -218,18 +218,18 @@ def _to_torch(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
 
 def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
     """What a program that serves the file needs to know, and what it must tell its users."""
-    negative, positive = model.classes
+    negative, positive = model.labels.classes
     return {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version,
         "note": NOTE,
         "run_id": model.run_id,
         "dataset_fingerprint": model.fingerprint,
-        "classes": list(model.classes),
-        "threshold": model.threshold,
+        "classes": list(model.labels.classes),
+        "threshold": model.thresholds[0],
         "decision": f"review where atypicality is above 1; else {positive.lower()} where "
         f"probability is at least the threshold; else {negative.lower()}",
-        "temperature": model.temperature,
+        "temperature": model.temperatures[0],
         "image_size": model.image_size,
         "fit": model.fit,
         "input": "images (batch, height, width) uint8, grey, upright, 0 is black",

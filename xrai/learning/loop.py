@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from xrai.config import Config, Train
 from xrai.errors import ConfigError, CorruptError, StoppedError, TrainingError, UserError
+from xrai.labels import LabelSpec
 from xrai.learning import optim
 from xrai.learning.augment import augment
 from xrai.learning.batch import Batch, Loader, to_grey
@@ -63,7 +64,8 @@ class Setup:
     ranks: Ranks
     train: Loader
     val: Loader
-    class_counts: tuple[int, int]  # normal and pneumonia images of the training split
+    labels: LabelSpec
+    counts: optim.Counts  # of the training split
     val_labels: NDArray[np.integer]  # (N,) or (N, C)
     name_of: Callable[[int], str] = str  # names a training image in messages
     # on rank 0 only: shows the results, and returns the epoch's score, larger is better (NaN: none)
@@ -87,8 +89,9 @@ class Progress:
     epochs_without_better: int = 0
     # sums over this rank's images since the epoch began
     loss_sum: float = 0.0
-    num_correct: int = 0
-    num_seen: int = 0
+    num_correct: int = 0  # labels
+    num_known: int = 0
+    num_seen: int = 0  # images
     train_s: float = 0.0  # over all epochs
 
 
@@ -152,14 +155,9 @@ class Training:
             self._restore(setup.resumed)
         self.wrapped = ranks.wrap(model)
         self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
-        normal, pneumonia = setup.class_counts
-        self.log_odds = config.optim.logit_adjustment * math.log(pneumonia / normal)
-        self.losses = partial(
-            optim.image_losses,
-            log_odds=self.log_odds,
-            smoothing=config.optim.label_smoothing,
-            weights=optim.class_weights(setup.class_counts, config.optim.class_weighting),
-        )
+        self.objective = optim.make_objective(setup.labels, setup.counts, config.optim)
+        on_device = self.objective.to(ranks.device, self.precision.weights)
+        self.losses = partial(optim.image_losses, objective=on_device)
         self.num_steps = config.train.epochs * setup.train.num_batches
         self._started = time.monotonic() - self.done.train_s
 
@@ -177,7 +175,7 @@ class Training:
         """Save a checkpoint; called on every rank, for each has sums of its own."""
         done = self.done
         done.train_s = time.monotonic() - self._started
-        sums = self.setup.ranks.gather([done.loss_sum, done.num_correct, done.num_seen])
+        sums = self.setup.ranks.gather(own_sums(done))
 
         def write() -> None:
             if self.setup.checkpoints is None:
@@ -218,9 +216,14 @@ class Training:
         done, ranks = self.done, self.setup.ranks
         if len(sums) != ranks.world_size:  # another world size: rank 0 takes over all sums
             total = [math.fsum(column) for column in zip(*sums, strict=True)]
-            sums = [total] + [[0.0, 0.0, 0.0]] * (ranks.world_size - 1)
-        loss_sum, num_correct, num_seen = sums[ranks.rank]
-        done.loss_sum, done.num_correct, done.num_seen = loss_sum, int(num_correct), int(num_seen)
+            sums = [total] + [[0.0] * len(total)] * (ranks.world_size - 1)
+        done.loss_sum, *counts = sums[ranks.rank]
+        done.num_correct, done.num_known, done.num_seen = map(int, counts)
+
+
+def own_sums(done: Progress) -> list[float]:
+    """What this rank has summed up since the epoch began."""
+    return [done.loss_sum, done.num_correct, done.num_known, done.num_seen]
 
 
 def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
@@ -241,7 +244,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
     for part, (low, high) in enumerate(pairwise(cuts), start=1):
         with clock.transfers():
             images = to_grey(batch.images[low:high], ranks.device, precision.weights)
-            targets = torch.from_numpy(batch.labels[low:high]).to(ranks.device)  # (b,)
+            targets = torch.from_numpy(batch.labels[low:high]).to(ranks.device)  # (b,) or (b, C)
             rows = torch.from_numpy(batch.rows[low:high]).to(ranks.device)  # (b,)
         drawn = {"seed": config.train.seed, "epoch": done.epoch}
         images = augment(images, rows, **drawn, strength=config.augment)
@@ -249,7 +252,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
         is_last = part == num_parts
         with ranks.synchronized(training.wrapped, last=is_last):
             with precision.autocast():
-                part_logits = training.network(images)  # (b,)
+                part_logits = training.network(images)  # (b, C)
             part_losses = training.losses(part_logits.to(precision.weights), targets)
             # DistributedDataParallel divides the sum over ranks by their number; undo that
             mean = part_losses.sum() * (ranks.world_size / batch.num_global)
@@ -272,8 +275,14 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
     decay = config.optim.ema_decay
     optim.update_average(training.average, training.model, step=done.step, decay=decay)
 
-    is_right = (torch.cat(logits) > 0).cpu().numpy() == batch.labels
-    done.num_correct += int(is_right.sum())
+    labels = torch.from_numpy(batch.labels).to(ranks.device)
+    num_correct, num_known = optim.count_right(
+        torch.cat(logits), labels, training.setup.labels.task
+    )
+    done.num_correct, done.num_known = (
+        done.num_correct + int(num_correct),
+        done.num_known + int(num_known),
+    )
     done.loss_sum += float(batch_losses.double().sum())
     done.num_seen += len(batch.labels)
     done.step, done.batch = done.step + 1, done.batch + 1
@@ -286,15 +295,14 @@ def end_epoch(training: Training, clock: "Clock") -> None:
     setup, done = training.setup, training.done
     config, ranks = setup.config, setup.ranks
     epoch_s = clock.elapsed_s()
-    own_sums = [done.loss_sum, done.num_correct, done.num_seen]
-    sums = ranks.sum(torch.tensor(own_sums, dtype=torch.float64))
-    loss_sum, num_correct, num_seen = sums.tolist()
+    sums = ranks.sum(torch.tensor(own_sums(done), dtype=torch.float64))
+    loss_sum, num_correct, num_known, num_seen = sums.tolist()
     predict = partial(predict_split, training.average, setup.val, ranks=ranks)
     val = predict()
     shifted = predict(shift=config.augment, draws=config.evaluate.shift_draws)
     eval_s = clock.elapsed_s() - epoch_s
     logits, labels = torch.from_numpy(val.logits[0]), torch.from_numpy(setup.val_labels)
-    val_losses = optim.image_losses(logits, labels, log_odds=training.log_odds)
+    val_losses = optim.image_losses(logits, labels, training.objective.plain())
 
     def show() -> float:
         assert setup.after_epoch is not None  # on rank 0
@@ -302,7 +310,7 @@ def end_epoch(training: Training, clock: "Clock") -> None:
             epoch=done.epoch,
             step=done.step,
             train_loss=loss_sum / max(num_seen, 1),
-            train_accuracy=num_correct / max(num_seen, 1),
+            train_accuracy=num_correct / max(num_known, 1),
             val_loss=float(val_losses.mean()),
             val=val,
             shifted=shifted,
@@ -321,7 +329,7 @@ def end_epoch(training: Training, clock: "Clock") -> None:
     else:
         done.epochs_without_better += 1
     done.epoch, done.batch = done.epoch + 1, 0
-    done.loss_sum, done.num_correct, done.num_seen = 0.0, 0, 0
+    done.loss_sum, done.num_correct, done.num_known, done.num_seen = 0.0, 0, 0, 0
     training.save(score)
 
 

@@ -1,8 +1,8 @@
 """The network: a small residual network for one-channel images, without normalization layers.
 
 Images are grey values in [0, 1] of any height and width from 16 up; standardization is the
-network's first layer, so that training, serving and export cannot differ in it. The output is one
-logit; above 0 is evidence for pneumonia.
+network's first layer, so that training, serving and export cannot differ in it. The outputs are one
+logit for each thing that is looked for, with two classes a single one; above 0 is evidence for it.
 
 Batch statistics would make an image's result depend on the rest of its batch, and so on the number
 of ranks. Weights are standardized instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692),
@@ -74,9 +74,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 5x5 convolution, max pool, four stages of basic blocks, global average pool, one logit."""
+    """A 5x5 convolution, max pool, four stages of basic blocks, average pool, a linear head."""
 
-    def __init__(self, *, name: str = "resnet10", width: int = 16) -> None:
+    def __init__(self, *, name: str = "resnet10", width: int = 16, num_outputs: int = 1) -> None:
         super().__init__()
         self.standardize = Standardize()
         self.stem = nn.Sequential(
@@ -92,7 +92,7 @@ class ResNet(nn.Module):
                 blocks.append(BasicBlock(channels, width * 2**stage, stride=stride))
                 channels = width * 2**stage
         self.stages = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, 1)
+        self.head = nn.Linear(channels, num_outputs)
 
     def features(self, images: Tensor) -> Tensor:
         """Grey values (B, 1, H, W) in [0, 1] to the last feature maps.
@@ -108,10 +108,10 @@ class ResNet(nn.Module):
         return list(accumulate(self.stages, lambda maps, block: block(maps), initial=maps))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) grey values in [0, 1] to logits (B,)."""
+        """(B, 1, H, W) grey values in [0, 1] to logits (B, num_outputs)."""
         pooled = self.features(images).mean(dim=(2, 3))  # (B, 8 x width)
-        logits: Tensor = self.head(pooled)  # (B, 1)
-        return logits.squeeze(1)
+        logits: Tensor = self.head(pooled)
+        return logits
 
 
 def fold_filters(network: ResNet) -> ResNet:

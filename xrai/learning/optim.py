@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch.nn import functional
 from torch.optim import swa_utils
 
 from xrai.config import Optim
+from xrai.labels import UNKNOWN, LabelSpec, Task
+
+Counts = tuple[
+    tuple[int, int], ...
+]  # of each output: images that show it, images where it is known
 
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
@@ -72,30 +78,97 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     update(list(average.parameters()), list(model.parameters()), None)
 
 
-def class_weights(counts: tuple[int, int], weighting: float) -> tuple[float, float]:
-    """Loss weights of normal and pneumonia, (N / 2 N_class) ** `weighting`: 1 balances them."""
-    total = sum(counts)
-    return (total / (2 * counts[0])) ** weighting, (total / (2 * counts[1])) ** weighting
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What the loss of C outputs knows of the training labels. Made by `make_objective`."""
+
+    task: Task
+    prior: Tensor  # (C,) added to the logits
+    weights: Tensor  # (2, C) float32, of images without and with each output
+    smoothing: float = 0.0
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Objective":
+        """The same on a device, for logits of a type."""
+        prior, weights = self.prior.to(device, dtype), self.weights.to(device)
+        return replace(self, prior=prior, weights=weights)
+
+    def plain(self) -> "Objective":
+        """The same without smoothing and weights."""
+        return replace(self, weights=torch.ones_like(self.weights), smoothing=0.0)
 
 
-def image_losses(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    log_odds: float,
-    smoothing: float = 0.0,
-    weights: tuple[float, float] = (1.0, 1.0),
-) -> Tensor:
-    """Binary cross-entropy of each image, (B,), from logits (B,) and labels (B,) in {0, 1}.
+def make_objective(labels: LabelSpec, counts: Counts, config: Optim) -> Objective:
+    """The objective of a training split, on the CPU in float64.
 
-    `log_odds` is added to the logits: with the log of the classes' ratio in training, the logits
-    themselves fit a balanced population (logit adjustment; Menon et al. 2021,
-    https://arxiv.org/abs/2007.07314). `weights` are those of the classes.
+    Logit adjustment (Menon et al. 2021, https://arxiv.org/abs/2007.07314): with the log of each
+    class's share in training added, or of the odds of each finding among its known labels, the
+    logits themselves fit a balanced population. Raises `ValueError` for an output that all images
+    show, or none.
     """
-    targets = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
-    losses = functional.binary_cross_entropy_with_logits(
-        logits + log_odds, targets, reduction="none"
+    if not all(0 < present < known for present, known in counts):
+        raise ValueError(f"each output needs images with and without it, not {counts}")
+    is_multiclass = labels.task == "multiclass"
+    priors = [
+        config.logit_adjustment * math.log(present / (known if is_multiclass else known - present))
+        for present, known in counts
+    ]
+    return Objective(
+        labels.task,
+        torch.tensor(priors, dtype=torch.float64),
+        torch.tensor(class_weights(labels, counts, config.class_weighting)),
+        config.label_smoothing,
     )
-    if weights == (1.0, 1.0):
-        return losses
-    return losses * torch.where(labels > 0, weights[1], weights[0])
+
+
+def class_weights(
+    labels: LabelSpec, counts: Counts, weighting: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Loss weights of images without and with each output: (N / (C N_class)) ** `weighting`, so
+    that 1 balances the C classes of an image, or presence and absence of each finding.
+    """
+    num_classes = len(labels.classes) if labels.task == "multiclass" else 2
+    absent = tuple(
+        (known / (num_classes * (known - present))) ** weighting for present, known in counts
+    )
+    present = tuple((known / (num_classes * present)) ** weighting for present, known in counts)
+    return absent, present
+
+
+def image_losses(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """The loss of each image, (B,), from logits (B, C) and labels as a data set holds them.
+
+    `multiclass`: the cross-entropy of labels (B,) in 0 … C - 1. `multilabel`: the mean binary
+    cross-entropy over the image's known findings, of labels (B, C): 1, 0, or -1 for unknown. An
+    image without any known finding costs 0. `binary`: the same with one finding, which is known of
+    all images, of labels (B,). The loss of a batch is the mean over all of its images, whatever is
+    known of them: so no rank needs to know what others hold.
+    """
+    adjusted = logits + objective.prior
+    smoothing, weights = objective.smoothing, objective.weights
+    if objective.task == "multiclass":
+        classes = labels.long()
+        losses = functional.cross_entropy(
+            adjusted, classes, reduction="none", label_smoothing=smoothing
+        )
+        return losses * weights[1][classes]
+    values = labels.to(logits.dtype).view_as(logits)  # (B, C)
+    targets = values * (1 - smoothing) + smoothing / 2
+    parts = functional.binary_cross_entropy_with_logits(adjusted, targets, reduction="none")
+    parts = parts * torch.where(values > 0, weights[1], weights[0])
+    is_known = values != UNKNOWN
+    return torch.where(is_known, parts, 0.0).sum(dim=1) / is_known.sum(dim=1).clamp_min(1)
+
+
+def count_right(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """How many known labels are right, and how many are known, (), when the class with the largest
+    logit is called, or each output whose logit is above 0. Shapes are those of `image_losses`.
+    """
+    if task == "multiclass":
+        is_right, is_known = (
+            logits.argmax(dim=1) == labels,
+            torch.ones_like(labels, dtype=torch.bool),
+        )
+    else:
+        values = labels.view_as(logits)
+        is_right, is_known = (logits > 0) == values, values != UNKNOWN
+    return (is_right & is_known).sum(), is_known.sum()

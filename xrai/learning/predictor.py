@@ -4,7 +4,7 @@ import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
+from xrai.labels import LabelSpec, Task
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.checkpoint import MISFITS, NUM_TRANSFERS, read_state, write_state
@@ -23,15 +24,16 @@ from xrai.log import progress
 from xrai.store import Store
 
 MODEL_FILE = "model.pt"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Predictions:
     """What a network says of every image of a split, once each, in the order of its rows."""
 
-    logits: NDArray[np.float64]  # (draws, N), as both
-    atypicality: NDArray[np.float64] | None = None  # above 1 asks for review; None: not asked for
+    logits: NDArray[np.float64]  # (draws, N, C)
+    # (draws, N), above 1 asks for review; None: not asked for
+    atypicality: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def predict_split(
     if isinstance(model, ResNet):
         model = fold_filters(model)
     dtype = next(model.parameters()).dtype
-    rows = [np.empty(0, np.int64)]
-    scores = [np.empty((1 if typicality is None else 2, draws, 0))]
+    rows: list[NDArray[np.int64]] = []
+    scores: list[NDArray[np.float64]] = []  # (draws, n, C), or with typicality (draws, n, C + 1)
     with progress("score", total=None, unit="batches", closing_line=False) as bar:
         for batch in loader.epoch(0):
             bar.update()
@@ -81,25 +83,28 @@ def predict_split(
                     seen = augment(images, positions, seed=SHIFT_SEED, epoch=draw, strength=shift)
                 seen = seen.contiguous(memory_format=torch.channels_last)
                 if typicality is None:
-                    found = model(seen)[None]  # (1, n)
+                    found = model(seen)
                 else:
                     assert isinstance(model, ResNet), "atypicality is measured on its features"
-                    found = torch.stack(typicality.atypicality(model, seen))  # (2, n)
+                    logits, atypicality = typicality.atypicality(model, seen)
+                    found = torch.cat([logits, atypicality[:, None]], dim=1)
                 scored.append(found.double().cpu().numpy())
             rows.append(batch.rows)
-            scores.append(np.stack(scored, axis=1))  # (1 or 2, draws, n)
-    parts = ranks.gather((np.concatenate(rows), np.concatenate(scores, axis=2)))
+            scores.append(np.stack(scored))
+    parts = [part for own in ranks.gather((rows, scores)) for part in zip(*own, strict=True)]
     all_rows = np.concatenate([part[0] for part in parts])
     order = np.argsort(all_rows, kind="stable")
     is_whole = np.array_equal(all_rows[order], np.arange(loader.num_images))
     assert is_whole, "each image counts exactly once"
-    all_scores = np.concatenate([part[1] for part in parts], axis=2)[:, :, order]
-    return Predictions(all_scores[0], None if typicality is None else all_scores[1])
+    all_scores = np.concatenate([part[1] for part in parts], axis=1)[:, order]
+    if typicality is None:
+        return Predictions(all_scores)
+    return Predictions(all_scores[:, :, :-1], all_scores[:, :, -1])
 
 
-def build_model(config: Model) -> ResNet:
+def build_model(config: Model, num_outputs: int) -> ResNet:
     """The network of a config, with fresh weights drawn from torch's global generator."""
-    return ResNet(name=config.name, width=config.width)
+    return ResNet(name=config.name, width=config.width, num_outputs=num_outputs)
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,12 @@ class TrainedModel:
     network: ResNet
     model: Model  # the config that `network` was built from
     images: Images  # how images are preprocessed
-    classes: tuple[str, ...]
-    threshold: float  # on the scale of calibrated probabilities, sigmoid(logit / temperature)
-    temperature: float
+    labels: LabelSpec
+    # One for each output; of classes that exclude each other one, for all of their logits
+    temperatures: tuple[float, ...]
+    # On the scale of calibrated probabilities, sigmoid(logit / temperature), one for each output;
+    # none for classes that exclude each other: the most probable one is called
+    thresholds: tuple[float, ...]
     typicality: Typicality
     run_id: str
     fingerprint: str  # of the data set
@@ -138,9 +146,10 @@ def save_model(path: Path, trained: TrainedModel) -> None:
         "weights": weights,
         "model": asdict(trained.model),
         "images": asdict(trained.images),
-        "classes": list(trained.classes),
-        "threshold": float(trained.threshold),
-        "temperature": float(trained.temperature),
+        "task": trained.labels.task,
+        "classes": list(trained.labels.classes),
+        "temperatures": [float(value) for value in trained.temperatures],
+        "thresholds": [float(value) for value in trained.thresholds],
         "typicality": typicality,
         "run_id": trained.run_id,
         "fingerprint": trained.fingerprint,
@@ -178,12 +187,20 @@ def _build(content: dict[str, Any]) -> TrainedModel:
     del content["schema_version"]
     weights = content.pop("weights")
     content["model"], content["images"] = Model(**content["model"]), Images(**content["images"])
-    content["classes"] = tuple(content["classes"])
-    content["typicality"] = Typicality(**content["typicality"])
-    threshold, temperature = content["threshold"], content["temperature"]
-    if not (0 <= threshold <= 1 and 0 < temperature < math.inf):
-        raise ValueError(f"threshold {threshold}, temperature {temperature}")
-    network = build_model(content["model"])
+    labels = LabelSpec(content.pop("task"), tuple(content.pop("classes")))
+    content["labels"], content["typicality"] = labels, Typicality(**content["typicality"])
+    temperatures, thresholds = (tuple(content[name]) for name in ("temperatures", "thresholds"))
+    content["temperatures"], content["thresholds"] = temperatures, thresholds
+    is_multiclass = labels.task == "multiclass"
+    num = labels.num_outputs
+    if (
+        labels.task not in get_args(Task)
+        or (len(temperatures), len(thresholds)) != ((1, 0) if is_multiclass else (num, num))
+        or not all(0 < value < math.inf for value in temperatures)
+        or not all(0 <= value <= 1 for value in thresholds)
+    ):
+        raise ValueError(f"{labels}, temperatures {temperatures}, thresholds {thresholds}")
+    network = build_model(content["model"], num)
     network.load_state_dict(weights)
     network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     side = content["images"].size

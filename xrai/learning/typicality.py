@@ -77,7 +77,7 @@ class Typicality(nn.Module):
             self.register_buffer(name, tensor)
 
     def atypicality(self, network: ResNet, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1: review.
+        """Logits (B, C) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1: review.
 
         A score is at least 0, finite for any image, and does not depend on the rest of the batch.
         """
@@ -98,7 +98,7 @@ class Typicality(nn.Module):
 
 
 def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The network's logits (B,) and the description of grey values (B, 1, H, W) in [0, 1].
+    """The network's logits (B, C) and the description of grey values (B, 1, H, W) in [0, 1].
 
     The description is a group (B, d) for the stem and each block, logarithms of the means and
     standard deviations of its maps, and one for the standardized image at 16 x 16.
@@ -106,7 +106,7 @@ def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     standardized = network.standardize(images)
     maps = network.maps(standardized)
     groups = [_summarize(each) for each in maps]
-    logits: Tensor = network.head(maps[-1].mean(dim=(2, 3))).squeeze(1)
+    logits: Tensor = network.head(maps[-1].mean(dim=(2, 3)))
     small = functional.adaptive_avg_pool2d(standardized, _THUMBNAIL_SIZE).flatten(1)  # (B, 256)
     centered = small - small.mean(dim=1, keepdim=True)
     deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
