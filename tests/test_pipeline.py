@@ -106,7 +106,7 @@ def test_probabilities_are_calibrated_and_the_threshold_stands_on_their_scale(ru
         (row.probability, "pneumonia"),
         (np.nextafter(row.probability, 1), "normal"),
     ):
-        changed = Pipeline(type(model)(**{**model.__dict__, "threshold": float(threshold)}))
+        changed = Pipeline(type(model)(**{**model.__dict__, "thresholds": (float(threshold),)}))
         [row] = changed.predict(film)
         assert (row.decision, row.threshold) == (decision, threshold)
 
@@ -436,7 +436,7 @@ def test_a_model_that_is_not_the_one_of_the_summary_is_refused(run: Run, tmp_pat
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert xrai.load(str(tmp_path / "run")).model.run_id == run.pipeline.model.run_id
     content = torch.load(model, weights_only=True)
-    torch.save({**content, "threshold": 0.9}, model)  # a sound file, but another
+    torch.save({**content, "thresholds": [0.9]}, model)  # a sound file, but another
     with pytest.raises(CorruptError, match="does not have the hash"):
         xrai.load(str(tmp_path / "run"))
 
