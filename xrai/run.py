@@ -24,7 +24,13 @@ from xrai.learning.loop import EpochResult, resolve_precision
 from xrai.learning.predictor import MODEL_FILE, Trained, TrainedModel, save_model
 from xrai.log import get_logger
 from xrai.results import types
-from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
+from xrai.results.calibration import (
+    calibrated,
+    choose_threshold,
+    fit_softmax_temperature,
+    fit_temperature,
+    softmax,
+)
 from xrai.results.environment import describe_environment
 from xrai.results.folder import HISTORY, SUMMARY, RunFolder
 from xrai.results.history import TAGS, EpochRow
@@ -343,9 +349,12 @@ def judge(
     """
     scores = logits.reshape(-1, spec.num_outputs)
     wanted = np.tile(spec.matrix(labels), (len(logits), 1))  # (draws x N, C)
-    called = scores > 0
     is_known = wanted != UNKNOWN
-    is_right = (called == wanted)[is_known]
+    if spec.task == "multiclass":
+        is_right = np.take_along_axis(wanted, scores.argmax(axis=1)[:, None], axis=1) == 1
+        scores = softmax(scores)
+    else:
+        is_right = ((scores > 0) == wanted)[is_known]
     columns = zip(wanted.T, scores.T, is_known.T, strict=True)
     aurocs = [auroc(wanted[known], own[known]) for wanted, own, known in columns]
     defined = [value for value in aurocs if math.isfinite(value)]
@@ -359,6 +368,8 @@ def calibrate(
     are known. Raises `XraiError` for an output that all images show, or none.
     """
     flat = logits.reshape(-1, spec.num_outputs)  # (draws x N, C)
+    if spec.task == "multiclass":
+        return (fit_softmax_temperature(np.tile(labels, len(logits)), flat),), ()
     temperatures, thresholds = [], []
     for wanted, own in zip(np.tile(spec.matrix(labels), (len(logits), 1)).T, flat.T, strict=True):
         known, scores = wanted[wanted != UNKNOWN], own[wanted != UNKNOWN]

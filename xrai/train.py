@@ -272,19 +272,39 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
             f"{ranks.world_size} processes, but only {num_images} training images: each process "
             "needs at least one"
         )
-    if min(index.num_images_per_class("train").values()) == 0:
-        raise DatasetError(
-            f"the training split has {index.num_images_per_class('train')}: both classes are needed"
-        )
+    refuse_one_sided(index)
     loop.rank_batch_size(config.train, world_size=ranks.world_size)
     return dataclasses.replace(config, images=stored)
 
 
+def refuse_one_sided(index: DatasetIndex) -> None:
+    """Raise `DatasetError` for a class or finding that cannot be learned, or of several outputs
+    one that cannot be measured.
+    """
+    task = index.labels.task
+    if task == "binary":
+        if min(index.num_images_per_class("train").values()) == 0:
+            raise DatasetError(
+                f"the training split has {index.num_images_per_class('train')}: both classes are "
+                "needed"
+            )
+        return
+    for split, words in (("train", "training"), ("val", "validation")):
+        known = index.num_known_per_class(split)
+        for name, num in index.num_images_per_class(split).items():
+            if not 0 < num < known[name]:
+                raise DatasetError(
+                    f"the {words} split has {num} images with {name}, of {known[name]} for which "
+                    "this is known: both images with it and without it are needed; leave it out, "
+                    "or run xrai preprocess again with another division of the patients"
+                )
+
+
 def label_counts(index: DatasetIndex) -> Counts:
     """Images of the training split that show each output, and those where it is known."""
-    counts = tuple(index.num_images_per_class("train").values())
-    known = (sum(counts),) * len(counts)
-    return tuple(zip(counts, known, strict=True))[-index.labels.num_outputs :]
+    present, known = index.num_images_per_class("train"), index.num_known_per_class("train")
+    counts = tuple(zip(present.values(), known.values(), strict=True))
+    return counts[-index.labels.num_outputs :]  # of two classes, the second
 
 
 def first_weights(address: str, config: Config, network: ResNet) -> dict[str, torch.Tensor]:
