@@ -85,10 +85,10 @@ class _Images:
         batches = {step: next(self.loader.epoch(0, start=step)) for step in steps}
         return np.stack([batches[row // size].images[row % size, 0] for row in rows.tolist()])
 
-    def explain(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def explain(self, images: NDArray[np.uint8], output: int = 0) -> NDArray[np.float32]:
         weight = next(self.network.parameters())
         grey = to_grey(np.ascontiguousarray(images[:, None]), weight.device, weight.dtype)
-        heats: NDArray[np.float32] = grad_cam(self.network, grey).float().cpu().numpy()
+        heats: NDArray[np.float32] = grad_cam(self.network, grey, output).float().cpu().numpy()
         return heats
 
 

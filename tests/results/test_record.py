@@ -13,12 +13,20 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.results.many import make_many
 from tests.results.small import make_scores, measure_split
 from xrai.config import Config
 from xrai.errors import RunError
 from xrai.results.environment import describe_environment
 from xrai.results.folder import RunFolder
-from xrai.results.record import metrics_json, pick_examples, pick_mistakes, record_scores
+from xrai.results.record import (
+    NUM_ERRORS,
+    _draw_sheets_of_many,
+    metrics_json,
+    pick_examples,
+    pick_mistakes,
+    record_scores,
+)
 from xrai.results.report import Page, render_report
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, TrainedOn, Training
@@ -105,7 +113,7 @@ def test_the_images_in_tensorboard_are_the_files_of_the_run(run: RunFolder) -> N
             chosen: np.ndarray = pixels[rows]
             return chosen
 
-        def explain(self, images: np.ndarray) -> np.ndarray:
+        def explain(self, images: np.ndarray, output: int = 0) -> np.ndarray:
             assert (images.shape, images.dtype) == ((12, 16, 16), np.uint8)
             return np.linspace(0, 1, images.size, dtype=np.float32).reshape(images.shape)
 
@@ -220,3 +228,32 @@ def test_an_undefined_result_is_a_dash_on_the_terminal_and_null_in_the_summary()
     assert json.loads(to_json(summary.to_mapping()))["specificity"] is None
     lines = lines_of(summary, "x")
     assert any(line.startswith("specificity") and "–" in line for line in lines)
+
+
+def test_each_of_several_outputs_has_a_sheet_of_errors_under_its_own_heat_maps(
+    run: RunFolder,
+) -> None:
+    scores, results = make_many("multilabel", 14)
+    explained: list[tuple[int, int]] = []
+
+    class Images:
+        def read(self, rows: np.ndarray) -> np.ndarray:
+            return np.repeat(rows.astype(np.uint8), 64).reshape(-1, 8, 8)
+
+        def explain(self, images: np.ndarray, output: int = 0) -> np.ndarray:
+            explained.append((output, len(images)))
+            found = scores.labelled(output)
+            errors = np.abs(found.labels - found.scores)
+            is_wrong = found.called != found.labels
+            worst = np.sort(errors[is_wrong])[-NUM_ERRORS:]
+            rows = images[:, 0, 0]  # `read` writes their numbers
+            shown = np.isin(found.rows, rows)
+            assert sorted(errors[shown]) == pytest.approx(sorted(worst))
+            return np.zeros(images.shape, np.float32)
+
+    plots = run.path / "plots"
+    plots.mkdir()
+    names = _draw_sheets_of_many(scores, Images(), plots)
+    assert explained == [(column, NUM_ERRORS) for column in range(14)]
+    assert names == ["examples", *(f"overlays-{number:02d}" for number in results.ranked)]
+    assert sorted(path.stem for path in plots.iterdir()) == sorted(names)

@@ -1,7 +1,8 @@
 """From the scores of one split to the files that show them; `xrai.run` calls it on rank 0."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from xrai.results.calibration import Floats
 from xrai.results.folder import RunFolder
 from xrai.results.intervals import CONFIDENCE
 from xrai.results.measure import measure
+from xrai.results.metrics import auroc
 from xrai.results.sheets import draw_sheet
 from xrai.results.style import note_line
 from xrai.results.types import REVIEW, Baseline, Measured, Scores, SplitResults
@@ -19,6 +21,9 @@ from xrai.tables import to_csv
 
 SCHEMA_VERSION = 2  # of metrics.json
 NUM_SHOWN = 12  # images on a sheet
+NUM_ERRORS = 3  # images of each class or finding on its own sheet
+NUM_ERROR_SHEETS = 4  # sheets of several outputs in TensorBoard, the examples first
+_FIGURES_OF_ALL = ("overview", "roc", "confusion")
 PREDICTION_COLUMNS = (
     *("split", "source", "patient", "group", "subtype"),
     *("label", "score", "call", "atypicality", "decision"),
@@ -26,10 +31,12 @@ PREDICTION_COLUMNS = (
 
 
 class SplitImages(Protocol):
-    """Gives the images of a split, and what in them is evidence for pneumonia."""
+    """Gives the images of a split, and what in them is evidence for an output."""
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]: ...  # (n, H, W)
-    def explain(self, images: NDArray[np.uint8]) -> NDArray[np.floating]: ...  # in [0, 1]
+    def explain(  # in [0, 1]
+        self, images: NDArray[np.uint8], output: int = 0
+    ) -> NDArray[np.floating]: ...
 
 
 def record_scores(
@@ -58,16 +65,31 @@ def record_scores(
     run.write_json(f"{prefix}metrics.json", metrics_json(results))
     plots = run.path / folder / "plots"
     draw_plots(scores, results, plots)
-    sheets = [] if images is None else _draw_sheets(scores, images, plots)
+    sheets: list[str] = []
+    if images is not None:
+        draw = _draw_sheets if len(scores.outputs) == 1 else _draw_sheets_of_many
+        sheets = draw(scores, images, plots)
     if step is not None:
-        found = scores.labelled()
-        curve = f"precision_recall/final_{scores.split}"
-        run.events.add_precision_recall(step, curve, found.labels, found.scores)
-        for name in sheets:
-            path, tag = plots / f"{name}.png", f"predictions/{name}_{scores.split}"
-            run.events.add_image(step, tag, path)
+        _add_events(run, scores, plots, sheets, step)
     run.publish(sorted(path.relative_to(run.path).as_posix() for path in plots.glob("*.png")))
     return results
+
+
+def _add_events(
+    run: RunFolder, scores: Scores, plots: Path, sheets: Sequence[str], step: int
+) -> None:
+    """Add curves and pictures of a split to TensorBoard: of several outputs, a curve for each, the
+    figures that show all, and the sheets of no more than the first few.
+    """
+    is_one = len(scores.outputs) == 1
+    for column, output in enumerate(scores.outputs):
+        found, tag = scores.labelled(column), f"precision_recall/final_{scores.split}"
+        tag += "" if is_one else f"/{output.name}"
+        run.events.add_precision_recall(step, tag, found.labels, found.scores)
+    shown = list(sheets) if is_one else [*_FIGURES_OF_ALL, *sheets[:NUM_ERROR_SHEETS]]
+    for name in shown:
+        path, tag = plots / f"{name}.png", f"predictions/{name}_{scores.split}"
+        run.events.add_image(step, tag, path)
 
 
 def metrics_json(results: SplitResults) -> dict[str, object]:
@@ -203,3 +225,67 @@ def _draw_sheets(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
                 marks=[each for mark in marks for each in (mark, "heat map")],
             )
     return ["examples", "mistakes", "overlays"]
+
+
+def _draw_sheets_of_many(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
+    """Write examples.png, and for each output overlays-NN.png: its largest errors, each beside the
+    heat map of the evidence for it. Return their names, those of the lowest AUROC first.
+    """
+    from xrai.results.plots import overlay
+
+    present = [
+        np.flatnonzero(column == 1)[: math.ceil(NUM_SHOWN / len(scores.outputs))]
+        for column in scores.labels.T
+    ]
+    examples = np.unique(np.concatenate(present))[:NUM_SHOWN]
+    line = note_line(is_phantom=scores.is_phantom)
+    draw_sheet(
+        list(images.read(examples)),
+        [_file_name(scores, row) for row in examples],
+        plots / "examples.png",
+        heading=f"Examples of the {scores.split} split",
+        note=line,
+        marks=[_names_of(scores, row) for row in examples],
+    )
+    aurocs: dict[str, float] = {}
+    for column, output in enumerate(scores.outputs):
+        found, name = scores.labelled(column), f"overlays-{column:02d}"
+        worst = pick_mistakes(found.labels, found.scores, found.called, num=NUM_ERRORS)
+        if not len(worst):
+            continue
+        pixels = images.read(found.rows[worst])
+        pairs = zip(pixels, images.explain(pixels, column), strict=True)
+        is_wrong = (found.called != found.labels).tolist()
+        kind = {1: _short(output.name), 0: _short(output.opposite)}
+        marks = [
+            f"{kind[int(found.labels[row])]}  {found.scores[row]:.3f}" + "  wrong" * is_wrong[row]
+            for row in worst
+        ]
+        titles = [_file_name(scores, row) for row in found.rows[worst]]
+        note = f"{sum(is_wrong):,} of {len(is_wrong):,} misclassified; a heat map does not localise"
+        draw_sheet(
+            [each for image, heat in pairs for each in (image, overlay(image, heat))],
+            [each for title in titles for each in (title, "")],
+            plots / f"{name}.png",
+            heading=f"{output.name}: the largest errors on the {scores.split} split",
+            note=note_line(f"{note} disease", is_phantom=scores.is_phantom),
+            marks=[each for mark in marks for each in (mark, "heat map")],
+        )
+        value = auroc(found.labels, found.scores)
+        aurocs[name] = value if math.isfinite(value) else math.inf
+    return ["examples", *sorted(aurocs, key=lambda name: aurocs[name])]
+
+
+def _file_name(scores: Scores, row: int) -> str:
+    return PurePosixPath(scores.sources[row]).name
+
+
+def _names_of(scores: Scores, row: int) -> str:
+    """The classes or findings that an image shows."""
+    shown = np.flatnonzero(scores.labels[row] == 1).tolist()
+    names = [scores.outputs[column].name for column in shown]
+    return _short(", ".join(names) or "no finding", 26)
+
+
+def _short(text: str, length: int = 14) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
