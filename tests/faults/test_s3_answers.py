@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 from tests.faults.buckets import use_endpoint
 from xrai.errors import (
@@ -25,7 +27,7 @@ from xrai.errors import (
 )
 from xrai.ingest.sources import open_source
 from xrai.results.folder import RunFolder
-from xrai.store import Store, open_store, s3
+from xrai.store import S3Store, Store, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -360,12 +362,37 @@ def test_keys_without_the_right_to_delete_leave_no_object_of_the_check(server: S
     assert written == []
 
 
+@pytest.mark.parametrize("sign", [":", "/"])
+def test_an_access_point_is_asked_at_its_own_host(
+    sign: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    arn = f"arn:aws:s3:eu-west-1:123456789012:accesspoint{sign}films"
+    store = open_store(f"s3://{arn}/some/data")
+    assert isinstance(store, S3Store) and store.uri == f"s3://{arn}/some/data"
+    asked: list[str] = []
+
+    def answer(request: Any, **_: Any) -> Any:
+        asked.append(request.url)
+        raw = SimpleNamespace(stream=lambda *_: iter([b""]), read=lambda *_: b"")
+        headers: Any = {"Content-Length": "7", "ETag": '"1"'}
+        return AWSResponse(request.url, 200, headers, raw)
+
+    store._client().meta.events.register("before-send.s3", answer)
+    assert store.size("a.h5") == 7
+    host = "films-123456789012.s3-accesspoint.eu-west-1.amazonaws.com"
+    assert asked == [f"https://{host}/some/data/a.h5"]
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
         (
-            "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/films/f",
-            "its alias, s3://.*-s3alias",
+            "s3://arn:aws:s3:eu-west-1:123456789012:bucket/films/f",
+            "an access point is s3://arn:.*:accesspoint/NAME/prefix",
         ),
         ("s3://bucket/a//b", "impossible prefix.*'//'"),
         ("s3://bucket/a/../b", "impossible prefix"),

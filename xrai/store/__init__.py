@@ -43,12 +43,17 @@ __all__ = [
     "take_lease",
 ]
 
+# The name of a bucket, or the ARN of an access point, which botocore takes in its place
+_BUCKET = re.compile(
+    r"([A-Za-z0-9][A-Za-z0-9._-]{1,62}"
+    r"|arn:aws[a-z-]*:s3:[a-z0-9-]+:[0-9]{12}:accesspoint[:/][a-z0-9][a-z0-9-]{1,48}[a-z0-9])(?:/|\Z)"
+)
 _ALLOWED = "give a folder, file:///folder or s3://bucket/prefix"
 
 
 def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | None = None) -> Store:
-    """The store at an address: a folder's path, `file:///abs/dir`, or `s3://bucket/prefix`. Nothing
-    is contacted yet.
+    """The store at an address: a folder's path, `file:///abs/dir`, or `s3://bucket/prefix`, where
+    the ARN of an access point may stand for the bucket. Nothing is contacted yet.
 
     For a bucket, `timeout_s` is how long one request may take to be answered, and `retry_s` how
     long a failing one is repeated: a call ends within `retry_s + 2 timeout_s` (to connect, and to
@@ -58,12 +63,15 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     scheme, _, rest = uri.partition("://") if "://" in uri else ("", "", uri)
     scheme = scheme.lower()
     if scheme == "s3":
-        bucket, _, prefix = rest.partition("/")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
+        found = _BUCKET.match(rest)
+        if found is None:
             allowed = _ALLOWED
-            if bucket.startswith("arn:"):  # each has one, which serves as a bucket's name
-                allowed = "give an access point by its alias, s3://NAME-…-s3alias/prefix"
+            if rest.startswith("arn:"):
+                allowed = (
+                    "an access point is s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/prefix"
+                )
             raise StoreAccessError(f"{masked(uri)!r} names no bucket; {allowed}")
+        bucket, prefix = found[1], rest[found.end() :]
         try:
             check_key(prefix.strip("/") or "prefix")
         except StoreError as error:
