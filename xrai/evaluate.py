@@ -54,12 +54,10 @@ def main() -> None:
             leases.enter_context(take_lease(run.store, f"{folder}/{LEASE_KEY}"))
         scored = score(model, loaders, config)
         run.attach()
-        (output,) = outputs_of(
-            model.labels, model.temperatures, model.thresholds, "that of the run"
-        )
+        outputs = outputs_of(model.labels, model.temperatures, model.thresholds, "that of the run")
         has_train = "train" in loaders[0].index.splits
         known = read_looks(open_split(config, dataset, "train")) if has_train else None
-        measuring = Measuring(run, model.network, output, config.evaluate.num_bootstrap, known)
+        measuring = Measuring(run, model.network, outputs, config.evaluate.num_bootstrap, known)
         for folder, loader, predictions in zip(folders, loaders, scored, strict=True):
             run.write_text(f"{folder}/config.yaml", config.to_yaml())
             results = measuring.record(loader, predictions, folder=folder)

@@ -29,11 +29,11 @@ from xrai.store import open_store
 
 @dataclass(frozen=True)
 class Measuring:
-    """A trained network, how its logit is read, and the run that its results go to."""
+    """A trained network, how its logits are read, and the run that its results go to."""
 
     run: RunFolder
     network: ResNet
-    output: Output
+    outputs: tuple[Output, ...]
     num_bootstrap: int
     known: baselines.Looks | None  # training images of the same data set, for the baselines
 
@@ -49,10 +49,10 @@ class Measuring:
         columns = loader.columns("labels", "source", "patient", "subtype")
         scores = Scores(
             split=split,
-            task="binary",
-            classes=tuple(loader.index.classes),
-            outputs=(self.output,),
-            labels=columns["labels"].astype(np.int8)[:, None],
+            task=loader.index.labels.task,
+            classes=loader.index.labels.classes,
+            outputs=self.outputs,
+            labels=loader.index.labels.matrix(columns["labels"]),
             logits=predictions.logits[0],
             patients=columns["patient"].tolist(),
             sources=columns["source"].tolist(),
@@ -104,6 +104,7 @@ def read_looks(loader: Loader, *, limit: int = baselines.MAX_TRAIN) -> baselines
     columns = loader.columns("labels", "patient", "width", "height", stop=num)
     return baselines.Looks(
         labels=columns["labels"],
+        spec=loader.index.labels,
         patients=columns["patient"].tolist(),
         geometry=baselines.geometry_features(columns["width"], columns["height"]),
         border=np.concatenate(border)[:num],

@@ -36,6 +36,7 @@ from xrai.results.folder import HISTORY, SUMMARY, RunFolder
 from xrai.results.history import TAGS, EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
+from xrai.results.tensorboard import FINAL_TAGS
 
 _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
 _CONFIG = "config.yaml"
@@ -246,10 +247,10 @@ class Job:
         temperatures, thresholds = calibrate(
             self.labels, self.loaders["val"].labels, trained.shifted.logits
         )
-        (output,) = types.outputs_of(
+        outputs = types.outputs_of(
             self.labels, temperatures, thresholds, "chosen on augmented validation images"
         )
-        results = self._measure(trained, output)
+        results = self._measure(trained, outputs)
         main = results.pop("test" if "test" in results else "val")
         model = TrainedModel(
             trained.network,
@@ -274,7 +275,7 @@ class Job:
             duration_s=time.monotonic() - began,
             trained_on=types.TrainedOn(data.source, data.image_size, data.fit, data.splits),
         )
-        val = results.get("val", main).main.whole.metrics
+        val = results.get("val", main).headline
         validation = {name: val[name].value for name in HEADLINES}
         summary = Summary(training, main_results(main), validation)
         self._draw_curves(best_epoch=trained.epoch)
@@ -291,7 +292,9 @@ class Job:
         self.run.finish(summary.to_mapping())
         return result_lines(summary.main, self.run.address, validation=summary.validation)
 
-    def _measure(self, trained: Trained, output: types.Output) -> dict[str, types.SplitResults]:
+    def _measure(
+        self, trained: Trained, outputs: tuple[types.Output, ...]
+    ) -> dict[str, types.SplitResults]:
         """Write the results of each split that was scored; the main split's are on top."""
         from xrai.measuring import Measuring, read_looks
 
@@ -299,7 +302,7 @@ class Job:
         whole = functools.partial(open_split, self.config, self._dataset)
         step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
         num, known = self.config.evaluate.num_bootstrap, read_looks(whole("train"))
-        measuring = Measuring(self.run, trained.network, output, num, known)
+        measuring = Measuring(self.run, trained.network, outputs, num, known)
         main = "test" if "test" in trained.scored else "val"
         results = {
             split: measuring.record(
@@ -307,7 +310,14 @@ class Job:
             )
             for split, found in trained.scored.items()
         }
-        self.run.events.add_results(step, results[main].main.whole.metrics)
+        if self.labels.task != "binary":
+            scalars = {
+                f"{tag}/{found.output.name}": found.whole.metrics[name].value
+                for found in results[main].outputs
+                for name, tag in FINAL_TAGS.items()
+            }
+            self.run.events.add_scalars(step, scalars)
+        self.run.events.add_results(step, results[main].headline)
         return results
 
     def _draw_curves(self, *, best_epoch: int | None = None) -> None:
@@ -365,14 +375,23 @@ def calibrate(
     spec: LabelSpec, labels: NDArray[np.integer], logits: NDArray[np.float64]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Temperatures and thresholds for logits (draws, N, C), by labels (N,) or (N, C), those that
-    are known. Raises `XraiError` for an output that all images show, or none.
+    are known: one of each for two classes and for each finding, one temperature for classes.
+
+    Raises `XraiError` where two classes have images of one alone. A finding of which all known
+    labels agree keeps temperature 1 and threshold 0.5, with a warning.
     """
     flat = logits.reshape(-1, spec.num_outputs)  # (draws x N, C)
     if spec.task == "multiclass":
         return (fit_softmax_temperature(np.tile(labels, len(logits)), flat),), ()
     temperatures, thresholds = [], []
-    for wanted, own in zip(np.tile(spec.matrix(labels), (len(logits), 1)).T, flat.T, strict=True):
-        known, scores = wanted[wanted != UNKNOWN], own[wanted != UNKNOWN]
+    wanted = np.tile(spec.matrix(labels), (len(logits), 1))
+    for name, column, own in zip(spec.classes[-spec.num_outputs :], wanted.T, flat.T, strict=True):
+        known, scores = column[column != UNKNOWN], own[column != UNKNOWN]
+        if spec.task == "multilabel" and len(np.unique(known)) < 2:
+            _logger.warning("%s: no threshold can be chosen; it is 0.5", name)
+            temperatures.append(1.0)
+            thresholds.append(0.5)
+            continue
         temperatures.append(fit_temperature(known, scores))
         thresholds.append(choose_threshold(known, calibrated(scores, temperatures[-1])))
     return tuple(temperatures), tuple(thresholds)

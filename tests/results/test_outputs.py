@@ -1,5 +1,6 @@
 """Several classes or findings: metrics against scikit-learn, and what all outputs say together."""
 
+import json
 import math
 from typing import Any
 
@@ -16,7 +17,10 @@ from xrai.labels import LabelSpec
 from xrai.results.calibration import calibrated, fit_softmax_temperature, fit_temperature, softmax
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS
-from xrai.results.types import outputs_of
+from xrai.results.record import metrics_json, prediction_columns, prediction_rows
+from xrai.results.summary import Summary, main_results, read_summary, result_lines
+from xrai.results.types import TrainedOn, Training, outputs_of
+from xrai.tables import to_json
 
 
 @st.composite
@@ -276,3 +280,40 @@ def test_the_words_of_a_metric_are_those_of_its_output() -> None:
         "share of images with Effusion called Effusion"
     )
     assert METRICS["npv"].of(found).undefined == "no image was called no Effusion"
+
+
+def test_files_of_classes_have_a_score_for_each_and_the_summary_is_read_again() -> None:
+    labels = [0, 0, 1, 1, 2, 2]
+    scores = make_classes(labels, 2.0 * np.eye(3)[[0, 0, 1, 2, 2, 2]], atypicality=[0] * 5 + [2])
+    rows = list(prediction_rows(scores))
+    assert list(rows[0]) == list(prediction_columns(scores))
+    assert [row["label"] for row in rows] == list("AABBCC")
+    assert [row["decision"] for row in rows] == [*"AABCC", "review"]
+    assert sum(float(str(rows[0][f"score_{name}"])) for name in "ABC") == pytest.approx(1)
+    results = measure(scores, num_bootstrap=20)
+    written = json.loads(to_json(metrics_json(results)))
+    assert written["confusion"] == [[2, 0, 0], [0, 1, 1], [0, 0, 2]]
+    assert [each["name"] for each in written["outputs"]] == ["A", "B", "C"]
+    assert written["macro"]["accuracy"]["value"] == pytest.approx(5 / 6)
+    assert written["outputs"][0]["threshold"] is None
+    trained_on = TrainedOn("data", 32, "crop", {"train": {"A": 1}})
+    training = Training("r1", "finished", 1, 1, "0123", 1.0, trained_on)
+    summary = Summary(training, main_results(results), {"auroc": 0.9})
+    read = read_summary(to_json(summary.to_mapping()).encode(), where="summary.json")
+    assert (read.main.task, read.main.threshold, read.main.temperature) == ("multiclass", None, 1)
+    assert [each.name for each in read.main.outputs] == ["A", "B", "C"]
+    lines = "\n".join(result_lines(read.main, "x"))
+    assert "5 of 6 images correctly classified" in lines
+    assert "worst B" in lines
+
+
+def test_findings_are_joined_and_unknown_ones_are_marked() -> None:
+    scores = make_findings([[1, -1, 1], [0, 0, 0]], [[2.0, 1.0, -1.0], [-1, -1, -1]])
+    rows = list(prediction_rows(scores))
+    assert [row["label"] for row in rows] == ["A|B?|C", ""]
+    assert [row["call"] for row in rows] == ["A|B", ""]
+    assert [row["decision"] for row in rows] == ["A|B", "no finding"]
+    written = json.loads(to_json(metrics_json(measure(scores, num_bootstrap=20))))
+    assert written["confusion"] is None
+    assert written["left_out"]["auroc"] == ["B"]
+    assert written["macro"]["auroc"]["value"] == 0.75  # C is tied

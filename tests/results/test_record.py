@@ -212,7 +212,7 @@ def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(
     )
     changed = dataclasses.replace(
         results,
-        outputs=(dataclasses.replace(results.main, abstention=abstention),),
+        abstention=abstention,
         baselines={"geometry": baseline(0.8125), "border": baseline(math.nan)},
     )
     lines = lines_of(summary_of(changed), "x")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from xrai.labels import Labels, LabelSpec
 from xrai.results.calibration import Floats
 from xrai.results.measure import measure
 from xrai.results.metrics import HEADLINES
-from xrai.results.types import Baseline, Estimate, Output, Scores
+from xrai.results.types import Baseline, Estimate, Scores, outputs_of
 
 MAX_TRAIN = 5_000  # images that are learned from, so that a large split costs no more
 MAX_IMAGES = 20_000  # images that are measured
@@ -22,6 +23,7 @@ BASELINES: Mapping[str, str] = {
     "geometry": "the size of the source image alone (width, height, aspect and area in pixels)",
     "border": "the outer border of the stored image alone (a fourteenth of each side)",
 }
+_BINARY = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
 _CELLS = 14  # a side; the border is the outermost one
 
 
@@ -29,10 +31,11 @@ _CELLS = 14  # a side; the border is the outermost one
 class Looks:
     """What the baselines see of some images of a split."""
 
-    labels: npt.NDArray[np.uint8]  # (n,)
+    labels: Labels  # (n,), or (n, C) of findings
     patients: Sequence[str]  # (n,)
     geometry: Floats  # (n, 4)
     border: Floats  # (n, 104)
+    spec: LabelSpec = _BINARY
 
 
 def geometry_features(width: npt.ArrayLike, height: npt.ArrayLike) -> Floats:
@@ -87,33 +90,43 @@ def measure_baselines(
         if logits is not None:
             if split == "train":
                 reason = "; ".join(filter(None, [reason, "it was fitted to these very images"]))
+            spec = measured.spec
+            num = 0 if spec.task == "multiclass" else spec.num_outputs
             scores = Scores(
                 split=split,
-                task="binary",
-                classes=("NORMAL", "PNEUMONIA"),
-                outputs=(Output("pneumonia", "normal", 1.0, 0.5, "fixed"),),
-                labels=measured.labels[:, None].astype(np.int8),
-                logits=logits[:, None],
+                task=spec.task,
+                classes=spec.classes,
+                outputs=outputs_of(spec, [1.0] * max(num, 1), [0.5] * num, "fixed"),
+                labels=spec.matrix(measured.labels),
+                logits=logits,
                 # without their source groups, each of which would be resampled for nothing
                 patients=[f"file:{patient}" for patient in measured.patients],
                 sources=no_texts,
                 subtypes=no_texts,
             )
-            whole = measure(scores, num_bootstrap=num_bootstrap).main.whole
-            metrics = {key: whole.metrics[key] for key in HEADLINES}
+            headline = measure(scores, num_bootstrap=num_bootstrap).headline
+            metrics = {key: headline[key] for key in HEADLINES}
         num_train = 0 if train is None else len(train.labels)
         found[name] = Baseline(meaning, num_train, len(measured.labels), metrics, reason)
     return found
 
 
 def _fit(name: str, train: Looks | None, measured: Looks) -> tuple[Floats | None, str]:
-    """The logits of a baseline, if it can be fitted, and what is to be said of them."""
+    """The logits (n, C) of a baseline, if it can be fitted, and what is to be said of them: one
+    model for each output, by the labels that are known.
+    """
     if train is None:
         return None, "the data set has no train split to fit it to"
-    if len(np.unique(train.labels)) < 2:
+    labels = train.spec.matrix(train.labels)
+    usable = [len(np.unique(own[own >= 0])) == 2 for own in labels.T]
+    if not any(usable):
         return None, "the training images are of one class"
     known, asked = getattr(train, name), getattr(measured, name)
     if np.ptp(known, axis=0).max(initial=0) == 0:
         reason = "it is the same for all training images, so it carries no information"
-        return np.zeros(len(asked)), reason
-    return fit_and_score(known, train.labels, asked), ""
+        return np.zeros((len(asked), labels.shape[1])), reason
+    columns = [
+        fit_and_score(known[own >= 0], own[own >= 0], asked) if is_usable else np.zeros(len(asked))
+        for own, is_usable in zip(labels.T, usable, strict=True)
+    ]
+    return np.column_stack(columns), ""

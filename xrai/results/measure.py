@@ -47,7 +47,7 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
     for column, found in enumerate(known):
         checked(found.labels, found.logits, in_unit_range=False)
         samples |= _samples_of(scores, column, patient_of)
-    if len(known) > 1:
+    if scores.task != "binary":
         samples |= _samples_of_all(scores, known, patient_of)
     resampled = bootstrap(samples, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed)
     measured = {
@@ -73,7 +73,7 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
         num_bootstrap=num_bootstrap,
         seed=seed,
     )
-    return results if len(known) == 1 else _with_all(results, scores, samples, resampled)
+    return results if scores.task == "binary" else _with_all(results, scores, samples, resampled)
 
 
 def _samples_of(

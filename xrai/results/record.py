@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from xrai.labels import Task
 from xrai.results.calibration import Floats
 from xrai.results.folder import RunFolder
 from xrai.results.intervals import CONFIDENCE
@@ -16,7 +17,16 @@ from xrai.results.measure import measure
 from xrai.results.metrics import auroc
 from xrai.results.sheets import draw_sheet
 from xrai.results.style import note_line
-from xrai.results.types import REVIEW, Baseline, Measured, Scores, SplitResults
+from xrai.results.types import (
+    REVIEW,
+    Abstention,
+    Baseline,
+    Estimate,
+    Measured,
+    OutputResults,
+    Scores,
+    SplitResults,
+)
 from xrai.tables import to_csv
 
 SCHEMA_VERSION = 2  # of metrics.json
@@ -60,7 +70,7 @@ def record_scores(
         measure(scores, num_bootstrap=num_bootstrap), baselines=dict(baselines)
     )
     prefix = f"{folder}/" if folder else ""
-    table = to_csv(PREDICTION_COLUMNS, prediction_rows(scores))
+    table = to_csv(prediction_columns(scores), prediction_rows(scores))
     run.write_text(f"{prefix}predictions.csv", table)
     run.write_json(f"{prefix}metrics.json", metrics_json(results))
     plots = run.path / folder / "plots"
@@ -93,45 +103,49 @@ def _add_events(
 
 
 def metrics_json(results: SplitResults) -> dict[str, object]:
-    """What metrics.json holds, for networks with one output.
+    """What metrics.json holds; of several outputs, what is said of each is in `outputs`.
 
     An undefined metric is NaN (null in the file) with its reason in `reasons` under its name; a
     missing interval has its reason under `NAME.interval`.
     """
-    (found,) = results.outputs
-    groups = {
-        name: {
-            "num_normal": each.num_negative,
-            "num_pneumonia": each.num_positive,
-            "against": each.against,
-            **_measured(each.measured),
-        }
-        for name, each in found.groups.items()
-    }
-    curve: list[dict[str, object]] = [dict(vars(point)) for point in found.abstention.curve]
-    for point in curve:
-        if point["by_atypicality"] is None:
-            del point["by_atypicality"]
-    whole = _measured(found.whole)
+    if results.task != "binary":
+        return _several_json(results)
+    whole = _output_json(results.main)
+    later = {name: whole.pop(name) for name in ("abstention", "by_threshold", "by_prevalence")}
     return {
         "schema_version": SCHEMA_VERSION,
         "split": results.split,
-        "num_images": whole.pop("num_images"),
-        "num_patients": whole.pop("num_patients"),
-        "threshold": found.output.threshold,
-        "threshold_source": found.output.threshold_source,
+        **{name: whole.pop(name) for name in ("num_images", "num_patients")},
+        **{name: whole.pop(name) for name in ("threshold", "threshold_source")},
         **whole,
-        "calibration": {
-            "temperature": found.output.temperature,
-            "before": found.uncalibrated,
-            "after": {name: found.whole.metrics[name] for name in found.uncalibrated},
-        },
-        "subtypes": {name: _measured(each) for name, each in found.subtypes.items()},
-        "groups": groups,
         "num_groups": results.num_groups,
-        "abstention": {**vars(found.abstention), "curve": curve},
-        "by_threshold": found.by_threshold,
-        "by_prevalence": found.by_prevalence,
+        **later,
+        **_shared_json(results),
+    }
+
+
+def _several_json(results: SplitResults) -> dict[str, object]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "split": results.split,
+        "task": results.task,
+        "num_images": results.num_images,
+        "num_patients": results.num_patients,
+        "macro": results.macro,
+        "macro_reasons": _reasons(results.macro),
+        "left_out": results.left_out,
+        "micro": results.micro,
+        "micro_reasons": _reasons(results.micro),
+        "confusion": results.confusion,
+        "abstention": _abstention_json(results.abstention),
+        "outputs": [{"name": each.output.name, **_output_json(each)} for each in results.outputs],
+        "num_groups": results.num_groups,
+        **_shared_json(results),
+    }
+
+
+def _shared_json(results: SplitResults) -> dict[str, object]:
+    return {
         "bootstrap": {
             "num_resamples": results.num_bootstrap,
             "unit": "patient",
@@ -142,32 +156,92 @@ def metrics_json(results: SplitResults) -> dict[str, object]:
     }
 
 
+def _output_json(found: OutputResults) -> dict[str, object]:
+    is_binary = found.output.task == "binary"
+    groups = {
+        name: {
+            "num_normal" if is_binary else "num_negative": each.num_negative,
+            "num_pneumonia" if is_binary else "num_positive": each.num_positive,
+            "against": each.against,
+            **_measured(each.measured),
+        }
+        for name, each in found.groups.items()
+    }
+    return {
+        **_measured(found.whole),
+        "threshold": found.output.threshold,
+        "threshold_source": found.output.threshold_source,
+        "calibration": {
+            "temperature": found.output.temperature,
+            "before": found.uncalibrated,
+            "after": {name: found.whole.metrics[name] for name in found.uncalibrated},
+        },
+        "subtypes": {name: _measured(each) for name, each in found.subtypes.items()},
+        "groups": groups,
+        "abstention": _abstention_json(found.abstention),
+        "by_threshold": found.by_threshold,
+        "by_prevalence": found.by_prevalence,
+    }
+
+
+def _abstention_json(abstention: Abstention) -> dict[str, object]:
+    curve: list[dict[str, object]] = [dict(vars(point)) for point in abstention.curve]
+    for point in curve:
+        if point["by_atypicality"] is None:
+            del point["by_atypicality"]
+    return {**vars(abstention), "curve": curve}
+
+
 def _measured(measured: Measured) -> dict[str, object]:
-    reasons = {
+    return {**vars(measured), "reasons": _reasons(measured.metrics)}
+
+
+def _reasons(metrics: Mapping[str, Estimate]) -> dict[str, str]:
+    return {
         name if each.is_undefined else f"{name}.interval": each.reason
-        for name, each in measured.metrics.items()
+        for name, each in metrics.items()
         if each.reason
     }
-    return {**vars(measured), "reasons": reasons}
+
+
+def prediction_columns(scores: Scores) -> tuple[str, ...]:
+    """The columns of predictions.csv; several outputs have a score each."""
+    if scores.task == "binary":
+        return PREDICTION_COLUMNS
+    at = PREDICTION_COLUMNS.index("score")
+    names = (f"score_{output.name}" for output in scores.outputs)
+    return (*PREDICTION_COLUMNS[:at], *names, *PREDICTION_COLUMNS[at + 1 :])
 
 
 def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
-    """The rows of predictions.csv, for networks with one output."""
-    names, labels = scores.classes, scores.labels[:, 0]
+    """The rows of predictions.csv. Findings are joined by `|`; `NAME?` is an unknown one."""
+    names, one = scores.classes, scores.task == "binary"
+    columns = ["score"] if one else [f"score_{output.name}" for output in scores.outputs]
     for row, source in enumerate(scores.sources):
-        call = names[int(scores.called[row, 0])]
+        known, called = scores.labels[row].tolist(), scores.called[row].tolist()
+        if one:
+            label, call = names[known[0]], names[int(called[0])]
+        else:
+            pairs = list(zip(names, known, strict=True))
+            label = "|".join(name + "?" * (flag < 0) for name, flag in pairs if flag)
+            call = "|".join(name for name, flag in zip(names, called, strict=True) if flag)
         yield {
             "split": scores.split,
             "source": source,
             "patient": scores.patients[row],
             "group": scores.groups[row],
             "subtype": scores.subtypes[row],
-            "label": names[labels[row]],
-            "score": float(scores.probabilities[row, 0]),
+            "label": label,
+            **dict(zip(columns, scores.probabilities[row].tolist(), strict=True)),
             "call": call,
             "atypicality": None if scores.atypicality is None else float(scores.atypicality[row]),
-            "decision": REVIEW if scores.in_review[row] else call.lower(),
+            "decision": REVIEW if scores.in_review[row] else decision_of(call, scores.task),
         }
+
+
+def decision_of(call: str, task: Task) -> str:
+    """What is said of an image that is not left to a person."""
+    return call.lower() if task == "binary" else call or "no finding"
 
 
 def pick_examples(labels: NDArray[np.integer], *, num: int = NUM_SHOWN) -> NDArray[np.int64]:

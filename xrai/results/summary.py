@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from xrai.errors import RunError
+from xrai.labels import Task
 from xrai.results.folder import SUMMARY
 from xrai.results.metrics import HEADLINES, format_interval, format_value
-from xrai.results.types import Counts, Estimate, SplitResults, Training
+from xrai.results.types import Counts, Estimate, OutputResults, SplitResults, Training
 from xrai.store import Store
 from xrai.tables import from_plain, load_json
 
 SCHEMA_VERSION = 1
+# Keys of summary.json that are left out where they have these values
+_USUAL = {"task": "binary", "outputs": (), "looked_for": "pneumonia", "opposite": "normal"}
 
 Number = float | None  # None where it is undefined, in a summary that was read back
 
@@ -34,8 +38,26 @@ class BaselineSummary:
 
 
 @dataclass(frozen=True)
+class OutputSummary:
+    """What is said first of one class or finding of several."""
+
+    name: str
+    num_positive: int
+    sensitivity: Number
+    specificity: Number
+    auroc: Number
+    intervals: Mapping[str, tuple[Number, Number]]
+    threshold: Number
+    temperature: float
+
+
+@dataclass(frozen=True)
 class MainResults:
-    """What is said first of one split: keys of summary.json, in their order."""
+    """What is said first of one split: keys of summary.json, in their order.
+
+    Of several outputs, the metrics are macro means, the counts those of all labels pooled, and the
+    accuracy of classes is the share of images of which the right class is called.
+    """
 
     split: str
     num_images: int
@@ -48,16 +70,30 @@ class MainResults:
     counts: Counts
     threshold: Number
     threshold_source: str
-    temperature: float
+    temperature: Number
     review: ReviewSummary
     baselines: Mapping[str, BaselineSummary]
     is_phantom: bool
+    task: Task = "binary"
+    outputs: tuple[OutputSummary, ...] = ()  # of two classes, whose one output is above, none
+    looked_for: str = "pneumonia"  # of two classes, the second one
+    opposite: str = "normal"
+
+    @property
+    def worst(self) -> OutputSummary | None:
+        """The output with the lowest AUROC."""
+        known = [each for each in self.outputs if each.auroc is not None]
+        return min(known, key=lambda each: each.auroc or 0.0, default=None)
 
 
 def main_results(results: SplitResults) -> MainResults:
     """The main results of a split."""
-    found, abstention = results.main, results.main.abstention
-    metrics, output = found.whole.metrics, found.output
+    abstention, metrics, output = results.abstention, results.headline, results.main.output
+    counts, is_binary = results.main.whole.counts, results.task == "binary"
+    if not is_binary:
+        parts = [each.whole.counts for each in results.outputs]
+        totals = (sum(getattr(part, name) for part in parts) for name in ("tp", "fp", "tn", "fn"))
+        counts = Counts(*totals)
     rest = abstention.metrics.get("accuracy", Estimate()).value
     return MainResults(
         split=results.split,
@@ -65,16 +101,35 @@ def main_results(results: SplitResults) -> MainResults:
         num_patients=results.num_patients,
         **{name: metrics[name].value for name in HEADLINES},
         intervals={name: (metrics[name].low, metrics[name].high) for name in HEADLINES},
-        counts=found.whole.counts,
-        threshold=output.threshold,
+        counts=counts,
+        threshold=output.threshold if is_binary else None,
         threshold_source=output.threshold_source,
-        temperature=output.temperature,
+        temperature=output.temperature if results.task != "multilabel" else None,
         review=ReviewSummary(abstention.num_review, abstention.share_review, rest),
         baselines={
             name: BaselineSummary(each.metrics["auroc"].value, each.reason)
             for name, each in results.baselines.items()
         },
         is_phantom=results.is_phantom,
+        task=results.task,
+        outputs=() if is_binary else tuple(map(_output_summary, results.outputs)),
+        looked_for=output.name if is_binary else "",
+        opposite=output.opposite if is_binary else "",
+    )
+
+
+def _output_summary(found: OutputResults) -> OutputSummary:
+    metrics = found.whole.metrics
+    names = ("sensitivity", "specificity", "auroc")
+    # NaN becomes None, as it does in the file
+    values = {name: None if metrics[name].is_undefined else metrics[name].value for name in names}
+    return OutputSummary(
+        name=found.output.name,
+        num_positive=found.whole.counts.num_positive,
+        **values,
+        intervals={name: (metrics[name].low, metrics[name].high) for name in names},
+        threshold=found.output.threshold,
+        temperature=found.output.temperature,
     )
 
 
@@ -90,11 +145,18 @@ class Summary:
         """The keys of summary.json, in their order."""
         main, training = dict(vars(self.main)), self.training
         is_phantom = main.pop("is_phantom")
+        # only what differs from pneumonia or normal, of which earlier versions wrote no names
+        several = {
+            name: value
+            for name, usual in _USUAL.items()
+            if (value := main.pop(name)) != usual and value
+        }
         return {
             "schema_version": SCHEMA_VERSION,
             "run_id": training.run_id,
             "status": training.status,
             **main,
+            **several,
             "epochs": training.epochs,
             "best_epoch": training.best_epoch,
             "fingerprint": training.fingerprint,
@@ -119,6 +181,11 @@ def read_summary(data: bytes, *, where: str) -> Summary:
         is_complete = {*validation} <= {*HEADLINES} <= {*main.intervals}
         if not is_complete or {*main.baselines} not in (set(), {"geometry", "border"}):
             raise ValueError("it lacks metrics, or has others than xrai writes")
+        is_binary = main.task == "binary"
+        if main.task not in get_args(Task) or is_binary != (main.threshold is not None):
+            raise ValueError("its task and its threshold do not agree")
+        if is_binary == bool(main.outputs):
+            raise ValueError("its task and its outputs do not agree")
         return Summary(training, main, validation)
     except (ValueError, LookupError, TypeError) as error:
         raise RunError(f"{where} is not a summary of a run: {error}") from error
@@ -142,6 +209,37 @@ def stated_hash(store: Store, name: str) -> str | None:
         ) from error
 
 
+def _details(results: MainResults) -> dict[str, str]:
+    """What stands behind each headline of two classes."""
+    counts, correct = results.counts, "images correctly classified"
+    found = f"{results.looked_for} images found"
+    return {
+        "accuracy": f"{counts.tp + counts.tn:,} of {results.num_images:,} {correct}",
+        "sensitivity": f"{counts.tp:,} of {counts.num_positive:,} {found}",
+        "specificity": f"{counts.tn:,} of {counts.num_negative:,} {results.opposite} {correct}",
+        "auroc": f"threshold {results.threshold or 0:.3f}, {results.threshold_source}",
+    }
+
+
+def _details_of_several(results: MainResults) -> dict[str, str]:
+    """What stands behind each headline of several classes or findings, the worst one named."""
+    counts, num = results.counts, len(results.outputs)
+    is_multiclass = results.task == "multiclass"
+    kind = "classes" if is_multiclass else "findings"
+    num_calls = counts.tp + counts.fp + counts.tn + counts.fn
+    num_right = counts.tp if is_multiclass else counts.tp + counts.tn
+    worst = results.worst
+    lowest = f"; worst {worst.name} {format_value('auroc', worst.auroc)}" if worst else ""
+    return {
+        "accuracy": f"{num_right:,} of {results.num_images:,} images correctly classified"
+        if is_multiclass
+        else f"mean of {num} findings; {num_right:,} of {num_calls:,} known labels correct",
+        "sensitivity": f"mean of {num} {kind}",
+        "specificity": f"mean of {num} {kind}",
+        "auroc": f"mean of {num} {kind}{lowest}",
+    }
+
+
 def result_lines(
     results: MainResults, folder: str | Path, *, validation: Mapping[str, Number] | None = None
 ) -> list[str]:
@@ -149,14 +247,8 @@ def result_lines(
 
     Those of a training have the `validation` of its summary, and its curves.
     """
-    counts, num_images = results.counts, results.num_images
-    correct = "images correctly classified"
-    details = {
-        "accuracy": f"{counts.tp + counts.tn:,} of {num_images:,} {correct}",
-        "sensitivity": f"{counts.tp:,} of {counts.num_positive:,} pneumonia images found",
-        "specificity": f"{counts.tn:,} of {counts.num_negative:,} normal {correct}",
-        "auroc": f"threshold {results.threshold or 0:.3f}, {results.threshold_source}",
-    }
+    details = _details(results) if results.task == "binary" else _details_of_several(results)
+    num_images = results.num_images
     phantoms = "; drawn phantoms, not patients" if results.is_phantom else ""
     lines = [
         f"{results.split} split: {num_images:,} images of {results.num_patients:,} patients; "
