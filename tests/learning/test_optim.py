@@ -4,8 +4,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from xrai.config import Optim
+from xrai.labels import LabelSpec
 from xrai.learning import optim
 from xrai.learning.network import ResNet
 
@@ -79,3 +81,84 @@ def test_clipping_scales_to_the_norm_and_zero_leaves_gradients() -> None:
     assert parameter.grad.tolist() == [3.0] * 4
     assert float(optim.clip_gradients([parameter], 1.0)) == pytest.approx(6.0)
     assert float(parameter.grad.norm()) == pytest.approx(1.0, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------- classes, findings
+
+THREE = LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
+FINDINGS = LabelSpec("multilabel", ("Effusion", "Nodule"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("smoothing", "weighting"), [(0.0, 0.0), (0.1, 0.5)])
+def test_with_two_classes_loss_and_gradient_are_the_plain_formula_bit_for_bit(
+    dtype: torch.dtype, smoothing: float, weighting: float
+) -> None:
+    labels = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+    config = Optim(label_smoothing=smoothing, class_weighting=weighting)
+    objective = optim.make_objective(labels, ((70, 100),), config).to(torch.device("cpu"), dtype)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(37, 1, generator=generator, dtype=dtype, requires_grad=True)
+    truth = (torch.rand(37, generator=generator) < 0.7).to(torch.uint8)
+    losses = optim.image_losses(logits, truth, objective)
+    (gradient,) = torch.autograd.grad(losses.sum() * (1 / 37), logits)
+
+    plain = logits.detach().squeeze(1).requires_grad_()
+    targets = truth.to(dtype) * (1 - smoothing) + smoothing / 2
+    expected = functional.binary_cross_entropy_with_logits(
+        plain + math.log(70 / 30), targets, reduction="none"
+    )
+    if weighting:
+        weights = (100 / 60) ** weighting, (100 / 140) ** weighting
+        expected = expected * torch.where(truth > 0, weights[1], weights[0])
+    (slope,) = torch.autograd.grad(expected.sum() * (1 / 37), plain)
+    assert torch.equal(losses, expected) and torch.equal(gradient.squeeze(1), slope)
+
+
+def test_classes_cost_the_cross_entropy_of_logits_with_their_log_priors() -> None:
+    config = Optim(label_smoothing=0.3, class_weighting=1.0)
+    objective = optim.make_objective(THREE, ((50, 100), (30, 100), (20, 100)), config)
+    logits = torch.tensor([[0.3, -1.0, 2.0], [1.5, 0.2, -0.4]], dtype=torch.float64)
+    truth = torch.tensor([2, 0], dtype=torch.uint8)
+    losses = optim.image_losses(logits, truth, objective).tolist()
+    for row, label, loss in zip(logits.tolist(), truth.tolist(), losses, strict=True):
+        powers = [
+            math.exp(logit) * share for logit, share in zip(row, (0.5, 0.3, 0.2), strict=True)
+        ]
+        logs = [math.log(power / sum(powers)) for power in powers]
+        targets = [0.7 * (place == label) + 0.1 for place in range(3)]
+        weight = 1 / (3 * (0.5, 0.3, 0.2)[label])
+        expected = -weight * sum(t * log for t, log in zip(targets, logs, strict=True))
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_findings_cost_the_mean_over_known_ones_and_unknown_ones_nothing() -> None:
+    objective = optim.make_objective(FINDINGS, ((20, 100), (30, 40)), Optim())
+    logits = torch.tensor([[0.3, -1.0], [1.5, 0.2], [0.7, 0.1]], dtype=torch.float64)
+    truth = torch.tensor([[1, 0], [-1, 1], [-1, -1]], dtype=torch.int8)
+    logits.requires_grad_()
+    losses = optim.image_losses(logits, truth, objective)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+
+    def cost(logit: float, odds: float, label: int) -> float:
+        return math.log1p(math.exp((-1 if label else 1) * (logit + math.log(odds))))
+
+    first = (cost(0.3, 20 / 80, 1) + cost(-1.0, 30 / 10, 0)) / 2
+    assert losses.tolist() == pytest.approx([first, cost(0.2, 30 / 10, 1), 0.0])
+    assert (gradient == 0).tolist() == [[False, False], [True, False], [True, True]]
+
+
+def test_right_labels_are_counted_among_known_ones() -> None:
+    logits = torch.tensor([[0.3, -1.0], [1.5, 0.2]])
+    truth = torch.tensor([[1, 1], [-1, 1]], dtype=torch.int8)
+    assert tuple(map(int, optim.count_right(logits, truth, "multilabel"))) == (2, 3)
+    classes = torch.tensor([0, 1], dtype=torch.uint8)
+    assert tuple(map(int, optim.count_right(logits, classes, "multiclass"))) == (1, 2)
+
+
+@pytest.mark.parametrize("counts", [((0, 9), (3, 9)), ((9, 9), (3, 9))])
+def test_a_finding_of_all_images_or_none_has_no_objective(
+    counts: tuple[tuple[int, int], ...],
+) -> None:
+    with pytest.raises(ValueError, match="each output needs images with and without it"):
+        optim.make_objective(FINDINGS, counts, Optim())
