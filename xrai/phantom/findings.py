@@ -110,5 +110,5 @@ def _draw_nodule(rng: np.random.Generator, disease: Disease, side: int) -> Nodul
     lowest = 0.45 if disease.heart_ratio else max(0.30, 0.80 - 1.3 * fluid)
     v = rng.uniform(0.20, lowest)
     innermost = 0.32 if v < 0.45 else 0.62 if side > 0 else 0.42
-    m, *shape = (rng.uniform(*of) for of in ((innermost, 0.75), (0.06, 0.13), (0.20, 0.40)))
+    m, *shape = (rng.uniform(*of) for of in ((innermost, 0.75), (0.07, 0.14), (0.24, 0.44)))
     return Nodule(side, m, v, *shape)
