@@ -74,20 +74,66 @@ def save_run(
     )
     network = build_model(config.model, 1)
     train(network, images, np.array(labels, np.uint8), num_steps=num_steps)
-    loader = FakeLoader(images, np.array(labels, np.uint8), batch_size=16)
+    labels_of_two = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+    return _save(
+        folder / run_id, network, config, images, labels_of_two, (temperature,), (threshold,)
+    )
+
+
+def save_random_run(folder: Path, labels: LabelSpec, *, num_images: int = 48) -> Path:
+    """`folder`/tiny with the model.pt of a network of random weights, which calls each class in
+    some phantoms, or each finding in half of them.
+    """
+    films, _ = phantoms(num_images)
+    images = np.stack([decode(film, size=64, fit="crop", max_pixels=MAX_PIXELS) for film in films])
+    torch.manual_seed(7)
+    config = Config(images=Images(max_pixels=MAX_PIXELS), model=ModelConfig(width=8))
+    network = build_model(config.model, labels.num_outputs)
+    grey = torch.from_numpy(images)[:, None] / 255
+    with torch.no_grad():
+        features = network.features(grey).mean(dim=(2, 3))
+        spread = features.std(dim=0) * features.shape[1] ** 0.5 + 1e-6  # gives logits of about 1
+        network.head.weight.normal_().div_(spread)
+        network.head.bias.copy_(-network.head.weight @ features.mean(dim=0))
+        logits = network(grey).double()
+    if labels.task == "multiclass":
+        temperatures, thresholds = torch.tensor([2.5]), torch.tensor([])
+    else:
+        temperatures = torch.linspace(0.8, 3, labels.num_outputs)
+        thresholds = torch.sigmoid(logits / temperatures).median(dim=0).values
+    return _save(
+        folder / "tiny",
+        network,
+        config,
+        images,
+        labels,
+        tuple(temperatures.tolist()),
+        tuple(thresholds.tolist()),
+    )
+
+
+def _save(
+    run: Path,
+    network: ResNet,
+    config: Config,
+    images: NDArray[np.uint8],
+    labels: LabelSpec,
+    temperatures: tuple[float, ...],
+    thresholds: tuple[float, ...],
+) -> Path:
+    loader = FakeLoader(images, np.zeros(len(images), np.uint8), batch_size=16)
     with join(timeout_s=60) as ranks:
         typicality = fit_typicality(network, loader, loader, ranks=ranks)
-    run = folder / run_id
     run.mkdir(parents=True)
     trained = TrainedModel(
         network,
         config.model,
         config.images,
-        LabelSpec("binary", ("NORMAL", "PNEUMONIA")),
-        (temperature,),
-        (threshold,),
+        labels,
+        temperatures,
+        thresholds,
         typicality,
-        run_id,
+        run.name,
         FINGERPRINT,
     )
     save_model(run / "model.pt", trained)

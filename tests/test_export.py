@@ -257,7 +257,7 @@ def test_a_file_that_does_not_agree_with_torch_is_not_kept(
     exported: Exported, tmp_path: Path
 ) -> None:
     other = Serving(exported.pipeline.model)
-    other._temperature *= 1.01
+    other.temperatures *= 1.01
     with pytest.raises(XraiError, match=r"model\.pt2 is not kept: it differs from torch by \d"):
         writing.write(
             exported.program,

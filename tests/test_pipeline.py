@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_probabilities_are_calibrated_and_the_threshold_stands_on_their_scale(ru
         (row.probability, "pneumonia"),
         (np.nextafter(row.probability, 1), "normal"),
     ):
-        changed = Pipeline(type(model)(**{**model.__dict__, "thresholds": (float(threshold),)}))
+        changed = Pipeline(replace(model, thresholds=(float(threshold),)))
         [row] = changed.predict(film)
         assert (row.decision, row.threshold) == (decision, threshold)
 
@@ -135,8 +135,10 @@ def test_images_unlike_those_of_training_go_to_review_with_their_score(run: Run)
 
 
 def test_a_score_that_is_no_number_asks_for_review(run: Run) -> None:
-    assert run.pipeline._decide(0.1, float("nan"))[0] == "review"
-    assert run.pipeline._decide(0.1, 1.0) == ("normal", "")
+    scores = np.array([0.1]), np.array([False])
+    assert run.pipeline._row(*scores, float("nan")).decision == "review"
+    row = run.pipeline._row(*scores, 1.0)
+    assert (row.decision, row.reason, row.calls) == ("normal", "", ("normal",))
 
 
 def test_rows_keep_their_files_across_batches_and_memory_does_not_grow_with_them(run: Run) -> None:
@@ -196,14 +198,15 @@ def test_explained_rows_have_an_image_and_its_heat_map_and_others_none(run: Run)
     film = phantoms(1)[0][0]
     files = [File("a", lambda: film), File("b", lambda: b"none"), File("c", lambda: film[:, ::-1])]
     first, second, third = run.pipeline.classify(files, explain_side=100)
-    assert second.image is None and second.heat is None
+    assert second.image is None and not second.heats
     assert first.image is not None and third.image is not None
     assert np.array_equal(first.image, decode(film, size=100, fit="crop", max_pixels=MAX_PIXELS))
-    assert first.heat is not None and third.heat is not None and first.heat.shape == (64, 64)
-    assert not np.allclose(first.heat, third.heat)
+    assert list(first.heats) == list(third.heats) == ["pneumonia"]
+    heat = first.heats["pneumonia"]
+    assert heat.shape == (64, 64) and not np.allclose(heat, third.heats["pneumonia"])
     [plain] = run.pipeline.classify(files[:1])
     assert plain.prediction.probability == pytest.approx(first.prediction.probability, abs=1e-6)
-    assert plain.heat is None
+    assert not plain.heats
 
 
 # -------------------------------------------------------------------------------------------- DICOM
@@ -436,7 +439,7 @@ def test_a_model_that_is_not_the_one_of_the_summary_is_refused(run: Run, tmp_pat
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert xrai.load(str(tmp_path / "run")).model.run_id == run.pipeline.model.run_id
     content = torch.load(model, weights_only=True)
-    torch.save({**content, "thresholds": [0.9]}, model)  # a sound file, but another
+    torch.save({**content, "threshold": 0.9}, model)  # a sound file, but another
     with pytest.raises(CorruptError, match="does not have the hash"):
         xrai.load(str(tmp_path / "run"))
 

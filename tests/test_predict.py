@@ -73,7 +73,8 @@ def read_table(folder: Path) -> list[dict[str, str]]:
 def row(
     path: str, probability: float | None = 0.25, decision: str = "normal", reason: str = ""
 ) -> Prediction:
-    return Prediction(path, probability, 0.5, decision, reason, "tiny")
+    found = {} if probability is None else {"pneumonia": probability}
+    return Prediction(path, probability, 0.5, decision, reason, "tiny", found, {"pneumonia": 0.5})
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -298,14 +299,15 @@ def test_an_overlay_shows_the_image_beside_itself_under_heat_and_holds_no_text_c
     pipeline = load_pipeline(str(run))
     [explained] = pipeline.classify(find_files([str(films / "more" / "b.jpeg")]), explain_side=512)
     data = draw_overlay(explained)
-    assert explained.image is not None and explained.heat is not None
+    assert explained.image is not None
     with Image.open(io.BytesIO(data)) as panel:
         assert panel.format == "PNG" and panel.mode == "RGB" and not panel.info
         pixels = np.asarray(panel).astype(int)
     left, right = pixels[40:552, 12:524], pixels[40:552, 536:1048]
     assert np.array_equal(left, np.repeat(explained.image[..., None], 3, axis=2))
     changed = np.abs(right - left).max(axis=2)
-    heat = np.asarray(Image.fromarray(explained.heat).resize((512, 512), Image.Resampling.BILINEAR))
+    small = Image.fromarray(explained.heats["pneumonia"])
+    heat = np.asarray(small.resize((512, 512), Image.Resampling.BILINEAR))
     assert changed[heat > 0.6].min() > changed[heat < 0.02].max() - 1
     assert not changed[heat == 0].any()
     assert pixels[:40].max() > 200 and pixels[552:].max() > 200, "there are words above and below"
@@ -316,7 +318,7 @@ def test_the_heat_of_an_image_called_normal_fades_with_its_probability() -> None
 
     def strength(probability: float) -> float:
         with Image.open(
-            io.BytesIO(draw_overlay(Explained(row("x", probability), picture, heat)))
+            io.BytesIO(draw_overlay(Explained(row("x", probability), picture, {"pneumonia": heat})))
         ) as panel:
             return float(np.abs(np.asarray(panel).astype(int)[40:552, 536:1048] - 100).mean())
 
@@ -439,7 +441,8 @@ def test_an_overlay_that_can_not_be_stored_ends_the_command(
         write(store, key, data, **options)
 
     monkeypatch.setattr(FolderStore, "write", refuse)
-    explained = Explained(row("x"), np.zeros((8, 8), np.uint8), np.zeros((4, 4), np.float32))
+    heats = {"pneumonia": np.zeros((4, 4), np.float32)}
+    explained = Explained(row("x"), np.zeros((8, 8), np.uint8), heats)
     with (
         pytest.raises(StoreError, match="the disk is full"),
         own_place(str(tmp_path), is_own=predict.is_own, is_mark=predict.is_mark) as out,

@@ -1,9 +1,9 @@
-"""Chest X-rays in, a trained pneumonia classifier and readable results out.
+"""Chest X-rays in, a trained classifier and readable results out.
 
 import xrai
 
 for row in xrai.load("submit/20261123-031500-a1b2c3").predict(["films/", "more/*.dcm"]):
-    print(row.path, row.decision, row.probability, row.reason)
+    print(row.path, row.decision, row.probabilities, row.reason)
 """
 
 from typing import TYPE_CHECKING

@@ -1,10 +1,10 @@
 """Write a finished run for other programs: `python -m xrai.export --run URI/ID [--out DIR]`.
 
 model.onnx (any ONNX runtime) and model.pt2 (torch.export) hold all that happens to an image: grey
-images of 8 bits and any size go in, the calibrated probability and the atypicality come out; see
-`xrai.learning.export`. Each file is compared with torch on random images and phantoms of several
-sizes before it is kept. export.json, written last, states how well they agree with each other and
-with the program's own path from files.
+images of 8 bits and any size go in, the calibrated probability (of more than two classes, or of
+findings, one each) and the atypicality come out; see `xrai.learning.export`. Each file is compared
+with torch on random images and phantoms of several sizes before it is kept. export.json, written
+last, states how well they agree with each other and with the program's own path from files.
 """
 
 import io
@@ -146,8 +146,8 @@ def compare_with_files(
                 pixels = np.array(whole)[None]  # (1, H, W)
             data = buffer.getvalue()
             own = decode(data, size=model.image_size, fit=model.fit, max_pixels=image.size)[None]
-            ours, graph = pipeline.score(own.copy())[0][0], export.serve(serving, pixels)[0][0]
-            worst = max(worst, abs(float(ours) - float(graph)))
+            ours, graph = pipeline.score(own.copy())[0], export.serve(serving, pixels)[0]
+            worst = max(worst, float(np.abs(ours - graph).max()))
             if kind == "PNG":
                 found["num_pixels"] += own.size
                 found["num_other_pixels"] += int((serving.fit(pixels) != own).sum())

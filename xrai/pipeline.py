@@ -8,12 +8,12 @@ never a missing row.
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -29,37 +29,67 @@ from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.network import fold_filters
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
-from xrai.results.calibration import calibrated
 from xrai.results.summary import stated_hash
-from xrai.results.types import REVIEW, needs_review
+from xrai.results.types import (
+    NO_FINDING,
+    REVIEW,
+    call_logits,
+    calls_of,
+    needs_review,
+    outputs_of,
+    score_logits,
+)
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64
 
 _NUM_READERS = 4  # at least: reading waits more than it works
+_NUM_HEATS = 3  # of an image, at most
 
 Pixels = NDArray[np.uint8]
+Heats = Mapping[str, NDArray[np.float32]]  # by class or finding, (size, size) in [0, 1]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row of the table."""
+    """One row of the table.
+
+    `probability` and `threshold` are those of a model that tells two classes apart, else None;
+    `probabilities`, `thresholds` and `calls` are there for every model. A row without
+    `probabilities` is a file that could not be read.
+    """
 
     path: str
-    probability: float | None  # calibrated, of pneumonia; None if the file could not be read
-    threshold: float  # on the same scale: pneumonia is called from this probability up
-    decision: str  # normal, pneumonia or review
+    probability: float | None  # calibrated, of the class that is looked for, such as pneumonia
+    threshold: float | None  # on the same scale: it is called from this probability up
+    decision: str  # the class, the findings joined by "|" or "no finding"; or review
     reason: str  # why it asks for review, or ""
     model: str  # the run's id
+    # Of each class or finding, calibrated; of two classes, of the one that is looked for
+    probabilities: Mapping[str, float] = field(default_factory=dict, hash=False)
+    # From which each is called; none where the class of the highest probability is
+    thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
+    calls: tuple[str, ...] = ()  # the class or the findings of the decision; none in a review
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the file could be read, and so has probabilities."""
+        return bool(self.probabilities)
+
+    def highest(self, number: int | None = None) -> list[str]:
+        """The names of the classes or findings, the most probable first; at most `number`."""
+        return sorted(self.probabilities, key=self.probabilities.__getitem__, reverse=True)[:number]
 
 
 @dataclass(frozen=True)
 class Explained:
-    """A row, and for a readable image the heat map of the evidence for pneumonia."""
+    """A row, and for a readable image heat maps of the evidence for what is called in it, or else
+    for the class or finding of the highest probability.
+    """
 
     prediction: Prediction
     image: Pixels | None = None  # (side, side), preprocessed like the network's own
-    heat: NDArray[np.float32] | None = None  # (size, size) in [0, 1]
+    heats: Heats = field(default_factory=dict, hash=False)  # the most probable first, at most 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +100,14 @@ class _Read:
     own: Pixels | None = None  # (size, size), what the network sees
     shown: Pixels | None = None  # (side, side), the same for people
     reason: str = ""  # why there are no pixels
+
+
+class _Scores(NamedTuple):
+    """What the model says of n images."""
+
+    probabilities: NDArray[np.float64]  # (n, C)
+    called: NDArray[np.bool_]  # (n, C)
+    atypicality: NDArray[np.float64]  # (n,)
 
 
 class Pipeline:
@@ -84,6 +122,11 @@ class Pipeline:
     ) -> None:
         self.model = model
         self.max_pixels = max_pixels or model.images.max_pixels
+        self.outputs = outputs_of(
+            model.labels, model.temperatures, model.thresholds, "that of the run"
+        )
+        threshold = self.outputs[0].threshold if self._is_binary else None
+        self._blank = Prediction("", None, threshold, REVIEW, "", model.run_id)
         self._budget = MemoryBudget(num_cores())
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = fold_filters(model.network).to(self._device)
@@ -111,7 +154,7 @@ class Pipeline:
         self, files: Iterable[File], *, explain_side: int | None = None
     ) -> Iterator[Explained]:
         """One row for each file, in order; with `explain_side`, also each readable image of that
-        side and its heat map.
+        side and its heat maps.
 
         All cores read and decode, up to two batches ahead; memory does not grow.
         """
@@ -135,22 +178,34 @@ class Pipeline:
             pool.shutdown(cancel_futures=True)  # after an error nothing more is read
 
     def score(self, images: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Probabilities of pneumonia and atypicality, (n,) each, of preprocessed images (n, size,
-        size).
-        """
-        with torch.inference_mode():
-            logits, atypicality = self._typicality.atypicality(self._network, self._grey(images))
-        probabilities = calibrated(logits[:, 0].double().cpu().numpy(), self.model.temperatures[0])
-        return probabilities, atypicality.double().cpu().numpy()
+        """Probabilities and atypicality, (n,), of preprocessed images (n, size, size).
 
-    def explain(self, images: Pixels) -> NDArray[np.float32]:
-        """Heat maps (n, size, size) in [0, 1] of preprocessed images (n, size, size); see
-        `xrai.learning.explain`.
+        Probabilities are (n, C) for C classes or findings, and (n,) for two classes: of the one
+        that is looked for.
         """
+        probabilities, _, atypicality = self._score(images)
+        return probabilities[:, 0] if self._is_binary else probabilities, atypicality
+
+    def explain(self, images: Pixels, outputs: int | NDArray[np.int64] = 0) -> NDArray[np.float32]:
+        """Heat maps (n, size, size) in [0, 1] of preprocessed images (n, size, size), for one
+        output of the network or for one of each image, (n,); see `xrai.learning.explain`.
+        """
+        output = outputs if isinstance(outputs, int) else torch.from_numpy(outputs)
         heat: NDArray[np.float32] = (
-            grad_cam(self._network, self._grey(images)).float().cpu().numpy()
+            grad_cam(self._network, self._grey(images), output).float().cpu().numpy()
         )
         return heat
+
+    def _score(self, images: Pixels) -> _Scores:
+        with torch.inference_mode():
+            found = self._typicality.atypicality(self._network, self._grey(images))
+        logits, atypicality = (each.double().cpu().numpy() for each in found)
+        called = call_logits(self.outputs, logits)
+        return _Scores(score_logits(self.outputs, logits), called, atypicality)
+
+    @property
+    def _is_binary(self) -> bool:
+        return self.model.labels.task == "binary"
 
     def _grey(self, images: Pixels) -> torch.Tensor:
         dtype = next(self._network.parameters()).dtype
@@ -170,32 +225,55 @@ class Pipeline:
             return _Read(file.path, reason=str(error))
 
     def _classify(self, batch: Sequence[_Read], explain_side: int | None) -> Iterator[Explained]:
-        model = self.model
-        scores: Iterator[tuple[float, float]] = iter(())
-        heat: Iterator[NDArray[np.float32]] = iter(())
-        if readable := [read.own for read in batch if read.own is not None]:
-            images = np.stack(readable)  # (n, size, size)
-            scores = zip(*(column.tolist() for column in self.score(images)), strict=True)
-            heat = iter(self.explain(images) if explain_side is not None else ())
+        found = [read.own for read in batch if read.own is not None]
+        scored: Iterator[tuple[Prediction, Heats]] = iter(())
+        if found:
+            images = np.stack(found)  # (n, size, size)
+            scores = self._score(images)
+            heats = self._explain(images, scores) if explain_side is not None else [{}] * len(found)
+            scored = zip(map(self._row, *scores), heats, strict=True)
         for read in batch:
-            probability, decision, reason = None, REVIEW, read.reason
-            if read.own is not None:
-                probability, atypicality = next(scores)
-                decision, reason = self._decide(probability, atypicality)
-            row = Prediction(
-                read.path, probability, model.thresholds[0], decision, reason, model.run_id
-            )
-            yield Explained(row, read.shown, None if read.own is None else next(heat, None))
+            if read.own is None:
+                yield Explained(replace(self._blank, path=read.path, reason=read.reason))
+            else:
+                row, heat = next(scored)
+                yield Explained(replace(row, path=read.path), read.shown, heat)
 
-    def _decide(self, probability: float, atypicality: float) -> tuple[str, str]:
-        """The decision and, for a review, its reason."""
+    def _row(
+        self, probabilities: NDArray[np.float64], called: NDArray[np.bool_], atypicality: float
+    ) -> Prediction:
+        """The row, still without a path, of an image with these scores, (C,) each."""
+        names = [output.name for output in self.outputs]
+        limits = {o.name: o.threshold for o in self.outputs if o.threshold is not None}
+        row = replace(
+            self._blank,
+            probability=float(probabilities[0]) if self._is_binary else None,
+            probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
+            thresholds=limits,
+        )
         if needs_review(atypicality):
-            return (
-                REVIEW,
+            reason = (
                 f"does not look like the training images: atypicality {atypicality:.2f}, above the "
-                "limit of 1",
+                "limit of 1"
             )
-        return self.model.labels.classes[int(probability >= self.model.thresholds[0])].lower(), ""
+            return replace(row, reason=reason)
+        calls = calls_of(self.outputs, called)
+        return replace(row, decision="|".join(calls) or NO_FINDING, calls=calls)
+
+    def _explain(self, images: Pixels, scores: _Scores) -> list[Heats]:
+        """The heat maps of each image that `Explained` has."""
+        # what is called first, then by probability
+        ranked = np.argsort(-(scores.called + scores.probabilities), axis=1, kind="stable")
+        num_maps = scores.called.sum(axis=1).clip(1, _NUM_HEATS)  # (n,)
+        heats: list[Heats] = [{} for _ in images]
+        for place in range(num_maps.max()):
+            rows = np.flatnonzero(num_maps > place)
+            outputs = ranked[rows, place]
+            for row, output, heat in zip(
+                rows, outputs, self.explain(images[rows], outputs), strict=True
+            ):
+                heats[row] = {**heats[row], self.outputs[output].name: heat}
+        return heats
 
 
 def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:

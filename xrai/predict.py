@@ -1,17 +1,21 @@
 """Classify X-rays with a finished run: `python -m xrai.predict --run URI/ID PATH... [--out DIR]`.
 
 A PATH is a JPEG, PNG or DICOM file, a folder of them, a quoted pattern, or any other source that
-`xrai.preprocess` reads. Each file is one row of the table, in the order given: normal, pneumonia,
-or review with the reason. The table is printed; with --out it is also written, as predictions.csv
-and predictions.json, with each readable image beside its heat map in overlays/. Of a DICOM file,
-only the image is shown or kept. The exit status is 2 if no file could be read.
+`xrai.preprocess` reads. Each file is one row of the table, in the order given: normal, pneumonia
+(or what else the run tells apart), or review with the reason. The table is printed; with --out it
+is also written, as predictions.csv and predictions.json, with each readable image beside its heat
+maps in overlays/. Of a DICOM file, only the image is shown or kept. The exit status is 2 if no file
+could be read.
 """
 
+import csv
+import io
 import re
-from collections import deque
+import textwrap
+from collections import Counter, deque
 from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,12 +25,13 @@ from xrai.command import RUN, Flag, parse, run_command
 from xrai.config import Images
 from xrai.errors import RunError, UserError
 from xrai.ingest.find import File, find_files
-from xrai.learning.predictor import TrainedModel
+from xrai.labels import LabelSpec
+from xrai.learning.predictor import TrainedModel, describe_calls
 from xrai.log import printable, progress, setup_logging
 from xrai.pipeline import Explained, Pipeline, Prediction, load_pipeline, other_pixels
 from xrai.results.folder import Place, own_place
-from xrai.results.panel import draw_panel
-from xrai.results.types import REVIEW
+from xrai.results.panel import Heat, draw_panel
+from xrai.results.types import NO_FINDING, REVIEW
 from xrai.store import Store, open_store
 from xrai.tables import to_csv, to_json
 
@@ -47,7 +52,12 @@ _SHOWN = 50  # rows that are printed if files hold all of them
 _SIDE = 512  # of the image in an overlay, pixels
 _NUM_DRAWING = 32  # overlays that wait to be drawn or stored, at most
 _TABLE, _JSON = "predictions.csv", "predictions.json"
-_COLUMNS = [field.name for field in fields(Prediction)]
+_COLUMNS_OF_TWO = ("path", "probability", "threshold", "decision", "reason", "model")
+_COLUMNS = ("path", "decision", "reason", "model")  # of more classes or of findings, with theirs
+_PROBABILITY = "probability_"  # before the name of a class or finding, in a column's name
+_HIGHEST = "highest probabilities"
+_NAMED = 3  # of a row's classes or findings, in the table for people
+_NAME_WIDTH = 20  # there
 _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
 
@@ -76,7 +86,7 @@ def main() -> None:
             out.write("config.yaml", replace(config, images=images).to_yaml().encode())
         lines = format_table(rows, pipeline.model, out=out.store, num_overlays=len(overlays))
     print("\n".join(lines), flush=True)
-    if all(row.probability is None for row in rows):
+    if not any(row.is_readable for row in rows):
         raise UserError(
             f"none of the {len(rows)} files could be read as an image: {rows[0].path} "
             f"{rows[0].reason}"
@@ -131,31 +141,50 @@ def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Image
 # -------------------------------------------------------------------------------------------- table
 
 
+def columns_of(labels: LabelSpec) -> tuple[str, ...]:
+    """The columns of predictions.csv."""
+    if labels.task == "binary":
+        return _COLUMNS_OF_TWO
+    return (*_COLUMNS[:-1], *(f"{_PROBABILITY}{name}" for name in labels.classes), _COLUMNS[-1])
+
+
 def write_table(
     out: Place, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
 ) -> None:
     """Write predictions.csv, then predictions.json, which also states the model and overlays."""
-    table = to_csv(_COLUMNS, rows)
+    columns = columns_of(model.labels)
+    table = to_csv(columns, [_cells(row, columns) for row in rows])
+    is_binary = model.labels.task == "binary"
+    keys = _COLUMNS_OF_TWO if is_binary else (*_COLUMNS[:-1], "calls", "probabilities", "model")
     content = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "note": NOTE,
         "run_id": model.run_id,
         "dataset_fingerprint": model.fingerprint,
-        "classes": model.labels.classes,
-        "threshold": model.thresholds[0],
-        "temperature": model.temperatures[0],
+        **describe_calls(model),
         "image_size": model.image_size,
         "fit": model.fit,
         "num_files": len(rows),
         "num_review": sum(row.decision == REVIEW for row in rows),
-        "num_unreadable": sum(row.probability is None for row in rows),
+        "num_unreadable": sum(not row.is_readable for row in rows),
         "predictions": [
-            {**asdict(row), "overlay": overlays.get(number)} for number, row in enumerate(rows)
+            {**{key: getattr(row, key) for key in keys}, "overlay": overlays.get(number)}
+            for number, row in enumerate(rows)
         ],
     }
     out.write(_TABLE, table.encode())
     out.write(_JSON, to_json(content).encode())
+
+
+def _cells(row: Prediction, columns: Sequence[str]) -> dict[str, object]:
+    """The cells of a row; without a probability where the file could not be read."""
+    return {
+        column: row.probabilities.get(column.removeprefix(_PROBABILITY))
+        if column.startswith(_PROBABILITY)
+        else getattr(row, column)
+        for column in columns
+    }
 
 
 def format_table(
@@ -164,26 +193,17 @@ def format_table(
     """The lines for people: the table, of which only the first rows if files hold all, and sums."""
     shown = rows if out is None else rows[:_SHOWN]
     paths = [printable(row.path) for row in shown]
+    scores = [_scores(row) for row in shown]
+    heading, side = ("probability", ">") if model.labels.task == "binary" else (_HIGHEST, "<")
     width = min(80, max(len(path) for path in ["file", *paths]))
-    lines = [f"{'file':<{width}}  probability  decision"]
-    for row, path in zip(shown, paths, strict=True):
-        probability = "-" if row.probability is None else f"{row.probability:.3f}"
+    middle = max(len(text) for text in [heading, *scores])
+    lines = [f"{'file':<{width}}  {heading:<{middle}}  decision"]
+    for row, path, score in zip(shown, paths, scores, strict=True):
         reason = f": {printable(row.reason)}" if row.reason else ""
-        lines.append(f"{path:<{width}}  {probability:>11}  {row.decision}{reason}")
+        lines.append(f"{path:<{width}}  {score:{side}{middle}}  {_decision(row)}{reason}")
     if len(shown) < len(rows):
         lines.append(f"... and {len(rows) - len(shown)} more in predictions.csv")
-    normal, pneumonia = (name.lower() for name in model.labels.classes)
-    counts = [
-        f"{sum(row.decision == decision for row in rows)} {decision}"
-        for decision in (normal, pneumonia, REVIEW)
-    ]
-    num_unreadable = sum(row.probability is None for row in rows)
-    lines += [
-        "",
-        f"files: {len(rows)} = {' + '.join(counts)}, {num_unreadable} of which could not be read",
-        f"{pneumonia} is called from a probability of {model.thresholds[0]:.3f} up, the threshold "
-        f"of {model.run_id}",
-    ]
+    lines += ["", *_sums(rows, model)]
     if out is not None:
         lines.append(f"table: {out.uri}/predictions.csv  {out.uri}/predictions.json")
     if out is not None and num_overlays:
@@ -191,6 +211,58 @@ def format_table(
             f"overlays: {num_overlays} in {out.uri}/overlays/, numbered like the table's rows"
         )
     return [*lines, NOTE]
+
+
+def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
+    """How many files got which decision, and how it is made."""
+    labels = model.labels
+    counts = Counter(row.decision for row in rows)
+    names = [*labels.classes, REVIEW]
+    if labels.task == "binary":
+        names = [name.lower() for name in names]
+    elif labels.task == "multilabel":
+        counts["with findings"] = sum(bool(row.calls) for row in rows)
+        names = ["with findings", NO_FINDING, REVIEW]
+    sums = " + ".join(f"{counts[name]} {short(name)}" for name in names)
+    num_unreadable = sum(not row.is_readable for row in rows)
+    lines = [f"files: {len(rows)} = {sums}, {num_unreadable} of which could not be read"]
+    if labels.task == "binary":
+        limit = f"{model.thresholds[0]:.3f} up, the threshold of {model.run_id}"
+        return [*lines, f"{names[1]} is called from a probability of {limit}"]
+    if labels.task == "multiclass":
+        lines.append(f"the class of the highest probability is called; run {model.run_id}")
+    else:
+        found = Counter(name for row in rows for name in row.calls).most_common()
+        limits = zip(labels.classes, model.thresholds, strict=True)
+        lines += [
+            f"findings: {', '.join(f'{number} {short(name)}' for name, number in found) or 'none'}",
+            f"each is called from its threshold of {model.run_id} up: "
+            f"{', '.join(f'{short(name)} {limit:.3f}' for name, limit in limits)}",
+        ]
+    wrap = textwrap.TextWrapper(100, subsequent_indent="  ", break_on_hyphens=False)
+    return [part for line in lines for part in wrap.wrap(line)]
+
+
+def _scores(row: Prediction) -> str:
+    """The probability of a row, or the highest ones with their names."""
+    if not row.is_readable or row.probability is not None:
+        return "-" if row.probability is None else f"{row.probability:.3f}"
+    return ", ".join(f"{short(name)} {row.probabilities[name]:.3f}" for name in row.highest(_NAMED))
+
+
+def _decision(row: Prediction) -> str:
+    """The decision of a row, with the most probable findings alone if they are many."""
+    if len(row.calls) <= 1:
+        return row.decision if row.probability is not None else short(row.decision)
+    called = [name for name in row.highest() if name in row.calls]
+    more = [f"{len(called) - _NAMED} more"] if len(called) > _NAMED else []
+    return "|".join([*map(short, called[:_NAMED]), *more])
+
+
+def short(name: str) -> str:
+    """A name of a class or finding for a column of the table."""
+    shown = printable(name)
+    return shown if len(shown) <= _NAME_WIDTH else f"{shown[: _NAME_WIDTH - 1]}…"
 
 
 # ----------------------------------------------------------------------------------------- overlays
@@ -218,7 +290,7 @@ class Drawing:
 
     def draw(self, explained: Explained, *, number: int) -> str | None:
         """Begin to draw the overlay of a row, counted from 1; its name, or None without one."""
-        if self._out is None or explained.heat is None:
+        if self._out is None or not explained.heats:
             return None
         name = overlay_name(number, explained.prediction.path)
         self._waiting.append(self._pool.submit(self._store, self._out, name, explained))
@@ -249,9 +321,15 @@ def is_own(key: str) -> bool:
 
 def is_mark(out: Store, key: str) -> bool:
     """Whether a key tells that the place is this command's."""
-    if key == _TABLE:
-        return out.read(key).startswith(",".join(_COLUMNS).encode())
-    return _OVERLAY.fullmatch(key) is not None
+    if key != _TABLE:
+        return _OVERLAY.fullmatch(key) is not None
+    try:
+        text = out.read(key).decode(errors="replace")
+        columns = next(csv.reader(io.StringIO(text, newline="")), [])
+    except csv.Error:
+        return False
+    kept = tuple(each for each in columns if not each.startswith(_PROBABILITY))
+    return kept in (_COLUMNS, _COLUMNS_OF_TWO)
 
 
 def remove_others(out: Store, names: set[str]) -> None:
@@ -262,17 +340,25 @@ def remove_others(out: Store, names: set[str]) -> None:
 
 
 def draw_overlay(explained: Explained) -> bytes:
-    """A PNG of the image beside its heat map, which fades with the probability below the
+    """A PNG of the image beside its heat maps, which fade with the probability below the
     threshold, so that a normal image does not glow.
     """
-    assert explained.image is not None and explained.heat is not None
+    assert explained.image is not None
     row = explained.prediction
+    heats = []
+    for name, heat in explained.heats.items():
+        probability, threshold = row.probabilities[name], row.thresholds.get(name, 1.0)
+        title = f"Grad-CAM: evidence for {printable(name)}"
+        if row.probability is None:
+            title += f", {probability:.3f}"
+        heats.append(Heat(heat, title, strength=min(1.0, probability / max(threshold, 1e-9))))
+    verdict = f"{_decision(row)}: {_scores(row)}"
+    if row.probability is not None:
+        verdict = (
+            f"{row.decision}, probability {row.probability:.3f}, threshold {row.threshold:.3f}"
+        )
     return draw_panel(
-        explained.image,
-        explained.heat,
-        verdict=f"{row.decision}, probability {row.probability:.3f}, threshold {row.threshold:.3f}",
-        note=NOTE,
-        strength=min(1.0, (row.probability or 0.0) / max(row.threshold, 1e-9)),
+        explained.image, heats, verdict=verdict, note=NOTE, has_thresholds=bool(row.thresholds)
     )
 
 

@@ -89,14 +89,17 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object] | Datacla
         ]
         for cells in (_cells(columns, row) for row in rows)
     ]
+    names = [_harmless("", name, is_first=place == 0) for place, name in enumerate(columns)]
     # Readers may end a line at "\r", or a cell at ";" and a tab: csv.writer does not quote those
     is_split = any(
-        isinstance(cell, str) and not _SPLITS.isdisjoint(cell) for cells in table for cell in cells
+        isinstance(cell, str) and not _SPLITS.isdisjoint(cell)
+        for cells in [names, *table]
+        for cell in cells
     )
     buffer = io.StringIO(newline="")
     quote_all = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer = quote_all if is_split else csv.writer(buffer, lineterminator="\n")
-    writer.writerows([columns, *table])
+    writer.writerows([names, *table])
     return buffer.getvalue()
 
 

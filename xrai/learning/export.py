@@ -2,7 +2,8 @@
 
 Called by `xrai.export`. All preprocessing is in the graph, so that a program that serves it cannot
 treat images otherwise than training did: grey 8-bit images of any height and width go in,
-probability and atypicality come out.
+probability and atypicality come out, a probability for each class or finding where there are more
+than two classes.
 
 Pillow scales 8-bit images in integers: each output pixel is a sum of input pixels, weighted by a
 triangle in steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits after
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from xrai.errors import UserError, XraiError
 from xrai.files import write_atomically
-from xrai.learning.predictor import TrainedModel
+from xrai.learning.predictor import TrainedModel, describe_calls
 
 ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"
 METADATA_FILE = "metadata.json"  # inside of TORCH_FILE
@@ -49,7 +50,8 @@ _WEIGHT_BITS = 22  # of Pillow's weights
 _DIMENSIONS = ("batch", "height", "width")
 _LARGEST = 1 << 16  # of a dimension; the exporter asks for a bound
 
-Scores = tuple[NDArray[np.float32], NDArray[np.float32]]  # OUTPUTS, each (B,)
+# OUTPUTS: (B,) of two classes, else (B, C), and (B,)
+Scores = tuple[NDArray[np.float32], NDArray[np.float32]]
 Run = Callable[[NDArray[np.uint8]], Scores]
 Batches = Sequence[NDArray[np.uint8]]  # (B, H, W) each
 Program = torch.export.ExportedProgram
@@ -103,6 +105,8 @@ def _rounded(sums: Tensor) -> Tensor:
 class Serving(nn.Module):
     """Everything from an image's pixels to its scores."""
 
+    temperatures: Tensor  # (C,), or (1,) for all
+
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
         self.fitting = Fitting(size=model.image_size, fit=model.fit)
@@ -110,14 +114,21 @@ class Serving(nn.Module):
         network = copy.deepcopy(model.network).cpu().float()
         self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.typicality = copy.deepcopy(model.typicality).cpu().float()
-        self._temperature = model.temperatures[0]
+        self._task = model.labels.task
+        self.register_buffer("temperatures", torch.tensor(model.temperatures))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, H, W) uint8 to calibrated probabilities and atypicality, (B,) each."""
+        """Images (B, H, W) uint8 to calibrated probabilities, (B,) of two classes or (B, C), and
+        atypicality (B,).
+        """
         grey = self.fitting(images).float()[:, None] / 255  # (B, 1, size, size)
         logits, atypicality = self.typicality.atypicality(self.network, grey)
-        return torch.sigmoid(logits[:, 0] / self._temperature), atypicality
+        scaled = logits / self.temperatures
+        if self._task == "multiclass":
+            return torch.softmax(scaled, dim=1), atypicality
+        probabilities = torch.sigmoid(scaled)
+        return probabilities[:, 0] if self._task == "binary" else probabilities, atypicality
 
     def fit(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The squares (B, size, size) uint8 that images (B, H, W) become."""
@@ -136,7 +147,7 @@ class Agreement:
 
 
 def serve(serving: nn.Module, images: NDArray[np.uint8]) -> Scores:
-    """Probabilities and atypicality, (B,) each, of images (B, H, W), by torch."""
+    """Probabilities, (B,) or (B, C), and atypicality (B,) of images (B, H, W), by torch."""
     with torch.inference_mode():
         probability, atypicality = serving(torch.from_numpy(images))
     return probability.numpy(), atypicality.numpy()
@@ -218,23 +229,35 @@ def _to_torch(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
 
 def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
     """What a program that serves the file needs to know, and what it must tell its users."""
-    negative, positive = model.labels.classes
+    first, last = model.labels.classes[0], model.labels.classes[-1]
+    num_outputs = model.labels.num_outputs
+    decision, shape = {
+        "binary": (
+            f"{last.lower()} where probability is at least the threshold; else {first.lower()}",
+            f"(batch,) float32, calibrated, of {last}",
+        ),
+        "multiclass": (
+            "the class of the highest probability",
+            f"(batch, {num_outputs}) float32, calibrated, of each of the classes; the sum is 1",
+        ),
+        "multilabel": (
+            "each finding whose probability is at least its threshold",
+            f"(batch, {num_outputs}) float32, calibrated, of each of the findings in `classes`",
+        ),
+    }[model.labels.task]
     return {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version,
         "note": NOTE,
         "run_id": model.run_id,
         "dataset_fingerprint": model.fingerprint,
-        "classes": list(model.labels.classes),
-        "threshold": model.thresholds[0],
-        "decision": f"review where atypicality is above 1; else {positive.lower()} where "
-        f"probability is at least the threshold; else {negative.lower()}",
-        "temperature": model.temperatures[0],
+        **describe_calls(model),
+        "decision": f"review where atypicality is above 1; else {decision}",
         "image_size": model.image_size,
         "fit": model.fit,
         "input": "images (batch, height, width) uint8, grey, upright, 0 is black",
         "outputs": {
-            "probability": f"(batch,) float32, calibrated, of {positive}",
+            "probability": shape,
             "atypicality": "(batch,) float32, how unlike the training images; above 1 asks for "
             "review",
         },

@@ -135,6 +135,20 @@ class TrainedModel:
         return self.images.fit
 
 
+def describe_calls(model: TrainedModel) -> dict[str, object]:
+    """What a file states of the outputs: their names, how they are calibrated and called."""
+    classes = list(model.labels.classes)
+    if model.labels.task == "binary":
+        (threshold,), (temperature,) = model.thresholds, model.temperatures
+        return {"classes": classes, "threshold": threshold, "temperature": temperature}
+    return {
+        "task": model.labels.task,
+        "classes": classes,
+        "thresholds": dict(zip(classes, model.thresholds, strict=False)),  # none for classes
+        "temperatures": list(model.temperatures),
+    }
+
+
 def save_model(path: Path, trained: TrainedModel) -> None:
     """Write model.pt: the weights, and all that serving needs to treat images as training did."""
     weights, typicality = (

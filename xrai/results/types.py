@@ -6,7 +6,7 @@ and terminal lines are written from these types; nothing reads them back from a 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Final
@@ -18,6 +18,7 @@ from xrai.labels import LabelSpec, Task
 from xrai.results.calibration import Floats, Ints, calibrated, softmax
 
 REVIEW: Final = "review"  # the decision for an image unlike the training images
+NO_FINDING: Final = "no finding"  # the decision where none of the findings is called
 _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the public set's file names
 
 
@@ -83,6 +84,38 @@ def outputs_of(
     )
 
 
+def score_logits(outputs: Sequence[Output], logits: Floats) -> Floats:
+    """The calibrated scores (N, C) of logits (N, C); those of classes sum to 1 in each row."""
+    if outputs[0].task == "multiclass":
+        return softmax(logits, outputs[0].temperature)
+    columns = [calibrated(logits[:, c], each.temperature) for c, each in enumerate(outputs)]
+    return np.stack(columns, axis=1)
+
+
+def call_logits(outputs: Sequence[Output], logits: Floats) -> npt.NDArray[np.bool_]:
+    """Which outputs are called by logits (N, C): the class with the highest score, or each output
+    whose score reaches its threshold.
+    """
+    thresholds = [output.threshold for output in outputs]
+    if None not in thresholds:
+        found: npt.NDArray[np.bool_] = score_logits(outputs, logits) >= np.array(
+            thresholds, np.float64
+        )
+        return found
+    # of the logits: probabilities of very sure calls round to ties
+    called: npt.NDArray[np.bool_] = logits.argmax(axis=1)[:, None] == np.arange(len(outputs))
+    return called
+
+
+def calls_of(outputs: Sequence[Output], called: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    """The names of what is called in one image, (C,): one class, or any number of findings."""
+    if outputs[0].task == "binary":
+        return (outputs[0].name if called[0] else outputs[0].opposite,)
+    return tuple(
+        output.name for output, is_called in zip(outputs, called, strict=True) if is_called
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Labelled:
     """The images whose label for one output is known."""
@@ -133,33 +166,20 @@ class Scores:
     @cached_property
     def probabilities(self) -> Floats:
         """Calibrated scores (N, C); those of classes sum to 1 in each row."""
-        return self._scored([output.temperature for output in self.outputs])
+        return score_logits(self.outputs, self.logits)
 
     @cached_property
     def uncalibrated(self) -> Floats:
         """Scores at temperature 1, (N, C)."""
-        return self._scored([1.0] * len(self.outputs))
-
-    def _scored(self, temperatures: Sequence[float]) -> Floats:
-        if self.task == "multiclass":
-            return softmax(self.logits, temperatures[0])
-        columns = [calibrated(self.logits[:, c], each) for c, each in enumerate(temperatures)]
-        return np.stack(columns, axis=1)
+        plain = [replace(output, temperature=1.0) for output in self.outputs]
+        return score_logits(plain, self.logits)
 
     @cached_property
     def called(self) -> npt.NDArray[np.bool_]:
         """Which outputs each image is called, (N, C): the class with the highest score, or each
         one whose score reaches its threshold.
         """
-        thresholds = [output.threshold for output in self.outputs]
-        if None not in thresholds:
-            found: npt.NDArray[np.bool_] = self.probabilities >= np.array(thresholds, np.float64)
-            return found
-        # of the logits: probabilities of very sure calls round to ties
-        called: npt.NDArray[np.bool_] = self.logits.argmax(axis=1)[:, None] == np.arange(
-            len(self.outputs)
-        )
-        return called
+        return call_logits(self.outputs, self.logits)
 
     @cached_property
     def certainty(self) -> Floats:
