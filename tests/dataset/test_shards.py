@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,32 @@ def test_an_address_without_dataset_json_is_refused_in_one_line(tmp_path: Path) 
     ) as caught:
         read_index(open_store(str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_findings_are_written_and_read_back_with_what_is_unknown(tmp_path: Path) -> None:
+    labels = np.array([[1, 0, -1]] * 5, np.int8)
+    write_shard(tmp_path / "x.h5", replace(Columns(**write(tmp_path / "y.h5")), labels=labels))  # type: ignore[arg-type]
+    shard = open_shard(tmp_path / "x.h5")
+    assert shard.labels.dtype == np.int8 and shard.labels.tolist() == labels.tolist()
+
+
+def test_an_index_of_version_1_is_read_as_two_classes_with_the_same_fingerprint() -> None:
+    text = index(schema_version=1).to_json()
+    assert '"task"' not in text and "num_unknown_per_class" not in text
+    first = DatasetIndex.from_json(text, where="d")
+    assert (first.task, first.labels.num_outputs) == ("binary", 1)
+    assert first.fingerprint == index().fingerprint
+    assert first.to_json() == text
+
+
+def test_an_index_of_findings_counts_present_and_known_images() -> None:
+    info = ShardInfo("train-00000-of-00001.h5", 5, 999, "ab" * 32, (2, 1), (0, 3))
+    other = replace(info, name="train-00001-of-00002.h5", num_unknown_per_class=(1, 0))
+    made = index(
+        task="multilabel", classes=("Nodule", "Mass"), splits={"train": (info, other)}, carved=()
+    )
+    assert made.num_images_per_class("train") == {"Nodule": 4, "Mass": 2}
+    assert made.num_known_per_class("train") == {"Nodule": 9, "Mass": 7}
+    assert made.num_known_per_class("val") == {"Nodule": 0, "Mass": 0}
+    assert DatasetIndex.from_json(made.to_json(), where="d") == made
+    assert made.fingerprint != replace(made, classes=("Nodule", "X"), fingerprint="").fingerprint

@@ -11,7 +11,7 @@ import pytest
 from xrai.dataset.manifest import Row
 from xrai.dataset.shards import Columns, Counts, DatasetIndex, ShardInfo, shard_name, write_shard
 from xrai.ingest.build import Contents, NearDuplicate
-from xrai.ingest.card import REPORT_KEYS, is_phantom, make_report, write_card
+from xrai.ingest.card import _sheet_names, is_phantom, is_report_key, make_report, write_card
 from xrai.store import Store, open_store
 
 
@@ -175,7 +175,10 @@ def test_the_sheets_show_the_stored_images_under_their_names(
     near = [NearDuplicate(3, ROWS[0], ROWS[3])]
     contents = Contents(index_of(ROWS), ROWS, near, [])
     files = make_report(store, contents, draw_sheet=drawn.sheet, draw_counts=drawn.count)
-    assert set(files) == set(REPORT_KEYS)
+    names = ["card.md", "samples-normal.png", "samples-pneumonia.png", "class-counts.png"]
+    names += ["near-duplicates.png", "near-duplicates.csv"]
+    assert set(files) == {f"report/{name}" for name in names}
+    assert all(map(is_report_key, files)) and not is_report_key("report/mine.png")
     by_heading = {heading: (images, titles) for heading, images, titles in drawn.sheets}
     images, titles = by_heading["Samples of train: NORMAL"]
     assert titles == ["IM-1-1.png", "IM-1-2.png"] and [int(image[0, 0]) for image in images] == [
@@ -225,4 +228,27 @@ def test_samples_come_from_later_shards_where_the_first_has_too_few(tmp_path: Pa
     assert [titles for _, _, titles in drawn.sheets] == [
         ["IM-1-1.png", "IM-1-2.png"] * 2,
         ["p.png"],
+    ]
+
+
+def test_a_card_of_findings_shows_shares_unknown_ones_and_what_occurs_together() -> None:
+    labels = [(1, 1), (1, 0), (0, -1), (0, 0)]
+    rows = [
+        Row(f"{k}.png", f"{k}", label, f"p:{k}", "", "train", "train-00000-of-00001.h5", k)
+        for k, label in enumerate(labels)
+    ]
+    info = ShardInfo("train-00000-of-00001.h5", 4, 1, "ab" * 32, (2, 1), (0, 1))
+    changes = {"task": "multilabel", "classes": ("Effusion", "A/B"), "splits": {"train": (info,)}}
+    card = write_card(Contents(replace(index_of(ROWS), **changes), rows, [], []), sheets=[])  # type: ignore[arg-type]
+    assert "| train | 4 | 4 | 1 | the source |" in card
+    assert "| Effusion | 2 (50.0 %) | 0 |" in card and "| A/B | 1 (33.3 %) | 1 |" in card
+    assert "| 1 | Effusion | 2 | 1 |" in card and "| 2 | A/B | 1 | 1 |" in card
+
+
+def test_sheets_of_any_class_names_have_their_own_files() -> None:
+    assert _sheet_names(("A/B", "a b", "肺炎", "NORMAL")) == [
+        "samples-a-b.png",
+        "samples-a-b-1.png",
+        "samples--2.png",
+        "samples-normal.png",
     ]

@@ -272,7 +272,7 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
 @given(pairs=patients)
 def test_what_was_assigned_breaks_no_rule(pairs: list[tuple[int, int]]) -> None:
     assignment = assign_splits(rows_of(pairs), BINARY, CARVE)
-    assert find_split_faults(assignment.rows, assignment.carved, CARVE) == []
+    assert find_split_faults(assignment.rows, assignment.carved, CARVE, BINARY) == []
 
 
 def test_each_broken_rule_is_named() -> None:
@@ -281,12 +281,12 @@ def test_each_broken_rule_is_named() -> None:
     moved = list(assignment.rows)
     place = next(k for k, found in enumerate(moved) if found.split == "val")
     moved[place] = replace(moved[place], split="train")
-    faults = find_split_faults(moved, assignment.carved, CARVE)
+    faults = find_split_faults(moved, assignment.carved, CARVE, BINARY)
     assert any(moved[place].patient in fault and "in two splits" in fault for fault in faults)
     assert any(moved[place].path in fault and "hash says val" in fault for fault in faults)
     given_splits = [*many(40), *many(40, split="test", prefix="t")]
     copied = replace(given_splits[0], path="test/x.png", split="test")
     assert any(
         "are the same image" in fault
-        for fault in find_split_faults([*given_splits, copied], (), CARVE)
+        for fault in find_split_faults([*given_splits, copied], (), CARVE, BINARY)
     )

@@ -1,14 +1,16 @@
 """The rules that every data set keeps: `xrai.ingest` makes data sets by them, `xrai.dataset.verify`
 checks them.
 
-Val and test that a source lacks are carved from train, patient by patient, by a hash of the
-patient's key alone: adding images moves nobody, and each class gives about the same share.
-Identical images under two names count as one patient, the one whose key sorts first.
+Val and test that a source lacks are carved from train, patient by patient. Of two classes it is by
+a hash of the patient's key alone: adding images moves nobody, and each class gives about the same
+share. More classes, or findings, some of them rare, are balanced instead (`xrai.dataset.stratify`),
+from the rows alone. Identical images under two names count as one patient, the one whose key sorts
+first.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,8 @@ from PIL import Image
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row
-from xrai.labels import Label
+from xrai.dataset.stratify import count_sides, stratify
+from xrai.labels import Label, LabelSpec
 
 _HASH_DIGITS = 13  # 52 bits: a float holds the share exactly
 
@@ -27,17 +30,61 @@ def in_shard_order(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.sha256, row.path))
 
 
-def carve(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[Row]:
-    """Move patients of train to the carved splits by their hashes; again, it changes nothing."""
-    pool = ("train", *carved)
-    owners = _owners([row for row in rows if row.split in pool and not row.reason])
-    splits = {path: _split_of(owner, carved, config) for path, owner in owners.items()}
+def carve(
+    rows: Sequence[Row], carved: Collection[str], config: Splits, labels: LabelSpec
+) -> list[Row]:
+    """Move patients of train to the carved splits; again, it changes nothing.
+
+    `rows` are all of a data set's: what was excluded when it was decoded is divided like the rest.
+    """
+    if not carved:
+        return [*rows]
+    pool = _carved_rows(rows, ("train", *carved))
+    owners = _owners(pool)
+    if labels.task == "binary":
+        splits = {owner: _split_of(owner, carved, config) for owner in owners.values()}
+    else:
+        splits = _stratified(pool, owners, carved, config, labels)
     return [
-        row
-        if splits.get(row.path, row.split) == row.split
-        else replace(row, split=splits[row.path])
+        replace(row, split=split)
+        if not row.reason
+        and row.split in ("train", *carved)
+        and (split := splits.get(owners.get(row.patient, ""), row.split)) != row.split
+        else row
         for row in rows
     ]
+
+
+def _carved_rows(rows: Sequence[Row], pool: Collection[str]) -> list[Row]:
+    """The rows of `pool` that were usable before they were decoded: their files were read, under
+    labels that do not contradict each other, and are in no other split.
+    """
+    unfit = find_contradicted(row for row in rows if row.sha256)
+    unfit |= {row.sha256 for row in rows if row.split not in pool}
+    return [row for row in rows if row.split in pool and row.sha256 and row.sha256 not in unfit]
+
+
+def _stratified(
+    rows: Sequence[Row],
+    owners: Mapping[str, str],
+    carved: Collection[str],
+    config: Splits,
+    labels: LabelSpec,
+) -> dict[str, str]:
+    """owner -> split, of rows that train and the carved splits are made of."""
+    order = sorted(set(owners.values()), key=lambda owner: (carve_share(owner), owner))
+    places = {owner: place for place, owner in enumerate(order)}
+    counts = count_sides(
+        [places[owners[row.patient]] for row in rows],
+        [row.label for row in rows],
+        labels,
+        num_owners=len(order),
+    )
+    fractions = {"val": config.val_fraction, "test": config.test_fraction}
+    shares = {split: fraction for split, fraction in fractions.items() if split in carved}
+    names = ("train", *shares)
+    found = stratify(counts, (1 - sum(shares.values()), *shares.values()))
+    return dict(zip(order, (names[split] for split in found.tolist()), strict=True))
 
 
 def carve_share(patient: str) -> float:
@@ -72,7 +119,9 @@ def patients_in_several(rows: Iterable[Row], splits: Collection[str]) -> list[st
     return sorted(patient for patient, places in found.items() if len(places) > 1)
 
 
-def find_split_faults(rows: Sequence[Row], carved: Collection[str], config: Splits) -> list[str]:
+def find_split_faults(
+    rows: Sequence[Row], carved: Collection[str], config: Splits, labels: LabelSpec
+) -> list[str]:
     """What breaks the rules of splitting among a data set's rows, a sentence each."""
     used = [row for row in rows if not row.reason]
     faults = [
@@ -86,9 +135,10 @@ def find_split_faults(rows: Sequence[Row], carved: Collection[str], config: Spli
             faults.append(
                 f"{other.path} in {other.split} and {row.path} in {row.split} are the same image"
             )
-    for row, again in zip(used, carve(used, carved, config), strict=True):
+    says = "its patient's hash says" if labels.task == "binary" else "balanced splits have it in"
+    for row, again in zip(rows, carve(rows, carved, config, labels), strict=True):
         if row.split != again.split:
-            faults.append(f"{row.path} is in {row.split}, its patient's hash says {again.split}")
+            faults.append(f"{row.path} is in {row.split}, {says} {again.split}")
     return faults
 
 
@@ -121,7 +171,7 @@ def _split_of(patient: str, carved: Collection[str], config: Splits) -> str:
 
 
 def _owners(rows: Sequence[Row]) -> dict[str, str]:
-    """path -> the patient that it counts as; patients who share an identical image are one."""
+    """patient -> the one that counts for it: patients who share an identical image are one."""
     parent: dict[str, str] = {}
 
     def root(patient: str) -> str:
@@ -134,4 +184,4 @@ def _owners(rows: Sequence[Row]) -> dict[str, str]:
     for row in rows:
         one, other = root(row.patient), root(first.setdefault(row.sha256, row.patient))
         parent[max(one, other)] = min(one, other)
-    return {row.path: root(row.patient) for row in rows}
+    return {row.patient: root(row.patient) for row in rows}

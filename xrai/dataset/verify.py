@@ -171,7 +171,9 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
         for place, labels in found.items()
     }:
         yield f"does not list as many images of each shard and class as {INDEX_KEY}"
-    yield from find_split_faults(rows, index.carved, Splits(**index.config.get("splits", {})))
+    if not bad:
+        config = Splits(**index.config.get("splits", {}))
+        yield from find_split_faults(rows, index.carved, config, index.labels)
 
 
 def _check_shards(

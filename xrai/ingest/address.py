@@ -15,7 +15,7 @@ from xrai.dataset.shards import (
     is_shard_name,
 )
 from xrai.errors import CorruptError
-from xrai.ingest.card import REPORT_KEYS
+from xrai.ingest.card import is_report_key
 from xrai.ingest.unfinished import is_unfinished, remove_unfinished
 from xrai.store import Store
 
@@ -68,7 +68,7 @@ def move_into_place(store: Store, index: DatasetIndex) -> DatasetIndex:
 def is_own(key: str) -> bool:
     """Whether a key is one that `xrai.preprocess` writes."""
     name = key.removeprefix(REPLACEMENT)
-    is_object = is_shard_name(name) or name in (MANIFEST_KEY, *REPORT_KEYS)
+    is_object = is_shard_name(name) or name == MANIFEST_KEY or is_report_key(name)
     return key == INDEX_KEY or is_object or is_unfinished(key)
 
 

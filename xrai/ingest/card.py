@@ -8,37 +8,37 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from heapq import nsmallest
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.manifest import CLASSES, Row
-from xrai.dataset.shards import REPORT_PREFIX, open_shard
+from xrai.dataset.manifest import Row
+from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
 from xrai.files import temporary_folder
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
+from xrai.labels import Label, LabelSpec
 from xrai.log import printable
 from xrai.store import Store
 from xrai.tables import to_csv
 
-REPORT_KEYS: Final = tuple(
-    REPORT_PREFIX + name
-    for name in (
-        "card.md",
-        *(f"samples-{class_name.lower()}.png" for class_name in CLASSES),
-        "class-counts.png",
-        "near-duplicates.png",
-        "near-duplicates.csv",
-    )
+_REPORT_KEY = re.compile(
+    rf"{REPORT_PREFIX}(card\.md|samples-[^/]+\.png|class-counts\.png|near-duplicates\.(png|csv))"
 )
-
 _SAMPLES = 12  # images of each class
+_FEW_SAMPLES = 6  # where there are more than three classes, or findings
+_SHEETS = 20  # of samples, at most
+_CROSSED = 20  # findings in the table of those that occur together
 _PAIRS = 6  # near-duplicates on the sheet
 _SHOWN = 50  # rows of a table
 
 DrawSheet = Callable[..., None]  # (images (H, W) uint8, titles, path, *, heading, note)
-DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading, note)
+DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading, note, num_images)
+
+
+def is_report_key(key: str) -> bool:
+    """Whether a key is that of a file of the report."""
+    return _REPORT_KEY.fullmatch(key) is not None
 
 
 def make_report(
@@ -53,28 +53,42 @@ def make_report(
     warning = "drawn phantoms, not patients" if is_phantom(contents.rows) else ""
 
     def add(
-        name: str, heading: str, draw: Callable[..., None], *content: object, note: str = ""
+        name: str,
+        heading: str,
+        draw: Callable[..., None],
+        *content: object,
+        note: str = "",
+        **options: object,
     ) -> None:
         with temporary_folder() as folder:
             path = Path(folder) / name
-            draw(*content, path, heading=heading, note=" · ".join(filter(None, [note, warning])))
+            words = " · ".join(filter(None, [note, warning]))
+            draw(*content, path, heading=heading, note=words, **options)
             files[REPORT_PREFIX + name] = path.read_bytes()
         sheets.append((heading, name))
 
-    for label, class_name in enumerate(index.classes):
+    num_samples = _SAMPLES if len(index.classes) <= 3 else _FEW_SAMPLES
+    names = _sheet_names(index.classes)
+    for label, class_name in [*enumerate(index.classes)][:_SHEETS]:
         # From the first shard alone, if it holds enough
-        samples = nsmallest(_SAMPLES, (row for row in rows if row.label == label), key=_by_place)
+        shown = (row for row in rows if _shows(row.label, label))
+        samples = nsmallest(num_samples, shown, key=_by_place)
         images, titles = _read_images(store, index.place, samples), [_name(row) for row in samples]
-        name, heading = f"samples-{class_name.lower()}.png", f"Samples of {split}: {class_name}"
         if samples:
-            add(name, heading, draw_sheet, images, titles)
+            heading = f"Samples of {split}: {printable(class_name)}"
+            add(names[label], heading, draw_sheet, images, titles)
     counts = {split: index.num_images_per_class(split) for split in index.splits}
-    add("class-counts.png", "Images by split and class", draw_counts, counts)
+    if index.task == "multilabel":
+        totals = {split: index.num_images(split) for split in index.splits}
+        heading = "Images by split and finding"
+        add("class-counts.png", heading, draw_counts, counts, num_images=totals)
+    else:
+        add("class-counts.png", "Images by split and class", draw_counts, counts)
     if near:
-        shown = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
-        titles = [f"{row.split}: {_name(row)}" for row in shown]
+        pairs = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
+        titles = [f"{row.split}: {_name(row)}" for row in pairs]
         heading, note = "Near-duplicates in two splits, the nearest", f"{len(near)} pairs in all"
-        images = _read_images(store, index.place, shown)
+        images = _read_images(store, index.place, pairs)
         add("near-duplicates.png", heading, draw_sheet, images, titles, note=note)
         files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
     files[f"{REPORT_PREFIX}card.md"] = write_card(contents, sheets=sheets).encode()
@@ -123,25 +137,87 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*lines, "", "## Excluded files", "", *table]) + "\n"
 
 
+def _sheet_names(classes: Sequence[str]) -> list[str]:
+    """The file of samples of each class; no two have the same name."""
+    names: list[str] = []
+    for number, name in enumerate(classes):
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+        file = f"samples-{plain}.png"
+        names.append(file if plain and file not in names else f"samples-{plain}-{number}.png")
+    return names
+
+
+def _shows(label: Label, place: int) -> bool:
+    """Whether an image is of the class, or shows the finding, at a place among the names."""
+    return label[place] == 1 if isinstance(label, tuple) else label == place
+
+
 def _splits(contents: Contents, used: Sequence[Row]) -> list[str]:
     index = contents.index
-    classes = " | ".join(index.classes)
+    is_wide = index.task != "binary"  # classes and findings have a table of their own then
+    names = ["images"] if is_wide else [_text(name) for name in index.classes]
     lines = [
         "## Splits",
         "",
-        f"| split | {classes} | patients | images per patient, most | from |",
-        "|---|" + "---|" * (len(index.classes) + 3),
+        f"| split | {' | '.join(names)} | patients | images per patient, most | from |",
+        "|---|" + "---|" * (len(names) + 3),
     ]
     for split in index.splits:
         patients = Counter(row.patient for row in used if row.split == split)
         origin = "carved from train, by patient" if split in index.carved else "the source"
-        numbers = " | ".join(str(number) for number in index.num_images_per_class(split).values())
+        counts = index.num_images_per_class(split).values()
+        numbers = " | ".join(map(str, [index.num_images(split)] if is_wide else counts))
         most = max(patients.values())
         lines.append(f"| {split} | {numbers} | {len(patients)} | {most} | {origin} |")
     subtypes = Counter(row.subtype for row in used if row.subtype)
     if subtypes:
         named = ", ".join(f"{count} {name}" for name, count in sorted(subtypes.items()))
         lines += ["", f"Kinds of pneumonia that file names or labels state: {named}."]
+    if is_wide:
+        lines += ["", *_shares_by_split(index)]
+    if index.task == "multilabel":
+        lines += ["", *_together(index.labels, used)]
+    return lines
+
+
+def _shares_by_split(index: DatasetIndex) -> list[str]:
+    """A table of images of each class, or with each finding, by split, and their share."""
+    is_multilabel = index.task == "multilabel"
+    heads = [f"{split} | {split}, unknown" if is_multilabel else split for split in index.splits]
+    head = f"| {'finding' if is_multilabel else 'class'} | {' | '.join(heads)} |"
+    lines = ["## Findings" if is_multilabel else "## Classes", ""]
+    if is_multilabel:
+        lines += ["Images with the finding, and their share of those where it is known.", ""]
+    lines += [head, "|" + "---|" * (head.count("|") - 1)]
+    for name in index.classes:
+        cells = []
+        for split in index.splits:
+            num, known = (
+                index.num_images_per_class(split)[name],
+                index.num_known_per_class(split)[name],
+            )
+            cells.append(f"{num} ({100 * num / known:.1f} %)" if known else str(num))
+            if is_multilabel:
+                cells.append(str(index.num_images(split) - known))
+        lines.append(f"| {_text(name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _together(labels: LabelSpec, used: Sequence[Row]) -> list[str]:
+    """A table of how many images show two findings; the most frequent findings, if many."""
+    kinds = Counter(row.label for row in used)
+    present = labels.array([*kinds]) == 1  # (K, C)
+    weights = np.array([*kinds.values()], np.int64)
+    counts = present.T @ (present * weights[:, None])  # (C, C)
+    shown = sorted(np.argsort(-counts.diagonal(), kind="stable")[:_CROSSED].tolist())
+    numbers = " | ".join(str(number) for number in range(1, len(shown) + 1))
+    lines = ["## Findings together", "", "Images of all splits that show both findings."]
+    if len(shown) < len(labels.classes):
+        lines[-1] += f" The {len(shown)} most frequent ones of {len(labels.classes)}."
+    lines += ["", f"| | finding | {numbers} |", "|" + "---|" * (len(shown) + 2)]
+    for number, k in enumerate(shown, start=1):
+        row = " | ".join(map(str, counts[k, shown].tolist()))
+        lines.append(f"| {number} | {_text(labels.classes[k])} | {row} |")
     return lines
 
 

@@ -4,6 +4,7 @@ A source's own split folders are honoured. What is missing is carved from train,
 `xrai.dataset.rules`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -84,19 +85,57 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
     refuse_missing_class((row.label for row in pool), labels, where="train")
     if carved:
         notes += _note_common_patient(pool)
-    rows = carve(rows, carved, config)
+    rows = carve(rows, carved, config, labels)
     used = [row for row in rows if not row.reason]
     found = {split: {row.label for row in used if row.split == split} for split in SPLITS}
     lacks = {split: [*_lacks(found[split], labels)] for split in SPLITS}
     if lacks["train"] or not found["val"]:
         raise SourceError(_explain_carving(pool, carved, config, missing=lacks["train"]))
     if lacks["val"] and labels.task != "binary":
+        if "val" in carved:
+            lack = lacks["val"][0]
+            raise SourceError(
+                f"no {lack.words('image')} falls into val: too few patients have one to be in both "
+                "train and val; add images of more patients, or leave this class or finding out"
+            )
         refuse_missing_class(found["val"], labels, where="val")
     for split in carved:
         if lacks[split]:
             missing = " and no ".join(lack.words("images") for lack in lacks[split])
             notes.append(f"{split} was carved from train and holds no {missing}")
+    notes += _note_balance(used, carved, labels)
     return Assignment(tuple(rows), carved, dropped, tuple(notes))
+
+
+def _note_balance(used: Sequence[Row], carved: Collection[str], labels: LabelSpec) -> Iterator[str]:
+    """A sentence on how near balanced splits come to the shares of train."""
+    if labels.task == "binary" or not carved:
+        return
+    shares = {split: _shares(used, split, labels) for split in ("train", *carved)}
+    found = [
+        (abs(share - of_train), name, split, share, of_train)
+        for split in carved
+        for name, share, of_train in zip(
+            labels.classes, shares[split], shares["train"], strict=True
+        )
+        if not math.isnan(share)
+    ]
+    if found:
+        _, name, split, share, of_train = max(found)
+        what = "finding" if labels.task == "multilabel" else "class"
+        yield (
+            f"{' and '.join(carved)} {'are' if len(carved) > 1 else 'is'} carved by patient, "
+            f"balanced for every {what}; farthest from train is {name}: {100 * share:.2f} % of the "
+            f"images of {split}, {100 * of_train:.2f} % of those of train"
+        )
+
+
+def _shares(rows: Sequence[Row], split: str, labels: LabelSpec) -> list[float]:
+    """The share of each class or finding among the images of a split where it is known."""
+    array = labels.array([row.label for row in rows if row.split == split])
+    present, unknown = labels.count(array)
+    known = [len(array) - num for num in unknown or [0] * len(present)]
+    return [a / b if b else math.nan for a, b in zip(present, known, strict=True)]
 
 
 def refuse_missing_class(labels: Iterable[Label], spec: LabelSpec, *, where: str) -> None:
