@@ -103,6 +103,22 @@ def test_a_whole_data_set_passes(check: Command) -> None:
     assert "is whole: 81 images" in out
 
 
+def test_a_data_set_of_version_1_is_whole_and_is_repaired_to_the_same_bytes(
+    made: tuple[Path, Path], dataset: Path, check: Command
+) -> None:
+    index = read_index(open_store(str(dataset)))
+    (dataset / "dataset.json").write_text(replace(index, schema_version=1).to_json())
+    assert '"task"' not in (dataset / "dataset.json").read_text()
+    whole = contents(dataset)
+    status, out, err = check()
+    assert status == 0 and f"data set {index.fingerprint[:16]}" in out, err
+    flip(dataset / index.splits["train"][0].name, 9000)
+    (dataset / "manifest.jsonl").unlink()
+    status, _, err = check("--repair", f"--source={made[0]}")
+    assert status == 0, err
+    assert contents(dataset) == whole
+
+
 def test_one_flipped_byte_in_any_object_is_found_and_named(
     made: tuple[Path, Path], dataset: Path, tmp_path: Path
 ) -> None:
