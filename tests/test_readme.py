@@ -42,7 +42,7 @@ OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phanto
         "parts",
     ),
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
-    *("from-env-file", "from-file", "volumes"),
+    *("from-env-file", "from-file", "task", "volumes"),
 }
 
 
@@ -99,6 +99,7 @@ def test_every_flag_and_key_exists(page: Path) -> None:
     sections = "|".join({key.partition(".")[0] for key in keys})
     in_code = set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", text))
     others = {"model.pt", "model.onnx", "train.py", "evaluate.py", "loader.index", "loader.labels"}
+    others |= {"labels.py", "train.csv"}
     assert in_code <= keys | others, in_code - keys - others
 
 

@@ -218,9 +218,10 @@ class Job:
             shifted_auroc=shifted_auroc,
             accelerator_utilisation=result.seconds["compute"] / result.seconds["epoch"],
         )
-        self.run.events.add_precision_recall(
-            result.step, "precision_recall/val", labels, calibrated(result.val.logits[0, :, 0])
-        )
+        if self.labels.task == "binary":  # of several outputs, the final ones alone
+            self.run.events.add_precision_recall(
+                result.step, "precision_recall/val", labels, calibrated(result.val.logits[0, :, 0])
+            )
         self.run.append_history(row)
         self._draw_curves()
         _logger.info("%s", row)

@@ -77,7 +77,7 @@ def record_scores(
     draw_plots(scores, results, plots)
     sheets: list[str] = []
     if images is not None:
-        draw = _draw_sheets if len(scores.outputs) == 1 else _draw_sheets_of_many
+        draw = _draw_sheets if scores.task == "binary" else _draw_sheets_of_many
         sheets = draw(scores, images, plots)
     if step is not None:
         _add_events(run, scores, plots, sheets, step)
@@ -91,7 +91,7 @@ def _add_events(
     """Add curves and pictures of a split to TensorBoard: of several outputs, a curve for each, the
     figures that show all, and the sheets of no more than the first few.
     """
-    is_one = len(scores.outputs) == 1
+    is_one = scores.task == "binary"
     for column, output in enumerate(scores.outputs):
         found, tag = scores.labelled(column), f"precision_recall/final_{scores.split}"
         tag += "" if is_one else f"/{output.name}"
