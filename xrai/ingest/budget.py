@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from typing import Any, Final
 
-BYTES_PER_WORKER: Final = 1 << 28  # 256 MiB; a DICOM film of 9 million pixels takes 200 MB
+BYTES_PER_WORKER: Final = 1 << 28  # 256 MiB; a DICOM image of 9 million pixels takes 200 MB
 
 _MIN_WORKERS = 2  # that the budget is made for, at least
 _UNIT_BYTES = 1 << 23  # what takes less is not counted

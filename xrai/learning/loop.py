@@ -279,10 +279,8 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
     num_correct, num_known = optim.count_right(
         torch.cat(logits), labels, training.setup.labels.task
     )
-    done.num_correct, done.num_known = (
-        done.num_correct + int(num_correct),
-        done.num_known + int(num_known),
-    )
+    done.num_correct += int(num_correct)
+    done.num_known += int(num_known)
     done.loss_sum += float(batch_losses.double().sum())
     done.num_seen += len(batch.labels)
     done.step, done.batch = done.step + 1, done.batch + 1

@@ -88,7 +88,7 @@ def record_scores(
 def _add_events(
     run: RunFolder, scores: Scores, plots: Path, sheets: Sequence[str], step: int
 ) -> None:
-    """Add curves and pictures of a split to TensorBoard: of several outputs, a curve for each, the
+    """Add curves and figures of a split to TensorBoard: of several outputs, a curve for each, the
     figures that show all, and the sheets of no more than the first few.
     """
     is_one = scores.task == "binary"
