@@ -47,6 +47,8 @@ _FREE = frozenset(
     | {"train.timeout_s", "train.step_timeout_s"}
 )
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")  # may change while it trains
+BY_CLASS = "auroc_by_class"  # of validation images: the tag in TensorBoard, before a name
+_NUM_CURVES = 20  # of precision and recall in an epoch: each takes 3 KiB of TensorBoard's events
 _ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
 _logger = get_logger(__name__)
 
@@ -163,6 +165,8 @@ class Job:
             self.run.resume_at(epoch=entry.epoch + 1, step=entry.step + 1)
             _logger.info("going on after step %d, in epoch %d", entry.step, entry.epoch + 1)
         self.run.events.add_hyperparameters(self.config.to_mapping())
+        if self.labels.task != "binary":
+            self.run.events.add_chart("AUROC by class", "validation", f"{BY_CLASS}/.*")
         self.run.close_segment()  # now, so that TensorBoard lists runs that are not finished
         return state
 
@@ -203,8 +207,10 @@ class Job:
         alone, the score is the negative validation loss.
         """
         labels = self.loaders["val"].labels
-        val_accuracy, val_auroc = judge(self.labels, labels, result.val.logits)
-        shifted_accuracy, shifted_auroc = judge(self.labels, labels, result.shifted.logits)
+        val_accuracy, val_aurocs = judge(self.labels, labels, result.val.logits)
+        shifted_accuracy, shifted_aurocs = judge(self.labels, labels, result.shifted.logits)
+        shifted_auroc = _mean_of_defined(shifted_aurocs)
+        worst, lowest = self._add_by_class(result, val_aurocs)
         own = {name: value for name, value in vars(result).items() if name in TAGS}
         stages = {f"{stage}_s": result.seconds.get(stage, math.nan) for stage in _STAGES}
         row = EpochRow(
@@ -213,19 +219,41 @@ class Job:
             **own,
             **stages,
             val_accuracy=val_accuracy,
-            val_auroc=val_auroc,
+            val_auroc=_mean_of_defined(val_aurocs),
+            val_auroc_worst=lowest,
             shifted_accuracy=shifted_accuracy,
             shifted_auroc=shifted_auroc,
             accelerator_utilisation=result.seconds["compute"] / result.seconds["epoch"],
         )
-        if self.labels.task == "binary":  # of several outputs, the final ones alone
-            self.run.events.add_precision_recall(
-                result.step, "precision_recall/val", labels, calibrated(result.val.logits[0, :, 0])
-            )
         self.run.append_history(row)
         self._draw_curves()
-        _logger.info("%s", row)
+        _logger.info("%s", row.line(worst))
         return shifted_auroc if np.isfinite(shifted_auroc) else -result.val_loss
+
+    def _add_by_class(self, result: EpochResult, aurocs: list[float]) -> tuple[str, float]:
+        """Add precision and recall to TensorBoard, and of several outputs the AUROC of each.
+
+        Returns the output with the lowest AUROC and its value, "" and NaN where there is one output
+        alone. Only the first `_NUM_CURVES` outputs have curves.
+        """
+        spec, step, logits = self.labels, result.step, result.val.logits[0]
+        wanted = spec.matrix(self.loaders["val"].labels)
+        scores = softmax(logits) if spec.task == "multiclass" else calibrated(logits)
+        names = ("",) if spec.task == "binary" else spec.classes
+        for column, name in enumerate(names[:_NUM_CURVES]):
+            known = wanted[:, column] != UNKNOWN
+            tag = f"precision_recall/val/{name}" if name else "precision_recall/val"
+            self.run.events.add_precision_recall(
+                step, tag, wanted[known, column], scores[known, column]
+            )
+        if spec.task == "binary":
+            return "", math.nan
+        by_class = dict(zip(names, aurocs, strict=True))
+        scalars = {f"{BY_CLASS}/{name}": value for name, value in by_class.items()}
+        self.run.events.add_scalars(step, scalars)
+        defined = [name for name, value in by_class.items() if math.isfinite(value)]
+        worst = min(defined, key=lambda name: by_class[name], default="")
+        return worst, by_class.get(worst, math.nan)
 
     def best(self) -> tuple[int, Any]:
         """The epoch with the best score, counted from 1, and its averaged weights."""
@@ -325,8 +353,13 @@ class Job:
         from xrai.results.plots import draw_curves  # matplotlib, on rank 0 alone
 
         folder = self.run.path / "curves"
-        history, is_phantom = self.run.history(), self._is_phantom
-        names = draw_curves(history, folder, best_epoch=best_epoch, is_phantom=is_phantom)
+        names = draw_curves(
+            self.run.history(),
+            folder,
+            task=self.labels.task,
+            best_epoch=best_epoch,
+            is_phantom=self._is_phantom,
+        )
         self.run.publish([f"curves/{name}" for name in names])
 
     def _environment(self) -> dict[str, object]:
@@ -352,11 +385,12 @@ class Job:
 
 def judge(
     spec: LabelSpec, labels: NDArray[np.integer], logits: NDArray[np.float64]
-) -> tuple[float, float]:
-    """Accuracy and AUROC of logits (draws, N, C) on labels (N,) or (N, C), all draws together.
+) -> tuple[float, list[float]]:
+    """Accuracy, and the AUROC of each output, of logits (draws, N, C) on labels (N,) or (N, C), all
+    draws together.
 
     Accuracy calls the class with the largest logit, or each output whose logit is above 0, and
-    counts known labels. The AUROC is the mean of those outputs that have one, else NaN.
+    counts known labels. An AUROC is NaN where one of both labels is missing.
     """
     scores = logits.reshape(-1, spec.num_outputs)
     wanted = np.tile(spec.matrix(labels), (len(logits), 1))  # (draws x N, C)
@@ -368,8 +402,13 @@ def judge(
         is_right = ((scores > 0) == wanted)[is_known]
     columns = zip(wanted.T, scores.T, is_known.T, strict=True)
     aurocs = [auroc(wanted[known], own[known]) for wanted, own, known in columns]
-    defined = [value for value in aurocs if math.isfinite(value)]
-    return float(np.mean(is_right)), math.fsum(defined) / len(defined) if defined else math.nan
+    return float(np.mean(is_right)), aurocs
+
+
+def _mean_of_defined(values: list[float]) -> float:
+    """The mean of the values that are not NaN; NaN where all are."""
+    defined = [value for value in values if math.isfinite(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
 
 
 def calibrate(

@@ -50,7 +50,7 @@ def test_history_has_one_column_for_each_metric_and_comes_back_as_it_was(run: Ru
 
 
 def test_the_log_line_of_an_epoch_shows_what_a_person_follows() -> None:
-    line = str(row(3, val_auroc=0.91234, data_wait_share=0.0123, images_per_s=1234.5))
+    line = row(3, val_auroc=0.91234, data_wait_share=0.0123, images_per_s=1234.5).line()
     assert line.startswith(
         "epoch 3: loss 0.2500, val loss nan, val accuracy 0.5300, val AUROC 0.91"
     )
@@ -67,6 +67,24 @@ def test_resuming_drops_the_rows_at_or_past_the_epoch_and_no_row_stands_twice(
     again.resume_at(epoch=2, step=11)
     again.append_history(row(2, train_loss=9.0))
     assert [(entry.epoch, entry.train_loss) for entry in again.history()] == [(1, 0.5), (2, 9.0)]
+
+
+def test_the_worst_of_several_outputs_has_a_column_and_a_name_in_the_log(run: RunFolder) -> None:
+    run.append_history(row(1))  # by a version that did not have the column, before a resume
+    before = (run.path / "history.csv").read_text()
+    assert "worst" not in before and "worst" not in row(1).line("VIRAL")
+    second = row(2, val_auroc=0.93, val_auroc_worst=0.8671)
+    run.append_history(second)
+    lines = (run.path / "history.csv").read_text().splitlines()
+    assert lines[0].replace(",val_auroc_worst", "") == before.splitlines()[0]
+    assert [line.split(",")[6:8] for line in lines] == [
+        ["val_auroc", "val_auroc_worst"],
+        ["", ""],
+        ["0.93", "0.8671"],
+    ]
+    assert run.history() == [row(1), second]
+    assert "val AUROC 0.9300, worst VIRAL 0.867, augmented" in second.line("VIRAL")
+    assert read_events(run)["auroc/val_worst"] == [(20, pytest.approx(0.8671))]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from xrai.errors import StoreError, UserError
 from xrai.files import cache_folder, open_regular, sha256_of, write_atomically
 from xrai.log import get_logger
-from xrai.results.history import COLUMNS, TAGS, EpochRow, parse_history
+from xrai.results.history import TAGS, EpochRow, columns_of, parse_history
 from xrai.results.publisher import Publisher
 from xrai.results.tensorboard import Events
 from xrai.store import (
@@ -187,7 +187,7 @@ class RunFolder:
         rows = self.history()
         kept = [row for row in rows if row.epoch < epoch]
         if len(kept) < len(rows):
-            self.write_text(HISTORY, to_csv(COLUMNS, kept))
+            self.write_text(HISTORY, to_csv(columns_of(kept), kept))
         self._purge_step = min(step, max((row.step + 1 for row in kept), default=0))
 
     # Files
@@ -218,7 +218,8 @@ class RunFolder:
 
     def append_history(self, row: EpochRow) -> None:
         """Add an epoch to history.csv and to TensorBoard."""
-        self.write_text(HISTORY, to_csv(COLUMNS, [*self.history(), row]))
+        rows = [*self.history(), row]
+        self.write_text(HISTORY, to_csv(columns_of(rows), rows))
         metrics = {tag: getattr(row, column) for column, tag in TAGS.items()}
         self.events.add_scalars(row.step, metrics)
         self.close_segment()

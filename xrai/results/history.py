@@ -5,14 +5,19 @@ A metric is one field of `EpochRow`; everything else follows from the field.
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from xrai.errors import RunError
 
 
-def _metric(tag: str, *, log: str = "", title: str = "") -> float:
-    """A field; `log` is its part of the log line, `title` a column in TensorBoard's run table."""
-    return field(default=math.nan, metadata={"tag": tag, "log": log, "title": title})
+def _metric(tag: str, *, log: str = "", title: str = "", of_several: bool = False) -> float:
+    """A field; `log` is its part of the log line, `title` a column in TensorBoard's run table.
+
+    What is `of_several` outputs has no column, and no part of the line, where it has no value.
+    """
+    metadata = {"tag": tag, "log": log, "title": title, "of_several": of_several}
+    return field(default=math.nan, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,8 @@ class EpochRow:
     """The metrics of one epoch, in the order of history.csv's columns; NaN is an empty field.
 
     `epoch` counts from 1, `step` is the last one of the epoch. `shifted` stands for augmented
-    validation images, `accelerator_utilisation` is as MLPerf Storage defines it.
+    validation images, `accelerator_utilisation` is as MLPerf Storage defines it. Of several
+    outputs, an AUROC is their macro mean, and `val_auroc_worst` the lowest of them.
     """
 
     epoch: int
@@ -32,6 +38,7 @@ class EpochRow:
         "accuracy/val", log="val accuracy {:.4f}", title="accuracy, validation"
     )
     val_auroc: float = _metric("auroc/val", log="val AUROC {:.4f}")
+    val_auroc_worst: float = _metric("auroc/val_worst", log="worst {worst} {:.3f}", of_several=True)
     shifted_accuracy: float = _metric("accuracy/val_shifted")
     shifted_auroc: float = _metric(
         "auroc/val_shifted", log="augmented val AUROC {:.4f}", title="AUROC, augmented validation"
@@ -52,14 +59,28 @@ class EpochRow:
     epoch_s: float = _metric("time/epoch_s")
     peak_memory_mib: float = _metric("memory/peak_mib", log="peak memory {:.0f} MiB")
 
-    def __str__(self) -> str:
-        """The line of the log."""
-        shown = ((field.metadata.get("log"), field.name) for field in fields(self))
-        parts = [text.format(getattr(self, name)) for text, name in shown if text]
+    def line(self, worst: str = "") -> str:
+        """The line of the log; `worst` names the output whose AUROC is the lowest."""
+        shown = ((column, getattr(self, column.name)) for column in fields(self))
+        parts = [
+            column.metadata["log"].format(value, worst=worst)
+            for column, value in shown
+            if column.metadata.get("log")
+            and not (column.metadata["of_several"] and math.isnan(value))
+        ]
         return f"epoch {self.epoch}: {', '.join(parts)}"
 
 
-COLUMNS = tuple(column.name for column in fields(EpochRow))
+def columns_of(rows: Sequence[EpochRow]) -> tuple[str, ...]:
+    """The columns of history.csv; those of several outputs only where a row has a value."""
+    return tuple(
+        column.name
+        for column in fields(EpochRow)
+        if not column.metadata.get("of_several")
+        or any(math.isfinite(getattr(row, column.name)) for row in rows)
+    )
+
+
 TAGS = {column.name: str(column.metadata["tag"]) for column in fields(EpochRow) if column.metadata}
 TITLES = {  # by tag: the metrics of an epoch in TensorBoard's table of runs
     str(column.metadata["tag"]): str(column.metadata["title"])

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from xrai.files import write_atomically
+from xrai.labels import Task
 from xrai.results import style
 from xrai.results.calibration import calibrated
 from xrai.results.history import EpochRow
@@ -74,7 +75,6 @@ _POINT: _Look = {"markersize": 9, "markeredgecolor": PAPER, "markeredgewidth": 1
 _SMALL: _Look = {"fontsize": 8.5, "color": MUTED}
 _TOP: _Look = {"xycoords": ("data", "axes fraction")}  # of a note at (x, 1)
 _PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
-WORST_COLUMN = "val_auroc_worst"  # of history.csv, where there are several outputs
 _SERIES = {  # of each picture: name, colour and column of history.csv
     "loss": (("train", style.TRAIN, "train_loss"), ("validation", style.VALIDATION, "val_loss")),
     "accuracy": (
@@ -85,7 +85,7 @@ _SERIES = {  # of each picture: name, colour and column of history.csv
     "auroc": (
         ("validation", style.VALIDATION, "val_auroc"),
         ("validation,\naugmented", style.SHIFTED, "shifted_auroc"),
-        ("validation,\nthe worst", style.PNEUMONIA, WORST_COLUMN),
+        ("the worst", style.PNEUMONIA, "val_auroc_worst"),
     ),
 }
 _HEAT_OPACITY = 0.65  # of a heat map where it is 1
@@ -95,6 +95,7 @@ def draw_curves(
     history: Sequence[EpochRow],
     folder: Path,
     *,
+    task: Task = "binary",
     best_epoch: int | None = None,
     is_phantom: bool = False,
 ) -> list[str]:
@@ -105,8 +106,11 @@ def draw_curves(
     """
     epochs = [row.epoch for row in history]
     units = {"loss": "cross-entropy, nats", "accuracy": "share of images correctly classified"}
-    if any(math.isfinite(getattr(row, WORST_COLUMN, math.nan)) for row in history):
-        units["auroc"] = "macro mean, and the worst class or finding of each epoch"
+    if task == "multilabel":
+        units["accuracy"] = "share of known labels that are correct"
+    if any(math.isfinite(row.val_auroc_worst) for row in history):
+        noun = "finding" if task == "multilabel" else "class"
+        units["auroc"] = f"macro mean, and the worst {noun} of each epoch"
     for kind, unit in units.items():
         note = note_line(unit, is_phantom=is_phantom)
         title = f"{'AUROC' if kind == 'auroc' else kind.capitalize()} by epoch"
@@ -543,7 +547,7 @@ def _draw_series(axes: Axes, history: Sequence[EpochRow], kind: str) -> None:
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
     for name, colour, column in _SERIES[kind]:
-        values = [float(getattr(row, column, math.nan)) for row in history]
+        values = [float(getattr(row, column)) for row in history]
         if known := [value for value in values if math.isfinite(value)]:
             marker = "o" if len(known) <= 40 else None
             look: _Look = {"linewidth": 2, "marker": marker, "markersize": 3.5}

@@ -122,7 +122,7 @@ def render_report(page: Page, folder: Path) -> str:
         has=lambda name: (folder / name).exists(),
         show=show,
         history_cell=_format_cell,
-        history_columns=history.COLUMNS,
+        history_columns=history.columns_of(page.history),
         metrics=ALL_METRICS,
         headlines=HEADLINES,
         style=style,

@@ -60,6 +60,11 @@ class Events:
         if len(np.unique(truth)) == 2:
             self._waiting.append(lambda writer: writer.add_pr_curve(tag, truth, found, step))
 
+    def add_chart(self, section: str, title: str, tags: str) -> None:
+        """Add a chart of all scalars whose tag matches a pattern, below "Custom scalars"."""
+        layout = {section: {title: ["Multiline", [tags]]}}
+        self._waiting.append(lambda writer: writer.add_custom_scalars(layout))
+
     def add_hyperparameters(self, config: Mapping[str, Mapping[str, object]]) -> None:
         """Add the run with its config, as `section.key`, to TensorBoard's table of runs.
 
