@@ -19,13 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.distributed.ranks import run_ranks
 from tests.training import SMALL, Finished, call_main, make_dataset, run_module
-from xrai import evaluate, run, train
+from xrai import evaluate, preprocess, run, train
 from xrai.config import Config
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, read_index
 from xrai.errors import UserError
 from xrai.learning.distributed import Place, Ranks
-from xrai.learning.predictor import load_model
+from xrai.learning.predictor import build_model, load_model
 from xrai.results.calibration import calibrated
 from xrai.store import open_store, take_lease
 
@@ -539,6 +539,85 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
     (tmp_path / "warm" / "summary.json").unlink()
     assert call(*again, capsys=capsys) == (0, [])
     assert "--init_from is not used: run warm goes on with its own weights" in caplog.text
+
+
+def label_anew(images: Path, folder: Path, labelling: str) -> list[str]:
+    """The options of preprocess that give NORMAL and PNEUMONIA phantoms other labels."""
+    if labelling == "subtype":
+        return ["--labels.target=subtype"]
+    paths = sorted(path.relative_to(images) for path in images.glob("train/*/*"))
+    column = "Opacity" if labelling == "finding" else "label"
+    words = {"renamed": ("healthy", "TB"), "finding": ("0", "1")}[labelling]
+    rows = [f"{path.as_posix()},{words['PNEUMONIA' in path.parts]}" for path in paths]
+    table = folder / "labels.csv"
+    table.write_text("\n".join([f"path,{column}", *rows]))
+    return [f"--labels={table}"]
+
+
+@pytest.mark.parametrize(
+    ("labelling", "fact", "words"),
+    [
+        ("renamed", "classes = ['NORMAL', 'PNEUMONIA']", "the classes healthy, TB"),
+        ("subtype", "task = 'binary'", "the classes NORMAL, BACTERIAL, VIRAL"),
+        ("finding", "task = 'binary'", "the findings Opacity"),
+    ],
+)
+def test_the_same_images_with_other_labels_are_another_data_set(
+    labelling: str,
+    fact: str,
+    words: str,
+    finished: Finished,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other, folder = tmp_path / "dataset", finished.folder
+    options = label_anew(finished.phantoms, tmp_path, labelling)
+    options += [f"--source={finished.phantoms}", f"--dataset={other}", "--workers=1"]
+    options += ["--images.size=32", "--splits.val_fraction=0.25"]
+    assert call_main(preprocess, *options, capsys=capsys) == (0, [])
+    (tmp_path / "submit" / "other").mkdir(parents=True)
+    (tmp_path / "submit" / "other" / "checkpoints").symlink_to(folder / "checkpoints")
+    common = [f"--dataset={other}", *SMALL]
+    status, lines = call(*common, f"--artifacts={tmp_path}/submit", "--run_id=other", capsys=capsys)
+    assert status == 2 and f"was saved with {fact}, this run has " in lines[0]
+    status, lines = call(*common, f"--artifacts={folder.parent}", "--run_id=whole", capsys=capsys)
+    assert status == 2 and "whole is finished, on data set " in lines[0]
+    status, lines = call_main(
+        evaluate, f"--run={folder}", f"--dataset={other}", "--split=val", capsys=capsys
+    )
+    assert status == 2
+    assert lines == [
+        "xrai: error: run whole was trained on the classes NORMAL, PNEUMONIA, this data set has "
+        f"{words}"
+    ]
+    config = load_model(open_store(str(folder))).model
+    labels = read_index(open_store(str(other))).labels
+    network = build_model(config, labels.num_outputs)
+    weights = train.first_weights(str(folder), Config(model=config), network, labels)
+    first = load_model(open_store(str(folder))).network.state_dict()
+    for name, own in network.state_dict().items():
+        assert torch.equal(weights[name], own if name.startswith("head.") else first[name])
+    assert "trained on the classes NORMAL, PNEUMONIA: its head is left out" in caplog.text
+
+
+@pytest.mark.usefixtures("no_conclusion")
+def test_a_data_set_of_version_1_gives_the_same_weights(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = shutil.copytree(finished.dataset, tmp_path / "dataset")
+    index = read_index(open_store(str(old)))
+    (old / "dataset.json").write_text(replace(index, schema_version=1).to_json())
+    options = [f"--dataset={old}", f"--artifacts={tmp_path}", "--run_id=whole", *SMALL]
+    assert call(*options, capsys=capsys) == (0, [])
+    checkpoint = "checkpoints/step-000000006.pt"
+    states = [
+        torch.load(folder / checkpoint, weights_only=True)
+        for folder in (finished.folder, tmp_path / "whole")
+    ]
+    for kind in ("model", "average"):
+        for name, tensor in states[0][kind].items():
+            assert torch.equal(states[1][kind][name], tensor), name
 
 
 def test_evaluate_refuses_images_of_another_size(

@@ -86,8 +86,8 @@ def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
         )
     if loader.index.labels != model.labels:
         raise DatasetError(
-            f"run {model.run_id} knows the classes {', '.join(model.labels.classes)}, this data "
-            f"set has {', '.join(loader.index.classes)}"
+            f"run {model.run_id} was trained on {model.labels}, this data set has "
+            f"{loader.index.labels}"
         )
 
 

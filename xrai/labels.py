@@ -26,6 +26,11 @@ class LabelSpec:
     task: Task
     classes: tuple[str, ...]  # or findings, in the order of their outputs
 
+    def __str__(self) -> str:
+        """For people: "the classes NORMAL, PNEUMONIA"."""
+        kind = "findings" if self.task == "multilabel" else "classes"
+        return f"the {kind} {', '.join(self.classes)}"
+
     @property
     def num_outputs(self) -> int:
         """Logits of an image: one for two classes, else one for each class or finding."""

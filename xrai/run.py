@@ -82,9 +82,9 @@ class Job:
     def facts(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that resumes from it."""
         return {
-            "data set fingerprint": self.index.fingerprint,
             "task": self.labels.task,
             "classes": list(self.labels.classes),
+            "data set fingerprint": self.index.fingerprint,
             "image size": self.index.image_size,
             "model.name": self.config.model.name,
             "model.width": self.config.model.width,

@@ -27,6 +27,7 @@ from xrai.dataset.shards import DatasetIndex
 from xrai.dataset.verify import find_faults_soon
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
 from xrai.files import cache_folder, num_cores
+from xrai.labels import LabelSpec
 from xrai.learning import loop
 from xrai.learning.checkpoint import load_weights
 from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
@@ -122,7 +123,9 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         labels = index.labels
         network = build_model(config.model, labels.num_outputs)
         if flags["init_from"] and resumed is None:
-            weights = ranks.on_main(lambda: first_weights(flags["init_from"], config, network))
+            weights = ranks.on_main(
+                lambda: first_weights(flags["init_from"], config, network, labels)
+            )
             network.load_state_dict(weights)
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
         setup = loop.Setup(
@@ -307,20 +310,20 @@ def label_counts(index: DatasetIndex) -> Counts:
     return counts[-index.labels.num_outputs :]  # of two classes, the second
 
 
-def first_weights(address: str, config: Config, network: ResNet) -> dict[str, torch.Tensor]:
+def first_weights(
+    address: str, config: Config, network: ResNet, labels: LabelSpec
+) -> dict[str, torch.Tensor]:
     """The weights of a finished run, for the network of this config.
 
-    A head of other outputs is left out: the network's own stays as it is.
+    The head of a run with other labels is left out: the network's own stays as it is.
     """
     from xrai.pipeline import open_run  # here: it loads what decodes images
 
     model = open_run(address)
     weights, own = model.network.state_dict(), network.state_dict()
-    if model.network.head.weight.shape[0] != network.head.weight.shape[0]:
+    if model.labels != labels:
         _logger.info(
-            "--init_from %s was trained on %s: its head is left out",
-            address,
-            ", ".join(model.labels.classes),
+            "--init_from %s was trained on %s: its head is left out", address, model.labels
         )
         weights |= {name: own[name] for name in own if name.startswith("head.")}
     for name, tensor in own.items():

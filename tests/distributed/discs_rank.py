@@ -24,6 +24,7 @@ from xrai.learning.distributed import join, own_place, record_failures
 def main() -> None:
     flags = [
         Flag("folder", "", "where checkpoints are"),
+        Flag("task", "binary", "what the labels are: binary, multiclass or multilabel"),
         Flag("stop_after", 0, "ask to stop after so many steps, on one rank", type=int),
         Flag("stop_rank", 0, "which rank is asked to stop", type=int),
         Flag("poison_rank", -1, "the rank whose loss is not finite in the fourth step", type=int),
@@ -58,6 +59,7 @@ def main() -> None:
             folder=Path(values["folder"]) if values["folder"] else None,
             num_images=values["num_images"],
             num_val=values["num_val"],
+            task=values["task"],
             stop_after=values["stop_after"]
             if ranks.rank == values["stop_rank"] and values["stop_after"]
             else None,

@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
 
 RANK = "tests/distributed/discs_rank.py"
 EXACT = ["--train.precision=fp64", "--train.global_batch_size=32", "--model.width=8"]
+TASKS = ["binary", *(pytest.param(t, marks=pytest.mark.ci) for t in ("multiclass", "multilabel"))]
 BATCHES = np.array([32, 32, 32, 32, 22])
 
 
@@ -66,8 +67,10 @@ def test_fewer_images_than_ranks_in_the_last_batch_is_no_hang_and_no_difference(
     assert four["epochs"][-1]["train_accuracy"] == one["epochs"][-1]["train_accuracy"]
 
 
-def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path, task: str) -> None:
     options = [RANK, "--train.epochs=2", "--train.global_batch_size=32", "--train.precision=off"]
+    options.append(f"--task={task}")
     whole = run_ranks(options, world_size=2)[0]
     first = run_ranks(
         [*options, f"--folder={tmp_path}", "--stop_after=3", "--stop_rank=1"], world_size=2
@@ -81,11 +84,15 @@ def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert (second[0]["epochs"] + third[0]["epochs"]) == whole["epochs"]
 
 
-def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_path: Path) -> None:
-    options = [RANK, *EXACT, "--train.epochs=3", f"--folder={tmp_path}"]
-    whole = train("--train.epochs=3", world_size=1)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(
+    tmp_path: Path, task: str
+) -> None:
+    options = [RANK, *EXACT, "--train.epochs=3", f"--folder={tmp_path}", f"--task={task}"]
+    whole = train("--train.epochs=3", f"--task={task}", world_size=1)
     losses: list[float] = []
     epochs: list[dict[str, Any]] = []
+    outcome: dict[str, Any] = {}
     for world_size, stop_after in ((2, 4), (1, 4), (4, 0)):
         outcome = run_ranks([*options, f"--stop_after={stop_after}"], world_size=world_size)[0]
         losses, epochs = losses + outcome["losses"], epochs + outcome["epochs"]
@@ -94,6 +101,8 @@ def test_a_run_goes_from_2_to_1_to_4_ranks_with_the_same_batches_and_losses(tmp_
     for ours, theirs in zip(epochs, whole["epochs"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-11)
         assert ours["train_accuracy"] == theirs["train_accuracy"]
+    for name, values in whole["weights"].items():
+        assert outcome["weights"][name] == pytest.approx(values, abs=1e-9), name
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from xrai.config import Config
 from xrai.errors import StoppedError
-from xrai.labels import LabelSpec
+from xrai.labels import LabelSpec, Task
 from xrai.learning import loop, optim
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.learning.distributed import Ranks
@@ -22,12 +22,17 @@ from xrai.store import open_store
 from xrai.store.folder import FolderStore
 
 DISC = LabelSpec("binary", ("NOISE", "DISC"))
+SPECS: dict[Task, LabelSpec] = {
+    "binary": DISC,
+    "multiclass": LabelSpec("multiclass", ("NOISE", "FIRST", "SECOND")),
+    "multilabel": LabelSpec("multilabel", ("DISC", "ODD", "KNOWN")),
+}
 
 
 @dataclass
 class FakeBatch:
     images: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
+    labels: NDArray[np.integer]  # (n,), or (n, C) findings
     rows: NDArray[np.int64]
     num_global: int
 
@@ -38,7 +43,7 @@ class FakeLoader:
     def __init__(
         self,
         images: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
+        labels: NDArray[np.integer],
         *,
         batch_size: int,
         shuffle: bool = False,
@@ -83,6 +88,28 @@ def make_discs(
     return images.clip(0, 255).astype(np.uint8), labels
 
 
+def label_discs(labels: NDArray[np.uint8], task: Task) -> NDArray[np.integer]:
+    """What a data set of discs (1) and noise (0) holds as labels, (N,) or (N, C). Discs are of two
+    classes; of findings, two are unknown in every fifth image and all in every seventh.
+    """
+    number = np.arange(len(labels))
+    if task == "multiclass":
+        return (labels * (1 + number % 2)).astype(np.uint8)
+    if task == "multilabel":
+        odd, known = number % 2, number // 4 % 2
+        findings = np.stack([labels, odd, known], axis=1).astype(np.int8)
+        findings[number % 5 == 0, :2] = -1
+        findings[number % 7 == 0] = -1
+        return findings
+    return labels
+
+
+def count_discs(labels: NDArray[np.integer], task: Task) -> optim.Counts:
+    """Of each output, the images that show it and those where it is known."""
+    matrix = SPECS[task].matrix(labels)
+    return tuple(zip((matrix == 1).sum(0).tolist(), (matrix >= 0).sum(0).tolist(), strict=True))
+
+
 @dataclass
 class Outcome:
     """What a training on discs came to, on this rank."""
@@ -100,6 +127,7 @@ def train_discs(
     folder: Path | None = None,
     num_images: int = 150,
     num_val: int = 41,
+    task: Task = "binary",
     stop_after: int | None = None,
     damage: Callable[[FakeLoader], None] | None = None,
     profile_path: Path | None = None,
@@ -109,8 +137,9 @@ def train_discs(
     `stop_after` asks the process to stop after so many steps of its own; `damage` may change the
     training images.
     """
-    images, labels = make_discs(num_images)
-    val_images, val_labels = make_discs(num_val, seed=1)
+    images, discs = make_discs(num_images)
+    val_images, val_discs = make_discs(num_val, seed=1)
+    labels, val_labels = (label_discs(each, task) for each in (discs, val_discs))
     share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(
         images,
@@ -135,7 +164,7 @@ def train_discs(
         found = checkpoints.newest()
         resumed = found[1] if found else None
     torch.manual_seed(config.train.seed)
-    network = build_model(config.model, 1)
+    network = build_model(config.model, SPECS[task].num_outputs)
     sums: list[torch.Tensor] = []
     results: list[loop.EpochResult] = []
     original = optim.image_losses
@@ -161,8 +190,8 @@ def train_discs(
             ranks,
             train,
             FakeLoader(val_images, val_labels, batch_size=16, **share),
-            labels=DISC,
-            counts=((int(labels.sum()), len(labels)),),
+            labels=SPECS[task],
+            counts=count_discs(labels, task),
             val_labels=val_labels,
             name_of=lambda row: f"disc-{row}",
             after_epoch=after_epoch if ranks.is_main else None,

@@ -2,7 +2,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from tests.learning.fakes import DISC, FakeBatch, FakeLoader, Outcome, train_dis
 from xrai.config import Checkpoint, Config, Optim, Train
 from xrai.errors import ConfigError, CorruptError, TrainingError, UserError
 from xrai.files import sha256_of
+from xrai.labels import UNKNOWN, Task
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size, resolve_precision
 from xrai.learning.optim import image_losses, make_objective
+from xrai.learning.predictor import build_model
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
 WEIGHT = "head.weight"  # of the network
@@ -60,15 +63,19 @@ def test_another_seed_gives_other_weights(alone: Ranks) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("task", "steps"), [("binary", range(1, 11)), ("multiclass", [3]), ("multilabel", [7])]
+)
 def test_a_run_stopped_after_any_step_and_resumed_ends_bit_for_bit_the_same(
-    alone: Ranks, tmp_path: Path
+    alone: Ranks, tmp_path: Path, task: Task, steps: Sequence[int]
 ) -> None:
-    whole = train_discs(SMALL, ranks=alone)
-    for step in range(1, 11):  # 2 epochs of 5 steps
+    train = partial(train_discs, SMALL, ranks=alone, task=task)
+    whole = train()
+    for step in steps:  # of 2 epochs of 5 steps
         folder = tmp_path / str(step)
-        first = train_discs(SMALL, ranks=alone, folder=folder, stop_after=step)
+        first = train(folder=folder, stop_after=step)
         assert first.stopped and len(first.losses) == step
-        second = train_discs(SMALL, ranks=alone, folder=folder)
+        second = train(folder=folder)
         assert not second.stopped
         assert first.losses + second.losses == whole.losses
         assert same(whole, second), f"stopped after step {step}"
@@ -152,6 +159,26 @@ def test_accumulation_equals_the_batch_as_a_whole(alone: Ranks, parts: int) -> N
     assert summed.losses == pytest.approx(whole.losses, rel=0, abs=1e-10)
     for name, values in whole.weights.items():
         assert summed.weights[name] == pytest.approx(values, rel=0, abs=1e-10), name
+
+
+def test_a_finding_that_no_image_of_a_batch_knows_leaves_its_weights_alone(alone: Ranks) -> None:
+    def forget(loader: FakeLoader) -> None:
+        loader.labels = loader.labels.copy()
+        loader.labels[:, 1] = UNKNOWN
+
+    optim = {"name": "sgd", "weight_decay": 0.0}
+    once = changed(SMALL, train={"max_steps": 1}, optim=optim)
+    after = train_discs(once, ranks=alone, task="multilabel", damage=forget).weights
+    torch.manual_seed(once.train.seed)
+    head = build_model(once.model, 3).head
+    own = torch.tensor(after["head.weight"]).reshape(3, -1)
+    assert [torch.equal(*rows) for rows in zip(own, head.weight, strict=True)] == [
+        False,
+        True,
+        False,
+    ]
+    own = torch.tensor(after["head.bias"])
+    assert [torch.equal(*rows) for rows in zip(own, head.bias, strict=True)] == [False, True, False]
 
 
 def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Ranks) -> None:

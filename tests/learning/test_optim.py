@@ -148,6 +148,12 @@ def test_findings_cost_the_mean_over_known_ones_and_unknown_ones_nothing() -> No
     assert (gradient == 0).tolist() == [[False, False], [True, False], [True, True]]
 
 
+def test_weights_balance_presence_and_absence_of_each_finding_among_its_known_labels() -> None:
+    config = Optim(class_weighting=1.0)
+    weights = optim.make_objective(FINDINGS, ((20, 100), (30, 40)), config).weights
+    assert weights.flatten().tolist() == pytest.approx([100 / 160, 40 / 20, 100 / 40, 40 / 60])
+
+
 def test_right_labels_are_counted_among_known_ones() -> None:
     logits = torch.tensor([[0.3, -1.0], [1.5, 0.2]])
     truth = torch.tensor([[1, 1], [-1, 1]], dtype=torch.int8)
