@@ -1,9 +1,10 @@
 """What the labels of a data set are: two classes, several classes, or findings."""
 
-from collections import Counter
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,10 @@ Task = Literal["binary", "multiclass", "multilabel"]
 # A position in `LabelSpec.classes`; of findings, 1 present, 0 absent or `UNKNOWN` for each of them
 Label = int | tuple[int, ...]
 Labels = NDArray[np.integer]  # (N,) uint8 positions, or (N, C) int8 findings
+CLASSES: Final = ("NORMAL", "PNEUMONIA")  # of the public set; people read them in lower case
+REVIEW: Final = "review"  # the decision for an image unlike the training images
+NO_FINDING: Final = "no finding"  # the decision where none of the findings is called
+MAX_NAME: Final = 60  # characters
 MAX_CLASSES: Final = 256  # a class is a byte
 UNKNOWN: Final = -1  # the label of a finding that nobody looked for, or was unsure of
 
@@ -36,14 +41,28 @@ class LabelSpec:
         """Logits of an image: one for two classes, else one for each class or finding."""
         return 1 if self.task == "binary" else len(self.classes)
 
+    @property
+    def is_public(self) -> bool:
+        """Whether the classes are NORMAL and PNEUMONIA."""
+        return self.task == "binary" and {*self.classes} == {*CLASSES}
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """The names as people read them: normal and pneumonia; any others as they are."""
+        return tuple(name.lower() for name in self.classes) if self.is_public else self.classes
+
     def fault(self) -> str:
-        """What is wrong with the names, in words that follow them; empty if nothing is."""
-        num = len(self.classes)
-        names = Counter(name.casefold() for name in self.classes)
-        name, times = names.most_common(1)[0] if names else ("", 0)
-        if times > 1:
-            same = [each for each in self.classes if each.casefold() == name]
+        """What is wrong with the task or the names, in words that follow them; empty if nothing
+        is.
+        """
+        if self.task not in get_args(Task):
+            return f"are of task {self.task!r}; it is one of {', '.join(get_args(Task))}"
+        for name in self.classes:
+            if words := name_fault(name, self.task):
+                return f"have the name {name[:MAX_NAME]!r}, which {words}"
+        if same := find_twice(self.classes):
             return f"name one class twice: {' and '.join(map(repr, same))}"
+        num = len(self.classes)
         if num == 1 and self.task != "multilabel":
             return f"are one class alone, {self.classes[0]!r}; there must be two at least"
         if self.task == "binary":
@@ -94,3 +113,30 @@ class LabelSpec:
             np.int8
         )
         return one_hot
+
+
+def folded(name: str) -> str:
+    """What names are compared by: without case and spaces around, accents composed."""
+    return unicodedata.normalize("NFC", name.strip().casefold())
+
+
+def find_twice(names: Iterable[str]) -> tuple[str, ...]:
+    """The first two names that are the same but for case; empty where there are none."""
+    first: dict[str, str] = {}
+    for name in names:
+        if folded(name) in first:
+            return first[folded(name)], name
+        first[folded(name)] = name
+    return ()
+
+
+def name_fault(name: str, task: Task) -> str:
+    """Why this is no name of a class or finding, in words that follow it; empty if it is one."""
+    if not name.strip() or len(name) > MAX_NAME or "|" in name or not name.isprintable():
+        return f"is no name: it takes 1 to {MAX_NAME} printable characters without |"
+    own = re.sub(r"[\s_-]+", " ", folded(name))
+    if own == REVIEW or (own == NO_FINDING and task == "multilabel"):
+        return "predictions use as a word of their own; give it another name"
+    if name.rstrip().endswith("?") and task == "multilabel":
+        return "ends in ?, which marks a finding that is unknown; give it another name"
+    return ""

@@ -25,20 +25,13 @@ from xrai.files import num_cores
 from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
 from xrai.ingest.images import decode
+from xrai.labels import NO_FINDING, REVIEW
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.network import fold_filters
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.results.summary import stated_hash
-from xrai.results.types import (
-    NO_FINDING,
-    REVIEW,
-    call_logits,
-    calls_of,
-    needs_review,
-    outputs_of,
-    score_logits,
-)
+from xrai.results.types import call_logits, calls_of, needs_review, outputs_of, score_logits
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64

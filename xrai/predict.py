@@ -25,13 +25,12 @@ from xrai.command import RUN, Flag, parse, run_command
 from xrai.config import Images
 from xrai.errors import RunError, UserError
 from xrai.ingest.find import File, find_files
-from xrai.labels import LabelSpec
+from xrai.labels import NO_FINDING, REVIEW, LabelSpec
 from xrai.learning.predictor import TrainedModel, describe_calls
 from xrai.log import printable, progress, setup_logging
 from xrai.pipeline import Explained, Pipeline, Prediction, load_pipeline, other_pixels
 from xrai.results.folder import Place, own_place
 from xrai.results.panel import Heat, draw_panel
-from xrai.results.types import NO_FINDING, REVIEW
 from xrai.store import Store, open_store
 from xrai.tables import to_csv, to_json
 
@@ -217,10 +216,8 @@ def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
     """How many files got which decision, and how it is made."""
     labels = model.labels
     counts = Counter(row.decision for row in rows)
-    names = [*labels.classes, REVIEW]
-    if labels.task == "binary":
-        names = [name.lower() for name in names]
-    elif labels.task == "multilabel":
+    names = [*labels.spoken, REVIEW]
+    if labels.task == "multilabel":
         counts["with findings"] = sum(bool(row.calls) for row in rows)
         names = ["with findings", NO_FINDING, REVIEW]
     sums = " + ".join(f"{counts[name]} {short(name)}" for name in names)

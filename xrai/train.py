@@ -365,12 +365,10 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
 def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
     """One line about the network, the data and the devices."""
     counts = index.num_images_per_class("train")
-    if index.labels.task == "binary":
-        counts = {name.lower(): num for name, num in counts.items()}
     share = loop.rank_batch_size(config.train, world_size=ranks.world_size)
     return (
         f"{config.model.name} on {index.num_images('train')} images ("
-        + ", ".join(f"{num} {name}" for name, num in counts.items())
+        + ", ".join(map("{} {}".format, counts.values(), index.labels.spoken))
         + f") of {index.image_size} x {index.image_size} pixels, {config.train.epochs} "
         "epochs, batches of "
         f"{config.train.global_batch_size} = {ranks.world_size} x {share}, "

@@ -167,7 +167,8 @@ def test_names_say_the_classes_and_their_order() -> None:
         (["NORMAL", "PNEUMONIA", "PNUEMONIA"], "t.csv, line 4: 'PNUEMONIA' has 1 image; did you"),
         (["NORMAL", "TB", "TB (1)"], "t.csv, line 4: 'TB (1)' looks like a copy or a part of"),
         (["NORMAL", "TB", "healthy"], "the classes 'healthy' and 'NORMAL', which mean the same"),
-        (["NORMAL", "TB", "a|b"], "'a|b' is no name of a class"),
+        (["NORMAL", "TB", "a|b"], "t.csv has the name 'a|b', which is no name: it takes"),
+        (["NORMAL", "TB", "Review"], "t.csv has the name 'Review', which predictions use as a"),
     ],
 )
 def test_labels_that_are_likely_mistakes_are_refused(labels: list[str], words: str) -> None:

@@ -267,7 +267,7 @@ def test_two_classes_by_softmax_have_the_temperature_of_one_logit() -> None:
 def test_the_words_of_a_metric_are_those_of_its_output() -> None:
     (binary,) = outputs_of(LabelSpec("binary", ("Healthy", "Effusion")), [1], [0.5], "given")
     assert METRICS["auroc"].of(binary).meaning == (
-        "chance that an effusion image scores above a healthy one"
+        "chance that an Effusion image scores above a Healthy one"
     )
     viral = outputs_of(LabelSpec("multiclass", ("N", "B", "VIRAL")), [1], [], "given")[2]
     assert (viral.name, viral.opposite, viral.threshold) == ("VIRAL", "not VIRAL", None)

@@ -6,12 +6,9 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
 
 from xrai.errors import CorruptError
 from xrai.labels import Label
-
-CLASSES: Final = ("NORMAL", "PNEUMONIA")  # a label is a position in this tuple
 
 
 @dataclass(frozen=True, slots=True)

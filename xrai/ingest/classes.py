@@ -6,22 +6,20 @@ or that hardly an image has. Whoever means it names the classes by `labels.names
 
 import difflib
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from xrai.config import Labels, nearest
-from xrai.dataset.manifest import CLASSES
 from xrai.errors import SourceError
-from xrai.labels import LabelSpec
+from xrai.ingest.records import shown
+from xrai.labels import CLASSES, LabelSpec, Task, find_twice, folded, name_fault
 
 NEGATIVE_WORDS: Final = (
     *("normal", "no finding", "no findings", "negative", "healthy", "control", "controls"),
 )
 MAX_CLASSES: Final = 100  # more folders are patients, and more labels are texts
-MAX_NAME: Final = 60  # characters
 
 _SAY_SO = "if each is meant, name the classes by --labels.names='A|B|…'"
 _FEW_IMAGES, _SMALL_SHARE = 10, 0.1  # what a class by mistake has at most
@@ -48,11 +46,6 @@ class Found:
     place: str  # where it first is, for people: "line 7", "train/COVID/"
 
 
-def folded(name: str) -> str:
-    """What names are compared by: without case and spaces around, accents composed."""
-    return unicodedata.normalize("NFC", name.strip()).casefold()
-
-
 def is_negative_word(name: str) -> bool:
     """Whether a name says that nothing was found."""
     return re.sub(r"[\s_-]+", " ", folded(name)) in NEGATIVE_WORDS
@@ -67,25 +60,19 @@ def split_names(names: str) -> tuple[str, ...]:
     return found
 
 
-def check_name(name: str, *, where: str) -> None:
-    """Raise `SourceError` for a name that no report or CSV file could show."""
-    if len(name) > MAX_NAME or "|" in name or not name.isprintable():
-        raise SourceError(
-            f"{where}: {name[:MAX_NAME]!r} is no name of a class or finding: it takes 1 to "
-            f"{MAX_NAME} printable characters without |"
-        )
+def check_name(name: str, task: Task = "multiclass", *, where: str) -> None:
+    """Raise `SourceError` for a name that no class, or finding, may have."""
+    if words := name_fault(name, task):
+        raise SourceError(f"{where} has the name {shown(name)}, which {words}")
 
 
 def refuse_twice(names: Sequence[str], *, where: str) -> None:
     """Raise `SourceError` where two names are the same, or differ in case alone."""
-    first: dict[str, str] = {}
-    for name in names:
-        if folded(name) in first:
-            raise SourceError(
-                f"{where} has the name {name!r} twice (first as {first[folded(name)]!r}; case does "
-                "not matter); leave one"
-            )
-        first[folded(name)] = name
+    if same := find_twice(names):
+        raise SourceError(
+            f"{where} has the name {same[1]!r} twice (first as {same[0]!r}; case does not matter); "
+            "leave one"
+        )
 
 
 def make_spec(found: Sequence[Found], config: Labels, *, where: str) -> LabelSpec:

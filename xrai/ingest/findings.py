@@ -8,14 +8,13 @@ from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest.classes import (
     check_name,
-    folded,
     is_negative_word,
     nearest_name,
     refuse_twice,
     split_names,
 )
 from xrai.ingest.records import shown
-from xrai.labels import UNKNOWN
+from xrai.labels import UNKNOWN, folded
 
 COLUMN: Final = "findings"  # of names joined by |
 
@@ -90,7 +89,7 @@ def find_columns(
         found = {cell: k for k, cell in others.items()}
     refuse_twice(list(others.values()), where=f"the first line of {name}")
     for each in found:
-        check_name(each, where=name)
+        check_name(each, "multilabel", where=name)
     return found
 
 

@@ -10,9 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
-from xrai.ingest.classes import folded
+from xrai.labels import CLASSES, folded
 
 SPLIT_NAMES: Final = {name: name for name in SPLITS} | {
     "training": "train",

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from xrai.config import Labels
-from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 from xrai.ingest import findings
@@ -22,7 +21,6 @@ from xrai.ingest.classes import (
     Found,
     check_name,
     explain,
-    folded,
     is_negative_word,
     make_spec,
     nearest_name,
@@ -33,7 +31,7 @@ from xrai.ingest.folders import SPLIT_NAMES
 from xrai.ingest.layout import SUBTYPES, Entry, Layout, by_target, file_patient
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
-from xrai.labels import Label, LabelSpec
+from xrai.labels import CLASSES, Label, LabelSpec, folded
 from xrai.log import get_logger
 
 OPTIONAL: Final[Sequence[str]] = ("patient", "split", "subtype", "group")
@@ -236,8 +234,9 @@ def _with_names(
     names = split_names(config.names)
     if not names:
         names = tuple(each for _, (each, _) in sorted(first.items()))
+    for written, line in first.values():
+        check_name(written, "multilabel", where=f"{name}, line {line},")
     for each in names:
-        check_name(each, where=name)
         if config.names and folded(each) not in first:
             own = (written for written, _ in first.values())
             raise SourceError(

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from xrai.config import Labels
-from xrai.dataset.manifest import CLASSES
 from xrai.errors import SourceError
-from xrai.ingest.classes import Found, explain, folded, make_spec, places_of
+from xrai.ingest.classes import Found, explain, make_spec, places_of
 from xrai.ingest.folders import DERIVED, SPLIT_NAMES, ClassFolders, Folder, holds_images
-from xrai.labels import Label, LabelSpec
+from xrai.labels import CLASSES, Label, LabelSpec, folded
 
 BINARY: Final = LabelSpec("binary", CLASSES)  # the public set's classes
 # As file names and tables write them -> as the manifest keeps them

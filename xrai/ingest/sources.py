@@ -25,9 +25,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.manifest import CLASSES
 from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooLargeError
+from xrai.labels import CLASSES
 from xrai.log import get_logger
 from xrai.store import Store, check_key, folder_of, masked, open_store
 

@@ -229,12 +229,12 @@ def _to_torch(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
 
 def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
     """What a program that serves the file needs to know, and what it must tell its users."""
-    first, last = model.labels.classes[0], model.labels.classes[-1]
+    first, last = model.labels.spoken[0], model.labels.spoken[-1]
     num_outputs = model.labels.num_outputs
     decision, shape = {
         "binary": (
-            f"{last.lower()} where probability is at least the threshold; else {first.lower()}",
-            f"(batch,) float32, calibrated, of {last}",
+            f"{last} where probability is at least the threshold; else {first}",
+            f"(batch,) float32, calibrated, of {model.labels.classes[-1]}",
         ),
         "multiclass": (
             "the class of the highest probability",

@@ -4,7 +4,7 @@ import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
-from xrai.labels import LabelSpec, Task
+from xrai.labels import LabelSpec
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.checkpoint import MISFITS, NUM_TRANSFERS, read_state, write_state
@@ -208,7 +208,7 @@ def _build(content: dict[str, Any]) -> TrainedModel:
     is_multiclass = labels.task == "multiclass"
     num = labels.num_outputs
     if (
-        labels.task not in get_args(Task)
+        labels.fault()
         or (len(temperatures), len(thresholds)) != ((1, 0) if is_multiclass else (num, num))
         or not all(0 < value < math.inf for value in temperatures)
         or not all(0 <= value <= 1 for value in thresholds)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from xrai.labels import Labels, LabelSpec
+from xrai.labels import CLASSES, Labels, LabelSpec
 from xrai.results.calibration import Floats
 from xrai.results.measure import measure
 from xrai.results.metrics import HEADLINES
@@ -23,7 +23,7 @@ BASELINES: Mapping[str, str] = {
     "geometry": "the size of the source image alone (width, height, aspect and area in pixels)",
     "border": "the outer border of the stored image alone (a fourteenth of each side)",
 }
-_BINARY = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+_BINARY = LabelSpec("binary", CLASSES)
 _CELLS = 14  # a side; the border is the outermost one
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.labels import Task
+from xrai.labels import NO_FINDING, REVIEW, LabelSpec
 from xrai.results.calibration import Floats
 from xrai.results.folder import RunFolder
 from xrai.results.intervals import CONFIDENCE
@@ -18,7 +18,6 @@ from xrai.results.metrics import auroc
 from xrai.results.sheets import draw_sheet
 from xrai.results.style import note_line
 from xrai.results.types import (
-    REVIEW,
     Abstention,
     Baseline,
     Estimate,
@@ -216,6 +215,7 @@ def prediction_columns(scores: Scores) -> tuple[str, ...]:
 def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
     """The rows of predictions.csv. Findings are joined by `|`; `NAME?` is an unknown one."""
     names, one = scores.classes, scores.task == "binary"
+    spoken = dict(zip(names, LabelSpec(scores.task, names).spoken, strict=True))
     columns = ["score"] if one else [f"score_{output.name}" for output in scores.outputs]
     for row, source in enumerate(scores.sources):
         known, called = scores.labels[row].tolist(), scores.called[row].tolist()
@@ -235,13 +235,8 @@ def prediction_rows(scores: Scores) -> Iterator[dict[str, object]]:
             **dict(zip(columns, scores.probabilities[row].tolist(), strict=True)),
             "call": call,
             "atypicality": None if scores.atypicality is None else float(scores.atypicality[row]),
-            "decision": REVIEW if scores.in_review[row] else decision_of(call, scores.task),
+            "decision": REVIEW if scores.in_review[row] else spoken.get(call, call) or NO_FINDING,
         }
-
-
-def decision_of(call: str, task: Task) -> str:
-    """What is said of an image that is not left to a person."""
-    return call.lower() if task == "binary" else call or "no finding"
 
 
 def pick_examples(labels: NDArray[np.integer], *, num: int = NUM_SHOWN) -> NDArray[np.int64]:
@@ -358,7 +353,7 @@ def _names_of(scores: Scores, row: int) -> str:
     """The classes or findings that an image shows."""
     shown = np.flatnonzero(scores.labels[row] == 1).tolist()
     names = [scores.outputs[column].name for column in shown]
-    return _short(", ".join(names) or "no finding", 26)
+    return _short(", ".join(names) or NO_FINDING, 26)
 
 
 def _short(text: str, length: int = 14) -> str:

@@ -99,7 +99,7 @@ def render_report(page: Page, folder: Path) -> str:
             ),
             "total": lambda numbers: sum(numbers.values()),
             "sha256": source_hash,
-            "sentence": lambda text: text[:1].upper() + text[1:],
+            "sentence": _sentence,
             "value": lambda value, name: format_value(name, value),
         }
     )
@@ -133,12 +133,17 @@ def render_report(page: Page, folder: Path) -> str:
 def _heading(results: SplitResults) -> str:
     names = [found.output.name for found in results.outputs]
     if results.task == "binary":
-        names = [names[0][:1].upper() + names[0][1:], results.main.output.opposite]
+        names = [_sentence(names[0]), results.main.output.opposite]
     if len(names) > _MOST_NAMED:
         nouns = "classes" if results.task == "multiclass" else "findings"
         return f"{len(names)} {nouns}, from a chest X-ray"
     last = " and " if results.task == "multilabel" else " or "
     return f"{last.join(filter(None, [', '.join(names[:-1]), names[-1]]))}, from a chest X-ray"
+
+
+def _sentence(text: str) -> str:
+    """With a capital, unless it begins with a name such as mTB, which keeps its case."""
+    return text[:1].upper() + text[1:] if text.partition(" ")[0].islower() else text
 
 
 @dataclass(frozen=True)

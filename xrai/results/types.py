@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +16,6 @@ import numpy.typing as npt
 from xrai.labels import LabelSpec, Task
 from xrai.results.calibration import Floats, Ints, calibrated, softmax
 
-REVIEW: Final = "review"  # the decision for an image unlike the training images
-NO_FINDING: Final = "no finding"  # the decision where none of the findings is called
 _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the public set's file names
 
 
@@ -75,7 +72,7 @@ def outputs_of(
         )
     names = [(name, f"no {name}") for name in spec.classes]
     if spec.task == "binary":
-        names = [(spec.classes[1].lower(), spec.classes[0].lower())]
+        names = [(spec.spoken[1], spec.spoken[0])]
     return tuple(
         Output(name, opposite, float(temperature), float(threshold), source, spec.task)
         for (name, opposite), temperature, threshold in zip(

@@ -13,10 +13,11 @@ from typing import Final
 from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest import findings
-from xrai.ingest.classes import folded, nearest_name
+from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelRow, LabelTable
 from xrai.ingest.layouts.tables import Record, TableFile, Tables, merge
 from xrai.ingest.records import Fault, refuse, shown
+from xrai.labels import folded
 
 _TABLES: Final = {"train": r"train\.csv", "val": r"valid\.csv", "test": r"test(_labels)?\.csv"}
 FINDINGS: Final = (

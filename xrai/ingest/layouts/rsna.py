@@ -9,10 +9,11 @@ from typing import Final
 
 from xrai.config import Labels
 from xrai.errors import SourceError
-from xrai.ingest.classes import folded, nearest_name
+from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelRow, LabelTable
 from xrai.ingest.layouts.tables import Tables, merge
 from xrai.ingest.records import Fault, refuse, shown
+from xrai.labels import folded
 
 CLASSES: Final = ("No Lung Opacity", "Lung Opacity")  # of Target
 DETAILED: Final = ("Normal", "Lung Opacity", "No Lung Opacity / Not Normal")

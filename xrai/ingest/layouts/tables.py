@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 from xrai.errors import ImageError, NotFoundError, SourceError
-from xrai.ingest.classes import folded
 from xrai.ingest.labels import LabelRow
 from xrai.ingest.records import (
     MAX_BYTES,
@@ -19,6 +18,7 @@ from xrai.ingest.records import (
     refuse,
 )
 from xrai.ingest.sources import Source, open_source
+from xrai.labels import folded
 from xrai.store import open_store
 
 

@@ -13,11 +13,11 @@ from typing import Final
 from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest import findings
-from xrai.ingest.classes import folded, nearest_name
+from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelRow, LabelTable
 from xrai.ingest.layouts.tables import Record, TableFile, Tables
 from xrai.ingest.records import Fault, refuse, shown
-from xrai.labels import UNKNOWN
+from xrai.labels import UNKNOWN, folded
 
 _TABLES: Final = {"train": r"image_labels_train\.csv", "test": r"image_labels_test\.csv"}
 _IMAGE, _READER = "image_id", "rad_id"
