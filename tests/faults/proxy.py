@@ -25,7 +25,7 @@ Kind = Literal[
     "503",  # SlowDown, as S3 says it
     "stall",  # the head and half of the body, then silence
     "hold",  # silence; the server never sees the request
-    "hang",  # no answer at all; the server never saw the request
+    "hang",  # no answer until faults are healed, then as "reset"
     "reset",  # the connection breaks before any answer; the server never saw the request
     "lose",  # the server did what was asked, and the answer is lost
     "cut",  # the body ends half way
@@ -68,6 +68,7 @@ class Proxy:
         self.held = False  # whether a request has come that is held
         self._upstream = urlsplit(upstream).netloc
         self._faults: list[_Fault] = []
+        self.healed = threading.Event()  # of the requests that hang now
         self._lock = threading.Lock()
         self._server: _Server | None = None
         self._port = 0
@@ -83,9 +84,11 @@ class Proxy:
             self._faults.append(_Fault(kind, method, path, times))
 
     def heal(self) -> None:
-        """Forget all faults that are still to come."""
+        """Forget all faults that are still to come; requests that hang end."""
         with self._lock:
             self._faults.clear()
+            self.healed.set()
+            self.healed = threading.Event()
 
     def count(self, path: str, method: str = "GET") -> int:
         """How many requests of this method have come, whose path contains `path`."""
@@ -93,6 +96,7 @@ class Proxy:
 
     def vanish(self) -> None:
         """Stop listening and break all connections."""
+        self.healed.set()
         if self._server is not None:
             self._server.end()
             self._server = None
@@ -189,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             Request(self.command, self.path, headers.get("Range", ""))
         )
         if fault == "hang":
-            self.server.ended.wait(timeout=60)
+            self.server.proxy.healed.wait(timeout=300)
         if fault in ("hang", "reset"):
             return self._reset()
         if fault == "hold":

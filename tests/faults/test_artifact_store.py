@@ -72,6 +72,12 @@ class Training:
     def text(self) -> str:
         return self.log.read_text()
 
+    def wait_for(self, text: str) -> None:
+        """Until it says so; a process that has ended will not."""
+        while text not in self.text():
+            assert self.process.poll() is None, self.text()
+            time.sleep(0.05)
+
     def ended(self) -> int:
         """The exit status."""
         return self.process.wait(400)
@@ -85,12 +91,12 @@ class Training:
 def training(
     dataset: Path, artifacts: str, *options: str, cache: Path, run_id: str = "r"
 ) -> Iterator[Training]:
-    """`python -m xrai.train` on a machine whose cache is the folder `cache`; killed at the end,
-    if it still runs.
+    """`xrai.train` with empty figures, on a machine whose cache is the folder `cache`; killed at
+    the end, if it still runs.
     """
     cache.mkdir(parents=True, exist_ok=True)
     log = cache / f"{run_id}-{time.monotonic_ns()}.log"
-    command = ["-m", "xrai.train", f"--dataset={dataset}", f"--artifacts={artifacts}"]
+    command = ["tests/undrawn.py", f"--dataset={dataset}", f"--artifacts={artifacts}"]
     command += [f"--run_id={run_id}", *SMALL, *options]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     with log.open("w") as file:
@@ -320,26 +326,27 @@ def last_stored(bucket: str) -> str:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, str]]:
-    """A bucket's address behind a proxy that fails on request, for commands that give up a
-    request after a second.
+    """A bucket's address behind a proxy that fails on request, for commands that try no request
+    again after a second. A busy server's answer is waited for.
     """
     with moto_server() as url, new_bucket(url) as bucket, Proxy(url) as proxy:
         use_endpoint(monkeypatch, proxy.url)
-        monkeypatch.setenv("XRAI_S3_TIMEOUT_S", "1")
+        monkeypatch.setenv("XRAI_S3_TIMEOUT_S", "120")
         monkeypatch.setenv("XRAI_S3_RETRY_S", "1")
         yield proxy, f"s3://{bucket}/runs"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's packages
 def test_a_bucket_that_hangs_refuses_and_loses_answers_does_not_hold_the_training_up(
-    dataset: Path, tmp_path: Path, failing: tuple[Proxy, str]
+    finished: Finished, tmp_path: Path, failing: tuple[Proxy, str]
 ) -> None:
     proxy, artifacts = failing
+    dataset = finished.dataset
     store = open_store(f"{artifacts}/r")
     for name in ("config", "environment", "history", "tensorboard", "curves", "checkpoints"):
         proxy.fail("hang", method="PUT", path=f"/runs/r/{name}", times=1000)
     with training(dataset, artifacts, "--train.epochs=2", cache=tmp_path / "cache") as run:
-        wait_for(lambda: "training ends after epoch 2" in run.text(), "the end of the training")
+        run.wait_for("training ends after epoch 2")
         assert [found.key for found in store.list()] == [LEASE_KEY]
         proxy.heal()
         proxy.fail("503", method="PUT", path="tensorboard", times=3)
@@ -356,11 +363,12 @@ def test_a_bucket_that_hangs_refuses_and_loses_answers_does_not_hold_the_trainin
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's packages
 def test_a_bucket_that_stays_away_is_one_line_and_a_later_start_finishes_the_upload(
-    dataset: Path, tmp_path: Path, failing: tuple[Proxy, str]
+    finished: Finished, tmp_path: Path, failing: tuple[Proxy, str]
 ) -> None:
     proxy, artifacts = failing
+    dataset = finished.dataset
     with training(dataset, artifacts, "--train.epochs=2", cache=tmp_path / "cache") as run:
-        wait_for(lambda: "epoch 1:" in run.text(), "the first epoch")
+        run.wait_for("epoch 1:")
         proxy.vanish()
         assert run.ended() == 1, run.text()
     lines = [line for line in run.text().splitlines() if line.startswith("xrai: ")]

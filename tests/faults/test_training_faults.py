@@ -73,8 +73,10 @@ def start(
     run_id: str,
     *options: str,
     launcher: Sequence[str] = (),
-    program: tuple[str, ...] = ("-m", "xrai.train"),
+    program: tuple[str, ...] = (),
 ) -> Started:
+    """`xrai.train` by its own process or by `launcher`; in its own with empty figures."""
+    program = program or (("-m", "xrai.train") if launcher else ("tests/undrawn.py",))
     command = [*launcher, *program, f"--dataset={dataset}", f"--run_id={run_id}"]
     command += [f"--artifacts={dataset.parent}/submit", *OPTIONS, *options]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -148,24 +150,39 @@ def finish(started: Started) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.ci)]
+    ("num_kills", "kind"),
+    [(1, signal.SIGTERM), pytest.param(4, signal.SIGINT, marks=pytest.mark.ci)],
 )
-def test_a_process_that_is_asked_to_stop_saves_leaves_with_143_and_goes_on_bit_for_bit(
-    dataset: Path, whole: dict[str, torch.Tensor], kind: signal.Signals
+def test_a_process_killed_and_then_asked_to_stop_goes_on_each_time_and_ends_bit_for_bit_the_same(
+    dataset: Path, whole: dict[str, torch.Tensor], num_kills: int, kind: signal.Signals
 ) -> None:
-    run_id = f"stopped-{kind.name}"
-    started = start(dataset, run_id)
-    wait_for_step(started, dataset, run_id, 7)
-    started.process.send_signal(kind)
-    text = started.ended()
-    assert started.process.returncode == 143, text
+    run_id = f"killed-{num_kills}"
+    generator = random.Random(num_kills)
+    for _ in range(num_kills):
+        started = start(dataset, run_id)
+        step = min(last_step(dataset, run_id) + generator.randint(2, 5), 20)
+        wait_for_step(started, dataset, run_id, step)
+        time.sleep(generator.uniform(0, 0.05))  # somewhere within a step
+        started.kill_all()
+    stopped = start(dataset, run_id, "--resume=must")
+    wait_for_step(stopped, dataset, run_id, last_step(dataset, run_id) + 2)
+    stopped.process.send_signal(kind)
+    text = stopped.ended()
+    assert stopped.process.returncode == 143, text
     said = re.search(
         r"xrai: stopped as asked after step (\d+) .*start again with the same --run_id", text
     )
-    assert said and int(said[1]) == last_step(dataset, run_id) >= 7
+    assert said and int(said[1]) == last_step(dataset, run_id)
     assert "Traceback" not in text
-    finish(start(dataset, run_id))
+    finish(start(dataset, run_id, "--resume=must"))
     assert same(weights(dataset, run_id), whole)
+    history = (folder_of(dataset, run_id) / "history.csv").read_text().splitlines()
+    undisturbed = (folder_of(dataset, "whole") / "history.csv").read_text().splitlines()
+    assert len(history) == len(undisturbed) == 4
+    for ours, theirs in zip(history[1:], undisturbed[1:], strict=True):
+        assert (
+            ours.split(",")[:9] == theirs.split(",")[:9]
+        )  # epoch, step, losses, accuracies, AUROC
 
 
 @pytest.mark.ci
@@ -181,29 +198,6 @@ def test_of_two_trainings_of_one_run_the_second_is_refused_and_the_first_is_not_
     finish(first)
     assert same(weights(dataset, "twice"), whole)
     assert not (folder_of(dataset, "twice") / LEASE_KEY).exists()
-
-
-@pytest.mark.parametrize("num_kills", [1, pytest.param(4, marks=pytest.mark.ci)])
-def test_a_process_killed_again_and_again_ends_with_the_same_weights(
-    dataset: Path, whole: dict[str, torch.Tensor], num_kills: int
-) -> None:
-    run_id = f"killed-{num_kills}"
-    generator = random.Random(num_kills)
-    for _ in range(num_kills):
-        started = start(dataset, run_id)
-        step = min(last_step(dataset, run_id) + generator.randint(2, 7), 25)
-        wait_for_step(started, dataset, run_id, step)
-        time.sleep(generator.uniform(0, 0.05))  # somewhere within a step
-        started.kill_all()
-    finish(start(dataset, run_id, "--resume=must"))
-    assert same(weights(dataset, run_id), whole)
-    history = (folder_of(dataset, run_id) / "history.csv").read_text().splitlines()
-    undisturbed = (folder_of(dataset, "whole") / "history.csv").read_text().splitlines()
-    assert len(history) == len(undisturbed) == 4
-    for ours, theirs in zip(history[1:], undisturbed[1:], strict=True):
-        assert (
-            ours.split(",")[:9] == theirs.split(",")[:9]
-        )  # epoch, step, losses, accuracies, AUROC
 
 
 @pytest.mark.ci
@@ -236,16 +230,7 @@ def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stoppe
     stopped_at_one_step(started, dataset, "slow-to-leave")
 
 
-def test_a_killed_rank_ends_the_others_soon_and_the_run_goes_on_afterwards(dataset: Path) -> None:
-    started = start(dataset, "rank-killed", launcher=TORCHRUN)
-    wait_for_step(started, dataset, "rank-killed", 5)
-    workers_of(started)[1].kill()
-    text = started.ended()
-    assert started.process.returncode == 1, text
-    assert "Signal 9 (SIGKILL)" in text
-    goes_on(start(dataset, "rank-killed"))
-
-
+@pytest.mark.ci
 def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path) -> None:
     started = start(dataset, "agent-killed", launcher=TORCHRUN)
     wait_for_step(started, dataset, "agent-killed", 5)
@@ -262,6 +247,17 @@ def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path
     goes_on(start(dataset, "agent-killed"))
 
 
+@pytest.mark.ci
+def test_torchrun_ends_all_ranks_when_one_is_killed(dataset: Path) -> None:
+    started = start(dataset, "rank-killed", launcher=TORCHRUN)
+    wait_for_step(started, dataset, "rank-killed", 5)
+    workers_of(started)[1].kill()
+    text = started.ended()
+    assert started.process.returncode == 1, text
+    assert "Signal 9 (SIGKILL)" in text
+    goes_on(start(dataset, "rank-killed"))
+
+
 def test_torchrun_restarts_a_run_from_the_last_step_saved_and_a_signal_stops_all_at_one_step(
     dataset: Path,
 ) -> None:
@@ -271,7 +267,19 @@ def test_torchrun_restarts_a_run_from_the_last_step_saved_and_a_signal_stops_all
     wait_for_text(started, "going on after step")
     started.process.terminate()
     stopped_at_one_step(started, dataset, "restarted")
-    goes_on(start(dataset, "restarted"))
+
+
+def test_a_killed_rank_ends_the_others_soon(tmp_path: Path) -> None:
+    options = ["--train.global_batch_size=32", "--train.epochs=1000", f"--folder={tmp_path}"]
+    command = ["tests/distributed/discs_rank.py", *options, "--checkpoint.every=1"]
+    processes = start_ranks(command, world_size=2)
+    while not (tmp_path / "checkpoints/latest.json").exists():
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    processes[1].kill()
+    results = finish_ranks(processes, timeout_s=200)
+    assert [status for status, _, _ in results] == [1, -signal.SIGKILL]
+    assert "rank 0 of 2" in results[0][2] and "rank 1 was last heard of" in results[0][2]
 
 
 def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over() -> None:
