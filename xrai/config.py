@@ -241,6 +241,12 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
+    def shaped_by(self, stored: Mapping[str, Any]) -> "Config":
+        """The same with the sections of a data set's own config, as dataset.json has it."""
+        own = build(flatten(stored, where="in the config of dataset.json"))
+        sections = {name: getattr(own, name) for name in USES["preprocess"]}
+        return dataclasses.replace(self, **sections)
+
     def to_mapping(self) -> dict[str, dict[str, Any]]:
         """Sections of plain values, as they stand in YAML and in dataset.json."""
         return dataclasses.asdict(self)

@@ -17,6 +17,7 @@ from xrai.command import RUN, Flag, parse, run_command
 from xrai.config import Config, Images, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, RunError, UserError
+from xrai.labels import folded
 from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
@@ -57,7 +58,9 @@ def main() -> None:
         outputs = outputs_of(model.labels, model.temperatures, model.thresholds, "that of the run")
         has_train = "train" in loaders[0].index.splits
         known = read_looks(open_split(config, dataset, "train")) if has_train else None
-        measuring = Measuring(run, model.network, outputs, config.evaluate.num_bootstrap, known)
+        num_bootstrap = config.evaluate.num_bootstrap
+        measuring = Measuring(run, model.network, model.labels, outputs, num_bootstrap, known)
+        config = config.shaped_by(loaders[0].index.config)
         for folder, loader, predictions in zip(folders, loaders, scored, strict=True):
             run.write_text(f"{folder}/config.yaml", config.to_yaml())
             results = measuring.record(loader, predictions, folder=folder)
@@ -84,11 +87,16 @@ def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
             f"run {model.run_id} was trained on images with images.{key} = {own!r}, this data "
             f"set has {stored!r}: preprocess the source with --images.{key}={own}"
         )
-    if loader.index.labels != model.labels:
-        raise DatasetError(
-            f"run {model.run_id} was trained on {model.labels}, this data set has "
-            f"{loader.index.labels}"
-        )
+    own, found = model.labels, loader.index.labels
+    if own.reads(found):
+        return
+    text = f"run {model.run_id} was trained on {own}, this data set has {found}"
+    names = {folded(name) for name in found.classes}
+    if lacking := [name for name in own.classes if folded(name) not in names]:
+        raise DatasetError(f"{text}: it lacks {', '.join(lacking)}")
+    raise DatasetError(
+        f"{text}: preprocess its source with --labels.names='{'|'.join(own.classes)}'"
+    )
 
 
 def score(model: TrainedModel, loaders: list[Loader], config: Config) -> list[Predictions]:

@@ -114,6 +114,23 @@ class LabelSpec:
         )
         return one_hot
 
+    def reads(self, other: "LabelSpec") -> bool:
+        """Whether a network for these labels can be measured on others: the same names in whatever
+        case, and where there are several outputs in whatever order.
+        """
+        own, theirs = ([folded(name) for name in each.classes] for each in (self, other))
+        if self.task != "binary":
+            own, theirs = sorted(own), sorted(theirs)
+        return self.task == other.task and own == theirs
+
+    def matrix_for(self, reader: "LabelSpec", labels: Labels) -> NDArray[np.int8]:
+        """The `matrix` of these labels in the order of another spec, which `reads` this one."""
+        columns = self.matrix(labels)
+        if self.task == "binary":
+            return columns
+        places = {folded(name): place for place, name in enumerate(self.classes)}
+        return columns[:, [places[folded(name)] for name in reader.classes]]
+
 
 def folded(name: str) -> str:
     """What names are compared by: without case and spaces around, accents composed."""

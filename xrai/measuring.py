@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xrai.dataset.loader import Loader
 from xrai.dataset.manifest import parse_manifest
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
+from xrai.labels import LabelSpec
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.network import ResNet
@@ -33,6 +34,7 @@ class Measuring:
 
     run: RunFolder
     network: ResNet
+    labels: LabelSpec  # that the network was trained for
     outputs: tuple[Output, ...]
     num_bootstrap: int
     known: baselines.Looks | None  # training images of the same data set, for the baselines
@@ -49,10 +51,10 @@ class Measuring:
         columns = loader.columns("labels", "source", "patient", "subtype")
         scores = Scores(
             split=split,
-            task=loader.index.labels.task,
-            classes=loader.index.labels.classes,
+            task=self.labels.task,
+            classes=self.labels.classes,
             outputs=self.outputs,
-            labels=loader.index.labels.matrix(columns["labels"]),
+            labels=loader.index.labels.matrix_for(self.labels, columns["labels"]),
             logits=predictions.logits[0],
             patients=columns["patient"].tolist(),
             sources=columns["source"].tolist(),
@@ -111,6 +113,14 @@ def read_looks(loader: Loader, *, limit: int = baselines.MAX_TRAIN) -> baselines
     )
 
 
+def _unknown(index: DatasetIndex, split: str) -> dict[str, int]:
+    """Images of a split where each finding is unknown; of classes none."""
+    if index.labels.task != "multilabel":
+        return {}
+    num = index.num_images(split)
+    return {name: num - known for name, known in index.num_known_per_class(split).items()}
+
+
 def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
     """What a page says of a data set, from its index and its manifest."""
     excluded: Counter[str] = Counter()
@@ -135,4 +145,6 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
         excluded=dict(excluded),
         num_patients={split: len(np.unique(np.asarray(each))) for split, each in patients.items()},
         groups={split: dict(each) for split, each in groups.items()},
+        num_images={split: index.num_images(split) for split in index.splits},
+        num_unknown={split: _unknown(index, split) for split in index.splits},
     )

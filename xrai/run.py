@@ -42,7 +42,7 @@ _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch"
 _CONFIG = "config.yaml"
 # Keys and sections that change how a training is carried out but not its result
 _FREE = frozenset(
-    {"cache", "checkpoint", "loader", "shards", "splits", "evaluate.batch_size"}
+    {"cache", "checkpoint", "labels", "loader", "shards", "splits", "evaluate.batch_size"}
     | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
     | {"train.timeout_s", "train.step_timeout_s"}
 )
@@ -331,7 +331,7 @@ class Job:
         whole = functools.partial(open_split, self.config, self._dataset)
         step = self.run.history()[-1].step + 1  # after all epochs; the same when repeated
         num, known = self.config.evaluate.num_bootstrap, read_looks(whole("train"))
-        measuring = Measuring(self.run, trained.network, outputs, num, known)
+        measuring = Measuring(self.run, trained.network, self.labels, outputs, num, known)
         main = "test" if "test" in trained.scored else "val"
         results = {
             split: measuring.record(

@@ -258,7 +258,7 @@ def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loa
 
 
 def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], ranks: Ranks) -> Config:
-    """The config with the data set's own `images` section.
+    """The config with the data set's own sections: its labels, images, splits and shards.
 
     Raises `UserError` if what was given, or the number of ranks, does not fit the data set.
     """
@@ -277,7 +277,7 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
         )
     refuse_one_sided(index)
     loop.rank_batch_size(config.train, world_size=ranks.world_size)
-    return dataclasses.replace(config, images=stored)
+    return config.shaped_by(index.config)
 
 
 def refuse_one_sided(index: DatasetIndex) -> None:

@@ -44,6 +44,22 @@ def test_a_batch_of_no_images_has_a_gradient_of_zero() -> None:
     )
 
 
+def test_gradients_in_bfloat16_are_those_in_float32_at_the_smallest_size() -> None:
+    torch.manual_seed(3)
+    network, images = ResNet(width=8), torch.rand(32, 1, 16, 16)
+    found = []
+    for is_lower in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_lower):
+            logits = network(images)
+        logits.float().sum().backward()
+        grads = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        found.append(torch.cat(grads))
+    full, lower = found
+    assert torch.isfinite(lower).all()
+    assert (lower - full).norm() < 0.15 * full.norm()
+
+
 def test_filters_are_standardized_whatever_the_weights() -> None:
     convolution = StandardizedConv2d(3, 5, 3)
     images = torch.rand(2, 3, 9, 9)

@@ -313,7 +313,24 @@ def test_findings_are_joined_and_unknown_ones_are_marked() -> None:
     assert [row["label"] for row in rows] == ["A|B?|C", ""]
     assert [row["call"] for row in rows] == ["A|B", ""]
     assert [row["decision"] for row in rows] == ["A|B", "no finding"]
-    written = json.loads(to_json(metrics_json(measure(scores, num_bootstrap=20))))
+    results = measure(scores, num_bootstrap=20)
+    written = json.loads(to_json(metrics_json(results)))
     assert written["confusion"] is None
     assert written["left_out"]["auroc"] == ["B"]
     assert written["macro"]["auroc"]["value"] == 0.75  # C is tied
+    lines = "\n".join(result_lines(main_results(results), "x", validation={}))
+    assert "mean of 2 of 3 findings; worst C 0.500" in lines
+    assert "x/curves/auroc.png" in lines
+
+
+def test_the_accuracy_of_findings_is_the_share_of_known_labels_that_are_correct() -> None:
+    labels = [[1, 1], [0, -1], [0, -1], [1, -1]]
+    logits = [[2.0, -2.0], [-1, 0], [1, 0], [3, 0]]
+    scores = make_findings(labels, logits, atypicality=[0, 0, 2, 0])
+    results = measure(scores, num_bootstrap=20)
+    main = main_results(results)
+    assert results.macro["accuracy"].value == (3 / 4 + 0) / 2
+    assert results.headline["accuracy"].value == main.accuracy == 3 / 5
+    assert main.review.accuracy_of_the_rest == 3 / 4 == results.abstention.metrics["accuracy"].value
+    line = next(line for line in result_lines(main, "x") if line.startswith("accuracy"))
+    assert line.endswith("3 of 5 known labels correct") and "mean" not in line

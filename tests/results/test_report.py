@@ -75,6 +75,7 @@ class Html(HTMLParser):
             self.text += data
 
 
+BARE = {"source": "s", "fingerprint": "0123abcd", "image_size": 64, "fit": "crop"}
 HISTORY = [EpochRow(epoch=1, step=10, train_loss=0.5, train_accuracy=0.7)]
 
 
@@ -327,14 +328,17 @@ def test_limits_fit_the_split_and_the_way_images_were_fitted(tmp_path: Path) -> 
     assert "read an image's proportions" in html.unescape(render(tmp_path, fit="squash"))
 
 
-def render_bare(folder: Path, results: SplitResults) -> str:
-    dataset = DatasetFacts("s", "f", 64, "crop", {}, 1)
+def render_bare(folder: Path, results: SplitResults, **facts: Any) -> str:
+    """The page of results alone, with some facts of the data set."""
+    dataset = DatasetFacts(**{**{"splits": {}, "num_found": 1}, **BARE, **facts})
     page = Page(
         results,
         training_on(dataset),
         dataset,
         config=Config().to_mapping(),
         environment=describe_environment(),
+        history=HISTORY,
+        others=[results],
     )
     return render_report(page, folder)
 

@@ -9,27 +9,22 @@ import pytest
 
 from tests.results.conftest import Browse
 from tests.results.many import KINDS, LONG_NAME, make_many, rename
-from tests.results.test_report import HISTORY, Html, training_on
-from xrai.config import Config
+from tests.results.test_report import Html, render_bare
 from xrai.labels import Task
-from xrai.results.environment import describe_environment
-from xrai.results.report import Page, render_report, source_hash
-from xrai.results.types import DatasetFacts, SplitResults
+from xrai.results.report import source_hash
+from xrai.results.types import SplitResults
 
 
 def render(folder: Path, results: SplitResults) -> str:
-    splits = {"train": {found.output.name: 30 for found in results.outputs}}
-    dataset = DatasetFacts("data/findings", "0123abcd", 64, "crop", splits, 103)
-    page = Page(
+    names = [found.output.name for found in results.outputs]
+    unknown = {"train": dict.fromkeys(names, 7)} if results.task == "multilabel" else {}
+    return render_bare(
+        folder,
         results,
-        training_on(dataset),
-        dataset,
-        config=Config().to_mapping(),
-        environment=describe_environment(),
-        history=HISTORY,
-        others=[results],
+        splits={"train": dict.fromkeys(names, 30)},
+        num_images={"train": 1103},
+        num_unknown=unknown,
     )
-    return render_report(page, folder)
 
 
 def overview_of(text: str) -> list[tuple[str, str]]:
@@ -75,6 +70,16 @@ def test_the_page_of_many_outputs_asks_no_network_for_anything(tmp_path: Path, t
     ), "classes have no threshold to try"
     (policy,) = re.findall(r"script-src ([^;\"]*)", html.unescape(text))
     assert policy == source_hash(scripts[-1][1])
+
+
+def test_the_data_has_the_images_of_a_split_and_those_where_a_finding_is_unknown(
+    tmp_path: Path,
+) -> None:
+    for task in ("multilabel", "multiclass"):
+        words = " ".join(Html(render(tmp_path, make_many(task, 3)[1])).text.split())
+        assert "Images1,103 Disease 030" in words
+        assert ("Disease 030 + 7 unknown" in words) == (task == "multilabel")
+        assert ("was trained on 1,103 images of" in words) == (task == "multilabel")
 
 
 def test_a_number_that_is_undefined_stands_with_its_reason(tmp_path: Path) -> None:

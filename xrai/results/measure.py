@@ -98,13 +98,10 @@ def _samples_of_all(
 ) -> dict[Key, Sample | ClassSample]:
     """What is measured of several outputs together: their pooled labels, and calls of classes."""
     samples: dict[Key, Sample | ClassSample] = {
-        (_ALL, "whole", ""): Sample(
-            np.concatenate([found.labels for found in known]),
-            np.concatenate([found.scores for found in known]),
-            np.concatenate([found.called for found in known]),
-            np.concatenate([patient_of[found.rows] for found in known]),
-        )
+        (_ALL, "whole", ""): _pooled(known, patient_of, np.ones(len(scores.labels), dtype=bool))
     }
+    if scores.task == "multilabel":
+        samples[_ALL, "kept", ""] = _pooled(known, patient_of, ~scores.in_review)
     if scores.task == "multiclass":
         labels, calls = scores.labels.argmax(axis=1), scores.called.argmax(axis=1)
         whole = np.ones(len(labels), dtype=bool)
@@ -113,6 +110,16 @@ def _samples_of_all(
                 labels[own], calls[own], scores.probabilities[own], patient_of[own]
             )
     return samples
+
+
+def _pooled(known: list[Labelled], patient_of: npt.NDArray[np.intp], chosen: _Chosen) -> Sample:
+    """The known labels of all outputs together, of the chosen images (N,)."""
+    own = [chosen[found.rows] for found in known]
+    columns = [
+        (found.labels[kept], found.scores[kept], found.called[kept], patient_of[found.rows][kept])
+        for found, kept in zip(known, own, strict=True)
+    ]
+    return Sample(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
 def _with_all(
@@ -131,6 +138,8 @@ def _with_all(
     }
     classes = estimates.get("classes", {})
     kept = _means(samples, resampled, "kept", len(scores.outputs))
+    if "kept" in estimates:
+        kept |= {"accuracy": estimates["kept"]["accuracy"]}
     results = dataclasses.replace(
         results,
         macro=_means(samples, resampled, "whole", len(scores.outputs)) | classes,

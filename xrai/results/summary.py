@@ -55,8 +55,9 @@ class OutputSummary:
 class MainResults:
     """What is said first of one split: keys of summary.json, in their order.
 
-    Of several outputs, the metrics are macro means, the counts those of all labels pooled, and the
-    accuracy of classes is the share of images of which the right class is called.
+    Of several outputs, the metrics are macro means over those that have a value, and the counts
+    those of all labels pooled. Accuracy is the share of images of which the right class is called,
+    of findings the share of known labels that are correct.
     """
 
     split: str
@@ -223,20 +224,26 @@ def _details(results: MainResults) -> dict[str, str]:
 
 def _details_of_several(results: MainResults) -> dict[str, str]:
     """What stands behind each headline of several classes or findings, the worst one named."""
-    counts, num = results.counts, len(results.outputs)
+    counts = results.counts
     is_multiclass = results.task == "multiclass"
     kind = "classes" if is_multiclass else "findings"
     num_calls = counts.tp + counts.fp + counts.tn + counts.fn
     num_right = counts.tp if is_multiclass else counts.tp + counts.tn
+
+    def mean(name: str) -> str:
+        num = sum(getattr(each, name) is not None for each in results.outputs)
+        left_out = "" if num == len(results.outputs) else f"{num} of "
+        return f"mean of {left_out}{len(results.outputs)} {kind}"
+
     worst = results.worst
     lowest = f"; worst {worst.name} {format_value('auroc', worst.auroc)}" if worst else ""
     return {
         "accuracy": f"{num_right:,} of {results.num_images:,} images correctly classified"
         if is_multiclass
-        else f"mean of {num} findings; {num_right:,} of {num_calls:,} known labels correct",
-        "sensitivity": f"mean of {num} {kind}",
-        "specificity": f"mean of {num} {kind}",
-        "auroc": f"mean of {num} {kind}{lowest}",
+        else f"{num_right:,} of {num_calls:,} known labels correct",
+        "sensitivity": mean("sensitivity"),
+        "specificity": mean("specificity"),
+        "auroc": f"{mean('auroc')}{lowest}",
     }
 
 
@@ -276,7 +283,8 @@ def result_lines(
         lines.append(
             f"shortcuts   AUROC of image size alone {geometry}, outer border alone {border}"
         )
-    curves = f"{folder}/curves/loss.png  {folder}/curves/accuracy.png  "
+    names = ("loss", "accuracy", *(("auroc",) if results.outputs else ()))
+    curves = "".join(f"{folder}/curves/{name}.png  " for name in names)
     lines.append(f"plots       {curves if validation is not None else ''}{folder}/plots/")
     return [*lines, f"report      {folder}/report.html"]
 

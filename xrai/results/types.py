@@ -403,8 +403,12 @@ class SplitResults:
 
     @property
     def headline(self) -> Mapping[str, Estimate]:
-        """The metrics that are said first: the one output's, or the macro means of several."""
-        return self.macro or self.main.whole.metrics
+        """The metrics that are said first: the one output's, or the macro means of several.
+
+        Accuracy is a share of images, or of findings the share of known labels that are correct.
+        """
+        shared = {name: self.micro[name] for name in ("accuracy",) if name in self.micro}
+        return {**self.macro, **shared} or self.main.whole.metrics
 
     @property
     def ranked(self) -> list[int]:
@@ -432,6 +436,9 @@ class DatasetFacts:
     excluded: Mapping[str, int] = field(default_factory=dict)  # reason -> number of files
     num_patients: Mapping[str, int] = field(default_factory=dict)  # by split
     groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # images, by split
+    num_images: Mapping[str, int] = field(default_factory=dict)  # by split
+    # of findings: split -> finding -> number of images where it is unknown
+    num_unknown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def is_public(self) -> bool:
