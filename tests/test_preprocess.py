@@ -688,6 +688,97 @@ def test_a_table_that_does_not_fit_is_refused_by_its_lines_and_nothing_is_writte
     assert not (tmp_path / "dataset").exists()
 
 
+# Of the 40 films of `labelled`: the other columns of the table, and the cells of film k
+UNLEARNABLE: dict[str, tuple[str, Callable[[int], str], str]] = {
+    "a finding that is never present": (
+        "Edema,Nodule",
+        lambda k: f"{k % 2},{('0', '')[k % 2]}",
+        "chest has no usable images with Nodule; training needs images with and without each",
+    ),
+    "a finding that is never absent": (
+        "Edema,Nodule",
+        lambda k: f"{k % 2},1",
+        "chest has no usable images known to be without Nodule",
+    ),
+    "a finding that is unknown of all": (
+        "Edema,Nodule",
+        lambda k: f"{k % 2},-1",
+        "chest has no usable images with Nodule",
+    ),
+    "a finding of one patient": (
+        "Edema,Nodule,patient",
+        lambda k: f"{k % 2},{int(k < 3)},p{k // 3}",
+        "no image with Nodule falls into val: too few patients have one to be in both train and",
+    ),
+    "a finding that is absent from val": (
+        "Edema,Nodule,split",
+        lambda k: f"{k % 2},{int(k > 30)},{'val' if k < 20 else 'train'}",
+        "val has no usable images with Nodule",
+    ),
+    "a label that is none": (
+        "Edema,Nodule",
+        lambda k: f"{k % 2},{2 if k == 7 else k % 3 % 2}",
+        "line 9: Nodule is '2', allowed are 1 (present), 0 (absent), empty or -1 (unknown)",
+    ),
+    "a finding twice": (
+        "Edema,edema",
+        lambda k: f"{k % 2},{k % 2}",
+        "has the name 'edema' twice (first as 'Edema'; case does not matter); leave one",
+    ),
+    "a patient on both sides": (
+        "Edema,patient,split",
+        lambda k: f"{k % 2},p{k % 20},{'val' if k < 20 else 'train'}",
+        "line 22: a patient in train who is in val in line 2",
+    ),
+    "one class": ("label", lambda k: "TB", "has one class alone, 'TB'"),
+    "a class that is absent from train": (
+        "label,split",
+        lambda k: f"{('normal', 'TB', 'COVID')[k % 3]},{'val' if k % 3 == 2 else 'train'}",
+        "train has no usable COVID images; training needs images of every class",
+    ),
+    "a class that is absent from val": (
+        "label,split",
+        lambda k: f"{('normal', 'TB', 'COVID')[k % 3]},{'val' if k % 6 < 2 else 'train'}",
+        "val has no usable COVID images; training needs images of every class",
+    ),
+    "a class of one patient": (
+        "label,patient",
+        lambda k: f"{('normal', 'TB', 'COVID')[k % 3]},{'one' if k % 3 == 2 else k}",
+        "no COVID image falls into val: too few patients have one to be in both train and val",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLEARNABLE)
+def test_labels_that_cannot_be_learned_are_refused_in_one_line_and_nothing_is_written(
+    run: Callable[..., Done], tmp_path: Path, name: str
+) -> None:
+    columns, cells, words = UNLEARNABLE[name]
+    source, _ = labelled(tmp_path / "chest")
+    rows = [f"films/{k:02d}.png,{cells(k)}" for k in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join([f"path,{columns}", *rows]))
+    labels = f"--labels={tmp_path}/t.csv"
+    done = run(f"--source={source}", f"--dataset={tmp_path}/dataset", labels, NO_VAL_LIMIT, *SMALL)
+    refused(done, words)
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_the_same_image_with_contradicting_findings_is_excluded_and_said(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    source, _ = labelled(tmp_path / "chest")
+    for one, other in ((1, 2), (5, 6)):  # the second pair knows one thing each
+        copy = (source / f"films/{one:02d}.png").read_bytes()
+        (source / f"films/{other:02d}.png").write_bytes(copy)
+    cells = {1: "1,0", 2: "0,0", 5: "1,", 6: ",0"}
+    rows = [f"films/{k:02d}.png,{cells.get(k, f'{k % 2},{k % 3 % 2}')}" for k in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,Edema,Nodule", *rows]))
+    make(run, source, tmp_path / "dataset", f"--labels={tmp_path}/t.csv", NO_VAL_LIMIT)
+    excluded = {row.path: row.reason for row in rows_of(tmp_path / "dataset") if row.reason}
+    reason = "is under another label, too, as the same image"
+    assert excluded == dict.fromkeys(("films/01.png", "films/02.png"), reason)
+
+
 def test_a_data_set_of_a_table_is_verified_and_repaired_with_it(
     run: Callable[..., Done],
     tmp_path: Path,

@@ -22,8 +22,9 @@ from tests.training import SMALL, Finished, call_main, make_dataset, run_module
 from xrai import evaluate, preprocess, run, train
 from xrai.config import Config
 from xrai.dataset.loader import Loader
-from xrai.dataset.shards import DatasetIndex, read_index
-from xrai.errors import UserError
+from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
+from xrai.errors import DatasetError, UserError
+from xrai.labels import Task
 from xrai.learning.distributed import Place, Ranks
 from xrai.learning.predictor import build_model, load_model
 from xrai.results.calibration import calibrated
@@ -279,6 +280,35 @@ def test_more_processes_than_images_are_refused(dataset: Path) -> None:
     crowd = Ranks(0, 1000, 0, 1000, torch.device("cpu"))
     with pytest.raises(UserError, match=r"1000 processes, but only \d+ training images"):
         train.fit_to_dataset(Config(), index, given=set(), ranks=crowd)
+
+
+@pytest.mark.parametrize(
+    ("split", "counts", "unknown", "words"),
+    [
+        ("train", (0, 9), (), "the training split has 0 images with A, of 30 for which"),
+        ("val", (9, 0), (), "the validation split has 0 images with B, of 30 for which"),
+        ("val", (9, 9), (0, 21), "the validation split has 9 images with B, of 9 for which"),
+        ("train", (0, 9), (30, 0), "the training split has 0 images with A, of 0 for which"),
+    ],
+)
+def test_a_class_or_finding_that_cannot_be_learned_or_measured_is_one_clear_line(
+    split: str, counts: tuple[int, int], unknown: tuple[int, ...], words: str, dataset: Path
+) -> None:
+    index = read_index(open_store(str(dataset)))
+    task: Task = "multilabel" if unknown else "multiclass"
+    classes = ("A", "B") if unknown else ("A", "B", "C")
+
+    def shard(num: tuple[int, int], num_unknown: tuple[int, ...]) -> ShardInfo:
+        per_class = num if unknown else (*num, 30 - sum(num))
+        return ShardInfo("x", 30, 9, "0" * 64, per_class, num_unknown)
+
+    good = shard((9, 9), (0, 0) if unknown else ())
+    splits = {"train": (good,), "val": (good,), split: (shard(counts, unknown),)}
+    made = replace(index, task=task, classes=classes, splits=splits)
+    with pytest.raises(DatasetError, match=words) as caught:
+        train.refuse_one_sided(made)
+    assert "\n" not in str(caught.value)
+    train.refuse_one_sided(replace(made, splits={"train": (good,), "val": (good,)}))
 
 
 def test_a_run_of_another_data_set_is_not_gone_on_with(

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.dataset.shards import Columns, Counts, DatasetIndex, ShardInfo, shard_name, write_shard
+from xrai.labels import Labels, LabelSpec
 
 SIZE = 16
-CLASSES = ("NORMAL", "PNEUMONIA")
+TWO = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+FINDINGS = LabelSpec("multilabel", ("Edema", "Nodule", "Mass"))
 
 
 def write_dataset(
@@ -22,20 +24,23 @@ def write_dataset(
     seed: int = 0,
     size: int = SIZE,
     commit: bool = True,
+    labels: LabelSpec = TWO,
 ) -> DatasetIndex:
     """A data set of random pixels in `folder`: `rows` gives the rows of each shard, split by split.
 
-    The first four pixels of an image hold its place in the split (`place_of`); labels alternate.
+    The first four pixels of an image hold its place in the split (`place_of`), from which its label
+    follows (`labels_at`).
     `commit` writes dataset.json. Another seed gives other shards under the same names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits = {
-        split: tuple(_write_split(folder, split, list(counts), seed, size))
+        split: tuple(_write_split(folder, split, list(counts), seed, size, labels))
         for split, counts in rows.items()
     }
     num = sum(shard.num_rows for shards in splits.values() for shard in shards)
     index = DatasetIndex(
-        classes=CLASSES,
+        classes=labels.classes,
+        task=labels.task,
         image_size=size,
         splits=splits,
         carved=(),
@@ -58,8 +63,18 @@ def place_of(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.ascontiguousarray(images[:, 0, 0, :4]).view("<u4")[:, 0].astype(np.int64)
 
 
+def labels_at(places: NDArray[np.int64], labels: LabelSpec = TWO) -> Labels:
+    """The labels of the images at these places: classes by turns, or findings that are present,
+    absent or unknown.
+    """
+    if labels.task == "multilabel":
+        powers = 3 ** np.arange(len(labels.classes))
+        return (places[:, None] // powers % 3 - 1).astype(np.int8)
+    return (places % len(labels.classes)).astype(np.uint8)
+
+
 def _write_split(
-    folder: Path, split: str, rows: Sequence[int], seed: int, size: int
+    folder: Path, split: str, rows: Sequence[int], seed: int, size: int, spec: LabelSpec
 ) -> list[ShardInfo]:
     infos, start = [], 0
     for number, num_rows in enumerate(rows):
@@ -69,11 +84,12 @@ def _write_split(
             0, 256, (num_rows, size, size), dtype=np.uint8
         )
         images[:, 0, :4] = places.astype("<u4")[:, None].view(np.uint8)
+        labels = labels_at(places, spec)
         write_shard(
             folder / name,
             Columns(
                 images=images,
-                labels=(places % 2).astype(np.uint8),
+                labels=labels,
                 source=[f"{split}/{place}.png" for place in places],
                 patient=[f"IM/{place}" for place in places],
                 subtype=["bacterial" if place % 2 else "" for place in places],
@@ -83,14 +99,9 @@ def _write_split(
             ),
         )
         data = (folder / name).read_bytes()
-        num_odd = int((places % 2).sum())
         infos.append(
             ShardInfo(
-                name,
-                num_rows,
-                len(data),
-                hashlib.sha256(data).hexdigest(),
-                (num_rows - num_odd, num_odd),
+                name, num_rows, len(data), hashlib.sha256(data).hexdigest(), *spec.count(labels)
             )
         )
         start += num_rows

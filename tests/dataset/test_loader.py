@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.dataset.remote import RemoteFolder, flip_byte
-from tests.dataset.small import place_of, write_dataset
+from tests.dataset.small import FINDINGS, labels_at, place_of, write_dataset
 from xrai.dataset.loader import Batch, Loader, LoaderOptions, _Buffers
 from xrai.dataset.order import EpochOrder, plan_windows
 from xrai.errors import (
@@ -179,6 +179,28 @@ def test_a_restart_at_any_step_goes_on_with_the_same_batches(folder: Path, world
     assert len(whole) == 5
     for start in range(6):
         assert rows_of(make_loader(folder, **options).epoch(3, start=start)) == whole[start:]
+
+
+@pytest.mark.parametrize(("world_size", "start"), [(1, 0), (2, 2), (4, 0)])
+def test_findings_are_those_of_their_images_for_every_world_size_and_restart(
+    tmp_path: Path, world_size: int, start: int
+) -> None:
+    write_dataset(tmp_path, {"train": ROWS}, labels=FINDINGS)
+    loaders = [
+        make_loader(tmp_path, batch_size=12, shuffle=True, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    everything = labels_at(np.arange(NUM), FINDINGS)
+    ranks = [list(loader.epoch(0, start=start)) for loader in loaders]
+    expected = expected_batches(ROWS, 12)[start:]
+    for rows, parts in zip(expected, zip(*ranks, strict=True), strict=True):
+        assert np.concatenate([part.rows for part in parts]).tolist() == rows
+        labels = np.concatenate([part.labels for part in parts])  # (12, 3), at last (1, 3)
+        assert labels.dtype == np.int8 and np.array_equal(labels, everything[rows])
+    assert ranks[0][-1].labels.shape == (int(world_size == 1), 3)
+    loader = loaders[-1]
+    assert loader.index.labels == FINDINGS and np.array_equal(loader.labels, everything)
+    assert np.array_equal(loader.columns("labels", start=5, stop=30)["labels"], everything[5:30])
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

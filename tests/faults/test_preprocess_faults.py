@@ -539,6 +539,28 @@ def test_a_partition_of_another_number_of_partitions_fits_in(
     assert all_files(dataset) == expected
 
 
+@pytest.mark.ci
+def test_findings_end_in_the_same_bytes_after_kills_and_in_partitions(
+    source: Path, tmp_path: Path
+) -> None:
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    cells = ("1,0", "0,1", "1,", "0,0", ",1")
+    rows = [f"{path.as_posix()},{cells[k % 5]}" for k, path in enumerate(files)]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["path,Edema,Nodule", *rows]))
+    labels = f"--labels={table}"
+    whole, killed, parts = (tmp_path / name for name in ("whole", "killed", "parts"))
+    assert wait(start(source, whole, labels)) == 0
+    assert read_index(open_store(str(whole))).labels.task == "multilabel"
+    for number in (2, 0, 1):
+        assert wait(start(source, parts, labels, f"--partition={number}/3")) == 0
+    ends: list[int] = []
+    while not ends or (ends[-1] == KILLED and len(ends) < 9):
+        ends.append(wait(start(source, killed, labels, before=Steps(at=70, act=die).watch)))
+    assert len(ends) > 2 and ends[-1] == 0
+    assert objects(killed) == all_files(parts) == all_files(whole)
+
+
 # ------------------------------------------------------------------------------ a disk that is full
 
 

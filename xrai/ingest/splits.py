@@ -144,11 +144,15 @@ def refuse_missing_class(labels: Iterable[Label], spec: LabelSpec, *, where: str
     """
     lack = next(_lacks(set(labels), spec), None)
     if lack is not None:
-        each = {"binary": "of both classes", "multiclass": "of every class"}
+        each = {
+            "binary": "of both classes, and",
+            "multiclass": "of every class, and",
+            "multilabel": "with and without each finding (--labels.names='A|B|…' leaves some out);",
+        }
         raise SourceError(
             f"{where} has no usable {lack.words('images')}; training needs images "
-            f"{each.get(spec.task, 'with and without each finding')}, and images to evaluate on "
-            "alone belong in a folder test/ (or have test in the column split of --labels)"
+            f"{each[spec.task]} images to evaluate on alone belong in a folder test/ (or have test "
+            "in the column split of --labels)"
         )
 
 
