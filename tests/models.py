@@ -17,7 +17,7 @@ from xrai.config import Model as ModelConfig
 from xrai.ingest.images import decode
 from xrai.labels import LabelSpec
 from xrai.learning.distributed import join
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network, ResNet
 from xrai.learning.predictor import TrainedModel, build_model, save_model
 from xrai.learning.typicality import fit_typicality
 from xrai.phantom import draw_phantom, plan
@@ -37,7 +37,7 @@ def phantoms(
 
 
 def train(
-    network: ResNet, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, num_steps: int
+    network: Network, images: NDArray[np.uint8], labels: NDArray[np.uint8], *, num_steps: int
 ) -> None:
     """A few steps on images (N, H, W), enough to tell the classes roughly apart."""
     grey, wanted = torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels).float()
@@ -89,6 +89,7 @@ def save_random_run(folder: Path, labels: LabelSpec, *, num_images: int = 48) ->
     torch.manual_seed(7)
     config = Config(images=Images(max_pixels=MAX_PIXELS), model=ModelConfig(width=8))
     network = build_model(config.model, labels.num_outputs)
+    assert isinstance(network, ResNet)
     grey = torch.from_numpy(images)[:, None] / 255
     with torch.no_grad():
         features = network.features(grey).mean(dim=(2, 3))
@@ -114,7 +115,7 @@ def save_random_run(folder: Path, labels: LabelSpec, *, num_images: int = 48) ->
 
 def _save(
     run: Path,
-    network: ResNet,
+    network: Network,
     config: Config,
     images: NDArray[np.uint8],
     labels: LabelSpec,

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,6 +19,9 @@ import yaml
 
 from xrai.errors import ConfigError
 from xrai.files import read_once
+
+OWN_NETWORKS = ("resnet10", "resnet18")
+NETWORK_GROUP = "xrai.networks"  # entry points by which installed packages register theirs
 
 # The sections, and single keys of other sections, that a command takes as flags.
 USES = {
@@ -132,11 +136,16 @@ class Loader:
 class Model:
     """The network."""
 
-    name: Literal["resnet10", "resnet18"] = _key(
-        "resnet10", "residual network, 1 or 2 blocks a stage"
+    name: str = _key(
+        "resnet10",
+        "resnet10 or resnet18: residual networks, 1 or 2 blocks a stage; or a name that an "
+        "installed package registers as xrai.networks",
     )
     width: int = _key(
-        16, "channels of the first stage; each of the three later ones doubles", "[8, 256]"
+        16,
+        "channels of the first stage of resnet10 and resnet18; each of the three later ones "
+        "doubles",
+        "[8, 256]",
     )
 
 
@@ -338,7 +347,19 @@ def build(values: Mapping[str, Any]) -> Config:
             f"splits.val_fraction = {config.splits.val_fraction} and splits.test_fraction = "
             f"{config.splits.test_fraction} leave nothing to train on: their sum must be below 1"
         )
+    _refuse_unknown_network(config.model.name)
     return config
+
+
+def _refuse_unknown_network(name: str) -> None:
+    if name in OWN_NETWORKS:
+        return
+    names = [*OWN_NETWORKS, *sorted(entry_points(group=NETWORK_GROUP).names)]
+    if name not in names:
+        raise ConfigError(
+            f"model.name = {name!r} is not allowed: it takes {', '.join(names)}, or the name of a "
+            f"network that an installed package registers as {NETWORK_GROUP}"
+        )
 
 
 def flatten(mapping: Any, *, where: str) -> dict[str, Any]:

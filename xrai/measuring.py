@@ -19,7 +19,7 @@ from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.labels import LabelSpec
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network
 from xrai.learning.predictor import Predictions
 from xrai.results import baselines
 from xrai.results.folder import RunFolder
@@ -33,7 +33,7 @@ class Measuring:
     """A trained network, how its logits are read, and the run that its results go to."""
 
     run: RunFolder
-    network: ResNet
+    network: Network
     labels: LabelSpec  # that the network was trained for
     outputs: tuple[Output, ...]
     num_bootstrap: int
@@ -79,7 +79,7 @@ class _Images:
     """The images of a split and what a network sees in them, for its sheets."""
 
     loader: Loader
-    network: ResNet
+    network: Network
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         size = self.loader.batch_size

@@ -28,7 +28,6 @@ from xrai.ingest.images import decode
 from xrai.labels import NO_FINDING, REVIEW
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
-from xrai.learning.network import fold_filters
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.results.summary import stated_hash
 from xrai.results.types import call_logits, calls_of, needs_review, outputs_of, score_logits
@@ -122,7 +121,7 @@ class Pipeline:
         self._blank = Prediction("", None, threshold, REVIEW, "", model.run_id)
         self._budget = MemoryBudget(num_cores())
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = fold_filters(model.network).to(self._device)
+        self._network = model.network.for_inference().to(self._device)
         self._typicality = model.typicality.to(self._device)
 
     def predict(

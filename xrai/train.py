@@ -31,7 +31,7 @@ from xrai.labels import LabelSpec
 from xrai.learning import loop
 from xrai.learning.checkpoint import load_weights
 from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network
 from xrai.learning.optim import Counts
 from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
@@ -121,7 +121,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             return
         torch.manual_seed(config.train.seed)
         labels = index.labels
-        network = build_model(config.model, labels.num_outputs)
+        network = build_model(config.model, labels.num_outputs, image_size=config.images.size)
         if flags["init_from"] and resumed is None:
             weights = ranks.on_main(
                 lambda: first_weights(flags["init_from"], config, network, labels)
@@ -191,7 +191,8 @@ def score(
 ) -> Trained:
     """Score the images held out with the weights of the best epoch."""
     epoch, weights = best
-    network = build_model(config.model, loaders["train"].index.labels.num_outputs)
+    num_outputs = loaders["train"].index.labels.num_outputs
+    network = build_model(config.model, num_outputs, image_size=config.images.size)
     load_weights(network, weights)
     network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
@@ -311,7 +312,7 @@ def label_counts(index: DatasetIndex) -> Counts:
 
 
 def first_weights(
-    address: str, config: Config, network: ResNet, labels: LabelSpec
+    address: str, config: Config, network: Network, labels: LabelSpec
 ) -> dict[str, torch.Tensor]:
     """The weights of a finished run, for the network of this config.
 
@@ -321,11 +322,12 @@ def first_weights(
 
     model = open_run(address)
     weights, own = model.network.state_dict(), network.state_dict()
+    head = [name for name in own if name.startswith(network.head_prefix())]
     if model.labels != labels:
         _logger.info(
             "--init_from %s was trained on %s: its head is left out", address, model.labels
         )
-        weights |= {name: own[name] for name in own if name.startswith("head.")}
+        weights |= {name: own[name] for name in head}
     for name, tensor in own.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise RunError(

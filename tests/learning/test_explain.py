@@ -54,12 +54,12 @@ def by_hand(network: ResNet, image: Tensor, num_blocks: int) -> NDArray[np.float
     differences and loops.
     """
     with torch.no_grad():
-        maps = network.stages[:num_blocks](network.stem(network.standardize(image)))[0]  # (C, h, w)
+        maps = network.blocks[:num_blocks](network.stem(network.standardize(image)))[0]  # (C, h, w)
         step = 1e-5
         moved = torch.eye(maps.numel(), dtype=maps.dtype).reshape(-1, *maps.shape) * step
 
         def logits(changed: Tensor) -> NDArray[np.float64]:
-            pooled = network.stages[num_blocks:](changed).mean(dim=(2, 3))
+            pooled = network.blocks[num_blocks:](changed).mean(dim=(2, 3))
             found: NDArray[np.float64] = network.head(pooled).squeeze(1).numpy()
             return found
 
@@ -91,7 +91,7 @@ def test_a_heat_map_is_what_differences_and_plain_loops_give(
     torch.manual_seed(0)
     network = ResNet(width=8).double()
     image = torch.rand(1, 1, height, width, dtype=torch.float64)
-    maps = network.stages[:num_blocks](network.stem(network.standardize(image)))
+    maps = network.blocks[:num_blocks](network.stem(network.standardize(image)))
     assert min(maps.shape[2:]) >= MIN_CELLS > min(maps.shape[2:]) / 2
     np.testing.assert_allclose(
         grad_cam(network, image)[0].numpy(), by_hand(network, image, num_blocks), atol=1e-6
@@ -147,7 +147,7 @@ def test_where_nothing_speaks_for_pneumonia_the_map_is_zero(trained: ResNet) -> 
     network = ResNet(width=8)
     with torch.no_grad():
         network.head.weight.fill_(-1)  # every feature speaks against it: features are not negative
-        for name, parameter in network.stages.named_parameters():
+        for name, parameter in network.blocks.named_parameters():
             if "branch_gain" in name or parameter.dim() == 4:  # convolutions
                 parameter.zero_()
     assert not grad_cam(network, torch.rand(2, 1, 64, 64)).any()
@@ -168,4 +168,4 @@ def test_nothing_of_the_network_is_changed_and_inference_mode_does_not_matter(
         parameter.grad is None or not parameter.grad.isnan().any()
         for parameter in trained.parameters()
     )
-    assert not any(block._forward_hooks for block in trained.stages)
+    assert not any(block._forward_hooks for block in trained.blocks)

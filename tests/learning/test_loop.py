@@ -170,15 +170,19 @@ def test_a_finding_that_no_image_of_a_batch_knows_leaves_its_weights_alone(alone
     once = changed(SMALL, train={"max_steps": 1}, optim=optim)
     after = train_discs(once, ranks=alone, task="multilabel", damage=forget).weights
     torch.manual_seed(once.train.seed)
-    head = build_model(once.model, 3).head
+    head = build_model(once.model, 3).state_dict()
     own = torch.tensor(after["head.weight"]).reshape(3, -1)
-    assert [torch.equal(*rows) for rows in zip(own, head.weight, strict=True)] == [
+    assert [torch.equal(*rows) for rows in zip(own, head["head.weight"], strict=True)] == [
         False,
         True,
         False,
     ]
     own = torch.tensor(after["head.bias"])
-    assert [torch.equal(*rows) for rows in zip(own, head.bias, strict=True)] == [False, True, False]
+    assert [torch.equal(*rows) for rows in zip(own, head["head.bias"], strict=True)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Ranks) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from xrai.learning.network import ResNet, StandardizedConv2d, fold_filters
+from xrai.learning.network import ResNet, StandardizedConv2d
 
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
@@ -87,7 +87,7 @@ def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    folded = fold_filters(network)
+    folded = network.for_inference()
     images = torch.rand(3, 1, size, size).contiguous(memory_format=torch.channels_last)
     assert not any(isinstance(module, StandardizedConv2d) for module in folded.modules())
     with torch.inference_mode():

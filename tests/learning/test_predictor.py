@@ -12,7 +12,7 @@ from xrai.errors import CorruptError, RunError
 from xrai.files import sha256_of
 from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network
 from xrai.learning.predictor import (
     MODEL_FILE,
     TrainedModel,
@@ -28,7 +28,7 @@ ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def fitted() -> tuple[ResNet, Typicality]:
+def fitted() -> tuple[Network, Typicality]:
     """A network of fresh weights, and its typicality on discs."""
     torch.manual_seed(3)
     network = build_model(Model(width=8), 1)
@@ -39,7 +39,7 @@ def fitted() -> tuple[ResNet, Typicality]:
 
 
 @pytest.fixture
-def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
+def run(fitted: tuple[Network, Typicality], tmp_path: Path) -> Path:
     trained = TrainedModel(
         fitted[0],
         Model(width=8),
@@ -55,7 +55,7 @@ def run(fitted: tuple[ResNet, Typicality], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_saved_model_scores_as_it_did(fitted: tuple[ResNet, Typicality], run: Path) -> None:
+def test_a_saved_model_scores_as_it_did(fitted: tuple[Network, Typicality], run: Path) -> None:
     model = load_model(open_store(str(run)))
     assert (model.temperatures, model.thresholds) == ((1.5,), (0.25,))
     assert (model.labels, model.run_id, model.image_size) == (
@@ -137,7 +137,7 @@ def test_a_model_that_arrives_damaged_is_fetched_again(run: Path) -> None:
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_atypicality_comes_beside_the_same_logits_for_each_draw(
-    fitted: tuple[ResNet, Typicality], draws: int
+    fitted: tuple[Network, Typicality], draws: int
 ) -> None:
     network, typicality = fitted
     loader = FakeLoader(*make_discs(21, seed=9), batch_size=8, shuffle=True)
@@ -150,7 +150,7 @@ def test_atypicality_comes_beside_the_same_logits_for_each_draw(
     assert both.logits == pytest.approx(alone.logits, abs=1e-5)
 
 
-def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]) -> None:
+def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[Network, Typicality]) -> None:
     network, typicality = fitted
     discs = make_discs(21, seed=9)
     plain, shuffled = (
@@ -168,7 +168,7 @@ def test_scores_stand_in_the_order_of_the_rows(fitted: tuple[ResNet, Typicality]
 
 
 def test_a_split_is_scored_as_the_network_itself_scores_it_bit_for_bit(
-    fitted: tuple[ResNet, Typicality],
+    fitted: tuple[Network, Typicality],
 ) -> None:
     network, _ = fitted
     loader = FakeLoader(*make_discs(8, seed=5), batch_size=8)

@@ -16,7 +16,7 @@ from xrai.ingest.images import decode
 from xrai.learning import loop
 from xrai.learning.augment import augment
 from xrai.learning.distributed import Ranks
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network
 from xrai.learning.predictor import build_model, predict_split
 from xrai.learning.typicality import (
     SHIFT_SEED,
@@ -51,13 +51,13 @@ def fit_numbers(ranks: Ranks, *, batch_size: int) -> dict[str, list[float]]:
     return {name: state[name].flatten().tolist() for name in ("mean", "offset", "scale", "limit")}
 
 
-def small_network(seed: int = 0, *, name: Literal["resnet10", "resnet18"] = "resnet10") -> ResNet:
+def small_network(seed: int = 0, *, name: Literal["resnet10", "resnet18"] = "resnet10") -> Network:
     torch.manual_seed(seed)
     return build_model(Model(name=name, width=8), 1).double().eval()
 
 
 def fit_on_discs(
-    network: ResNet, *, num_images: int = 150, num_val: int = 60, share: float = 0.05
+    network: Network, *, num_images: int = 150, num_val: int = 60, share: float = 0.05
 ) -> Typicality:
     train, val = (
         FakeLoader(*make_discs(number, seed=seed), batch_size=32)
@@ -211,7 +211,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
 
 
 @pytest.fixture(scope="module")
-def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
+def trained(phantoms: dict[str, Split]) -> tuple[Network, Typicality]:
     torch.manual_seed(0)
     config = Config(
         model=Model(width=8),
@@ -238,7 +238,7 @@ def trained(phantoms: dict[str, Split]) -> tuple[ResNet, Typicality]:
     return network, fit_typicality(network, train, val, ranks=ONE)
 
 
-def share_to_review(trained: tuple[ResNet, Typicality], images: NDArray[np.uint8]) -> float:
+def share_to_review(trained: tuple[Network, Typicality], images: NDArray[np.uint8]) -> float:
     loader = FakeLoader(images, np.zeros(len(images), np.uint8), batch_size=64)
     scores = predict_split(trained[0], loader, ranks=ONE, typicality=trained[1]).atypicality
     assert scores is not None
@@ -246,14 +246,14 @@ def share_to_review(trained: tuple[ResNet, Typicality], images: NDArray[np.uint8
 
 
 def test_held_out_phantoms_are_not_left_to_review(
-    trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
+    trained: tuple[Network, Typicality], phantoms: dict[str, Split]
 ) -> None:
     assert share_to_review(trained, phantoms["test"][0]) <= 0.2
 
 
 @pytest.mark.parametrize("kind", ["inverted", "upside down", "turned", "noise", "gradient", "flat"])
 def test_what_is_no_upright_chest_x_ray_is_left_to_review(
-    kind: str, trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
+    kind: str, trained: tuple[Network, Typicality], phantoms: dict[str, Split]
 ) -> None:
     films = phantoms["test"][0]
     generator = np.random.default_rng(0)
@@ -272,7 +272,7 @@ def test_what_is_no_upright_chest_x_ray_is_left_to_review(
 
 
 def test_each_direction_finds_the_images_that_it_was_fitted_for(
-    trained: tuple[ResNet, Typicality], phantoms: dict[str, Split]
+    trained: tuple[Network, Typicality], phantoms: dict[str, Split]
 ) -> None:
     network, typicality = trained
     films = to_grey(phantoms["test"][0]).float()

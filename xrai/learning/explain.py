@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network
 
 MIN_CELLS = 8  # a side of the feature maps that are shown
 
 
-def grad_cam(network: ResNet, images: Tensor, output: int | Tensor = 0) -> Tensor:
+def grad_cam(network: Network, images: Tensor, output: int | Tensor = 0) -> Tensor:
     """Heat maps (B, H, W) in [0, 1] of grey values (B, 1, H, W) in [0, 1].
 
     They show the evidence for one output: one for all images, or each image's own, (B,) int64. 1 is
@@ -34,15 +34,27 @@ def grad_cam(network: ResNet, images: Tensor, output: int | Tensor = 0) -> Tenso
     """
     network.eval()
     with torch.inference_mode(False), torch.enable_grad():
-        blocks = network.maps(network.standardize(images.clone().requires_grad_()))[1:]
-        logits = network.head(blocks[-1].mean(dim=(2, 3)))  # (B, C)
+        seen = images.clone().requires_grad_()
+        logits, stages = network.look(seen)  # (B, C)
         outputs = torch.as_tensor(output, device=logits.device).expand(len(logits))[:, None]
-        fine_enough = [maps for maps in blocks if min(maps.shape[2:]) >= MIN_CELLS]
-        maps = fine_enough[-1] if fine_enough else blocks[0]
-        (gradients,) = torch.autograd.grad(logits.gather(1, outputs).sum(), maps)
+        maps = _shown(stages)
+        evidence = logits.gather(1, outputs).sum()
+        (gradients,) = torch.autograd.grad(evidence, maps, retain_graph=True, allow_unused=True)
+        if gradients is None:  # the logits were not computed from these maps: the image's own
+            (gradients,) = torch.autograd.grad(evidence, seen)
+            maps, gradients = (
+                functional.adaptive_avg_pool2d(each, MIN_CELLS) for each in (seen, gradients)
+            )
         heat = (gradients.relu() * maps.detach()).sum(dim=1).relu()  # (B, h, w)
         fine = functional.interpolate(
             heat[:, None], size=images.shape[2:], mode="bilinear", align_corners=False
         )
     hottest = fine.amax(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     return (fine / hottest.clamp_min(torch.finfo(fine.dtype).tiny)).squeeze(1)
+
+
+def _shown(stages: list[Tensor]) -> Tensor:
+    """The last maps that are fine enough, if none is the first of the finest; not the stem's."""
+    maps = stages[1:] or stages
+    fine_enough = [each for each in maps if min(each.shape[2:]) >= MIN_CELLS]
+    return fine_enough[-1] if fine_enough else maps[0]

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from xrai.config import Config, Train
 from xrai.errors import ConfigError, CorruptError, StoppedError, TrainingError, UserError
@@ -30,6 +30,7 @@ from xrai.learning.augment import augment
 from xrai.learning.batch import Batch, Loader, to_grey
 from xrai.learning.checkpoint import MISFITS, CheckpointFolder, load_weights
 from xrai.learning.distributed import Ranks
+from xrai.learning.network import Network
 from xrai.learning.predictor import Predictions, predict_split
 from xrai.log import get_logger, progress
 
@@ -95,7 +96,7 @@ class Progress:
     train_s: float = 0.0  # over all epochs
 
 
-def fit(model: nn.Module, setup: Setup) -> Progress:
+def fit(model: Network, setup: Setup) -> Progress:
     """Train `model` in place; the best epoch's averaged weights end up in the checkpoints.
 
     Raises `StoppedError` after saving if any rank was asked to stop, and `TrainingError` if a loss
@@ -139,7 +140,7 @@ def fit(model: nn.Module, setup: Setup) -> Progress:
 class Training:
     """A training under way: what its steps change, and how that is saved and restored."""
 
-    def __init__(self, model: nn.Module, setup: Setup) -> None:
+    def __init__(self, model: Network, setup: Setup) -> None:
         config, ranks = setup.config, setup.ranks
         self.setup = setup
         self.precision = Precision(config.train, ranks.device)

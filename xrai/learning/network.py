@@ -1,9 +1,11 @@
-"""The network: a small residual network for one-channel images, without normalization layers.
+"""What every network is to the loop, the scorer, heat maps, typicality and export; and our own.
 
-Images are grey values in [0, 1] of any height and width from 16 up; standardization is the
-network's first layer, so that training, serving and export cannot differ in it. The outputs are one
-logit for each thing that is looked for, with two classes a single one; above 0 is evidence for it.
+Images are grey values in [0, 1]; normalization of the input is a network's own first layer, so that
+training, serving and export cannot differ in it. The outputs are one logit for each thing that is
+looked for, with two classes a single one; above 0 is evidence for it. `predictor.build_model` makes
+a network of the config's name; nothing else knows a class.
 
+Ours is a small residual network without normalization layers, for any height and width from 16 up.
 Batch statistics would make an image's result depend on the rest of its batch, and so on the number
 of ranks. Weights are standardized instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692),
 which trained as well here and needs no communication; docs/decisions/0002-no-batch-statistics.md
@@ -11,16 +13,50 @@ has the measurements.
 """
 
 import copy
+from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xrai.config import NETWORK_GROUP
+from xrai.errors import UserError
+
 _BLOCKS_PER_STAGE = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
 # 1 / 0.5838, the standard deviation of relu(x) for normal x; keeps the variance across layers
 _RELU_GAIN = 1.7139588594436646
 _FIRST_BRANCH_GAIN = 0.2  # residual branches begin small
+
+
+class Network(nn.Module):
+    """A network as all others see it. A subclass has `forward` and `stages`, or `look` for both."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Grey values (B, 1, H, W) in [0, 1] to logits (B, outputs)."""
+        raise NotImplementedError
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The feature maps (B, C, h, w) of grey values (B, 1, H, W), from fine to coarse; the first
+        are the stem's.
+        """
+        return self.look(images)[1]
+
+    def look(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`forward` and `stages` at once. Where the logits are computed from these very maps, heat
+        maps show the gradient there.
+        """
+        return self(images), self.stages(images)
+
+    def for_inference(self) -> "Network":
+        """This network, or a copy with the same outputs that is faster and cannot be trained."""
+        return self
+
+    def head_prefix(self) -> str:
+        """How the names of the head's parameters begin: they depend on what is looked for."""
+        *_, (last, _) = self.named_parameters()
+        return last.rpartition(".")[0] + "."
 
 
 class Standardize(nn.Module):
@@ -49,6 +85,21 @@ class StandardizedConv2d(nn.Conv2d):
         scale = torch.rsqrt(variance * self.weight[0].numel() + 1e-6)  # (C_out, 1, 1, 1)
         scale = scale * (self.gain * _RELU_GAIN)[:, None, None, None]
         return (self.weight - mean) * scale
+
+    def folded(self) -> nn.Conv2d:
+        """A plain convolution with the same outputs, for inference."""
+        size, padding = self.weight.shape[2], int(self.padding[0])
+        plain = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            size,
+            stride=self.stride[0],
+            padding=padding,
+            device="meta",
+        )
+        plain.weight = nn.Parameter(self.filters().detach(), requires_grad=False)
+        plain.bias = self.bias
+        return plain
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C_in, h, w) to (B, C_out, h / stride, w / stride)."""
@@ -79,7 +130,7 @@ class BasicBlock(nn.Module):
         return functional.relu(branch * self.branch_gain + self.shortcut(features))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A 5x5 convolution, max pool, four stages of basic blocks, average pool, a linear head."""
 
     def __init__(self, *, name: str = "resnet10", width: int = 16, num_outputs: int = 1) -> None:
@@ -97,50 +148,87 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(BasicBlock(channels, width * 2**stage, stride=stride))
                 channels = width * 2**stage
-        self.stages = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, num_outputs)
+        self.register_load_state_dict_pre_hook(_rename_stages)  # type: ignore[no-untyped-call]
 
     def features(self, images: Tensor) -> Tensor:
         """Grey values (B, 1, H, W) in [0, 1] to the last feature maps.
 
         They are (B, 8 x width, ceil(H / 32), ceil(W / 32)).
         """
-        out: Tensor = self.stages(self.stem(self.standardize(images)))
+        out: Tensor = self.blocks(self.stem(self.standardize(images)))
         return out
-
-    def maps(self, standardized: Tensor) -> list[Tensor]:
-        """The feature maps of standardized images (B, 1, H, W): of the stem and of each block."""
-        maps = self.stem(standardized)
-        return list(accumulate(self.stages, lambda maps, block: block(maps), initial=maps))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) grey values in [0, 1] to logits (B, num_outputs)."""
-        pooled = self.features(images).mean(dim=(2, 3))  # (B, 8 x width)
-        logits: Tensor = self.head(pooled)
+        return self._classify(self.features(images))
+
+    def look(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the feature maps of the stem and of each block; all are at least 0."""
+        maps = self.stem(self.standardize(images))
+        stages = list(accumulate(self.blocks, lambda maps, block: block(maps), initial=maps))
+        return self._classify(stages[-1]), stages
+
+    def _classify(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))  # of (B, 8 x width)
         return logits
 
+    def for_inference(self) -> "ResNet":
+        """A copy whose filters are standardized once. The stem's max pool comes before its ReLU:
+        the same maps for a quarter of the work.
+        """
+        folded = copy.deepcopy(self)
+        for parent in list(folded.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, StandardizedConv2d):
+                    setattr(parent, name, child.folded())
+        convolution, relu, pool = folded.stem
+        if isinstance(relu, nn.ReLU):  # else it is such a copy already
+            folded.stem = nn.Sequential(convolution, pool, nn.ReLU(inplace=True))
+        return folded.requires_grad_(False)
 
-def fold_filters(network: ResNet) -> ResNet:
-    """A copy for inference with the same outputs, whose filters are standardized once.
 
-    The stem's max pool comes before its ReLU: the same maps for a quarter of the work.
+def _rename_stages(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Weights saved by earlier versions call the blocks stages."""
+    for name in [name for name in state if name.startswith(f"{prefix}stages.")]:
+        state[f"{prefix}blocks.{name.removeprefix(f'{prefix}stages.')}"] = state.pop(name)
+
+
+class Registered(Network):
+    """A module of an installed package, with `forward` and `stages` as in `Network`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.module(images)
+        return logits
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        return list(self.module.stages(images))  # type: ignore[operator]
+
+
+def build_registered(name: str, *, num_outputs: int, image_size: int) -> Network:
+    """The network that an installed package registers under the entry point group
+    `xrai.networks`: a callable with these two keyword arguments.
+
+    Raises `UserError` unless it gives a module with `forward` and `stages`.
     """
-    folded = copy.deepcopy(network)
-    for parent in list(folded.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, StandardizedConv2d):
-                plain = nn.Conv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    child.weight.shape[2],
-                    stride=child.stride[0],
-                    padding=int(child.padding[0]),
-                    device="meta",
-                )
-                plain.weight = nn.Parameter(child.filters().detach(), requires_grad=False)
-                plain.bias = child.bias
-                setattr(parent, name, plain)
-    convolution, relu, pool = folded.stem
-    assert isinstance(relu, nn.ReLU) and isinstance(pool, nn.MaxPool2d)
-    folded.stem = nn.Sequential(convolution, pool, nn.ReLU(inplace=True))
-    return folded.requires_grad_(False)
+    found: EntryPoint = entry_points(group=NETWORK_GROUP)[name]
+    try:
+        module = found.load()(num_outputs=num_outputs, image_size=image_size)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model.name = {name} is {found.value} of {NETWORK_GROUP}, which cannot be built for "
+            f"{num_outputs} outputs and images of {image_size} x {image_size} pixels: {error}"
+        ) from error
+    if isinstance(module, Network):
+        return module
+    if not isinstance(module, nn.Module) or not callable(getattr(module, "stages", None)):
+        raise UserError(
+            f"model.name = {name} is {found.value} of {NETWORK_GROUP}, which gives "
+            f"{type(module).__name__}, not a torch module with forward and stages"
+        )
+    return Registered(module)

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from xrai.config import Augment, Images, Model
+from xrai.config import OWN_NETWORKS, Augment, Images, Model
 from xrai.errors import CorruptError, RunError
 from xrai.labels import LabelSpec
 from xrai.learning.augment import augment
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.checkpoint import MISFITS, NUM_TRANSFERS, read_state, write_state
 from xrai.learning.distributed import Ranks
-from xrai.learning.network import ResNet, fold_filters
+from xrai.learning.network import Network, ResNet, build_registered
 from xrai.learning.typicality import SHIFT_SEED, Typicality
 from xrai.log import progress
 from xrai.store import Store
@@ -40,7 +39,7 @@ class Predictions:
 class Trained:
     """The best epoch's network, and its scores of images that it was not trained on."""
 
-    network: ResNet
+    network: Network
     epoch: int  # counted from 1
     typicality: Typicality
     scored: dict[str, Predictions]  # by split
@@ -49,7 +48,7 @@ class Trained:
 
 @torch.inference_mode()
 def predict_split(
-    model: nn.Module,
+    model: Network,
     loader: Loader,
     *,
     ranks: Ranks,
@@ -60,12 +59,11 @@ def predict_split(
     """Score every image of a split exactly once over all ranks, in fp32 (or the model's own fp64).
 
     With `shift`, each image is scored `draws` times, each time augmented by a draw of its own that
-    is the same in every run: a stand-in for images of other hospitals. With `typicality`, which
-    needs a `ResNet`, the predictions also say how unlike the training images each image is.
+    is the same in every run: a stand-in for images of other hospitals. With `typicality`, the
+    predictions also say how unlike the training images each image is.
     """
     model.eval()
-    if isinstance(model, ResNet):
-        model = fold_filters(model)
+    model = model.for_inference()
     dtype = next(model.parameters()).dtype
     rows: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float64]] = []  # (draws, n, C), or with typicality (draws, n, C + 1)
@@ -85,7 +83,6 @@ def predict_split(
                 if typicality is None:
                     found = model(seen)
                 else:
-                    assert isinstance(model, ResNet), "atypicality is measured on its features"
                     logits, atypicality = typicality.atypicality(model, seen)
                     found = torch.cat([logits, atypicality[:, None]], dim=1)
                 scored.append(found.double().cpu().numpy())
@@ -102,16 +99,21 @@ def predict_split(
     return Predictions(all_scores[:, :, :-1], all_scores[:, :, -1])
 
 
-def build_model(config: Model, num_outputs: int) -> ResNet:
-    """The network of a config, with fresh weights drawn from torch's global generator."""
-    return ResNet(name=config.name, width=config.width, num_outputs=num_outputs)
+def build_model(config: Model, num_outputs: int, *, image_size: int = 64) -> Network:
+    """The network of a config, with fresh weights drawn from torch's global generator.
+
+    `image_size` is the height and width of its images in pixels; some networks take no other.
+    """
+    if config.name in OWN_NETWORKS:
+        return ResNet(name=config.name, width=config.width, num_outputs=num_outputs)
+    return build_registered(config.name, num_outputs=num_outputs, image_size=image_size)
 
 
 @dataclass(frozen=True)
 class TrainedModel:
     """A network for inference with its preprocessing, calibration, threshold and review rule."""
 
-    network: ResNet
+    network: Network
     model: Model  # the config that `network` was built from
     images: Images  # how images are preprocessed
     labels: LabelSpec
@@ -214,10 +216,10 @@ def _build(content: dict[str, Any]) -> TrainedModel:
         or not all(0 <= value <= 1 for value in thresholds)
     ):
         raise ValueError(f"{labels}, temperatures {temperatures}, thresholds {thresholds}")
-    network = build_model(content["model"], num)
+    side = content["images"].size
+    network = build_model(content["model"], num, image_size=side)
     network.load_state_dict(weights)
     network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    side = content["images"].size
     with torch.inference_mode():  # whether all tensors fit each other
         content["typicality"].atypicality(network, torch.zeros(1, 1, side, side))
     return TrainedModel(network, **content)

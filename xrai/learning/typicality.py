@@ -32,7 +32,7 @@ from xrai.config import Augment
 from xrai.learning.augment import augment, uniform
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.distributed import Ranks
-from xrai.learning.network import ResNet
+from xrai.learning.network import Network, Standardize
 
 SHIFT_SEED = 20_180_222  # the draws that stand for other hospitals are the same in every run
 REVIEW_SHARE = 0.04  # of validation images, augmented ones included, that the limit sends to review
@@ -49,6 +49,7 @@ VARIATION = Augment(
     noise=0.04,
 )
 _THUMBNAIL_SIZE = 16
+_MAX_CHANNELS = 256  # of a stage in its description
 _NUM_FITTED = 8192  # training images behind mean and covariance, at most
 _NUM_SPOILED = 1024  # training images that are spoiled, at most
 _NUM_DRAWS = 2  # augmented copies of each validation image
@@ -76,7 +77,7 @@ class Typicality(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
-    def atypicality(self, network: ResNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    def atypicality(self, network: Network, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1: review.
 
         A score is at least 0, finite for any image, and does not depend on the rest of the batch.
@@ -97,16 +98,15 @@ class Typicality(nn.Module):
         return torch.cat([torch.stack(distances, dim=1), centered @ self.directions], dim=1)
 
 
-def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+def describe(network: Network, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The network's logits (B, C) and the description of grey values (B, 1, H, W) in [0, 1].
 
-    The description is a group (B, d) for the stem and each block, logarithms of the means and
-    standard deviations of its maps, and one for the standardized image at 16 x 16.
+    The description is a group (B, d) for each stage, logarithms of the means and standard
+    deviations of its maps, and one for the standardized image at 16 x 16.
     """
-    standardized = network.standardize(images)
-    maps = network.maps(standardized)
-    groups = [_summarize(each) for each in maps]
-    logits: Tensor = network.head(maps[-1].mean(dim=(2, 3)))
+    logits, stages = network.look(images)
+    groups = [_summarize(maps) for maps in stages]
+    standardized = Standardize()(images)
     small = functional.adaptive_avg_pool2d(standardized, _THUMBNAIL_SIZE).flatten(1)  # (B, 256)
     centered = small - small.mean(dim=1, keepdim=True)
     deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
@@ -114,10 +114,14 @@ def describe(network: ResNet, images: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _summarize(maps: Tensor) -> Tensor:
-    """Log mean and log standard deviation, (B, 2 C), of each map of (B, C, h, w); maps are >= 0."""
-    mean = maps.mean(dim=(2, 3))
-    deviation = (maps - mean[:, :, None, None]).square().mean(dim=(2, 3)).add(1e-6).sqrt()
-    return torch.cat([mean, deviation], dim=1).clamp_min(0).add(0.02).log()
+    """Log mean of what is positive and log standard deviation, (B, 2 C), of each map of
+    (B, C, h, w). Of more than `_MAX_CHANNELS` maps, means over neighbours.
+    """
+    deviation = (maps - maps.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(2, 3))
+    numbers = torch.stack([maps.relu().mean(dim=(2, 3)), deviation.add(1e-6).sqrt()], dim=1)
+    if maps.shape[1] > _MAX_CHANNELS:
+        numbers = functional.adaptive_avg_pool1d(numbers, _MAX_CHANNELS)
+    return numbers.flatten(1).clamp_min(0).add(0.02).log()
 
 
 Draws = Tensor  # (B, 56) in [-1, 1), a row for each image
@@ -173,7 +177,7 @@ SPOILED: Mapping[str, Change] = {
 
 @torch.no_grad()
 def fit_typicality(
-    network: ResNet, train: Loader, val: Loader, *, ranks: Ranks, share: float = REVIEW_SHARE
+    network: Network, train: Loader, val: Loader, *, ranks: Ranks, share: float = REVIEW_SHARE
 ) -> Typicality:
     """Fit the score on the training split and its limit on the validation split, over all ranks.
 
@@ -181,7 +185,7 @@ def fit_typicality(
     `VARIATION`, to review. Memory does not grow with the training split.
     """
     network.eval()
-    fit = _Fit(network, ranks)
+    fit = _Fit(network, ranks, next(train.epoch(0)).images.shape[-1])
     mean, covariance, sample = fit.moments(train)
     whitening = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D)
     directions = [fit.direction(change, sample, mean, whitening) for change in SPOILED.values()]
@@ -204,10 +208,10 @@ def fit_typicality(
 class _Fit:
     """The passes over images that a fit takes."""
 
-    def __init__(self, network: ResNet, ranks: Ranks) -> None:
+    def __init__(self, network: Network, ranks: Ranks, image_size: int) -> None:
         self._network, self._ranks = network, ranks
         self.dtype = next(network.parameters()).dtype
-        blank = torch.zeros(1, 1, 32, 32, device=ranks.device, dtype=self.dtype)
+        blank = torch.zeros(1, 1, image_size, image_size, device=ranks.device, dtype=self.dtype)
         self.sizes = [group.shape[1] for group in describe(network, blank)[1]]
 
     def moments(self, train: Loader) -> tuple[Tensor, Tensor, list[Pixels]]:
