@@ -281,7 +281,7 @@ class KeySpec:
     def allowed(self) -> str:
         """What values the key takes, in words."""
         if get_origin(self.type) is Literal:
-            return "one of " + ", ".join(get_args(self.type))
+            return "one of " + ", ".join(option or "empty" for option in get_args(self.type))
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         if not self.interval:
             return kind[self.type]

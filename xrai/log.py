@@ -47,6 +47,15 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def counted(num: int, noun: str, verb: str = "") -> str:
+    """A number, a noun and perhaps a verb that agrees, for people: "1 image", "2 classes are"."""
+    if num == 1:
+        words = noun, {"are": "is", "have": "has", "use": "uses", "look": "looks"}.get(verb, verb)
+    else:
+        words = f"{noun}es" if noun.endswith("s") else f"{noun}s", verb
+    return " ".join([str(num), *filter(None, words)])
+
+
 def printable(text: str) -> str:
     """Text from outside as one line that cannot control a terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -48,7 +48,7 @@ from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import SHAPING_SECTIONS, Listing, Plan, list_source, make_plan, shaping_config
 from xrai.ingest.sources import Source, open_source
 from xrai.ingest.unfinished import Unfinished
-from xrai.log import get_logger, setup_logging
+from xrai.log import counted, get_logger, setup_logging
 from xrai.results.sheets import draw_class_counts, draw_sheet
 from xrai.store import (
     LEASE_KEY,
@@ -186,6 +186,8 @@ def preprocess(
             del listing, rows  # frees memory: the plan has its own rows
             for note in plan.notes:
                 _logger.warning("%s", note)
+            for fact in plan.facts:
+                _logger.info("%s", fact)
             place = "" if old is None else REPLACEMENT
             builder = Builder(
                 plan,
@@ -284,8 +286,8 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
             found = index.config.get(section, {}).get(name, defaults[section][name])
             if found != value:
                 raise DatasetError(
-                    f"{store.uri} holds a data set of {section}.{name} = {found}, not {value}: "
-                    f"{advice}"
+                    f"{store.uri} holds a data set of {section}.{name} = {_said(found)}, not "
+                    f"{_said(value)}: {advice}"
                 )
     plan = make_plan(listing, hash_source(source, listing, None), config)
     if index.plan_sha256 != plan.sha256:
@@ -299,6 +301,10 @@ def show_existing(config: Config, source: Source, listing: Listing, store: Store
     print("\n".join(describe(index, store)), flush=True)
 
 
+def _said(value: object) -> str:
+    return "empty" if value == "" else str(value)
+
+
 def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) -> list[str]:
     """The last lines: how many, of what, where."""
     counts = index.counts
@@ -308,7 +314,7 @@ def describe(index: DatasetIndex, store: Store, *, took_s: float | None = None) 
         numbers = index.num_images_per_class(split).items()
         splits.append(f"{split} {' + '.join(f'{number} {name}' for name, number in numbers)}")
     return [
-        f"{counts.num_found} files found = {counts.num_written} written + "
+        f"{counted(counts.num_found, 'file')} found = {counts.num_written} written + "
         f"{counts.num_set_aside} excluded{rate}",
         "; ".join(splits),
         f"data set {index.fingerprint[:16]} is at {store.uri}; its card: "

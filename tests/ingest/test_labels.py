@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest import records
+from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
 from xrai.ingest.layout import Entry, Layout, is_file_patient
 from xrai.ingest.patients import PatientKey
@@ -135,7 +136,7 @@ def test_labels_of_any_name_are_classes_with_the_negative_one_first() -> None:
         ("c.dcm", 0),
         ("d/e.png", 2),
     ]
-    assert layout.notes[0].startswith("the classes are 'Healthy' (1 images), 'Covid' (1 images)")
+    assert layout.notes[0].startswith("the classes are 'Healthy' (1 image), 'Covid' (1 image)")
 
 
 def test_two_classes_are_binary_and_the_negative_one_is_known_or_said() -> None:
@@ -166,6 +167,8 @@ def test_names_say_the_classes_and_their_order() -> None:
         (["healthy"], "t.csv has one class alone, 'healthy' (t.csv, line 2)"),
         (["NORMAL", "PNEUMONIA", "PNUEMONIA"], "t.csv, line 4: 'PNUEMONIA' has 1 image; did you"),
         (["NORMAL", "TB", "TB (1)"], "t.csv, line 4: 'TB (1)' looks like a copy or a part of"),
+        (["NORMAL", "TB", "TB (old)"], "t.csv, line 4: 'TB (old)' looks like a copy or a part"),
+        (["NORMAL", "TB", "TB_old"], "t.csv, line 4: 'TB_old' looks like a copy or a part of"),
         (["NORMAL", "TB", "healthy"], "the classes 'healthy' and 'NORMAL', which mean the same"),
         (["NORMAL", "TB", "a|b"], "t.csv has the name 'a|b', which is no name: it takes"),
         (["NORMAL", "TB", "Review"], "t.csv has the name 'Review', which predictions use as a"),
@@ -176,12 +179,35 @@ def test_labels_that_are_likely_mistakes_are_refused(labels: list[str], words: s
     assert words in refused(f"path,label\n{rows}")
 
 
+@pytest.mark.parametrize(
+    ("name", "valid", "hint"),
+    [
+        ("abnormal", "normal", ""),
+        ("non-COVID", "COVID", ""),
+        ("grade 3", "grade 2", ""),
+        ("stage II", "stage I", ""),
+        ("positive", "negative", ""),
+        ("norml", "normal", "; did you mean normal?"),
+        ("COVID19", "COVID-19", "; did you mean COVID-19?"),
+    ],
+)
+def test_no_other_grade_and_no_negation_is_proposed(name: str, valid: str, hint: str) -> None:
+    assert nearest_name(name, [valid]) == hint
+
+
+def test_the_negative_class_comes_first_whatever_the_order_of_the_names() -> None:
+    text = "path,label\na.dcm,A\nb.dcm,B\nc.dcm,C\n"
+    for names, classes in (("B|A", ("A", "B")), ("C|A|B", ("A", "C", "B"))):
+        own = "".join(text.splitlines(keepends=True)[: 1 + len(classes)])
+        assert laid_out(own, names=names, negative="a").labels.classes == classes
+
+
 def test_subtypes_become_classes_of_their_own() -> None:
     text = "path,label,subtype\na.dcm,NORMAL,\nb.dcm,PNEUMONIA,virus\nc.dcm,PNEUMONIA,{}\n"
     layout = laid_out(text.format("bacterial"), target="subtype")
     assert layout.labels == LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
     assert [(entry.label, entry.subtype) for entry in layout.entries] == [(0, ""), (2, ""), (1, "")]
-    assert "1 PNEUMONIA images of t.csv have none, such as c.dcm" in refused(
+    assert "1 PNEUMONIA image of t.csv without one, such as c.dcm" in refused(
         text.format(""), target="subtype"
     )
     assert "are of one subtype, 'viral'" in refused(text.format("virus"), target="subtype")
@@ -200,7 +226,13 @@ def test_columns_of_1_0_and_empty_are_findings(caplog: pytest.LogCaptureFixture)
         layout = laid_out(COLUMNS)
     assert layout.labels == LabelSpec("multilabel", ("Edema", "Effusion"))
     assert [entry.label for entry in layout.entries] == [(1, 0), (-1, -1), (0, 1)]
-    assert layout.notes == ("the findings are Edema, Effusion",)
+    assert layout.notes == (
+        "the findings are 'Edema' (1 image, unknown in 1), 'Effusion' (1 image, unknown in 1): if "
+        "one is not meant, name those to use by --labels.names='A|B|…'",
+    )
+    assert laid_out(COLUMNS, names="Edema").facts == (
+        "the findings are 'Edema' (1 image, unknown in 1)",
+    )
     assert "columns 'age', 'note' are not used" in caplog.text
 
 
@@ -211,6 +243,34 @@ def test_the_policy_says_what_uncertain_and_blank_findings_count_as() -> None:
     assert labels(uncertain="positive") == [(1, 0), (-1, 1), (0, 1)]
     assert labels(uncertain="negative", blank="negative") == [(1, 0), (0, 0), (0, 1)]
     assert labels(names="effusion") == [(0,), (-1,), (1,)]
+
+
+def test_no_finding_makes_what_is_empty_absent_but_for_devices() -> None:
+    text = (
+        "path,Edema,Effusion,Support Devices,No Finding\n"
+        "a.dcm,,,1,1\nb.dcm,,-1,,1\nc.dcm,1,,,0\nd/e.png,,,,\n"
+    )
+    found = [entry.label for entry in laid_out(text).entries]
+    assert found == [(0, 0, 1), (0, -1, -1), (1, -1, -1), (-1, -1, -1)]
+
+
+def test_yes_and_true_are_values_and_a_column_of_scores_is_told() -> None:
+    text = "path,A,B,note,C\na.dcm,Yes,TRUE,x,0\nb.dcm,no,false,,0.7\nc.dcm,,-1,y,1\n"
+    assert "line 3: C is '0.7', allowed are 1, yes or true" in refused(text)
+    text = text.replace(",0\n", ",0.1\n")
+    layout = laid_out(text)
+    assert [entry.label for entry in layout.entries] == [(1, 1), (0, 0), (-1, -1)]
+    assert layout.notes[0].startswith(
+        "t.csv: the column 'C' is not used as a finding: line 2 has '0.1', allowed are 1, yes"
+    )
+    assert "column" not in layout.notes[1] and laid_out(text, names="A").notes == ()
+
+
+def test_an_empty_cell_of_names_is_what_blank_says() -> None:
+    text = "path,findings\na.dcm,Edema|Effusion\nb.dcm,\n"
+    labels = [laid_out(text, blank=blank).entries[1].label for blank in ("unknown", "negative")]
+    assert labels == [(-1, -1), (0, 0)]
+    assert "or say by --labels.blank what an empty cell means" in refused(text)
 
 
 def test_one_column_of_names_is_findings_too() -> None:
@@ -228,7 +288,11 @@ def test_one_column_of_names_is_findings_too() -> None:
 @pytest.mark.parametrize(
     ("text", "keys", "words"),
     [
-        ("path,A,B\na.dcm,1,0\nb.dcm,2,0\n", {}, "line 3: A is '2', allowed are 1 (present), 0"),
+        (
+            "path,A,B\na.dcm,1,0\nb.dcm,2,0\n",
+            {},
+            "line 3: A is '2', allowed are 1, yes or true (present), 0",
+        ),
         ("path,A,a\na.dcm,1,0\n", {}, "the first line of t.csv has the name 'a' twice"),
         ("path,A,B\na.dcm,1,0\n", {"names": "A|C"}, "t.csv has no column 'C' of labels.names"),
         (
@@ -240,13 +304,23 @@ def test_one_column_of_names_is_findings_too() -> None:
         ("path,label,findings\na.dcm,x,y\n", {}, "has the columns label and findings; leave one"),
         ("path,findings\na.dcm,\n", {}, "line 2: findings is empty; write 'No finding'"),
         ("path,findings\na.dcm,A||B\n", {}, "line 2: findings 'A||B' lacks a name"),
+        ("path,findings\na.dcm,?\n", {}, "line 2: findings '?' lacks a name"),
+        ("path,findings\na.dcm,A|a?\n", {}, "line 2: findings 'A|a?' says 'A' twice"),
+        (
+            "path,findings\na.dcm,No Finding?\n",
+            {},
+            "line 2: findings 'No Finding?' has ? behind it",
+        ),
+        ("path,findings\na.dcm,A??\n", {}, "t.csv, line 2, has the name 'A?', which ends in ?"),
+        ("path,A,no finding\na.dcm,1,1\n", {}, "line 2: A and no finding are both present; leave"),
+        ("path,A,normal\na.dcm,1,0\nb.dcm,1,2\n", {}, "line 3: normal is '2', allowed are 1, yes"),
         ("path,findings\na.dcm,A|No finding\n", {}, "line 2: findings 'A|No finding' says none"),
         (
             "path,findings\na.dcm,Edema\n",
             {"names": "Edmea"},
             "t.csv has no finding 'Edmea' of labels.names; did you mean Edema?",
         ),
-        ("path,A,B\na.dcm,1,0\n", {"target": "subtype"}, "2 classes or findings: A, B"),
+        ("path,A,B\na.dcm,1,0\n", {"target": "subtype"}, "2 findings: A, B"),
     ],
 )
 def test_findings_that_are_none_are_refused_by_their_lines(
@@ -349,7 +423,7 @@ def test_all_faults_are_told_but_not_hundreds() -> None:
         ('path,label\n"a.dcm,NORMAL\n', "t.csv, line 2, is not CSV"),
         (
             "path,label,subtype\na.dcm,NORMAL,virus\n",
-            "line 2: a subtype is given to a NORMAL image",
+            "line 2: a subtype is given to an image of class 'NORMAL'",
         ),
         ("path,label,group\na.dcm,NORMAL,a:b\n", "line 2: group 'a:b' is not 1 to 40 letters"),
     ],

@@ -295,7 +295,7 @@ def test_a_third_class_is_told() -> None:
         ("pneumonia_old", "'pneumonia_old' looks like a copy or a part of the class 'PNEUMONIA'"),
         ("Pneumonia - Kopie", "looks like a copy or a part of the class 'PNEUMONIA'"),
         ("NORMAL2", "looks like a copy or a part of the class 'NORMAL'"),
-        ("Normal", "two folders of one class, 'NORMAL' and 'Normal' in 'its top folder'"),
+        ("Normal", "two folders of one class, 'NORMAL' and 'Normal' in its top folder: make"),
         ("PNEUMONA", "PNEUMONA/: 'PNEUMONA' has 3 images; did you mean PNEUMONIA"),
         ("healthy", "the classes 'healthy' and 'NORMAL', which mean the same"),
     ],
@@ -344,7 +344,7 @@ def test_subtypes_of_public_names_become_three_classes() -> None:
     assert layout.labels == LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
     for entry in layout.entries:
         assert entry.label == (1 if "bacteria" in entry.path else 2 if "virus" in entry.path else 0)
-    with pytest.raises(SourceError, match="1 PNEUMONIA images of S have none, such as train/PNEU"):
+    with pytest.raises(SourceError, match="1 PNEUMONIA image of S without one, such as train/PN"):
         lay_out([*paths, "train/PNEUMONIA/a.png"], source="S", config=Labels(target="subtype"))
 
 

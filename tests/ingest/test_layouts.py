@@ -160,34 +160,6 @@ def test_nih_without_its_lists_is_carved_by_patient(write: Callable[..., Path]) 
     assert layout.notes[0].startswith("there is no train_val_list.txt and no test_list.txt")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        (
-            "No Finding",
-            "Infiltraton",
-            "2017.csv, line 4: unknown finding 'Infiltraton'; did you mean Infiltration?",
-        ),
-        ("No Finding", "No Finding|Mass", "line 4: findings 'No Finding|Mass' says none"),
-        ("Finding Labels", "Finding", "is 'finding' meant as finding labels?"),
-        (
-            "00000002_000.png",
-            "00000009_000.png",
-            "line 4: '00000009_000.png' is in none of the lists of splits",
-        ),
-        (
-            "00000001_001.png,Cardiomegaly|Emphysema,1",
-            "00000001_000.png,Mass,1",
-            "line 3: '00000001_000.png' contradicts Data_Entry_2017.csv, line 2",
-        ),
-    ],
-)
-def test_a_wrong_nih_table_is_refused_by_its_line(
-    write: Callable[..., Path], old: str, new: str, words: str
-) -> None:
-    assert words in refused(write(nih_files(nih(NIH).replace(old, new))), layout="nih")
-
-
 def test_an_nih_image_in_both_lists_or_missing_is_refused(write: Callable[..., Path]) -> None:
     files = nih_files()
     source = write({**files, "test_list.txt": "00000003_000.png\n00000001_000.png\n"})
@@ -198,7 +170,9 @@ def test_an_nih_image_in_both_lists_or_missing_is_refused(write: Callable[..., P
     assert words in refused(source, layout="nih")
     layout = listed(source, layout="nih", missing="skip")
     assert len(layout.entries) == 3
-    assert any(note.startswith("1 files that Data_Entry_2017.csv names") for note in layout.notes)
+    assert any(
+        note.startswith("1 file that Data_Entry_2017.csv names and") for note in layout.notes
+    )
 
 
 # ------------------------------------------------------------------------------------- CheXpert
@@ -255,26 +229,6 @@ def test_chexpert_is_found_wherever_its_folder_stands(
     assert {entry.split for entry in only.entries} == {"train"}
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        (
-            "68,Frontal,AP,1.0,,,,1.0",
-            "68,Frontal,AP,1.0,,,,2.0",
-            "line 2: Support Devices is '2.0'",
-        ),
-        ("Path,", "Pathe,", "is 'pathe' meant as path?"),
-        ("patient00003/", "subject3/", "line 5: path 'CheXpert-v1.0-small/train/subject3/study1/"),
-        ("Edema", "Oedema", "train.csv has an unknown column 'Oedema'; did you mean Edema?"),
-    ],
-)
-def test_a_wrong_chexpert_table_is_refused_by_its_line(
-    write: Callable[..., Path], old: str, new: str, words: str
-) -> None:
-    files = {**chexpert_files(), "train.csv": chexpert("train").replace(old, new)}
-    assert words in refused(write(files), layout="chexpert")
-
-
 # ----------------------------------------------------------------------------------------- RSNA
 
 
@@ -306,25 +260,6 @@ def test_rsnas_three_classes_are_those_of_the_second_table(write: Callable[..., 
             "multiclass", ("Normal", "Lung Opacity", "No Lung Opacity / Not Normal")
         )
         assert labels_of(layout) == [2, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        (",,,,,0\n00313", ",,,,,2\n00313", "line 2: Target is '2', allowed are 0 and 1"),
-        (
-            "870c,562.0,152.0,256.0,453.0,1",
-            "870c,,,,,0",
-            "line 5: '00436515-870c' has Target 0, but is 'Lung Opacity' in stage_2_detailed",
-        ),
-        ("Target", "Targets", "is 'targets' meant as target?"),
-        ("00313ee0-9eaa", "10313ee0-9eaa", "line 3: there is no file '10313ee0-9eaa' in source"),
-    ],
-)
-def test_a_wrong_rsna_table_is_refused_by_its_line(
-    write: Callable[..., Path], old: str, new: str, words: str
-) -> None:
-    assert words in refused(write(rsna_files(RSNA.replace(old, new))), layout="rsna")
 
 
 def test_rsnas_three_classes_need_the_second_table(write: Callable[..., Path]) -> None:
@@ -409,25 +344,6 @@ def test_vindr_of_children_has_one_reader_and_numbered_images(write: Callable[..
     }
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("a1,R2,1,0,1,0", "a1,R2,1,x,1,0", "line 3: Cardiomegaly is 'x', allowed are 1"),
-        ("a1,R2", "a1,R1", "line 3: 'a1' has a row of the same reader in line 2"),
-        (
-            "Cardiomegaly",
-            "Cardiomegly",
-            "image_labels_test.csv has no column 'Cardiomegly', as the ",
-        ),
-        ("image_id", "image", "is 'image' meant as image_id?"),
-    ],
-)
-def test_a_wrong_vindr_table_is_refused_by_its_line(
-    write: Callable[..., Path], old: str, new: str, words: str
-) -> None:
-    assert words in refused(write(vindr_files(VINDR_TRAIN.replace(old, new))), layout="vindr")
-
-
 def test_readers_who_do_not_know_do_not_count() -> None:
     assert combine([-1, 1, -1], "all") == 1
     assert combine([-1, -1], "any") == -1
@@ -474,29 +390,126 @@ def test_covidx_a_has_three_classes_and_any_name_of_its_lists(write: Callable[..
         assert labels_of(layout) == [0, 1, 1, 0, 2]
 
 
+# ------------------------------------------------------------------------------------------ all
+
+
+# A layout's table, and the files of a source that has it
+SOURCES: Mapping[str, tuple[str, Callable[[str], dict[str, str | None]]]] = {
+    "nih": (nih(NIH), nih_files),
+    "chexpert": (chexpert("train"), lambda table: {**chexpert_files(), "train.csv": table}),
+    "rsna": (RSNA, rsna_files),
+    "vindr": (VINDR_TRAIN, vindr_files),
+    "covidx": (COVIDX_TRAIN, covidx_files),
+}
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("layout", "old", "new", "words"),
     [
         (
+            "nih",
+            "No Finding",
+            "Infiltraton",
+            "2017.csv, line 4: unknown finding 'Infiltraton'; did you mean Infiltration?",
+        ),
+        ("nih", "No Finding", "No Finding|Mass", "line 4: findings 'No Finding|Mass' says none"),
+        ("nih", "Finding Labels", "Finding", "is 'finding' meant as finding labels?"),
+        (
+            "nih",
+            "00000002_000.png",
+            "00000009_000.png",
+            "line 4: '00000009_000.png' is in none of the lists of splits",
+        ),
+        (
+            "nih",
+            "00000001_001.png,Cardiomegaly|Emphysema,1",
+            "00000001_000.png,Mass,1",
+            "line 3: '00000001_000.png' contradicts Data_Entry_2017.csv, line 2",
+        ),
+        (
+            "chexpert",
+            "68,Frontal,AP,1.0,,,,1.0",
+            "68,Frontal,AP,1.0,,,,2.0",
+            "line 2: Support Devices is '2.0'",
+        ),
+        ("chexpert", "Path,", "Pathe,", "is 'pathe' meant as path?"),
+        (
+            "chexpert",
+            "patient00003/",
+            "subject3/",
+            "line 5: path 'CheXpert-v1.0-small/train/subject3/study1/",
+        ),
+        (
+            "chexpert",
+            "Edema",
+            "Oedema",
+            "train.csv has an unknown column 'Oedema'; did you mean Edema?",
+        ),
+        ("rsna", ",,,,,0\n00313", ",,,,,2\n00313", "line 2: Target is '2', allowed are 0 and 1"),
+        (
+            "rsna",
+            "870c,562.0,152.0,256.0,453.0,1",
+            "870c,,,,,0",
+            "line 5: '00436515-870c' has Target 0, but is 'Lung Opacity' in stage_2_detailed",
+        ),
+        ("rsna", "Target", "Targets", "is 'targets' meant as target?"),
+        (
+            "rsna",
+            "00313ee0-9eaa",
+            "10313ee0-9eaa",
+            "line 3: there is no file '10313ee0-9eaa' in source",
+        ),
+        ("vindr", "a1,R2,1,0,1,0", "a1,R2,1,x,1,0", "line 3: Cardiomegaly is 'x', allowed are 1"),
+        ("vindr", "a1,R2", "a1,R1", "line 3: 'a1' has a row of the same reader in line 2"),
+        (
+            "vindr",
+            "Cardiomegaly",
+            "Cardiomegly",
+            "image_labels_test.csv has no column 'Cardiomegly', as the ",
+        ),
+        ("vindr", "image_id", "image", "is 'image' meant as image_id?"),
+        (
+            "covidx",
             "(3).jpeg positive",
             "(3).jpeg postive",
             "train.txt, line 2: unknown class 'postive'; did you mean positive?",
         ),
         (
+            "covidx",
             "01ae2cd3.png negative rsna\n01",
             "01ae2cd3.png positive rsna\n01",
             "line 4: '01ae2cd3.png' contradicts train.txt, line 3, which says label 'positive'",
         ),
-        ("ANON8 COVID (3).jpeg", "ANON8 x.jpeg", "line 2: there is no file 'x.jpeg' in source"),
+        (
+            "covidx",
+            "ANON8 COVID (3).jpeg",
+            "ANON8 x.jpeg",
+            "line 2: there is no file 'x.jpeg' in source",
+        ),
     ],
 )
-def test_a_wrong_covidx_list_is_refused_by_its_line(
-    write: Callable[..., Path], old: str, new: str, words: str
+def test_a_wrong_table_is_refused_by_its_line(
+    write: Callable[..., Path], layout: str, old: str, new: str, words: str
 ) -> None:
-    assert words in refused(write(covidx_files(COVIDX_TRAIN.replace(old, new))), layout="covidx")
+    table, files = SOURCES[layout]
+    assert words in refused(write(files(table.replace(old, new))), layout=layout)
 
 
-# ------------------------------------------------------------------------------------------ all
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_table_of_a_layout_that_is_not_named_gets_its_name(
+    write: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    table = tmp_path / "own.csv"
+    table.write_text(SOURCES[layout][0])
+    source = open_source(str(write({"a.png": None})))
+    hint = f"this looks like a table of {layout}, which --labels.layout={layout} reads as it is"
+    if layout == "chexpert":  # it has a column path, too
+        found = read_table(str(table), source, Labels())
+        assert found and f"own.csv: {hint}" in found.notes
+        return
+    with pytest.raises(SourceError) as caught:
+        read_table(str(table), source, Labels())
+    assert str(caught.value).endswith(f"; {hint}")
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,30 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
     )
 
 
+@pytest.mark.parametrize("num", [10, 100])
+def test_two_classes_of_other_names_are_balanced(num: int) -> None:
+    free = LabelSpec("binary", ("healthy", "TB"))
+    rows = [row(f"{k}.png", label=k % 2) for k in range(2 * num)]
+    assignment = assign_splits(rows, free, Splits())
+    counts = Counter((found.split, found.label) for found in assignment.rows)
+    assert {split: (counts[split, 0], counts[split, 1]) for split in ("train", "val", "test")} == {
+        "train": (num * 8 // 10,) * 2,
+        "val": (num // 10,) * 2,
+        "test": (num // 10,) * 2,
+    }
+    assert assignment.notes == ()
+    told = "val and test are carved by patient, balanced for every class"
+    assert assignment.facts == (told,)  # and none is farthest
+    assert find_split_faults(assignment.rows, assignment.carved, Splits(), free) == []
+
+
+def test_a_split_that_is_far_from_balanced_is_a_note() -> None:
+    three = LabelSpec("multiclass", ("A", "B", "C"))
+    rows = [row(f"{k}.png", label=min(k % 7, 2), patient=f"p:{k // 9}") for k in range(90)]
+    assignment = assign_splits(rows, three, Splits())
+    assert assignment.facts == () and "farthest from train is " in assignment.notes[-1]
+
+
 # ---------------------------------------------------------------------------------- for xrai.verify
 
 

@@ -1,11 +1,11 @@
 """The rules that every data set keeps: `xrai.ingest` makes data sets by them, `xrai.dataset.verify`
 checks them.
 
-Val and test that a source lacks are carved from train, patient by patient. Of two classes it is by
-a hash of the patient's key alone: adding images moves nobody, and each class gives about the same
-share. More classes, or findings, some of them rare, are balanced instead (`xrai.dataset.stratify`),
-from the rows alone. Identical images under two names count as one patient, the one whose key sorts
-first.
+Val and test that a source lacks are carved from train, patient by patient. Of NORMAL and PNEUMONIA
+it is by a hash of the patient's key alone: adding images moves nobody, and each class gives about
+the same share. Any other classes, or findings, some of them rare, are balanced instead
+(`xrai.dataset.stratify`), from the rows alone. Identical images under two names count as one
+patient, the one whose key sorts first.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def carve(
         return [*rows]
     pool = _carved_rows(rows, ("train", *carved))
     owners = _owners(pool)
-    if labels.task == "binary":
+    if labels.is_public:
         splits = {owner: _split_of(owner, carved, config) for owner in owners.values()}
     else:
         splits = _stratified(pool, owners, carved, config, labels)
@@ -135,7 +135,7 @@ def find_split_faults(
             faults.append(
                 f"{other.path} in {other.split} and {row.path} in {row.split} are the same image"
             )
-    says = "its patient's hash says" if labels.task == "binary" else "balanced splits have it in"
+    says = "its patient's hash says" if labels.is_public else "balanced splits have it in"
     for row, again in zip(rows, carve(rows, carved, config, labels), strict=True):
         if row.split != again.split:
             faults.append(f"{row.path} is in {row.split}, {says} {again.split}")

@@ -31,7 +31,7 @@ from xrai.ingest.sources import Source
 from xrai.ingest.splits import refuse_missing_class
 from xrai.ingest.unfinished import Part, Unfinished
 from xrai.labels import LabelSpec
-from xrai.log import get_logger, progress
+from xrai.log import counted, get_logger, progress
 from xrai.store import Store
 
 _CHECKS_AT_A_TIME = 8
@@ -289,16 +289,16 @@ def assemble(
     if near:
         first = near[0]
         _logger.warning(
-            "%d pairs of images in two splits look the same, such as %s and %s",
-            len(near),
+            "%s of images in two splits look the same, such as %s and %s",
+            counted(len(near), "pair"),
             first.one.path,
             first.other.path,
         )
-    notes = [*plan.notes]
+    notes = [*plan.notes, *plan.facts]
     if few_greys := [path for part in parts for path in part.few_greys]:
         notes.append(
-            f"{len(few_greys)} images use fewer than {FEW_GREYS} of 256 grey levels, such as "
-            f"{few_greys[0]}"
+            f"{counted(len(few_greys), 'image', 'use')} fewer than {FEW_GREYS} of 256 grey levels, "
+            f"such as {few_greys[0]}"
         )
         _logger.warning("%s", notes[-1])
     contents: dict[str, Iterable[bytes]] = {index.place + shards.MANIFEST_KEY: manifest_lines(rows)}

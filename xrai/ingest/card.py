@@ -18,7 +18,7 @@ from xrai.files import temporary_folder
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
 from xrai.labels import Label, LabelSpec
-from xrai.log import printable
+from xrai.log import counted, printable
 from xrai.store import Store
 from xrai.tables import to_csv
 
@@ -87,7 +87,8 @@ def make_report(
     if near:
         pairs = [row for pair in near[:_PAIRS] for row in (pair.one, pair.other)]
         titles = [f"{row.split}: {_name(row)}" for row in pairs]
-        heading, note = "Near-duplicates in two splits, the nearest", f"{len(near)} pairs in all"
+        heading = "Near-duplicates in two splits, the nearest"
+        note = f"{counted(len(near), 'pair')} in all"
         images = _read_images(store, index.place, pairs)
         add("near-duplicates.png", heading, draw_sheet, images, titles, note=note)
         files[f"{REPORT_PREFIX}near-duplicates.csv"] = _write_near(near)
@@ -111,16 +112,17 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
         f"# Data set {index.fingerprint[:16]}",
         "",
         *([drawn, ""] if is_phantom(rows) else []),
-        f"Source: {_text(index.source)}. {counts.num_found} files found = {counts.num_written} "
-        f"written + {counts.num_set_aside} excluded; {counts.num_not_data} more are not data.",
+        f"Source: {_text(index.source)}. {counted(counts.num_found, 'file')} found = "
+        f"{counts.num_written} written + {counts.num_set_aside} excluded; "
+        f"{counts.num_not_data} more are not data.",
         f"Images: {index.image_size} x {index.image_size} grey levels of 8 bits, fitted by "
         f"`{index.config['images']['fit']}`; mean of {measured} {index.pixel_mean:.1f}, standard "
         f"deviation {index.pixel_std:.1f}.",
         "",
         *_splits(contents, used),
         "",
-        f"Patients are known for {num_named} of {len(used)} images, by file name, labels or DICOM "
-        "header; every other file counts as a patient of its own.",
+        f"Patients are known for {num_named} of {counted(len(used), 'image')}, by file name, "
+        "labels or DICOM header; every other file counts as a patient of its own.",
         *(f"Note: {_text(note)}." for note in contents.notes),
     ]
     for caption, name in sheets:

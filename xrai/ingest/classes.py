@@ -11,25 +11,37 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from xrai.config import Labels, nearest
+from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest.records import shown
 from xrai.labels import CLASSES, LabelSpec, Task, find_twice, folded, name_fault
+from xrai.labels import Labels as LabelArray
+from xrai.log import counted
 
 NEGATIVE_WORDS: Final = (
     *("normal", "no finding", "no findings", "negative", "healthy", "control", "controls"),
 )
 MAX_CLASSES: Final = 100  # more folders are patients, and more labels are texts
 
+NAME_CLASSES: Final = (
+    "if one is not meant as a class, move its images away or name the classes by "
+    "--labels.names='A|B|…'"
+)
+NAME_FINDINGS: Final = "if one is not meant, name those to use by --labels.names='A|B|…'"
+
 _SAY_SO = "if each is meant, name the classes by --labels.names='A|B|…'"
 _FEW_IMAGES, _SMALL_SHARE = 10, 0.1  # what a class by mistake has at most
 _SIMILAR = 0.75  # ratio of difflib from which a rare name is taken for a misspelling
 _SHOWN = 5  # names that one message lists
 # What people append to the name of a folder that is a copy or a part of another one
-_APPENDED = re.compile(
-    r"[\s_.-]*(?:\(\d*\)|\d+|\b(?:old|new|copy|kopie|backup|bak|orig(?:inal)?|final|tmp|temp"
-    r"|extra|more|rest|aug(?:mented)?|cropped|resized)\b)$"
+_WORDS = (
+    "old|new|copy|kopie|backup|bak|orig(?:inal)?|final|tmp|temp|extra|more|rest|aug(?:mented)?"
+    "|cropped|resized"
 )
+_APPENDED = re.compile(rf"[\s_.-]*(?:[(\[](?:\d*|{_WORDS})[)\]]|\d+|\b(?:{_WORDS})\b)$")
+# Names that differ in these alone are different grades or opposites, and no misspellings
+_GRADES = re.compile(r"\d+|\b[ivx]+\b|\b[a-z]\b|positive|negative|left|right")
+_NEGATIONS = ("ab", "un", "in", "im", "a", "non", "not", "no", "without", "absent")
 # Folders whose names differ in their numbers alone and that begin so hold parts, not classes
 _PARTS = re.compile(
     r"(?:images?|img|films?|parts?|folds?|batch(?:es)?|folders?|dirs?|sets?|subsets?|data|series"
@@ -119,20 +131,28 @@ def refuse_unknown(found: Sequence[Found], names: Collection[str]) -> None:
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """The end of a message about an unknown name; empty where none is like it."""
-    known = {folded(each): each for each in valid}
+    """The end of a message about an unknown name; empty where none is like it but means another."""
+    known = {folded(each): each for each in valid if not _are_opposed(name, each)}
     near = difflib.get_close_matches(folded(name), known, n=1)
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def explain(found: Sequence[Found], spec: LabelSpec) -> str:
-    """A sentence that says which classes were found, where they are not the usual two."""
+def explain_classes(found: Sequence[Found], spec: LabelSpec) -> str:
+    """Which classes were found."""
     num_images = {folded(each.name): each.num_images for each in found}
-    shown = [f"{name!r} ({num_images.get(folded(name), 0)} images)" for name in spec.classes]
-    return (
-        f"the classes are {', '.join(shown)}: if one is not meant as a class, move its images away "
-        "or name the classes by --labels.names='A|B|…'"
+    told = (
+        f"{name!r} ({counted(num_images.get(folded(name), 0), 'image')})" for name in spec.classes
     )
+    return f"the classes are {', '.join(told)}"
+
+
+def explain_findings(spec: LabelSpec, labels: LabelArray) -> str:
+    """Which findings were found; `labels` (N, C) are those of all images."""
+    told = (
+        f"{name!r} ({counted(num, 'image')}{f', unknown in {unknown}' if unknown else ''})"
+        for name, num, unknown in zip(spec.classes, *spec.count(labels), strict=True)
+    )
+    return f"the findings are {', '.join(told)}"
 
 
 def _explain_one_class(found: Sequence[Found], names: Sequence[str], *, where: str) -> str:
@@ -154,7 +174,7 @@ def _negative_of(
         if not own:
             raise SourceError(
                 f"labels.negative = {config.negative!r} is no class of {where}, which has "
-                f"{', '.join(names)}{nearest(config.negative, names)}"
+                f"{', '.join(names)}{nearest_name(config.negative, names)}"
             )
         return own[0]
     if is_ordered:
@@ -198,12 +218,14 @@ def _refuse_doubtful(found: Sequence[Found], *, where: str) -> None:
         few = each.num_images < _FEW_IMAGES
         if few and (near := _more_frequent_namesake(each, found)):
             raise SourceError(
-                f"{each.place}: {each.name!r} has {_images(each)}; did you mean {near}? {_SAY_SO}"
+                f"{each.place}: {each.name!r} has {counted(each.num_images, 'image')}; "
+                f"did you mean {near}? {_SAY_SO}"
             )
         is_usual = folded(each.name) in map(folded, CLASSES)
         if few and not is_usual and each.num_images < _SMALL_SHARE * largest:
             raise SourceError(
-                f"{each.place}: {each.name!r} would be a class of {_images(each)} beside one of "
+                f"{each.place}: {each.name!r} would be a class of "
+                f"{counted(each.num_images, 'image')} beside one of "
                 f"{largest}: a misspelling, or a folder that is no class? {_SAY_SO}"
             )
 
@@ -230,6 +252,17 @@ def _separated(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", folded(name))
 
 
+def _are_opposed(one: str, other: str) -> bool:
+    """Whether two names differ in their grade, or one is the other with a negation in front."""
+    first, second = sorted((_separated(one), _separated(other)), key=len)
+    if first == second:
+        return False
+    if _GRADES.sub("#", first) == _GRADES.sub("#", second):
+        return True
+    front = second.removesuffix(first).strip(" ")
+    return front in _NEGATIONS and second.endswith(first)
+
+
 def _more_frequent_namesake(each: Found, found: Sequence[Found]) -> str:
     """The most similar name that more images have; "" where there is none."""
     usual = [folded(name) for name in CLASSES]
@@ -239,13 +272,10 @@ def _more_frequent_namesake(each: Found, found: Sequence[Found]) -> str:
         if other.num_images > each.num_images
         or (folded(other.name) in usual and folded(each.name) not in usual)
     }
+    others = {own: name for own, name in others.items() if not _are_opposed(each.name, name)}
     others.pop(folded(each.name), None)
     near = difflib.get_close_matches(folded(each.name), others, n=1, cutoff=_SIMILAR)
     return others[near[0]] if near else ""
-
-
-def _images(each: Found) -> str:
-    return "1 image" if each.num_images == 1 else f"{each.num_images} images"
 
 
 def _quoted(name: str) -> str:

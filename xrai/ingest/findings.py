@@ -1,6 +1,7 @@
 """Findings as tables state them: a column each, of 1, 0, empty or -1; or names joined by `|`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,12 +15,20 @@ from xrai.ingest.classes import (
     split_names,
 )
 from xrai.ingest.records import shown
-from xrai.labels import UNKNOWN, folded
+from xrai.labels import UNKNOWN, find_twice, folded
 
 COLUMN: Final = "findings"  # of names joined by |
 
-_VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": UNKNOWN, "-1.0": UNKNOWN}
-_ALLOWED = "1 (present), 0 (absent), empty or -1 (unknown)"
+_VALUES: Final = {
+    **{"1": 1, "1.0": 1, "yes": 1, "true": 1},
+    **{"0": 0, "0.0": 0, "no": 0, "false": 0},
+    **{"-1": UNKNOWN, "-1.0": UNKNOWN},
+}
+_ALLOWED = "1, yes or true (present), 0, no or false (absent), empty or -1 (unknown)"
+# Cells that may be meant as findings, as numbers from -1 to 1 may
+_LIKE_VALUES = frozenset(["y", "n", "pos", "neg", "positive", "negative", "present", "absent"])
+# What CheXpert's "No Finding" says nothing about
+_DEVICES = frozenset(["support devices"])
 # Columns of numbers that are no findings
 _OTHERS = frozenset(["age", "sex", "gender", "view", "id", "index", "year", "height", "width"])
 
@@ -36,7 +45,7 @@ class Policy:
         cell = cell.strip()
         if not cell:
             return self.blank
-        value = _VALUES.get(cell)
+        value = _VALUES.get(cell.casefold())
         return self.uncertain if value == UNKNOWN else value
 
 
@@ -93,15 +102,62 @@ def find_columns(
     return found
 
 
+def find_negative_columns(
+    header: Sequence[str], records: Sequence[Sequence[str]], columns: Mapping[str, int]
+) -> dict[str, int]:
+    """Columns such as "No finding", of 1 and 0, that are none of the findings' `columns`."""
+    return {
+        cell.strip(): k
+        for k, cell in enumerate(header)
+        if k not in columns.values() and is_negative_word(cell) and _is_mostly_findings(records, k)
+    }
+
+
+def explain_unused(
+    header: Sequence[str], records: Sequence[tuple[int, Sequence[str]]], used: Iterable[int]
+) -> Iterator[str]:
+    """A sentence on each column that may be meant as a finding and is not `used` as one; the
+    records have their lines.
+    """
+    for k in sorted({*range(len(header))}.difference(used)):
+        filled = [(line, cell) for line, cells in records if (cell := cells[k].strip())]
+        num_alike = sum(_is_like_a_value(cell) for _, cell in filled)
+        bad = [each for each in filled if each[1].casefold() not in _VALUES]
+        if bad and 4 * num_alike >= 3 * len(filled) and folded(header[k]) not in _OTHERS:
+            line, cell = bad[0]
+            yield (
+                f"the column {shown(header[k].strip())} is not used as a finding: line {line} has "
+                f"{shown(cell)}, allowed are {_ALLOWED}"
+            )
+
+
 def values_of(
-    cells: Sequence[str], columns: Mapping[str, int], policy: Policy
+    cells: Sequence[str],
+    columns: Mapping[str, int],
+    policy: Policy,
+    negative: Mapping[str, int] | None = None,
 ) -> tuple[tuple[int, ...], str]:
-    """The findings of a row, and what is wrong with one; empty if nothing is."""
-    values = [policy.of_cell(cells[k]) for k in columns.values()]
-    if None in values:
-        name = list(columns)[values.index(None)]
-        return (), f"{name} is {shown(cells[columns[name]].strip())}, allowed are {_ALLOWED}"
-    return tuple(value for value in values if value is not None), ""
+    """The findings of a row, and what is wrong with one; empty if nothing is.
+
+    Where one of the columns `negative` is 1, empty findings are absent, and none is present.
+    Support devices are no finding in this sense.
+    """
+    every = {**columns, **(negative or {})}
+    found = {name: policy.of_cell(cells[k]) for name, k in every.items()}
+    for name, value in found.items():
+        if value is None:
+            return (), f"{name} is {shown(cells[every[name]].strip())}, allowed are {_ALLOWED}"
+    for none, k in (negative or {}).items():
+        if _VALUES.get(cells[k].strip().casefold()) != 1:
+            continue
+        for name in columns:
+            if folded(name) in _DEVICES:
+                continue
+            if found[name] == 1:
+                return (), f"{name} and {none} are both present; leave one"
+            if not cells[columns[name]].strip():
+                found[name] = 0
+    return tuple(value for name in columns if (value := found[name]) is not None), ""
 
 
 def split_cell(cell: str) -> tuple[dict[str, int], str]:
@@ -109,18 +165,24 @@ def split_cell(cell: str) -> tuple[dict[str, int], str]:
 
     `NAME?` is unknown; "No finding" states that there is none.
     """
-    names = [name.strip() for name in cell.split("|")]
+    if not cell.strip():
+        return {}, "findings is empty; write 'No finding' where there is none"
+    stated = [name.strip() for name in cell.split("|")]
+    names = [name.removesuffix("?").strip() for name in stated]
+    negative = [name for name in names if is_negative_word(name)]
+    fault = ""
     if "" in names:
-        empty = "is empty; write 'No finding' where there is none"
-        return {}, f"findings {empty if len(names) == 1 else f'{shown(cell)} lacks a name'}"
-    found = {
-        name.removesuffix("?").strip(): UNKNOWN if name.endswith("?") else 1
-        for name in names
-        if not is_negative_word(name)
-    }
-    if found and len(found) < len(names):
-        return {}, f"findings {shown(cell)} says none, or one twice, beside others"
-    return found, ""
+        fault = "lacks a name"
+    elif negative and any(name in negative for name in names if name not in stated):
+        fault = "has ? behind it; write it behind each finding that is unknown, as in 'Edema?'"
+    elif negative and len(negative) < len(names):
+        fault = "says none beside others"
+    elif not negative and (same := find_twice(names)):
+        fault = f"says {same[0]!r} twice"
+    if fault or negative:
+        return {}, f"findings {shown(cell)} {fault}" if fault else ""
+    is_known = (not name.endswith("?") for name in stated)
+    return dict(zip(names, (1 if known else UNKNOWN for known in is_known), strict=True)), ""
 
 
 def to_values(
@@ -137,4 +199,13 @@ def to_values(
 def _is_mostly_findings(records: Sequence[Sequence[str]], k: int) -> bool:
     cells = [record[k].strip() for record in records if k < len(record)]
     filled = [cell for cell in cells if cell]
-    return bool(filled) and 2 * sum(cell in _VALUES for cell in filled) >= len(filled)
+    num_values = sum(cell.casefold() in _VALUES for cell in filled)
+    return bool(filled) and 2 * num_values >= len(filled)
+
+
+def _is_like_a_value(cell: str) -> bool:
+    if cell.casefold() in {*_VALUES, *_LIKE_VALUES}:
+        return True
+    with suppress(ValueError):
+        return -1 <= float(cell) <= 1
+    return False

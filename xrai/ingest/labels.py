@@ -18,9 +18,12 @@ from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 from xrai.ingest import findings
 from xrai.ingest.classes import (
+    NAME_CLASSES,
+    NAME_FINDINGS,
     Found,
     check_name,
-    explain,
+    explain_classes,
+    explain_findings,
     is_negative_word,
     make_spec,
     nearest_name,
@@ -31,13 +34,13 @@ from xrai.ingest.folders import SPLIT_NAMES
 from xrai.ingest.layout import SUBTYPES, Entry, Layout, by_target, file_patient
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
-from xrai.labels import CLASSES, Label, LabelSpec, folded
-from xrai.log import get_logger
+from xrai.labels import Label, LabelSpec, folded
+from xrai.log import counted, get_logger
 
 OPTIONAL: Final[Sequence[str]] = ("patient", "split", "subtype", "group")
 
 _TOLD = (("path", "label"), OPTIONAL)  # columns that are needed and others, for messages
-_WANTED = "a CSV file with the columns path and label, or path and findings"
+WANTED: Final = "a CSV file with the columns path and label, or path and findings"
 _FROM_ROOT = re.compile(r"(\w+:)?[/\\]")  # "/films/a.png", "C:\films\a.png", "s3://films/a.png"
 _GROUP = re.compile(r"[\w.-]{1,40}")
 _SUBTYPE = re.compile(r"[\w .-]{1,40}")
@@ -82,7 +85,7 @@ def read_labels(uri: str, config: Labels = _DEFAULTS) -> LabelTable:
     case; unknown ones are skipped with a note. Raises `SourceError` where there is no such file or
     it is no such table.
     """
-    name, text = read_text(uri, wanted=_WANTED)
+    name, text = read_text(uri, wanted=WANTED)
     return parse_labels(text, name=name, config=config)
 
 
@@ -117,7 +120,10 @@ def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTa
             raise SourceError(
                 explain_header(name, first, columns, required=("path", "label"), optional=OPTIONAL)
             )
-    used = {*known.values(), *found.values()}
+    negative: dict[str, int] = {}
+    if found:
+        negative = findings.find_negative_columns(header, [cells for _, cells in records], found)
+    used = {*known.values(), *found.values(), *negative.values()}
     if unused := [shown(cell.strip()) for k, cell in enumerate(header) if k not in used]:
         _logger.info("%s: columns %s are not used", name, ", ".join(unused))
     if not records:
@@ -130,7 +136,9 @@ def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTa
         for line, record in records
     }
     if found:
-        return _with_columns(records, cells_of, found, config, name=name)
+        notes = () if config.names else findings.explain_unused(header, records, used)
+        table = _with_columns(records, cells_of, (found, negative), config, name=name)
+        return replace(table, notes=tuple(f"{name}: {note}" for note in notes))
     if findings.COLUMN in known:
         return _with_names(cells_of, config, name=name)
     return LabelTable(name, tuple(LabelRow(line, cells) for line, cells in cells_of.items()))
@@ -171,12 +179,17 @@ def lay_out_by_labels(
     refuse([(place, words) for _, place, words in faults], name=table.name)
     if table.findings:
         spec = LabelSpec("multilabel", table.findings)
-        notes = (*notes, f"the findings are {', '.join(table.findings)}")
+        told = explain_findings(spec, spec.array([label.findings for label in labels]))
+        is_chosen = bool(config.names or config.layout)
     else:
         found = _found_classes(labels, table)
         own = replace(config, names=config.names or "|".join(table.classes))
         spec = make_spec(found, own, where=table.name)
-        notes = notes if spec.classes == CLASSES else (*notes, explain(found, spec))
+        told = "" if spec.is_public else explain_classes(found, spec)
+        is_chosen = bool(own.names)
+    if told and not is_chosen:
+        hint = NAME_FINDINGS if table.findings else NAME_CLASSES
+        notes, told = (*notes, f"{told}: {hint}"), ""
     places = places_of(spec)
     entries = tuple(
         sorted((_entry(label, places, key) for label in labels), key=lambda entry: entry.path)
@@ -188,29 +201,32 @@ def lay_out_by_labels(
         f"of views that {table.name} names and labels.views leaves out": num_unused,
     }
     not_data = {words: count for words, count in counts.items() if count}
-    layout = Layout(entries, not_data, (*table.notes, *notes), spec)
+    facts = (told,) if told else ()
+    layout = Layout(entries, not_data, (*table.notes, *notes), spec, facts)
     return layout if table.has_target else by_target(layout, config, source=table.name)
 
 
 def _with_columns(
     records: Sequence[tuple[int, Sequence[str]]],
     cells_of: Mapping[int, Mapping[str, str]],
-    columns: Mapping[str, int],
+    columns: tuple[Mapping[str, int], Mapping[str, int]],
     config: Labels,
     *,
     name: str,
 ) -> LabelTable:
-    """A table with a column for each finding. Raises `SourceError` naming lines."""
+    """A table with a column for each finding; `columns` are theirs, and those of "No finding".
+    Raises `SourceError` naming lines.
+    """
     policy = findings.policy_of(config)
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}
     faults, labels = [], []
     for line, record in records:
-        values, fault = findings.values_of(record, columns, policy)
+        values, fault = findings.values_of(record, columns[0], policy, columns[1])
         if fault:
             faults.append((line, fault))
         labels.append(LabelRow(line, cells_of[line], shared.setdefault(values, values)))
     _refuse_lines(faults, name=name)
-    return LabelTable(name, tuple(labels), tuple(columns))
+    return LabelTable(name, tuple(labels), tuple(columns[0]))
 
 
 def _with_names(
@@ -223,10 +239,14 @@ def _with_names(
     counts: Counter[str] = Counter()
     faults = []
     for line, cells in cells_of.items():
-        cell = cells[findings.COLUMN] or ("No finding" if policy.blank == 0 else "")
+        cell = cells[findings.COLUMN]
+        if not cell and config.blank != "auto":
+            stated[line] = {}
+            continue
         stated[line], fault = findings.split_cell(cell)
         if fault:
-            faults.append((line, fault))
+            hint = "" if cell else ", or say by --labels.blank what an empty cell means"
+            faults.append((line, fault + hint))
         for each in stated[line]:
             first.setdefault(folded(each), (each, line))
             counts[folded(each)] += 1
@@ -249,6 +269,8 @@ def _with_names(
     labels = []
     for line, said in stated.items():
         values = findings.to_values(said, places, policy)
+        if not cells_of[line][findings.COLUMN]:
+            values = (policy.blank,) * len(names)
         labels.append(LabelRow(line, cells_of[line], shared.setdefault(values, values)))
     return LabelTable(name, tuple(labels), names)
 
@@ -316,7 +338,8 @@ def _match(
             faults.append((label.place, f"{len(fitting)} files fit path {shown(text)}: {two}"))
     refuse(faults, name=table.name)
     if num_ends:
-        _logger.info("%s: %d paths are matched by their ends", table.name, num_ends)
+        words = counted(num_ends, "path", "are")
+        _logger.info("%s: %s matched by the end", table.name, words)
     note = f"the paths of {table.name} begin with {'/'.join(prefix or ())}/, taken as the source"
     if found:
         paths = ((label, found.get(path := label.cells["path"], path)) for label in labels)
@@ -363,11 +386,12 @@ def _without_missing(
     kept = [label for label in labels if label.cells["path"] in held]
     num_missing = len(labels) - len(kept)
     if not kept:
-        raise SourceError(f"none of the {num_missing} files that {table.name} names is in {source}")
+        words = f"{counted(num_missing, 'file')} that {table.name} names, none of which"
+        raise SourceError(f"{words} is in {source}")
     if not num_missing:
         return labels, ()
     return kept, [
-        f"{num_missing} files that {table.name} names are not in {source}: they are skipped, as "
+        f"{counted(num_missing, 'file')} that {table.name} names and {source} lacks: skipped, as "
         "labels.missing says"
     ]
 
@@ -404,7 +428,7 @@ def _faults(
         hint = nearest_name(split, SPLIT_NAMES)
         yield f"unknown split {shown(split)}, allowed are {', '.join(SPLITS)}{hint}"
     if cells.get("subtype") and is_negative_word(label):
-        yield f"a subtype is given to a {label.upper()} image"
+        yield f"a subtype is given to an image of class {shown(label)}"
     for column, pattern in (("group", _GROUP), ("subtype", _SUBTYPE)):
         if cells.get(column) and not pattern.fullmatch(cells[column]):
             allowed = "1 to 40 letters, digits, dots, hyphens or underscores"

@@ -8,9 +8,10 @@ from typing import Final
 
 from xrai.config import Labels
 from xrai.errors import SourceError
-from xrai.ingest.classes import Found, explain, make_spec, places_of
+from xrai.ingest.classes import NAME_CLASSES, Found, explain_classes, make_spec, places_of
 from xrai.ingest.folders import DERIVED, SPLIT_NAMES, ClassFolders, Folder, holds_images
 from xrai.labels import CLASSES, Label, LabelSpec, folded
+from xrai.log import counted
 
 BINARY: Final = LabelSpec("binary", CLASSES)  # the public set's classes
 # As file names and tables write them -> as the manifest keeps them
@@ -49,11 +50,13 @@ class Layout:
     not_data: dict[str, int]  # description of skipped files -> how many
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
     labels: LabelSpec = BINARY  # what the entries' labels mean
+    facts: tuple[str, ...] = ()  # as the notes, where nothing is doubtful
 
     def describe_not_data(self) -> str:
         """In words; empty where nothing was skipped."""
         parts = ", ".join(f"{count} {words}" for words, count in sorted(self.not_data.items()))
-        return f"{sum(self.not_data.values())} files are not data: {parts}" if parts else ""
+        words = counted(sum(self.not_data.values()), "file", "are")
+        return f"{words} not data: {parts}" if parts else ""
 
 
 def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) -> Layout:
@@ -86,7 +89,11 @@ def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) ->
         else:
             trees[folder.above] += [(path, folder) for path in files]
     if not trees:
-        others = f"it holds {len(outside)} other files, such as {min(outside)}" if outside else ""
+        others = (
+            f"it holds {counted(len(outside), 'other file')}, such as {min(outside)}"
+            if outside
+            else ""
+        )
         raise SourceError(
             f"{source} holds no images laid out as {_LAYOUT}, with two classes at least; "
             f"{others or 'it is empty'}; {_TABLE}"
@@ -102,13 +109,16 @@ def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) ->
         not_data["masks, thumbnails or the like"] += num_derived
     found = _found_classes(images)
     spec = make_spec(found, config, where=source)
-    if spec.classes != CLASSES:
-        notes.append(explain(found, spec))
+    told = () if spec.is_public else (explain_classes(found, spec),)
+    if not config.names:
+        notes += [f"{each}: {NAME_CLASSES}" for each in told]
     places = places_of(spec)
     patients: dict[str, str] = {}  # each key once in memory
     entries = tuple(_entry(path, folder, places, patients) for path, folder in images)
     notes += _note_folders(images)
-    return by_target(Layout(entries, dict(not_data), tuple(notes), spec), config, source=source)
+    facts = told if config.names else ()
+    layout = Layout(entries, dict(not_data), tuple(notes), spec, facts)
+    return by_target(layout, config, source=source)
 
 
 def by_target(layout: Layout, config: Labels, *, source: str) -> Layout:
@@ -120,17 +130,19 @@ def by_target(layout: Layout, config: Labels, *, source: str) -> Layout:
     if config.target == "label":
         return layout
     if layout.labels.task != "binary":
+        noun = "finding" if layout.labels.task == "multilabel" else "class"
+        num = counted(len(layout.labels.classes), noun)
         raise SourceError(
             f"labels.target = subtype takes two classes with subtypes of the second; {source} has "
-            f"{len(layout.labels.classes)} classes or findings: {', '.join(layout.labels.classes)}"
+            f"{num}: {', '.join(layout.labels.classes)}"
         )
     negative, positive = layout.labels.classes
     lacking = [entry.path for entry in layout.entries if entry.label and not entry.subtype]
     if lacking:
         raise SourceError(
-            f"labels.target = subtype, but {len(lacking)} {positive} images of {source} have none, "
-            f"such as {lacking[0]}: it stands in file names as of the public set "
-            "(person1_virus_7.jpeg) or in the column subtype of a table (--labels FILE.csv)"
+            f"labels.target = subtype, but {counted(len(lacking), f'{positive} image')} of "
+            f"{source} without one, such as {lacking[0]}: it stands in file names as of the public "
+            "set (person1_virus_7.jpeg) or in the column subtype of a table (--labels FILE.csv)"
         )
     subtypes = sorted({entry.subtype for entry in layout.entries if entry.label})
     spec = LabelSpec("multiclass", (negative, *(subtype.upper() for subtype in subtypes)))
@@ -202,7 +214,7 @@ def _check_folders(found: Collection[Folder], source: str) -> None:
         if (other := written.setdefault(beside, folder.class_folder)) != folder.class_folder:
             raise SourceError(
                 f"{source} has two folders of one class, {other!r} and {folder.class_folder!r} in "
-                f"{beside[0] or 'its top folder'!r}: make them one; case does not matter"
+                f"{_place(beside[0])}: make them one; case does not matter"
             )
         if folder.split:
             (name,) = (part for part in folder.own.lower().split("/") if part in SPLIT_NAMES)
@@ -223,11 +235,15 @@ def _without_copies(
         copies = {path.removeprefix(above) for path, _ in trees[above]}
         if not above.startswith(top) or not inside.issuperset(copies):
             raise SourceError(
-                f"{source} holds several trees of images, in {top or 'its top folder'!r} and "
-                f"{above!r}; call them train, val and test if they are splits, else give one of "
-                f"them as --source; {_TABLE}"
+                f"{source} holds several trees of images, in {_place(top)} and {_place(above)}; "
+                "call them train, val and test if they are splits, else give one of them as "
+                f"--source; {_TABLE}"
             )
     return sorted(trees[top], key=lambda file: file[0]), sum(len(trees[above]) for above in nested)
+
+
+def _place(folder: str) -> str:
+    return repr(folder) if folder else "its top folder"
 
 
 def _found_classes(files: Iterable[tuple[str, Folder]]) -> list[Found]:
@@ -262,7 +278,7 @@ def _without_derived(
     if not 0 < len(derived) < len(files):
         return files, []
     note = (
-        f"{len(derived)} files are left out, because their folders or names are those of masks, "
+        f"{counted(len(derived), 'file', 'are')} left out, with a folder or name as of masks, "
         f"thumbnails or the like, such as {min(derived)}; a table (--labels FILE.csv) that names "
         "them takes them in"
     )

@@ -62,6 +62,7 @@ class Plan:
     unusable: tuple[Row, ...]  # excluded so far, without duplicates that were dropped on request
     num_not_data: int
     notes: tuple[str, ...]
+    facts: tuple[str, ...]  # as the notes, where nothing is doubtful
     config: Mapping[str, Any]  # the sections that shape the data
     sha256: str  # of everything above that decides the contents
 
@@ -122,6 +123,7 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
         unusable=tuple(unusable),
         num_not_data=sum(listing.layout.not_data.values()),
         notes=(*listing.layout.notes, *assignment.notes),
+        facts=(*listing.layout.facts, *assignment.facts),
         config=shaping,
         sha256=_hash_of_texts(chain([head], _in_list(told), ["]"])),
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from xrai.errors import NotFoundError, SourceError, TooLargeError
+from xrai.log import counted
 from xrai.store import open_store
 
 MAX_BYTES: Final = 1 << 28  # of a table
@@ -106,8 +107,7 @@ def refuse(faults: Sequence[Fault], *, name: str) -> None:
     told = "; ".join(f"{place}: {words}" for place, words in faults[:_MAX_FAULTS])
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
     num_lines = len({place for place, _ in faults})
-    rows = "1 row" if num_lines == 1 else f"{num_lines} rows"
-    raise SourceError(f"{rows} of {name} cannot be used: {told}{more}")
+    raise SourceError(f"{counted(num_lines, 'row')} of {name} cannot be used: {told}{more}")
 
 
 def shown(text: str) -> str:

@@ -15,8 +15,10 @@ from xrai.dataset.rules import carve, find_contradicted, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 from xrai.labels import Label, LabelSpec
+from xrai.log import counted
 
 _NAME_PATIENTS = "say who is who in the column patient of a table (--labels FILE.csv)"
+_FAR = 0.02  # of the images, from the share of a class in train, that people should know of
 _MANY_IMAGES, _LARGE_SHARE = 20, 0.25  # that one patient hardly has
 
 
@@ -27,7 +29,8 @@ class Assignment:
     rows: tuple[Row, ...]  # in the order given
     carved: tuple[str, ...]  # splits carved from train
     dropped: frozenset[str]  # paths of duplicates that were excluded on request
-    notes: tuple[str, ...]  # what people should know, a sentence each
+    notes: tuple[str, ...] = ()  # what people should know, a sentence each
+    facts: tuple[str, ...] = ()  # as the notes, where nothing is doubtful
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,21 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
     Raises `SourceError` when one image is in two splits of the source (unless `splits.duplicates`
     is "drop"), a class has no images in train, or train or val would be empty.
     """
-    notes = []
+    notes: list[str] = []
     has_train = any(row.split == "train" for row in rows)
-    num_val = sum(row.split == "val" for row in rows)
-    if has_train and 0 < num_val < config.min_val_images:
-        notes.append(
-            f"the source's val has {num_val} images, fewer than splits.min_val_images = "
-            f"{config.min_val_images}: they join train"
-        )
-        rows = [replace(row, split="train") if row.split == "val" else row for row in rows]
-    rows = _exclude_contradictions(rows)
-    rows, dropped = _drop_duplicates(rows, duplicates=config.duplicates)
+    if has_train:
+        rows, notes = _join_small_val(rows, config)
+    rows, dropped = _drop_duplicates(_exclude_contradictions(rows), duplicates=config.duplicates)
     if dropped:
         notes.append(
-            f"{len(dropped)} files are dropped: the same images are in test or val of the source"
+            f"{counted(len(dropped), 'file', 'are')} dropped: the same images are in test or val "
+            "of the source"
         )
     used = [row for row in rows if not row.reason]
     given = {row.split for row in used}
-    shared = patients_in_several(used, given)
-    if shared:
-        notes.append(f"{len(shared)} patients are in two splits of the source, such as {shared[0]}")
+    if shared := patients_in_several(used, given):
+        words = counted(len(shared), "patient", "are")
+        notes.append(f"{words} in two splits of the source, such as {shared[0]}")
     if not has_train:
         notes.append("the source has no train, so that this data set is to evaluate on alone")
         return Assignment(tuple(rows), (), dropped, tuple(notes))
@@ -87,30 +85,44 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
         notes += _note_common_patient(pool)
     rows = carve(rows, carved, config, labels)
     used = [row for row in rows if not row.reason]
-    found = {split: {row.label for row in used if row.split == split} for split in SPLITS}
-    lacks = {split: [*_lacks(found[split], labels)] for split in SPLITS}
-    if lacks["train"] or not found["val"]:
+    lacks = {
+        split: [*_lacks({row.label for row in used if row.split == split}, labels)]
+        for split in SPLITS
+    }
+    if lacks["train"] or not any(row.split == "val" for row in used):
         raise SourceError(_explain_carving(pool, carved, config, missing=lacks["train"]))
     if lacks["val"] and labels.task != "binary":
-        if "val" in carved:
-            lack = lacks["val"][0]
-            raise SourceError(
-                f"no {lack.words('image')} falls into val: too few patients have one to be in both "
-                "train and val; add images of more patients, or leave this class or finding out"
-            )
-        refuse_missing_class(found["val"], labels, where="val")
+        raise SourceError(_explain_val(lacks["val"][0], labels, is_carved="val" in carved))
     for split in carved:
         if lacks[split]:
             missing = " and no ".join(lack.words("images") for lack in lacks[split])
             notes.append(f"{split} was carved from train and holds no {missing}")
-    notes += _note_balance(used, carved, labels)
-    return Assignment(tuple(rows), carved, dropped, tuple(notes))
+    balance, is_far = _tell_balance(used, carved, labels)
+    notes += balance if is_far else []
+    facts = () if is_far else tuple(balance)
+    return Assignment(tuple(rows), carved, dropped, tuple(notes), facts)
 
 
-def _note_balance(used: Sequence[Row], carved: Collection[str], labels: LabelSpec) -> Iterator[str]:
-    """A sentence on how near balanced splits come to the shares of train."""
-    if labels.task == "binary" or not carved:
-        return
+def _join_small_val(rows: Sequence[Row], config: Splits) -> tuple[Sequence[Row], list[str]]:
+    """Rows of which a val that is too small to measure with has joined train; and notes."""
+    num_val = sum(row.split == "val" for row in rows)
+    if not 0 < num_val < config.min_val_images:
+        return rows, []
+    note = (
+        f"the source's val has {counted(num_val, 'image')}, fewer than splits.min_val_images = "
+        f"{config.min_val_images}: they join train"
+    )
+    return [replace(row, split="train") if row.split == "val" else row for row in rows], [note]
+
+
+def _tell_balance(
+    used: Sequence[Row], carved: Collection[str], labels: LabelSpec
+) -> tuple[list[str], bool]:
+    """A sentence on how near balanced splits come to the shares of train, if there are any; and
+    whether one is far off.
+    """
+    if labels.is_public or not carved:
+        return [], False
     shares = {split: _shares(used, split, labels) for split in ("train", *carved)}
     found = [
         (abs(share - of_train), name, split, share, of_train)
@@ -120,14 +132,19 @@ def _note_balance(used: Sequence[Row], carved: Collection[str], labels: LabelSpe
         )
         if not math.isnan(share)
     ]
-    if found:
-        _, name, split, share, of_train = max(found)
-        what = "finding" if labels.task == "multilabel" else "class"
-        yield (
-            f"{' and '.join(carved)} {'are' if len(carved) > 1 else 'is'} carved by patient, "
-            f"balanced for every {what}; farthest from train is {name}: {100 * share:.2f} % of the "
-            f"images of {split}, {100 * of_train:.2f} % of those of train"
-        )
+    if not found:
+        return [], False
+    _, name, split, share, of_train = max(found)
+    what = "finding" if labels.task == "multilabel" else "class"
+    told = (
+        f"{' and '.join(carved)} {'are' if len(carved) > 1 else 'is'} carved by patient, balanced "
+        f"for every {what}"
+    )
+    own, others = f"{100 * share:.2f} %", f"{100 * of_train:.2f} %"
+    if own != others:
+        told += f"; farthest from train is {name}: {own} of the images of {split}, {others} of "
+        told += "those of train"
+    return [told], abs(share - of_train) > _FAR
 
 
 def _shares(rows: Sequence[Row], split: str, labels: LabelSpec) -> list[float]:
@@ -138,22 +155,36 @@ def _shares(rows: Sequence[Row], split: str, labels: LabelSpec) -> list[float]:
     return [a / b if b else math.nan for a, b in zip(present, known, strict=True)]
 
 
+def _explain_val(lack: _Lack, labels: LabelSpec, *, is_carved: bool) -> str:
+    """Why a val without images of a class, or with and without a finding, is refused."""
+    if is_carved:
+        return (
+            f"no {lack.words('image')} falls into val: too few patients have one to be in both "
+            "train and val; add images of more patients, or leave this class or finding out"
+        )
+    return _explain_lack(lack, labels, where="val")
+
+
 def refuse_missing_class(labels: Iterable[Label], spec: LabelSpec, *, where: str) -> None:
     """Raise `SourceError` where a class has no image, or a finding none where it is present, or
     none where it is absent.
     """
     lack = next(_lacks(set(labels), spec), None)
     if lack is not None:
-        each = {
-            "binary": "of both classes, and",
-            "multiclass": "of every class, and",
-            "multilabel": "with and without each finding (--labels.names='A|B|…' leaves some out);",
-        }
-        raise SourceError(
-            f"{where} has no usable {lack.words('images')}; training needs images "
-            f"{each[spec.task]} images to evaluate on alone belong in a folder test/ (or have test "
-            "in the column split of --labels)"
-        )
+        raise SourceError(_explain_lack(lack, spec, where=where))
+
+
+def _explain_lack(lack: _Lack, spec: LabelSpec, *, where: str) -> str:
+    each = {
+        "binary": "of both classes, and",
+        "multiclass": "of every class, and",
+        "multilabel": "with and without each finding (--labels.names='A|B|…' leaves some out);",
+    }
+    return (
+        f"{where} has no usable {lack.words('images')}; training needs images {each[spec.task]} "
+        "images to evaluate on alone belong in a folder test/ (or have test in the column split of "
+        "--labels)"
+    )
 
 
 def _lacks(labels: Collection[Label], spec: LabelSpec) -> Iterator[_Lack]:
