@@ -52,6 +52,7 @@ def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path) -> None:
             "unknown key 'train.epoch' (value 3) in {file}; did you mean train.epochs?",
         ),
         ("train: 3", "section 'train' in {file} must hold keys, not 3"),
+        ("labels: {layout: nhi}", "it takes one of empty, nih, chexpert, rsna, vindr, covidx"),
         ("[1]", "in {file}: a config holds sections of keys, not list"),
         ("train: {epochs: many}", "train.epochs = 'many' in {file} is not allowed"),
         ("train: {epochs: '3'}", "train.epochs = '3' in {file} is not allowed"),

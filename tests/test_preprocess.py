@@ -831,18 +831,27 @@ def test_once_more_on_a_damaged_data_set_says_that_it_is_damaged(
     refused(done, f"is damaged: {damaged.name} is missing; `xrai verify --repair`")
 
 
-@pytest.mark.parametrize("change", ["config", "images"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "config",
+            "labels.names = empty, not NORMAL|PNEUMONIA: give another --dataset, or --overwr",
+        ),
+        ("images", "--overwrite"),
+    ],
+)
 def test_another_data_set_is_refused_and_left_alone(
-    run: Callable[..., Done], tmp_path: Path, change: str
+    run: Callable[..., Done], tmp_path: Path, change: str, words: str
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
     make(run, source, dataset)
     before = all_files(dataset)
-    more = ["--images.fit=pad"] if change == "config" else []
+    more = ["--labels.names=NORMAL|PNEUMONIA"] if change == "config" else []
     if change == "images":
         (source / "train" / "NORMAL" / "new.png").write_bytes(picture_file(999))
     done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, *more)
-    refused(done, "--overwrite")
+    refused(done, words)
     assert all_files(dataset) == before
 
 

@@ -40,6 +40,7 @@ from xrai.ingest import address
 from xrai.ingest.address import find_others, move_into_place, remove_others
 from xrai.ingest.build import Builder
 from xrai.ingest.card import make_report
+from xrai.ingest.classes import split_names
 from xrai.ingest.decode import start_workers_soon
 from xrai.ingest.hashing import hash_source
 from xrai.ingest.labels import LabelTable
@@ -108,7 +109,8 @@ def main() -> None:
     scratch_folder()  # which clears what killed ones left
     if not flags["dataset"]:
         raise ConfigError("--dataset is empty; it takes a folder or s3://bucket/prefix")
-    source, store = open_source(flags["source"]), open_store(flags["dataset"])
+    names = () if flags["labels"] else split_names(config.labels.names)
+    source, store = open_source(flags["source"], names), open_store(flags["dataset"])
     if source.holds(store):
         raise ConfigError(
             f"--dataset {store.uri} is inside --source {flags['source']}, so that its files would "

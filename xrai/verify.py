@@ -16,6 +16,7 @@ from xrai.dataset.verify import Fault, find_faults
 from xrai.errors import CorruptError, DatasetError
 from xrai.files import num_cores
 from xrai.ingest.card import make_report
+from xrai.ingest.classes import split_names
 from xrai.ingest.hashing import hash_source
 from xrai.ingest.layouts import read_table
 from xrai.ingest.patients import PatientKey
@@ -48,8 +49,9 @@ def main() -> None:
     index = read_index(store)
     faults = verify(store, index)
     if faults and flags["repair"]:
-        source = open_source(flags["source"])
         config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
+        names = () if flags["labels"] else split_names(config.labels.names)
+        source = open_source(flags["source"], names)
         table = read_table(flags["labels"], source, config.labels)
         key = PatientKey(flags["patient_key"], may_make=False)
         listing = list_source(source, table, key, config.labels)

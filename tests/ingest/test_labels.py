@@ -233,7 +233,7 @@ def test_columns_of_1_0_and_empty_are_findings(caplog: pytest.LogCaptureFixture)
     assert laid_out(COLUMNS, names="Edema").facts == (
         "the findings are 'Edema' (1 image, unknown in 1)",
     )
-    assert "columns 'age', 'note' are not used" in caplog.text
+    assert "t.csv: 2 columns are not used: 'age', 'note'" in caplog.text
 
 
 def test_the_policy_says_what_uncertain_and_blank_findings_count_as() -> None:
@@ -312,7 +312,7 @@ def test_one_column_of_names_is_findings_too() -> None:
             "line 2: findings 'No Finding?' has ? behind it",
         ),
         ("path,findings\na.dcm,A??\n", {}, "t.csv, line 2, has the name 'A?', which ends in ?"),
-        ("path,A,no finding\na.dcm,1,1\n", {}, "line 2: A and no finding are both present; leave"),
+        ("path,A,no finding\na.dcm,1,1\n", {}, "line 2: A and no finding are both present: leave"),
         ("path,A,normal\na.dcm,1,0\nb.dcm,1,2\n", {}, "line 3: normal is '2', allowed are 1, yes"),
         ("path,findings\na.dcm,A|No finding\n", {}, "line 2: findings 'A|No finding' says none"),
         (
@@ -444,7 +444,7 @@ def test_any_text_is_a_table_or_refused_in_one_line(text: str) -> None:
 def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         parse_labels("path,label,age,Sex\na.dcm,NORMAL,4,f\n", name="t.csv")
-    assert "t.csv: columns 'age', 'Sex' are not used" in caplog.text
+    assert "t.csv: 2 columns are not used: 'age', 'Sex'" in caplog.text
 
 
 # ----------------------------------------------------------------------- paths as people have them

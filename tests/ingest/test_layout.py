@@ -346,6 +346,11 @@ def test_subtypes_of_public_names_become_three_classes() -> None:
         assert entry.label == (1 if "bacteria" in entry.path else 2 if "virus" in entry.path else 0)
     with pytest.raises(SourceError, match="1 PNEUMONIA image of S without one, such as train/PN"):
         lay_out([*paths, "train/PNEUMONIA/a.png"], source="S", config=Labels(target="subtype"))
+    with pytest.raises(
+        SourceError, match=r"; these are the labels from which labels\.target makes"
+    ):
+        names = "NORMAL|BACTERIAL|VIRAL"
+        lay_out(paths, source="S", config=Labels(target="subtype", names=names))
 
 
 # -------------------------------------------------------------------------------------------- names

@@ -336,6 +336,20 @@ def test_a_medmnist_file_lists_its_images_by_split_and_class(tmp_path: Path) -> 
     )
 
 
+def test_names_say_what_the_labels_of_a_medmnist_file_mean(tmp_path: Path) -> None:
+    path = medmnist(tmp_path / "m.npz")
+
+    def first(names: str) -> list[str]:
+        return sorted(
+            {file.path.split("/")[1] for file in open_source(path, names.split()).files()}
+        )
+
+    assert first("healthy TB COVID") == ["TB", "healthy"]
+    assert first("pneumonia Normal") == first("") == ["NORMAL", "PNEUMONIA"]
+    with pytest.raises(SourceError, match=r"'A/B': classes of a \.npz have no slash"):
+        open_source(path, ["A/B", "C"])
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -352,11 +366,11 @@ def test_a_medmnist_file_lists_its_images_by_split_and_class(tmp_path: Path) -> 
         ),
         (
             {"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0, 2])},
-            "0 .normal. or 1",
+            "0 .NORMAL. or 1",
         ),
         (
             {"train_images": np.zeros((2, 4, 4), "u1"), "train_labels": np.array([0.5, 1.0])},
-            "0 .normal. or 1",
+            "0 .NORMAL. or 1",
         ),
     ],
 )

@@ -97,7 +97,7 @@ def make_spec(found: Sequence[Found], config: Labels, *, where: str) -> LabelSpe
     """
     names = split_names(config.names)
     if names:
-        refuse_unknown(found, names)
+        refuse_unknown(found, names, is_divided=config.target == "subtype")
     elif {folded(each.name) for each in found} <= {folded(name) for name in CLASSES}:
         names = CLASSES
     else:
@@ -119,14 +119,19 @@ def places_of(spec: LabelSpec) -> dict[str, int]:
     return {folded(name): place for place, name in enumerate(spec.classes)}
 
 
-def refuse_unknown(found: Sequence[Found], names: Collection[str]) -> None:
-    """Raise `SourceError` for the first name that is not among `names`."""
+def refuse_unknown(
+    found: Sequence[Found], names: Collection[str], *, is_divided: bool = False
+) -> None:
+    """Raise `SourceError` for the first name that is not among `names`; `is_divided` says that
+    classes of subtypes are made of them.
+    """
+    meant = "; these are the labels from which labels.target makes subtypes" if is_divided else ""
     known = {folded(name): name for name in names}
     for each in found:
         if (own := folded(each.name)) not in known:
             raise SourceError(
                 f"{each.place}: unknown label {each.name!r}, labels.names allows "
-                f"{', '.join(names)}{nearest_name(own, names)}"
+                f"{', '.join(names)}{nearest_name(own, names)}{meant}"
             )
 
 

@@ -154,7 +154,10 @@ def values_of(
             if folded(name) in _DEVICES:
                 continue
             if found[name] == 1:
-                return (), f"{name} and {none} are both present; leave one"
+                return (
+                    (),
+                    f"{name} and {none} are both present: leave one, or choose by labels.names",
+                )
             if not cells[columns[name]].strip():
                 found[name] = 0
     return tuple(value for name in columns if (value := found[name]) is not None), ""

@@ -125,7 +125,8 @@ def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTa
         negative = findings.find_negative_columns(header, [cells for _, cells in records], found)
     used = {*known.values(), *found.values(), *negative.values()}
     if unused := [shown(cell.strip()) for k, cell in enumerate(header) if k not in used]:
-        _logger.info("%s: columns %s are not used", name, ", ".join(unused))
+        words = counted(len(unused), "column", "are").removeprefix("1 ")
+        _logger.info("%s: %s not used: %s", name, words, ", ".join(unused))
     if not records:
         raise SourceError(f"{name} has no rows below its first line")
     cells_of = {

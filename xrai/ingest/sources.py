@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,8 +28,8 @@ from numpy.typing import NDArray
 
 from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooLargeError
-from xrai.labels import CLASSES
-from xrai.log import get_logger
+from xrai.labels import CLASSES, folded
+from xrai.log import counted, get_logger
 from xrai.store import Store, check_key, folder_of, masked, open_store
 
 MAX_FILE_BYTES: Final = 1 << 28  # no X-ray is larger: 100 million pixels of 16 bits are 2e8 bytes
@@ -73,8 +74,11 @@ class Source(ABC):
         """A file's bytes, or an image (H, W). Raises `ImageError` if this file cannot be read."""
 
 
-def open_source(uri: str) -> Source:
-    """The source at an address. Raises `SourceError` if there is none, or its kind is unknown."""
+def open_source(uri: str, names: Sequence[str] = ()) -> Source:
+    """The source at an address; `names` are those of its classes where it has numbers alone (.npz),
+    NORMAL and PNEUMONIA if there are none. Raises `SourceError` if there is no source, or its kind
+    is unknown.
+    """
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
     scheme = uri.partition("://")[0].lower() if "://" in uri else ""
@@ -104,7 +108,7 @@ def open_source(uri: str) -> Source:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
         raise SourceError(f"source {uri} is a pipe, a socket or a device; --source takes {_KINDS}")
     if path.suffix.lower() == ".npz":
-        return NpzSource(path)
+        return NpzSource(path, names)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return ZipSource(path)
     raise SourceError(f"source {uri} is a file of no known kind; --source takes {_KINDS}")
@@ -268,9 +272,15 @@ class NpzSource(Source):
     Its images appear as `train/PNEUMONIA/000007`. Each process that reads holds all of them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Sequence[str] = ()) -> None:
+        """`names` are what the labels 0, 1, … mean. Raises `SourceError` for one with a slash."""
+        is_usual = {*map(folded, names)} <= {*map(folded, CLASSES)}
+        self._classes = CLASSES if is_usual else tuple(names)
         self._path = path
         self.name = path.name
+        for name in self._classes:
+            if "/" in name:
+                raise SourceError(f"labels.names has {name!r}: classes of a .npz have no slash")
         self._arrays: dict[str, NDArray[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +294,7 @@ class NpzSource(Source):
             images, labels = self._pair(split)
             size_bytes = int(np.prod(images.shape[1:]))
             found += [
-                SourceFile(f"{split}/{CLASSES[label]}/{k:06d}", size_bytes)
+                SourceFile(f"{split}/{self._classes[label]}/{k:06d}", size_bytes)
                 for k, label in enumerate(labels.tolist())
             ]
         if not found:
@@ -308,10 +318,11 @@ class NpzSource(Source):
                 "grey images of (N, H, W) uint8 are needed, as in PneumoniaMNIST"
             )
         has_shape = labels.shape in ((len(images),), (len(images), 1))
-        if not has_shape or not np.isin(labels, range(len(CLASSES))).all():
+        if not has_shape or not np.isin(labels, range(len(self._classes))).all():
+            allowed = " or ".join(f"{k} ({name})" for k, name in enumerate(self._classes))
             raise SourceError(
-                f"{split}_labels in {self._path} is not one label of 0 (normal) or 1 (pneumonia) "
-                f"for each of {len(images)} images"
+                f"{split}_labels in {self._path} is not one label of {allowed} for each of "
+                f"{counted(len(images), 'image')}; --labels.names='A|B|…' names other classes"
             )
         return images, labels.reshape(-1).astype(np.int64)
 
