@@ -322,6 +322,12 @@ def test_an_index_that_names_a_file_elsewhere_is_refused() -> None:
         DatasetIndex.from_json(evil.to_json(), where="dataset.json")
 
 
+@pytest.mark.parametrize("classes", [("NORMAL", "Review"), ("a", "A"), ("A|B", "C")])
+def test_an_index_of_names_that_xrai_refuses_is_refused(classes: tuple[str, str]) -> None:
+    with pytest.raises(CorruptError, match="it has other classes or splits than xrai writes"):
+        DatasetIndex.from_json(index(classes=classes).to_json(), where="dataset.json")
+
+
 def test_the_fingerprint_follows_the_contents_and_nothing_else() -> None:
     same = index(source="elsewhere", tool_version="9", config={}, plan_sha256="0", pixel_mean=0.0)
     assert same.fingerprint == index().fingerprint

@@ -88,6 +88,7 @@ def test_a_model_of_another_version_is_refused(run: Path) -> None:
         ("temperatures", [-1.0]),
         ("temperatures", []),
         ("classes", 2),
+        ("classes", ["NORMAL", "Review"]),
         ("task", "multilabel"),
         ("task", "ternary"),
         ("weights", {}),
