@@ -718,7 +718,7 @@ UNLEARNABLE: dict[str, tuple[str, Callable[[int], str], str]] = {
     "a label that is none": (
         "Edema,Nodule",
         lambda k: f"{k % 2},{2 if k == 7 else k % 3 % 2}",
-        "line 9: Nodule is '2', allowed are 1 (present), 0 (absent), empty or -1 (unknown)",
+        "line 9: Nodule is '2', allowed are 1, yes or true (present), 0, no or false",
     ),
     "a finding twice": (
         "Edema,edema",
