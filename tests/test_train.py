@@ -616,11 +616,8 @@ def test_the_same_images_with_other_labels_are_another_data_set(
     status, lines = call_main(
         evaluate, f"--run={folder}", f"--dataset={other}", "--split=val", capsys=capsys
     )
-    assert status == 2
-    assert lines == [
-        "xrai: error: run whole was trained on the classes NORMAL, PNEUMONIA, this data set has "
-        f"{words}"
-    ]
+    text = "run whole was trained on the classes NORMAL, PNEUMONIA, this data set has"
+    assert status == 2 and lines[0].startswith(f"xrai: error: {text} {words}: it lacks ")
     config = load_model(open_store(str(folder))).model
     labels = read_index(open_store(str(other))).labels
     network = build_model(config, labels.num_outputs)
