@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from xrai.learning.predictor import TrainedModel, describe_calls
 from xrai.log import printable, progress, setup_logging
 from xrai.pipeline import Explained, Pipeline, Prediction, load_pipeline, other_pixels
 from xrai.results.folder import Place, own_place
+from xrai.results.lettering import legible, short_names, shortened
 from xrai.results.panel import Heat, draw_panel
 from xrai.store import Store, open_store
 from xrai.tables import to_csv, to_json
@@ -54,7 +56,7 @@ _TABLE, _JSON = "predictions.csv", "predictions.json"
 _COLUMNS_OF_TWO = ("path", "probability", "threshold", "decision", "reason", "model")
 _COLUMNS = ("path", "decision", "reason", "model")  # of more classes or of findings, with theirs
 _PROBABILITY = "probability_"  # before the name of a class or finding, in a column's name
-_HIGHEST = "highest probabilities"
+_HIGHEST, _CALLED_FIRST = "highest probabilities", "called, then most probable"
 _NAMED = 3  # of a row's classes or findings, in the table for people
 _NAME_WIDTH = 20  # there
 _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
@@ -194,6 +196,8 @@ def format_table(
     paths = [printable(row.path) for row in shown]
     scores = [_scores(row) for row in shown]
     heading, side = ("probability", ">") if model.labels.task == "binary" else (_HIGHEST, "<")
+    if model.labels.task == "multilabel":
+        heading = _CALLED_FIRST
     width = min(80, max(len(path) for path in ["file", *paths]))
     middle = max(len(text) for text in [heading, *scores])
     lines = [f"{'file':<{width}}  {heading:<{middle}}  decision"]
@@ -220,7 +224,7 @@ def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
     if labels.task == "multilabel":
         counts["with findings"] = sum(bool(row.calls) for row in rows)
         names = ["with findings", NO_FINDING, REVIEW]
-    sums = " + ".join(f"{counts[name]} {short(name)}" for name in names)
+    sums = " + ".join(f"{counts[name]} {short(name, labels.classes)}" for name in names)
     num_unreadable = sum(not row.is_readable for row in rows)
     lines = [f"files: {len(rows)} = {sums}, {num_unreadable} of which could not be read"]
     if labels.task == "binary":
@@ -232,34 +236,42 @@ def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
         found = Counter(name for row in rows for name in row.calls).most_common()
         limits = zip(labels.classes, model.thresholds, strict=True)
         lines += [
-            f"findings: {', '.join(f'{number} {short(name)}' for name, number in found) or 'none'}",
+            "findings: "
+            + (", ".join(f"{num} {short(name, labels.classes)}" for name, num in found) or "none"),
             f"each is called from its threshold of {model.run_id} up: "
-            f"{', '.join(f'{short(name)} {limit:.3f}' for name, limit in limits)}",
+            + ", ".join(f"{short(name, labels.classes)} {limit:.3f}" for name, limit in limits),
         ]
     wrap = textwrap.TextWrapper(100, subsequent_indent="  ", break_on_hyphens=False)
     return [part for line in lines for part in wrap.wrap(line)]
 
 
 def _scores(row: Prediction) -> str:
-    """The probability of a row, or the highest ones with their names."""
+    """The probability of a row, or some with their names: those called, then the highest ones."""
     if not row.is_readable or row.probability is not None:
         return "-" if row.probability is None else f"{row.probability:.3f}"
-    return ", ".join(f"{short(name)} {row.probabilities[name]:.3f}" for name in row.highest(_NAMED))
+    shown = sorted(row.highest(), key=lambda name: name not in row.calls)[:_NAMED]
+    names = tuple(row.probabilities)
+    return ", ".join(f"{short(name, names)} {row.probabilities[name]:.3f}" for name in shown)
 
 
 def _decision(row: Prediction) -> str:
     """The decision of a row, with the most probable findings alone if they are many."""
+    names = tuple(row.probabilities)
     if len(row.calls) <= 1:
-        return row.decision if row.probability is not None else short(row.decision)
+        return row.decision if row.probability is not None else short(row.decision, names)
     called = [name for name in row.highest() if name in row.calls]
     more = [f"{len(called) - _NAMED} more"] if len(called) > _NAMED else []
-    return "|".join([*map(short, called[:_NAMED]), *more])
+    return "|".join([*(short(name, names) for name in called[:_NAMED]), *more])
 
 
-def short(name: str) -> str:
-    """A name of a class or finding for a column of the table."""
-    shown = printable(name)
-    return shown if len(shown) <= _NAME_WIDTH else f"{shown[: _NAME_WIDTH - 1]}…"
+def short(name: str, names: tuple[str, ...] = ()) -> str:
+    """A name for a column of the table, one that no other of the model's `names` has there."""
+    return printable(_short_names(names).get(name, shortened(name, _NAME_WIDTH)))
+
+
+@cache
+def _short_names(names: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(names, short_names(names, _NAME_WIDTH), strict=True))
 
 
 # ----------------------------------------------------------------------------------------- overlays
@@ -341,9 +353,19 @@ def draw_overlay(explained: Explained) -> bytes:
     threshold, so that a normal image does not glow.
     """
     assert explained.image is not None
-    row = explained.prediction
-    heats = []
-    for name, heat in explained.heats.items():
+    row, heats = explained.prediction, []
+    names = tuple(row.probabilities)
+    noun = "finding" if row.probability is None and row.thresholds else "class"
+    drawn = dict(zip(names, legible(names, noun), strict=True))
+    row = replace(
+        row,
+        decision=drawn.get(row.decision, row.decision),
+        calls=tuple(drawn.get(name, name) for name in row.calls),
+        probabilities={drawn[name]: value for name, value in row.probabilities.items()},
+        thresholds={drawn.get(name, name): value for name, value in row.thresholds.items()},
+    )
+    for full, heat in explained.heats.items():
+        name = drawn[full]
         probability, threshold = row.probabilities[name], row.thresholds.get(name, 1.0)
         title = f"Grad-CAM: evidence for {printable(name)}"
         if row.probability is None:

@@ -26,6 +26,7 @@ from xrai.results.metrics import (
     cumulative_calls,
     format_interval,
     format_value,
+    precision_recall,
 )
 from xrai.results.record import metrics_json
 from xrai.results.types import Counts, CurvePoint, Output, ReviewCount, Scores, outputs_of
@@ -439,6 +440,9 @@ def test_the_curves_are_those_of_scikit_learn(images: tuple[list[int], list[floa
     precision, recall, _ = scikit.precision_recall_curve(labels, scores)
     assert tp[::-1] / tp[-1] == pytest.approx(recall)
     assert tp[:0:-1] / (tp + fp)[:0:-1] == pytest.approx(precision[:-1])
+    x, y = precision_recall(tp, fp)  # its corners, as plots and the page draw it
+    average = scikit.average_precision_score(labels, scores)
+    assert (x[0], x[-1], np.trapezoid(y, x)) == (0, 1, pytest.approx(average))
     assert auroc(labels, scores) == pytest.approx(scikit.roc_auc_score(labels, scores), abs=1e-12)
 
 

@@ -28,9 +28,9 @@ def render(folder: Path, results: SplitResults) -> str:
 
 
 def overview_of(text: str) -> list[tuple[str, str]]:
-    """The rows of the overview: section and name."""
+    """The rows of the overview: section and name, which is whole in the title alone."""
     table = text.partition('id="overview"')[2].partition("</table>")[0]
-    rows = re.findall(r'<th scope="row"><a href="#(output-\d+)"[^>]*>([^<]*)</a>', table)
+    rows = re.findall(r'<th scope="row"><a href="#(output-\d+)" title="([^"]*)">', table)
     return [(place, html.unescape(name)) for place, name in rows]
 
 
@@ -54,6 +54,8 @@ def test_the_page_shows_each_output_once_and_the_one_with_the_lowest_auroc_first
         f"#{name}" for name in page.ids
     }
     words = " ".join(page.text.split())
+    long = dict(rows).get("output-1")
+    assert long == LONG_NAME and ">A finding wit…n the others</a>" in text
     assert f"It does worst on {rows[0][1]}: AUROC {known[0]:.3f}" in words
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))

@@ -179,12 +179,19 @@ def find_curves(labels: Ints, scores: Floats) -> Curves:
     tp, fp = cumulative_calls(labels, scores)
     if not (tp[-1] and fp[-1]):
         return Curves((), (), bins)
-    precision = tp[1:] / (tp + fp)[1:]
     return Curves(
         roc=_thinned(fp / fp[-1], tp / tp[-1]),
-        precision_recall=_thinned(tp[1:] / tp[-1], precision),
+        precision_recall=_thinned(*precision_recall(tp, fp)),
         reliability=bins,
     )
+
+
+def precision_recall(tp: Floats, fp: Floats) -> tuple[Floats, Floats]:
+    """Recall and precision (2 U,) of `cumulative_calls` (U + 1,) as the corners of steps, below
+    which lies the average precision: what is found at a threshold has the precision there.
+    """
+    precision = tp[1:] / (tp + fp)[1:]
+    return np.repeat(tp / tp[-1], 2)[1:-1], np.repeat(precision, 2)
 
 
 def _thinned(x: Floats, y: Floats) -> tuple[tuple[float, float], ...]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from xrai.results.lettering import font
 from xrai.results.plots import overlay
 
 _TITLE = "X-ray, the part that the model sees"
@@ -43,7 +44,10 @@ def draw_panel(
     width = len(shown) * (side + _GAP) + _GAP
     panel = Image.new("RGB", (width, side + _ABOVE + _BELOW), "#101318")
     draw = ImageDraw.Draw(panel)
-    large, small = ImageFont.load_default(size=19), ImageFont.load_default(size=14)
+    large: _Font = ImageFont.load_default(size=19)
+    small = ImageFont.load_default(size=14)
+    if not "".join([verdict, *(heat.title for heat in heats)]).isascii():
+        large = font(8)  # of 18 pixels; Pillow's own lacks most letters that are not Latin
     for number, (title, pixels) in enumerate(shown):
         left = _GAP + number * (side + _GAP)
         panel.paste(Image.fromarray(pixels), (left, _ABOVE))

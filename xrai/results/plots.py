@@ -31,12 +31,14 @@ from xrai.results import style
 from xrai.results.calibration import calibrated
 from xrai.results.history import EpochRow
 from xrai.results.intervals import wilson_interval
+from xrai.results.lettering import short_names, shortened
 from xrai.results.metrics import (
     METRICS,
     calibration_bins,
     cumulative_calls,
     format_interval,
     format_value,
+    precision_recall,
 )
 from xrai.results.style import CURVE, INK, MUTED, NORMAL, PAPER, PNEUMONIA, note_line
 from xrai.results.types import Abstention, Estimate, Labelled, OutputResults, Scores, SplitResults
@@ -171,10 +173,9 @@ def _draw_precision_recall(figure: Figure, found: Labelled, main: OutputResults)
         share = float(found.labels.mean())
         axes.axhline(share, **_CHANCE)
         _note(axes, f"chance {share:.2f}", (0.02, share), (0, -4), va="top")
-        precision = np.append(tp[:0:-1] / (tp + fp)[:0:-1], 1.0)
-        recall = tp[::-1] / tp[-1]
-        axes.fill_between(recall, precision, step="pre", **_AREA)
-        axes.step(recall, precision, color=CURVE, linewidth=2.2, where="pre")
+        recall, precision = precision_recall(tp, fp)
+        axes.fill_between(recall, precision, **_AREA)
+        axes.plot(recall, precision, color=CURVE, linewidth=2.2)
         if not metrics["ppv"].is_undefined:
             place = metrics["sensitivity"].value, metrics["ppv"].value
             _mark_threshold(axes, place, output.threshold)
@@ -344,8 +345,11 @@ def _draw_overview(figure: Figure, scores: Scores, results: SplitResults) -> Non
         for title, means in (("macro mean", results.macro), ("micro mean", results.micro))
         if "auroc" in means
     ]
-    ranked = [results.outputs[number] for number in results.ranked]
-    rows += [(found.output.name, found.whole.metrics["auroc"], CURVE) for found in ranked]
+    names = short_names([found.output.name for found in results.outputs], 26)
+    rows += [
+        (names[number], results.outputs[number].whole.metrics["auroc"], CURVE)
+        for number in results.ranked
+    ]
     height = figure.get_size_inches()[1]
     bottom = 0.35 / height
     axes = figure.add_axes((0.30, bottom, 0.45, 1 - 0.80 / height - bottom))
@@ -353,7 +357,7 @@ def _draw_overview(figure: Figure, scores: Scores, results: SplitResults) -> Non
     axes.set_xlim(math.floor(10 * min([0.4, *values])) / 10, 1.005)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(0.5, **_CHANCE)
-    axes.set_yticks(range(len(rows)), [_shortened(name, 24) for name, _, _ in rows], color=INK)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], color=INK)
     axes.grid(axis="y", visible=False)
     for row, (_, each, colour) in enumerate(rows):
         text = each.reason or "undefined"
@@ -363,12 +367,12 @@ def _draw_overview(figure: Figure, scores: Scores, results: SplitResults) -> Non
             interval = format_interval("auroc", each.low, each.high)
             text = f"{format_value('auroc', each.value)}  {interval}"
         place: _Look = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
-        axes.text(1.03, row, _shortened(text, 44), color=INK if row < 2 else MUTED, **place)
+        axes.text(1.03, row, shortened(text, 44), color=INK if row < 2 else MUTED, **place)
 
 
 def _draw_matrix(figure: Figure, scores: Scores, results: SplitResults) -> None:
     """How many images with a label (row) got each call (column), tinted by the share of the row."""
-    names = [_shortened(found.output.name, 20) for found in results.outputs]
+    names = short_names([found.output.name for found in results.outputs], 20)
     counts = (scores.labels == 1).T.astype(np.int64) @ scores.called.astype(np.int64)  # (C, C)
     totals = np.maximum((scores.labels == 1).sum(axis=0), 1)
     width, height = figure.get_size_inches()
@@ -404,6 +408,7 @@ def _draw_panels(
     rows = math.ceil(len(results.outputs) / columns)
     width, height = figure.get_size_inches()
     side = _PANEL - 0.62
+    names = short_names([found.output.name for found in results.outputs], 21)
     for place, number in enumerate(results.ranked):
         found = results.outputs[number]
         row, column = divmod(place, columns)
@@ -419,11 +424,11 @@ def _draw_panels(
         axes.yaxis.set_major_formatter(_PERCENT)
         value = format_value(metric, found.whole.metrics[metric].value)
         head: _Look = {"transform": axes.transAxes, "va": "bottom"}
-        axes.text(0, 1.13, _shortened(found.output.name, 21), fontsize=8, weight="bold", **head)
+        axes.text(0, 1.13, names[number], fontsize=8, weight="bold", **head)
         axes.text(0, 1.02, f"{METRICS[metric].title} {value}", fontsize=7, color=MUTED, **head)
         draw(axes, scores.labelled(number), found)
         if (estimate := found.whole.metrics[metric]).is_undefined:
-            reason = textwrap.fill(estimate.reason, 22)
+            reason = textwrap.fill(estimate.reason, 20)
             axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=7, color=MUTED)
 
 
@@ -441,8 +446,7 @@ def _panel_precision_recall(axes: Axes, found: Labelled, own: OutputResults) -> 
     tp, fp = cumulative_calls(found.labels, found.scores)
     if tp[-1] and fp[-1]:
         axes.axhline(float(found.labels.mean()), **_CHANCE)
-        precision = np.append(tp[:0:-1] / (tp + fp)[:0:-1], 1.0)
-        axes.step(tp[::-1] / tp[-1], precision, color=CURVE, linewidth=1.5, where="pre")
+        axes.plot(*precision_recall(tp, fp), color=CURVE, linewidth=1.5)
         if not own.whole.metrics["ppv"].is_undefined:
             place = [[own.whole.metrics[name].value] for name in ("sensitivity", "ppv")]
             axes.plot(*place, "o", color=PNEUMONIA, markersize=4.5)
@@ -495,13 +499,6 @@ _PLOTS_OF_MANY: dict[str, tuple[str, _DrawAll, Callable[[int], tuple[float, floa
     "calibration": ("Calibration", _panels(_panel_calibration, "ece"), _panels_size),
     "confusion": ("Calls against labels", _draw_matrix, _matrix_size),
 }
-
-
-def _shortened(text: str, length: int) -> str:
-    """The text, its middle left out where it is longer than `length` letters."""
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
 
 
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:

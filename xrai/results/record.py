@@ -13,6 +13,7 @@ from xrai.labels import NO_FINDING, REVIEW, LabelSpec
 from xrai.results.calibration import Floats
 from xrai.results.folder import RunFolder
 from xrai.results.intervals import CONFIDENCE
+from xrai.results.lettering import legible, shortened
 from xrai.results.measure import measure
 from xrai.results.metrics import auroc
 from xrai.results.sheets import draw_sheet
@@ -25,6 +26,7 @@ from xrai.results.types import (
     OutputResults,
     Scores,
     SplitResults,
+    outputs_of,
 )
 from xrai.tables import to_csv
 
@@ -73,15 +75,36 @@ def record_scores(
     run.write_text(f"{prefix}predictions.csv", table)
     run.write_json(f"{prefix}metrics.json", metrics_json(results))
     plots = run.path / folder / "plots"
-    draw_plots(scores, results, plots)
+    shown = _legible(scores)
+    outputs = [
+        dataclasses.replace(found, output=output)
+        for found, output in zip(results.outputs, shown.outputs, strict=True)
+    ]
+    draw_plots(shown, dataclasses.replace(results, outputs=tuple(outputs)), plots)
     sheets: list[str] = []
     if images is not None:
         draw = _draw_sheets if scores.task == "binary" else _draw_sheets_of_many
-        sheets = draw(scores, images, plots)
+        sheets = draw(shown, images, plots)
     if step is not None:
         _add_events(run, scores, plots, sheets, step)
     run.publish(sorted(path.relative_to(run.path).as_posix() for path in plots.glob("*.png")))
     return results
+
+
+def _legible(scores: Scores) -> Scores:
+    """The same with names that pictures can show."""
+    noun = "finding" if scores.task == "multilabel" else "class"
+    names = legible(scores.classes, noun)
+    if names == scores.classes:
+        return scores
+    spec = LabelSpec(scores.task, names)
+    num = 1 if scores.task == "multiclass" else len(scores.outputs)
+    outputs = outputs_of(spec, [1.0] * num, [0.5] * num, "")
+    renamed = [
+        dataclasses.replace(own, name=new.name, opposite=new.opposite)
+        for own, new in zip(scores.outputs, outputs, strict=True)
+    ]
+    return dataclasses.replace(scores, classes=names, outputs=tuple(renamed))
 
 
 def _add_events(
@@ -325,7 +348,7 @@ def _draw_sheets_of_many(scores: Scores, images: SplitImages, plots: Path) -> li
         pixels = images.read(found.rows[worst])
         pairs = zip(pixels, images.explain(pixels, column), strict=True)
         is_wrong = (found.called != found.labels).tolist()
-        kind = {1: _short(output.name), 0: _short(output.opposite)}
+        kind = {1: shortened(output.name, 18), 0: shortened(output.opposite, 18)}
         marks = [
             f"{kind[int(found.labels[row])]}  {found.scores[row]:.3f}" + "  wrong" * is_wrong[row]
             for row in worst
@@ -353,8 +376,4 @@ def _names_of(scores: Scores, row: int) -> str:
     """The classes or findings that an image shows."""
     shown = np.flatnonzero(scores.labels[row] == 1).tolist()
     names = [scores.outputs[column].name for column in shown]
-    return _short(", ".join(names) or NO_FINDING, 26)
-
-
-def _short(text: str, length: int = 14) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return shortened(", ".join(names) or NO_FINDING, 26)

@@ -21,10 +21,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 import xrai
 from xrai.results import history, style
 from xrai.results.history import EpochRow
+from xrai.results.lettering import short_names
 from xrai.results.metrics import ALL_METRICS, HEADLINES, format_interval, format_value
 from xrai.results.types import DatasetFacts, Estimate, Output, OutputResults, SplitResults, Training
 
 _MOST_NAMED = 4  # outputs in the heading
+_LONGEST_NAME, _LONGEST_UPRIGHT = 26, 18  # characters of a name in a table, and in a column's head
 _NUM_BARS = 50  # of the explorer's histogram
 _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
 # Their scale is not 0 to 1, or lower is better
@@ -116,6 +118,8 @@ def render_report(page: Page, folder: Path) -> str:
         config_text=yaml.safe_dump(dict(page.config), sort_keys=False),
         heading=_heading(results),
         parts=parts,
+        short=short_names([found.output.name for found in results.outputs], _LONGEST_NAME),
+        shorter=short_names([found.output.name for found in results.outputs], _LONGEST_UPRIGHT),
         part=parts[0],
         overview=Overview(results, parts),
         base64=lambda name: base64.b64encode((folder / name).read_bytes()).decode("ascii"),

@@ -4,20 +4,19 @@ Preprocessing thus needs no matplotlib, whose import takes longer than drawing. 
 whole or not at all, with the same bytes for the same input and version of Pillow.
 """
 
-import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
 from xrai.files import replacing
 from xrai.log import printable
 from xrai.results import style
+from xrai.results.lettering import font, legible, short_names, shortened
 from xrai.results.style import DPI
 
 _MARGIN = 0.15  # left and right, inches
@@ -69,12 +68,11 @@ def draw_sheet(
             middle, line = left + _SIDE / 2, top + _SIDE + 0.085 * DPI
             if marks:
                 colour = style.PNEUMONIA if marks[number].endswith("wrong") else style.INK
-                draw.text((middle, line), marks[number], colour, _font(7), anchor="mm")
+                draw.text((middle, line), marks[number], colour, font(7), anchor="mm")
                 line += 0.12 * DPI
             text = printable(title)
-            if len(text) > _LONGEST_TITLE:
-                text = text[:11] + "…" + text[-12:]
-            draw.text((middle, line), text, style.MUTED, _font(6.5), anchor="mm")
+            text = shortened(text, _LONGEST_TITLE)
+            draw.text((middle, line), text, style.MUTED, font(6.5), anchor="mm")
 
 
 def draw_class_counts(
@@ -91,6 +89,12 @@ def draw_class_counts(
     each split; so do findings, of which an image may show several: `num_images` by split says so.
     """
     classes = list(dict.fromkeys(name for split in counts.values() for name in split))
+    noun = "class" if num_images is None else "finding"
+    shown = dict(zip(classes, legible(tuple(classes), noun), strict=True))
+    counts = {
+        split: {shown[name]: num for name, num in own.items()} for split, own in counts.items()
+    }
+    classes = list(shown.values())
     totals = {split: sum(by_class.values()) for split, by_class in counts.items()}
     totals |= num_images or {}
     note = " · ".join(filter(None, [f"{sum(totals.values()):,} images", note]))
@@ -119,7 +123,7 @@ def _draw_shared_bars(
     pixels = 4.9 * DPI / max([1, *totals.values()])  # an image
     for row, (split, by_class) in enumerate(counts.items()):
         middle = (_HEAD + 0.1 + _BAR_STEP * (row + 0.5)) * DPI
-        draw.text((labels_end - 8, middle), split, style.INK, _font(9.5), anchor="rm")
+        draw.text((labels_end - 8, middle), split, style.INK, font(9.5), anchor="rm")
         bar, num_left = round(_BAR * DPI / 2), 0
         for name in classes:
             num = by_class.get(name, 0)
@@ -129,17 +133,17 @@ def _draw_shared_bars(
                 draw.rectangle(box, fill=_lighter(colours[name]))
             if right - left > 0.4 * DPI:
                 place = ((left + right) / 2, middle)
-                draw.text(place, f"{num:,}", style.PAPER, _font(9), anchor="mm")
+                draw.text(place, f"{num:,}", style.PAPER, font(9), anchor="mm")
             num_left += num
         share = by_class.get(classes[-1], 0) / totals[split] if totals[split] else 0.0
         text = f"{totals[split]:,} · {100 * share:.0f} % {classes[-1]}"
         end = labels_end + round(num_left * pixels) + 10
-        draw.text((end, middle), text, style.MUTED, _font(8.5), anchor="lm")
+        draw.text((end, middle), text, style.MUTED, font(8.5), anchor="lm")
     legend_end = width - _MARGIN * DPI
     for name in reversed(classes):
         place, legend = (legend_end, style.TITLE_DOWN * DPI), f"■ {name}"
-        draw.text(place, legend, colours[name], _font(9.5), anchor="rm")
-        legend_end -= draw.textlength(legend, _font(9.5)) + 0.15 * DPI
+        draw.text(place, legend, colours[name], font(9.5), anchor="rm")
+        legend_end -= draw.textlength(legend, font(9.5)) + 0.15 * DPI
 
 
 def _draw_rows(
@@ -160,7 +164,7 @@ def _draw_rows(
     for column, split in enumerate(counts):
         left = (1.75 + _COLUMN * column) * DPI
         head = (left, (_HEAD + 0.12) * DPI)
-        draw.text(head, f"{split} · {totals[split]:,}", style.INK, _font(9.5), anchor="lm")
+        draw.text(head, f"{split} · {totals[split]:,}", style.INK, font(9.5), anchor="lm")
         for row, name in enumerate(classes):
             middle = (_HEAD + 0.32 + _ROW_STEP * (row + 0.5)) * DPI
             share = shares[split].get(name, 0.0)
@@ -170,11 +174,11 @@ def _draw_rows(
                 box = (round(left), round(middle - half), round(end), round(middle + half))
                 draw.rectangle(box, fill=_lighter(style.CURVE))
             text = f"{counts[split].get(name, 0):,} · {_percent(share)}"
-            draw.text((end + 6, middle), text, style.MUTED, _font(8), anchor="lm")
-    for row, name in enumerate(classes):
+            draw.text((end + 6, middle), text, style.MUTED, font(8), anchor="lm")
+    for row, name in enumerate(short_names(classes, _LONGEST_TITLE)):
         middle = (_HEAD + 0.32 + _ROW_STEP * (row + 0.5)) * DPI
-        text = _shortened(printable(name), names_end - _MARGIN * DPI)
-        draw.text((names_end, middle), text, style.INK, _font(9), anchor="rm")
+        text = _fitted(printable(name), names_end - _MARGIN * DPI)
+        draw.text((names_end, middle), text, style.INK, font(9), anchor="rm")
 
 
 def _percent(share: float) -> str:
@@ -183,13 +187,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.{1 if 0 < share < 0.1 else 0}f} %"
 
 
-def _shortened(text: str, width: float) -> str:
+def _fitted(text: str, width: float) -> str:
     """The text, its middle left out where it is wider than `width` pixels."""
-    shown, num_kept = text, len(text)
-    while _font(9).getlength(shown) > width:
-        num_kept -= 1
-        shown = text[: (num_kept + 1) // 2] + "…" + text[len(text) - num_kept // 2 :]
-    return shown
+    length = len(text)
+    while length > 1 and font(9).getlength(shortened(text, length)) > width:
+        length -= 1
+    return shortened(text, length)
 
 
 def _lighter(colour: str) -> tuple[int, ...]:
@@ -204,19 +207,10 @@ def _sheet(
     """A sheet with its heading, written to `path` when the block ends without an error."""
     sheet = Image.new("RGB", size, style.PAPER)
     draw, left = ImageDraw.Draw(sheet), _MARGIN * DPI
-    bold = _font(style.TITLE_SIZE, name="DejaVuSans-Bold")
+    bold = font(style.TITLE_SIZE, name="DejaVuSans-Bold")
     draw.text((left, style.TITLE_DOWN * DPI), heading, style.INK, bold, anchor="lm")
-    small = _font(style.NOTE_SIZE)
+    small = font(style.NOTE_SIZE)
     draw.text((left, style.NOTE_DOWN * DPI), note, style.MUTED, small, anchor="lm")
     yield sheet, draw
     with replacing(path) as file:
         sheet.save(file, "png", compress_level=_COMPRESS_LEVEL)
-
-
-@cache
-def _font(points: float, *, name: str = "DejaVuSans") -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib: drawings do not depend on the machine's fonts."""
-    matplotlib = importlib.metadata.distribution("matplotlib")
-    path = matplotlib.locate_file(f"matplotlib/mpl-data/fonts/ttf/{name}.ttf")
-    basic = ImageFont.Layout.BASIC
-    return ImageFont.truetype(str(path), points * DPI / 72, layout_engine=basic)
