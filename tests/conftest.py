@@ -26,6 +26,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Tests run beside others, and threads that wait for work spin; torch reads this when it is loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST = (
+    "test_training_faults.py",
+    "test_preprocess_s3.py",
+    "test_world_size.py",
+    "test_loop.py",
+    "test_train.py",
+    "test_artifact_store.py",
+    "test_several_outputs.py",
+    "test_plots.py",
+)
 FIXTURE_MARKS = {
     "real_images": "data",
     "real_originals": "data",
@@ -110,9 +120,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in FIXTURE_MARKS:
                 item.add_marker(FIXTURE_MARKS[fixture])
-        if item.get_closest_marker("distributed"):
-            # one after the other: each fills several cores
-            item.add_marker(pytest.mark.xdist_group("distributed"))
+    # each file is one worker's: the longest first, so that none is left for the end
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

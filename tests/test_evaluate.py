@@ -19,7 +19,7 @@ from xrai.errors import UserError
 from xrai.measuring import read_looks
 from xrai.store import LEASE_KEY, open_store, take_lease
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluate")]
+pytestmark = pytest.mark.slow
 FEW = "--evaluate.num_bootstrap=50"
 
 

@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.distributed.ranks import run_ranks
 from tests.training import SMALL, Finished, call_main, make_dataset, run_module
+from tests.undrawn import leave_figures_empty
+from tests.zygote import RANK
 from xrai import evaluate, preprocess, run, train
 from xrai.config import Config
 from xrai.dataset.loader import Loader
@@ -39,7 +41,7 @@ packages = {name.partition(".")[0] for name in sys.modules}
 print(json.dumps(sorted(packages | {"xrai.run"} & set(sys.modules))))
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,8 @@ def keep_signal_handlers() -> Iterator[None]:
 
 @pytest.fixture
 def no_conclusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings of this test are not measured and drawn at their end."""
+    """Trainings of this test draw nothing, and are not measured at their end."""
+    leave_figures_empty(monkeypatch.setattr)
     monkeypatch.setattr(run.Job, "conclude", lambda *_, **__: [])
 
 
@@ -218,7 +221,8 @@ def test_ranks_other_than_0_never_load_what_measures_and_draws(
     dataset: Path, tmp_path: Path
 ) -> None:
     options = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=light", *SMALL]
-    loaded = run_ranks(["-c", NAME_PACKAGES, *options, "--train.epochs=1"], world_size=2)
+    program = ["-c", NAME_PACKAGES, *options, "--train.epochs=1"]
+    loaded = run_ranks(program, world_size=2, preload=RANK)
     assert set(loaded[0]) >= {"torch", *RANK_0_ONLY}
     assert set(loaded[1]) >= {"torch"} and not set(loaded[1]) & {"xrai.run", *RANK_0_ONLY}
 
@@ -550,7 +554,9 @@ def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    leave_figures_empty(monkeypatch.setattr)
     folder = finished.folder
     common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", f"--init_from={folder}"]
     status, lines = call(*common, "--model.width=16", capsys=capsys)

@@ -5,7 +5,7 @@ import os
 import socket
 from typing import Any
 
-from tests.zygote import RANK, Process, start
+from tests.zygote import COMMAND, Process, start
 
 
 def free_port() -> int:
@@ -41,10 +41,11 @@ def start_ranks(
     world_size: int,
     environment: dict[str, str] | None = None,
     more: dict[int, list[str]] | None = None,
+    preload: tuple[str, ...] = COMMAND,
 ) -> list[Process]:
     """One process a rank, each `python ARGUMENTS`; `more` are arguments of single ranks."""
     return [
-        start([*arguments, *(more or {}).get(rank, [])], environment=variables, preload=RANK)
+        start([*arguments, *(more or {}).get(rank, [])], environment=variables, preload=preload)
         for rank, variables in enumerate(wiring(world_size=world_size, environment=environment))
     ]
 
@@ -65,13 +66,17 @@ def finish_ranks(
 
 
 def run_ranks(
-    arguments: list[str], *, world_size: int, environment: dict[str, str] | None = None
+    arguments: list[str],
+    *,
+    world_size: int,
+    environment: dict[str, str] | None = None,
+    preload: tuple[str, ...] = COMMAND,
 ) -> list[Any]:
     """What each rank printed as one line of JSON.
 
     A rank that failed fails the test with its stderr.
     """
-    ranks = start_ranks(arguments, world_size=world_size, environment=environment)
+    ranks = start_ranks(arguments, world_size=world_size, environment=environment, preload=preload)
     results = finish_ranks(ranks)
     for rank, (status, _, stderr) in enumerate(results):
         assert status == 0, f"rank {rank} of {world_size} ended with {status}:\n{stderr}"

@@ -8,12 +8,11 @@ import pytest
 
 from tests.distributed.ranks import finish_ranks, run_ranks, start_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.distributed
 
 RANK = "tests/distributed/discs_rank.py"
 EXACT = ["--train.precision=fp64", "--train.global_batch_size=32", "--model.width=8"]
 TASKS = ["binary", *(pytest.param(t, marks=pytest.mark.ci) for t in ("multiclass", "multilabel"))]
-BATCHES = np.array([32, 32, 32, 32, 22])
 
 
 def train(*options: str, world_size: int) -> dict[str, Any]:
@@ -21,37 +20,42 @@ def train(*options: str, world_size: int) -> dict[str, Any]:
     return outcome
 
 
-def test_the_loss_of_a_hundred_steps_is_the_same_on_1_2_and_4_ranks() -> None:
+@pytest.mark.parametrize("num_epochs", [1, pytest.param(4, marks=pytest.mark.ci)])
+def test_the_loss_of_25_and_of_100_steps_is_the_same_on_1_2_and_4_ranks(num_epochs: int) -> None:
     # at a higher rate rounding itself grows from step to step, to 1.5e-12 at 3e-3
     one, two, four = (
-        train("--train.epochs=20", "--optim.lr=1e-3", "--num_val=9", world_size=world_size)
-        for world_size in (1, 2, 4)
+        train(
+            f"--train.epochs={num_epochs}",
+            "--optim.lr=1e-3",
+            "--num_images=790",
+            "--num_val=9",
+            world_size=num,
+        )
+        for num in (1, 2, 4)
     )
-    sizes = np.tile(BATCHES, 20)
-    assert len(one["losses"]) == 100
+    sizes = np.tile([*[32] * 24, 22], num_epochs)
+    assert len(one["losses"]) == 25 * num_epochs
     for other in (two, four):
         difference = np.abs(np.array(one["losses"]) - np.array(other["losses"])) / sizes
         assert difference.max() < 1e-12
         for ours, theirs in zip(one["epochs"], other["epochs"], strict=True):
             assert theirs["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-11)
             assert theirs["train_accuracy"] == ours["train_accuracy"]
-            assert np.allclose(ours["val_logits"], theirs["val_logits"], atol=1e-9)
-            assert np.allclose(ours["shifted_logits"], theirs["shifted_logits"], atol=1e-9)
+            check_logits(ours, theirs, num_val=9)
 
 
-@pytest.mark.parametrize("num_val", [41, 3])
-def test_every_validation_image_is_scored_once_whatever_the_ranks(num_val: int) -> None:
-    options = ["--train.epochs=1", f"--num_val={num_val}", "--num_images=32"]
-    one, four = train(*options, world_size=1), train(*options, world_size=4)
+def check_logits(ours: dict[str, Any], theirs: dict[str, Any], *, num_val: int) -> None:
+    """The same for every image, each scored once."""
     for key in ("val_logits", "shifted_logits"):
-        ours, theirs = np.array(one["epochs"][0][key]), np.array(four["epochs"][0][key])
-        assert ours.shape == theirs.shape and ours.shape[1] == num_val
-        assert np.allclose(ours, theirs, atol=1e-9)
+        one, other = np.array(ours[key]), np.array(theirs[key])
+        assert one.shape == other.shape and one.shape[1] == num_val
+        assert np.allclose(one, other, atol=1e-9)
 
 
-def test_every_rank_ends_with_the_same_weights() -> None:
-    outcomes = run_ranks([RANK, "--train.epochs=1", "--train.global_batch_size=32"], world_size=2)
-    assert outcomes[0]["weights"] == outcomes[1]["weights"]
+def test_fewer_validation_images_than_ranks_are_scored_once_each() -> None:
+    options = ["--train.epochs=1", "--num_val=3", "--num_images=32"]
+    one, four = train(*options, world_size=1), train(*options, world_size=4)
+    check_logits(one["epochs"][0], four["epochs"][0], num_val=3)
 
 
 def test_accumulation_over_two_ranks_equals_one_batch() -> None:
@@ -61,27 +65,29 @@ def test_accumulation_over_two_ranks_equals_one_batch() -> None:
 
 
 def test_fewer_images_than_ranks_in_the_last_batch_is_no_hang_and_no_difference() -> None:
-    options = ["--train.epochs=2", "--num_images=65"]  # the last batch holds one image
+    options = ["--train.epochs=1", "--num_images=65"]  # the last batch holds one image
     one, four = train(*options, world_size=1), train(*options, world_size=4)
     assert four["losses"] == pytest.approx(one["losses"], abs=1e-10)
     assert four["epochs"][-1]["train_accuracy"] == one["epochs"][-1]["train_accuracy"]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_same_world_size_goes_on_bit_for_bit(tmp_path: Path, task: str) -> None:
+def test_all_ranks_end_with_the_same_weights_and_go_on_bit_for_bit(
+    tmp_path: Path, task: str
+) -> None:
     options = [RANK, "--train.epochs=2", "--train.global_batch_size=32", "--train.precision=off"]
     options.append(f"--task={task}")
-    whole = run_ranks(options, world_size=2)[0]
-    first = run_ranks(
-        [*options, f"--folder={tmp_path}", "--stop_after=3", "--stop_rank=1"], world_size=2
+    whole, other = run_ranks(options, world_size=2)
+    assert whole["weights"] == other["weights"]
+    first = run_ranks(  # into the second epoch
+        [*options, f"--folder={tmp_path}", "--stop_after=7", "--stop_rank=1"], world_size=2
     )
     assert [outcome["stopped"] for outcome in first] == [True, True]
-    assert [len(outcome["losses"]) for outcome in first] == [3, 3]
-    second = run_ranks([*options, f"--folder={tmp_path}", "--stop_after=4"], world_size=2)
-    third = run_ranks([*options, f"--folder={tmp_path}"], world_size=2)
-    assert first[0]["losses"] + second[0]["losses"] + third[0]["losses"] == whole["losses"]
-    assert third[0]["weights"] == whole["weights"]
-    assert (second[0]["epochs"] + third[0]["epochs"]) == whole["epochs"]
+    assert [len(outcome["losses"]) for outcome in first] == [7, 7]
+    second = run_ranks([*options, f"--folder={tmp_path}"], world_size=2)
+    assert first[0]["losses"] + second[0]["losses"] == whole["losses"]
+    assert second[0]["weights"] == second[1]["weights"] == whole["weights"]
+    assert first[0]["epochs"] + second[0]["epochs"] == whole["epochs"]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -34,7 +34,7 @@ from tests.training import SMALL, Finished, make_dataset
 from xrai.learning.predictor import load_model
 from xrai.store import LEASE_KEY, Store, open_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("artifact_store"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LISTED = {  # what a finished run holds
     "config.yaml",

@@ -207,13 +207,15 @@ def test_the_steps_that_are_killed_at_cover_the_whole_work(steps: list[str]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("third", [0, *(pytest.param(k, marks=pytest.mark.ci) for k in (1, 2))])
+@pytest.mark.parametrize(
+    "sixth", [0, *(pytest.param(k, marks=pytest.mark.ci) for k in range(1, 6))]
+)
 def test_killed_at_any_step_and_started_again_it_ends_in_the_same_bytes(
-    source: Path, expected: dict[str, str], steps: list[str], tmp_path: Path, third: int
+    source: Path, expected: dict[str, str], steps: list[str], tmp_path: Path, sixth: int
 ) -> None:
     reads = [k for k, step in enumerate(steps) if step.startswith("FolderSource.read")]
     chosen = sorted({*range(len(steps))} - {*reads} | {*reads[::15]})
-    for step in chosen[third::3]:
+    for step in chosen[sixth::6]:
         dataset = tmp_path / f"{step}"
         assert wait(start(source, dataset, before=Steps(at=step, act=die).watch)) == KILLED, steps[
             step

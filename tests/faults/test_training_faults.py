@@ -23,12 +23,7 @@ from tests.training import SMALL, TORCHRUN, make_dataset
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.store import LEASE_KEY, open_store
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.distributed,
-    pytest.mark.xdist_group("distributed"),
-    pytest.mark.timeout(240),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
 
 OPTIONS = [*SMALL, "--train.epochs=3", "--checkpoint.every=1"]
 
@@ -388,7 +383,7 @@ def test_a_kill_in_the_middle_of_saving_never_costs_a_checkpoint_that_was_there(
     for _ in range(num_kills):
         read, write = os.pipe()
         with os.fdopen(write) as output:
-            process = zygote.start([str(saver), str(folder)], output=output, preload=zygote.RANK)
+            process = zygote.start([str(saver), str(folder)], output=output)
         with os.fdopen(read) as lines:
             for _ in range(generator.randint(1, 5)):
                 done = int(lines.readline())

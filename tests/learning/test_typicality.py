@@ -184,7 +184,6 @@ def test_the_state_of_the_reference_network_is_small() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("distributed")
 def test_the_fit_does_not_depend_on_the_ranks_and_the_batches() -> None:
     one = fit_numbers(ONE, batch_size=64)
     for other in (fit_numbers(ONE, batch_size=10), *run_ranks(["-c", FIT_ON_DISCS], world_size=2)):
