@@ -308,8 +308,9 @@ def test_what_can_not_be_exported_is_refused_before_any_work(
 
 
 def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
-    exported: Exported, tmp_path: Path
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writing, "trace", lambda serving: exported.program)
     out = tmp_path / "out"
     shutil.copytree(exported.out, out)
     assert (out / "model.onnx").exists()

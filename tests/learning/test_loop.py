@@ -259,7 +259,8 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do() 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "off", "fp64", "auto"])
 def test_every_precision_trains_on_the_cpu(alone: Ranks, precision: str) -> None:
-    outcome = train_discs(changed(SMALL, train={"precision": precision}), ranks=alone)
+    config = changed(SMALL, train={"precision": precision})
+    outcome = train_discs(config, ranks=alone, num_images=96, num_val=9)
     assert outcome.losses[-1] < outcome.losses[0]
     assert resolve_precision(precision, torch.device("cpu")) in ("bf16", "fp16", "off", "fp64")
 
