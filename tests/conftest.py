@@ -7,6 +7,7 @@ absence is a failure, not a skip.
 """
 
 import functools
+import gc
 import os
 import subprocess
 import uuid
@@ -122,6 +123,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(FIXTURE_MARKS[fixture])
     # each file is one worker's: the longest first, so that none is left for the end
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Loads all tests without collecting garbage. What is loaded then stays, and later collections
+    pass over it: figures ask for full ones.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -7,6 +7,7 @@ A start costs a fork instead of seconds of imports; the rest is as `python ARGUM
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -128,8 +129,11 @@ def _zygote(preload: tuple[str, ...]) -> socket.socket:
 
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    gc.freeze()  # no collection in a command looks at, and so copies, what is loaded here
+    gc.enable()
     while True:
         message, fds, _, _ = socket.recv_fds(channel, 1 << 20, 3)
         if not message:
