@@ -64,7 +64,9 @@ class Labels:
         "unknown", "what a finding of -1 counts as"
     )
     blank: Literal["auto", "unknown", "negative"] = _key(
-        "auto", "what an empty finding counts as; auto: negative in chexpert, else unknown"
+        "auto",
+        "what an empty finding counts as; auto: negative in chexpert, an error in a column "
+        "findings, else unknown",
     )
     missing: Literal["error", "skip"] = _key(
         "error", "files that a table names and the source lacks: refuse, or leave them out"
