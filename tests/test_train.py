@@ -582,8 +582,11 @@ def label_anew(images: Path, folder: Path, labelling: str) -> list[str]:
     if labelling == "subtype":
         return ["--labels.target=subtype"]
     paths = sorted(path.relative_to(images) for path in images.glob("train/*/*"))
-    column = "Opacity" if labelling == "finding" else "label"
-    words = {"renamed": ("healthy", "TB"), "finding": ("0", "1")}[labelling]
+    column, *words = {
+        "renamed": ("label", "healthy", "TB"),
+        "finding": ("Opacity", "0", "1"),
+        "findings": ("Opacity,Clear", "0,1", "1,0"),
+    }[labelling]
     rows = [f"{path.as_posix()},{words['PNEUMONIA' in path.parts]}" for path in paths]
     table = folder / "labels.csv"
     table.write_text("\n".join([f"path,{column}", *rows]))
@@ -632,6 +635,33 @@ def test_the_same_images_with_other_labels_are_another_data_set(
     for name, own in network.state_dict().items():
         assert torch.equal(weights[name], own if name.startswith("head.") else first[name])
     assert "trained on the classes NORMAL, PNEUMONIA: its head is left out" in caplog.text
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("labelling", "names"), [("finding", ["Opacity"]), ("findings", ["Opacity", "Clear"])]
+)
+def test_one_finding_and_findings_that_are_all_known_are_trained_on_and_measured(
+    labelling: str,
+    names: list[str],
+    finished: Finished,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = label_anew(finished.phantoms, tmp_path, labelling)
+    options += [f"--source={finished.phantoms}", f"--dataset={tmp_path}/dataset", "--workers=1"]
+    options += ["--images.size=32", "--splits.val_fraction=0.25"]
+    assert call_main(preprocess, *options, capsys=capsys) == (0, [])
+    options = [f"--dataset={tmp_path}/dataset", f"--artifacts={tmp_path}", "--run_id=small"]
+    assert call(*options, *SMALL, "--train.epochs=1", capsys=capsys) == (0, [])
+    with (tmp_path / "small" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())
+    assert [output["name"] for output in metrics["outputs"]] == names
+    for name, output in zip(names, metrics["outputs"], strict=True):
+        wanted = [name in row["label"].split("|") for row in rows]
+        expected = roc_auc_score(wanted, [float(row[f"score_{name}"]) for row in rows])
+        assert output["metrics"]["auroc"]["value"] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.usefixtures("no_conclusion")
