@@ -219,6 +219,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_fact_that_differs() -> No
         refuse_other_run(
             {"seed": 0, "image size": 64}, {"seed": 0, "image size": 128}, name="step-1.pt"
         )
+    with pytest.raises(
+        RunError, match=r"step-1\.pt does not state its task, so an earlier version"
+    ):
+        refuse_other_run({"seed": 0}, {"task": "binary", "seed": 0}, name="step-1.pt")
     refuse_other_run({"seed": 0}, {"seed": 0}, name="step-1.pt")
 
 

@@ -250,9 +250,14 @@ def refuse_other_run(saved: Any, current: dict[str, Any], *, name: str) -> None:
     if not isinstance(saved, dict):
         raise CorruptError(f"checkpoint {name} does not say of which run it is")
     for fact, value in current.items():
-        if saved.get(fact) != value:
+        if fact not in saved:
             raise RunError(
-                f"checkpoint {name} was saved with {fact} = {saved.get(fact)!r}, this run has "
+                f"checkpoint {name} does not state its {fact}, so an earlier version of xrai made "
+                "it: finish the run with that version, or give another --run_id to start anew"
+            )
+        if saved[fact] != value:
+            raise RunError(
+                f"checkpoint {name} was saved with {fact} = {saved[fact]!r}, this run has "
                 f"{value!r}: give another --run_id to start anew, with --init_from to take the "
                 "weights alone"
             )
