@@ -29,7 +29,19 @@ COMMANDS = ("preprocess", "train", "evaluate", "predict", "export", "verify")
 WORDS = {*COMMANDS, "phantom"}
 GENERATED = {"configuration.md", "changelog.md", "contributing.md", "benchmarks.md"}
 OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phantoms
-    *("all", "bench", "build", "check", "config", "dev", "docs", "env-file", "every", "file"),
+    *(
+        "all",
+        "bench",
+        "build",
+        "check",
+        "config",
+        "dev",
+        "docs",
+        "env-file",
+        "every",
+        "file",
+        "timm",
+    ),
     *(
         "format",
         "help",

@@ -21,6 +21,7 @@ from xrai.errors import ConfigError
 from xrai.files import read_once
 
 OWN_NETWORKS = ("resnet10", "resnet18")
+TIMM = "timm/"  # before the name of a network of timm
 NETWORK_GROUP = "xrai.networks"  # entry points by which installed packages register theirs
 
 # The sections, and single keys of other sections, that a command takes as flags.
@@ -140,14 +141,32 @@ class Model:
 
     name: str = _key(
         "resnet10",
-        "resnet10 or resnet18: residual networks, 1 or 2 blocks a stage; or a name that an "
-        "installed package registers as xrai.networks",
+        "resnet10 or resnet18: residual networks, 1 or 2 blocks a stage; timm/NAME; or a name that "
+        "an installed package registers as xrai.networks",
     )
     width: int = _key(
         16,
         "channels of the first stage of resnet10 and resnet18; each of the three later ones "
         "doubles",
         "[8, 256]",
+    )
+    weights: str = _key(
+        "",
+        "initial weights: pretrained (those of timm), or the address of a .safetensors, .pth, .pt "
+        "or .bin file; empty: random ones",
+    )
+    input: Literal["rgb", "standardized", "xrv"] = _key(
+        "rgb",
+        "what a network of timm sees: three equal channels with the mean and deviation of its "
+        "weights; one channel, each image of mean 0 and deviation 1; one from -1024 to 1024",
+    )
+    batch_norm: Literal["auto", "frozen", "sync", "local"] = _key(
+        "auto",
+        "statistics of a network of timm: fixed, of all ranks, or of each rank; auto: frozen with "
+        "model.weights, else sync",
+    )
+    drop_path: float = _key(
+        0.0, "share of images that skip a branch of a network of timm, at the last one", "[0, 1)"
     )
 
 
@@ -174,6 +193,9 @@ class Optim:
     lr: float = _key(3e-3, "peak learning rate", "(0, 100]")
     weight_decay: float = _key(0.05, "decoupled; not applied to norms and biases", "[0, 10]")
     momentum: float = _key(0.9, "momentum of sgd, beta1 of adamw", "[0, 1)")
+    layer_decay: float = _key(
+        1.0, "factor of the learning rate from each layer to the one before; 1: none", "(0, 1]"
+    )
     warmup_fraction: float = _key(0.1, "share of all steps in linear warm-up", "[0, 1)")
     clip_norm: float = _key(1.0, "largest L2 norm of the gradient; 0: no clipping", "[0, inf)")
     ema_decay: float = _key(
@@ -193,6 +215,7 @@ class Train:
     """The training job."""
 
     epochs: int = _key(40, "passes over the training split", "[1, 100000]")
+    freeze_epochs: int = _key(0, "first epochs in which only the head learns", "[0, 100000]")
     seed: int = _key(0, "seed of weights, order and augmentation", "[0, 2147483647]")
     global_batch_size: int = _key(64, "images a step, over all ranks together", "[1, inf)")
     accumulation_steps: int = _key(1, "parts of a rank's batch, to save memory", "[1, inf)")
@@ -354,9 +377,9 @@ def build(values: Mapping[str, Any]) -> Config:
 
 
 def _refuse_unknown_network(name: str) -> None:
-    if name in OWN_NETWORKS:
+    if name in OWN_NETWORKS or name.startswith(TIMM):
         return
-    names = [*OWN_NETWORKS, *sorted(entry_points(group=NETWORK_GROUP).names)]
+    names = [*OWN_NETWORKS, f"{TIMM}NAME", *sorted(entry_points(group=NETWORK_GROUP).names)]
     if name not in names:
         raise ConfigError(
             f"model.name = {name!r} is not allowed: it takes {', '.join(names)}, or the name of a "

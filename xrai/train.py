@@ -35,6 +35,7 @@ from xrai.learning.network import Network
 from xrai.learning.optim import Counts
 from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
+from xrai.learning.weights import initial_weights
 from xrai.log import get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
 from xrai.store import open_store
@@ -70,6 +71,7 @@ FLAGS = (
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
 _GRACE_S = 60.0  # between torchrun's end and that of a rank which cannot stop by itself
 _RESULTS_TIMEOUT_S = 3600.0  # how long the other ranks wait while rank 0 writes the results
+WEIGHTS = "weights.json"  # in a run: where its initial weights came from
 _logger = get_logger("xrai.train")
 
 
@@ -122,10 +124,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         torch.manual_seed(config.train.seed)
         labels = index.labels
         network = build_model(config.model, labels.num_outputs, image_size=config.images.size)
-        if flags["init_from"] and resumed is None:
-            weights = ranks.on_main(
-                lambda: first_weights(flags["init_from"], config, network, labels)
-            )
+        if resumed is None and (flags["init_from"] or config.model.weights):
+            weights = on_job(lambda job: initial_state(job, flags["init_from"], network))
             network.load_state_dict(weights)
         _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
         setup = loop.Setup(
@@ -311,6 +311,20 @@ def label_counts(index: DatasetIndex) -> Counts:
     return counts[-index.labels.num_outputs :]  # of two classes, the second
 
 
+def initial_state(job: "Job", init_from: str, network: Network) -> dict[str, torch.Tensor]:
+    """The state of a network that begins with the weights of a finished run or of `model.weights`;
+    where the latter came from is kept with the run.
+    """
+    config = job.config
+    if init_from:
+        if config.model.weights:
+            raise ConfigError("--init_from and model.weights both give initial weights: give one")
+        return first_weights(init_from, config, network, job.labels)
+    state, loaded = initial_weights(config.model, network, image_size=config.images.size)
+    job.run.write_json(WEIGHTS, dataclasses.asdict(loaded))
+    return state
+
+
 def first_weights(
     address: str, config: Config, network: Network, labels: LabelSpec
 ) -> dict[str, torch.Tensor]:
@@ -322,7 +336,7 @@ def first_weights(
 
     model = open_run(address)
     weights, own = model.network.state_dict(), network.state_dict()
-    head = [name for name in own if name.startswith(network.head_prefix())]
+    head = [name for name in own if name.startswith(network.head_prefixes())]
     if model.labels != labels:
         _logger.info(
             "--init_from %s was trained on %s: its head is left out", address, model.labels

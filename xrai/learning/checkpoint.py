@@ -32,7 +32,7 @@ _LATEST = f"{FOLDER}/latest.json"
 SCHEMA_VERSION = 1
 NUM_TRANSFERS = 3  # of a file in a bucket, until it arrives as it was stored
 # What zipfile and torch raise on bytes that are not a file of weights
-_UNREADABLE = (
+UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
     EOFError,
@@ -219,7 +219,7 @@ def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str,
             if (damaged := archive.testzip()) is not None:
                 raise CorruptError(f"{name} is damaged: its part {damaged} is not as it was saved")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         cause = (str(error) or "it is cut short").splitlines()[0]  # an EOFError says nothing
         raise CorruptError(f"{name} is not a file of weights: {cause}") from error
     if not isinstance(state, dict):

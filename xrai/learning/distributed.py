@@ -180,6 +180,30 @@ class Ranks:
         return model.no_sync()
 
 
+def summed(values: Tensor) -> Tensor:
+    """The sums of a tensor over all ranks, on its device; gradients flow back to all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    found: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks, whose gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 class Place(NamedTuple):
     """A process's place in the job that torchrun, or another launcher, started it for."""
 

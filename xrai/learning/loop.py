@@ -26,7 +26,7 @@ from xrai.config import Config, Train
 from xrai.errors import ConfigError, CorruptError, StoppedError, TrainingError, UserError
 from xrai.labels import LabelSpec
 from xrai.learning import optim
-from xrai.learning.augment import augment
+from xrai.learning.augment import augment, uniform
 from xrai.learning.batch import Batch, Loader, to_grey
 from xrai.learning.checkpoint import MISFITS, CheckpointFolder, load_weights
 from xrai.learning.distributed import Ranks
@@ -149,6 +149,8 @@ class Training:
             device=ranks.device, dtype=self.precision.weights, memory_format=torch.channels_last
         )
         self.average = deepcopy(model).requires_grad_(False)
+        heads = model.head_prefixes()
+        self.body = [p for name, p in model.named_parameters() if not name.startswith(heads)]
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.done = Progress()
         self.lr, self.grad_norm = 0.0, math.nan  # of the last step
@@ -234,7 +236,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
     num_steps = training.num_steps
     training.lr = optim.learning_rate(done.step, num_steps=num_steps, config=config.optim)
     for group in optimizer.param_groups:
-        group["lr"] = training.lr
+        group["lr"] = training.lr * group["scale"]
 
     # Gradients of the mean loss over the global batch, in parts to save memory
     losses: list[Tensor] = []
@@ -250,6 +252,10 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
         drawn = {"seed": config.train.seed, "epoch": done.epoch}
         images = augment(images, rows, **drawn, strength=config.augment)
         images = images.contiguous(memory_format=torch.channels_last)
+        if num_draws := training.model.num_draws:
+            training.model.draw(
+                uniform(rows, num_draws, seed=config.train.seed + 2, epoch=done.epoch)
+            )
         is_last = part == num_parts
         with ranks.synchronized(training.wrapped, last=is_last):
             with precision.autocast():
@@ -262,6 +268,10 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
             precision.scaler.scale(mean).backward()
         losses.append(part_losses.detach())
         logits.append(part_logits.detach())
+
+    if done.epoch < config.train.freeze_epochs:
+        for parameter in training.body:
+            parameter.grad = None
 
     # The guard: all ranks hold the same gradients, so all decide alike before the step
     precision.scaler.unscale_(optimizer)

@@ -33,6 +33,8 @@ _FIRST_BRANCH_GAIN = 0.2  # residual branches begin small
 class Network(nn.Module):
     """A network as all others see it. A subclass has `forward` and `stages`, or `look` for both."""
 
+    num_draws = 0  # random numbers of each image that a step of training takes
+
     def forward(self, images: Tensor) -> Tensor:
         """Grey values (B, 1, H, W) in [0, 1] to logits (B, outputs)."""
         raise NotImplementedError
@@ -53,10 +55,24 @@ class Network(nn.Module):
         """This network, or a copy with the same outputs that is faster and cannot be trained."""
         return self
 
-    def head_prefix(self) -> str:
-        """How the names of the head's parameters begin: they depend on what is looked for."""
+    def draw(self, numbers: Tensor) -> None:
+        """Take the random numbers of the images of the next step, (B, num_draws) in [-1, 1)."""
+
+    def head_prefixes(self) -> tuple[str, ...]:
+        """How the names of the head's parameters begin: their shape is that of the outputs."""
         *_, (last, _) = self.named_parameters()
-        return last.rpartition(".")[0] + "."
+        return (last.rpartition(".")[0] + ".",)
+
+    def parameter_layers(self) -> dict[str, int]:
+        """The layer of each parameter by its name, from 0 at the input to the head's."""
+        layers: dict[str, int] = {}
+        parts: dict[str, int] = {}
+        for name, _ in self.named_parameters():
+            first, _, rest = name.partition(".")
+            number = rest.partition(".")[0]
+            part = f"{first}.{number}" if number.isdecimal() else first
+            layers[name] = parts.setdefault(part, len(parts))
+        return layers
 
 
 class Standardize(nn.Module):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import swa_utils
 
 from xrai.config import Optim
 from xrai.labels import UNKNOWN, LabelSpec, Task
+from xrai.learning.network import Network
 
 Counts = tuple[
     tuple[int, int], ...
@@ -19,12 +21,29 @@ Counts = tuple[
 
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; no weight decay on norms and biases (vectors)."""
-    parameters = list(model.parameters())
+    """AdamW or SGD with Nesterov momentum; no weight decay on norms and biases (vectors).
+
+    With `layer_decay` the groups of a `Network` have a `scale` of the rate: 1 for the head's layer,
+    and that factor less for each layer before.
+    """
+    scales = dict.fromkeys(dict(model.named_parameters()), 1.0)
+    if config.layer_decay < 1:
+        assert isinstance(model, Network)
+        layers = model.parameter_layers()
+        last = max(layers.values())
+        scales |= {name: config.layer_decay ** (last - layer) for name, layer in layers.items()}
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [
+                p for name, p in model.named_parameters() if (p.ndim > 1, scales[name]) == of
+            ],
+            "weight_decay": config.weight_decay if of[0] else 0.0,
+            "scale": of[1],
+        }
+        for of in product((True, False), sorted({*scales.values()}, reverse=True))
     ]
+    if config.layer_decay < 1:
+        groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
     return torch.optim.SGD(
@@ -76,6 +95,8 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     """
     update = swa_utils.get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     update(list(average.parameters()), list(model.parameters()), None)
+    for own, new in zip(average.buffers(), model.buffers(), strict=True):  # statistics
+        own.copy_(new)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xrai.config import OWN_NETWORKS, Augment, Images, Model
+from xrai.config import OWN_NETWORKS, TIMM, Augment, Images, Model
 from xrai.errors import CorruptError, RunError
 from xrai.labels import LabelSpec
 from xrai.learning.augment import augment
@@ -106,6 +106,10 @@ def build_model(config: Model, num_outputs: int, *, image_size: int = 64) -> Net
     """
     if config.name in OWN_NETWORKS:
         return ResNet(name=config.name, width=config.width, num_outputs=num_outputs)
+    if config.name.startswith(TIMM):
+        from xrai.learning import zoo  # here: few need it
+
+        return zoo.build(config, num_outputs=num_outputs, image_size=image_size)
     return build_registered(config.name, num_outputs=num_outputs, image_size=image_size)
 
 

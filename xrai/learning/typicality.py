@@ -49,7 +49,7 @@ VARIATION = Augment(
     noise=0.04,
 )
 _THUMBNAIL_SIZE = 16
-_MAX_CHANNELS = 256  # of a stage in its description
+_MAX_CHANNELS = 512  # of all stages together; of more, each stage has its equal share of them
 _NUM_FITTED = 8192  # training images behind mean and covariance, at most
 _NUM_SPOILED = 1024  # training images that are spoiled, at most
 _NUM_DRAWS = 2  # augmented copies of each validation image
@@ -105,7 +105,9 @@ def describe(network: Network, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     deviations of its maps, and one for the standardized image at 16 x 16.
     """
     logits, stages = network.look(images)
-    groups = [_summarize(maps) for maps in stages]
+    num_channels = sum(maps.shape[1] for maps in stages)
+    share = num_channels if num_channels <= _MAX_CHANNELS else _MAX_CHANNELS // len(stages)
+    groups = [_summarize(maps, share) for maps in stages]
     standardized = Standardize()(images)
     small = functional.adaptive_avg_pool2d(standardized, _THUMBNAIL_SIZE).flatten(1)  # (B, 256)
     centered = small - small.mean(dim=1, keepdim=True)
@@ -113,14 +115,14 @@ def describe(network: Network, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     return logits, [*groups, centered / (deviation + 1e-2)]
 
 
-def _summarize(maps: Tensor) -> Tensor:
+def _summarize(maps: Tensor, max_channels: int) -> Tensor:
     """Log mean of what is positive and log standard deviation, (B, 2 C), of each map of
-    (B, C, h, w). Of more than `_MAX_CHANNELS` maps, means over neighbours.
+    (B, C, h, w). Of more than `max_channels` maps, means over neighbours.
     """
     deviation = (maps - maps.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(2, 3))
     numbers = torch.stack([maps.relu().mean(dim=(2, 3)), deviation.add(1e-6).sqrt()], dim=1)
-    if maps.shape[1] > _MAX_CHANNELS:
-        numbers = functional.adaptive_avg_pool1d(numbers, _MAX_CHANNELS)
+    if maps.shape[1] > max_channels:
+        numbers = functional.adaptive_avg_pool1d(numbers, max_channels)
     return numbers.flatten(1).clamp_min(0).add(0.02).log()
 
 
