@@ -153,3 +153,10 @@ def test_check_names_tests_that_are_there(repository: Path) -> None:
     names = re.findall(r"tests/\S+\.py", script.partition("TESTS=(")[2].partition(")")[0])
     assert len(names) > 5
     assert [name for name in names if not (repository / name).exists()] == []
+
+
+def test_quickstart_needs_no_host_name_that_resolves(repository: Path) -> None:
+    """As `xrai train --nproc_per_node=2`, which tests/test_main.py starts without one."""
+    script = (repository / "scripts/quickstart").read_text().replace("\\\n", " ")
+    (launch,) = (line for line in script.splitlines() if "torchrun " in line and "exec" in line)
+    assert "--local_addr=localhost" in launch.split()

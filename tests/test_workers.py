@@ -97,3 +97,49 @@ def test_a_process_that_follows_its_parent_is_asked_to_stop_and_then_ended(tmp_p
         parent.kill()
         assert parent.stdout.read() == "asked to stop\n"
     wait_for_end(child)
+
+
+LATE = """
+import os, subprocess, sys, time
+import xrai
+
+if sys.argv[1:] == ["child"]:
+    print(os.getpid(), flush=True)
+    while os.getppid() == xrai.parent_at_start():
+        time.sleep(0.01)  # as long as it takes to load torch
+    from xrai.errors import StoppedError
+    from xrai.workers import follow_parent
+    try:
+        follow_parent(grace_s=1000)
+    except StoppedError as error:
+        print(error, flush=True)
+else:
+    subprocess.run([sys.executable, __file__, "child"])
+"""
+
+
+def test_a_process_whose_parent_ends_while_it_starts_ends_too(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(LATE)
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        assert parent.stdout.read() == "the process that started this one has ended\n"
+    wait_for_end(child)
+
+
+def test_a_forked_process_follows_the_one_that_forked_it() -> None:
+    code = (
+        "import os, sys, xrai\n"
+        "own, child = os.getpid(), os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(xrai.parent_at_start() != own)\n"
+        "sys.exit(os.waitpid(child, 0)[1])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -6,12 +6,28 @@ for row in xrai.load("submit/20261123-031500-a1b2c3").predict(["films/", "more/*
     print(row.path, row.decision, row.probabilities, row.reason)
 """
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xrai.pipeline import Pipeline
 
 __version__ = "0.1.0"
+
+_parent = os.getppid()  # before anything slow is loaded; by fork, the process that forked
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_note_parent)
+
+
+def parent_at_start() -> int:
+    """The id of the process that started this one, even if that has ended since."""
+    return _parent
 
 
 def load(run: str) -> "Pipeline":

@@ -10,6 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from typing import Any
 
+from xrai import parent_at_start
+from xrai.errors import StoppedError
+
 _LOOK_EVERY_S = 0.5
 
 
@@ -27,9 +30,11 @@ def start_pool(
 
 def follow_parent(*, grace_s: float) -> None:
     """When this process's parent ends, ask this process to stop by SIGTERM, and end it `grace_s`
-    seconds later if it is still there.
+    seconds later if it is still there. Raises `StoppedError` if the parent ended before.
     """
-    parent = os.getppid()
+    parent = parent_at_start()
+    if os.getppid() != parent:
+        raise StoppedError("the process that started this one has ended")
 
     def watch() -> None:
         while os.getppid() == parent:

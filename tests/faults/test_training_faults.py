@@ -242,6 +242,28 @@ def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path
     goes_on(start(dataset, "agent-killed"))
 
 
+def is_loading_torch(process: psutil.Process) -> bool:
+    return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+@pytest.mark.ci
+def test_ranks_that_are_starting_end_when_torchrun_is_killed(dataset: Path) -> None:
+    started = start(dataset, "agent-killed-early", launcher=TORCHRUN)
+    orphans: list[psutil.Process] = []
+    while len(orphans) < 2 or not all(is_loading_torch(orphan) for orphan in orphans):
+        assert started.process.poll() is None, started.ended()
+        time.sleep(0.01)
+        with contextlib.suppress(KeyError, psutil.Error):  # one that is not yet a rank
+            orphans = workers_of(started)
+    started.process.kill()
+    started.process.wait(20)
+    _, alive = psutil.wait_procs(orphans, timeout=50)
+    for orphan in alive:
+        orphan.kill()
+    assert not alive, started.log.read_text()
+    assert not folder_of(dataset, "agent-killed-early").exists()
+
+
 @pytest.mark.ci
 def test_torchrun_ends_all_ranks_when_one_is_killed(dataset: Path) -> None:
     started = start(dataset, "rank-killed", launcher=TORCHRUN)
