@@ -36,7 +36,7 @@ from xrai.learning.optim import Counts
 from xrai.learning.predictor import Trained, build_model, predict_split
 from xrai.learning.typicality import fit_typicality
 from xrai.learning.weights import initial_weights
-from xrai.log import get_logger, setup_logging
+from xrai.log import counted, get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
 from xrai.store import open_store
 from xrai.workers import follow_parent
@@ -385,11 +385,11 @@ def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
     return (
         f"{config.model.name} on {index.num_images('train')} images ("
         + ", ".join(map("{} {}".format, counts.values(), index.labels.spoken))
-        + f") of {index.image_size} x {index.image_size} pixels, {config.train.epochs} "
-        "epochs, batches of "
+        + f") of {index.image_size} x {index.image_size} pixels, "
+        f"{counted(config.train.epochs, 'epoch')}, batches of "
         f"{config.train.global_batch_size} = {ranks.world_size} x {share}, "
         f"{loop.resolve_precision(config.train.precision, ranks.device)} on {ranks.device.type}, "
-        f"{torch.get_num_threads()} threads a rank"
+        f"{counted(torch.get_num_threads(), 'thread')} a rank"
     )
 
 

@@ -266,6 +266,12 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
     )
 
 
+def test_a_given_test_without_one_class_is_noted() -> None:
+    given = [row(f"{k}.png", label=1, split="test") for k in range(5)]
+    assigned = assign_splits([*many(40), *given], BINARY, CARVE)
+    assert assigned.notes == ("test holds no NORMAL images",)
+
+
 @pytest.mark.parametrize("num", [10, 100])
 def test_two_classes_of_other_names_are_balanced(num: int) -> None:
     free = LabelSpec("binary", ("healthy", "TB"))

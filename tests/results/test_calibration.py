@@ -60,9 +60,9 @@ def test_the_chosen_threshold_is_the_middle_of_the_widest_best_plateau(
 
 
 def test_a_threshold_needs_both_classes() -> None:
-    with pytest.raises(XraiError, match="none of them is normal"):
+    with pytest.raises(XraiError, match="none of them is negative"):
         choose_threshold([1, 1], [0.2, 0.4])
-    with pytest.raises(XraiError, match="none of them is pneumonia"):
+    with pytest.raises(XraiError, match="none of them is positive"):
         choose_threshold([0], [0.2])
 
 
@@ -92,7 +92,7 @@ def test_the_temperature_undoes_the_stretching_of_calibrated_logits() -> None:
         [0.5, 1 / (1 + math.exp(-1)), 0, 1]
     )
     with pytest.raises(
-        XraiError, match="no temperature can be chosen on 2 images: none of them is normal"
+        XraiError, match="no temperature can be chosen on 2 images: none of them is negative"
     ):
         fit_temperature([1, 1], [0.2, 0.4])
 

@@ -93,10 +93,11 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
         raise SourceError(_explain_carving(pool, carved, config, missing=lacks["train"]))
     if lacks["val"] and labels.task != "binary":
         raise SourceError(_explain_val(lacks["val"][0], labels, is_carved="val" in carved))
-    for split in carved:
-        if lacks[split]:
+    for split in SPLITS:
+        if lacks[split] and split in {*given, *carved}:
             missing = " and no ".join(lack.words("images") for lack in lacks[split])
-            notes.append(f"{split} was carved from train and holds no {missing}")
+            origin = "was carved from train and " if split in carved else ""
+            notes.append(f"{split} {origin}holds no {missing}")
     balance, is_far = _tell_balance(used, carved, labels)
     notes += balance if is_far else []
     facts = () if is_far else tuple(balance)

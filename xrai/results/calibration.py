@@ -136,7 +136,7 @@ def checked(
 
 def _refuse_one_class(labels: Ints, what: str) -> None:
     if labels.all() or not labels.any():
-        missing = "normal" if labels.all() and len(labels) else "pneumonia"
+        missing = "negative" if labels.all() and len(labels) else "positive"
         raise XraiError(
             f"no {what} can be chosen on {len(labels)} images: none of them is {missing}; "
             "it needs both classes"
