@@ -186,10 +186,7 @@ def preprocess(
             rows = hash_source(source, listing, unfinished, share.number, share.num_partitions)
             plan = make_plan(listing, rows, config)
             del listing, rows  # frees memory: the plan has its own rows
-            for note in plan.notes:
-                _logger.warning("%s", note)
-            for fact in plan.facts:
-                _logger.info("%s", fact)
+            tell(plan)
             place = "" if old is None else REPLACEMENT
             builder = Builder(
                 plan,
@@ -214,6 +211,14 @@ def preprocess(
         if index.place:
             index = move_into_place(store, index)
         print("\n".join(describe(index, store, took_s=time.monotonic() - began)), flush=True)
+
+
+def tell(plan: Plan) -> None:
+    """Log what people should know of a plan."""
+    for note in plan.notes:
+        _logger.warning("%s", note)
+    for fact in plan.facts:
+        _logger.info("%s", fact)
 
 
 def is_finished(store: Store) -> bool:

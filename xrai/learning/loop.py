@@ -249,13 +249,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
             images = to_grey(batch.images[low:high], ranks.device, precision.weights)
             targets = torch.from_numpy(batch.labels[low:high]).to(ranks.device)  # (b,) or (b, C)
             rows = torch.from_numpy(batch.rows[low:high]).to(ranks.device)  # (b,)
-        drawn = {"seed": config.train.seed, "epoch": done.epoch}
-        images = augment(images, rows, **drawn, strength=config.augment)
-        images = images.contiguous(memory_format=torch.channels_last)
-        if num_draws := training.model.num_draws:
-            training.model.draw(
-                uniform(rows, num_draws, seed=config.train.seed + 2, epoch=done.epoch)
-            )
+        images = _draw_changes(training, images, rows)
         is_last = part == num_parts
         with ranks.synchronized(training.wrapped, last=is_last):
             with precision.autocast():
@@ -269,9 +263,7 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
         losses.append(part_losses.detach())
         logits.append(part_logits.detach())
 
-    if done.epoch < config.train.freeze_epochs:
-        for parameter in training.body:
-            parameter.grad = None
+    _drop_frozen_gradients(training)
 
     # The guard: all ranks hold the same gradients, so all decide alike before the step
     precision.scaler.unscale_(optimizer)
@@ -297,6 +289,24 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
     done.step, done.batch = done.step + 1, done.batch + 1
     ranks.note(done.step)
     return stop_of_all()
+
+
+def _draw_changes(training: Training, images: Tensor, rows: Tensor) -> Tensor:
+    """Augment grey values (b, 1, H, W), and draw which paths the network drops of these rows."""
+    config, epoch = training.setup.config, training.done.epoch
+    images = augment(
+        images, rows, seed=config.train.seed, epoch=epoch, strength=config.augment
+    ).contiguous(memory_format=torch.channels_last)
+    if num_draws := training.model.num_draws:
+        training.model.draw(uniform(rows, num_draws, seed=config.train.seed + 2, epoch=epoch))
+    return images
+
+
+def _drop_frozen_gradients(training: Training) -> None:
+    """Leave gradients to the head alone in the first `train.freeze_epochs` epochs."""
+    if training.done.epoch < training.setup.config.train.freeze_epochs:
+        for parameter in training.body:
+            parameter.grad = None
 
 
 def end_epoch(training: Training, clock: "Clock") -> None:
