@@ -151,6 +151,7 @@ class Job:
         self.run.open()
         if found is not None:
             self._refuse_incomplete_history(found[0].epoch)
+        self.checkpoints.remove_unmarked()
         if changed:
             step = 0 if found is None else found[0].step
             _logger.warning("from step %d on with a changed config: %s", step, ", ".join(changed))

@@ -132,13 +132,23 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
             read_state(newest, name="the newest", sha256=digest)
 
 
-def test_weights_without_their_mark_are_no_checkpoint(tmp_path: Path) -> None:
+def test_weights_without_their_mark_are_no_checkpoint_and_are_removed_on_request(
+    tmp_path: Path,
+) -> None:
     folder = open_folder(tmp_path)
     for step in (5, 10):
         folder.save(state_of(step), step=step, epoch=1, score=None)
     (tmp_path / "checkpoints/step-000000010.json").unlink()
-    found = open_folder(tmp_path).newest()
+    (tmp_path / "checkpoints/notes.pt").touch()
+    recorder = Recorder()
+    reopened = open_folder(tmp_path, recorder)
+    found = reopened.newest()
     assert found is not None and found[0].step == 5
+    assert steps_on_disk(tmp_path) == [5, 10] and not recorder.removed
+    reopened.remove_unmarked()
+    assert steps_on_disk(tmp_path) == [5]
+    assert recorder.removed == ["checkpoints/step-000000010.pt"]
+    assert (tmp_path / "checkpoints/notes.pt").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 10}', "\udcff"])

@@ -10,6 +10,7 @@ the position in the epoch is the whole state of all generators.
 import json
 import math
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -29,6 +30,7 @@ from xrai.tables import from_plain, load_json
 
 FOLDER = "checkpoints"
 _LATEST = f"{FOLDER}/latest.json"
+_FILE = re.compile(rf"{FOLDER}/step-\d{{9,}}\.pt")
 SCHEMA_VERSION = 1
 NUM_TRANSFERS = 3  # of a file in a bucket, until it arrives as it was stored
 # What zipfile and torch raise on bytes that are not a file of weights
@@ -83,6 +85,7 @@ class CheckpointFolder:
         self._publish, self._remove = publish, remove
         self._keep_last, self._keep_best = keep_last, keep_best
         self._entries: list[Entry] = []
+        self._unmarked: list[str] = []  # files that are no checkpoints, since they have no mark
 
     def save(self, state: dict[str, Any], *, step: int, epoch: int, score: float | None) -> None:
         """Write a checkpoint and its mark, each whole or not at all, and drop outdated ones."""
@@ -127,6 +130,13 @@ class CheckpointFolder:
             )
         return None
 
+    def remove_unmarked(self) -> None:
+        """Remove files without a mark, as `newest` found them: of a process that was killed while
+        it saved a checkpoint or removed one.
+        """
+        self._discard(self._unmarked)
+        self._unmarked = []
+
     def best(self) -> tuple[Entry, dict[str, Any]] | None:
         """The readable checkpoint with the best score (of equal ones the first), or None."""
         for entry in self._by_score():
@@ -147,6 +157,8 @@ class CheckpointFolder:
         stored = {found.key for found in self._store.list(FOLDER + "/")}
         here = {f"{FOLDER}/{path.name}" for path in (self._folder / FOLDER).glob("step-*.json")}
         marks = sorted(key for key in stored | here if key.endswith(".json") and key != _LATEST)
+        files = {key for key in stored if _FILE.fullmatch(key)}
+        self._unmarked = sorted(files - {key.removesuffix(".json") + ".pt" for key in marks})
         self._entries = []
         for key in marks:
             try:
@@ -187,7 +199,10 @@ class CheckpointFolder:
             self._delete(entry)
 
     def _delete(self, entry: Entry) -> None:
-        for name in (_mark_name(entry), entry.file):  # a checkpoint without its mark is none
+        self._discard([_mark_name(entry), entry.file])  # a checkpoint without its mark is none
+
+    def _discard(self, names: Sequence[str]) -> None:
+        for name in names:
             (self._folder / name).unlink(missing_ok=True)
             self._remove([name])
 
