@@ -83,9 +83,10 @@ else:
 """
 
 
-def test_a_process_that_follows_its_parent_is_asked_to_stop_and_then_ended(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(STUBBORN)
+def said_after_its_parent(code: str, folder: Path) -> str:
+    """What the child of a program says from the kill of its parent until it has ended, too."""
+    program = folder / "program.py"
+    program.write_text(code)
     with subprocess.Popen(
         [sys.executable, str(program)],
         stdout=subprocess.PIPE,
@@ -95,8 +96,13 @@ def test_a_process_that_follows_its_parent_is_asked_to_stop_and_then_ended(tmp_p
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         parent.kill()
-        assert parent.stdout.read() == "asked to stop\n"
+        said = parent.stdout.read()
     wait_for_end(child)
+    return said
+
+
+def test_a_process_that_follows_its_parent_is_asked_to_stop_and_then_ended(tmp_path: Path) -> None:
+    assert said_after_its_parent(STUBBORN, tmp_path) == "asked to stop\n"
 
 
 LATE = """
@@ -119,19 +125,8 @@ else:
 
 
 def test_a_process_whose_parent_ends_while_it_starts_ends_too(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(LATE)
-    with subprocess.Popen(
-        [sys.executable, str(program)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        text=True,
-    ) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        parent.kill()
-        assert parent.stdout.read() == "the process that started this one has ended\n"
-    wait_for_end(child)
+    said = said_after_its_parent(LATE, tmp_path)
+    assert said == "the process that started this one has ended\n"
 
 
 def test_a_forked_process_follows_the_one_that_forked_it() -> None:

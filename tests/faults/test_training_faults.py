@@ -225,11 +225,8 @@ def test_a_rank_that_torchrun_signals_while_it_leaves_still_says_where_it_stoppe
     stopped_at_one_step(started, dataset, "slow-to-leave")
 
 
-@pytest.mark.ci
-def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path) -> None:
-    started = start(dataset, "agent-killed", launcher=TORCHRUN)
-    wait_for_step(started, dataset, "agent-killed", 5)
-    orphans = workers_of(started)
+def said_after_a_kill(started: Started, orphans: list[psutil.Process]) -> str:
+    """Kill the torchrun of these ranks, which must end by themselves; returns what all said."""
     started.process.kill()
     started.process.wait(20)
     _, alive = psutil.wait_procs(orphans, timeout=50)
@@ -237,6 +234,14 @@ def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path
         orphan.kill()
     text = started.log.read_text()
     assert not alive, text
+    return text
+
+
+@pytest.mark.ci
+def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(dataset: Path) -> None:
+    started = start(dataset, "agent-killed", launcher=TORCHRUN)
+    wait_for_step(started, dataset, "agent-killed", 5)
+    text = said_after_a_kill(started, workers_of(started))
     (said,) = re.findall(r"xrai: stopped as asked after step (\d+)", text)
     assert int(said) == last_step(dataset, "agent-killed") >= 5
     goes_on(start(dataset, "agent-killed"))
@@ -255,12 +260,7 @@ def test_ranks_that_are_starting_end_when_torchrun_is_killed(dataset: Path) -> N
         time.sleep(0.01)
         with contextlib.suppress(KeyError, psutil.Error):  # one that is not yet a rank
             orphans = workers_of(started)
-    started.process.kill()
-    started.process.wait(20)
-    _, alive = psutil.wait_procs(orphans, timeout=50)
-    for orphan in alive:
-        orphan.kill()
-    assert not alive, started.log.read_text()
+    said_after_a_kill(started, orphans)
     assert not folder_of(dataset, "agent-killed-early").exists()
 
 
