@@ -324,6 +324,9 @@ def last_stored(bucket: str) -> str:
     return "runs/r/summary.json" if "runs/r/summary.json" in names else names.pop()
 
 
+RETRY_S = 1
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, str]]:
     """A bucket's address behind a proxy that fails on request, for commands that try no request
@@ -332,7 +335,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, str]]:
     with moto_server() as url, new_bucket(url) as bucket, Proxy(url) as proxy:
         use_endpoint(monkeypatch, proxy.url)
         monkeypatch.setenv("XRAI_S3_TIMEOUT_S", "120")
-        monkeypatch.setenv("XRAI_S3_RETRY_S", "1")
+        monkeypatch.setenv("XRAI_S3_RETRY_S", str(RETRY_S))
         yield proxy, f"s3://{bucket}/runs"
 
 
@@ -348,6 +351,7 @@ def test_a_bucket_that_hangs_refuses_and_loses_answers_does_not_hold_the_trainin
     with training(dataset, artifacts, "--train.epochs=2", cache=tmp_path / "cache") as run:
         run.wait_for("training ends after epoch 2")
         assert [found.key for found in store.list()] == [LEASE_KEY]
+        time.sleep(RETRY_S + 0.5)  # a fast training: the first upload must outlast its retries
         proxy.heal()
         proxy.fail("503", method="PUT", path="tensorboard", times=3)
         proxy.fail("lose", method="PUT", path="checkpoints", times=2)
