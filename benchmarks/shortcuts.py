@@ -29,7 +29,7 @@ from sklearn.svm import SVR
 from xrai.ingest.images import decode_sized
 from xrai.ingest.layout import lay_out
 from xrai.ingest.sources import open_source
-from xrai.results.baselines import border_features, fit_and_score, geometry_features
+from xrai.results.baselines import border_features, fit_svm, geometry_features
 
 FITS = ("crop", "squash", "pad")
 CELLS = 14
@@ -80,14 +80,10 @@ def main() -> None:
         border, whole = border_features(images[fit]), cells(images[fit])
         scores: list[Score] = [
             lambda train, test: float(
-                roc_auc_score(
-                    labels[test], fit_and_score(geometry[train], labels[train], geometry[test])
-                )
+                roc_auc_score(labels[test], fit_svm(geometry[train], labels[train])(geometry[test]))
             ),
             lambda train, test, border=border: float(  # type: ignore[misc]
-                roc_auc_score(
-                    labels[test], fit_and_score(border[train], labels[train], border[test])
-                )
+                roc_auc_score(labels[test], fit_svm(border[train], labels[train])(border[test]))
             ),
             lambda train, test, whole=whole: explained(  # type: ignore[misc]
                 whole[train], geometry[train, 2], whole[test], geometry[test, 2]

@@ -69,6 +69,7 @@ class Job:
         self.index: DatasetIndex = loaders["train"].index
         self.labels = self.index.labels
         self._dataset = dataset
+        self._curves_due = 0.0  # on the monotonic clock: no curves are drawn before
         self.checkpoints = CheckpointFolder(
             run.path,
             store=run.store,
@@ -227,7 +228,7 @@ class Job:
             accelerator_utilisation=result.seconds["compute"] / result.seconds["epoch"],
         )
         self.run.append_history(row)
-        self._draw_curves()
+        self._draw_curves_now_and_then()
         _logger.info("%s", row.line(worst))
         return shifted_auroc if np.isfinite(shifted_auroc) else -result.val_loss
 
@@ -349,6 +350,14 @@ class Job:
             self.run.events.add_scalars(step, scalars)
         self.run.events.add_results(step, results[main].headline)
         return results
+
+    def _draw_curves_now_and_then(self) -> None:
+        """Draw the curves, unless that would take more than a twentieth of the training's time."""
+        began = time.monotonic()
+        if began >= self._curves_due:
+            self._draw_curves()
+            ended = time.monotonic()
+            self._curves_due = ended + 20 * (ended - began)
 
     def _draw_curves(self, *, best_epoch: int | None = None) -> None:
         from xrai.results.plots import draw_curves  # matplotlib, on rank 0 alone

@@ -13,7 +13,7 @@ from xrai.results.baselines import (
     BASELINES,
     Looks,
     border_features,
-    fit_and_score,
+    fit_svm,
     geometry_features,
     measure_baselines,
 )
@@ -127,9 +127,18 @@ def test_one_class_to_measure_on_leaves_the_auroc_undefined() -> None:
 
 def test_logits_are_the_same_each_time_and_0_is_between_the_classes() -> None:
     train, others = looks(), looks(seed=1)
-    first = fit_and_score(train.border, train.labels, others.border)
-    assert np.array_equal(first, fit_and_score(train.border, train.labels, others.border))
+    first, again = (fit_svm(train.border, train.labels)(others.border) for _ in range(2))
+    assert np.array_equal(first, again)
     assert ((first > 0) == others.labels).mean() > 0.9
+
+
+def test_the_splits_of_a_run_share_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[Any] = []
+    monkeypatch.setattr(baselines, "fit_svm", lambda *given: fits.append(given) or fit_svm(*given))
+    train = looks()
+    for split in ("val", "test"):
+        measure_baselines(train, looks(seed=1), split=split, num_bootstrap=20)
+    assert len(fits) == len(BASELINES)
 
 
 def test_the_source_groups_of_a_baseline_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

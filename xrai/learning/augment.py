@@ -52,10 +52,23 @@ def _warp(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
         ],
         dim=1,
     )  # (B, 2, 3)
-    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
+    grid = _affine_grid(theta, *images.shape[2:])
     return functional.grid_sample(
         images, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
+
+
+def _affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
+    """Where each pixel of the changed images comes from, (B, H, W, 2), for theta (B, 2, 3).
+
+    As `functional.affine_grid` without its matrix product, which takes six times as long on a CPU.
+    """
+    down, across = (
+        (torch.arange(size, dtype=theta.dtype, device=theta.device) * 2 + 1) / size - 1
+        for size in (height, width)
+    )  # centers of pixels, in [-1, 1]
+    along, below, shift = theta[:, None, None].unbind(dim=4)  # (B, 1, 1, 2) each
+    return along * across[:, None] + (below * down[:, None, None] + shift)
 
 
 def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
@@ -64,10 +77,11 @@ def _expose(images: Tensor, draws: Tensor, strength: Augment) -> Tensor:
     changed = images.clamp_min(1e-4).pow(torch.exp(gamma * strength.gamma))
     mean = changed.mean(dim=(1, 2, 3), keepdim=True)
     changed = (changed - mean) * (1 + contrast * strength.contrast) + mean
-    row = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
-    kernel = torch.outer(row, row)[None, None]  # (1, 1, 3, 3)
-    blurred = functional.conv2d(functional.pad(changed, (1, 1, 1, 1), mode="replicate"), kernel)
-    return torch.lerp(changed, blurred, blur.clamp_min(0) * strength.blur)
+    blurred = functional.pad(changed, (1, 1, 1, 1), mode="replicate")
+    for _ in range(2):  # the binomial 1, 2, 1 is 1, 1 twice: sums are faster than a convolution
+        blurred = blurred[:, :, 1:] + blurred[:, :, :-1]
+        blurred = blurred[..., 1:] + blurred[..., :-1]
+    return torch.lerp(changed, blurred / 16, blur.clamp_min(0) * strength.blur)
 
 
 def _add_noise(

@@ -45,9 +45,9 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     if config.layer_decay < 1:
         groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
     )
 
 
