@@ -136,6 +136,9 @@ def _save(
         typicality,
         run.name,
         FINGERPRINT,
+        tuple((0.6 + np.arange(labels.num_outputs) / 50).tolist())
+        if labels.task != "multiclass"
+        else tuple(np.full(len(labels.classes), 1 / len(labels.classes)).tolist()),
     )
     save_model(run / "model.pt", trained)
     return run

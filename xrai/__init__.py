@@ -10,6 +10,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from xrai.pipeline import Pipeline
 
 __version__ = "0.1.0"
@@ -30,13 +32,17 @@ def parent_at_start() -> int:
     return _parent
 
 
-def load(run: str) -> "Pipeline":
+def load(run: str, *, prior: "float | str | Mapping[str, float] | None" = None) -> "Pipeline":
     """The pipeline of a finished run, ready to predict. `run` is its address: a folder or
     s3://bucket/prefix/ID.
 
-    Raises `RunError` where there is no finished run, and the `StoreError` kinds where it cannot be
-    read.
+    `prior` moves the probabilities to the share of images that show what is looked for where they
+    come from, such as 0.1; for classes or findings, {name: share}. "estimate" estimates it from the
+    images of each `predict`.
+
+    Raises `UserError` for a prior that the run cannot have, `RunError` where there is no finished
+    run, and the `StoreError` kinds where it cannot be read.
     """
     from xrai.pipeline import load_pipeline  # here: it loads torch, which preprocessing never does
 
-    return load_pipeline(run)
+    return load_pipeline(run, prior=prior)

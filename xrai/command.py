@@ -46,6 +46,13 @@ class Flag:
 # Of the commands that use a finished run
 RUN: Final = Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID")
 
+PRIOR: Final = Flag(
+    "prior",
+    "",
+    "share of images that show what is looked for where the images come from, such as 0.1; of "
+    "classes or findings NAME=SHARE|NAME=SHARE; or estimate, from these images; empty: as trained",
+)
+
 
 class Parsed(NamedTuple):
     """A command line that has been read."""

@@ -9,11 +9,12 @@ results of each split go into the run's folder below evaluate/, the same files a
 import operator
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from xrai.command import RUN, Flag, parse, run_command
+from xrai.command import PRIOR, RUN, Flag, parse, run_command
 from xrai.config import Config, Images, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.errors import DatasetError, RunError, UserError
@@ -22,17 +23,19 @@ from xrai.learning.distributed import join
 from xrai.learning.predictor import Predictions, TrainedModel, predict_split
 from xrai.log import get_logger, setup_logging
 from xrai.measuring import Measuring, describe_dataset, read_looks
-from xrai.pipeline import open_run, other_pixels
+from xrai.pipeline import open_run, other_pixels, outputs_of_run, refuse_without_priors
 from xrai.results.folder import SUMMARY, RunFolder
+from xrai.results.prior import ESTIMATE, Prior, estimate_prior, move_outputs, read_prior
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, result_lines
-from xrai.results.types import SplitResults, outputs_of
+from xrai.results.types import Output, SplitResults, needs_review, score_logits
 from xrai.store import LEASE_KEY, take_lease
 from xrai.tables import from_plain, load_json
 
 FLAGS = (
     RUN,
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
+    PRIOR,
     Flag("split", "test", "the splits to measure, separated by commas: test, val or train"),
 )
 _logger = get_logger("xrai.evaluate")
@@ -48,14 +51,18 @@ def main() -> None:
     loaders = [open_split(config, dataset, split) for split in parse_splits(flags["split"])]
     model = open_run(parsed.run)
     refuse_other_pixels(model, loaders[0])
+    outputs, wanted = outputs_of_run(model), flags["prior"]
+    if wanted:
+        refuse_without_priors(model)
+    given = read_prior(wanted, outputs) if wanted not in ("", ESTIMATE) else None
     run = RunFolder(artifacts or ".", run_id)
-    folders = [f"evaluate/{one.split}-{one.index.fingerprint[:12]}" for one in loaders]
+    suffix = "-prior" if wanted else ""
+    folders = [f"evaluate/{one.split}-{one.index.fingerprint[:12]}{suffix}" for one in loaders]
     with closing(run), ExitStack() as leases:
         for folder in folders:  # other splits and data sets may be measured at the same time
             leases.enter_context(take_lease(run.store, f"{folder}/{LEASE_KEY}"))
         scored = score(model, loaders, config)
         run.attach()
-        outputs = outputs_of(model.labels, model.temperatures, model.thresholds, "that of the run")
         has_train = "train" in loaders[0].index.splits
         known = read_looks(open_split(config, dataset, "train")) if has_train else None
         num_bootstrap = config.evaluate.num_bootstrap
@@ -63,9 +70,14 @@ def main() -> None:
         config = config.shaped_by(loaders[0].index.config)
         for folder, loader, predictions in zip(folders, loaders, scored, strict=True):
             run.write_text(f"{folder}/config.yaml", config.to_yaml())
-            results = measuring.record(loader, predictions, folder=folder)
+            prior = given or (find_prior(model, outputs, predictions) if wanted else None)
+            at_prior = move_outputs(outputs, model.priors, prior) if prior else outputs
+            measured = replace(measuring, outputs=at_prior)
+            results = measured.record(loader, predictions, folder=folder)
             write_report(run, folder, results, loader, dataset=dataset)
             lines = result_lines(main_results(results), f"{run.address}/{folder}")
+            if prior:
+                lines.insert(1, f"prior       {prior}; it changes no call")
             print("\n".join(lines), flush=True)
         run.flush_or_raise()
 
@@ -109,6 +121,17 @@ def score(model: TrainedModel, loaders: list[Loader], config: Config) -> list[Pr
         return [
             predict_split(network, loader, ranks=ranks, typicality=typicality) for loader in loaders
         ]
+
+
+def find_prior(model: TrainedModel, outputs: tuple[Output, ...], predictions: Predictions) -> Prior:
+    """The prior of a split, estimated without its labels from the images that are not for review.
+
+    Raises `UserError` where these are too few.
+    """
+    logits = predictions.logits[0]
+    if predictions.atypicality is not None:
+        logits = logits[~needs_review(predictions.atypicality[0])]
+    return estimate_prior(outputs, model.priors, score_logits(outputs, logits))
 
 
 def read_facts(run: RunFolder) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

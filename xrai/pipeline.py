@@ -6,6 +6,7 @@ unlike those that the model was trained on, is a row with the decision `review` 
 never a missing row.
 """
 
+import copy
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from xrai.config import Images
-from xrai.errors import ImageError
+from xrai.errors import ImageError, RunError
 from xrai.files import num_cores
 from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
@@ -29,8 +30,10 @@ from xrai.labels import NO_FINDING, REVIEW
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
+from xrai.log import progress
+from xrai.results.prior import ESTIMATE, Prior, Wanted, estimate_prior, move_outputs, read_prior
 from xrai.results.summary import stated_hash
-from xrai.results.types import call_logits, calls_of, needs_review, outputs_of, score_logits
+from xrai.results.types import Output, call_logits, calls_of, needs_review, outputs_of, score_logits
 from xrai.store import open_store
 
 BATCH_SIZE: Final = 64
@@ -62,6 +65,10 @@ class Prediction:
     # From which each is called; none where the class of the highest probability is
     thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
     calls: tuple[str, ...] = ()  # the class or the findings of the decision; none in a review
+    # The shares that the probabilities are for, of two classes that of the one looked for; empty
+    # unless a prior was asked for
+    prior: Mapping[str, float] = field(default_factory=dict, hash=False)
+    prior_source: str = ""  # given, or estimated from how many images
 
     @property
     def is_readable(self) -> bool:
@@ -111,18 +118,22 @@ class Pipeline:
         *,
         max_pixels: int | None = None,
         device: torch.device | None = None,
+        prior: Wanted | None = None,
     ) -> None:
         self.model = model
         self.max_pixels = max_pixels or model.images.max_pixels
-        self.outputs = outputs_of(
-            model.labels, model.temperatures, model.thresholds, "that of the run"
-        )
+        self.outputs = outputs_of_run(model)
         threshold = self.outputs[0].threshold if self._is_binary else None
         self._blank = Prediction("", None, threshold, REVIEW, "", model.run_id)
         self._budget = MemoryBudget(num_cores())
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = model.network.for_inference().to(self._device)
         self._typicality = model.typicality.to(self._device)
+        self._estimates = prior == ESTIMATE
+        if prior is not None:
+            refuse_without_priors(model)
+            if not self._estimates:
+                self._move(read_prior(prior, self.outputs))
 
     def predict(
         self, images: "str | Path | Pixels | Iterable[str | Path | Pixels]"
@@ -148,8 +159,13 @@ class Pipeline:
         """One row for each file, in order; with `explain_side`, also each readable image of that
         side and its heat maps.
 
-        All cores read and decode, up to two batches ahead; memory does not grow.
+        All cores read and decode, up to two batches ahead; memory does not grow. Where the prior is
+        to be estimated, all files are read and scored twice: first for it, then for their rows.
         """
+        if self._estimates:
+            files = list(files)
+            yield from self._estimate(files).classify(files, explain_side=explain_side)
+            return
         rest = iter(files)
         first = list(islice(rest, 2))
         if len(first) == 1:  # starting threads would take longer than reading one image
@@ -194,6 +210,26 @@ class Pipeline:
         logits, atypicality = (each.double().cpu().numpy() for each in found)
         called = call_logits(self.outputs, logits)
         return _Scores(score_logits(self.outputs, logits), called, atypicality)
+
+    def _move(self, prior: Prior) -> None:
+        self.outputs = move_outputs(self.outputs, self.model.priors, prior)
+        threshold = self.outputs[0].threshold if self._is_binary else None
+        self._blank = replace(
+            self._blank, threshold=threshold, prior=prior.shares, prior_source=prior.source
+        )
+
+    def _estimate(self, files: Sequence[File]) -> "Pipeline":
+        """The same pipeline at the prior of these files, those for review left out."""
+        found = copy.copy(self)
+        found._estimates = False
+        scores = []
+        with progress("estimate prior", total=len(files), unit="images") as bar:
+            for row in (explained.prediction for explained in found.classify(files)):
+                if row.decision != REVIEW:
+                    scores.append(list(row.probabilities.values()))
+                bar.update()
+        found._move(estimate_prior(self.outputs, self.model.priors, np.array(scores)))
+        return found
 
     @property
     def _is_binary(self) -> bool:
@@ -268,9 +304,25 @@ class Pipeline:
         return heats
 
 
-def load_pipeline(run: str, *, max_pixels: int | None = None) -> Pipeline:
+def load_pipeline(
+    run: str, *, max_pixels: int | None = None, prior: Wanted | None = None
+) -> Pipeline:
     """The pipeline of the finished run at an address; `xrai.load` says more."""
-    return Pipeline(open_run(run), max_pixels=max_pixels)
+    return Pipeline(open_run(run), max_pixels=max_pixels, prior=prior)
+
+
+def outputs_of_run(model: TrainedModel) -> tuple[Output, ...]:
+    """The outputs of a run, as its training chose their temperatures and thresholds."""
+    return outputs_of(model.labels, model.temperatures, model.thresholds, "that of the run")
+
+
+def refuse_without_priors(model: TrainedModel) -> None:
+    """Raise `RunError` where a run does not keep what its scores are calibrated at."""
+    if not model.priors:
+        raise RunError(
+            f"run {model.run_id} does not keep the shares of images that its probabilities are "
+            "calibrated at, as runs of this version of xrai do: train it again to use a prior"
+        )
 
 
 def other_pixels(model: TrainedModel, images: Images) -> Iterator[tuple[str, object, object]]:

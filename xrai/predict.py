@@ -13,7 +13,7 @@ import io
 import re
 import textwrap
 from collections import Counter, deque
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -22,14 +22,21 @@ from pathlib import Path
 import torch
 
 from xrai import __version__
-from xrai.command import RUN, Flag, parse, run_command
+from xrai.command import PRIOR, RUN, Flag, parse, run_command
 from xrai.config import Images
 from xrai.errors import RunError, UserError
 from xrai.ingest.find import File, find_files
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec
 from xrai.learning.predictor import TrainedModel, describe_calls
 from xrai.log import printable, progress, setup_logging
-from xrai.pipeline import Explained, Pipeline, Prediction, load_pipeline, other_pixels
+from xrai.pipeline import (
+    Explained,
+    Pipeline,
+    Prediction,
+    load_pipeline,
+    other_pixels,
+    outputs_of_run,
+)
 from xrai.results.folder import Place, own_place
 from xrai.results.lettering import legible, short_names, shortened
 from xrai.results.panel import Heat, draw_panel
@@ -38,6 +45,7 @@ from xrai.tables import to_csv, to_json
 
 FLAGS = (
     RUN,
+    PRIOR,
     Flag("out", "", "folder or s3://… for the table and the overlays; empty: print only"),
     Flag("no_overlays", False, "with --out: write the table alone, no overlays", type=bool),
     Flag(
@@ -55,7 +63,9 @@ _NUM_DRAWING = 32  # overlays that wait to be drawn or stored, at most
 _TABLE, _JSON = "predictions.csv", "predictions.json"
 _COLUMNS_OF_TWO = ("path", "probability", "threshold", "decision", "reason", "model")
 _COLUMNS = ("path", "decision", "reason", "model")  # of more classes or of findings, with theirs
-_PROBABILITY = "probability_"  # before the name of a class or finding, in a column's name
+# Before the name of a class or finding, in a column's name
+_PROBABILITY, _PRIOR = "probability_", "prior_"
+_PRIOR_SOURCE = "source_of_prior"
 _HIGHEST, _CALLED_FIRST = "highest probabilities", "called, then most probable"
 _NAMED = 3  # of a row's classes or findings, in the table for people
 _NAME_WIDTH = 20  # there
@@ -70,7 +80,7 @@ def main() -> None:
     run = parsed.run
     files = find_files(flags["paths"])
     refuse_inside(flags["out"], flags["paths"])
-    pipeline = load_pipeline(run)
+    pipeline = load_pipeline(run, prior=flags["prior"] or None)
     images = fit_to_run(config.images, pipeline.model, given=given)
     pipeline.max_pixels = images.max_pixels
     if config.train.threads:
@@ -142,21 +152,30 @@ def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Image
 # -------------------------------------------------------------------------------------------- table
 
 
-def columns_of(labels: LabelSpec) -> tuple[str, ...]:
-    """The columns of predictions.csv."""
+def columns_of(labels: LabelSpec, prior: Iterable[str] = ()) -> tuple[str, ...]:
+    """The columns of predictions.csv; `prior` names what rows state a share for."""
+    shares = [f"{_PRIOR}{name}" for name in prior]
+    source = [_PRIOR_SOURCE] if shares else []
     if labels.task == "binary":
-        return _COLUMNS_OF_TWO
-    return (*_COLUMNS[:-1], *(f"{_PROBABILITY}{name}" for name in labels.classes), _COLUMNS[-1])
+        *names, model = _COLUMNS_OF_TWO
+        return (*names, *(["prior"] if shares else []), *source, model)
+    *names, model = _COLUMNS
+    probabilities = [f"{_PROBABILITY}{name}" for name in labels.classes]
+    return (*names, *probabilities, *shares, *source, model)
 
 
 def write_table(
     out: Place, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
 ) -> None:
     """Write predictions.csv, then predictions.json, which also states the model and overlays."""
-    columns = columns_of(model.labels)
+    first = rows[0]
+    columns = columns_of(model.labels, first.prior)
     table = to_csv(columns, [_cells(row, columns) for row in rows])
     is_binary = model.labels.task == "binary"
-    keys = _COLUMNS_OF_TWO if is_binary else (*_COLUMNS[:-1], "calls", "probabilities", "model")
+    keys = columns
+    if not is_binary:
+        stated = ("prior", _PRIOR_SOURCE) if first.prior else ()
+        keys = (*_COLUMNS[:-1], "calls", "probabilities", *stated, "model")
     content = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
@@ -164,13 +183,14 @@ def write_table(
         "run_id": model.run_id,
         "dataset_fingerprint": model.fingerprint,
         **describe_calls(model),
+        **_describe_prior(rows, model),
         "image_size": model.image_size,
         "fit": model.fit,
         "num_files": len(rows),
         "num_review": sum(row.decision == REVIEW for row in rows),
         "num_unreadable": sum(not row.is_readable for row in rows),
         "predictions": [
-            {**{key: getattr(row, key) for key in keys}, "overlay": overlays.get(number)}
+            {**{key: _cell(row, key) for key in keys}, "overlay": overlays.get(number)}
             for number, row in enumerate(rows)
         ],
     }
@@ -180,12 +200,40 @@ def write_table(
 
 def _cells(row: Prediction, columns: Sequence[str]) -> dict[str, object]:
     """The cells of a row; without a probability where the file could not be read."""
+    return {column: _cell(row, column) for column in columns}
+
+
+def _cell(row: Prediction, column: str) -> object:
+    if column == _PRIOR_SOURCE:
+        return row.prior_source
+    if column == "prior" and row.threshold is not None:  # of two classes
+        return next(iter(row.prior.values()))
+    for prefix, values in ((_PROBABILITY, row.probabilities), (_PRIOR, row.prior)):
+        if column.startswith(prefix):
+            return values.get(column.removeprefix(prefix))
+    return getattr(row, column)
+
+
+def _describe_prior(rows: Sequence[Prediction], model: TrainedModel) -> dict[str, object]:
+    """What predictions.json states of a prior, beside the run's own thresholds."""
+    shares = rows[0].prior
+    if not shares:
+        return {}
+    own = dict(zip((o.name for o in outputs_of_run(model)), model.priors, strict=True))
     return {
-        column: row.probabilities.get(column.removeprefix(_PROBABILITY))
-        if column.startswith(_PROBABILITY)
-        else getattr(row, column)
-        for column in columns
+        "prior": {
+            "shares": shares,
+            "source": rows[0].prior_source,
+            "thresholds": _limits(rows, model),
+            "shares_of_run": own,
+        }
     }
+
+
+def _limits(rows: Sequence[Prediction], model: TrainedModel) -> Mapping[str, float]:
+    """The thresholds that hold for the rows, by class or finding; none for several classes."""
+    own = {o.name: o.threshold for o in outputs_of_run(model) if o.threshold is not None}
+    return next((row.thresholds for row in rows if row.thresholds), own)
 
 
 def format_table(
@@ -196,7 +244,7 @@ def format_table(
     paths = [printable(row.path) for row in shown]
     scores = [_scores(row) for row in shown]
     heading, side = ("probability", ">") if model.labels.task == "binary" else (_HIGHEST, "<")
-    if model.labels.task == "multilabel":
+    if model.labels.task == "multilabel" or (heading == _HIGHEST and rows[0].prior):
         heading = _CALLED_FIRST
     width = min(80, max(len(path) for path in ["file", *paths]))
     middle = max(len(text) for text in [heading, *scores])
@@ -227,20 +275,27 @@ def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
     sums = " + ".join(f"{counts[name]} {short(name, labels.classes)}" for name in names)
     num_unreadable = sum(not row.is_readable for row in rows)
     lines = [f"files: {len(rows)} = {sums}, {num_unreadable} of which could not be read"]
+    moved = ", moved to the prior" if rows[0].prior else ""
     if labels.task == "binary":
-        limit = f"{model.thresholds[0]:.3f} up, the threshold of {model.run_id}"
-        return [*lines, f"{names[1]} is called from a probability of {limit}"]
-    if labels.task == "multiclass":
-        lines.append(f"the class of the highest probability is called; run {model.run_id}")
+        limit = f"{rows[0].threshold:.3f} up, the threshold of {model.run_id}{moved}"
+        lines.append(f"{names[1]} is called from a probability of {limit}")
+    elif labels.task == "multiclass":
+        before = " before the prior" if moved else ""
+        lines.append(f"the class of the highest probability{before} is called; run {model.run_id}")
     else:
         found = Counter(name for row in rows for name in row.calls).most_common()
-        limits = zip(labels.classes, model.thresholds, strict=True)
+        limits = _limits(rows, model).items()
         lines += [
             "findings: "
             + (", ".join(f"{num} {short(name, labels.classes)}" for name, num in found) or "none"),
-            f"each is called from its threshold of {model.run_id} up: "
+            f"each is called from its threshold of {model.run_id}{moved} up: "
             + ", ".join(f"{short(name, labels.classes)} {limit:.3f}" for name, limit in limits),
         ]
+    if moved:
+        shares = ", ".join(
+            f"{short(name, labels.spoken)} {share:.3f}" for name, share in rows[0].prior.items()
+        )
+        lines.append(f"prior: {shares}, {rows[0].prior_source}; it changes no call")
     wrap = textwrap.TextWrapper(100, subsequent_indent="  ", break_on_hyphens=False)
     return [part for line in lines for part in wrap.wrap(line)]
 
@@ -337,7 +392,12 @@ def is_mark(out: Store, key: str) -> bool:
         columns = next(csv.reader(io.StringIO(text, newline="")), [])
     except csv.Error:
         return False
-    kept = tuple(each for each in columns if not each.startswith(_PROBABILITY))
+    others = (_PROBABILITY, _PRIOR)
+    kept = tuple(
+        each
+        for each in columns
+        if not each.startswith(others) and each not in ("prior", _PRIOR_SOURCE)
+    )
     return kept in (_COLUMNS, _COLUMNS_OF_TWO)
 
 

@@ -35,6 +35,7 @@ from xrai.results.environment import describe_environment
 from xrai.results.folder import HISTORY, SUMMARY, RunFolder
 from xrai.results.history import TAGS, EpochRow
 from xrai.results.metrics import HEADLINES, auroc
+from xrai.results.prior import shares_of
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.tensorboard import FINAL_TAGS
 
@@ -275,9 +276,8 @@ class Job:
         from xrai.results.report import Page, render_report
 
         # temperature and threshold are chosen on augmented validation images
-        temperatures, thresholds = calibrate(
-            self.labels, self.loaders["val"].labels, trained.shifted.logits
-        )
+        labels, logits = self.loaders["val"].labels, trained.shifted.logits
+        temperatures, thresholds = calibrate(self.labels, labels, logits)
         outputs = types.outputs_of(
             self.labels, temperatures, thresholds, "chosen on augmented validation images"
         )
@@ -293,6 +293,7 @@ class Job:
             trained.typicality,
             self.run.run_id,
             self.index.fingerprint,
+            find_priors(self.labels, labels, logits, outputs),
         )
         save_model(self.run.path / MODEL_FILE, model)
         self.run.publish([MODEL_FILE])
@@ -445,3 +446,20 @@ def calibrate(
         temperatures.append(fit_temperature(known, scores))
         thresholds.append(choose_threshold(known, calibrated(scores, temperatures[-1])))
     return tuple(temperatures), tuple(thresholds)
+
+
+def find_priors(
+    spec: LabelSpec,
+    labels: NDArray[np.integer],
+    logits: NDArray[np.float64],
+    outputs: tuple[types.Output, ...],
+) -> tuple[float, ...]:
+    """The shares of images at which the scores of logits (draws, N, C) are calibrated, by labels
+    (N,) or (N, C): of each class or finding, of two classes of the second.
+
+    They are neither those of these labels nor, as logit adjustment means them, equal ones: a
+    temperature alone is fitted to both (docs/decisions/0026-prior.md).
+    """
+    wanted = np.tile(spec.matrix(labels), (len(logits), 1))  # (draws x N, C)
+    scores = types.score_logits(outputs, logits.reshape(-1, spec.num_outputs))
+    return tuple(shares_of(wanted, scores, is_multiclass=spec.task == "multiclass"))

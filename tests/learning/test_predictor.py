@@ -50,6 +50,7 @@ def run(fitted: tuple[Network, Typicality], tmp_path: Path) -> Path:
         typicality=fitted[1],
         run_id="discs",
         fingerprint="f" * 64,
+        priors=(0.3,),
     )
     save_model(tmp_path / MODEL_FILE, trained)
     return tmp_path
@@ -74,8 +75,16 @@ def test_a_saved_model_scores_as_it_did(fitted: tuple[Network, Typicality], run:
 def test_a_model_of_another_version_is_refused(run: Path) -> None:
     content = torch.load(run / MODEL_FILE, weights_only=True)
     torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
-    with pytest.raises(RunError, match="schema version 1, this xrai reads version 3"):
+    with pytest.raises(RunError, match="schema version 1, this xrai reads versions 3 and 4"):
         load_model(open_store(str(run)))
+
+
+def test_a_model_of_the_version_before_is_read_without_priors(run: Path) -> None:
+    content = torch.load(run / MODEL_FILE, weights_only=True)
+    assert content.pop("priors") == [0.3] == list(load_model(open_store(str(run))).priors)
+    torch.save({**content, "schema_version": 3}, run / MODEL_FILE)
+    model = load_model(open_store(str(run)))
+    assert (model.priors, model.thresholds, model.fingerprint) == ((), (0.25,), "f" * 64)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,10 @@ def test_a_model_of_another_version_is_refused(run: Path) -> None:
         ("temperatures", [0.0]),
         ("temperatures", [-1.0]),
         ("temperatures", []),
+        ("priors", [0.5, 0.5]),
+        ("priors", [0.0]),
+        ("priors", [float("nan")]),
+        ("priors", None),
         ("classes", 2),
         ("classes", ["NORMAL", "Review"]),
         ("task", "multilabel"),

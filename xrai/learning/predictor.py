@@ -23,7 +23,8 @@ from xrai.log import progress
 from xrai.store import Store
 
 MODEL_FILE = "model.pt"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+_READ_VERSIONS = (3, 4)  # 3 has no priors
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ class TrainedModel:
     typicality: Typicality
     run_id: str
     fingerprint: str  # of the data set
+    # Shares of images at which the probabilities are calibrated: of each class or finding, of two
+    # classes of the second; empty in a file of version 3
+    priors: tuple[float, ...] = ()
 
     @property
     def image_size(self) -> int:
@@ -170,6 +174,7 @@ def save_model(path: Path, trained: TrainedModel) -> None:
         "classes": list(trained.labels.classes),
         "temperatures": [float(value) for value in trained.temperatures],
         "thresholds": [float(value) for value in trained.thresholds],
+        "priors": [float(value) for value in trained.priors],
         "typicality": typicality,
         "run_id": trained.run_id,
         "fingerprint": trained.fingerprint,
@@ -189,10 +194,11 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
             f"{store.uri} holds no {MODEL_FILE}: no such run, or its training has not ended"
         )
     content = _read_model(store, sha256)
-    if content.get("schema_version") != SCHEMA_VERSION:
+    version = content.get("schema_version")
+    if version not in _READ_VERSIONS:
         raise RunError(
-            f"{MODEL_FILE} of {store.uri} has schema version {content.get('schema_version')}, "
-            f"this xrai reads version {SCHEMA_VERSION}"
+            f"{MODEL_FILE} of {store.uri} has schema version {version}, this xrai reads versions "
+            f"{' and '.join(map(str, _READ_VERSIONS))}"
         )
     try:
         return _build(content)
@@ -204,13 +210,15 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
 
 def _build(content: dict[str, Any]) -> TrainedModel:
     """The model of what `save_model` wrote. Raises several errors if it is something else."""
-    del content["schema_version"]
+    if content.pop("schema_version") == 3:
+        content["priors"] = []
     weights = content.pop("weights")
     content["model"], content["images"] = Model(**content["model"]), Images(**content["images"])
     labels = LabelSpec(content.pop("task"), tuple(content.pop("classes")))
     content["labels"], content["typicality"] = labels, Typicality(**content["typicality"])
-    temperatures, thresholds = (tuple(content[name]) for name in ("temperatures", "thresholds"))
-    content["temperatures"], content["thresholds"] = temperatures, thresholds
+    numbers = {name: tuple(content[name]) for name in ("temperatures", "thresholds", "priors")}
+    content.update(numbers)
+    temperatures, thresholds, priors = numbers.values()
     is_multiclass = labels.task == "multiclass"
     num = labels.num_outputs
     if (
@@ -218,8 +226,10 @@ def _build(content: dict[str, Any]) -> TrainedModel:
         or (len(temperatures), len(thresholds)) != ((1, 0) if is_multiclass else (num, num))
         or not all(0 < value < math.inf for value in temperatures)
         or not all(0 <= value <= 1 for value in thresholds)
+        or len(priors) not in (0, num)
+        or not all(0 < value < 1 for value in priors)
     ):
-        raise ValueError(f"{labels}, temperatures {temperatures}, thresholds {thresholds}")
+        raise ValueError(f"{labels}, {numbers}")
     side = content["images"].size
     network = build_model(content["model"], num, image_size=side)
     network.load_state_dict(weights)

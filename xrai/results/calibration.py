@@ -5,6 +5,7 @@ temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599). The output is c
 >= threshold.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -31,6 +32,17 @@ def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
     powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     scores: Floats = powers / powers.sum(axis=1, keepdims=True)
     return scores
+
+
+def log_odds(share: float) -> float:
+    """The logit of a share in [0, 1], finite at both ends."""
+    tiny = float(np.finfo(np.float64).tiny)
+    return math.log(max(share, tiny)) - math.log(max(1 - share, tiny))
+
+
+def move_share(score: float, offset: float) -> float:
+    """The score in [0, 1] whose logit is `offset` higher; 0 and 1 stay."""
+    return score if score in (0.0, 1.0) else float(calibrated(log_odds(score) + offset))
 
 
 def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:

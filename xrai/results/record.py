@@ -23,6 +23,7 @@ from xrai.results.types import (
     Baseline,
     Estimate,
     Measured,
+    Output,
     OutputResults,
     Scores,
     SplitResults,
@@ -193,6 +194,7 @@ def _output_json(found: OutputResults) -> dict[str, object]:
         **_measured(found.whole),
         "threshold": found.output.threshold,
         "threshold_source": found.output.threshold_source,
+        **_prior_json(found.output),
         "calibration": {
             "temperature": found.output.temperature,
             "before": found.uncalibrated,
@@ -204,6 +206,14 @@ def _output_json(found: OutputResults) -> dict[str, object]:
         "by_threshold": found.by_threshold,
         "by_prevalence": found.by_prevalence,
     }
+
+
+def _prior_json(output: Output) -> dict[str, object]:
+    """The share that scores and threshold were moved to, if they were."""
+    if (moved := output.moved) is None:
+        return {}
+    own = moved.before.threshold
+    return {"prior": {"share": moved.share, "source": moved.source, "threshold_of_run": own}}
 
 
 def _abstention_json(abstention: Abstention) -> dict[str, object]:

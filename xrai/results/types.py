@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xrai.labels import LabelSpec, Task
-from xrai.results.calibration import Floats, Ints, calibrated, softmax
+from xrai.results.calibration import Floats, Ints, calibrated, log_odds, move_share, softmax
 
 _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the public set's file names
 
@@ -29,6 +29,26 @@ class Output:
     threshold: float | None  # of the calibrated score; None: the class with the highest is called
     threshold_source: str  # in words
     task: Task = "binary"  # of the network
+    moved: "Moved | None" = None  # to the prior that was given or estimated, if one was
+
+    @property
+    def unmoved(self) -> "Output":
+        """The same without a prior: what is called does not depend on one."""
+        return self if self.moved is None else self.moved.before
+
+    @property
+    def offset(self) -> float:
+        """What a prior adds to logit / temperature."""
+        return 0.0 if self.moved is None else self.moved.offset
+
+    def move(self, share: float, offset: float, source: str) -> "Output":
+        """The same with its scores, and its threshold, for another share of such images."""
+        threshold = None if self.threshold is None else move_share(self.threshold, offset)
+        words = f"{self.threshold_source}, moved to the prior"
+        if self.threshold is None:
+            words = "the class with the highest score before the prior is called"
+        moved = Moved(self, share, offset, source)
+        return replace(self, threshold=threshold, threshold_source=words, moved=moved)
 
     @property
     def words(self) -> Mapping[str, str]:
@@ -49,6 +69,16 @@ class Output:
             **dict(zip(("positives", "negatives"), found, strict=True)),
             **dict(zip(("a_positive", "a_negative"), one, strict=True)),
         }
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a prior does to an output."""
+
+    before: Output
+    share: float  # of images that show the output, which the scores are for
+    offset: float  # added to logit / temperature
+    source: str  # of the share, in words
 
 
 def _article(word: str) -> str:
@@ -83,16 +113,16 @@ def outputs_of(
 
 def score_logits(outputs: Sequence[Output], logits: Floats) -> Floats:
     """The calibrated scores (N, C) of logits (N, C); those of classes sum to 1 in each row."""
-    if outputs[0].task == "multiclass":
-        return softmax(logits, outputs[0].temperature)
-    columns = [calibrated(logits[:, c], each.temperature) for c, each in enumerate(outputs)]
-    return np.stack(columns, axis=1)
+    scaled = logits / np.array([output.temperature for output in outputs])
+    scaled += np.array([output.offset for output in outputs])
+    return softmax(scaled) if outputs[0].task == "multiclass" else calibrated(scaled)
 
 
 def call_logits(outputs: Sequence[Output], logits: Floats) -> npt.NDArray[np.bool_]:
     """Which outputs are called by logits (N, C): the class with the highest score, or each output
-    whose score reaches its threshold.
+    whose score reaches its threshold. A prior changes no call.
     """
+    outputs = [output.unmoved for output in outputs]
     thresholds = [output.threshold for output in outputs]
     if None not in thresholds:
         found: npt.NDArray[np.bool_] = score_logits(outputs, logits) >= np.array(
@@ -168,7 +198,7 @@ class Scores:
     @cached_property
     def uncalibrated(self) -> Floats:
         """Scores at temperature 1, (N, C)."""
-        plain = [replace(output, temperature=1.0) for output in self.outputs]
+        plain = [replace(output.unmoved, temperature=1.0) for output in self.outputs]
         return score_logits(plain, self.logits)
 
     @cached_property
@@ -186,7 +216,8 @@ class Scores:
             order = np.sort(scaled, axis=1)
             limits = np.where(self.called, order[:, -2:-1], order[:, -1:])  # the best other class
         else:
-            limits = np.array([_logit(output.threshold or 0.0) for output in self.outputs])
+            thresholds = [output.unmoved.threshold or 0.0 for output in self.outputs]
+            limits = np.array([log_odds(each) for each in thresholds])
         found: Floats = np.abs(scaled - limits)
         return found
 
@@ -202,11 +233,6 @@ class Scores:
         rows = np.flatnonzero(self.labels[:, column] >= 0)
         columns = (each[rows, column] for each in (self.logits, self.probabilities, self.called))
         return Labelled(rows, self.labels[rows, column].astype(np.int64), *columns)
-
-
-def _logit(share: float) -> float:
-    tiny = float(np.finfo(np.float64).tiny)
-    return math.log(max(share, tiny)) - math.log(max(1 - share, tiny))
 
 
 def needs_review(atypicality: npt.ArrayLike) -> npt.NDArray[np.bool_]:
