@@ -32,17 +32,20 @@ def parent_at_start() -> int:
     return _parent
 
 
-def load(run: str, *, prior: "float | str | Mapping[str, float] | None" = None) -> "Pipeline":
-    """The pipeline of a finished run, ready to predict. `run` is its address: a folder or
-    s3://bucket/prefix/ID.
+def load(
+    run: str, *more: str, prior: "float | str | Mapping[str, float] | None" = None
+) -> "Pipeline":
+    """The pipeline of a finished run, ready to predict, given its address: a folder or
+    s3://bucket/prefix/ID. Several runs of the same classes or findings predict together, by the
+    mean of their calibrated logits; their image sizes may differ.
 
     `prior` moves the probabilities to the share of images that show what is looked for where they
     come from, such as 0.1; for classes or findings, {name: share}. "estimate" estimates it from the
     images of each `predict`.
 
     Raises `UserError` for a prior that the run cannot have, `RunError` where there is no finished
-    run, and the `StoreError` kinds where it cannot be read.
+    run or two have other names, and the `StoreError` kinds where one cannot be read.
     """
     from xrai.pipeline import load_pipeline  # here: it loads torch, which preprocessing never does
 
-    return load_pipeline(run, prior=prior)
+    return load_pipeline(run, *more, prior=prior)

@@ -41,10 +41,14 @@ class Flag:
     env: str | None = None
     type: Any = str
     nargs: str | None = None  # "+" or "*" makes it a positional list
+    repeats: bool = False  # may be given again; its value is a list
 
 
 # Of the commands that use a finished run
 RUN: Final = Flag("run", "", "the finished run, URI/ID: a folder or s3://bucket/prefix/ID")
+RUNS: Final = Flag(
+    "run", [], f"{RUN.meaning}; given again, the runs predict together", repeats=True
+)
 
 PRIOR: Final = Flag(
     "prior",
@@ -64,12 +68,21 @@ class Parsed(NamedTuple):
     @property
     def run(self) -> str:
         """The address that `RUN` gives. Raises `UserError` if it is empty."""
-        if not (run := str(self.flags[RUN.name]).rstrip("/")):
-            raise UserError(
-                "--run is missing: give the address of a finished run, such as "
-                "submit/20261123-031500-a1b2c3"
-            )
-        return run
+        return _address(self.flags[RUN.name])
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The addresses that `RUNS` gives. Raises `UserError` if there is none, or one is empty."""
+        return tuple(_address(text) for text in self.flags[RUNS.name] or [""])
+
+
+def _address(text: str) -> str:
+    if not (run := text.rstrip("/")):
+        raise UserError(
+            "--run is missing: give the address of a finished run, such as "
+            "submit/20261123-031500-a1b2c3"
+        )
+    return run
 
 
 def parse(
@@ -186,6 +199,8 @@ def _parser(
         )
         if flag.nargs:
             parser.add_argument(flag.name, nargs=flag.nargs, type=flag.type, help=text)
+        elif flag.repeats:
+            parser.add_argument(f"--{flag.name}", action="append", default=flag.default, help=text)
         elif flag.type is bool:
             parser.add_argument(f"--{flag.name}", action="store_true", help=text)
         else:

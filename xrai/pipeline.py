@@ -1,4 +1,4 @@
-"""A finished run as one object: files, folders, buckets or arrays in, one row for each image out.
+"""Finished runs as one object: files, folders, buckets or arrays in, one row for each image out.
 
 `xrai.load` gives one to Python programs; `xrai.predict` is the same as a command. Images are
 preprocessed by the function that made the training images. An image that cannot be read, or is
@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from xrai.config import Images
 from xrai.errors import ImageError, RunError
@@ -26,11 +27,12 @@ from xrai.files import num_cores
 from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
 from xrai.ingest.images import decode
-from xrai.labels import NO_FINDING, REVIEW
+from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.log import progress
+from xrai.results.ensemble import disagreement, mean_outputs, mean_priors, scaled_logits
 from xrai.results.prior import ESTIMATE, Prior, Wanted, estimate_prior, move_outputs, read_prior
 from xrai.results.summary import stated_hash
 from xrai.results.types import Output, call_logits, calls_of, needs_review, outputs_of, score_logits
@@ -59,7 +61,7 @@ class Prediction:
     threshold: float | None  # on the same scale: it is called from this probability up
     decision: str  # the class, the findings joined by "|" or "no finding"; or review
     reason: str  # why it asks for review, or ""
-    model: str  # the run's id
+    model: str  # the run's id; of several runs theirs, joined by "+"
     # Of each class or finding, calibrated; of two classes, of the one that is looked for
     probabilities: Mapping[str, float] = field(default_factory=dict, hash=False)
     # From which each is called; none where the class of the highest probability is
@@ -69,6 +71,8 @@ class Prediction:
     # unless a prior was asked for
     prior: Mapping[str, float] = field(default_factory=dict, hash=False)
     prior_source: str = ""  # given, or estimated from how many images
+    # Of several runs, how far their probabilities are apart at most; None of one run
+    disagreement: float | None = None
 
     @property
     def is_readable(self) -> bool:
@@ -96,42 +100,91 @@ class _Read:
     """What reading a file gave."""
 
     path: str
-    own: Pixels | None = None  # (size, size), what the network sees
+    # (size, size), what the networks see: one for each of `Pipeline.squares`
+    own: tuple[Pixels, ...] | None = None
     shown: Pixels | None = None  # (side, side), the same for people
     reason: str = ""  # why there are no pixels
 
 
 class _Scores(NamedTuple):
-    """What the model says of n images."""
+    """What the runs say of n images."""
 
     probabilities: NDArray[np.float64]  # (n, C)
     called: NDArray[np.bool_]  # (n, C)
     atypicality: NDArray[np.float64]  # (n,)
+    disagreement: Sequence[float | None]  # n; None of one run
+
+
+class _Member:
+    """A run of a pipeline, with its outputs in the order of the pipeline's."""
+
+    def __init__(self, model: TrainedModel, labels: LabelSpec, device: torch.device) -> None:
+        self.outputs = outputs_of_run(model)
+        self.square = (model.image_size, model.fit)
+        self._columns = np.arange(1)
+        if labels.task != "binary":
+            places = [folded(name) for name in model.labels.classes]
+            self._columns = np.array([places.index(folded(name)) for name in labels.classes])
+        self._network = model.network.for_inference().to(device)
+        self._typicality = model.typicality.to(device)
+        self._device = device
+        self.outputs = tuple(self.outputs[column] for column in self._columns)
+        self.priors = tuple(model.priors[column] for column in self._columns if model.priors)
+
+    def score(self, images: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Calibrated logits (n, C) and atypicality (n,) of images (n, size, size)."""
+        with torch.inference_mode():
+            found = self._typicality.atypicality(self._network, self._grey(images))
+        logits, atypicality = (each.double().cpu().numpy() for each in found)
+        return scaled_logits(self.outputs, logits[:, self._columns]), atypicality
+
+    def explain(self, images: Pixels, outputs: int | NDArray[np.int64]) -> torch.Tensor:
+        """Heat maps (n, size, size) in [0, 1], for one output or for one of each image, (n,)."""
+        own = torch.from_numpy(np.broadcast_to(self._columns[outputs], len(images)).copy())
+        return grad_cam(self._network, self._grey(images), own).float().cpu()
+
+    def _grey(self, images: Pixels) -> torch.Tensor:
+        dtype = next(self._network.parameters()).dtype
+        grey = to_grey(images[:, None], self._device, dtype)  # (n, 1, size, size)
+        return grey.contiguous(memory_format=torch.channels_last)
 
 
 class Pipeline:
-    """A trained model with all that turns files into rows. Made by `load_pipeline`."""
+    """Trained models with all that turns files into rows. Made by `load_pipeline`.
+
+    Of several models the calibrated logits are averaged; an image is for review if it is for any.
+    """
 
     def __init__(
         self,
         model: TrainedModel,
-        *,
+        *more: TrainedModel,
         max_pixels: int | None = None,
         device: torch.device | None = None,
         prior: Wanted | None = None,
     ) -> None:
-        self.model = model
-        self.max_pixels = max_pixels or model.images.max_pixels
-        self.outputs = outputs_of_run(model)
+        models = (model, *more)
+        refuse_other_labels(models)
+        self.models = models
+        self.model = model  # whose order of classes or findings all rows have
+        self.max_pixels = max_pixels or min(each.images.max_pixels for each in models)
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._members = [_Member(each, model.labels, device) for each in models]
+        # Size in pixels and fit of the preprocessed images, each once
+        self.squares = tuple(dict.fromkeys(member.square for member in self._members))
+        self.outputs = mean_outputs([member.outputs for member in self._members])
+        self.priors = mean_priors(
+            [member.priors for member in self._members],
+            is_multiclass=model.labels.task == "multiclass",
+        )
         threshold = self.outputs[0].threshold if self._is_binary else None
-        self._blank = Prediction("", None, threshold, REVIEW, "", model.run_id)
+        self.run_id = "+".join(each.run_id for each in models)
+        self._blank = Prediction("", None, threshold, REVIEW, "", self.run_id)
         self._budget = MemoryBudget(num_cores())
-        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = model.network.for_inference().to(self._device)
-        self._typicality = model.typicality.to(self._device)
         self._estimates = prior == ESTIMATE
         if prior is not None:
-            refuse_without_priors(model)
+            for each in models:
+                refuse_without_priors(each)
             if not self._estimates:
                 self._move(read_prior(prior, self.outputs))
 
@@ -185,34 +238,56 @@ class Pipeline:
         finally:
             pool.shutdown(cancel_futures=True)  # after an error nothing more is read
 
-    def score(self, images: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Probabilities and atypicality, (n,), of preprocessed images (n, size, size).
+    def score(
+        self, images: Pixels | Sequence[Pixels]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Probabilities and atypicality, (n,), of preprocessed images (n, size, size); of runs that
+        differ in size or fit, one array for each of `squares`.
 
         Probabilities are (n, C) for C classes or findings, and (n,) for two classes: of the one
-        that is looked for.
+        that is looked for. The atypicality is the highest of the runs'.
         """
-        probabilities, _, atypicality = self._score(images)
-        return probabilities[:, 0] if self._is_binary else probabilities, atypicality
+        found = self._score([images] if isinstance(images, np.ndarray) else images)
+        probabilities = found.probabilities
+        return probabilities[:, 0] if self._is_binary else probabilities, found.atypicality
 
-    def explain(self, images: Pixels, outputs: int | NDArray[np.int64] = 0) -> NDArray[np.float32]:
-        """Heat maps (n, size, size) in [0, 1] of preprocessed images (n, size, size), for one
-        output of the network or for one of each image, (n,); see `xrai.learning.explain`.
+    def explain(
+        self, images: Pixels | Sequence[Pixels], outputs: int | NDArray[np.int64] = 0
+    ) -> NDArray[np.float32]:
+        """Heat maps (n, size, size) in [0, 1] of preprocessed images as `score` takes them, for one
+        output or for one of each image, (n,): the mean of the runs', at the size of the first.
+
+        `xrai.learning.explain` says what they show.
         """
-        output = outputs if isinstance(outputs, int) else torch.from_numpy(outputs)
-        heat: NDArray[np.float32] = (
-            grad_cam(self._network, self._grey(images), output).float().cpu().numpy()
-        )
+        given = [images] if isinstance(images, np.ndarray) else images
+        maps = [
+            member.explain(given[self.squares.index(member.square)], outputs)[:, None]
+            for member in self._members
+        ]
+        size = maps[0].shape[2:]
+        fitted = [
+            each if each.shape[2:] == size else functional.interpolate(each, size, mode="bilinear")
+            for each in maps
+        ]
+        heat: NDArray[np.float32] = torch.stack(fitted).mean(dim=0)[:, 0].numpy()
         return heat
 
-    def _score(self, images: Pixels) -> _Scores:
-        with torch.inference_mode():
-            found = self._typicality.atypicality(self._network, self._grey(images))
-        logits, atypicality = (each.double().cpu().numpy() for each in found)
-        called = call_logits(self.outputs, logits)
-        return _Scores(score_logits(self.outputs, logits), called, atypicality)
+    def _score(self, images: Sequence[Pixels]) -> _Scores:
+        found = [
+            member.score(images[self.squares.index(member.square)]) for member in self._members
+        ]
+        logits, atypicality = (np.stack(each) for each in zip(*found, strict=True))
+        mean = logits.mean(axis=0)  # (n, C)
+        apart: Sequence[float | None] = [None] * len(mean)
+        if len(found) > 1:
+            of_each = np.stack([score_logits(self.outputs, own) for own in logits])
+            apart = disagreement(of_each).tolist()
+        called = call_logits(self.outputs, mean)
+        probabilities = score_logits(self.outputs, mean)
+        return _Scores(probabilities, called, atypicality.max(axis=0), apart)
 
     def _move(self, prior: Prior) -> None:
-        self.outputs = move_outputs(self.outputs, self.model.priors, prior)
+        self.outputs = move_outputs(self.outputs, self.priors, prior)
         threshold = self.outputs[0].threshold if self._is_binary else None
         self._blank = replace(
             self._blank, threshold=threshold, prior=prior.shares, prior_source=prior.source
@@ -228,26 +303,20 @@ class Pipeline:
                 if row.decision != REVIEW:
                     scores.append(list(row.probabilities.values()))
                 bar.update()
-        found._move(estimate_prior(self.outputs, self.model.priors, np.array(scores)))
+        found._move(estimate_prior(self.outputs, self.priors, np.array(scores)))
         return found
 
     @property
     def _is_binary(self) -> bool:
         return self.model.labels.task == "binary"
 
-    def _grey(self, images: Pixels) -> torch.Tensor:
-        dtype = next(self._network.parameters()).dtype
-        grey = to_grey(images[:, None], self._device, dtype)  # (n, 1, size, size)
-        return grey.contiguous(memory_format=torch.channels_last)
-
     def _read(self, file: File, explain_side: int | None) -> _Read:
-        to_square = functools.partial(
-            decode, fit=self.model.fit, max_pixels=self.max_pixels, hold=self._budget.hold
-        )
+        to_square = functools.partial(decode, max_pixels=self.max_pixels, hold=self._budget.hold)
         try:
             data = file.read()
-            own = to_square(data, size=self.model.image_size)
-            shown = None if explain_side is None else to_square(data, size=explain_side)
+            own = tuple(to_square(data, size=size, fit=fit) for size, fit in self.squares)
+            side, fit = explain_side, self.model.fit
+            shown = None if side is None else to_square(data, size=side, fit=fit)
             return _Read(file.path, own, shown)
         except ImageError as error:
             return _Read(file.path, reason=str(error))
@@ -256,7 +325,7 @@ class Pipeline:
         found = [read.own for read in batch if read.own is not None]
         scored: Iterator[tuple[Prediction, Heats]] = iter(())
         if found:
-            images = np.stack(found)  # (n, size, size)
+            images = [np.stack(each) for each in zip(*found, strict=True)]  # (n, size, size) each
             scores = self._score(images)
             heats = self._explain(images, scores) if explain_side is not None else [{}] * len(found)
             scored = zip(map(self._row, *scores), heats, strict=True)
@@ -268,7 +337,11 @@ class Pipeline:
                 yield Explained(replace(row, path=read.path), read.shown, heat)
 
     def _row(
-        self, probabilities: NDArray[np.float64], called: NDArray[np.bool_], atypicality: float
+        self,
+        probabilities: NDArray[np.float64],
+        called: NDArray[np.bool_],
+        atypicality: float,
+        apart: float | None = None,
     ) -> Prediction:
         """The row, still without a path, of an image with these scores, (C,) each."""
         names = [output.name for output in self.outputs]
@@ -278,6 +351,7 @@ class Pipeline:
             probability=float(probabilities[0]) if self._is_binary else None,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
             thresholds=limits,
+            disagreement=apart,
         )
         if needs_review(atypicality):
             reason = (
@@ -288,27 +362,39 @@ class Pipeline:
         calls = calls_of(self.outputs, called)
         return replace(row, decision="|".join(calls) or NO_FINDING, calls=calls)
 
-    def _explain(self, images: Pixels, scores: _Scores) -> list[Heats]:
+    def _explain(self, images: Sequence[Pixels], scores: _Scores) -> list[Heats]:
         """The heat maps of each image that `Explained` has."""
         # what is called first, then by probability
         ranked = np.argsort(-(scores.called + scores.probabilities), axis=1, kind="stable")
         num_maps = scores.called.sum(axis=1).clip(1, _NUM_HEATS)  # (n,)
-        heats: list[Heats] = [{} for _ in images]
+        heats: list[Heats] = [{} for _ in num_maps]
         for place in range(num_maps.max()):
             rows = np.flatnonzero(num_maps > place)
             outputs = ranked[rows, place]
-            for row, output, heat in zip(
-                rows, outputs, self.explain(images[rows], outputs), strict=True
-            ):
+            maps = self.explain([each[rows] for each in images], outputs)
+            for row, output, heat in zip(rows, outputs, maps, strict=True):
                 heats[row] = {**heats[row], self.outputs[output].name: heat}
         return heats
 
 
 def load_pipeline(
-    run: str, *, max_pixels: int | None = None, prior: Wanted | None = None
+    run: str, *more: str, max_pixels: int | None = None, prior: Wanted | None = None
 ) -> Pipeline:
-    """The pipeline of the finished run at an address; `xrai.load` says more."""
-    return Pipeline(open_run(run), max_pixels=max_pixels, prior=prior)
+    """The pipeline of the finished runs at these addresses; `xrai.load` says more."""
+    return Pipeline(open_run(run), *map(open_run, more), max_pixels=max_pixels, prior=prior)
+
+
+def refuse_other_labels(models: Sequence[TrainedModel]) -> None:
+    """Raise `RunError` where a run looks for others than the first; order and case do not matter,
+    except for two classes, of which the second is looked for.
+    """
+    first = models[0]
+    for model in models[1:]:
+        if not first.labels.reads(model.labels):
+            raise RunError(
+                f"run {first.run_id} was trained on {first.labels}, run {model.run_id} on "
+                f"{model.labels}: only runs of the same names can predict together"
+            )
 
 
 def outputs_of_run(model: TrainedModel) -> tuple[Output, ...]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from xrai import __version__
-from xrai.command import PRIOR, RUN, Flag, parse, run_command
+from xrai.command import PRIOR, RUNS, Flag, parse, run_command
 from xrai.config import Images
 from xrai.errors import RunError, UserError
 from xrai.ingest.find import File, find_files
@@ -44,7 +44,7 @@ from xrai.store import Store, open_store
 from xrai.tables import to_csv, to_json
 
 FLAGS = (
-    RUN,
+    RUNS,
     PRIOR,
     Flag("out", "", "folder or s3://… for the table and the overlays; empty: print only"),
     Flag("no_overlays", False, "with --out: write the table alone, no overlays", type=bool),
@@ -65,7 +65,7 @@ _COLUMNS_OF_TWO = ("path", "probability", "threshold", "decision", "reason", "mo
 _COLUMNS = ("path", "decision", "reason", "model")  # of more classes or of findings, with theirs
 # Before the name of a class or finding, in a column's name
 _PROBABILITY, _PRIOR = "probability_", "prior_"
-_PRIOR_SOURCE = "source_of_prior"
+_PRIOR_SOURCE, _DISAGREEMENT = "source_of_prior", "disagreement"
 _HIGHEST, _CALLED_FIRST = "highest probabilities", "called, then most probable"
 _NAMED = 3  # of a row's classes or findings, in the table for people
 _NAME_WIDTH = 20  # there
@@ -77,11 +77,12 @@ def main() -> None:
     parsed = parse("predict", description="Classify X-rays with a finished run.", flags=FLAGS)
     config, flags, given = parsed
     setup_logging()
-    run = parsed.run
+    runs = parsed.runs
     files = find_files(flags["paths"])
     refuse_inside(flags["out"], flags["paths"])
-    pipeline = load_pipeline(run, prior=flags["prior"] or None)
-    images = fit_to_run(config.images, pipeline.model, given=given)
+    pipeline = load_pipeline(*runs, prior=flags["prior"] or None)
+    fitted = [fit_to_run(config.images, model, given=given) for model in pipeline.models]
+    images = min(fitted, key=lambda each: each.max_pixels)
     pipeline.max_pixels = images.max_pixels
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -93,7 +94,7 @@ def main() -> None:
             rows, overlays = classify(pipeline, files, None if flags["no_overlays"] else out)
             out.lease.confirm()
             remove_others(out.store, set(overlays.values()))
-            write_table(out, rows, pipeline.model, overlays=overlays)
+            write_table(out, rows, pipeline, overlays=overlays)
             out.write("config.yaml", replace(config, images=images).to_yaml().encode())
         lines = format_table(rows, pipeline.model, out=out.store, num_overlays=len(overlays))
     print("\n".join(lines), flush=True)
@@ -152,10 +153,13 @@ def fit_to_run(images: Images, model: TrainedModel, *, given: Set[str]) -> Image
 # -------------------------------------------------------------------------------------------- table
 
 
-def columns_of(labels: LabelSpec, prior: Iterable[str] = ()) -> tuple[str, ...]:
+def columns_of(
+    labels: LabelSpec, prior: Iterable[str] = (), *, has_several_runs: bool = False
+) -> tuple[str, ...]:
     """The columns of predictions.csv; `prior` names what rows state a share for."""
     shares = [f"{_PRIOR}{name}" for name in prior]
     source = [_PRIOR_SOURCE] if shares else []
+    source += [_DISAGREEMENT] if has_several_runs else []
     if labels.task == "binary":
         *names, model = _COLUMNS_OF_TWO
         return (*names, *(["prior"] if shares else []), *source, model)
@@ -165,27 +169,26 @@ def columns_of(labels: LabelSpec, prior: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def write_table(
-    out: Place, rows: Sequence[Prediction], model: TrainedModel, *, overlays: dict[int, str]
+    out: Place, rows: Sequence[Prediction], pipeline: Pipeline, *, overlays: dict[int, str]
 ) -> None:
-    """Write predictions.csv, then predictions.json, which also states the model and overlays."""
-    first = rows[0]
-    columns = columns_of(model.labels, first.prior)
+    """Write predictions.csv, then predictions.json, which also states the runs and overlays."""
+    first, labels = rows[0], pipeline.model.labels
+    is_ensemble = len(pipeline.models) > 1
+    columns = columns_of(labels, first.prior, has_several_runs=is_ensemble)
     table = to_csv(columns, [_cells(row, columns) for row in rows])
-    is_binary = model.labels.task == "binary"
     keys = columns
-    if not is_binary:
-        stated = ("prior", _PRIOR_SOURCE) if first.prior else ()
+    if labels.task != "binary":
+        stated = (
+            *(("prior", _PRIOR_SOURCE) if first.prior else ()),
+            *((_DISAGREEMENT,) if is_ensemble else ()),
+        )
         keys = (*_COLUMNS[:-1], "calls", "probabilities", *stated, "model")
     content = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "note": NOTE,
-        "run_id": model.run_id,
-        "dataset_fingerprint": model.fingerprint,
-        **describe_calls(model),
-        **_describe_prior(rows, model),
-        "image_size": model.image_size,
-        "fit": model.fit,
+        **_describe_runs(pipeline),
+        **_describe_prior(rows, pipeline),
         "num_files": len(rows),
         "num_review": sum(row.decision == REVIEW for row in rows),
         "num_unreadable": sum(not row.is_readable for row in rows),
@@ -214,17 +217,39 @@ def _cell(row: Prediction, column: str) -> object:
     return getattr(row, column)
 
 
-def _describe_prior(rows: Sequence[Prediction], model: TrainedModel) -> dict[str, object]:
+def _describe_runs(pipeline: Pipeline) -> dict[str, object]:
+    """What predictions.json states of the run; of several runs, also of each in `runs`."""
+    each = [
+        {
+            "run_id": model.run_id,
+            "dataset_fingerprint": model.fingerprint,
+            **describe_calls(model.labels, model.thresholds, model.temperatures),
+            "image_size": model.image_size,
+            "fit": model.fit,
+        }
+        for model in pipeline.models
+    ]
+    if len(each) == 1:
+        return each[0]
+    outputs = [output.unmoved for output in pipeline.outputs]
+    thresholds = [output.threshold for output in outputs if output.threshold is not None]
+    model = pipeline.model
+    # of the mean of calibrated logits, whose temperature is 1
+    calls = describe_calls(model.labels, thresholds, [1.0] * len(model.temperatures))
+    return {"run_id": pipeline.run_id, **calls, "runs": each}
+
+
+def _describe_prior(rows: Sequence[Prediction], pipeline: Pipeline) -> dict[str, object]:
     """What predictions.json states of a prior, beside the run's own thresholds."""
     shares = rows[0].prior
     if not shares:
         return {}
-    own = dict(zip((o.name for o in outputs_of_run(model)), model.priors, strict=True))
+    own = dict(zip((output.name for output in pipeline.outputs), pipeline.priors, strict=True))
     return {
         "prior": {
             "shares": shares,
             "source": rows[0].prior_source,
-            "thresholds": _limits(rows, model),
+            "thresholds": _limits(rows, pipeline.model),
             "shares_of_run": own,
         }
     }
@@ -275,20 +300,20 @@ def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
     sums = " + ".join(f"{counts[name]} {short(name, labels.classes)}" for name in names)
     num_unreadable = sum(not row.is_readable for row in rows)
     lines = [f"files: {len(rows)} = {sums}, {num_unreadable} of which could not be read"]
-    moved = ", moved to the prior" if rows[0].prior else ""
+    moved, run_id = ", moved to the prior" if rows[0].prior else "", rows[0].model
     if labels.task == "binary":
-        limit = f"{rows[0].threshold:.3f} up, the threshold of {model.run_id}{moved}"
+        limit = f"{rows[0].threshold:.3f} up, the threshold of {run_id}{moved}"
         lines.append(f"{names[1]} is called from a probability of {limit}")
     elif labels.task == "multiclass":
         before = " before the prior" if moved else ""
-        lines.append(f"the class of the highest probability{before} is called; run {model.run_id}")
+        lines.append(f"the class of the highest probability{before} is called; run {run_id}")
     else:
         found = Counter(name for row in rows for name in row.calls).most_common()
         limits = _limits(rows, model).items()
         lines += [
             "findings: "
             + (", ".join(f"{num} {short(name, labels.classes)}" for name, num in found) or "none"),
-            f"each is called from its threshold of {model.run_id}{moved} up: "
+            f"each is called from its threshold of {run_id}{moved} up: "
             + ", ".join(f"{short(name, labels.classes)} {limit:.3f}" for name, limit in limits),
         ]
     if moved:
@@ -296,6 +321,13 @@ def _sums(rows: Sequence[Prediction], model: TrainedModel) -> list[str]:
             f"{short(name, labels.spoken)} {share:.3f}" for name, share in rows[0].prior.items()
         )
         lines.append(f"prior: {shares}, {rows[0].prior_source}; it changes no call")
+    apart = [row for row in rows if row.disagreement is not None]
+    if apart:
+        most = max(apart, key=lambda row: row.disagreement or 0.0)
+        lines.append(
+            f"probabilities of the runs are at most {most.disagreement:.3f} apart: "
+            f"{printable(most.path)}"
+        )
     wrap = textwrap.TextWrapper(100, subsequent_indent="  ", break_on_hyphens=False)
     return [part for line in lines for part in wrap.wrap(line)]
 
@@ -396,7 +428,7 @@ def is_mark(out: Store, key: str) -> bool:
     kept = tuple(
         each
         for each in columns
-        if not each.startswith(others) and each not in ("prior", _PRIOR_SOURCE)
+        if not each.startswith(others) and each not in ("prior", _PRIOR_SOURCE, _DISAGREEMENT)
     )
     return kept in (_COLUMNS, _COLUMNS_OF_TWO)
 

@@ -251,7 +251,7 @@ def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
         "note": NOTE,
         "run_id": model.run_id,
         "dataset_fingerprint": model.fingerprint,
-        **describe_calls(model),
+        **describe_calls(model.labels, model.thresholds, model.temperatures),
         "decision": f"review where atypicality is above 1; else {decision}",
         "image_size": model.image_size,
         "fit": model.fit,

@@ -1,6 +1,7 @@
 """From weights to scores: a split over all ranks, and the model file of a finished run."""
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,17 +146,19 @@ class TrainedModel:
         return self.images.fit
 
 
-def describe_calls(model: TrainedModel) -> dict[str, object]:
+def describe_calls(
+    labels: LabelSpec, thresholds: Sequence[float], temperatures: Sequence[float]
+) -> dict[str, object]:
     """What a file states of the outputs: their names, how they are calibrated and called."""
-    classes = list(model.labels.classes)
-    if model.labels.task == "binary":
-        (threshold,), (temperature,) = model.thresholds, model.temperatures
+    classes = list(labels.classes)
+    if labels.task == "binary":
+        (threshold,), (temperature,) = thresholds, temperatures
         return {"classes": classes, "threshold": threshold, "temperature": temperature}
     return {
-        "task": model.labels.task,
+        "task": labels.task,
         "classes": classes,
-        "thresholds": dict(zip(classes, model.thresholds, strict=False)),  # none for classes
-        "temperatures": list(model.temperatures),
+        "thresholds": dict(zip(classes, thresholds, strict=False)),  # none for classes
+        "temperatures": list(temperatures),
     }
 
 
