@@ -278,10 +278,8 @@ def test_each_direction_finds_the_images_that_it_was_fitted_for(
     draws = torch.rand(len(films), 56, generator=torch.Generator().manual_seed(1)) * 2 - 1
     for place, change in enumerate(SPOILED.values(), start=2):
         plain, spoiled = (
-            (typicality.measure(describe(network, seen)[1])[:, place] - typicality.offset[place])
-            / typicality.scale[place]
+            typicality.measure(describe(network, seen)[1])[:, place]
             for seen in (films, change(films, draws))
         )
-        assert (
-            spoiled.median() > plain.median() + 0.4
-        )  # 1 is from the median to the 99th percentile of typical films
+        # not by the scale: it is that of the farthest of 40 images, another on another processor
+        assert spoiled.median() > plain.quantile(0.9)
