@@ -277,13 +277,13 @@ def test_heat_maps_are_of_what_is_called_the_most_probable_first_or_of_the_highe
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="no extra `export`")
+@pytest.mark.parametrize("formats", ["torch", pytest.param("onnx,torch", marks=pytest.mark.ci)])
 def test_exported_files_give_the_same_probabilities_and_say_what_they_are(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    formats: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import onnxruntime
 
     out, num = tmp_path / "out", len(run.labels.classes)
-    formats = "onnx,torch" if run.labels.task == "multilabel" else "torch"  # test_tasks does both
     options = [f"--run={run.folder}", f"--out={out}", f"--formats={formats}"]
     status, _ = call_main(export, *options, capsys=capsys)
     assert status == 0

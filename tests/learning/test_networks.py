@@ -17,7 +17,7 @@ from xrai.errors import ConfigError, UserError
 from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.explain import grad_cam
-from xrai.learning.export import Serving, serve, trace
+from xrai.learning.export import ONNX_FILE, Serving, serve, trace, write
 from xrai.learning.network import Network
 from xrai.learning.predictor import (
     MODEL_FILE,
@@ -28,6 +28,7 @@ from xrai.learning.predictor import (
     save_model,
 )
 from xrai.learning.typicality import fit_typicality
+from xrai.pipeline import Pipeline
 from xrai.store import open_store
 
 
@@ -108,12 +109,26 @@ def test_a_network_trains_and_goes_on_bit_for_bit(
     assert rest.weights == whole.weights
 
 
+def give_statistics(network: Network) -> None:
+    """Batch norms have those of some images: with others, values of a random network grow from
+    layer to layer, and the errors of their rounding, too.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches, so of the one below
+    network.train()
+    with torch.no_grad():
+        network(torch.from_numpy(make_discs(32, seed=4)[0])[:, None] / 255)
+
+
 @pytest.mark.parametrize("model", NETWORKS, ids=in_words)
 def test_a_network_is_saved_read_explained_and_exported(
     model: Model, ranks: Ranks, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    network = build_model(model, 1, image_size=32).eval()
+    network = build_model(model, 1, image_size=32)
+    give_statistics(network)
+    network.eval()
     train, val = (
         FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30)
     )
@@ -128,16 +143,26 @@ def test_a_network_is_saved_read_explained_and_exported(
     found = predict_split(read.network, val, ranks=ranks, typicality=read.typicality)
     ours = predict_split(network, val, ranks=ranks, typicality=typicality)
     assert found.logits == pytest.approx(
-        ours.logits, abs=1e-5, rel=1e-5
+        ours.logits, abs=1e-4, rel=1e-4
     )  # in another memory layout
     assert found.atypicality is not None
     assert np.isfinite(found.atypicality).all() and (found.atypicality > 1).mean() < 0.3
     heat = grad_cam(read.network, grey)
     assert heat.shape == (6, 32, 32) and float(heat.min()) >= 0 and float(heat.max()) <= 1
+    rows = Pipeline(read).predict(list(images))
+    assert [row.probability for row in rows] == pytest.approx(
+        serve(Serving(read), images)[0], abs=1e-5
+    )
     serving = Serving(read)
-    program = trace(serving).module()
-    for ours_, theirs in zip(serve(serving, images), serve(program, images), strict=True):
+    program = trace(serving)
+    for ours_, theirs in zip(serve(serving, images), serve(program.module(), images), strict=True):
         np.testing.assert_allclose(theirs, ours_, atol=1e-5, rtol=1e-4)
+    if model in TIMM:  # of ours, tests/test_export.py has it
+        other_sizes = [np.zeros((1, 40, 33), np.uint8), images[:2, 5:]]
+        agreement = write(
+            program, serving, tmp_path / ONNX_FILE, metadata={}, batches=[images, *other_sizes]
+        )
+        assert agreement.probability < 1e-5 and (tmp_path / ONNX_FILE).stat().st_size > 1000
 
 
 def test_a_registered_network_has_heat_maps_without_a_way_from_its_maps_to_its_logits() -> None:
