@@ -201,6 +201,8 @@ def test_a_checkpoint_that_arrives_damaged_is_fetched_again(
     found = folder.newest()
     assert found is not None and found[0].step == 10
     assert none.removed == [] and bucket.num_damaged == 0
+    for name in (found[0].file, found[0].file.replace(".pt", ".json")):  # both are of the run here
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "bucket" / name).read_bytes()
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

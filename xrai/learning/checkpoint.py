@@ -96,10 +96,9 @@ class CheckpointFolder:
         entry = Entry(
             SCHEMA_VERSION, name, step, epoch, score, path.stat().st_size, sha256_of(path)
         )
-        text = json.dumps(asdict(entry), indent=1).encode()
         marks = [_mark_name(entry), _LATEST]
         for mark in marks:
-            write_atomically(self._folder / mark, text)
+            write_atomically(self._folder / mark, _mark_text(entry))
         self._publish([name, *marks])
         self._entries = [*(other for other in self._entries if other.step != step), entry]
         self._prune()
@@ -178,6 +177,7 @@ class CheckpointFolder:
     def _readable(self, entry: Entry) -> dict[str, Any] | None:
         """The state of a checkpoint, or None with a warning if its bytes are not as saved."""
         path = self._store.local_path(entry.file)
+        is_remote = path is None
         try:
             if path is None:  # in a bucket: the copy here may not have been uploaded yet
                 path = self._folder / entry.file
@@ -186,10 +186,14 @@ class CheckpointFolder:
                         break
                     self._store.download(entry.file, path)
             name = f"{entry.file} in {self._store.uri}"
-            return read_state(path, name=name, sha256=entry.sha256)
+            state = read_state(path, name=name, sha256=entry.sha256)
         except (CorruptError, NotFoundError) as error:
             _logger.warning("checkpoint %s is skipped: %s", entry.file, error)
             return None
+        mark = self._folder / _mark_name(entry)
+        if is_remote and not mark.exists():  # another machine's: the summary lists both files
+            write_atomically(mark, _mark_text(entry))
+        return state
 
     def _prune(self) -> None:
         newest = sorted(self._entries, key=lambda entry: entry.step)[-self._keep_last :]
@@ -276,6 +280,10 @@ def refuse_other_run(saved: Any, current: dict[str, Any], *, name: str) -> None:
                 f"{value!r}: give another --run_id to start anew, with --init_from to take the "
                 "weights alone"
             )
+
+
+def _mark_text(entry: Entry) -> bytes:
+    return json.dumps(asdict(entry), indent=1).encode()
 
 
 def _mark_name(entry: Entry) -> str:
