@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from tests.learning.fakes import FakeLoader
 from xrai.config import Config, Images
@@ -34,6 +35,16 @@ def phantoms(
     drawn = list(islice(plan(seed), num_images))
     films = tuple(np.rint(draw_phantom(seed, phantom) * 255).astype(np.uint8) for phantom in drawn)
     return films, tuple(int(phantom.label == "PNEUMONIA") for phantom in drawn)
+
+
+def save_films(folder: Path, num_images: int) -> Path:
+    """Phantoms as 00.png and so on, an image of noise, and a file that is none."""
+    for number, film in enumerate(phantoms(num_images)[0]):
+        Image.fromarray(film).save(folder / f"{number:02}.png")
+    noise = np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    (folder / "none.txt").write_text("no image")
+    return folder
 
 
 def train(

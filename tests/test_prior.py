@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import xrai
-from tests.models import phantoms, save_random_run, save_run
+from tests.models import phantoms, save_films, save_random_run, save_run
 from tests.training import Finished, call_main
 from xrai import evaluate, predict
 from xrai.errors import RunError, UserError
@@ -33,13 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Phantoms, one image of noise, and a file that is none."""
-    folder = tmp_path_factory.mktemp("films")
-    for number, film in enumerate(phantoms(NUM_FILMS)[0]):
-        Image.fromarray(film).save(folder / f"{number:02}.png")
-    noise = np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)
-    Image.fromarray(noise).save(folder / "noise.png")
-    (folder / "none.txt").write_text("no image")
-    return folder
+    return save_films(tmp_path_factory.mktemp("films"), NUM_FILMS)
 
 
 def log_odds(share: float) -> float:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import xrai
-from tests.models import FINGERPRINT, MAX_PIXELS, phantoms, save_random_run
+from tests.models import FINGERPRINT, MAX_PIXELS, phantoms, save_films, save_random_run
 from tests.training import call_main
 from xrai import export, predict
 from xrai.ingest.find import find_files
@@ -50,12 +50,7 @@ class Run:
 @pytest.fixture(scope="module", params=[CLASSES, FINDINGS], ids=lambda labels: labels.task)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = save_random_run(tmp_path_factory.mktemp("runs"), request.param)
-    films = tmp_path_factory.mktemp("films")
-    for number, film in enumerate(phantoms(NUM_FILMS)[0]):
-        Image.fromarray(film).save(films / f"{number:02}.png")
-    noise = np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)
-    Image.fromarray(noise).save(films / "noise.png")
-    (films / "none.txt").write_text("no image")
+    films = save_films(tmp_path_factory.mktemp("films"), NUM_FILMS)
     return Run(folder, xrai.load(str(folder)), films, request.param)
 
 
