@@ -74,12 +74,16 @@ def test_the_readme_is_short_and_begins_with_what_matters() -> None:
     assert "scripts/quickstart" in first and "scripts/test" in first and ".png" in first
 
 
-@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.parent.name != "benchmarks"],  # which write half of theirs
+    ids=lambda page: page.name,
+)
 def test_lines_of_prose_are_at_most_100_characters(page: Path) -> None:
     fenced = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         fenced ^= line.startswith("```")
-        prose = not fenced and not line.startswith(("|", "    ", "!["))
+        prose = not fenced and not line.lstrip().startswith(("|", "![")) and line[:4] != "    "
         assert not prose or len(line) <= 100, f"{page.name}:{number}"
 
 
