@@ -4,19 +4,16 @@ network does.
 Each test runs against an S3 in this process (moto), and against a real one where there is one.
 """
 
-import os
 import signal
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import zygote
 from tests.dataset.pictures import source_files, write_files
-from tests.faults.buckets import moto_server, new_bucket, use_endpoint
+from tests.faults.buckets import use_endpoint
 from tests.faults.proxy import Kind, Proxy, vanish_for
 from xrai.dataset.shards import read_index
 from xrai.store import Store, open_store
@@ -31,31 +28,9 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module", params=["moto", pytest.param("real", marks=pytest.mark.s3)])
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """The address of a server and the name of a bucket there."""
-    running = (
-        moto_server()
-        if request.param == "moto"
-        else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
-    )
-    with running as url, new_bucket(url) as name:
-        yield url, name
-
-
-@pytest.fixture
-def proxy(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that lies on the way of all stores from now on."""
-    with Proxy(server[0]) as proxy:
-        use_endpoint(monkeypatch, proxy.url)
-        monkeypatch.setenv("XRAI_S3_RETRY_S", "20")
-        yield proxy
-
-
-@pytest.fixture
-def uri(server: tuple[str, str]) -> str:
-    """An address that no other test has."""
-    return f"s3://{server[1]}/{uuid.uuid4().hex[:8]}"
+@pytest.fixture(autouse=True)
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XRAI_S3_RETRY_S", "20")
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,13 @@ import os
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3.session
 import pytest
 
-from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from tests.faults.proxy import Kind, Proxy, vanish_for
 from xrai.errors import (
     AlreadyExistsError,
@@ -35,32 +32,6 @@ pytestmark = pytest.mark.timeout(60)
 
 DATA = os.urandom(2_000_003)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture(scope="module", params=["moto", pytest.param("real", marks=pytest.mark.s3)])
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """The address of a server and the name of a bucket there."""
-    running = (
-        moto_server()
-        if request.param == "moto"
-        else nullcontext(os.environ["XRAI_TEST_S3_ENDPOINT"])
-    )
-    with running as url, new_bucket(url) as name:
-        yield url, name
-
-
-@pytest.fixture
-def proxy(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that lies on the way of all stores from now on."""
-    with Proxy(server[0]) as proxy:
-        use_endpoint(monkeypatch, proxy.url)
-        yield proxy
-
-
-@pytest.fixture
-def uri(server: tuple[str, str]) -> str:
-    """An address that no other test has."""
-    return f"s3://{server[1]}/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
