@@ -5,6 +5,7 @@ line.
 import csv
 import hashlib
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -530,6 +531,39 @@ def test_tasks_of_slurm_that_would_each_train_alone_are_refused(
     assert "torchrun" in lines[0] and not (tmp_path / "runs").exists()
     status, _ = call(*common, "--check", capsys=capsys)  # as xrai train does before torchrun
     assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "words"),
+    [("cpu", "CXX", "a compiler for C++ (g++)"), ("cuda", "CC", "a compiler for C (gcc or clang)")],
+)
+def test_compiling_without_a_compiler_is_refused(
+    device: str, variable: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=re.escape(words)):
+        train.require_compiler(torch.device(device))
+    own = tmp_path / "own"
+    own.touch(mode=0o755)
+    monkeypatch.setenv(variable, "own")
+    train.require_compiler(torch.device(device))
+    own.unlink()
+    with pytest.raises(UserError, match=re.escape("(own), not found here: install one, name it")):
+        train.require_compiler(torch.device(device))
+
+
+def test_a_config_that_compiles_is_checked_before_any_work(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path / 'runs'}", *SMALL]
+    status, lines = call(*common, "--train.compile=true", "--check", capsys=capsys)
+    assert status == 2 and "(no-such-compiler), not found here" in lines[0]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.usefixtures("no_conclusion")

@@ -222,7 +222,7 @@ class Train:
     precision: Literal["auto", "bf16", "fp16", "off", "fp64"] = _key(
         "auto", "auto: bf16 where that is fast; off: fp32; fp64: to compare runs exactly"
     )
-    compile: bool = _key(False, "torch.compile the network")
+    compile: bool = _key(False, "torch.compile the network; needs a compiler")
     threads: int = _key(0, "CPU threads a rank; 0: cores divided by ranks", "[0, 1024]")
     patience: int = _key(
         0, "stop after so many epochs without a better score; 0: never", "[0, inf)"

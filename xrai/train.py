@@ -105,6 +105,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     own = loaders["train"]
     index = own.index
     config = fit_to_dataset(config, index, given=given, ranks=ranks)
+    if config.train.compile:
+        require_compiler(ranks.device)
     ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
     if flags["check"]:
@@ -223,6 +225,21 @@ def refuse_lone_tasks(place: Place) -> None:
             "same run by itself; start one task a node, each with torchrun (srun "
             "--ntasks-per-node=1 torchrun --nnodes=… -m xrai.train), or unset SLURM_NTASKS to "
             "train with one process"
+        )
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise `UserError` where torch.compile would not find the compiler that it needs: for C++ on a
+    CPU; on a GPU Triton needs one for C.
+    """
+    is_cuda = device.type == "cuda"
+    variable, language = ("CC", "C") if is_cuda else ("CXX", "C++")
+    own = os.environ.get(variable)
+    wanted = [own] if own else ["gcc", "clang"] if is_cuda else ["g++"]
+    if not any(map(shutil.which, wanted)):
+        raise UserError(
+            f"train.compile needs a compiler for {language} ({' or '.join(wanted)}), not found "
+            f"here: install one, name it in {variable}, or leave train.compile off"
         )
 
 
