@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.training import SMALL, Finished, call_main, make_dataset, run_module
 from tests.undrawn import leave_figures_empty
 from tests.zygote import RANK
 from xrai import evaluate, preprocess, run, train
-from xrai.config import Config
+from xrai.config import Config, Model
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
 from xrai.errors import DatasetError, UserError
@@ -516,6 +517,21 @@ def test_a_changed_config_is_named_and_taken_only_when_told_so(
     (kept,) = folder.glob("config-until-step-*.yaml")
     assert kept.read_bytes() == before.replace(b"  blur: 0.5\n", b"")
     assert "lr: 0.01" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("timm/resnet18", "auto", "frozen"),
+        ("timm/resnet18", "sync", "sync"),
+        ("resnet10", "auto", "auto"),
+    ],
+)
+def test_statistics_are_frozen_in_a_run_that_begins_with_weights(
+    name: str, given: Literal["auto", "sync"], expected: str
+) -> None:
+    config = replace(Config(), model=Model(name, batch_norm=given))
+    assert train.as_begun_with_weights(config).model.batch_norm == expected
 
 
 def test_tasks_of_slurm_that_would_each_train_alone_are_refused(

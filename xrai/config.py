@@ -163,7 +163,7 @@ class Model:
     batch_norm: Literal["auto", "frozen", "sync", "local"] = _key(
         "auto",
         "statistics of a network of timm: fixed, of all ranks, or of each rank; auto: frozen with "
-        "model.weights, else sync",
+        "model.weights or --init_from, else sync",
     )
     drop_path: float = _key(
         0.0, "share of images that skip a branch of a network of timm, at the last one", "[0, 1)"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from xrai.command import Flag, Parsed, parse, run_command
-from xrai.config import Config, Images
+from xrai.config import TIMM, Config, Images
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.dataset.verify import find_faults_soon
@@ -105,6 +105,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     own = loaders["train"]
     index = own.index
     config = fit_to_dataset(config, index, given=given, ranks=ranks)
+    if flags["init_from"]:
+        config = as_begun_with_weights(config)
     if config.train.compile:
         require_compiler(ranks.device)
     ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
@@ -340,6 +342,16 @@ def initial_state(job: "Job", init_from: str, network: Network) -> dict[str, tor
     state, loaded = initial_weights(config.model, network, image_size=config.images.size)
     job.run.write_json(WEIGHTS, dataclasses.asdict(loaded))
     return state
+
+
+def as_begun_with_weights(config: Config) -> Config:
+    """The config of a run whose weights come from another one: `model.batch_norm = auto` means
+    frozen for a network of timm, as it does with `model.weights`.
+    """
+    model = config.model
+    if not model.name.startswith(TIMM) or model.batch_norm != "auto":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, batch_norm="frozen"))
 
 
 def first_weights(
