@@ -2,13 +2,14 @@
 last.
 
 An init container or a start script runs it as `xrai wait`. A store that does not answer is waited
-for as well; wrong keys or a missing bucket end it at once, with status 2.
+for as well. Wrong keys or a missing bucket end it at once, with status 2, and so does a mistake in
+a config file given by `--config`: the files of a training are checked before the wait, not after.
 """
 
 import os
 import time
 
-from xrai.command import run_command
+from xrai.command import parse, run_command
 from xrai.errors import ConfigError, UnreachableError, XraiError
 from xrai.log import get_logger, setup_logging
 from xrai.store import open_store, seconds_of
@@ -19,6 +20,7 @@ ASK_EVERY_S = 5.0
 def main() -> None:
     """Wait, at most XRAI_WAIT_S seconds; raise `XraiError` after them."""
     setup_logging()
+    parse("train", description="Wait for a data set, after a check of the config of a training.")
     logger = get_logger("xrai.wait")
     if not (address := os.environ.get("XRAI_DATASET", "")):
         raise ConfigError(

@@ -37,7 +37,9 @@ def test_words_go_to_the_package_with_their_arguments(programs: Path, word: str)
 
 
 def test_other_words_start_what_they_name(programs: Path) -> None:
-    assert enter(programs, "wait").stdout == "python -m wait_for_dataset\n"
+    assert enter(programs, "wait", "--config=c.yaml").stdout == (
+        "python -m wait_for_dataset --config=c.yaml\n"
+    )
     assert enter(programs, "python", "-c", "1").stdout == "python -c 1\n"
     assert enter(
         programs, "tensorboard", "--reload_interval=5", XRAI_ARTIFACTS="s3://b/runs"
@@ -86,3 +88,18 @@ def test_waiting_for_a_time_that_is_none_is_refused_in_one_line() -> None:
     assert done.stderr == (
         "xrai: error: XRAI_WAIT_S = 'soon' is not allowed: it takes a number of seconds above 0\n"
     )
+
+
+def test_a_mistake_in_the_config_ends_the_wait_before_it_begins(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("train: {epoch: 3}\n")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "docker/wait_for_dataset.py", f"--config={config}"],
+        env={**os.environ, "XRAI_DATASET": "/nowhere"},  # it would be waited for
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("xrai: error: ") and "train.epoch" in line

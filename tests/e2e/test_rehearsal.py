@@ -167,6 +167,18 @@ class Cluster:
         """Set values of a ConfigMap, as somebody who edits the file."""
         of_kind(self.documents, "ConfigMap")[config_map]["data"].update(values)
 
+    def set_num_nodes(self, number: int) -> None:
+        """Make the training's Job one of so many pods, as somebody who edits the file."""
+        (workload,) = (w for w in workloads(self.documents) if w.component == "train")
+        assert workload.job is not None
+        workload.job["completions"] = workload.job["parallelism"] = number
+        (variable,) = (
+            variable
+            for variable in workload.pod["containers"][0]["env"]
+            if variable["name"] == "NUM_NODES"
+        )
+        variable["value"] = str(number)
+
 
 def log_of(container: str) -> str:
     return docker("logs", container).stdout
@@ -348,9 +360,9 @@ def test_a_mistake_is_found_before_training_and_said_in_one_line_with_status_2(
     mistaken.folder.mkdir()
     mistaken.change("xrai-config", **{"config.yaml": CONFIG.replace("epochs", "epoch")})
     pod = mistaken.pod("train", 0)
-    with pytest.raises(AssertionError, match="preflight of pod 0 ended with 2"):
+    with pytest.raises(AssertionError, match="wait of pod 0 ended with 2"):
         pod.begin()
-    (line,) = log_of(f"{pod.name}-preflight").splitlines()
+    (line,) = log_of(f"{pod.name}-wait").splitlines()
     assert line.startswith("xrai: error: ") and "train.epoch" in line
 
 
@@ -365,9 +377,8 @@ def test_the_end_of_a_failed_pods_log_names_the_cause(
     )  # sooner
     failing = Cluster(documents, cluster.network, cluster.folder / "failing", cluster.label)
     failing.folder.mkdir()
-    failing.change(
-        "xrai", XRAI_RUN_ID="failing", NUM_NODES="1", XRAI_DATASET=f"s3://{runs.bucket}/damaged"
-    )
+    failing.set_num_nodes(1)
+    failing.change("xrai", XRAI_RUN_ID="failing", XRAI_DATASET=f"s3://{runs.bucket}/damaged")
     for entry in runs.client.list_objects_v2(Bucket=runs.bucket, Prefix="dataset/")["Contents"]:
         body = runs.client.get_object(Bucket=runs.bucket, Key=entry["Key"])["Body"].read()
         if entry["Key"].endswith(".h5"):

@@ -220,6 +220,9 @@ def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
             if rules != [mistake]:
                 broken.append(f"{workload.name} tries a user's mistake again")
             continue
+        together = workload.name.startswith("JobSet/") and workload.component == "train"
+        if together:
+            disruption["action"] = "FailJob"
         if rules[:1] != [disruption]:
             broken.append(f"{workload.name} counts an eviction as a failure")
         if mistake not in rules:
@@ -237,7 +240,10 @@ def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
             for a in workload.pod["containers"][0]["args"]
             if a.startswith("--max_restarts=")
         ]
-        if job.get("backoffLimit", 0) < job["completions"] * max([1, *restarts]):
+        if together:
+            if job.get("backoffLimit") != 0:
+                broken.append(f"{workload.name} replaces pods, which its JobSet does sooner")
+        elif job.get("backoffLimit", 0) < job["completions"] * max([1, *restarts]):
             broken.append(f"{workload.name} gives up after {job.get('backoffLimit')} pods")
     return broken
 
@@ -281,6 +287,41 @@ def nodes_meet(documents: list[Document]) -> list[str]:
     return broken
 
 
+def num_nodes_held(documents: list[Document]) -> list[str]:
+    """The number of nodes is in the pod template, which the API server holds: a Job that trains is
+    not resized. Nor do pods of another number meet the others.
+    """
+    broken = []
+    for workload in workloads(documents):
+        if workload.component != "train" or _by_trainer(workload):
+            continue
+        container = workload.pod["containers"][0]
+        own = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert workload.job is not None
+        if own.get("NUM_NODES") != str(workload.job["completions"]):
+            broken.append(f"{workload.name} takes its number of nodes from elsewhere")
+        ids = [arg for arg in container["args"] if arg.startswith("--rdzv_id=")]
+        if not ids or "$(NUM_NODES)" not in ids[0] or "$(XRAI_RUN_ID)" not in ids[0]:
+            broken.append(f"{workload.name}: pods of another run or number meet these")
+    return broken
+
+
+def dead_machines_left(documents: list[Document]) -> list[str]:
+    """Work leaves a machine 30 s after it was found dead; Kubernetes' default is 300."""
+    keys = {"node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"}
+    return [
+        f"{workload.name} stays on a dead machine"
+        for workload in _trainings_and_preprocessings(documents)
+        if keys
+        != {
+            toleration["key"]
+            for toleration in workload.pod.get("tolerations", [])
+            if toleration.get("effect") == "NoExecute"
+            and 0 <= toleration.get("tolerationSeconds", 300) <= 30
+        }
+    ]
+
+
 def time_to_save(documents: list[Document]) -> list[str]:
     """Kubernetes waits longer for torchrun than torchrun for its ranks, and torchrun longer than
     by default.
@@ -307,17 +348,17 @@ def checked_before(documents: list[Document]) -> list[str]:
         first, *others = [
             container["args"] for container in workload.pod.get("initContainers", [])
         ] or [[]]
-        if first != ["wait"]:
-            broken.append(f"{workload.name} does not wait for the data set")
         config = [
             arg for arg in workload.pod["containers"][0]["args"] if arg.startswith("--config=")
         ]
+        if first != ["wait", *config]:
+            broken.append(f"{workload.name} does not check its config, then wait for the data set")
         if others != [["train", "--check", *config]]:
             broken.append(f"{workload.name} does not check what it will do")
         devices = {
             container["name"]: "nvidia.com/gpu" in container["resources"]["limits"]
             for container in workload.containers
-            if container["args"] != ["wait"]
+            if container["args"][0] != "wait"
         }
         if len(set(devices.values())) > 1:
             broken.append(f"{workload.name} checks another device than it trains on")
@@ -456,6 +497,8 @@ RULES: tuple[Rule, ...] = (
     cache_fits_its_volume,
     jobs_replace_what_was_lost,
     nodes_meet,
+    num_nodes_held,
+    dead_machines_left,
     time_to_save,
     checked_before,
     cores_suffice,

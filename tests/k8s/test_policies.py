@@ -115,7 +115,7 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     (policies.jobs_replace_what_was_lost, TRAIN, "spec backoffLimit", 5),
     (policies.nodes_meet, TRAIN, "spec parallelism", 1),
     (policies.nodes_meet, TRAIN, "spec completions", 3),
-    (policies.nodes_meet, "ConfigMap xrai", "data NUM_NODES", "3"),
+    (policies.nodes_meet, TRAIN, f"{CONTAINER} env NUM_NODES value", "3"),
     (policies.nodes_meet, TRAIN, f"{POD} subdomain", GONE),
     (policies.nodes_meet, "Service xrai-train", "spec clusterIP", GONE),
     (policies.nodes_meet, "Service xrai-train", "spec publishNotReadyAddresses", False),
@@ -128,10 +128,17 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     ),
     (policies.nodes_meet, TRAIN, f"{CONTAINER} args 3", "--rdzv_backend=static"),
     (policies.nodes_meet, TRAIN, f"{CONTAINER} env TORCH_DISABLE_SHARE_RDZV_TCP_STORE", GONE),
+    (policies.num_nodes_held, TRAIN, f"{CONTAINER} env NUM_NODES", GONE),
+    (policies.num_nodes_held, TRAIN, "spec completions", 3),
+    (policies.num_nodes_held, TRAIN, f"{CONTAINER} args 5", "--rdzv_id=$(XRAI_RUN_ID)"),
+    (policies.dead_machines_left, TRAIN, f"{POD} tolerations", GONE),
+    (policies.dead_machines_left, PREPROCESS, f"{POD} tolerations 1 tolerationSeconds", GONE),
+    (policies.dead_machines_left, TRAIN, f"{POD} tolerations 0 tolerationSeconds", 300),
     (policies.time_to_save, TRAIN, f"{POD} terminationGracePeriodSeconds", GONE),
     (policies.time_to_save, TRAIN, f"{POD} terminationGracePeriodSeconds", 60),
     (policies.time_to_save, TRAIN, f"{CONTAINER} env TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GONE),
     (policies.checked_before, TRAIN, f"{POD} initContainers wait", GONE),
+    (policies.checked_before, TRAIN, f"{POD} initContainers wait args", ["wait"]),
     (policies.checked_before, TRAIN, f"{POD} initContainers preflight", GONE),
     (policies.checked_before, TRAIN, f"{POD} initContainers preflight args 2", GONE),
     (
@@ -225,8 +232,12 @@ def test_train_job_stands_alone() -> None:
 
 
 def test_the_files_and_the_base_are_the_same() -> None:
+    """Files, because a link is text to `kubectl apply -f https://…` and to clones on Windows."""
     for name in FILES:
-        assert (K8S / name).resolve() == K8S / "base" / name
+        assert not (K8S / name).is_symlink(), f"{name} is a link: copy k8s/base/{name} to k8s/"
+        assert (K8S / name).read_bytes() == (K8S / "base" / name).read_bytes(), (
+            f"k8s/{name} and k8s/base/{name} differ: copy the one that is right"
+        )
     assert yaml.safe_load((K8S / "base/kustomization.yaml").read_text())["resources"] == list(FILES)
 
 
@@ -310,9 +321,27 @@ def test_the_jobset_trains_after_preprocessing_and_is_all_there_is() -> None:
     assert jobs[1]["dependsOn"] == [{"name": "preprocess", "status": "Complete"}]
     original = of_kind(render("gpu"), "Job")
     for job in jobs:
-        spec = dict(original[f"xrai-{job['name']}"]["spec"])
+        spec = original[f"xrai-{job['name']}"]["spec"]
         del spec["ttlSecondsAfterFinished"]
+        if job["name"] == "train":
+            spec["backoffLimit"] = 0
+            spec["podFailurePolicy"]["rules"][0]["action"] = "FailJob"
         assert job["template"]["spec"] == spec
+
+
+def test_the_jobset_restarts_after_evictions_without_limit_and_never_after_a_mistake() -> None:
+    """What the Job controller says of both (its pod_failure_policy.go): "Pod films/xrai-train-1 has
+    condition DisruptionTarget matching FailJob rule at index 0", "Container preflight for pod …
+    failed with exit code 2 matching FailJob rule at index 1".
+    """
+    policy = of_kind(render("jobset"), "JobSet")["xrai"]["spec"]["failurePolicy"]
+    evicted, mistake, failed = policy["rules"]
+    assert evicted["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert evicted["onJobFailureReasons"] == mistake["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert evicted["onJobFailureMessagePatterns"] == ["DisruptionTarget"]
+    assert mistake["action"] == "FailJobSet"
+    assert failed["action"] == "RestartJobSet" and "onJobFailureReasons" not in failed
+    assert policy["maxRestarts"] > 0
 
 
 def test_the_trainjob_leaves_to_trainer_what_trainer_tells_torchrun() -> None:
