@@ -125,7 +125,7 @@ def test_options_of_torchrun_are_told_from_those_of_training_wherever_they_stand
         "--shutdown-timeout=60",
     ]
     assert launched(*own[:2], *options, *own[2:]) == [*options, "-m", "xrai.train", *own]
-    assert checks == [[sys.executable, "-m", "xrai.train", "--check", *own]]
+    assert checks == [[sys.executable, "-m", "xrai.train", "--check_ranks=8", "--check", *own]]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,15 @@ def test_variables_of_torchrun_start_it_too(
     assert launched() == ["-m", "xrai.train"]
 
 
-@pytest.mark.parametrize("option", ["--check", "--help", "--print_config"])
+def test_a_check_counts_the_ranks_that_torchrun_would_start(checks: list[list[str]]) -> None:
+    options = ["--nnodes=3", "--nproc-per-node=4", "--check", "--config=c"]
+    assert program.launch(options) == ["--check_ranks=12", "--check", "--config=c"]
+    for unknown in ("--nnodes=1:4", "--nproc_per_node=gpu"):
+        assert program.launch([unknown, "--check"]) == ["--check"]
+    assert not checks
+
+
+@pytest.mark.parametrize("option", ["--help", "--print_config"])
 def test_what_does_not_train_needs_no_torchrun(checks: list[list[str]], option: str) -> None:
     assert program.launch(["--nproc_per_node=4", option, "--config=c"]) == [option, "--config=c"]
     assert not checks

@@ -29,7 +29,7 @@ from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
 from xrai.errors import DatasetError, UserError
 from xrai.labels import Task
-from xrai.learning.distributed import Place, Ranks
+from xrai.learning.distributed import Place
 from xrai.learning.predictor import build_model, load_model
 from xrai.results.calibration import calibrated
 from xrai.store import open_store, take_lease
@@ -283,9 +283,62 @@ def test_an_image_size_other_than_the_data_sets_is_taken_from_the_data_set_when_
 
 def test_more_processes_than_images_are_refused(dataset: Path) -> None:
     index = Loader(str(dataset), split="train", batch_size=8).index
-    crowd = Ranks(0, 1000, 0, 1000, torch.device("cpu"))
     with pytest.raises(UserError, match=r"1000 processes, but only \d+ training images"):
-        train.fit_to_dataset(Config(), index, given=set(), ranks=crowd)
+        train.fit_to_dataset(Config(), index, given=set(), num_ranks=1000)
+
+
+def test_a_check_counts_the_ranks_of_the_training(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", *SMALL, "--check"]
+    status, lines = call(*common, "--check_ranks=3", capsys=capsys)
+    assert status == 2 and "train.global_batch_size = 16 cannot be shared by 3 ranks" in lines[0]
+    assert call(*common, "--check_ranks=4", capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_check_refuses_a_config_that_the_run_does_not_go_on_with_and_changes_nothing(
+    is_finished: bool,
+    finished: Finished,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(finished.folder, folder)
+    if not is_finished:
+        (folder / "summary.json").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=whole", *SMALL]
+    common.append("--check")
+    assert call(*common, capsys=capsys)[0] == 0
+    assert call(*common, "--train.threads=2", capsys=capsys)[0] == 0
+    status, lines = call(*common, "--model.width=16", capsys=capsys)
+    assert status == 2 and "width" in lines[0]
+    status, lines = call(*common, "--optim.lr=0.5", capsys=capsys)
+    assert status == 2 and "another config (optim.lr = 0.5, was 0.003)" in lines[0]
+    longer, lines = call(*common, "--train.epochs=9", capsys=capsys)
+    assert longer == (2 if is_finished else 0)
+    status, lines = call(*common, "--resume=changed", "--model.width=16", capsys=capsys)
+    assert status == 2  # its weights fit no other network
+    other = make_dataset(tmp_path / "other", num_images=40, seed=5)
+    status, lines = call(*common, f"--dataset={other}", capsys=capsys)
+    assert status == 2 and ("fingerprint" in lines[0] or "on data set" in lines[0])
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_check_of_a_run_without_a_checkpoint_knows_must_and_never(
+    dataset: Path, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--dataset={dataset}", *SMALL, "--check"]
+    new = [*common, f"--artifacts={tmp_path}", "--run_id=new"]
+    status, lines = call(*new, "--resume=must", capsys=capsys)
+    assert status == 2 and "--resume is must" in lines[0]
+    assert call(*new, capsys=capsys)[0] == 0 and list(tmp_path.iterdir()) == []
+    known = [*common, f"--artifacts={finished.folder.parent}", "--run_id=whole"]
+    status, lines = call(*known, "--resume=never", capsys=capsys)
+    assert status == 2 and "--resume is never" in lines[0]
 
 
 @pytest.mark.parametrize(

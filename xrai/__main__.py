@@ -78,8 +78,10 @@ def launch(arguments: list[str]) -> list[str]:
     variables = [f"{name}={text}" for name, text in os.environ.items() if name.startswith("PET_")]
     if not options and not variables:
         return own
-    if any(re.match(r"(--check|--help|-h|--print_config)(=|$)", text) for text in own):
+    if any(re.match(r"(--help|-h|--print_config)(=|$)", text) for text in own):
         return own
+    if "--check" in own:
+        return [*_check_ranks(options), *own]
     for text in options:
         if "=" not in text and text != "--standalone":
             _refuse(f"{text} lacks its value; write {text}=VALUE")
@@ -89,7 +91,7 @@ def launch(arguments: list[str]) -> list[str]:
             _refuse(f"--config {file} is a pipe, which only one process can read: name a file")
     train = ["-m", "xrai.train"]
     if os.environ.get("XRAI_PREFLIGHT", "1") != "0":
-        check = [sys.executable, *train, "--check", *own]
+        check = [sys.executable, *train, *_check_ranks(options), "--check", *own]
         try:
             status = subprocess.run(check, check=False).returncode
         except KeyboardInterrupt:
@@ -102,6 +104,16 @@ def launch(arguments: list[str]) -> list[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *train, *own]
     os.execv(sys.executable, torchrun)
+
+
+def _check_ranks(options: list[str]) -> list[str]:
+    """The flag that says how many ranks torchrun would start, where its options give numbers."""
+    parts = (text.removeprefix("--").partition("=") for text in options)
+    named = {name.replace("-", "_"): value for name, _, value in parts}
+    numbers = [named.get("nnodes", "1"), named.get("nproc_per_node", "1")]
+    if not all(text.isdecimal() for text in numbers) or numbers == ["1", "1"]:
+        return []
+    return [f"--check_ranks={int(numbers[0]) * int(numbers[1])}"]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -96,11 +96,37 @@ class Job:
             "loader.window": self.config.loader.window,
         }
 
+    def check(self, *, resume: str) -> None:
+        """Raise what `is_finished` and `open` would, as far as marks and config of the run tell.
+
+        Changes nothing, so it may be called while another job writes the run.
+        """
+        if self._ended(resume=resume) is not None:
+            _logger.info("run %s is finished; there is nothing to train", self.run.address)
+            return
+        mark = self.checkpoints.latest()
+        self._refuse_to_resume(resume, has_checkpoint=mark is not None)
+        if mark is not None and mark.facts is not None:
+            refuse_other_run(mark.facts, self.facts, name=mark.file)
+        self._refuse_changed(resume)
+
     def is_finished(self, *, resume: str) -> bool:
         """Whether the run has ended before; then its results are printed again."""
+        if (summary := self._ended(resume=resume)) is None:
+            return False
+        address = self.run.address
+        _logger.info("run %s is finished; give another --run_id to train once more", address)
+        lines = result_lines(summary.main, address, validation=summary.validation)
+        print("\n".join(lines), flush=True)
+        return True
+
+    def _ended(self, *, resume: str) -> Summary | None:
+        """The summary of a finished run, None before. Raises `RunError` if config or data set were
+        others.
+        """
         address = self.run.address
         if self.run.store.size(SUMMARY) is None:
-            return False
+            return None
         if resume == "never":
             raise RunError(
                 f"run {address} is finished and --resume is never: give another --run_id, or none"
@@ -116,10 +142,7 @@ class Job:
                 f"run {address} is finished, on data set {summary.training.fingerprint[:16]}, not "
                 f"{self.index.fingerprint[:16]}: give another --run_id to train on this one"
             )
-        _logger.info("run %s is finished; give another --run_id to train once more", address)
-        lines = result_lines(summary.main, address, validation=summary.validation)
-        print("\n".join(lines), flush=True)
-        return True
+        return summary
 
     def open(self, *, resume: str) -> dict[str, Any] | None:
         """Open the folder and return the newest checkpoint's state, or None to start anew.
@@ -131,25 +154,11 @@ class Job:
         self.run.lock()
         if self.run.store.size(SUMMARY) is not None:
             raise RunError(f"another job has just finished run {self.run.address}: start again")
-        if resume == "never" and self.run.exists():
-            raise RunError(
-                f"run {self.run.address} exists and --resume is never: give another --run_id, or "
-                "none"
-            )
         found = self.checkpoints.newest()
-        if found is None and resume == "must":
-            raise RunError(
-                f"{self.run.address} holds no checkpoint and --resume is must: check --run_id, or "
-                "use auto"
-            )
+        self._refuse_to_resume(resume, has_checkpoint=found is not None)
         if found is not None:
             refuse_other_run(found[1].get("facts"), self.facts, name=found[0].file)
-        changed = self._changed()
-        if resume != "changed" and not all(text.startswith(_LIMITS) for text in changed):
-            raise RunError(
-                f"run {self.run.address} began with another config ({', '.join(changed)}): give "
-                "the same values, or --resume=changed to go on with these, or another --run_id"
-            )
+        changed = self._refuse_changed(resume)
         self.run.open()
         if found is not None:
             self._refuse_incomplete_history(found[0].epoch)
@@ -172,6 +181,31 @@ class Job:
             self.run.events.add_chart("AUROC by class", "validation", f"{BY_CLASS}/.*")
         self.run.close_segment()  # now, so that TensorBoard lists runs that are not finished
         return state
+
+    def _refuse_to_resume(self, resume: str, *, has_checkpoint: bool) -> None:
+        """Raise `RunError` where `--resume` does not allow what is there."""
+        if resume == "never" and self.run.exists():
+            raise RunError(
+                f"run {self.run.address} exists and --resume is never: give another --run_id, or "
+                "none"
+            )
+        if resume == "must" and not has_checkpoint:
+            raise RunError(
+                f"{self.run.address} holds no checkpoint and --resume is must: check --run_id, or "
+                "use auto"
+            )
+
+    def _refuse_changed(self, resume: str) -> list[str]:
+        """The changed keys, see `_changed`. Raises `RunError` where more than the length of the
+        training changed, unless `resume` is `changed`.
+        """
+        changed = self._changed()
+        if resume != "changed" and not all(text.startswith(_LIMITS) for text in changed):
+            raise RunError(
+                f"run {self.run.address} began with another config ({', '.join(changed)}): give "
+                "the same values, or --resume=changed to go on with these, or another --run_id"
+            )
+        return changed
 
     def _changed(self) -> list[str]:
         """The keys, except the free ones, in which this config differs from that of the run. A key

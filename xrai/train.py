@@ -64,8 +64,14 @@ FLAGS = (
     Flag(
         "check",
         False,
-        "check config, data, devices, disk and permissions, and stop before training",
+        "check config, data, run, devices, disk and permissions, and stop before training",
         type=bool,
+    ),
+    Flag(
+        "check_ranks",
+        0,
+        "with --check: processes of the training, on all machines; 0: one",
+        type=int,
     ),
 )
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
@@ -104,7 +110,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
     own = loaders["train"]
     index = own.index
-    config = fit_to_dataset(config, index, given=given, ranks=ranks)
+    num_ranks = max(1, flags["check_ranks"]) if flags["check"] else ranks.world_size
+    config = fit_to_dataset(config, index, given=given, num_ranks=num_ranks)
     if flags["init_from"]:
         config = as_begun_with_weights(config)
     if config.train.compile:
@@ -113,7 +120,9 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
     if flags["check"]:
         ranks.on_main(lambda: check_disk(config, index, flags))
-        _logger.info("all checks passed: %s", describe(config, index, ranks=ranks))
+        check_run(config, flags, loaders, ranks=ranks)
+        plan = describe(config, index, device=ranks.device, num_ranks=num_ranks)
+        _logger.info("all checks passed: %s", plan)
         return
     run_id = flags["run_id"] or ranks.from_main(new_run_id(datetime.now(UTC)))
     with open_job(config, flags, run_id, loaders, ranks=ranks) as job:
@@ -131,7 +140,9 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         if resumed is None and (flags["init_from"] or config.model.weights):
             weights = on_job(lambda job: initial_state(job, flags["init_from"], network))
             network.load_state_dict(weights)
-        _logger.info("run %s: %s", run_id, describe(config, index, ranks=ranks))
+        _logger.info(
+            "run %s: %s", run_id, describe(config, index, device=ranks.device, num_ranks=num_ranks)
+        )
         setup = loop.Setup(
             config,
             ranks,
@@ -277,7 +288,9 @@ def open_loaders(config: Config, dataset: str, *, ranks: Ranks) -> dict[str, Loa
     return {"train": train, **{split: open_share(split) for split in held_out}}
 
 
-def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], ranks: Ranks) -> Config:
+def fit_to_dataset(
+    config: Config, index: DatasetIndex, *, given: Set[str], num_ranks: int
+) -> Config:
     """The config with the data set's own sections: its labels, images, splits and shards.
 
     Raises `UserError` if what was given, or the number of ranks, does not fit the data set.
@@ -290,13 +303,13 @@ def fit_to_dataset(config: Config, index: DatasetIndex, *, given: Set[str], rank
                 f"{getattr(stored, key)!r}: leave the key out, or run xrai preprocess again with it"
             )
     num_images = index.num_images("train")
-    if num_images < ranks.world_size:
+    if num_images < num_ranks:
         raise UserError(
-            f"{ranks.world_size} processes, but only {num_images} training images: each process "
+            f"{num_ranks} processes, but only {num_images} training images: each process "
             "needs at least one"
         )
     refuse_one_sided(index)
-    loop.rank_batch_size(config.train, world_size=ranks.world_size)
+    loop.rank_batch_size(config.train, world_size=num_ranks)
     return config.shaped_by(index.config)
 
 
@@ -389,6 +402,18 @@ def check_dataset(dataset: str, index: DatasetIndex, *, with_rows: bool) -> None
         )
 
 
+def check_run(
+    config: Config, flags: dict[str, Any], loaders: dict[str, Loader], *, ranks: Ranks
+) -> None:
+    """Raise `RunError` where the named run does not go on with this config, or ended with another.
+
+    Without a name there is nothing to compare with. Another job may write the run meanwhile.
+    """
+    if flags["run_id"]:
+        with open_job(config, flags, flags["run_id"], loaders, ranks=ranks) as job:
+            call_on_main(job, lambda job: job.check(resume=flags["resume"]), ranks=ranks)
+
+
 def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> None:
     """Raise `UserError` if the disk has no room for the cache of a remote data set."""
     if open_store(flags["dataset"]).local_path("dataset.json") is not None:
@@ -407,17 +432,17 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
         )
 
 
-def describe(config: Config, index: DatasetIndex, *, ranks: Ranks) -> str:
+def describe(config: Config, index: DatasetIndex, *, device: torch.device, num_ranks: int) -> str:
     """One line about the network, the data and the devices."""
     counts = index.num_images_per_class("train")
-    share = loop.rank_batch_size(config.train, world_size=ranks.world_size)
+    share = loop.rank_batch_size(config.train, world_size=num_ranks)
     return (
         f"{config.model.name} on {index.num_images('train')} images ("
         + ", ".join(map("{} {}".format, counts.values(), index.labels.spoken))
         + f") of {index.image_size} x {index.image_size} pixels, "
         f"{counted(config.train.epochs, 'epoch')}, batches of "
-        f"{config.train.global_batch_size} = {ranks.world_size} x {share}, "
-        f"{loop.resolve_precision(config.train.precision, ranks.device)} on {ranks.device.type}, "
+        f"{config.train.global_batch_size} = {num_ranks} x {share}, "
+        f"{loop.resolve_precision(config.train.precision, device)} on {device.type}, "
         f"{counted(torch.get_num_threads(), 'thread')} a rank"
     )
 

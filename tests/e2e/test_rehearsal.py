@@ -172,12 +172,10 @@ class Cluster:
         (workload,) = (w for w in workloads(self.documents) if w.component == "train")
         assert workload.job is not None
         workload.job["completions"] = workload.job["parallelism"] = number
-        (variable,) = (
-            variable
-            for variable in workload.pod["containers"][0]["env"]
-            if variable["name"] == "NUM_NODES"
-        )
-        variable["value"] = str(number)
+        for container in workload.containers:
+            for variable in container.get("env", []):
+                if variable["name"] == "NUM_NODES":
+                    variable["value"] = str(number)
 
 
 def log_of(container: str) -> str:

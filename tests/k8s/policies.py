@@ -296,10 +296,11 @@ def num_nodes_held(documents: list[Document]) -> list[str]:
         if workload.component != "train" or _by_trainer(workload):
             continue
         container = workload.pod["containers"][0]
-        own = {variable["name"]: variable.get("value") for variable in container["env"]}
         assert workload.job is not None
-        if own.get("NUM_NODES") != str(workload.job["completions"]):
-            broken.append(f"{workload.name} takes its number of nodes from elsewhere")
+        for user in [*workload.pod["initContainers"][1:], container]:
+            own = {variable["name"]: variable.get("value") for variable in user.get("env", [])}
+            if own.get("NUM_NODES") != str(workload.job["completions"]):
+                broken.append(f"{workload.name}/{user['name']} takes its NUM_NODES from elsewhere")
         ids = [arg for arg in container["args"] if arg.startswith("--rdzv_id=")]
         if not ids or "$(NUM_NODES)" not in ids[0] or "$(XRAI_RUN_ID)" not in ids[0]:
             broken.append(f"{workload.name}: pods of another run or number meet these")
@@ -353,7 +354,8 @@ def checked_before(documents: list[Document]) -> list[str]:
         ]
         if first != ["wait", *config]:
             broken.append(f"{workload.name} does not check its config, then wait for the data set")
-        if others != [["train", "--check", *config]]:
+        counts = ["--nnodes=$(NUM_NODES)", "--nproc_per_node=$(NUM_PROCESSES)"]
+        if others != [["train", "--check", *counts, *config, "--train.threads=$(NUM_THREADS)"]]:
             broken.append(f"{workload.name} does not check what it will do")
         devices = {
             container["name"]: "nvidia.com/gpu" in container["resources"]["limits"]

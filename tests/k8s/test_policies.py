@@ -129,6 +129,7 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     (policies.nodes_meet, TRAIN, f"{CONTAINER} args 3", "--rdzv_backend=static"),
     (policies.nodes_meet, TRAIN, f"{CONTAINER} env TORCH_DISABLE_SHARE_RDZV_TCP_STORE", GONE),
     (policies.num_nodes_held, TRAIN, f"{CONTAINER} env NUM_NODES", GONE),
+    (policies.num_nodes_held, TRAIN, f"{POD} initContainers preflight env NUM_NODES value", "3"),
     (policies.num_nodes_held, TRAIN, "spec completions", 3),
     (policies.num_nodes_held, TRAIN, f"{CONTAINER} args 5", "--rdzv_id=$(XRAI_RUN_ID)"),
     (policies.dead_machines_left, TRAIN, f"{POD} tolerations", GONE),

@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Entry:
     score: float | None  # of the validation just before; None within an epoch
     size_bytes: int
     sha256: str
+    facts: Mapping[str, Any] | None = None  # as in the checkpoint; None: of an earlier version
 
 
 class CheckpointFolder:
@@ -93,15 +94,25 @@ class CheckpointFolder:
         path = self._folder / name
         write_state(path, state)
         score = score if score is None or math.isfinite(score) else None
-        entry = Entry(
-            SCHEMA_VERSION, name, step, epoch, score, path.stat().st_size, sha256_of(path)
-        )
+        size_bytes = path.stat().st_size
+        digest, facts = sha256_of(path), state.get("facts")
+        entry = Entry(SCHEMA_VERSION, name, step, epoch, score, size_bytes, digest, facts)
         marks = [_mark_name(entry), _LATEST]
         for mark in marks:
             write_atomically(self._folder / mark, _mark_text(entry))
         self._publish([name, *marks])
         self._entries = [*(other for other in self._entries if other.step != step), entry]
         self._prune()
+
+    def latest(self) -> Entry | None:
+        """The mark of the newest checkpoint as stored, or None where none can be read. Changes
+        nothing, so it may be called while another job writes the run.
+        """
+        try:
+            entry: Entry = from_plain(Entry, load_json(self._store.read(_LATEST)))
+        except (NotFoundError, ValueError):
+            return None  # `newest` says what is damaged
+        return entry
 
     def newest(self) -> tuple[Entry, dict[str, Any]] | None:
         """The newest readable checkpoint, or None if there never was one. Damaged ones are skipped
