@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
     """A folder of programs that write down how they were started."""
-    for name in ("python", "torchrun", "tensorboard"):
+    for name in ("python", "torchrun"):
         program = tmp_path / name
         program.write_text(f'#!/bin/bash\necho "{name} $*"\n')
         program.chmod(0o755)
@@ -44,7 +44,8 @@ def test_other_words_start_what_they_name(programs: Path) -> None:
     assert enter(
         programs, "tensorboard", "--reload_interval=5", XRAI_ARTIFACTS="s3://b/runs"
     ).stdout == (
-        "tensorboard --logdir s3://b/runs --host 0.0.0.0 --port 6006 --reload_interval=5\n"
+        "python -m serve_tensorboard --logdir s3://b/runs --host 0.0.0.0 --port 6006 "
+        "--reload_interval=5\n"
     )
 
 

@@ -29,7 +29,7 @@ def test_every_word_is_a_command_and_every_command_a_word() -> None:
         for path in [*REPOSITORY.glob("xrai/*.py"), *REPOSITORY.glob("xrai/*/__main__.py")]
         if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
     }
-    assert commands - {"xrai"} == program.WORDS.keys()
+    assert commands - {"xrai", "rendezvous"} == program.WORDS.keys()  # the latter is torchrun's
 
 
 def test_help_names_each_word_and_loads_nothing_heavy() -> None:
@@ -99,6 +99,9 @@ def launched(*arguments: str) -> list[str]:
     with pytest.raises(StartedError) as caught:
         program.launch(list(arguments))
     command = caught.value.args[0]
+    if any("endpoint" in argument for argument in arguments):
+        assert command[:3] == [sys.executable, "-m", "xrai.rendezvous"]
+        return list(command[5:])
     assert command[:3] == TORCHRUN
     return list(command[3:])
 
@@ -163,6 +166,20 @@ def test_a_job_that_says_where_its_machines_are_gets_no_other_address(
     monkeypatch.setenv("XRAI_PREFLIGHT", "0")
     assert launched(option) == [option, "-m", "xrai.train"]
     assert not checks
+
+
+@pytest.mark.parametrize(
+    ("conf", "timeout_s"), [("", "600"), ("--rdzv_conf=read_timeout=9,join_timeout=1800", "1800")]
+)
+def test_a_rendezvous_elsewhere_is_watched_and_waited_for_as_long_as_torchrun_waits(
+    conf: str, timeout_s: str, checks: list[list[str]]
+) -> None:
+    options = ["--nnodes=2", "--rdzv-endpoint=node0:29401", *([conf] if conf else [])]
+    with pytest.raises(StartedError) as caught:
+        program.launch(options)
+    started = [sys.executable, "-m", "xrai.rendezvous", "node0:29401", timeout_s, *options]
+    assert caught.value.args[0] == [*started, "-m", "xrai.train"]
+    assert len(checks) == 1
 
 
 @pytest.mark.ci

@@ -37,6 +37,7 @@ _TORCHRUN = re.compile(  # its options, each with either spelling of `_`
     r"--(standalone|nnodes|nproc.per.node|node.rank|rdzv.\w+|max.restarts|monitor.interval|role|tee"
     r"|shutdown.timeout|master.\w+|local.addr|log.dir|redirects|local.ranks.filter|numa.binding)(=|$)"
 )
+_JOIN_TIMEOUT_S = "600"  # torchrun's default
 _ADDRESSED = re.compile(  # options and variables of a job that says where its machines are
     r"(--|pet_)(nnodes=(?!1$|1:1$)|node.rank|rdzv.endpoint|master.addr|local.addr)", re.IGNORECASE
 )
@@ -102,18 +103,33 @@ def launch(arguments: list[str]) -> list[str]:
     if not any(_ADDRESSED.match(text) for text in [*options, *variables]):
         options.append("--local_addr=localhost")  # torchrun hangs where the host name is unknown
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *train, *own]
-    os.execv(sys.executable, torchrun)
+    torchrun = ["torch.distributed.run", *options, *train, *own]
+    if endpoint := _named(options).get("rdzv_endpoint"):
+        torchrun = ["xrai.rendezvous", endpoint, _join_timeout(options), *torchrun[1:]]
+    os.execv(sys.executable, [sys.executable, "-m", *torchrun])
 
 
 def _check_ranks(options: list[str]) -> list[str]:
     """The flag that says how many ranks torchrun would start, where its options give numbers."""
-    parts = (text.removeprefix("--").partition("=") for text in options)
-    named = {name.replace("-", "_"): value for name, _, value in parts}
+    named = _named(options)
     numbers = [named.get("nnodes", "1"), named.get("nproc_per_node", "1")]
     if not all(text.isdecimal() for text in numbers) or numbers == ["1", "1"]:
         return []
     return [f"--check_ranks={int(numbers[0]) * int(numbers[1])}"]
+
+
+def _join_timeout(options: list[str]) -> str:
+    """How many seconds torchrun would wait for other machines."""
+    settings = _named(options).get("rdzv_conf", "").split(",")
+    found = dict(text.strip().split("=", 1) for text in settings if "=" in text)
+    value = found.get("join_timeout", "")
+    return value if value.isdecimal() else _JOIN_TIMEOUT_S
+
+
+def _named(options: list[str]) -> dict[str, str]:
+    """The values of torchrun's options, by their names with underscores."""
+    parts = (text.removeprefix("--").partition("=") for text in options)
+    return {name.replace("-", "_"): value for name, _, value in parts}
 
 
 def _refuse(message: str) -> NoReturn:

@@ -323,6 +323,18 @@ def dead_machines_left(documents: list[Document]) -> list[str]:
     ]
 
 
+def readers_seen(documents: list[Document]) -> list[str]:
+    """TensorBoard is ready while it reads runs; its page is there also when it no longer does."""
+    return [
+        f"{workload.name} is ready whether it reads runs or not"
+        for workload in workloads(documents)
+        if workload.component == "tensorboard"
+        for container in workload.pod["containers"]
+        if container.get("readinessProbe", {}).get("exec", {}).get("command", [])[-2:]
+        != ["xrai", "healthy"]
+    ]
+
+
 def time_to_save(documents: list[Document]) -> list[str]:
     """Kubernetes waits longer for torchrun than torchrun for its ranks, and torchrun longer than
     by default.
@@ -501,6 +513,7 @@ RULES: tuple[Rule, ...] = (
     nodes_meet,
     num_nodes_held,
     dead_machines_left,
+    readers_seen,
     time_to_save,
     checked_before,
     cores_suffice,

@@ -38,6 +38,7 @@ def test_an_overlay_keeps_all_rules(overlay: str) -> None:
 
 
 TRAIN, PREPROCESS = "Job xrai-train", "Job xrai-preprocess"
+TENSORBOARD = "Deployment xrai-tensorboard"
 POD, CONTAINER = "spec template spec", "spec template spec containers train"
 GONE = object()
 
@@ -135,6 +136,12 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     (policies.dead_machines_left, TRAIN, f"{POD} tolerations", GONE),
     (policies.dead_machines_left, PREPROCESS, f"{POD} tolerations 1 tolerationSeconds", GONE),
     (policies.dead_machines_left, TRAIN, f"{POD} tolerations 0 tolerationSeconds", 300),
+    (
+        policies.readers_seen,
+        TENSORBOARD,
+        f"{POD} containers tensorboard readinessProbe",
+        {"httpGet": {"path": "/", "port": "http"}},
+    ),
     (policies.time_to_save, TRAIN, f"{POD} terminationGracePeriodSeconds", GONE),
     (policies.time_to_save, TRAIN, f"{POD} terminationGracePeriodSeconds", 60),
     (policies.time_to_save, TRAIN, f"{CONTAINER} env TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GONE),

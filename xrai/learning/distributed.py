@@ -7,6 +7,7 @@ a decision never waits for the device. The CUDA and nccl paths have not been run
 
 import gc
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,12 +24,19 @@ from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
 from xrai.files import explaining_disk
+from xrai.log import get_logger
 
 T = TypeVar("T")
 
 # "pair closure" is all that gloo says in a collective whose connection another rank's time-out has
 # closed
 _COLLECTIVE_WORDS = ("gloo", "NCCL", "ProcessGroup", "pair closure")
+
+_STORE_ANSWERS_WITHIN_S = 10.0
+_CALL_EVERY_S = 5.0
+_SILENT_S = 20.0  # of a rank that is called silent
+_TELL_EVERY_S = 60.0
+_logger = get_logger(__name__)
 
 record_failures = record  # torchrun's: writes a rank's traceback to TORCHELASTIC_ERROR_FILE
 
@@ -44,6 +52,7 @@ class Ranks:
     device: torch.device
     _control: Any = None  # the gloo group for decisions
     _store: Any = None  # where each rank notes its last step, for the others' messages
+    _roll: "RollCall | None" = None  # who is alive; None: one rank
 
     @property
     def is_main(self) -> bool:
@@ -144,14 +153,9 @@ class Ranks:
 
     def _missing(self) -> str:
         """Who is behind, by the steps that the ranks have noted."""
-        found = {}  # the step that each rank noted, and how many seconds ago
-        try:
-            for rank in range(self.world_size):
-                if self._store.check([key := f"xrai/rank{rank}"]):
-                    step, when = self._store.get(key).decode().split()
-                    found[rank] = (int(step), time.time() - float(when))
-        except (RuntimeError, dist.DistError):
-            return "the job's store is gone, so at least the process that holds it has ended"
+        found = _answer(self._notes, within_s=_STORE_ANSWERS_WITHIN_S)
+        if isinstance(found, str):
+            return f"rank 0, whose machine has the job's store, is gone: {found}"
         silent = [
             f"rank {rank} has not begun" for rank in range(self.world_size) if rank not in found
         ]
@@ -161,7 +165,20 @@ class Ranks:
             for rank, (step, age_s) in found.items()
             if rank != self.rank and (step < newest or len(found) == self.world_size == 2)
         ]
-        return ", ".join([*silent, *behind]) or "all of them have noted the same step"
+        gone = [
+            f"rank {rank} has been silent for {silent_s:.0f} s"
+            for rank, silent_s in (self._roll.silent() if self._roll else {}).items()
+        ]
+        return ", ".join([*silent, *behind] or gone) or "all of them have noted the same step"
+
+    def _notes(self) -> dict[int, tuple[int, float]]:
+        """The step that each rank noted, and how many seconds ago; without those that have not."""
+        found = {}
+        for rank in range(self.world_size):
+            if self._store.check([key := f"xrai/rank{rank}"]):
+                step, when = self._store.get(key).decode().split()
+                found[rank] = (int(step), time.time() - float(when))
+        return found
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model in DistributedDataParallel, or itself if there is one rank."""
@@ -178,6 +195,82 @@ class Ranks:
             return nullcontext()
         assert isinstance(model, nn.parallel.DistributedDataParallel)
         return model.no_sync()
+
+
+class RollCall:
+    """Who is alive, while ranks wait for each other: each counts in the job's store every 5 s, and
+    reads the others' counts. A rank whose count stands still for 20 s is named in the log.
+
+    The store's calls have no deadline: where its machine goes away without a word they hang until
+    TCP gives up. So one thread calls, with a connection of its own, and another one tells.
+    """
+
+    def __init__(self, store: Any, *, rank: int, world_size: int) -> None:
+        self._store, self._rank = store.clone(), rank
+        now = time.monotonic()
+        self._counts = dict.fromkeys(range(world_size), b"")
+        self._changed = dict.fromkeys(range(world_size), now)  # when each count last grew
+        self._ended = threading.Event()
+        for work in (self._call, self._tell):
+            threading.Thread(target=work, daemon=True).start()
+
+    def silent(self) -> dict[int, float]:
+        """The ranks that have been silent for 20 s or more, and for how many seconds.
+
+        It is rank 0 alone while its machine, which has the store, does not answer.
+        """
+        now = time.monotonic()
+        silent = {rank: now - heard for rank, heard in self._changed.items()}
+        if silent[self._rank] >= _SILENT_S:  # this rank's own count does not come back
+            return {0: silent[self._rank]}
+        return {rank: silent_s for rank, silent_s in silent.items() if silent_s >= _SILENT_S}
+
+    def close(self) -> None:
+        """Stop calling; what was heard stays."""
+        self._ended.set()
+
+    def _call(self) -> None:
+        count = 0
+        try:
+            while not self._ended.wait(0 if count == 0 else _CALL_EVERY_S):
+                count += 1
+                self._store.set(f"xrai/alive{self._rank}", str(count))
+                for rank, before in self._counts.items():
+                    key = f"xrai/alive{rank}"
+                    found = self._store.get(key) if before or self._store.check([key]) else b""
+                    if found != before:
+                        self._counts[rank], self._changed[rank] = found, time.monotonic()
+        except (RuntimeError, dist.DistError):
+            return  # the store has ended: the next collective fails, and says so
+
+    def _tell(self) -> None:
+        told = dict.fromkeys(self._counts, 0.0)
+        while not self._ended.wait(_CALL_EVERY_S):
+            for rank, silent_s in self.silent().items():
+                if time.monotonic() - told[rank] >= _TELL_EVERY_S:
+                    told[rank] = time.monotonic()
+                    _logger.warning(
+                        "waiting for rank %d, which has been silent for %.0f s", rank, silent_s
+                    )
+
+
+def _answer(ask: Callable[[], T], *, within_s: float) -> T | str:
+    """What a call to the job's store gives, or in words why it gives nothing within the time.
+
+    It runs in a thread of its own, because it has no deadline and leaves signals unhandled.
+    """
+    found: list[T | str] = []
+
+    def call() -> None:
+        try:
+            found.append(ask())
+        except (RuntimeError, dist.DistError) as error:
+            found.append(str(error).splitlines()[0])
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(within_s)
+    return found[0] if found else f"no answer within {within_s:.0f} s"
 
 
 def summed(values: Tensor) -> Tensor:
@@ -265,12 +358,16 @@ def join(*, timeout_s: float) -> Iterator[Ranks]:
         timeout=timeout,
         device_id=device if is_cuda else None,
     )
+    roll = None
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if is_cuda else dist.group.WORLD
-        yield Ranks(*place[:4], device, control, store)
+        roll = RollCall(store, rank=rank, world_size=world_size) if world_size > 1 else None
+        yield Ranks(*place[:4], device, control, store, roll)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the model, see below
         raise
     finally:
+        if roll is not None:
+            roll.close()
         gc.collect()  # frees DistributedDataParallel, which must go before its process group
         dist.destroy_process_group()

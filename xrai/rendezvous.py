@@ -1,0 +1,121 @@
+"""torchrun with a watch over the machine at which its nodes meet.
+
+`xrai train` starts it in place of torchrun where `--rdzv_endpoint` names another machine:
+`python -m xrai.rendezvous HOST:PORT TIMEOUT_S OPTIONS…`. torchrun's calls to the store at the
+endpoint have no deadline. Where that machine goes away without a word (power, network), they end
+when TCP gives up, after 16 minutes, and until then a SIGTERM is not handled either (seen with torch
+2.13). So a thread asks the machine for connections, and ends the process when none is answered.
+"""
+
+import os
+import runpy
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+from xrai.command import run_command
+from xrai.errors import XraiError
+from xrai.log import get_logger, setup_logging
+
+DEFAULT_PORT = 29400  # torchrun's for the backend c10d
+_ASK_EVERY_S = 5.0
+_ANSWER_WITHIN_S = 5.0  # of one connection
+_SILENT_S = 45.0  # of the machine, before the process ends
+_TELL_EVERY_S = 30.0
+_logger = get_logger("xrai.rendezvous")
+
+
+def main() -> None:
+    """Wait until the endpoint answers, then become torchrun. Raises `XraiError` after TIMEOUT_S."""
+    setup_logging()
+    endpoint, timeout_s, *options = sys.argv[1:]
+    host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
+    if not is_here(host):
+        number = int(port or DEFAULT_PORT)
+        address = wait_for(host, number, timeout_s=float(timeout_s))
+        watching = threading.Thread(target=watch, args=(host, address, number), daemon=True)
+        watching.start()
+    sys.argv = ["torchrun", *options]
+    runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine, so that torchrun hosts the store in this process.
+
+    A machine knows its full name before DNS does; a socket can only be bound to its own addresses.
+    """
+    if host in (socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return any(_is_own(family, address) for family, _, _, _, address in found)
+
+
+def _is_own(family: int, address: tuple[object, ...]) -> bool:
+    with socket.socket(family) as probe:
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
+def wait_for(host: str, port: int, *, timeout_s: float) -> str:
+    """Wait until something listens at the endpoint; its address. The log says what is waited for.
+
+    The name is resolved anew each time, since a pod that replaces another has another address.
+    Raises `XraiError` after `timeout_s`.
+    """
+    began = time.monotonic()
+    told = began - _TELL_EVERY_S / 2
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=_ANSWER_WITHIN_S) as connection:
+                address: str = connection.getpeername()[0]
+                return address
+        except OSError as error:
+            cause = error.strerror or str(error)
+        now = time.monotonic()
+        if now - began > timeout_s:
+            raise XraiError(
+                f"waited {timeout_s:.0f} s (join_timeout) for rank 0's machine {host}, at whose "
+                f"port {port} the machines of this training meet: {cause}"
+            )
+        if now - told >= _TELL_EVERY_S:
+            _logger.info("waiting for rank 0's machine %s, port %d: %s", host, port, cause)
+            told = now
+        time.sleep(1.0)
+
+
+def watch(host: str, address: str, port: int) -> NoReturn:
+    """End the process when the machine has not answered for 45 s.
+
+    The address stays that of the beginning, to which torchrun is connected: the name may lead to
+    another machine by then. The ranks end with their parent, see `follow_parent`.
+    """
+    heard = time.monotonic()
+    while True:
+        time.sleep(_ASK_EVERY_S)
+        try:
+            with socket.create_connection((address, port), timeout=_ANSWER_WITHIN_S):
+                heard = time.monotonic()
+                continue
+        except OSError as error:
+            cause = error.strerror or str(error)
+        if (silent_s := time.monotonic() - heard) > _SILENT_S:
+            print(
+                f"xrai: error: rank 0's machine {host} ({address}, port {port}) has not answered "
+                f"for {silent_s:.0f} s: {cause}; this process ends, and the training resumes when "
+                "all machines have been started again",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # the main thread may hang in a call that nothing interrupts
+
+
+if __name__ == "__main__":
+    run_command(main)
