@@ -25,7 +25,7 @@ PAGES = [
     ROOT / "benchmarks/README.md",
     *sorted((ROOT / "docs/decisions").glob("*.md")),
 ]
-COMMANDS = ("preprocess", "train", "evaluate", "predict", "export", "verify")
+COMMANDS = ("preprocess", "train", "evaluate", "predict", "export", "verify", "runs")
 WORDS = {*COMMANDS, "phantom"}
 GENERATED = {"configuration.md", "changelog.md", "contributing.md", "benchmarks.md"}
 OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phantoms
@@ -54,7 +54,8 @@ OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phanto
         "parts",
     ),
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
-    *("from-env-file", "from-file", "task", "volumes"),
+    *("from-env-file", "from-file", "task", "volumes", "cascade", "delete-emptydir-data"),
+    *("nnodes", "rdzv_id"),
 }
 
 

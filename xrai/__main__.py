@@ -22,6 +22,7 @@ WORDS = {
     "predict": "classify X-rays with a finished run",
     "export": "write a finished run for other programs, as ONNX or torch.export",
     "verify": "check a data set against its hashes, and repair it",
+    "runs": "list runs, show their results, or fetch their files",
     "phantom": "draw made-up X-rays to try things with",
 }
 USAGE = "\n".join(

@@ -35,6 +35,7 @@ USES = {
     "predict": ("images", "train.threads"),
     "export": (),
     "verify": (),
+    "runs": (),
 }
 
 
