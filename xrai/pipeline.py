@@ -26,7 +26,7 @@ from xrai.errors import ImageError, RunError
 from xrai.files import num_cores
 from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
-from xrai.ingest.images import decode
+from xrai.ingest.images import decode_sized
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
@@ -96,7 +96,7 @@ class Explained:
 
 
 @dataclass(frozen=True)
-class _Read:
+class Read:
     """What reading a file gave."""
 
     path: str
@@ -104,6 +104,7 @@ class _Read:
     own: tuple[Pixels, ...] | None = None
     shown: Pixels | None = None  # (side, side), the same for people
     reason: str = ""  # why there are no pixels
+    size: tuple[int, int] | None = None  # (width, height) of the whole image, upright, pixels
 
 
 class _Scores(NamedTuple):
@@ -222,19 +223,19 @@ class Pipeline:
         rest = iter(files)
         first = list(islice(rest, 2))
         if len(first) == 1:  # starting threads would take longer than reading one image
-            yield from self._classify([self._read(first[0], explain_side)], explain_side)
+            yield from self.classify_read([self.read(first[0], explain_side)], explain_side)
             return
         rest = chain(first, rest)
-        waiting: deque[Future[_Read]] = deque()
+        waiting: deque[Future[Read]] = deque()
         pool = ThreadPoolExecutor(max(_NUM_READERS, num_cores()))
         try:
             while True:
                 for file in islice(rest, 2 * BATCH_SIZE - len(waiting)):
-                    waiting.append(pool.submit(self._read, file, explain_side))
+                    waiting.append(pool.submit(self.read, file, explain_side))
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(BATCH_SIZE, len(waiting)))]
-                yield from self._classify([found.result() for found in batch], explain_side)
+                yield from self.classify_read([found.result() for found in batch], explain_side)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error nothing more is read
 
@@ -310,18 +311,24 @@ class Pipeline:
     def _is_binary(self) -> bool:
         return self.model.labels.task == "binary"
 
-    def _read(self, file: File, explain_side: int | None) -> _Read:
-        to_square = functools.partial(decode, max_pixels=self.max_pixels, hold=self._budget.hold)
+    def read(self, file: File, explain_side: int | None = None) -> Read:
+        """Read and decode a file, as `classify` does. Several threads may do so at once."""
+        to_square = functools.partial(
+            decode_sized, max_pixels=self.max_pixels, hold=self._budget.hold
+        )
         try:
             data = file.read()
-            own = tuple(to_square(data, size=size, fit=fit) for size, fit in self.squares)
+            found = [to_square(data, size=size, fit=fit) for size, fit in self.squares]
             side, fit = explain_side, self.model.fit
-            shown = None if side is None else to_square(data, size=side, fit=fit)
-            return _Read(file.path, own, shown)
+            shown = None if side is None else to_square(data, size=side, fit=fit)[0]
+            return Read(file.path, tuple(own for own, _ in found), shown, size=found[0][1])
         except ImageError as error:
-            return _Read(file.path, reason=str(error))
+            return Read(file.path, reason=str(error))
 
-    def _classify(self, batch: Sequence[_Read], explain_side: int | None) -> Iterator[Explained]:
+    def classify_read(
+        self, batch: Sequence[Read], explain_side: int | None = None
+    ) -> Iterator[Explained]:
+        """One row for each file that `read` gave, in order. One thread at a time."""
         found = [read.own for read in batch if read.own is not None]
         scored: Iterator[tuple[Prediction, Heats]] = iter(())
         if found:

@@ -27,7 +27,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing import Pipe
@@ -148,6 +148,61 @@ class Radiograph:
             samples = _turned(samples, self._directions)
         assert samples.shape[:2] == (self.height, self.width)
         return samples, to_levels
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a viewer shows the values of a film: `slope` * stored + `intercept` through the linear
+    window of PS3.3 C.11.2.1.2.1.
+    """
+
+    centre: float
+    width: float
+    slope: float
+    intercept: float
+    is_inverse: bool  # whether low values are white
+
+
+def stored_values(radiograph: Radiograph) -> tuple[NDArray[np.uint16], Window] | None:
+    """The stored samples (H, W), upright, the lowest of them 0, and the window that shows them as
+    `Radiograph.unpack` does, within a level; None where no linear window does: colours, tables,
+    curves, padding that is not at the dark end, pixels that are not square.
+
+    Raises what `unpack` raises.
+    """
+    samples, to_levels = radiograph.unpack()
+    lowest, highest = int(samples.min()), int(samples.max())
+    if samples.ndim != 2 or abs(radiograph.aspect - 1) > 0.01 or highest - lowest >= 1 << 16:
+        return None
+    values = np.arange(lowest, highest + 1)
+    levels = to_levels(values).astype(np.float64)
+    if is_inverse := bool(levels[0] > levels[-1]):
+        levels = 255 - levels
+    (ramp,) = np.nonzero((levels > 0) & (levels < 255))
+    if len(ramp) < 2:
+        return None
+    first, last = ramp[0], ramp[-1]
+    rise = (levels[last] - levels[first]) / (last - first)  # levels a value
+    start = levels[first] - rise * first
+    places = np.arange(len(values))
+    if rise <= 0 or np.abs(np.clip(start + rise * places, 0, 255) - levels).max() > 1:
+        return None
+    dataset = radiograph._dataset
+    slope, intercept = 1.0, 0.0
+    with suppress(ImageError):
+        stated = (_rescale(dataset, f"Rescale{name}", own) for name, own in (("Slope", 1), ("Intercept", 0)))
+        slope, intercept = stated
+    if not slope > 0:
+        slope, intercept = 1.0, 0.0
+    intercept += slope * lowest
+    window = Window(
+        centre=slope * (0.5 - start / 255) * 255 / rise + intercept + 0.5,
+        width=slope * 255 / rise + 1,
+        slope=slope,
+        intercept=intercept,
+        is_inverse=is_inverse,
+    )
+    return (samples.astype(np.int32) - lowest).astype(np.uint16), window
 
 
 def open_radiograph(data: bytes) -> Radiograph:

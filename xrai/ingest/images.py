@@ -35,6 +35,7 @@ REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255
 
 Hold = Callable[[int], AbstractContextManager[None]]  # takes bytes of a budget of memory
 
+_WHOLE = "whole"  # a fit of `decode_whole` alone
 _REDUCED_MARGIN = 2.0
 _WHOLE_PIXELS = 1 << 24  # of an image that is converted and scaled as a whole
 _STRIP_PIXELS = 1 << 20  # of a larger one that are converted and scaled at a time
@@ -83,6 +84,18 @@ def decode(
     checked before anything is decoded; `SourceError` for DICOM without pydicom.
     """
     return decode_sized(data, size=size, fit=fit, max_pixels=max_pixels, hold=hold)[0]
+
+
+def decode_whole(
+    data: bytes,
+    *,
+    max_pixels: int,
+    hold: Hold = lambda num_bytes: nullcontext(),
+) -> NDArray[np.uint8]:
+    """A JPEG, PNG or DICOM file as `decode` sees it, whole and at its own resolution: (H, W) uint8,
+    with square pixels. Raises what `decode` raises.
+    """
+    return decode_sized(data, size=0, fit=_WHOLE, max_pixels=max_pixels, hold=hold)[0]
 
 
 def decode_sized(
@@ -184,6 +197,8 @@ def _geometry(width: float, height: float, *, size: int, fit: str) -> tuple[_Box
         return (left, top, left + side, top + side), (size, size)
     if fit == "squash":
         return (0, 0, width, height), (size, size)
+    if fit == _WHOLE:
+        return (0, 0, width, height), (max(1, round(width)), max(1, round(height)))
     assert fit == "pad", fit
     scale = size / max(width, height)
     return (0, 0, width, height), (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -303,7 +318,7 @@ def _scaled(rows: _Rows, size: tuple[int, int], box: _Box, scaled: tuple[int, in
 def _fitted(
     fitted: Image.Image, *, size: int, turn: Image.Transpose | None = None
 ) -> NDArray[np.uint8]:
-    """Round, turn, and add black up to the square: (size, size).
+    """Round, turn, and add black up to the square: (size, size); of size 0, none.
 
     Raises `ImageError` where all is of one grey level.
     """
@@ -314,7 +329,7 @@ def _fitted(
         raise ImageError(FLAT)
     if turn is not None:
         fitted = fitted.transpose(turn)
-    if fitted.size != (size, size):
+    if size and fitted.size != (size, size):
         square = Image.new("L", (size, size))
         square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
         fitted = square

@@ -509,12 +509,31 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> npt
     """
     bilinear = Image.Resampling.BILINEAR
     scaled = Image.fromarray(np.asarray(heat, np.float32)).resize(image.shape[::-1], bilinear)
-    level = np.rint(np.asarray(scaled).clip(0, 1) * 255).astype(np.uint8)  # (H, W)
-    opacity = np.linspace(0, _HEAT_OPACITY, 256, dtype=np.float32)[:, None]  # (256, 1)
-    inferno = mpl.colormaps["inferno"](np.linspace(0.35, 0.95, 256))[:, :3].astype(np.float32)
+    level = _levels_of_heat(np.asarray(scaled))
+    opacity, inferno = _heat_table()
     mixed = (1 - opacity)[level] * image[..., None] + (opacity * 255 * inferno)[level]
     result: npt.NDArray[np.uint8] = np.rint(mixed).astype(np.uint8)
     return result
+
+
+def heat_colors(heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """A heat map (H, W) in [0, 1] as colours (H, W, 4) with opacity, to be laid over its image:
+    those of `overlay`.
+    """
+    opacity, inferno = _heat_table()
+    table = np.rint(np.hstack([inferno, opacity]) * 255).astype(np.uint8)  # (256, 4)
+    return table[_levels_of_heat(heat)]
+
+
+def _levels_of_heat(heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    return np.rint(heat.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _heat_table() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Opacity (256, 1) and colour (256, 3), in [0, 1], of each level of heat."""
+    opacity = np.linspace(0, _HEAT_OPACITY, 256, dtype=np.float32)[:, None]
+    inferno = mpl.colormaps["inferno"](np.linspace(0.35, 0.95, 256))[:, :3].astype(np.float32)
+    return opacity, inferno
 
 
 @contextmanager

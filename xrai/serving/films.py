@@ -1,0 +1,186 @@
+"""The films that a server holds: in memory alone, for a stated time, up to a stated size."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Final, Literal
+
+from xrai.errors import XraiError
+from xrai.ingest.classes import is_negative_word
+from xrai.ingest.dicom import Window
+from xrai.labels import REVIEW
+from xrai.pipeline import Pipeline, Prediction
+
+Source = Literal["upload", "DICOM"]
+
+MAX_NAME: Final = 200  # characters of a film's name that are kept
+
+
+class FullError(XraiError):
+    """The worklist has no room for a film. The message says when it will have."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film that was scored. Holds what a patient may be recognized by: never logged."""
+
+    id: str  # drawn at random; says nothing of the film
+    name: str  # as it came with the film; text for people, never a path
+    source: Source
+    received: datetime
+    expires: datetime
+    data: bytes = field(repr=False)  # the file; of one that could not be read, nothing
+    row: Prediction
+    size: tuple[int, int] | None  # (width, height) in pixels; None of one that cannot be read
+    window: Window | None  # of DICOM whose own values are shown
+    pipeline: Pipeline = field(repr=False)  # which scored it, and explains it
+
+    @property
+    def is_review(self) -> bool:
+        """Whether the film is left to a person, for whatever reason."""
+        return self.row.decision == REVIEW
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether anything but the absence of findings is called."""
+        task = self.pipeline.model.labels.task
+        if task == "binary":
+            return self.pipeline.outputs[0].name in self.row.calls
+        return any(not is_negative_word(name) for name in self.row.calls)
+
+    @property
+    def score(self) -> float:
+        """How probable it is that something is there: of the probabilities of all classes and
+        findings but the negative ones, the highest; 1 of a film that cannot be read.
+        """
+        found = self.row.probabilities.items()
+        return max((each for name, each in found if not is_negative_word(name)), default=1.0)
+
+    @property
+    def urgency(self) -> tuple[bool, float, datetime]:
+        """The order of the list: for review first, then by score, then the one that waits longest,
+        as `sorted` sorts it.
+        """
+        return not self.is_review, -self.score, self.received
+
+
+class Worklist:
+    """The films of a server. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        *,
+        max_films: int,
+        max_bytes: int,
+        lifetime_s: float,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.lifetime_s = lifetime_s
+        self._max_films, self._max_bytes = max_films, max_bytes
+        self._now = now
+        self._lock = threading.Lock()
+        self._films: dict[str, Film] = {}
+        self._reserved = [0, 0]  # films and bytes that are being scored
+        self._version = secrets.randbits(48)
+
+    @contextmanager
+    def reserve(self, num_bytes: int) -> Iterator[None]:
+        """Keep room for a film while it is scored. Raises `FullError` where there is none."""
+        with self._lock:
+            self._expire()
+            num_films = len(self._films) + self._reserved[0] + 1
+            if num_films > self._max_films or self._held + num_bytes > self._max_bytes:
+                raise FullError(
+                    f"the list is full ({len(self._films)} films); films leave it "
+                    f"{self.lifetime_s / 60:.0f} minutes after they came, or when they are deleted"
+                )
+            self._reserved[0] += 1
+            self._reserved[1] += num_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved[0] -= 1
+                self._reserved[1] -= num_bytes
+
+    def add(
+        self,
+        name: str,
+        data: bytes,
+        row: Prediction,
+        *,
+        source: Source,
+        size: tuple[int, int] | None,
+        window: Window | None,
+        pipeline: Pipeline,
+    ) -> Film:
+        """List a film that was scored, within the room that was reserved for it."""
+        now = datetime.fromtimestamp(self._now(), UTC)
+        film = Film(
+            secrets.token_urlsafe(12),
+            name[-MAX_NAME:],
+            source,
+            now,
+            now + timedelta(seconds=self.lifetime_s),
+            data if row.is_readable else b"",
+            row,
+            size,
+            window,
+            pipeline,
+        )
+        with self._lock:
+            self._films[film.id] = film
+            self._version += 1
+        return film
+
+    def films(self) -> list[Film]:
+        """All films, the most urgent first."""
+        with self._lock:
+            self._expire()
+            return sorted(self._films.values(), key=lambda film: film.urgency)
+
+    def get(self, film_id: str) -> Film | None:
+        """A film by its id; None if there is none, or not any more."""
+        with self._lock:
+            self._expire()
+            return self._films.get(film_id)
+
+    def remove(self, film_id: str) -> bool:
+        """Forget a film. Whether there was one."""
+        with self._lock:
+            self._version += 1
+            return self._films.pop(film_id, None) is not None
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the list does."""
+        with self._lock:
+            self._expire()
+            return f"{self._version:x}"
+
+    @property
+    def num_bytes(self) -> int:
+        """What the films hold, and those that are being scored."""
+        with self._lock:
+            self._expire()
+            return self._held
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._expire()
+            return len(self._films)
+
+    @property
+    def _held(self) -> int:
+        return self._reserved[1] + sum(len(film.data) for film in self._films.values())
+
+    def _expire(self) -> None:
+        now = datetime.fromtimestamp(self._now(), UTC)
+        gone = [film.id for film in self._films.values() if film.expires <= now]
+        for film_id in gone:
+            del self._films[film_id]
+        self._version += len(gone)

@@ -1,0 +1,228 @@
+"""Films to rows: threads read and decode, and one thread scores what has gathered meanwhile.
+
+A film that comes alone is scored at once; films that come while others are being scored form the
+next batch. One film's failure is its own: a batch that fails is scored again film by film.
+"""
+
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xrai.errors import ImageError, XraiError
+from xrai.files import num_cores
+from xrai.ingest.dicom import Window, is_dicom, open_radiograph, stored_values
+from xrai.ingest.find import File
+from xrai.ingest.images import decode
+from xrai.log import get_logger
+from xrai.pipeline import Pipeline, Prediction, Read
+
+MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
+
+T = TypeVar("T")
+_CLOSING = "the server is stopping"
+_logger = get_logger(__name__)
+
+
+class ClosedError(XraiError):
+    """The server is stopping and takes no more films."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A film's row, and what a viewer needs to show it."""
+
+    row: Prediction
+    size: tuple[int, int] | None  # (width, height), pixels; None of one that cannot be read
+    window: Window | None  # of DICOM whose own values are shown
+    pipeline: Pipeline  # which scored it
+
+
+@dataclass(frozen=True)
+class Task:
+    """What waits for the thread that scores: a film that was read, or any other work."""
+
+    pipeline: Pipeline
+    future: "Future[Any]"
+    read: Read | None = None
+    window: Window | None = None
+    work: Callable[[], Any] | None = None
+
+
+class Observer:
+    """Is told how long scoring takes; does nothing itself."""
+
+    def batch(self, num_films: int, seconds: float) -> None:
+        """A batch was scored."""
+
+
+class Scorer:
+    """The one owner of the models. Safe to use from several threads."""
+
+    def __init__(self, pipeline: Pipeline, observer: Observer | None = None) -> None:
+        self._pipeline = pipeline
+        self._observer = observer or Observer()
+        self._readers = ThreadPoolExecutor(num_cores(), thread_name_prefix="read")
+        self._changed = threading.Condition()
+        self._tasks: deque[Task] = deque()
+        self._num_waiting = 0
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="score", daemon=True)
+        self._thread.start()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The models that score new films."""
+        return self._pipeline
+
+    @property
+    def num_waiting(self) -> int:
+        """Films that are not scored yet."""
+        return self._num_waiting
+
+    def replace(self, pipeline: Pipeline) -> None:
+        """Score films that come from now on with other models."""
+        self._pipeline = pipeline
+
+    def score(self, file: File) -> "Future[Scored]":
+        """Read and score a film. A film that cannot be read is a row that says why.
+
+        Raises `ClosedError` after `close`.
+        """
+        future: Future[Scored] = Future()
+        pipeline = self._pipeline
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError(_CLOSING)
+            self._num_waiting += 1
+        future.add_done_callback(self._note_done)
+        self._readers.submit(self._read, Task(pipeline, future), file)
+        return future
+
+    def explain(
+        self, pipeline: Pipeline, data: bytes, output: str
+    ) -> "Future[NDArray[np.float32]]":
+        """The heat map (size, size) in [0, 1] of a film for one of its outputs, by the models that
+        scored it. Raises `KeyError` if they have no such output.
+        """
+        number = [each.name for each in pipeline.outputs].index(output)
+
+        def work() -> NDArray[np.float32]:
+            images = [
+                decode(data, size=size, fit=fit, max_pixels=pipeline.max_pixels)[None]
+                for size, fit in pipeline.squares
+            ]
+            return pipeline.explain(images, number)[0]
+
+        future: Future[NDArray[np.float32]] = Future()
+        self._put(Task(pipeline, future, work=work))
+        return future
+
+    def in_background(self, work: Callable[..., T], *arguments: Any) -> "Future[T]":
+        """Do some decoding on the threads that read."""
+        return self._readers.submit(work, *arguments)
+
+    def close(self) -> None:
+        """Finish what was begun, and take no more."""
+        with self._changed:
+            self._is_closed = True
+        self._readers.shutdown()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _note_done(self, future: "Future[Any]") -> None:
+        with self._changed:
+            self._num_waiting -= 1
+
+    def _put(self, task: Task) -> None:
+        with self._changed:
+            self._tasks.append(task)
+            self._changed.notify_all()
+
+    def _read(self, task: Task, file: File) -> None:
+        """On a reading thread: decode a film, and hand it on."""
+        if not task.future.set_running_or_notify_cancel():
+            return
+        try:
+            data = file.read()
+            read = task.pipeline.read(File(file.path, lambda: data))
+            window = own_window(data) if read.own is not None else None
+        except ImageError as error:  # of reading, such as a damaged member of a zip
+            read, window = Read(file.path, reason=str(error)), None
+        except BaseException as error:
+            task.future.set_exception(error)
+            return
+        self._put(Task(task.pipeline, task.future, read=read, window=window))
+
+    def _run(self) -> None:
+        while tasks := self._next():
+            if (work := tasks[0].work) is not None:
+                _fulfil(tasks[0].future, work)
+                continue
+            began = time.monotonic()
+            try:
+                self._score(tasks)
+            except Exception:
+                _logger.exception("a batch of %d films failed; each is scored alone", len(tasks))
+                for task in tasks:
+                    if not task.future.done():
+                        _fulfil(task.future, functools.partial(self._score_one, task))
+            self._observer.batch(len(tasks), time.monotonic() - began)
+
+    def _next(self) -> list[Task]:
+        """The next batch of films for one pipeline, or a single other task; empty at the end."""
+        with self._changed:
+            while not self._tasks:
+                if self._is_closed and self._readers._shutdown:
+                    return []
+                self._changed.wait()
+            batch = [self._tasks.popleft()]
+            while (
+                self._tasks
+                and len(batch) < MAX_BATCH
+                and batch[0].work is None
+                and self._tasks[0].work is None
+                and self._tasks[0].pipeline is batch[0].pipeline
+            ):
+                batch.append(self._tasks.popleft())
+            return batch
+
+    def _score(self, tasks: list[Task]) -> None:
+        reads = [task.read for task in tasks if task.read is not None]
+        pipeline = tasks[0].pipeline
+        for task, found in zip(tasks, list(pipeline.classify_read(reads)), strict=True):
+            assert task.read is not None
+            scored = Scored(found.prediction, task.read.size, task.window, pipeline)
+            task.future.set_result(scored)
+
+    def _score_one(self, task: Task) -> Scored:
+        assert task.read is not None
+        (found,) = task.pipeline.classify_read([task.read])
+        return Scored(found.prediction, task.read.size, task.window, task.pipeline)
+
+
+def own_window(data: "bytes | NDArray[np.uint8]") -> Window | None:
+    """How a viewer shows the own values of a DICOM film; None of other films, and where they are
+    shown as they are scored.
+    """
+    if not isinstance(data, bytes) or not is_dicom(data):
+        return None
+    found = stored_values(open_radiograph(data))
+    return found[1] if found else None
+
+
+def _fulfil(future: "Future[Any]", work: Callable[[], Any]) -> None:
+    try:
+        result = work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
