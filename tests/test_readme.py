@@ -25,7 +25,7 @@ PAGES = [
     ROOT / "benchmarks/README.md",
     *sorted((ROOT / "docs/decisions").glob("*.md")),
 ]
-COMMANDS = ("preprocess", "train", "evaluate", "predict", "export", "verify", "runs")
+COMMANDS = ("preprocess", "train", "evaluate", "predict", "serve", "export", "verify", "runs")
 WORDS = {*COMMANDS, "phantom"}
 GENERATED = {"configuration.md", "changelog.md", "contributing.md", "benchmarks.md"}
 OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phantoms

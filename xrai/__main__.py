@@ -20,6 +20,7 @@ WORDS = {
     "train": "train a network on a data set; --nproc_per_node=N starts N processes",
     "evaluate": "measure a finished run on a data set",
     "predict": "classify X-rays with a finished run",
+    "serve": "score films as they come, on a page and by HTTP",
     "export": "write a finished run for other programs, as ONNX or torch.export",
     "verify": "check a data set against its hashes, and repair it",
     "runs": "list runs, show their results, or fetch their files",

@@ -33,6 +33,7 @@ USES = {
     ),
     "evaluate": ("cache", "loader", "evaluate", "train.threads", "train.timeout_s"),
     "predict": ("images", "train.threads"),
+    "serve": ("train.threads",),
     "export": (),
     "verify": (),
     "runs": (),

@@ -190,7 +190,10 @@ def stored_values(radiograph: Radiograph) -> tuple[NDArray[np.uint16], Window] |
     dataset = radiograph._dataset
     slope, intercept = 1.0, 0.0
     with suppress(ImageError):
-        stated = (_rescale(dataset, f"Rescale{name}", own) for name, own in (("Slope", 1), ("Intercept", 0)))
+        stated = (
+            _rescale(dataset, f"Rescale{name}", own)
+            for name, own in (("Slope", 1), ("Intercept", 0))
+        )
         slope, intercept = stated
     if not slope > 0:
         slope, intercept = 1.0, 0.0

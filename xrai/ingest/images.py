@@ -87,10 +87,7 @@ def decode(
 
 
 def decode_whole(
-    data: bytes,
-    *,
-    max_pixels: int,
-    hold: Hold = lambda num_bytes: nullcontext(),
+    data: bytes, *, max_pixels: int, hold: Hold = lambda num_bytes: nullcontext()
 ) -> NDArray[np.uint8]:
     """A JPEG, PNG or DICOM file as `decode` sees it, whole and at its own resolution: (H, W) uint8,
     with square pixels. Raises what `decode` raises.

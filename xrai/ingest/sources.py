@@ -20,8 +20,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,9 +207,11 @@ def _check_size(size_bytes: int) -> None:
 class ZipSource(Source):
     """A zip archive, read in place. The names in it are labels, never paths of this machine."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str, content: BinaryIO | None = None) -> None:
+        """The archive at a path; with `content`, that one, and the path is its name for people."""
         self._path = path
-        self.name = path.name
+        self._content = content
+        self.name = PurePath(path).name
         self._archive: zipfile.ZipFile | None = None
         self._members: dict[str, zipfile.ZipInfo] = {}
 
@@ -232,7 +234,7 @@ class ZipSource(Source):
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None:
             try:
-                archive = zipfile.ZipFile(self._path)
+                archive = zipfile.ZipFile(self._content or self._path)
             except _DAMAGE as error:
                 raise SourceError(
                     f"{self._path} cannot be read as a zip archive: {error}; download it again"

@@ -522,11 +522,13 @@ def heat_colors(heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """
     opacity, inferno = _heat_table()
     table = np.rint(np.hstack([inferno, opacity]) * 255).astype(np.uint8)  # (256, 4)
-    return table[_levels_of_heat(heat)]
+    colors: npt.NDArray[np.uint8] = table[_levels_of_heat(heat)]
+    return colors
 
 
 def _levels_of_heat(heat: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    return np.rint(heat.clip(0, 1) * 255).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.rint(heat.clip(0, 1) * 255).astype(np.uint8)
+    return levels
 
 
 def _heat_table() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -14,6 +14,7 @@ from xrai.ingest.classes import is_negative_word
 from xrai.ingest.dicom import Window
 from xrai.labels import REVIEW
 from xrai.pipeline import Pipeline, Prediction
+from xrai.serving.scoring import Scored
 
 Source = Literal["upload", "DICOM"]
 
@@ -95,7 +96,7 @@ class Worklist:
             num_films = len(self._films) + self._reserved[0] + 1
             if num_films > self._max_films or self._held + num_bytes > self._max_bytes:
                 raise FullError(
-                    f"the list is full ({len(self._films)} films); films leave it "
+                    f"the list is full ({num_films - 1} films); films leave it "
                     f"{self.lifetime_s / 60:.0f} minutes after they came, or when they are deleted"
                 )
             self._reserved[0] += 1
@@ -107,30 +108,17 @@ class Worklist:
                 self._reserved[0] -= 1
                 self._reserved[1] -= num_bytes
 
-    def add(
-        self,
-        name: str,
-        data: bytes,
-        row: Prediction,
-        *,
-        source: Source,
-        size: tuple[int, int] | None,
-        window: Window | None,
-        pipeline: Pipeline,
-    ) -> Film:
+    def add(self, name: str, data: bytes, scored: Scored, *, source: Source) -> Film:
         """List a film that was scored, within the room that was reserved for it."""
         now = datetime.fromtimestamp(self._now(), UTC)
         film = Film(
-            secrets.token_urlsafe(12),
-            name[-MAX_NAME:],
-            source,
-            now,
-            now + timedelta(seconds=self.lifetime_s),
-            data if row.is_readable else b"",
-            row,
-            size,
-            window,
-            pipeline,
+            id=secrets.token_urlsafe(12),
+            name=name[-MAX_NAME:],
+            source=source,
+            received=now,
+            expires=now + timedelta(seconds=self.lifetime_s),
+            data=data if scored.row.is_readable else b"",
+            **vars(scored),
         )
         with self._lock:
             self._films[film.id] = film

@@ -1,6 +1,5 @@
 """What Prometheus is told: films, requests, and how long scoring takes. No film and no name."""
 
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from xrai.serving.films import Film, Worklist
@@ -21,9 +20,7 @@ class Metrics(Observer):
         self._batch_films = Histogram(
             "xrai_batch_films", "Films of a batch", buckets=(1, 2, 4, 8, 16), registry=self.registry
         )
-        self._model = Gauge(
-            "xrai_model_info", "The models in use", ["run"], registry=self.registry
-        )
+        self._model = Gauge("xrai_model_info", "The models in use", ["run"], registry=self.registry)
 
     def watch(self, worklist: Worklist, scorer: Scorer) -> None:
         """Say how full the list is and how many films wait, whenever it is asked."""

@@ -9,7 +9,6 @@ from PIL import Image
 
 from xrai.ingest.dicom import is_dicom, open_radiograph, stored_values
 from xrai.ingest.images import decode, decode_whole
-from xrai.pipeline import Pipeline
 from xrai.results.plots import heat_colors
 from xrai.serving.films import Film
 
@@ -31,9 +30,7 @@ def draw_whole(film: Film) -> bytes:
 def draw_thumbnail(film: Film) -> bytes:
     """The whole film, small, with black at its sides."""
     return _png(
-        decode(
-            film.data, size=THUMBNAIL_SIDE, fit="pad", max_pixels=film.pipeline.max_pixels
-        )
+        decode(film.data, size=THUMBNAIL_SIDE, fit="pad", max_pixels=film.pipeline.max_pixels)
     )
 
 
@@ -61,11 +58,6 @@ def draw_heat(heat: NDArray[np.float32], film: Film) -> bytes:
     else:
         placed = Image.fromarray(values).resize(whole, bilinear)
     return _png(heat_colors(np.asarray(placed)))
-
-
-def has_output(pipeline: Pipeline, name: str) -> bool:
-    """Whether a heat map for this class or finding can be made."""
-    return name in {output.name for output in pipeline.outputs}
 
 
 def _png(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:

@@ -70,10 +70,11 @@ class Scorer:
         self._pipeline = pipeline
         self._observer = observer or Observer()
         self._readers = ThreadPoolExecutor(num_cores(), thread_name_prefix="read")
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._tasks: deque[Task] = deque()
         self._num_waiting = 0
-        self._is_closed = False
+        self._is_closed = False  # takes no more films
+        self._is_over = False  # and none will come any more
         self._thread = threading.Thread(target=self._run, name="score", daemon=True)
         self._thread.start()
 
@@ -81,6 +82,11 @@ class Scorer:
     def pipeline(self) -> Pipeline:
         """The models that score new films."""
         return self._pipeline
+
+    @property
+    def is_running(self) -> bool:
+        """Whether films are taken and scored."""
+        return not self._is_closed and self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
@@ -102,8 +108,8 @@ class Scorer:
             if self._is_closed:
                 raise ClosedError(_CLOSING)
             self._num_waiting += 1
-        future.add_done_callback(self._note_done)
-        self._readers.submit(self._read, Task(pipeline, future), file)
+            future.add_done_callback(self._note_done)
+            self._readers.submit(self._read, Task(pipeline, future), file)
         return future
 
     def explain(
@@ -116,10 +122,11 @@ class Scorer:
 
         def work() -> NDArray[np.float32]:
             images = [
-                decode(data, size=size, fit=fit, max_pixels=pipeline.max_pixels)[None]
+                np.stack([decode(data, size=size, fit=fit, max_pixels=pipeline.max_pixels)])
                 for size, fit in pipeline.squares
             ]
-            return pipeline.explain(images, number)[0]
+            heat: NDArray[np.float32] = pipeline.explain(images, number)[0]
+            return heat
 
         future: Future[NDArray[np.float32]] = Future()
         self._put(Task(pipeline, future, work=work))
@@ -135,6 +142,7 @@ class Scorer:
             self._is_closed = True
         self._readers.shutdown()
         with self._changed:
+            self._is_over = True
             self._changed.notify_all()
         self._thread.join()
 
@@ -181,7 +189,7 @@ class Scorer:
         """The next batch of films for one pipeline, or a single other task; empty at the end."""
         with self._changed:
             while not self._tasks:
-                if self._is_closed and self._readers._shutdown:
+                if self._is_over:
                     return []
                 self._changed.wait()
             batch = [self._tasks.popleft()]

@@ -1,0 +1,50 @@
+"""A server in this process, with a model that was trained in memory for seconds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.models import save_run
+from xrai.serving.films import Worklist
+from xrai.serving.http import Limits, make_app
+from xrai.serving.models import load_models
+from xrai.serving.service import Service
+
+LIMITS = Limits(
+    max_body_bytes=1 << 24, max_bytes_under_way=1 << 25, max_requests=8, max_requests_per_client=4
+)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that tells phantoms with pneumonia from others."""
+    return save_run(tmp_path_factory.mktemp("served"))
+
+
+def make_service(
+    run: Path, *, max_films: int = 100, max_bytes: int = 1 << 26, lifetime_s: float = 3600
+) -> Service:
+    """What the routes of a server share."""
+    worklist = Worklist(max_films=max_films, max_bytes=max_bytes, lifetime_s=lifetime_s)
+    return Service(load_models([str(run)]), (str(run),), load_models, worklist)
+
+
+def make_client(service: Service, *, token: str = "", limits: Limits = LIMITS) -> TestClient:
+    """A client of a server with this service, which ends with the client's block."""
+    app = make_app(service, token=token, limits=limits)
+    return TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+@pytest.fixture
+def service(run: Path) -> Service:
+    """A service without films."""
+    return make_service(run)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    """A client of a server that has no film yet and asks for no token."""
+    with make_client(service) as client:
+        yield client

@@ -1,0 +1,121 @@
+"""Who may ask: a token, the page's own origin, and headers that keep browsers to it."""
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+COOKIE: Final = "xrai_session"
+_OPEN = ("/healthz", "/readyz", "/login", "/openapi.json")  # to everybody; they hold no film
+_OPEN_BELOW = "/page/"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-store",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Guard:
+    """ASGI middleware in front of all routes. With an empty token, whoever reaches the address may
+    ask, and the address must be this machine's own.
+    """
+
+    app: ASGIApp
+    token: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or hand the request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(HTTPConnection(scope))
+        await (refusal or self.app)(scope, receive, send_with_headers)
+
+    def _refusal(self, request: HTTPConnection) -> Response | None:
+        headers, method = request.headers, request.scope["method"]
+        if not self.token and not is_loopback(_host_of(headers)):
+            # else a page of another site could name this machine by a name of its own
+            return _refuse(421, "this server answers to localhost alone")
+        if method not in ("GET", "HEAD", "OPTIONS") and not _is_own_origin(headers):
+            return _refuse(403, "the request comes from a page of another site")
+        path = request.url.path
+        if not self.token or path in _OPEN or path.startswith(_OPEN_BELOW):
+            return None
+        if self.knows(request):
+            return None
+        if path == "/" and method == "GET":
+            return RedirectResponse("/login", status_code=303)
+        return _refuse(
+            401, "give the token as Authorization: Bearer …", {"WWW-Authenticate": "Bearer"}
+        )
+
+    def knows(self, request: HTTPConnection) -> bool:
+        """Whether a request carries the token, or the cookie of a browser that gave it."""
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and _same(given.strip(), self.token):
+            return True
+        return _same(request.cookies.get(COOKIE, ""), session_of(self.token))
+
+
+def session_of(token: str) -> str:
+    """The cookie of browsers that gave the token."""
+    return hmac.new(token.encode(), b"session of the page", hashlib.sha256).hexdigest()
+
+
+def is_token(given: str, token: str) -> bool:
+    """Whether a token is the right one; takes equally long for each wrong one."""
+    return _same(given, token)
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
+
+
+def _host_of(headers: Headers) -> str:
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_own_origin(headers: Headers) -> bool:
+    """Whether a request that changes something comes from the page, or from no page at all."""
+    if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        return False
+    origin = headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == headers.get("host")
+
+
+def _refuse(status: int, words: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"detail": words}, status, headers)

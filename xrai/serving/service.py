@@ -1,0 +1,110 @@
+"""What a server does with a film, whichever way it comes: reserve room, score, list, count."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from xrai.errors import UserError
+from xrai.ingest.find import File
+from xrai.log import get_logger
+from xrai.serving.films import Film, Source, Worklist
+from xrai.serving.metrics import Metrics
+from xrai.serving.models import Models
+from xrai.serving.scoring import Scored, Scorer
+
+Listener = Callable[[Film], None]
+_FOLDER_MARKS: Final = ("/", "\\", "..", ":")
+_logger = get_logger(__name__)
+
+
+@dataclass
+class Service:
+    """The films and the models of a server. Safe to use from several threads."""
+
+    models: Models
+    runs: tuple[str, ...]  # their addresses
+    load: Callable[[Sequence[str]], Models]
+    worklist: Worklist
+    metrics: Metrics = field(default_factory=Metrics)
+    listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
+
+    def __post_init__(self) -> None:
+        self.scorer = Scorer(self.models.pipeline, self.metrics)
+        self.metrics.watch(self.worklist, self.scorer)
+        self.metrics.use(self.models.pipeline.run_id)
+
+    def add(self, file: File, *, source: Source) -> "Future[Film]":
+        """Score a film and list it. One that cannot be read is listed with the reason.
+
+        Raises `ClosedError`; the future raises `FullError` where the list has no room.
+        """
+        kept, held = ExitStack(), [b""]
+
+        def read() -> bytes:
+            data = file.read()
+            assert isinstance(data, bytes)
+            kept.enter_context(self.worklist.reserve(len(data)))
+            held[0] = data
+            return data
+
+        listed: Future[Film] = Future()
+        scored = self.scorer.score(File(file.path, read))
+        scored.add_done_callback(partial(self._list, file.path, source, held, kept, listed))
+        return listed
+
+    def reload(self, names: Sequence[str]) -> Models:
+        """Load the runs again, or others beside them by name, and score new films with those.
+
+        Raises `UserError` for a name that is none, and what `load_models` raises; the models stay
+        what they were then.
+        """
+        runs = self.runs
+        if names:
+            for name in names:
+                if not name or any(mark in name for mark in _FOLDER_MARKS):
+                    raise UserError(f"{name!r} is not the name of a run")
+            parent = self.runs[0].rpartition("/")[0]
+            runs = tuple(f"{parent}/{name}" if parent else name for name in names)
+        models = self.load(runs)
+        self.models, self.runs = models, runs
+        self.scorer.replace(models.pipeline)
+        self.metrics.use(models.pipeline.run_id)
+        _logger.info("films are scored by %s from now on", models.pipeline.run_id)
+        return models
+
+    def close(self) -> None:
+        """Finish the films that are being scored, and take no more."""
+        self.scorer.close()
+
+    def _list(
+        self,
+        name: str,
+        source: Source,
+        held: list[bytes],
+        kept: ExitStack,
+        listed: "Future[Film]",
+        scored: "Future[Scored]",
+    ) -> None:
+        with kept:
+            try:
+                found = scored.result()
+                film = self.worklist.add(name, held[0], found, source=source)
+            except BaseException as error:
+                listed.set_exception(error)
+                return
+        self.metrics.count(film)
+        for listener in self.listeners:
+            listener(film)
+        listed.set_result(film)
+
+
+async def answered(future: "Future[Film]") -> Film | BaseException:
+    """The film, or why there is none, without keeping the event loop."""
+    try:
+        return await asyncio.wrap_future(future)
+    except Exception as error:
+        return error

@@ -1,0 +1,148 @@
+"""Films out of a request: a multipart body of files, or one file as the body, in memory alone.
+
+Zip archives are taken apart. Nothing is written to disk, and nothing is held beyond the limits.
+"""
+
+import asyncio
+import functools
+import io
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from xrai.errors import SourceError, XraiError
+from xrai.ingest.find import File
+from xrai.ingest.sources import ZipSource
+from xrai.log import printable
+
+MAX_FILES: Final = 5000  # of a request, those in zip archives counted
+_SILENCE_S = 30.0  # between two parts of a body
+_ZIP = b"PK\x03\x04"
+
+
+class RequestError(XraiError):
+    """A request that is refused. `status` is that of HTTP."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+@dataclass
+class Room:
+    """Bytes that bodies of requests may take at once, over all requests."""
+
+    free_bytes: int
+    max_body_bytes: int
+
+
+class _InMemory(MultiPartParser):
+    """Starlette's parser, which else puts files of more than 1 MiB on disk."""
+
+    spool_max_size = 1 << 62
+
+
+@asynccontextmanager
+async def received(request: Request, room: Room) -> AsyncIterator[list[File]]:
+    """The files of a request, by the names that came with them; their bytes count as under way for
+    the block.
+
+    Raises `RequestError`: 400 for a body that is none, 408 for one that does not go on, 413 for one
+    that is too large, 415 for one of another type, 503 where too much is under way.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and int(stated) > room.max_body_bytes:
+        raise _too_large(room)
+    taken = [0]
+    stream = _limited(request, room, taken)
+    try:
+        if kind == "multipart/form-data":
+            uploads = await _parse(request, stream)
+        elif kind in ("application/dicom", "image/jpeg", "image/png", "application/zip"):
+            uploads = [("film", b"".join([part async for part in stream]))]
+        else:
+            raise RequestError(
+                415,
+                "send films as multipart/form-data, or one as application/dicom, image/jpeg, "
+                "image/png or application/zip",
+            )
+        yield await asyncio.to_thread(_taken_apart, uploads)
+    finally:
+        room.free_bytes += taken[0]
+
+
+async def _limited(request: Request, room: Room, taken: list[int]) -> AsyncIterator[bytes]:
+    parts = request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(parts), _SILENCE_S)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise RequestError(408, f"no more of the body came for {_SILENCE_S:.0f} s") from None
+        except ClientDisconnect:
+            raise RequestError(400, "the client left before its body was whole") from None
+        if len(part) > room.free_bytes:
+            raise RequestError(503, "too many films are on their way; try again")
+        taken[0] += len(part)
+        room.free_bytes -= len(part)
+        if taken[0] > room.max_body_bytes:
+            raise _too_large(room)
+        yield part
+
+
+async def _parse(request: Request, stream: AsyncIterator[bytes]) -> list[tuple[str, bytes]]:
+    parser = _InMemory(request.headers, stream, max_files=MAX_FILES, max_fields=16)  # type: ignore[arg-type]
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise RequestError(400, f"the body is no multipart form: {error.message}") from None
+    except (KeyError, UnicodeDecodeError, ValueError):
+        raise RequestError(400, "the body is no multipart form") from None
+    try:
+        found = [each for _, each in form.multi_items() if isinstance(each, UploadFile)]
+        if not found:
+            raise RequestError(400, "the form holds no file")
+        return [(each.filename or "film", await each.read()) for each in found]
+    finally:
+        await form.close()
+
+
+def _taken_apart(uploads: Sequence[tuple[str, bytes]]) -> list[File]:
+    files: list[File] = []
+    for name, data in uploads:
+        if data.startswith(_ZIP):
+            files += _files_of_zip(name, data)
+        else:
+            files.append(File(printable(name), functools.partial(bytes, data)))
+        if len(files) > MAX_FILES:
+            raise RequestError(413, f"the request holds more than {MAX_FILES} films")
+    if not files:
+        raise RequestError(400, "the zip archive holds no file")
+    return files
+
+
+def _files_of_zip(name: str, data: bytes) -> list[File]:
+    source = ZipSource(name, io.BytesIO(data))
+    try:
+        members = source.files()
+    except SourceError as error:
+        raise RequestError(400, printable(str(error))) from None
+    shown = [
+        member.path
+        for member in members
+        if not any(part.startswith((".", "__MACOSX")) for part in member.path.split("/"))
+    ]
+    return [File(printable(path), functools.partial(source.read, path)) for path in shown]
+
+
+def _too_large(room: Room) -> RequestError:
+    return RequestError(
+        413, f"the body is larger than {room.max_body_bytes >> 20} MiB; send fewer films at once"
+    )
