@@ -37,6 +37,10 @@ class ImageError(XraiError):
     """One image cannot be used. The message is the short reason that the manifest keeps."""
 
 
+class OtherImageError(ImageError):
+    """One image is readable, but no single frontal radiograph of a chest: its header says so."""
+
+
 class CorruptError(XraiError):
     """Stored bytes are not what was written: a hash, a size or a format does not match."""
 

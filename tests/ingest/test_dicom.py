@@ -874,7 +874,7 @@ def test_reading_leaves_the_warnings_filters_and_the_logger_of_the_program_as_th
 def test_another_thread_hears_pydicom_while_a_file_is_read(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with dicom._quiet():
+    with dicom.quiet():
         logging.getLogger("pydicom").warning("from the thread that reads")
         other = threading.Thread(
             target=logging.getLogger("pydicom").warning, args=("from another",)

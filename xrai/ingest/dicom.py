@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.errors import ImageError, SourceError
+from xrai.errors import ImageError, OtherImageError, SourceError
 from xrai.ingest.greys import FLAT, distinct_values, grey_range, num_levels
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ BitsAllocated BitsStored Columns HighBit ImagerPixelSpacing LargestImagePixelVal
 ModalityLUTSequence NumberOfFrames PatientOrientation PhotometricInterpretation PixelAspectRatio
 PixelData PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing
 PlanarConfiguration PresentationIntentType PresentationLUTShape RescaleIntercept RescaleSlope Rows
-SamplesPerPixel VOILUTFunction VOILUTSequence ViewPosition WindowCenter WindowWidth
+SamplesPerPixel VOILUTFunction VOILUTSequence ViewCodeSequence ViewPosition WindowCenter WindowWidth
 """
 _TAGS = _TAG_NAMES.split()
 # Modality (PS3.3 C.7.3.1.1.1) of what is never a chest radiograph
@@ -56,6 +56,10 @@ _OTHER_MODALITIES = frozenset(
     {"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XC"}
 )
 _SIDE_VIEWS = frozenset({"LL", "RL", "LAT", "LATERAL"})  # ViewPosition
+# ViewCodeSequence (PS3.16 CID 4010): lateral, left lateral, right lateral; SNOMED CT, SNOMED-RT
+_SIDE_VIEW_CODES = frozenset(
+    {"399067008", "399173006", "399198007", "R-10232", "R-10236", "R-102CD"}
+)
 _MAX_INFLATED_BYTES = 1 << 29  # of a file that is deflated as a whole
 # How a file without preamble begins: with a short element of group 2 or 8, in one of the encodings
 _FIRST_ELEMENT = re.compile(
@@ -119,11 +123,38 @@ def read_patient_id(data: bytes) -> str:
     Raises `SourceError` where pydicom is not installed.
     """
     try:
-        with _reading(), _quiet():
+        with _reading(), quiet():
             dataset = _read(data, ["PatientID"], stop_before_pixels=True)
             return str(_value(dataset, "PatientID") or "").strip()
     except ImageError:
         return ""
+
+
+def transfer_syntaxes() -> list[str]:
+    """UIDs of the encodings whose images are read with the packages installed here."""
+    from pydicom import uid
+    from pydicom.pixels.decoders.base import get_decoder
+
+    known = [*uid.UncompressedTransferSyntaxes, uid.RLELossless]
+    known += [*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes]
+    found = []
+    for syntax in known:
+        with suppress(NotImplementedError):
+            if get_decoder(syntax).is_available:
+                found.append(str(syntax))
+    return found
+
+
+def read_texts(data: bytes, tags: Sequence[str]) -> dict[str, str]:
+    """Some tags of a header as texts, for objects that refer to it, never to be shown or logged:
+    several values joined by a backslash, empty where a tag is missing or damaged.
+
+    Raises `ImageError` where the file is damaged, `SourceError` where pydicom is not installed.
+    """
+    with _reading(), quiet():
+        dataset = _read(data, tags, stop_before_pixels=True)
+        values = {name: _value(dataset, name) for name in tags}
+        return {name: _text(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +174,7 @@ class Radiograph:
         Raises `ImageError` when the pixels are damaged, or no installed package unpacks them.
         """
         with _reading("PixelData"):
-            with _quiet():
+            with quiet():
                 samples, to_levels = _samples_and_levels(self._data, self._dataset)
             samples = _turned(samples, self._directions)
         assert samples.shape[:2] == (self.height, self.width)
@@ -211,14 +242,14 @@ def stored_values(radiograph: Radiograph) -> tuple[NDArray[np.uint16], Window] |
 def open_radiograph(data: bytes) -> Radiograph:
     """Read a DICOM file's header.
 
-    Raises `ImageError` with a short reason when it is damaged or no single frontal image of a
-    chest, `SourceError` where pydicom is not installed.
+    Raises `ImageError` with a short reason when it is damaged, `OtherImageError` when it is no
+    single frontal image of a chest, `SourceError` where pydicom is not installed.
     """
-    with _reading(), _quiet():
+    with _reading(), quiet():
         dataset = _read_image(data)
         width, height = dataset.Columns, dataset.Rows
         if dataset.NumberOfFrames > 1:
-            raise ImageError(
+            raise OtherImageError(
                 f"is DICOM of {dataset.NumberOfFrames} frames; one image per file is read"
             )
         _refuse_other_kinds(dataset)
@@ -282,7 +313,7 @@ def _reading(part: str = "its header") -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress pydicom's warnings and log records of this thread: they quote header text.
 
     The process's warnings filters and pydicom's logger are afterwards as they were. Threads take
@@ -373,6 +404,13 @@ def _value(dataset: "Dataset", name: str) -> Any:
         return None
 
 
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    several = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+    return "\\".join(str(each).strip() for each in several)
+
+
 def _numbers(dataset: "Dataset", name: str) -> list[float]:
     """A tag's numbers; empty where it is missing or holds anything else."""
     value = _value(dataset, name)
@@ -398,11 +436,16 @@ def _code(dataset: "Dataset", name: str, default: str = "") -> str:
 def _refuse_other_kinds(dataset: "Dataset") -> None:
     modality = _code(dataset, "Modality")
     if modality in _OTHER_MODALITIES:
-        raise ImageError(f"is DICOM of modality {modality}; radiographs (CR, DX, RG) are read")
+        raise OtherImageError(f"is DICOM of modality {modality}; radiographs (CR, DX, RG) are read")
     if _code(dataset, "PresentationIntentType") == "FOR PROCESSING":
-        raise ImageError("is DICOM of raw detector data (FOR PROCESSING), not an image to look at")
+        raise OtherImageError(
+            "is DICOM of raw detector data (FOR PROCESSING), not an image to look at"
+        )
     if _code(dataset, "ViewPosition") in _SIDE_VIEWS:
-        raise ImageError("is DICOM of a chest from the side (ViewPosition)")
+        raise OtherImageError("is DICOM of a chest from the side (ViewPosition)")
+    views = _value(dataset, "ViewCodeSequence") or ()
+    if any(_code(view, "CodeValue") in _SIDE_VIEW_CODES for view in views):
+        raise OtherImageError("is DICOM of a chest from the side (ViewCodeSequence)")
 
 
 def _directions(dataset: "Dataset") -> tuple[str, str]:
@@ -412,7 +455,7 @@ def _directions(dataset: "Dataset") -> tuple[str, str]:
         return "L", "F"
     along_row, along_column = stated
     if {along_row, along_column} & {"A", "P"}:
-        raise ImageError("is DICOM of a chest from the side (PatientOrientation)")
+        raise OtherImageError("is DICOM of a chest from the side (PatientOrientation)")
     known = ("LF", "LH", "RF", "RH", "FL", "FR", "HL", "HR")
     return (along_row, along_column) if along_row + along_column in known else ("L", "F")
 
@@ -729,7 +772,7 @@ def _serve(pipe: Connection) -> None:
             return
         answer = io.BytesIO()
         try:
-            with _reading(), _quiet():
+            with _reading(), quiet():
                 np.save(answer, pixel_array(_read_image(data), index=0), allow_pickle=False)
         except ImageError:
             pipe.send_bytes(_REFUSED)

@@ -1,0 +1,349 @@
+"""The outbox: nothing is lost and nothing is another object, whatever is killed or goes away."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.serving.dicoms import DEVICE, ROW, Archive, read, source_of
+from xrai.errors import ConfigError, InUseError
+from xrai.serving.dicom_result import Result, Source, write_report
+from xrai.serving.films import FullError
+from xrai.serving.outbox import Delivery, Outbox, Waits
+from xrai.serving.pacs import AwayError, DimsePacs, Pacs, Session, WebPacs, find_pacs
+
+# pynetdicom leaves the socket open where nobody listens
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+DEADLINE_S = 60.0
+QUICK = Waits(first_s=0.02, longest_s=0.1)
+
+
+def result(number: int) -> Result:
+    """The report of a film that does not exist."""
+    source = source_of()
+    return write_report(
+        Source(source.sop_class_uid, f"1.2.3.{number}", "1.2.4", "1.2.5", source.texts), ROW, DEVICE
+    )
+
+
+def put(outbox: Outbox, number: int) -> str:
+    found = result(number)
+    outbox.put(found.sop_instance_uid, found.data)
+    return found.sop_instance_uid
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    found = Outbox(tmp_path / "outbox")
+    yield found
+    found.close()
+
+
+@contextmanager
+def delivery(outbox: Outbox, pacs: Pacs, waits: Waits = QUICK) -> Iterator[Delivery]:
+    """Sends what is in an outbox."""
+    found = Delivery(outbox, pacs, waits)
+    found.start()
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def wait_until_empty(outbox: Outbox) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while outbox.pending():
+        assert time.monotonic() < deadline, "the outbox did not become empty"
+        time.sleep(0.01)
+
+
+def uids(archive: Archive) -> list[str]:
+    return [str(dataset.SOPInstanceUID) for dataset in archive.stored]
+
+
+def test_results_reach_the_archive_and_only_their_owner_can_read_them(outbox: Outbox) -> None:
+    wanted = [put(outbox, number) for number in range(3)]
+    for path in (outbox.folder, *outbox.folder.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    with (
+        Archive().running() as archive,
+        delivery(outbox, DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")) as sending,
+    ):
+        wait_until_empty(outbox)
+        assert uids(archive) == wanted
+        assert sending.state().num_sent == 3
+
+
+def test_what_was_sent_or_waits_is_not_put_again(outbox: Outbox) -> None:
+    first = result(1)
+    assert outbox.put(first.sop_instance_uid, first.data)
+    assert not outbox.put(first.sop_instance_uid, first.data)
+    outbox.was_sent(outbox.pending()[0])
+    assert not outbox.put(first.sop_instance_uid, first.data)
+    assert outbox.pending() == []
+
+
+def test_an_archive_that_is_away_gets_everything_when_it_is_back(outbox: Outbox) -> None:
+    archive = Archive()
+    with archive.running():
+        pass  # so that it has a port
+    pacs = DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")
+    with delivery(outbox, pacs) as sending:
+        wanted = {put(outbox, number) for number in range(4)}
+        while not sending.state().num_failures:
+            time.sleep(0.01)
+        assert "does not answer" in sending.state().trouble
+        assert sending.state().num_pending == 4
+        with archive.running():
+            wait_until_empty(outbox)
+        assert set(uids(archive)) == wanted
+        assert sending.state().trouble == ""
+
+
+def test_one_refused_result_is_put_aside_with_its_reason_and_others_go_on(outbox: Outbox) -> None:
+    bad, good = put(outbox, 1), put(outbox, 2)
+    with (
+        Archive(statuses={bad: 0xC123}).running() as archive,
+        delivery(outbox, DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")) as sending,
+    ):
+        wait_until_empty(outbox)
+        assert uids(archive) == [good]
+        assert archive.num_requests == 1 + QUICK.max_refusals
+        assert sending.state().num_given_up == 1
+    aside = outbox.folder / "given-up" / f"{bad}.dcm"
+    assert read(aside).SOPInstanceUID == bad
+    assert "C123" in aside.with_suffix(".txt").read_text()
+    aside.rename(outbox.folder / "pending" / aside.name)  # a person tries again
+    with (
+        Archive().running() as archive,
+        delivery(outbox, DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")),
+    ):
+        wait_until_empty(outbox)
+        assert uids(archive) == [bad]
+
+
+def test_results_older_than_the_limit_are_given_up_while_the_archive_is_away(
+    outbox: Outbox,
+) -> None:
+    old = put(outbox, 1)
+    (path,) = outbox.pending()
+    os.utime(path, (1, 1))
+    new = put(outbox, 2)
+    with delivery(outbox, DimsePacs("127.0.0.1", 1, "ARCHIVE", "XRAI")) as sending:
+        while not sending.state().num_given_up:
+            time.sleep(0.01)
+    assert [path.stem for path in outbox.pending()] == [new]
+    assert (outbox.folder / "given-up" / f"{old}.dcm").exists()
+
+
+class Picky:
+    """An archive that breaks the connection over some objects."""
+
+    name = "picky"
+
+    def __init__(self, bad: set[str]) -> None:
+        self.bad, self.stored = bad, list[str]()
+
+    @contextmanager
+    def open(self) -> Iterator[Session]:
+        yield self
+
+    def store(self, file: Path) -> None:
+        if file.stem in self.bad:
+            raise AwayError("it has ended the association")
+        self.stored.append(file.stem)
+
+
+def test_a_result_over_which_the_archive_breaks_down_does_not_hold_up_others(
+    outbox: Outbox,
+) -> None:
+    bad, *good = [put(outbox, number) for number in range(4)]
+    picky = Picky({bad})
+    with delivery(outbox, picky):
+        while len(outbox.pending()) > 1:
+            time.sleep(0.01)
+        assert picky.stored == good
+
+
+def test_a_full_outbox_and_a_second_process_are_refused(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox", max_bytes=1)
+    put(outbox, 1)
+    with pytest.raises(FullError):
+        put(outbox, 2)
+    with pytest.raises(InUseError, match="another process"):
+        Outbox(tmp_path / "outbox")
+    outbox.close()
+    Outbox(tmp_path / "outbox").close()
+
+
+def test_a_restart_takes_away_what_a_killed_writer_left(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    kept = put(outbox, 1)
+    outbox.close()
+    half = tmp_path / "outbox" / "pending" / f".x.dcm.{'0' * 12}.tmp"
+    half.write_bytes(b"half")
+    again = Outbox(tmp_path / "outbox")
+    assert [path.stem for path in again.pending()] == [kept]
+    assert not half.exists()
+    again.close()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.serving.test_outbox import put
+from xrai.serving.outbox import Delivery, Outbox, Waits
+from xrai.serving.pacs import DimsePacs
+outbox = Outbox(Path(sys.argv[1]))
+Delivery(outbox, DimsePacs("127.0.0.1", int(sys.argv[2]), "ARCHIVE", "XRAI")).start()
+for number in range(int(sys.argv[3]), 100000):
+    uid = put(outbox, number)
+    print(uid, flush=True)
+"""
+
+
+@pytest.mark.ci
+def test_kills_lose_nothing_that_was_put(tmp_path: Path, repository: Path) -> None:
+    said: list[str] = []
+    with Archive().running() as archive:
+        for kill in range(3):
+            writer = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", WRITER, str(tmp_path / "outbox")),
+                    *(str(archive.port), str(1000 * kill)),
+                ],
+                cwd=repository,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert writer.stdout is not None
+            for _ in range(8 + 3 * kill):
+                said.append(writer.stdout.readline().strip())
+            writer.send_signal(signal.SIGKILL)
+            said += writer.stdout.read().split()
+            writer.wait()
+            writer.stdout.close()
+        assert len(said) >= 3 * 8
+        outbox = Outbox(tmp_path / "outbox")
+        pacs = DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")
+        with delivery(outbox, pacs):
+            wait_until_empty(outbox)
+        outbox.close()
+        stored = uids(archive)
+        assert set(said) <= set(stored)
+        assert len(stored) - len(set(stored)) <= 3  # at most the one in flight at each kill
+        assert len(set(stored)) - len(set(said)) <= 3  # put, and killed before it was said
+
+
+# ----------------------------------------------------------------------------------------- STOW-RS
+
+
+class Web(ThreadingHTTPServer):
+    """A STOW-RS service that answers what it is told."""
+
+    def __init__(self, status: int, body: object = None) -> None:
+        super().__init__(("127.0.0.1", 0), WebHandler)
+        self.status, self.body = status, body
+        self.bodies: list[bytes] = []
+        self.heads: list[dict[str, str]] = []
+
+
+class WebHandler(BaseHTTPRequestHandler):
+    server: Web
+
+    def do_POST(self) -> None:
+        self.server.heads.append(dict(self.headers) | {"path": self.path})
+        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = b"" if self.server.body is None else json.dumps(self.server.body).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def web(status: int, body: object = None) -> Iterator[Web]:
+    with Web(status, body) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_stow_sends_one_part_with_the_file_and_the_token(outbox: Outbox) -> None:
+    sent = result(1)
+    put(outbox, 1)
+    with web(200, {"00081199": {"vr": "SQ", "Value": [{}]}}) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}/dicom-web"
+        pacs = find_pacs(address, calling="XRAI", tls=None, token="secret")
+        with delivery(outbox, pacs):
+            wait_until_empty(outbox)
+    (head,), (body,) = server.heads, server.bodies
+    assert head["path"] == "/dicom-web/studies"
+    assert head["Authorization"] == "Bearer secret"
+    boundary = head["Content-Type"].partition("boundary=")[2].encode()
+    before, part, after = body.split(b"--" + boundary)
+    assert (before, after) == (b"", b"--\r\n")
+    file = part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
+    assert read(file).SOPInstanceUID == sent.sop_instance_uid
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "num_given_up"),
+    [
+        (409, None, 1),
+        (202, {"00081198": {"vr": "SQ", "Value": [{}]}}, 1),
+        (202, None, 1),
+        (503, None, 0),
+        (401, None, 0),
+        (307, None, 0),
+    ],
+)
+def test_stow_refusals_are_given_up_and_the_rest_is_tried_again(
+    outbox: Outbox, status: int, body: object, num_given_up: int
+) -> None:
+    put(outbox, 1)
+    with web(status, body) as server:
+        pacs = WebPacs(f"http://127.0.0.1:{server.server_address[1]}")
+        with delivery(outbox, pacs) as sending:
+            while len(server.bodies) < 3 or sending.state().num_given_up < num_given_up:
+                time.sleep(0.01)
+        assert str(status) in sending.state().trouble
+    assert outbox.num_given_up() == num_given_up
+    assert len(outbox.pending()) == 1 - num_given_up
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("pacs", "pacs:104", "pacs:x:AET", ":104:AET", "pacs:104:", "http://pacs.example.org/x"),
+        *("https://me:secret@pacs.example.org", "pacs:104:AVERYLONGTITLE-17"),
+    ],
+)
+def test_addresses_that_are_none_are_one_line_without_secrets(address: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        find_pacs(address, calling="XRAI", tls=None, token="")
+    assert "secret" not in str(raised.value)
+
+
+def test_addresses_with_ipv6_and_dicomweb_are_read() -> None:
+    pacs = find_pacs("[::1]:104:ARCHIVE", calling="XRAI", tls=None, token="")
+    assert pacs == DimsePacs("::1", 104, "ARCHIVE", "XRAI")
+    pacs = find_pacs("https://pacs.example.org/dicom-web/", calling="XRAI", tls=None, token="t")
+    assert pacs == WebPacs("https://pacs.example.org/dicom-web", None, "t")

@@ -1,0 +1,196 @@
+"""pynetdicom, kept quiet and within limits: its one home is here.
+
+pynetdicom 3.0 believes what a peer says: it reads a PDU of any stated length, waits for its bytes
+without end, shakes hands for TLS in the thread that accepts connections, and gathers the data of
+messages while others wait. `GuardedServer` bounds all of it.
+"""
+
+import logging
+import socket
+import ssl
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from pynetdicom import AE, _config, evt
+from pynetdicom.association import Association
+from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+
+MAX_PDU_BYTES: Final = 1 << 17  # that we ask peers to send at most
+
+_NOWHERE = logging.NullHandler()
+_MAX_READ_BYTES = 1 << 20  # of one PDU: a request for an association with all contexts is smaller
+_CHUNK_BYTES = 1 << 16
+_OVERHEAD = 1.25  # of small fragments, on the bytes of an object
+_MAX_QUEUED = 4  # messages of a peer that does not wait for answers
+_LOCAL_LIMIT = (0x02, 0x03, 0x02)  # rejected for now, by the provider: local limit exceeded
+_CONNECTIONS = 4  # for each association that may be; most of them still say nothing
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What peers may take."""
+
+    max_object_bytes: int = 1 << 28
+    num_associations: int = 8
+    idle_timeout_s: float = 60.0
+    pdu_timeout_s: float = 30.0  # from the first to the last byte of a PDU
+    object_timeout_s: float = 300.0  # from the first to the last byte of an object
+
+
+def silence() -> None:
+    """Keep the packages for DICOM from logging and warning: they quote names, identifiers and whole
+    data sets. For this process, from now on.
+    """
+    for name in ("pydicom", "pynetdicom", "highdicom"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.addHandler(_NOWHERE)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+    _config.LOG_HANDLER_LEVEL = "none"
+    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
+
+
+def entity(ae_title: str, *, timeout_s: float) -> AE:
+    """An application entity that waits no longer than this for answers."""
+    silence()
+    found = AE(ae_title=ae_title)
+    found.acse_timeout = found.dimse_timeout = found.network_timeout = timeout_s
+    found.maximum_pdu_size = MAX_PDU_BYTES
+    return found
+
+
+class Guard:
+    """Counts and times what one peer sends, in place of `AssociationSocket.recv`.
+
+    What it raises ends the connection: `OSError` is what pynetdicom expects there.
+    """
+
+    def __init__(self, sock: socket.socket, limits: Limits, refuse: Callable[[str], None]) -> None:
+        self._socket, self._limits, self._refuse = sock, limits, refuse
+        self._num_bytes, self._since = 0, 0.0  # of the message that is arriving; its first byte
+        self._num_queued, self._has_ended = 0, False
+
+    def recv(self, nr_bytes: int) -> bytearray:
+        """As many bytes, or fewer where the peer has closed the connection."""
+        num_bytes, now = nr_bytes, time.monotonic()
+        self._since = self._since if self._num_bytes else now
+        self._num_bytes += num_bytes
+        most = self._limits.max_object_bytes * _OVERHEAD + _MAX_READ_BYTES
+        if num_bytes > _MAX_READ_BYTES or self._num_bytes > most:
+            self._end("too_large")
+        if self._num_queued > _MAX_QUEUED:
+            self._end("too_many")
+        deadline = min(
+            now + self._limits.pdu_timeout_s, self._since + self._limits.object_timeout_s
+        )
+        found = bytearray()
+        while len(found) < num_bytes:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                self._end("too_slow")
+            self._socket.settimeout(left_s)
+            try:
+                part = self._socket.recv(min(_CHUNK_BYTES, num_bytes - len(found)))
+            except TimeoutError:
+                continue
+            if not part:
+                break
+            found += part
+        self._socket.settimeout(self._limits.pdu_timeout_s)  # of what is sent
+        return found
+
+    def message_ends(self, event: evt.Event) -> None:
+        """A message has arrived as a whole; how many others wait to be handled."""
+        self._num_bytes = 0
+        self._num_queued = event.assoc.dimse.msg_queue.qsize()
+
+    def _end(self, reason: str) -> NoReturn:
+        if not self._has_ended:  # what else the peer sends is read until it closes the connection
+            self._has_ended = True
+            self._refuse(reason)
+        raise OSError(f"the peer is {reason}")
+
+
+class _Handler(RequestHandler):
+    """Gives each association a guard."""
+
+    server: "GuardedServer"
+
+    def _create_association(self) -> Association:
+        association = super()._create_association()
+        assert isinstance(self.request, socket.socket) and association.dul.socket is not None
+        guard = Guard(self.request, self.server.limits, self.server.refuse)
+        association.dul.socket.recv = guard.recv  # type: ignore[method-assign]
+        association.bind(evt.EVT_DIMSE_RECV, guard.message_ends)
+        association.bind(evt.EVT_REQUESTED, self._refuse_many)
+        association.bind(evt.EVT_CONN_CLOSE, self._closed)
+        return association
+
+    def _refuse_many(self, event: evt.Event) -> None:
+        """Reject an association where there are too many. pynetdicom's own limit would count
+        connections that have asked for nothing yet.
+        """
+        established = sum(each.is_established for each in self.server.active_associations)
+        if established >= self.server.limits.num_associations:
+            self.server.refuse("too_many")
+            event.assoc.acse.send_reject(*_LOCAL_LIMIT)
+            event.assoc.kill()
+
+    def _closed(self, event: evt.Event) -> None:
+        """Close the socket, which pynetdicom leaves open where the peer was first, and wake the
+        thread of a peer that has not asked for an association.
+        """
+        self.request.close()
+        if event.assoc.requestor.primitive is None:
+            event.assoc.dul.to_user_queue.put(None)
+
+
+class GuardedServer(ThreadedAssociationServer):
+    """Accepts connections; each is a thread's, from the handshake for TLS on."""
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        own: AE,
+        address: tuple[str, int],
+        handlers: list[evt.EventHandlerType],
+        *,
+        tls: ssl.SSLContext | None,
+        limits: Limits,
+        refuse: Callable[[str], None],
+    ) -> None:
+        """Listen. `refuse` is called with a word for each peer that is turned away."""
+        self.limits, self.refuse = limits, refuse
+        super().__init__(
+            own, address, own.ae_title, own.supported_contexts, tls, handlers, _Handler
+        )
+        own._servers.append(self)  # `shutdown` takes it away
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """A connection, still without TLS. Raises `OSError` where there are too many of them."""
+        assert self.socket is not None
+        connection, address = self.socket.accept()
+        connection.settimeout(self.limits.pdu_timeout_s)
+        if len(self.active_associations) >= _CONNECTIONS * self.limits.num_associations:
+            connection.close()
+            self.refuse("too_many")
+            raise OSError("too many connections")
+        return connection, address
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Shake hands for TLS, and begin to listen to the peer."""
+        try:
+            if self.ssl_context is not None:
+                request = self.ssl_context.wrap_socket(request, server_side=True)
+            self.finish_request(request, client_address)
+        except OSError:  # ssl.SSLError is one
+            self.refuse("handshake")
+            self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Count what went wrong; socketserver would print it, with what the peer sent."""
+        self.refuse("error")
