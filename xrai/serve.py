@@ -15,6 +15,7 @@ import torch
 from xrai.command import PRIOR, RUNS, Flag, parse, run_command
 from xrai.errors import UserError
 from xrai.log import get_logger, setup_logging
+from xrai.serving.dicom_flags import DICOM_FLAGS
 
 TOKEN = "XRAI_SERVE_TOKEN"
 FLAGS = (
@@ -27,6 +28,7 @@ FLAGS = (
     Flag("max_gib", 1.0, "memory for the files of films in the list, at most, GiB", type=float),
     Flag("max_body_mib", 256, "size of a request, at most, MiB", type=int),
     Flag("stop_s", 20, "seconds for requests to end after SIGTERM", type=int),
+    *DICOM_FLAGS,
 )
 _MIN_TOKEN = 16  # characters
 _KEEP_ALIVE_S = 20

@@ -148,7 +148,8 @@ class Archive:
         server = own.start_server(
             ("127.0.0.1", self.port), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
         )
-        self.port = server.server_address[1]
+        assert server is not None
+        self.port = int(server.server_address[1])
         try:
             yield self
         finally:

@@ -23,7 +23,8 @@ from xrai.errors import ConfigError, ImageError
 from xrai.serving.dicom_result import Source
 from xrai.serving.dimse import Limits
 from xrai.serving.films import FullError
-from xrai.serving.node import Node, NodeOptions, Outcome, is_loopback, refuse_open, tls_context
+from xrai.serving.guard import is_loopback
+from xrai.serving.node import Node, NodeOptions, Outcome, refuse_open, tls_context
 
 # pynetdicom, here the client's, leaves sockets open that a peer has closed
 pytestmark = pytest.mark.filterwarnings(

@@ -225,7 +225,7 @@ class DicomSide:
         """The models that scored a film; their hashes are read once."""
         run_id = film.pipeline.run_id
         if run_id not in self._devices:
-            hashes = ()
+            hashes: tuple[str, ...] = ()
             if self._service.models.pipeline is film.pipeline:
                 found = [stated_hash(open_store(run), MODEL_FILE) for run in self._service.runs]
                 hashes = tuple(filter(None, found))

@@ -145,7 +145,7 @@ class _Handler(RequestHandler):
         """
         self.request.close()
         if event.assoc.requestor.primitive is None:
-            event.assoc.dul.to_user_queue.put(None)
+            event.assoc.dul.to_user_queue.put(None)  # type: ignore[arg-type]
 
 
 class GuardedServer(ThreadedAssociationServer):

@@ -8,8 +8,6 @@ would try again without end. `Outcome` has all answers; docs/serve.md explains t
 No log line and no answer holds text of a header.
 """
 
-import ipaddress
-import socket
 import ssl
 import threading
 import time
@@ -31,6 +29,7 @@ from xrai.log import get_logger
 from xrai.serving.dicom_result import Source, read_source
 from xrai.serving.dimse import GuardedServer, Limits, entity
 from xrai.serving.films import FullError
+from xrai.serving.guard import is_loopback
 
 STORAGE_CLASSES: Final = (
     *(uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation),
@@ -247,15 +246,6 @@ def refuse_open(host: str, *, callers: Collection[str], has_tls: bool) -> None:
             "send with --dicom_allow, or encrypt with --dicom_cert and --dicom_key, or listen on "
             "127.0.0.1"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host to listen on can be reached from this machine alone."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False
-    return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
 
 def tls_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:

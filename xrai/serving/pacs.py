@@ -15,7 +15,7 @@ from pynetdicom.association import Association
 from xrai import __version__
 from xrai.errors import ConfigError, XraiError
 from xrai.serving.dimse import entity
-from xrai.serving.node import is_loopback
+from xrai.serving.guard import is_loopback
 
 _TIMEOUT_S = 30.0
 _TRY_LATER = frozenset({401, 403, 404, 408, 425, 429})  # mended by whoever runs either end
