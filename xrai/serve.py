@@ -48,6 +48,7 @@ def main() -> None:
     try:
         import uvicorn
 
+        from xrai.serving.dicom import DicomSide, read_options
         from xrai.serving.films import Worklist
         from xrai.serving.http import Limits, make_app
         from xrai.serving.models import load_models
@@ -56,6 +57,7 @@ def main() -> None:
         raise UserError(
             f"xrai serve needs {error.name}, which is not installed: pip install 'xrai[serve]'"
         ) from error
+    dicom = read_options(flags)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     load = partial(load_models, prior=flags["prior"] or None)
@@ -66,6 +68,8 @@ def main() -> None:
     )
     with listen(flags["host"], flags["port"]) as server_socket:
         service = Service(load(runs), runs, load, worklist)
+        if dicom:
+            DicomSide(dicom, service).start()
         body = flags["max_body_mib"] << 20
         limits = Limits(body, 2 * body, _MAX_REQUESTS, _MAX_REQUESTS_PER_CLIENT)
         app = make_app(service, token=token, limits=limits)

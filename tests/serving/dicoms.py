@@ -134,6 +134,7 @@ class Archive:
     def _store(self, event: evt.Event) -> int:
         self.num_requests += 1
         dataset = event.dataset
+        dataset.file_meta = event.file_meta
         status = self.statuses.get(dataset.SOPInstanceUID, self.status)
         if status == 0:
             self.stored.append(dataset)

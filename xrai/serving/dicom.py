@@ -63,7 +63,7 @@ class DicomOptions:
 
 
 def read_options(flags: Mapping[str, Any]) -> DicomOptions | None:
-    """The options of `xrai.serving.dicom_flags`; None where there is no node.
+    """What the flags `DICOM_FLAGS` say; None where there is no node.
 
     Raises `ConfigError` where they do not fit each other, or would let anybody send films.
     """
@@ -143,6 +143,7 @@ class DicomSide:
             self._delivery = Delivery(self._outbox, options.pacs, options.waits)
         self._node = Node(options.node, self.take)
         service.metrics.registry.register(_Figures(self._node, self._delivery))
+        service.closers.append(self.stop)
 
     def start(self) -> None:
         """Listen, and send what waits. Raises `ConfigError` where the port is taken."""

@@ -52,7 +52,7 @@ _FORMS = {
     "AccessionNumber": r"[^\\]{1,16}",
     "StudyID": r"[^\\]{1,16}",
 }
-_UID = re.compile(r"(?=.{1,64}\Z)(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
+_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
 _NAMES_A_UID = uuid.UUID("a1f5f0f6-3d0e-5f6a-9d57-0c6c1f4a9b10")  # any, but always this one
 # Names of classes and findings, folded, to the codes of PS3.16 (DCM, and SNOMED CT as SCT)
 _FINDINGS = {
@@ -127,7 +127,7 @@ def read_source(data: bytes) -> Source:
     """
     texts = read_texts(data, [*_IDENTITY, *_COPIED])
     for name in _IDENTITY:
-        if not _UID.match(texts[name]):
+        if len(texts[name]) > 64 or not _UID.fullmatch(texts[name]):
             raise ImageError(f"is DICOM whose {name} is missing or damaged")
     kept = {}
     for name in _COPIED:
@@ -193,7 +193,7 @@ def write_report(source: Source, row: Prediction, device: Device) -> Result:
             manufacturer_model_name=_cut(device.run_id),
             device_serial_number=_cut(device.key),
             software_versions=_cut(device.version),
-            series_description=_cut(f"xrai: {NOTE}"),
+            series_description="xrai: scores of a model, no medical device",
             is_complete=True,
             is_final=False,
             is_verified=False,
@@ -227,7 +227,7 @@ def write_capture(source: Source, png: bytes, device: Device) -> Result:
             manufacturer_model_name=_cut(device.run_id),
             device_serial_number=_cut(device.key),
             software_versions=_cut(device.version),
-            series_description=_cut(f"xrai heat map: {NOTE}"),
+            series_description="xrai: heat maps of a model, no medical device",
             patient_id=texts["PatientID"],
             patient_name=texts["PatientName"],
             patient_birth_date=texts["PatientBirthDate"],

@@ -31,6 +31,7 @@ class Service:
     worklist: Worklist
     metrics: Metrics = field(default_factory=Metrics)
     listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
+    closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
 
     def __post_init__(self) -> None:
         self.scorer = Scorer(self.models.pipeline, self.metrics)
@@ -78,6 +79,8 @@ class Service:
 
     def close(self) -> None:
         """Finish the films that are being scored, and take no more."""
+        for close in self.closers:
+            close()
         self.scorer.close()
 
     def _list(

@@ -1,0 +1,178 @@
+"""Films by C-STORE through a whole server: scored, listed, and answered to an archive."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import make_service
+from tests.serving.dicoms import Archive, changed, film, read, send
+from tests.serving.test_dicom_result import said
+from tests.serving.test_outbox import wait_until_empty
+from xrai.command import parse
+from xrai.errors import ConfigError, UserError
+from xrai.phantom import draw_phantom, encode, plan
+from xrai.serving.dicom import DicomSide, read_options
+from xrai.serving.dicom_flags import DICOM_FLAGS
+from xrai.serving.outbox import Outbox
+from xrai.serving.service import Service
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def flags(**given: Any) -> dict[str, Any]:
+    """The flags of the DICOM side, most of them as they are without a word."""
+    return parse("serve", [], description="", flags=DICOM_FLAGS).flags | given
+
+
+def phantoms(number: int) -> list[bytes]:
+    """Drawn films as modalities send them."""
+    found = []
+    for _, phantom in zip(range(number), plan(5), strict=False):
+        data = encode(5, phantom, draw_phantom(5, phantom), image_format="dicom")
+        found.append(
+            changed(data, PatientName="Zebra^Quagga", PatientID="Z1", StudyDate="20261127")
+        )
+    return found
+
+
+@contextmanager
+def dicom_side(service: Service, **given: Any) -> Iterator[tuple[DicomSide, int]]:
+    """The DICOM side of a server on any free port."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = read_options(flags(dicom_port=port, **given))
+    assert options is not None
+    side = DicomSide(options, service)
+    side.start()
+    try:
+        yield side, port
+    finally:
+        service.close()
+
+
+def test_a_film_is_scored_listed_and_answered_to_the_archive(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = phantoms(2)
+    with Archive().running() as archive, caplog.at_level(logging.DEBUG):
+        pacs = f"127.0.0.1:{archive.port}:ARCHIVE"
+        with dicom_side(service, pacs=pacs, outbox=str(tmp_path / "outbox"), result="both") as (
+            side,
+            port,
+        ):
+            assert send(port, first) == (0, "")
+            assert send(port, second) == (0, "")
+            assert send(port, second) == (0, "")  # a sender that did not hear the answer
+            assert side._outbox is not None
+            wait_until_empty(side._outbox)
+            text = service.metrics.text().decode()
+    films = service.worklist.films()
+    assert [film.source for film in films] == ["DICOM", "DICOM"]
+    assert len(archive.stored) == 4
+    by_uid = {listed.name: listed for listed in films}
+    for result in archive.stored:
+        assert result.PatientName == "Zebra^Quagga"
+        assert result.StudyInstanceUID in {read(data).StudyInstanceUID for data in (first, second)}
+        if result.Modality == "SR":
+            uid = (
+                result.CurrentRequestedProcedureEvidenceSequence[0]
+                .ReferencedSeriesSequence[0]
+                .ReferencedSOPSequence[0]
+                .ReferencedSOPInstanceUID
+            )
+            measured = str(by_uid[uid].row.probability)[:6]
+            assert measured in str(result)
+        else:
+            assert result.Rows > 500 and result.SamplesPerPixel == 3
+            assert result.pixel_array.std() > 10
+    for line in (
+        'xrai_dicom_objects_total{outcome="scored"} 3.0',
+        "xrai_outbox_sent_total 4.0",
+        "xrai_outbox_pending 0.0",
+        'xrai_films_total{outcome="scored",source="DICOM"}',
+    ):
+        assert line in text
+    assert "Zebra" not in caplog.text
+
+
+def test_the_report_names_the_model_by_the_hash_of_its_file(
+    service: Service, run: Path, tmp_path: Path
+) -> None:
+    from xrai.results.summary import stated_hash
+    from xrai.store import open_store
+
+    with dicom_side(service, pacs="127.0.0.1:1:ARCHIVE", outbox=str(tmp_path / "outbox")) as (
+        _,
+        port,
+    ):
+        assert send(port, phantoms(1)[0])[0] == 0
+    outbox = Outbox(tmp_path / "outbox")
+    (path,) = outbox.pending()
+    outbox.close()
+    parameters = said(path.read_bytes(), "Algorithm Parameters")
+    assert f"run {service.models.pipeline.run_id}" in parameters
+    stated = stated_hash(open_store(str(run)), "model.pt")
+    assert stated is None or f"sha256 {stated}" in parameters
+
+
+def test_what_cannot_be_scored_is_answered_and_not_listed(service: Service) -> None:
+    data = phantoms(1)[0]
+    with dicom_side(service) as (_, port):
+        status, comment = send(port, changed(data, PixelData=b"\0\1"))
+        assert (status, bool(comment)) == (0xC000, True)
+        assert send(port, film(BodyPartExamined="HAND"))[0] == 0xB006
+    assert service.worklist.films() == []
+
+
+def test_a_full_list_asks_the_sender_to_try_again(run: Path) -> None:
+    service = make_service(run, max_films=1)
+    first, second = phantoms(2)
+    with dicom_side(service) as (_, port):
+        assert send(port, first)[0] == 0
+        assert send(port, second)[0] == 0xA700
+        service.worklist.remove(service.worklist.films()[0].id)
+        assert send(port, second)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pacs": "a:1:B"}, "--dicom_port"),
+        ({"dicom_port": 4242, "pacs": "a:1:B"}, "--outbox"),
+        ({"dicom_port": 4242, "outbox": "out"}, "--pacs"),
+        ({"dicom_port": 70000}, "70000"),
+        ({"dicom_port": 4242, "dicom_host": "0.0.0.0"}, "--dicom_allow"),
+        ({"dicom_port": 4242, "dicom_cert": "c.pem"}, "--dicom_key"),
+        ({"dicom_port": 4242, "dicom_aet": "A" * 17}, "--dicom_aet"),
+        ({"dicom_port": 4242, "dicom_max_mib": 0}, "--dicom_max_mib"),
+        ({"dicom_port": 4242, "result": "pdf"}, "sr, sc, both"),
+        ({"dicom_port": 4242, "pacs": "a:1:B", "outbox": "o", "pacs_ca": "no.pem"}, r"no\.pem"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_options(flags(**given))
+
+
+def test_without_a_port_there_is_no_node() -> None:
+    assert read_options(flags()) is None
+
+
+def test_an_outbox_that_cannot_be_written_is_one_line(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = read_options(
+        flags(dicom_port=4242, pacs="127.0.0.1:1:B", outbox=str(tmp_path / "file" / "outbox"))
+    )
+    assert options is not None
+    with pytest.raises(UserError, match="--outbox"):
+        DicomSide(options, service)
+    service.close()
