@@ -53,8 +53,10 @@ def test_the_wheel_holds_modules_templates_configs_and_types(wheel: Path) -> Non
     configs = {f"xrai/configs/{path.name}" for path in (ROOT / "xrai/configs").glob("*.yaml")}
     results = (ROOT / "xrai/results").glob("*.jinja")
     templates = {f"xrai/results/{path.name}" for path in results}
+    page = {f"xrai/serving/page/{path.name}" for path in (ROOT / "xrai/serving/page").iterdir()}
+    assert "xrai/serving/page/main.js" in page
     assert len(configs) >= 3 and "xrai/results/report.html.jinja" in templates
-    assert modules | configs | {"xrai/py.typed"} | templates <= names
+    assert modules | configs | {"xrai/py.typed"} | templates | page <= names
     assert {name.partition("/")[0] for name in names} == {"xrai", info}
     assert f"{info}/licenses/LICENSE" in names
     assert "xrai = xrai.__main__:main" in scripts

@@ -52,6 +52,7 @@ def main() -> None:
         from xrai.serving.films import Worklist
         from xrai.serving.http import Limits, make_app
         from xrai.serving.models import load_models
+        from xrai.serving.page import page_routes
         from xrai.serving.service import Service
     except ImportError as error:
         raise UserError(
@@ -72,7 +73,7 @@ def main() -> None:
             DicomSide(dicom, service).start()
         body = flags["max_body_mib"] << 20
         limits = Limits(body, 2 * body, _MAX_REQUESTS, _MAX_REQUESTS_PER_CLIENT)
-        app = make_app(service, token=token, limits=limits)
+        app = make_app(service, token=token, limits=limits, pages=page_routes())
         settings = uvicorn.Config(
             app,
             access_log=False,  # which names films

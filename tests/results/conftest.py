@@ -1,12 +1,12 @@
 """A run in a folder, a bucket in a folder."""
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
+from tests.browsers import CHROMIUM_OPTIONS, find_chromium
 from tests.results.runs import Bucket
 from xrai.results import folder as folder_module
 from xrai.results import publisher
@@ -41,24 +41,14 @@ def browse(tmp_path: Path) -> Browse:
     """Opens a page in a headless Chromium; gives the document after its script, and what the
     console said.
     """
-    found = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if found is None:
-        pytest.skip("no Chromium: none of chromium, chromium-browser and google-chrome is in PATH")
+    chromium = find_chromium()
 
     def open_page(page: Path, fragment: str, *, size: str = "800,600") -> tuple[str, list[str]]:
         done = subprocess.run(
             [
-                found,
+                chromium,
                 "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--no-first-run",
-                "--disable-extensions",
-                "--disable-component-update",
-                "--disable-background-networking",
+                *CHROMIUM_OPTIONS,
                 "--enable-logging=stderr",
                 "--v=0",
                 f"--window-size={size}",

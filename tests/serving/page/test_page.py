@@ -1,0 +1,562 @@
+"""The page as a person uses it, in a real Chromium, with the server and a tiny model behind it."""
+
+import base64
+import io
+import json
+import re
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from playwright.sync_api import FilePayload, Page, Route, expect
+
+from tests.dataset.pictures import dicom_file
+from tests.models import phantoms, save_run
+from tests.serving.conftest import make_service
+from tests.serving.page.conftest import Film, Ward, like, serve
+
+pytestmark = pytest.mark.browser
+
+DROP = """async (files) => {
+  const transfer = new DataTransfer();
+  for (const [name, text] of files) {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    transfer.items.add(new File([bytes], name));
+  }
+  for (const kind of ["dragover", "drop"]) {
+    const event = new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true });
+    document.body.dispatchEvent(event);
+  }
+}"""
+GREY = """([x, y]) => {
+  const canvas = document.getElementById("canvas");
+  const { data } = canvas.getContext("2d").getImageData(x, y, 1, 1);
+  return [...data];
+}"""
+COLOURS = """() => {
+  const canvas = document.getElementById("canvas");
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  let num = 0;
+  for (let i = 0; i < data.length; i += 4) {
+    num += data[i] !== data[i + 1] || data[i] !== data[i + 2];
+  }
+  return num;
+}"""
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def films(num: int) -> list[tuple[str, bytes]]:
+    """Phantoms and an image of noise, which is for review."""
+    drawn = [(f"{number:02}.png", png(film)) for number, film in enumerate(phantoms(num)[0])]
+    noise = np.random.default_rng(5).integers(0, 256, (90, 120), np.uint8)
+    return [*drawn, ("noise.png", png(noise))]
+
+
+def probability(film: Film) -> float:
+    """How probable a pneumonia is, as the server says it."""
+    found = film["probabilities"]
+    assert isinstance(found, dict)
+    return float(found["pneumonia"])
+
+
+def halves() -> bytes:
+    """A film (300, 400) of greys 60 and 180, left and right."""
+    pixels = np.full((300, 400), 60, np.uint8)
+    pixels[:, 200:] = 180
+    return png(pixels)
+
+
+def files(named: list[tuple[str, bytes]]) -> list[FilePayload]:
+    return [FilePayload(name=name, mimeType="", buffer=data) for name, data in named]
+
+
+def filled(ward: Ward, num: int = 5, address: str = "/") -> Ward:
+    """The page with phantoms and a film for review in its list."""
+    for name, data in films(num):
+        ward.send(name, data)
+    ward.open(address)
+    expect(ward.page.locator(".row").first).to_be_visible()
+    return ward
+
+
+def at(ward: Ward, x: float, y: float) -> list[int]:
+    """The colour of the canvas at a share of its width and height, after the next frame."""
+    ward.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+    size = ward.page.evaluate(
+        "() => { const c = document.getElementById('canvas'); return [c.width, c.height]; }"
+    )
+    found: list[int] = ward.page.evaluate(GREY, [int(x * size[0]), int(y * size[1])])
+    return found
+
+
+def open_first(ward: Ward) -> None:
+    ward.page.locator(".row").first.click()
+    expect(ward.page.locator("#stage-message")).to_be_hidden()
+    expect(ward.page.locator("#stage-words")).not_to_be_empty()
+
+
+def opened(ward: Ward, name: str = "halves.png", data: bytes | None = None) -> Ward:
+    """The page with one film, opened."""
+    ward.send(name, data or halves())
+    ward.open()
+    open_first(ward)
+    return ward
+
+
+# --------------------------------------------------------------------------------- films come in
+
+
+def test_dropped_films_are_listed_with_review_first_and_then_by_score(ward: Ward) -> None:
+    ward.open()
+    expect(ward.page.locator("#empty")).to_be_visible()
+    given = [(name, base64.b64encode(data).decode()) for name, data in films(5)]
+    ward.page.evaluate(DROP, given)
+    expect(ward.page.locator(".row")).to_have_count(6)
+    expect(ward.page.locator("#uploads-words")).to_have_text("6 films added")
+    rows = {str(film["name"]): film for film in ward.films()}
+    listed = [rows[name] for name in ward.names()]
+    ranks = [(row["decision"] != "review", -probability(row)) for row in listed]
+    assert ranks == sorted(ranks)
+    assert listed[0]["name"] == "noise.png"
+    assert ward.page.locator("#live").inner_text() == "6 films added"
+
+
+def test_a_zip_gives_a_row_for_each_film_and_a_file_that_is_none_a_row_with_its_reason(
+    ward: Ward,
+) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in films(2):
+            archive.writestr(name, data)
+    ward.open()
+    ward.page.set_input_files("#files", files([("some.zip", file.getvalue()), ("none.png", b"?")]))
+    expect(ward.page.locator(".row")).to_have_count(4)
+    row = ward.page.locator(".row", has_text="none.png")
+    expect(row).to_contain_text("not readable")
+    row.click()
+    expect(ward.page.locator("#why")).to_contain_text("could not be read")
+    assert ward.page.locator("#tools button:enabled").count() == 0
+
+
+def test_a_busy_server_is_asked_again_when_it_says_and_a_refused_file_says_why(ward: Ward) -> None:
+    posts: list[float] = []
+
+    def answer(route: Route) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+            return
+        posts.append(time.monotonic())
+        if len(posts) == 1:
+            route.fulfill(status=503, headers={"Retry-After": "2"}, body="{}")
+        elif len(posts) == 2:
+            route.fulfill(status=413, body="{}")
+        else:
+            route.continue_()
+
+    ward.page.route("**/v1/films", answer)
+    ward.open()
+    ward.page.set_input_files("#files", files(films(0)))
+    expect(ward.page.locator("#uploads-words")).to_contain_text("The server is busy")
+    expect(ward.page.locator("#uploads-files .failed")).to_contain_text("too large")
+    assert posts[1] - posts[0] >= 1.9
+    assert ward.page.locator("#live").inner_text().startswith("noise.png: ")
+    ward.page.set_input_files("#files", files(films(1)))
+    expect(ward.page.locator(".row")).to_have_count(2)
+    expect(ward.page.locator("#uploads-words")).to_have_text("2 of 3 files · 1 failed")
+    ward.page.click("#uploads-close")
+    expect(ward.page.locator("#uploads")).to_be_hidden()
+
+
+def test_at_most_three_files_are_sent_at_once(ward: Ward) -> None:
+    waiting: list[Route] = []
+    ward.page.route(
+        "**/v1/films",
+        lambda route: (
+            waiting.append(route) if route.request.method == "POST" else route.continue_()
+        ),
+    )
+    ward.open()
+    ward.page.set_input_files("#files", files(films(7)))
+    expect(ward.page.locator("#uploads-files .sending")).to_have_count(3)
+    expect(ward.page.locator("#uploads-files .waiting")).to_have_count(5)
+    for sent in range(8):
+        expect(ward.page.locator("#uploads-files li")).to_have_count(8 - sent)
+        assert len(waiting) - sent <= 3
+        waiting[sent].continue_()
+    expect(ward.page.locator(".row")).to_have_count(8)
+
+
+# ------------------------------------------------------------------------------------- the list
+
+
+def test_filters_choose_films_and_clear_brings_them_back(ward: Ward) -> None:
+    page = filled(ward).page
+    page.select_option("#filter-review", "yes")
+    assert ward.names() == ["noise.png"]
+    expect(page.locator("#count")).to_have_text("1 of 6 films · 1 for review")
+    page.click("#clear")
+    page.select_option("#filter-review", "no")
+    expect(page.locator(".row")).to_have_count(5)
+    page.fill("#filter-text", "03")
+    assert ward.names() == ["03.png"]
+    page.fill("#filter-text", "nowhere")
+    expect(page.locator("#none")).to_be_visible()
+    page.click("#clear")
+    expect(page.locator(".row")).to_have_count(6)
+    decision = str(next(film["decision"] for film in ward.films() if film["decision"] != "review"))
+    page.select_option("#filter-decision", label=decision)
+    listed = {str(film["name"]) for film in ward.films() if film["decision"] == decision}
+    assert {*ward.names()} == listed
+
+
+def test_the_keyboard_alone_goes_through_the_list_and_back(ward: Ward) -> None:
+    page = filled(ward).page
+    names = ward.names()
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("k")
+    page.keyboard.press("j")
+    expect(page.locator(".row[aria-selected=true] .name")).to_have_text(names[1])
+    page.keyboard.press("Enter")
+    expect(page.locator("#film-name")).to_have_text(names[1])
+    expect(page.locator("#film-name")).to_be_focused()
+    page.keyboard.press("j")
+    expect(page.locator("#film-name")).to_have_text(names[2])
+    expect(page.locator("#film-place")).to_have_text("3 of 6")
+    page.keyboard.press("h")
+    expect(page.locator("#heat")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("i")
+    expect(page.locator("#invert")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#help")).to_be_hidden()
+    expect(page.locator("#film")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#film")).to_be_hidden()
+    expect(page.locator("#rows")).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".row[aria-selected=true] .name")).to_have_text(names[3])
+    page.keyboard.press("/")
+    page.keyboard.type("jjh")
+    expect(page.locator("#filter-text")).to_have_value("jjh")
+
+
+def test_single_keys_can_be_turned_off(ward: Ward) -> None:
+    page = filled(ward, 1).page
+    page.keyboard.press("?")
+    page.uncheck("#keys-on")
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    assert page.locator(".row[aria-selected=true]").count() == 0
+
+
+def test_a_reload_keeps_filters_film_window_zoom_heat_map_and_prevalence(ward: Ward) -> None:
+    page = filled(ward).page
+    page.select_option("#filter-review", "no")
+    open_first(ward)
+    for key in ("i", "h", "+"):
+        page.keyboard.press(key)
+    page.locator("#window-width").fill("100")
+    page.locator("#prevalence").fill("20")
+    name = page.locator("#film-name").inner_text()
+    seen = {
+        key: page.locator(key).inner_text()
+        for key in ("#stage-words", "#count", "#ppv", "#prevalence-value", "#film-place")
+    }
+    assert "inverted" in seen["#stage-words"] and "W 100" in seen["#stage-words"]
+    page.wait_for_function("() => JSON.parse(localStorage.xrai).view?.window.width === 100")
+    page.reload()
+    expect(page.locator("#film-name")).to_have_text(name)
+    for key, text in seen.items():
+        expect(page.locator(key)).to_have_text(text)
+    expect(page.locator("#heat")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#filter-review")).to_have_value("no")
+    page.go_back()
+    expect(page.locator("#film")).to_be_hidden()
+
+
+def test_a_film_that_another_sends_appears_and_a_deleted_one_goes(ward: Ward) -> None:
+    page = filled(ward, 1).page
+    ward.send("late.png", films(3)[2][1])
+    expect(page.locator(".row", has_text="late.png")).to_be_visible()
+    page.locator(".row", has_text="late.png").click()
+    page.click("#delete")
+    expect(page.locator("#confirm-name")).to_have_text("late.png")
+    page.click("#confirm button[value=no]")
+    assert len(ward.films()) == 3
+    page.click("#delete")
+    page.click("#confirm button[value=yes]")
+    expect(page.locator(".row")).to_have_count(2)
+    assert "late.png" not in [film["name"] for film in ward.films()]
+    expect(page.locator("#film-name")).not_to_have_text("late.png")
+
+
+def test_the_list_is_there_as_csv(ward: Ward) -> None:
+    page = filled(ward, 2).page
+    with page.expect_download() as download:
+        page.click("#csv")
+    text = Path(download.value.path()).read_text()
+    assert all(name in text for name in ("00.png", "01.png", "noise.png"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<img src=x onerror=document.title='taken'>.png",
+        "\"><script>document.title='taken'</script>.png",
+        "{{ 7 * 7 }}%s${7*7}.png",
+        "\u202egnp.exe.png",
+    ],
+)
+def test_a_hostile_name_is_text(ward: Ward, name: str) -> None:
+    page = opened(ward, name).page
+    assert ward.names() == [ward.films()[0]["name"]]
+    assert page.locator("#film-name").text_content() == ward.films()[0]["name"]
+    assert page.locator("#rows img").count() == 1 and page.locator("#rows script").count() == 0
+    assert page.title() == "Worklist – xrai"
+
+
+# ------------------------------------------------------------------------------------ the viewer
+
+
+def test_a_film_is_shown_in_its_own_greys_and_a_drag_sets_the_window(ward: Ward) -> None:
+    page = opened(ward).page
+    assert (at(ward, 0.3, 0.5), at(ward, 0.7, 0.5)) == ([60, 60, 60, 255], [180, 180, 180, 255])
+    expect(page.locator("#stage-words")).to_contain_text("C 128 · W 256")
+    box = page.locator("#canvas").bounding_box()
+    assert box
+    page.mouse.move(box["x"] + 300, box["y"] + 200)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 250, box["y"] + 250, steps=4)
+    page.mouse.up()
+    centre, width = (
+        float(page.locator(f"#window-{name}").input_value()) for name in ("centre", "width")
+    )
+    assert centre > 128 and width < 256
+    expected = ((60 - (centre - 0.5)) / (width - 1) + 0.5) * 255
+    assert at(ward, 0.3, 0.5)[0] == pytest.approx(expected, abs=1.5)
+    page.click("#reset")
+    expect(page.locator("#stage-words")).to_contain_text("C 128 · W 256")
+
+
+def test_invert_turns_the_greys_around(ward: Ward) -> None:
+    page = opened(ward).page
+    page.click("#invert")
+    assert (at(ward, 0.3, 0.5)[0], at(ward, 0.7, 0.5)[0]) == (195, 75)
+
+
+def test_the_wheel_zooms_at_the_pointer_and_the_right_button_pans(ward: Ward) -> None:
+    page = opened(ward).page
+    box = page.locator("#canvas").bounding_box()
+    assert box
+    before = page.locator("#stage-words").inner_text()
+    page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + box["height"] / 2)
+    for _ in range(3):
+        page.mouse.wheel(0, -240)
+    expect(page.locator("#stage-words")).not_to_have_text(before)
+    assert at(ward, 0.45, 0.5)[0] == 60  # held where it was; all around is the left half
+    assert [at(ward, 0.02, 0.5)[0], at(ward, 0.98, 0.5)[0]] == [60, 180]
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 50)
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 50, steps=3)
+    page.mouse.up(button="right")
+    assert at(ward, 0.45, 0.5)[0] == 180
+    page.click("#actual")
+    expect(page.locator("#stage-words")).to_contain_text("zoom 100%")
+    page.keyboard.press("0")
+    expect(page.locator("#stage-words")).to_have_text(before)
+
+
+def test_the_heat_map_lies_over_the_film_only_while_it_is_on(ward: Ward) -> None:
+    page = opened(ward, "one.png", films(1)[0][1]).page
+
+    def colours() -> int:
+        at(ward, 0, 0)  # after the next frame
+        return int(page.evaluate(COLOURS))
+
+    assert colours() == 0
+    page.keyboard.press("h")
+    expect(page.locator("#stage-heat")).to_contain_text("Heat map of pneumonia")
+    assert colours() > 1000
+    page.keyboard.press("h")
+    expect(page.locator("#stage-heat")).to_be_empty()
+    assert colours() == 0
+
+
+def test_a_dicom_film_of_12_bits_opens_in_its_own_window_and_shows_what_8_bits_lose(
+    ward: Ward,
+) -> None:
+    samples = np.full((300, 400), 1000, np.uint16)
+    samples[:, 200:] = 1008  # half a grey level of 8 bits apart
+    samples[:2], samples[-2:] = 0, 4095
+    data = dicom_file(samples, BitsStored=12, WindowCenter=1004, WindowWidth=21)
+    page = opened(ward, "film.dcm", data).page
+    expect(page.locator("#stage-words")).to_contain_text("C 1,004 · W 21")
+    expected = [round(255 * ((value - 1003.5) / 20 + 0.5)) for value in (1000, 1008)]
+    assert [at(ward, 0.3, 0.5)[0], at(ward, 0.7, 0.5)[0]] == expected
+    page.locator("#window-width").fill("4096")
+    left, right = at(ward, 0.3, 0.5)[0], at(ward, 0.7, 0.5)[0]
+    assert abs(left - right) <= 1
+
+
+def test_the_numbers_are_the_servers_and_the_prevalence_moves_the_predictive_values(
+    ward: Ward,
+) -> None:
+    page = opened(ward, "one.png", films(1)[0][1]).page
+    (film,) = ward.films()
+    share = probability(film)
+    shown = page.locator("#outputs .percent").inner_text()
+    assert float(re.sub(r"[^\d.]", "", shown)) == pytest.approx(100 * share, abs=0.6)
+    before = page.locator("#ppv").inner_text()
+    page.locator("#prevalence").fill("10")
+    assert page.locator("#ppv").inner_text() != before
+    page.click("#prevalence-reset")
+    expect(page.locator("#ppv")).to_have_text(before)
+
+
+def test_why_a_film_is_for_review_is_said_beside_it(ward: Ward) -> None:
+    page = filled(ward, 1).page
+    page.locator(".row", has_text="noise.png").click()
+    expect(page.locator("#why")).to_contain_text("does not look like the training images")
+    expect(page.locator("#why")).to_contain_text("as if there were no model")
+
+
+def test_the_card_says_what_the_model_looks_for_and_how_well(ward: Ward) -> None:
+    ward.open()
+    ward.page.click("#open-card")
+    model = json.loads(ward.page.request.get(f"{ward.url}/v1/model").text())
+    card = ward.page.locator("#card")
+    expect(card).to_contain_text("pneumonia")
+    expect(card).to_contain_text("Sensitivity")
+    expect(card).to_contain_text("Not a medical device")
+    assert model
+
+
+# ------------------------------------------------------------------------- everybody, everywhere
+
+
+def test_a_browser_without_the_session_signs_in_with_the_token(
+    ward: Ward, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    service = make_service(save_run(tmp_path_factory.mktemp("token")))
+    page = ward.page
+    with serve(service, token="a token of the ward") as address:
+        page.goto(address)
+        expect(page.locator("h1")).to_have_text("Sign in")
+        page.fill("#token", "another one, not right")
+        page.click("button")
+        expect(page.locator("[role=alert]")).to_contain_text("not right")
+        page.fill("#token", "a token of the ward")
+        page.click("button")
+        expect(page.locator("#empty")).to_be_visible()
+        assert page.evaluate("document.cookie") == ""  # no script can read the session
+        page.context.clear_cookies()
+        expect(page.locator("h1")).to_have_text("Sign in")  # when it asks for the list
+
+
+def test_every_view_says_that_it_is_no_medical_device(ward: Ward) -> None:
+    page = filled(ward, 1).page
+    notice = page.locator("body > .notice")
+    expect(notice).to_contain_text("Not a medical device")
+    expect(notice).to_be_in_viewport()
+    open_first(ward)
+    expect(notice).to_be_in_viewport()
+
+
+@like(locale="fr-FR")
+def test_a_french_browser_gets_french_and_can_change_it(ward: Ward) -> None:
+    page = filled(ward, 1).page
+    expect(page.locator("html")).to_have_attribute("lang", "fr")
+    expect(page.locator("h1")).to_have_text("Liste de travail")
+    expect(page.locator("#count")).to_contain_text("clichés")
+    page.select_option("#filter-review", "yes")
+    page.locator(".row", has_text="noise.png").click()
+    expect(page.locator("#why")).to_contain_text("Il ne ressemble pas aux images")
+    expect(page.locator("body > .notice")).to_contain_text("N'est pas un dispositif médical")
+    page.click("text=EN")
+    expect(page.locator("h1")).to_have_text("Worklist")
+    expect(page.locator("#film-name")).to_have_text("noise.png")  # and the filters stay
+    expect(page.locator("#filter-review")).to_have_value("yes")
+
+
+@like(color_scheme="dark")
+def test_dark_is_the_systems_choice_or_the_persons(ward: Ward) -> None:
+    ward.open()
+    colour = "() => getComputedStyle(document.body).backgroundColor"
+    assert ward.page.evaluate(colour) == "rgb(17, 20, 26)"
+    ward.page.select_option("#theme", "light")
+    assert ward.page.evaluate(colour) == "rgb(245, 247, 250)"
+    ward.open()
+    assert ward.page.evaluate(colour) == "rgb(245, 247, 250)"
+    ward.page.select_option("#theme", "dark")
+    assert ward.page.evaluate(colour) == "rgb(17, 20, 26)"
+
+
+@like(**PHONE)
+def test_on_a_phone_the_film_takes_the_page_and_nothing_is_cut_off(ward: Ward) -> None:
+    page = filled(ward, 2).page
+    width = "() => document.documentElement.scrollWidth"
+    assert page.evaluate(width) == 390
+    open_first(ward)
+    expect(page.locator("#list")).to_be_hidden()
+    assert page.evaluate(width) == 390
+    box = page.locator("#canvas").bounding_box()
+    assert box and box["width"] == 390 and box["height"] > 300
+    page.click("#back")
+    expect(page.locator("#list")).to_be_visible()
+
+
+def faults(page: Page) -> list[str]:
+    """What axe-core finds that is serious or critical."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{each['id']}: {node['html'][:150]}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "ward",
+    [{}, {"color_scheme": "dark"}, {**PHONE, "locale": "fr-FR"}],
+    indirect=True,
+    ids=["light", "dark", "phone"],
+)
+def test_axe_finds_no_serious_fault_in_any_view(ward: Ward) -> None:
+    page = ward.page
+    ward.open()
+    assert faults(page) == []  # without films
+    filled(ward, 2)
+    assert faults(page) == []
+    for view in ("card", "help"):
+        page.click(f"#open-{view}")
+        assert faults(page) == [], view
+        page.keyboard.press("Escape")
+    page.locator(".row", has_text="noise.png").click()
+    page.keyboard.press("h")
+    expect(page.locator("#stage-heat")).not_to_be_empty()
+    assert faults(page) == []
+    page.click("#delete")
+    assert faults(page) == []
+    page.keyboard.press("Escape")
+    page.click("#back")
+    page.route("**/v1/films", lambda route: route.fulfill(status=413, body="{}"))
+    page.set_input_files("#files", files(films(0)))
+    expect(page.locator("#uploads-files .failed")).to_be_visible()
+    assert faults(page) == []
+    page.goto(f"{ward.url}/login?wrong")
+    assert faults(page) == []

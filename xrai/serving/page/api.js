@@ -1,0 +1,129 @@
+// The HTTP interface as the page uses it: the film and the model in the page's own terms.
+
+import { readPng } from "./png.js";
+import { say } from "./words.js";
+
+// The model: {run, outputs, numImages, split, isPhantom, trainedOn}
+export async function fetchModel() {
+  return toModel(await (await ask("/v1/model")).json());
+}
+
+// All films in the order of the list; null where nothing changed since the last answer
+export async function fetchFilms() {
+  const answer = await ask("/v1/films", { headers: tag ? { "If-None-Match": tag } : {} });
+  if (answer.status === 304) return null;
+  tag = answer.headers.get("ETag") ?? "";
+  const text = await answer.text();
+  if (text === lastText) return null;
+  lastText = text;
+  return JSON.parse(text).films.map(toFilm);
+}
+let tag = "";
+let lastText = "";
+
+export async function deleteFilm(film) {
+  await ask(film.addresses.film, { method: "DELETE" });
+}
+
+export async function loadImage(film) {
+  return readPng(await (await ask(film.addresses.image)).arrayBuffer());
+}
+
+// Has the browser keep the image of a film that is likely to be opened next
+export async function fetchAhead(film) {
+  try {
+    await (await fetch(film.addresses.image, { priority: "low" })).arrayBuffer();
+  } catch {
+    // it is asked for again when it is opened
+  }
+}
+
+export async function loadHeat(film, name) {
+  const answer = await ask(`${film.addresses.film}/heat.png?of=${encodeURIComponent(name)}`);
+  return createImageBitmap(await answer.blob());
+}
+
+async function ask(address, options = {}) {
+  const answer = await fetch(address, { credentials: "same-origin", ...options });
+  if (answer.ok || answer.status === 304) return answer;
+  const error = new Error(await reasonOf(answer.status, await answer.text()));
+  error.isLogin = answer.status === 401;
+  throw error;
+}
+
+// Sends one file. Gives {films, refused}, those of a zip that were refused as {name, reason}; or
+// {reason} why there are none, with `retryAfterS` where the server asks to come again, with
+// `isLost` where it did not answer. `onProgress` gets the share that is sent.
+export function upload(file, onProgress) {
+  const request = new XMLHttpRequest();
+  const body = new FormData();
+  body.append("file", file, file.webkitRelativePath || file.name);
+  return new Promise((done) => {
+    request.upload.addEventListener("progress", (event) => {
+      if (event.lengthComputable) onProgress(event.loaded / event.total);
+    });
+    request.addEventListener("load", () => done(answerOf(request)));
+    request.addEventListener("error", () => done({ isLost: true, reason: say("upload_lost") }));
+    request.open("POST", "/v1/films");
+    request.send(body);
+  });
+}
+
+function answerOf(request) {
+  const { status, responseText } = request;
+  if (status >= 200 && status < 300) {
+    const { films, refused = [] } = JSON.parse(responseText);
+    return { films: films.map(toFilm), refused };
+  }
+  const reason = reasonOf(status, responseText);
+  if (status >= 400 && status < 500 && status !== 429) return { reason, isFinal: true };
+  if (status !== 429 && status !== 503) return { reason };
+  const seconds = Number(request.getResponseHeader("Retry-After"));
+  return { reason, retryAfterS: Number.isFinite(seconds) ? seconds : 5 };
+}
+
+function reasonOf(status, text) {
+  if (status === 413) return say("upload_too_large");
+  try {
+    return JSON.parse(text).detail || say("upload_refused", { status: String(status) });
+  } catch {
+    return say("upload_refused", { status: String(status) });
+  }
+}
+
+function toFilm(said) {
+  const address = `/v1/films/${encodeURIComponent(said.id)}`;
+  const isReadable = Object.keys(said.probabilities).length > 0;
+  return {
+    ...said,
+    isReadable,
+    isReview: said.decision === "review",
+    hasImage: isReadable,
+    isPositive: said.is_positive,
+    top: topOf(said),
+    values: toValues(said.window),
+    addresses: { film: address, image: `${address}/image`, thumbnail: `${address}/thumbnail.png` },
+  };
+}
+
+// How stored values are shown: see `ownWindow` of window.js
+function toValues(window) {
+  if (!window) return {};
+  const { centre, width, slope, intercept, is_inverse: isInverse } = window;
+  return { centre, width, slope, intercept, isInverse };
+}
+
+function topOf({ probabilities, thresholds, calls }) {
+  const names = Object.keys(probabilities).sort((a, b) => probabilities[b] - probabilities[a]);
+  if (!names.length) return null;
+  const [name] = names;
+  const threshold = thresholds[name] ?? null;
+  const isCalled = threshold === null ? calls.includes(name) : probabilities[name] >= threshold;
+  return { name, probability: probabilities[name], threshold, isCalled };
+}
+
+function toModel(said) {
+  const { num_images: numImages, is_phantom: isPhantom, trained_on: trainedOn } = said;
+  const outputs = said.outputs.map((output) => ({ prevalence: null, ...output }));
+  return { ...said, outputs, numImages, isPhantom, trainedOn };
+}
