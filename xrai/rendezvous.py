@@ -37,8 +37,16 @@ def main() -> None:
         address = wait_for(host, number, timeout_s=float(timeout_s))
         watching = threading.Thread(target=watch, args=(host, address, number), daemon=True)
         watching.start()
+    from xrai.learning.distributed import MEETING_FAILURES  # here: it loads torch
+
     sys.argv = ["torchrun", *options]
-    runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+    except MEETING_FAILURES as error:
+        raise XraiError(
+            f"this machine lost the others, whom it met at {endpoint}: "
+            f"{str(error).splitlines()[0]}; the one that failed first says why"
+        ) from error
 
 
 def is_here(host: str) -> bool:

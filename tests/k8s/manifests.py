@@ -7,6 +7,7 @@ The rehearsal (tests/e2e/test_rehearsal.py) starts containers from the same read
 import base64
 import copy
 import functools
+import math
 import re
 import shutil
 import subprocess
@@ -148,11 +149,30 @@ def environment_of(
             values[variable["name"]] = fields[origin["fieldRef"]["fieldPath"]]
         elif "resourceFieldRef" in origin:
             section, resource = origin["resourceFieldRef"]["resource"].split(".")
-            values[variable["name"]] = str(container["resources"][section][resource])
+            number = quantity(container["resources"][section][resource])
+            values[variable["name"]] = str(math.ceil(number))  # the divisor is 1
         else:
             values[variable["name"]] = expand(variable["value"], values)
     values.update(also or {})
     return values
+
+
+def quantity(text: str | int) -> float:
+    """What Kubernetes understands of "300m", "2" or "16Gi": CPUs, or bytes."""
+    match = re.fullmatch(r"(\d+)(m|Mi|Gi|)", str(text))
+    assert match is not None, text
+    return int(match[1]) * {"m": 1e-3, "": 1, "Mi": 2**20, "Gi": 2**30}[match[2]]
+
+
+def requested(workload: "Workload", resource: str) -> float:
+    """What the scheduler sets aside for a pod: the most that a container before the others
+    requests, or the sum of those that run together.
+    """
+    first, together = (
+        [quantity(c["resources"]["requests"].get(resource, 0)) for c in workload.pod.get(kind, [])]
+        for kind in ("initContainers", "containers")
+    )
+    return max([*first, sum(together)])
 
 
 def secret_of(document: Document) -> dict[str, str]:

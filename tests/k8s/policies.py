@@ -15,6 +15,7 @@ from tests.k8s.manifests import (
     expand,
     fields_of,
     of_kind,
+    quantity,
     secret_of,
     workloads,
 )
@@ -182,7 +183,7 @@ def mounts_fit(documents: list[Document]) -> list[str]:
                 broken.append(f"{where} has no /tmp")
             if workload.component == "train":
                 shm = volumes.get(mounts.get("/dev/shm", {}).get("name"), {}).get("emptyDir", {})
-                if shm.get("medium") != "Memory" or _bytes(shm.get("sizeLimit", "0")) < 2**30:
+                if shm.get("medium") != "Memory" or quantity(shm.get("sizeLimit", "0")) < 2**30:
                     broken.append(f"{where} has a small /dev/shm")
                 if "/cache" not in mounts:
                     broken.append(f"{where} has no /cache")
@@ -198,7 +199,8 @@ def cache_fits_its_volume(documents: list[Document]) -> list[str]:
         f"{volume['emptyDir']['sizeLimit']}"
         for workload in workloads(documents)
         for volume in workload.pod.get("volumes", [])
-        if volume["name"] == "cache" and not 0 < max_bytes < _bytes(volume["emptyDir"]["sizeLimit"])
+        if volume["name"] == "cache"
+        and not 0 < max_bytes < quantity(volume["emptyDir"]["sizeLimit"])
     ]
 
 
@@ -243,6 +245,9 @@ def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
         if together:
             if job.get("backoffLimit") != 0:
                 broken.append(f"{workload.name} replaces pods, which its JobSet does sooner")
+        elif workload.component == "preprocess":
+            if not job.get("backoffLimitPerIndex", 0) > 0 or "backoffLimit" in job:
+                broken.append(f"{workload.name}: partitions share the failures that they may have")
         elif job.get("backoffLimit", 0) < job["completions"] * max([1, *restarts]):
             broken.append(f"{workload.name} gives up after {job.get('backoffLimit')} pods")
     return broken
@@ -393,7 +398,7 @@ def cores_suffice(documents: list[Document]) -> list[str]:
             if "=" in arg
         )
         cpus, gpus = (
-            float(container["resources"]["requests"]["cpu"]),
+            max(1.0, quantity(container["resources"]["requests"]["cpu"])),  # a part runs one
             container["resources"]["limits"].get("nvidia.com/gpu"),
         )
         processes = (
@@ -552,9 +557,3 @@ def _within(address: str, block: Document) -> bool:
     return any(host in network for network in inside) and not any(
         host in network for network in spared
     )
-
-
-def _bytes(quantity: str) -> int:
-    match = re.fullmatch(r"(\d+)(Mi|Gi|)", quantity)
-    assert match is not None, quantity
-    return int(match[1]) * {"": 1, "Mi": 2**20, "Gi": 2**30}[match[2]]

@@ -20,6 +20,7 @@ from tests.k8s.manifests import (
     read_documents,
     render,
     render_folder,
+    requested,
     stand_alone,
     workloads,
 )
@@ -113,6 +114,8 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     (policies.jobs_replace_what_was_lost, TRAIN, "spec ttlSecondsAfterFinished", GONE),
     (policies.jobs_replace_what_was_lost, TRAIN, "spec completionMode", "NonIndexed"),
     (policies.jobs_replace_what_was_lost, TRAIN, f"{POD} restartPolicy", "OnFailure"),
+    (policies.jobs_replace_what_was_lost, PREPROCESS, "spec backoffLimitPerIndex", GONE),
+    (policies.jobs_replace_what_was_lost, PREPROCESS, "spec backoffLimit", 32),
     (policies.jobs_replace_what_was_lost, TRAIN, "spec backoffLimit", 5),
     (policies.nodes_meet, TRAIN, "spec parallelism", 1),
     (policies.nodes_meet, TRAIN, "spec completions", 3),
@@ -319,6 +322,19 @@ def test_the_development_s3_has_the_buckets_and_keys_that_the_jobs_use() -> None
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
     }
+
+
+def test_the_development_cluster_fits_two_cpus_and_ends_soon() -> None:
+    """All pods at once, also those that wait, so that none waits for another one's place."""
+    documents = render("s3-dev")
+    for resource, most in (("cpu", 1.5), ("memory", 3 * 2**30), ("ephemeral-storage", 6 * 2**30)):
+        asked = sum(
+            (workload.job or {}).get("parallelism", 1) * requested(workload, resource)
+            for workload in workloads(documents)
+        )
+        assert 0 < asked < most, resource
+    config = of_kind(documents, "ConfigMap")["xrai-config"]["data"]["config.yaml"]
+    assert yaml.safe_load(config)["train"]["epochs"] <= 5
 
 
 def test_the_jobset_trains_after_preprocessing_and_is_all_there_is() -> None:

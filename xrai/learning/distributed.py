@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
@@ -37,6 +38,8 @@ _CALL_EVERY_S = 5.0
 _SILENT_S = 20.0  # of a rank that is called silent
 _TELL_EVERY_S = 60.0
 _logger = get_logger(__name__)
+
+MEETING_FAILURES = (RendezvousError, dist.DistError)  # of torchrun, with its store or its nodes
 
 record_failures = record  # torchrun's: writes a rank's traceback to TORCHELASTIC_ERROR_FILE
 
