@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import yaml
 from starlette.applications import Starlette
@@ -27,16 +27,16 @@ class Client:
     """Asks the page's routes, and keeps cookies."""
 
     def __init__(self) -> None:
-        self.cookies = httpx.Cookies()
+        self.cookies = httpx2.Cookies()
 
-    def get(self, address: str, **options: Any) -> httpx.Response:
+    def get(self, address: str, **options: Any) -> httpx2.Response:
         """The answer to a GET request, after redirects unless an option says otherwise."""
         return asyncio.run(self._get(address, {"follow_redirects": True, **options}))
 
-    async def _get(self, address: str, options: dict[str, Any]) -> httpx.Response:
-        transport = httpx.ASGITransport(Starlette(routes=page_routes()))
+    async def _get(self, address: str, options: dict[str, Any]) -> httpx2.Response:
+        transport = httpx2.ASGITransport(Starlette(routes=page_routes()))
         where = "http://127.0.0.1"
-        async with httpx.AsyncClient(
+        async with httpx2.AsyncClient(
             transport=transport, base_url=where, cookies=self.cookies
         ) as client:
             answer = await client.get(address, **options)
