@@ -14,7 +14,7 @@ import torch
 
 from xrai.command import PRIOR, RUNS, Flag, parse, run_command
 from xrai.errors import UserError
-from xrai.log import get_logger, setup_logging
+from xrai.log import Heartbeat, get_logger, setup_logging
 from xrai.serving.dicom_flags import DICOM_FLAGS
 
 TOKEN = "XRAI_SERVE_TOKEN"
@@ -33,6 +33,7 @@ FLAGS = (
 _MIN_TOKEN = 16  # characters
 _KEEP_ALIVE_S = 20
 _MAX_CONNECTIONS = 512
+_BEAT_S = 10  # between signs of life
 _MAX_REQUESTS, _MAX_REQUESTS_PER_CLIENT = 64, 16
 _logger = get_logger("xrai.serve")
 
@@ -48,6 +49,7 @@ def main() -> None:
     try:
         import uvicorn
 
+        from xrai.serving.connections import Connection
         from xrai.serving.dicom import DicomSide, read_options
         from xrai.serving.films import Worklist
         from xrai.serving.http import Limits, make_app
@@ -76,6 +78,7 @@ def main() -> None:
         app = make_app(service, token=token, limits=limits, pages=page_routes())
         settings = uvicorn.Config(
             app,
+            http=Connection,
             access_log=False,  # which names films
             log_config=None,
             log_level="warning",
@@ -86,12 +89,19 @@ def main() -> None:
             timeout_graceful_shutdown=flags["stop_s"],
             limit_concurrency=_MAX_CONNECTIONS,
             h11_max_incomplete_event_size=1 << 16,
+            callback_notify=_beat,
+            timeout_notify=_BEAT_S,
         )
         host, port = server_socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         run_id = service.models.pipeline.run_id
         _logger.info("run %s is served at http://%s:%d/", run_id, shown, port)
         uvicorn.Server(settings).run(sockets=[server_socket])
+
+
+async def _beat() -> None:
+    """Touch the file of XRAI_HEARTBEAT, which a container's check looks at."""
+    Heartbeat().beat()
 
 
 def check_flags(flags: dict[str, Any]) -> None:

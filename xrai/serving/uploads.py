@@ -6,6 +6,7 @@ Zip archives are taken apart. Nothing is written to disk, and nothing is held be
 import asyncio
 import functools
 import io
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from xrai.log import printable
 
 MAX_FILES: Final = 5000  # of a request, those in zip archives counted
 _SILENCE_S = 30.0  # between two parts of a body
+_LEAST_RATE = 4096  # bytes a second of a body, on average after the first `_SILENCE_S`
 _ZIP = b"PK\x03\x04"
 
 
@@ -78,14 +80,15 @@ async def received(request: Request, room: Room) -> AsyncIterator[list[File]]:
 
 
 async def _limited(request: Request, room: Room, taken: list[int]) -> AsyncIterator[bytes]:
-    parts = request.stream()
+    parts, began = request.stream(), time.monotonic()
     while True:
         try:
-            part = await asyncio.wait_for(anext(parts), _SILENCE_S)
+            left_s = began + _SILENCE_S + taken[0] / _LEAST_RATE - time.monotonic()
+            part = await asyncio.wait_for(anext(parts), min(_SILENCE_S, max(0.0, left_s)))
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise RequestError(408, f"no more of the body came for {_SILENCE_S:.0f} s") from None
+            raise RequestError(408, "the body comes too slowly, or no more of it came") from None
         except ClientDisconnect:
             raise RequestError(400, "the client left before its body was whole") from None
         if len(part) > room.free_bytes:

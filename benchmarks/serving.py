@@ -1,0 +1,512 @@
+"""What `xrai serve` costs beside `pipeline.predict`: latency, throughput, memory, and a long load.
+
+    python -m benchmarks.serving  # a network trained for two epochs on phantoms: speed is the same
+    python -m benchmarks.serving --run submit/ID --source DIR --minutes 60
+    python -m benchmarks.serving --parts load --minutes 5
+
+The server, its clients and what it is compared with run on the same cores.
+
+    throughput  films a second: `xrai.load(run).predict` on files, and the same files sent to a
+                server, a film a request, by `--clients` connections
+    latency     one film a request while the server is half busy: films come at random times
+                (Poisson), half as many as the server takes, each on a connection that is free.
+                The scoring time is that of `predict` with one file
+    drop        films that are sent at once, as the page sends a folder: how much more memory the
+                server takes
+    load        `--minutes` of films, damaged films, reads and deletions, and clients that leave in
+                the middle of a body or of an answer. In the end nothing may wait, each film that
+                was answered for must be counted, and memory must not have grown since the beginning
+
+Memory is what no file holds, of the server alone.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import random
+import re
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import xrai
+from benchmarks.data import FULL_SIZE, PUBLIC, find_public, source_or_phantoms
+from benchmarks.harness import (
+    OWN_PAGES,
+    ROOT,
+    Contender,
+    Figure,
+    Report,
+    count_kib,
+    ratio,
+    run_in_turn,
+    say,
+    values_of,
+    watch_memory,
+)
+from benchmarks.predict import train_one
+
+PARTS = ("throughput", "latency", "drop", "load")
+PREDICT, SERVE = "predict", "serve"
+RATE = Figure("images_per_s", "images/s")
+SCORING = Figure("scoring_ms", "predict, one file, ms", "lower", 1)
+MEDIAN = Figure("median_ms", "median, ms", "lower", 1)
+P99 = Figure("p99_ms", "99th percentile, ms", "lower", 1)
+MORE = Figure("more_mib", "more memory, MiB", "lower")
+_ADDRESS = re.compile(r"is served at http://127\.0\.0\.1:(\d+)/")
+_START_S = 120.0
+_ANSWER_S = 60.0
+
+
+def main() -> None:
+    """Measure, print the tables and save them."""
+    parser = argparse.ArgumentParser(description="xrai serve beside predict.")
+    parser.add_argument(
+        "--run", default="", help="a finished run; if not given, one is trained on phantoms"
+    )
+    parser.add_argument("--source", default=find_public(PUBLIC), help="folder of JPEG files")
+    parser.add_argument(
+        "--full_size", default=find_public(FULL_SIZE), help="folder of full-size JPEG files"
+    )
+    parser.add_argument("--films", type=int, default=1000, help="of a measurement, and of a drop")
+    parser.add_argument("--clients", type=int, default=4, help="connections that send films")
+    parser.add_argument("--minutes", type=float, default=60.0, help="length of the load")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        place = Path(folder)
+        run = flags.run or str(train_one(place))
+        settings = {
+            "films": flags.films,
+            "clients": flags.clients,
+            "minutes": flags.minutes if "load" in flags.parts else 0,
+            "rounds": flags.rounds,
+        }
+        report = Report("serving", settings=settings)
+        sources = {"films": flags.source, "full_size": flags.full_size}
+        arguments: dict[str, object] = {}
+        for name, source in sources.items():
+            if name == "full_size" and not source:
+                say("no full-size files: give a folder by --full_size")
+                continue
+            found, what = source_or_phantoms(source, place / name, num_phantoms=flags.films)
+            paths = [str(path) for path in islice(sorted(Path(found).rglob("*.*g")), flags.films)]
+            listed = place / f"{name}.txt"
+            listed.write_text("\n".join(paths))
+            arguments = {"run": run, "listed": str(listed), "num_films": flags.films}
+            arguments["clients"] = flags.clients
+            compare(report, name, what, arguments, flags)
+        if "load" in flags.parts:
+            bear(report, {**arguments, "minutes": flags.minutes})
+    report.save()
+
+
+def compare(
+    report: Report, name: str, what: str, arguments: dict[str, object], flags: argparse.Namespace
+) -> None:
+    """Throughput, latency and a drop of the files of one source."""
+    module, title = "benchmarks.serving", f"{arguments['num_films']} films of {what}"
+    if "throughput" in flags.parts:
+        contenders = [
+            Contender(PREDICT, f"{module}:measure_predict", arguments),
+            Contender(SERVE, f"{module}:measure_throughput", arguments),
+        ]
+        runs = run_in_turn(contenders, rounds=flags.rounds)
+        report.add_table(f"{name}_rate", f"Throughput, {title}", runs, ours=SERVE, figures=[RATE])
+        share = ratio(runs, SERVE, PREDICT, RATE.key)["median"]
+        report.demand(f"{what}: films/s over predict's", share, at_least=0.8)
+    if "latency" in flags.parts:
+        contender = Contender(SERVE, f"{module}:measure_latency", arguments)
+        runs = run_in_turn([contender], rounds=flags.rounds)
+        figures = [P99, MEDIAN, SCORING, RATE]
+        report.add_table(f"{name}_latency", f"One film, half load, {title}", runs, figures=figures)
+        times = ratio_of_figures([run.figures for run in runs if not run.failure])
+        report.demand(f"{what}: p99 over the scoring time", times, at_most=3)
+    if "drop" in flags.parts:
+        contender = Contender(SERVE, f"{module}:measure_drop", arguments)
+        runs = run_in_turn([contender], rounds=min(flags.rounds, 2))
+        report.add_table(f"{name}_drop", f"A drop, {title}", runs, figures=[MORE, RATE])
+        more = max(values_of(runs, SERVE, MORE.key).values())
+        report.demand(f"{what}: more memory for a drop, MiB", more, at_most=1024, digits=0)
+
+
+def ratio_of_figures(figures: Sequence[dict[str, float]]) -> float:
+    """The median over rounds of the 99th percentile over the scoring time."""
+    return statistics.median(each[P99.key] / each[SCORING.key] for each in figures)
+
+
+def bear(report: Report, arguments: dict[str, object]) -> None:
+    """The long load, once."""
+    timeout_s = 60 * float(str(arguments["minutes"])) + 600
+    contender = Contender(SERVE, "benchmarks.serving:measure_load", arguments)
+    runs = run_in_turn([contender], rounds=1, timeout_s=timeout_s)
+    figures = [
+        Figure("films", "films"),
+        Figure("left", "clients that left"),
+        Figure("growth_mib", "growth, MiB", "lower"),
+        Figure("lost", "films lost", "lower"),
+        Figure("errors", "answers of 500", "lower"),
+    ]
+    title = f"{arguments['minutes']:g} minutes of load, clients that leave among it"
+    report.add_table("load", title, runs, figures=figures)
+    found = runs[0].figures
+    report.demand("load: films lost", found.get("lost", float("inf")), at_most=0, digits=0)
+    report.demand("load: answers of 500", found.get("errors", float("inf")), at_most=0, digits=0)
+    growth = found.get("growth_mib", float("inf"))
+    report.demand("load: growth after the first tenth, MiB", growth, at_most=64, digits=0)
+
+
+# ----------------------------------------------------------------------------------------- a server
+
+
+@dataclass
+class Server:
+    """A server that runs until the block ends, and what it has said."""
+
+    run: str
+    options: Sequence[str] = ()
+    port: int = 0
+    log: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> "Server":
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "xrai.serve", "--run", self.run, "--port=0", *self.options],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._is_up = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._is_up.wait(_START_S) or not self.port:
+            self.process.kill()
+            raise OSError(f"the server did not start: {self.log[-3:]}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self, kind: int = signal.SIGTERM) -> int:
+        """End the server by a signal; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(kind)
+        status = self.process.wait(_ANSWER_S)
+        self._reader.join()
+        return status
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection to it."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_S)
+
+    def own_mib(self) -> float:
+        """What it holds in memory that no file does."""
+        rollup = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        return count_kib(rollup, OWN_PAGES) / 1024
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
+                if found := _ADDRESS.search(line):
+                    self.port = int(found[1])
+                    self._is_up.set()
+        self._is_up.set()  # it has ended
+
+
+def ask(
+    connection: http.client.HTTPConnection, method: str, path: str, body: bytes = b""
+) -> tuple[int, bytes]:
+    """Status and body of an answer; a body is a film."""
+    headers = {"Content-Type": "image/jpeg"} if body else {}
+    connection.request(method, path, body or None, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def send_all(server: Server, films: Sequence[bytes], num_films: int, *, clients: int) -> float:
+    """Send films, again and again, a film a request; the seconds that it took."""
+    numbers = iter(range(num_films))
+    lock = threading.Lock()
+
+    def send() -> None:
+        with contextlib.closing(server.connect()) as connection:
+            while True:
+                with lock:
+                    if (number := next(numbers, None)) is None:
+                        return
+                status, said = ask(connection, "POST", "/v1/films", films[number % len(films)])
+                if status != 201:
+                    raise OSError(f"{status}: {said[:200]!r}")
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(send) for _ in range(clients)]:
+            done.result()
+    return time.perf_counter() - began
+
+
+def forget_all(server: Server) -> None:
+    """Delete all films of the list."""
+    with contextlib.closing(server.connect()) as connection:
+        for film in json.loads(ask(connection, "GET", "/v1/films")[1])["films"]:
+            ask(connection, "DELETE", f"/v1/films/{film['id']}")
+
+
+def read_films(listed: str) -> list[bytes]:
+    """The files that a list names."""
+    return [Path(path).read_bytes() for path in Path(listed).read_text().split("\n")]
+
+
+# --------------------------------------------------------------------------------------- contenders
+
+
+def measure_predict(
+    *, scratch: Path, run: str, listed: str, num_films: int, clients: int
+) -> dict[str, float]:
+    """`xrai.load(run).predict` on as many files."""
+    pipeline = xrai.load(run)
+    paths = Path(listed).read_text().split("\n")
+    pipeline.predict(paths[:64])
+    began = time.perf_counter()
+    num_done = 0
+    while num_done < num_films:
+        num_done += len(pipeline.predict(paths[: num_films - num_done]))
+    return {RATE.key: num_films / (time.perf_counter() - began)}
+
+
+def measure_throughput(
+    *, scratch: Path, run: str, listed: str, num_films: int, clients: int
+) -> dict[str, float]:
+    """The same files sent to a server."""
+    films = read_films(listed)
+    with Server(run) as server:
+        send_all(server, films, 64, clients=clients)
+        return {RATE.key: num_films / send_all(server, films, num_films, clients=clients)}
+
+
+def measure_latency(
+    *, scratch: Path, run: str, listed: str, num_films: int, clients: int
+) -> dict[str, float]:
+    """One film a request while the server is half busy."""
+    scoring = time_one(run, Path(listed).read_text().split("\n"), num=200)
+    films = read_films(listed)
+    with Server(run) as server:
+        send_all(server, films, 64, clients=clients)
+        rate = num_films / send_all(server, films, num_films, clients=clients)
+        forget_all(server)
+        taken = send_at_random(server, films, num_films, per_s=rate / 2)
+    return {
+        P99.key: 1000 * statistics.quantiles(taken, n=100)[98],
+        MEDIAN.key: 1000 * statistics.median(taken),
+        SCORING.key: 1000 * statistics.median(scoring),
+        RATE.key: rate / 2,
+    }
+
+
+def time_one(run: str, paths: Sequence[str], *, num: int) -> list[float]:
+    """The seconds of each of so many predictions of one file, after ten that do not count."""
+    pipeline, taken = xrai.load(run), []
+    for number in range(-10, num):
+        began = time.perf_counter()
+        pipeline.predict(paths[number % len(paths)])
+        taken.append(time.perf_counter() - began)
+    return taken[10:]
+
+
+def send_at_random(
+    server: Server, films: Sequence[bytes], num_films: int, *, per_s: float
+) -> list[float]:
+    """Send films at random times, so many a second; the seconds of each, from when it was due."""
+    chance = random.Random(0)
+    free: list[http.client.HTTPConnection] = []
+    lock = threading.Lock()
+
+    def send(number: int, due: float) -> float:
+        with lock:
+            connection = free.pop() if free else server.connect()
+        status, _ = ask(connection, "POST", "/v1/films", films[number % len(films)])
+        ended = time.perf_counter()
+        if status != 201:
+            raise OSError(f"{status} at half load")
+        with lock:
+            free.append(connection)
+        return ended - due
+
+    with ThreadPoolExecutor(16) as pool:
+        due, sent = time.perf_counter(), []
+        for number in range(num_films):
+            due += chance.expovariate(per_s)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            sent.append(pool.submit(send, number, due))
+        return [each.result() for each in sent]
+
+
+def measure_drop(
+    *, scratch: Path, run: str, listed: str, num_films: int, clients: int
+) -> dict[str, float]:
+    """So many films at once, each as a request of its own, as the page sends them."""
+    films = read_films(listed)
+    with Server(run) as server:
+        send_all(server, films, 64, clients=clients)
+        forget_all(server)
+        before = server.own_mib()
+        with watch_memory(server.process.pid, pages=OWN_PAGES) as memory:
+            seconds = send_all(server, films, num_films, clients=clients)
+        with contextlib.closing(server.connect()) as connection:
+            listed_films = json.loads(ask(connection, "GET", "/v1/films")[1])["films"]
+        assert len(listed_films) == num_films
+        return {MORE.key: memory.peak_mib - before, RATE.key: num_films / seconds}
+
+
+# ------------------------------------------------------------------------------------- a long load
+
+
+@dataclass
+class Load:
+    """What the clients of a load have seen."""
+
+    server: Server
+    films: Sequence[bytes]
+    until: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    answers: Counter[int] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def work(self, seed: int) -> None:
+        """Be one client until the time is over."""
+        chance = random.Random(seed)
+        while time.monotonic() < self.until:
+            with contextlib.closing(self.server.connect()) as connection:
+                for _ in range(chance.randint(1, 20)):
+                    act = chance.choices(
+                        [self.post, self.look, self.leave_body, self.leave_answer], [70, 15, 8, 7]
+                    )[0]
+                    if not act(connection, chance):
+                        break
+
+    def post(self, connection: http.client.HTTPConnection, chance: random.Random) -> bool:
+        """Send a film, now and then a damaged one."""
+        film = chance.choice(self.films)
+        if chance.random() < 0.1:
+            film = film[: chance.randint(1, len(film) - 1)]
+        status, said = ask(connection, "POST", "/v1/films", film)
+        with self.lock:
+            self.answers[status] += 1
+            self.counts["films"] += len(json.loads(said)["films"]) if status == 201 else 0
+        return True
+
+    def look(self, connection: http.client.HTTPConnection, chance: random.Random) -> bool:
+        """Look at the list and at a film of it, and delete some of it."""
+        status, said = ask(connection, "GET", "/v1/films")
+        found = json.loads(said)["films"] if status == 200 else []
+        readable = [film for film in found if film["probabilities"]]
+        if readable:
+            address = f"/v1/films/{chance.choice(readable)['id']}"
+            part = chance.choice(["", "/image", "/thumbnail.png", "/heat.png"])
+            status, _ = ask(connection, "GET", address + part)
+            with self.lock:
+                self.answers[status] += 1
+        for film in found[100:]:
+            ask(connection, "DELETE", f"/v1/films/{film['id']}")
+        return True
+
+    def leave_body(self, connection: http.client.HTTPConnection, chance: random.Random) -> bool:
+        """Leave in the middle of a body."""
+        film = chance.choice(self.films)
+        connection.putrequest("POST", "/v1/films")
+        connection.putheader("Content-Type", "image/jpeg")
+        connection.putheader("Content-Length", str(len(film)))
+        connection.endheaders(film[: chance.randint(0, len(film) - 1)])
+        return self._leave(connection)
+
+    def leave_answer(self, connection: http.client.HTTPConnection, chance: random.Random) -> bool:
+        """Leave before the answer."""
+        headers = {"Content-Type": "image/jpeg"}
+        connection.request("POST", "/v1/films", chance.choice(self.films), headers)
+        return self._leave(connection)
+
+    def _leave(self, connection: http.client.HTTPConnection) -> bool:
+        if connection.sock is not None:  # as the end of a process does it: with a reset
+            option = struct.pack("ii", 1, 0)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+        connection.close()
+        with self.lock:
+            self.counts["left"] += 1
+        return False
+
+
+def measure_load(
+    *, scratch: Path, run: str, listed: str, num_films: int, clients: int, minutes: float
+) -> dict[str, float]:
+    """A load with clients that leave."""
+    films = read_films(listed)[:200]
+    with Server(run) as server:
+        load = Load(server, films, time.monotonic() + 60 * minutes)
+        threads = [threading.Thread(target=load.work, args=(seed,)) for seed in range(clients)]
+        for thread in threads:
+            thread.start()
+        first, last = watch_halves(server, seconds=60 * minutes)
+        for thread in threads:
+            thread.join()
+        counted, waiting = settle(server)
+        assert server.stop() in (0, 143, -signal.SIGTERM), server.log[-5:]
+    # Whoever left before an answer may have been counted, too; nobody else
+    lost = max(0.0, load.counts["films"] - counted) + waiting
+    return {
+        "films": load.counts["films"],
+        "left": load.counts["left"],
+        "growth_mib": last - first,
+        "lost": lost,
+        "errors": load.answers[500],
+    }
+
+
+def watch_halves(server: Server, *, seconds: float) -> tuple[float, float]:
+    """The largest memory, MiB, in the second tenth of the time, and in the last."""
+    began, seen = time.monotonic(), ([0.0], [0.0])
+    while (elapsed := time.monotonic() - began) < seconds:
+        if 0.1 <= elapsed / seconds < 0.2:
+            seen[0].append(server.own_mib())
+        elif elapsed / seconds >= 0.9:
+            seen[1].append(server.own_mib())
+        time.sleep(min(0.5, seconds / 100))
+    return max(seen[0]), max(seen[1])
+
+
+def settle(server: Server) -> tuple[float, float]:
+    """Films that the server has counted, and that still wait, once none do or after a minute."""
+    deadline = time.monotonic() + _ANSWER_S
+    with contextlib.closing(server.connect()) as connection:
+        while True:
+            text = ask(connection, "GET", "/metrics")[1].decode()
+            waiting = sum(metric(text, "xrai_waiting_films"))
+            if waiting == 0 or time.monotonic() > deadline:
+                return sum(metric(text, "xrai_films_total")), waiting
+            time.sleep(0.2)
+
+
+def metric(text: str, name: str) -> Iterator[float]:
+    """The values of a metric, of all its labels, in Prometheus' text format."""
+    for line in text.splitlines():
+        if line.startswith((f"{name} ", f"{name}{{")):
+            yield float(line.rpartition(" ")[2])
+
+
+if __name__ == "__main__":
+    main()
