@@ -167,7 +167,7 @@ def test_what_has_no_picture_says_why(client: TestClient, films: list[bytes]) ->
     assert answer.status_code == 409 and "is not a JPEG" in answer.json()["detail"]
     (good,) = post(client, ("a.png", films[0]))["films"]
     answer = client.get(f"/v1/films/{good['id']}/heat.png?of=cough")
-    assert answer.status_code == 400 and "of is one of pneumonia" in answer.json()["detail"]
+    assert answer.status_code == 404 and "of is one of pneumonia" in answer.json()["detail"]
     assert client.delete(f"/v1/films/{good['id']}").status_code == 204
     for method in (client.get, client.delete):
         assert method(f"/v1/films/{good['id']}").status_code == 404

@@ -38,6 +38,7 @@ from xrai.tables import to_csv
 NOTE: Final = "No medical device: for research, not for diagnosis."
 SCHEMA_VERSION: Final = 1
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 _AT_ONCE = 32  # films of one request that are scored at the same time
 _RETRY_S = {429: "2", 503: "2"}  # when to come again
 _SESSION_S = 12 * 3600
@@ -90,33 +91,31 @@ class _Routes:
     def all(self) -> list[Route]:
         """Every route of the interface."""
         return [
-            self._route("/v1/films", self.list_films, "GET"),
-            self._route("/v1/films", self.post_films, "POST"),
-            self._route("/v1/films.csv", self.list_as_csv, "GET"),
-            self._route("/v1/films/{id}", self.get_film, "GET"),
-            self._route("/v1/films/{id}", self.delete_film, "DELETE"),
-            self._route("/v1/films/{id}/image", self.get_image, "GET"),
-            self._route("/v1/films/{id}/thumbnail.png", self.get_thumbnail, "GET"),
-            self._route("/v1/films/{id}/heat.png", self.get_heat, "GET"),
-            self._route("/v1/model", self.get_model, "GET"),
-            self._route("/v1/reload", self.reload, "POST"),
-            self._route("/login", self.login, "POST"),
-            self._route("/logout", self.logout, "POST"),
-            self._route("/healthz", self.is_alive, "GET"),
-            self._route("/readyz", self.is_ready, "GET"),
-            self._route("/metrics", self.metrics, "GET"),
-            self._route("/openapi.json", self.openapi, "GET"),
+            self._route("/v1/films", GET=self.list_films, POST=self.post_films),
+            self._route("/v1/films.csv", GET=self.list_as_csv),
+            self._route("/v1/films/{id}", GET=self.get_film, DELETE=self.delete_film),
+            self._route("/v1/films/{id}/image", GET=self.get_image),
+            self._route("/v1/films/{id}/thumbnail.png", GET=self.get_thumbnail),
+            self._route("/v1/films/{id}/heat.png", GET=self.get_heat),
+            self._route("/v1/model", GET=self.get_model),
+            self._route("/v1/reload", POST=self.reload),
+            self._route("/login", POST=self.login),
+            self._route("/logout", POST=self.logout),
+            self._route("/healthz", GET=self.is_alive),
+            self._route("/readyz", GET=self.is_ready),
+            self._route("/metrics", GET=self.metrics),
+            self._route("/openapi.json", GET=self.openapi),
         ]
 
-    def _route(
-        self, path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str
-    ) -> Route:
+    def _route(self, path: str, **endpoints: Endpoint) -> Route:
+        """A path with what answers each method, counted and timed."""
         metrics = self._service.metrics
 
         async def counted(request: Request) -> Response:
             began, status = time.monotonic(), 500
+            method = "GET" if request.method == "HEAD" else request.method
             try:
-                response = await endpoint(request)
+                response = await endpoints[method](request)
                 status = response.status_code
                 return response
             except (HTTPException, RequestError) as error:
@@ -126,7 +125,7 @@ class _Routes:
                 metrics.requests.labels(path, method, str(status)).inc()
                 metrics.seconds.labels(path).observe(time.monotonic() - began)
 
-        return Route(path, counted, methods=[method], name=f"{method} {path}")
+        return Route(path, counted, methods=[*endpoints])
 
     # --------------------------------------------------------------------------- films
 
@@ -225,7 +224,7 @@ class _Routes:
         names = [output.name for output in film.pipeline.outputs]
         name = request.query_params.get("of", film.row.highest(1)[0])
         if name not in names:
-            raise HTTPException(400, f"of is one of {', '.join(names)}")
+            raise HTTPException(404, f"of is one of {', '.join(names)}")
         scorer = self._service.scorer
         heat = await asyncio.wrap_future(scorer.explain(film.pipeline, film.data, name))
         return await self._picture(functools.partial(draw_heat, heat), film)
