@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shutil
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ RESULTS = {
     "plots/roc.png",
     "val/metrics.json",
 }
-SERVICES = {"s3", "phantoms", "preprocess", "train", "train-0", "train-1", "tensorboard", "predict"}
+SERVICES = {
+    *("s3", "phantoms", "preprocess", "train", "train-0", "train-1"),
+    *("tensorboard", "predict", "serve"),
+}
 GPU = "--file=docker/compose.gpu.yaml"
 CEPH = "--file=tests/e2e/compose.ceph.yaml"
 
@@ -244,6 +248,34 @@ def test_tensorboard_shows_the_runs_of_the_bucket(trained: str, s3: Stack) -> No
         )
     finally:
         s3.compose("rm", "--force", "--stop", "tensorboard")
+
+
+def test_films_are_served_by_the_run_of_the_bucket_to_those_who_know_the_token(
+    trained: str, s3: Stack, tmp_path: Path
+) -> None:
+    from xrai.phantom import make_phantoms
+
+    make_phantoms(tmp_path, num_images=1, workers=1)
+    (film,) = tmp_path.rglob("*.png")
+    refused = s3.compose("run", "--rm", "-T", "serve", check=False, XRAI_SERVE_TOKEN="")
+    assert refused.returncode == 2 and "set XRAI_SERVE_TOKEN" in refused.stdout
+    token = "a-token-of-this-test"
+    s3.compose("up", "--detach", "--wait", "--no-build", "serve", XRAI_SERVE_TOKEN=token)
+    try:
+        address = s3.compose("port", "serve", "8077").stdout.strip()
+        assert address.startswith("127.0.0.1:")
+        post = urllib.request.Request(
+            f"http://{address}/v1/films",
+            data=film.read_bytes(),
+            headers={"Content-Type": "image/png", "Authorization": f"Bearer {token}"},
+        )
+        with urllib.request.urlopen(post, timeout=60) as answer:
+            assert answer.status == 201
+            assert json.load(answer)["films"][0]["model"] == RUN
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://{address}/v1/films", timeout=60)
+    finally:
+        s3.compose("rm", "--force", "--stop", "serve")
 
 
 @pytest.mark.data

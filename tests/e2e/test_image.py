@@ -52,7 +52,7 @@ def test_there_is_no_compiler_in_it(image: str) -> None:
 def test_there_is_no_test_data_no_history_and_nothing_else_of_the_working_tree(image: str) -> None:
     found = inside(image, "cd /opt/xrai && find . -type f -not -name '*.pyc'").split()
     allowed = re.compile(
-        r"\./(xrai/.*\.(py|typed|html|jinja|css|yaml)|bin/xrai|LICENSE"
+        r"\./(xrai/.*\.(py|typed|html|jinja|css|yaml|js|svg)|bin/xrai|LICENSE"
         r"|(wait_for_dataset|serve_tensorboard)\.py)"
     )
     assert found and not [name for name in found if not allowed.fullmatch(name)]

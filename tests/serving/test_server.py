@@ -44,7 +44,7 @@ class Server:
     def open_below(self, folder: Path) -> list[str]:
         """The files in a folder that the process has open, those without a name, too."""
         links = Path(f"/proc/{self.process.pid}/fd").iterdir()
-        targets = [os.readlink(link) for link in links if link.is_symlink()]
+        targets = [str(link.readlink()) for link in links if link.is_symlink()]
         return [target for target in targets if target.startswith(str(folder))]
 
     def ask(self, method: str, path: str, body: bytes = b"", kind: str = "image/png") -> int:
