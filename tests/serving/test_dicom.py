@@ -1,6 +1,7 @@
 """Films by C-STORE through a whole server: scored, listed, and answered to an archive."""
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,14 +42,17 @@ def phantoms(number: int) -> list[bytes]:
     return found
 
 
-@contextmanager
-def dicom_side(service: Service, **given: Any) -> Iterator[tuple[DicomSide, int]]:
-    """The DICOM side of a server on any free port."""
-    import socket
-
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def dicom_side(service: Service, *, port: int = 0, **given: Any) -> Iterator[tuple[DicomSide, int]]:
+    """The DICOM side of a server on a port, 0: any free one."""
+    port = port or free_port()
     options = read_options(flags(dicom_port=port, **given))
     assert options is not None
     side = DicomSide(options, service)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pydicom import uid
+from pydicom import Dataset, uid
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 
@@ -81,12 +81,21 @@ def test_a_film_is_taken_and_an_echo_answered() -> None:
         assert node.state().num_echoes == 1
 
 
+def coded(value: str) -> Dataset:
+    """An item of a sequence of codes."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator = value, "SCT"
+    return item
+
+
 @pytest.mark.parametrize(
     ("data", "outcome", "comment"),
     [
         (film(BodyPartExamined="HAND"), Outcome.OTHER, "another part of the body"),
         (film(BodyPartExamined="LSPINE"), Outcome.OTHER, "another part of the body"),
         (film(ViewPosition="LL"), Outcome.OTHER, "from the side"),
+        (film(ViewCodeSequence=[coded("399173006")]), Outcome.OTHER, "from the side"),
+        (film(ViewCodeSequence=[coded("399348003")]), Outcome.SCORED, ""),
         (film(Modality="ES"), Outcome.OTHER, "modality ES"),
         (film(PresentationIntentType="FOR PROCESSING"), Outcome.OTHER, "raw detector data"),
         (changed(film(), PixelData=None), Outcome.UNREADABLE, "without an image"),
