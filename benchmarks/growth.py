@@ -69,7 +69,7 @@ WORDS: Mapping[str, str] = {
 TITLES: Mapping[str, str] = {
     "preprocess": f"xrai.preprocess, {SIDE} px files to 64 px, the whole command",
     "load": "Loader, shuffled epochs of train in batches of 64, 64 px, warm",
-    "train": "xrai.train, one epoch of the reference recipe, 64 px, one process of one thread",
+    "train": "xrai.train, one epoch with the defaults, 64 px, one process of one thread",
 }
 NOTES: Mapping[str, str] = {
     "preprocess": "python -m xrai.preprocess --workers 2, files in the page cache",

@@ -22,7 +22,7 @@ folder on a warm local disk to a finished data set on that disk:
 
 Two sources: real full-size images, repeated (each copy has another hash and the same patient, so it
 lands in the same split) until there are about as many as in the public training set, to 64 px (the
-reference recipe's size) and, fewer of them, to 224 px; and the public set at 224 px, to 224 px.
+default size) and, fewer of them, to 224 px; and the public set at 224 px, to 224 px.
 Without real images, phantoms of the same kinds. A last table shows what a job of a few images
 takes, which is start-up.
 """

@@ -52,7 +52,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from xrai.config import USES, from_mapping, load_yaml
+from xrai.config import USES, from_mapping, load_yaml, read_file
 from xrai.dataset.loader import open_split
 from xrai.files import write_atomically
 from xrai.ingest.images import decode
@@ -89,10 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--trainings",
-        nargs="+",
-        choices=(*STREAMS, *BLOCKS, *FOLDS),
-        default=["IM+bacteria", "NORMAL2+virus", "lowest"],
+        "--trainings", nargs="+", choices=(*STREAMS, *BLOCKS, *FOLDS), default=[*STREAMS, *BLOCKS]
     )
     parser.add_argument("--processes", type=int, default=2)
     flags = parser.parse_args()
@@ -235,7 +232,14 @@ class Bench:
 
 
 def _short_hash(options: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(options).encode()).hexdigest()[:8]
+    """Of options, and of what the files in `--config` say now."""
+    texts = [
+        repr(read_file(option.removeprefix("--config=")))
+        if option.startswith("--config=")
+        else option
+        for option in options
+    ]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 
 def run_module(module: str, *options: str | Path, processes: int = 0) -> None:
@@ -358,8 +362,8 @@ def read_scores(path: Path) -> tuple[float, dict[str, Scores]]:
 # ---------------------------------------------------------------------------------------- compare
 
 
-def youden_of(*looks: str) -> Callable[[dict[str, Scores]], float]:
-    """The rule that chooses as training does, on these scores of the validation images."""
+def chosen_on(*looks: str) -> Callable[[dict[str, Scores]], float]:
+    """The rule that chooses as training does, but on these scores of the validation images."""
 
     def choose(scores: dict[str, Scores]) -> float:
         augmented = scores[AUGMENTED]
@@ -373,9 +377,9 @@ def youden_of(*looks: str) -> Callable[[dict[str, Scores]], float]:
 
 
 RULES: dict[str, Callable[[dict[str, Scores]], float]] = {  # to a threshold of logits
-    "augmented": youden_of(AUGMENTED),  # what training does
-    "clean": youden_of(VALIDATION),
-    "both": youden_of(VALIDATION, AUGMENTED),
+    "augmented": chosen_on(AUGMENTED),  # what training does
+    "clean": chosen_on(VALIDATION),
+    "both": chosen_on(VALIDATION, AUGMENTED),
     "logit 0": lambda scores: 0.0,  # of logit adjustment: where both classes are as probable
 }
 

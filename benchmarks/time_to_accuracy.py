@@ -43,7 +43,7 @@ from xrai.results.calibration import log_odds
 from xrai.store import open_store
 
 TRAINING, SHIFT = "fold 0", "normals 86 % high"
-RECIPES = {  # changes to the reference recipe
+RECIPES = {  # changes to the defaults
     "0.75": {"images": {"size": 32}, "optim": {"lr": 6.0e-3}, "train": {"epochs": 1}},
     "0.90": {"images": {"size": 48}, "optim": {"lr": 6.0e-3}, "train": {"epochs": 5}},
     "0.94": {},

@@ -1,62 +1,71 @@
-"""Calibration and the threshold: the best of all that can be tried, and clear refusals."""
+"""Calibration and the threshold: where they are, how steady, and clear refusals."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.results.small import scored_images
 from xrai.errors import XraiError
-from xrai.results.calibration import calibrated, choose_threshold, fit_temperature
+from xrai.results.calibration import calibrated, choose_threshold, fit_temperature, log_odds
 
 
+@settings(max_examples=25)  # each chooses four times
 @given(scored_images())
-def test_the_chosen_threshold_has_the_largest_youden_index_of_all(
+def test_the_chosen_threshold_is_among_the_scores_and_has_no_side(
     images: tuple[list[int], list[float]],
 ) -> None:
     labels, scores = np.array(images[0]), np.array(images[1])
-
-    def youden(threshold: float) -> int:
-        calls = scores >= threshold
-        return int(
-            (calls & (labels == 1)).sum() * (labels == 0).sum()
-            - (calls & (labels == 0)).sum() * labels.sum()
-        )
-
-    best = max(youden(threshold) for threshold in [*scores, 2.0])
-    assert youden(choose_threshold(labels, scores)) == best
+    threshold = choose_threshold(labels, scores)
+    assert scores.min() <= threshold <= scores.max()
+    assert choose_threshold(1 - labels, 1 - scores) == pytest.approx(1 - threshold, abs=1e-6)
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert choose_threshold(labels[order], scores[order]) == pytest.approx(threshold, abs=1e-6)
+    more = np.concatenate([np.arange(len(labels)), np.flatnonzero(labels), np.flatnonzero(labels)])
+    # how common a class is does not matter
+    assert choose_threshold(labels[more], scores[more]) == pytest.approx(threshold, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("labels", "scores", "expected"),
     [
         ([0, 1], [0.2, 0.8], 0.5),
-        ([0, 0, 1, 1], [0.1, 0.3, 0.4, 0.9], 0.35),
-        ([0, 1], [0.5, 0.5], 0.5),  # no threshold is better than none
-        (
-            [1, 0],
-            [0.2, 0.8],
-            0.1,
-        ),  # the wrong way round: all or nothing, and all is the lower plateau
-        (
-            [0, 0, 1, 0, 1, 1],
-            [0.1, 0.2, 0.25, 0.5, 0.9, 0.95],
-            0.7,
-        ),  # two plateaus of equal J: the wider one
-        ([0, 1, 0, 1], [0.2, 0.6, 0.6, 0.9], 0.55),
-        ([0, 1], [0.0, 5e-324], 5e-324),  # neighbouring numbers have no middle
+        ([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], 0.5),
+        ([0, 1], [0.5, 0.5], 0.5),
+        ([0, 1, 1], [0.3, 0.3, 0.3], 0.3),
+        ([1, 0], [0.2, 0.8], 0.5),  # the wrong way round
+        ([0, 1], [0.0, 1.0], 0.5),
+        ([0, 1], [0.0, 5e-324], 0.0),
     ],
 )
-def test_the_chosen_threshold_is_the_middle_of_the_widest_best_plateau(
+def test_the_chosen_threshold_is_in_the_middle_of_the_classes(
     labels: list[int], scores: list[float], expected: float
 ) -> None:
-    assert choose_threshold(labels, scores) == pytest.approx(expected, abs=1e-12)
-    shuffled = np.random.default_rng(0).permutation(len(labels))
-    assert choose_threshold(
-        np.array(labels)[shuffled], np.array(scores)[shuffled]
-    ) == choose_threshold(labels, scores)
+    assert choose_threshold(labels, scores) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_chosen_threshold_is_steadier_than_the_best_of_a_sample() -> None:
+    """Logits of unit deviation about -1 and 2: both classes are as probable at 0.5."""
+    generator = np.random.default_rng(0)
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        labels = (np.arange(200) < 150).astype(np.int64)
+        return labels, calibrated(generator.normal(np.where(labels == 1, 2.0, -1.0), 1.0))
+
+    def best_of_sample(labels: np.ndarray, scores: np.ndarray) -> float:
+        youden = [
+            np.mean(scores[labels == 1] >= cut) + np.mean(scores[labels == 0] < cut)
+            for cut in scores
+        ]
+        return float(scores[np.argmax(youden)])
+
+    samples = [draw() for _ in range(30)]
+    chosen = [log_odds(choose_threshold(*sample)) for sample in samples]
+    best = [log_odds(best_of_sample(*sample)) for sample in samples]
+    assert np.mean(chosen) == pytest.approx(0.5, abs=0.1)
+    assert np.std(chosen) < 0.6 * np.std(best)
 
 
 def test_a_threshold_needs_both_classes() -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from xrai.errors import XraiError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+_MIN_SCORE = 1e-6  # of scores whose threshold is chosen: their logits are within 14 of 0
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -77,45 +78,57 @@ def fit_softmax_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> flo
     return _bisect(slope)
 
 
-def _bisect(slope: Callable[[float], float]) -> float:
+def _bisect(slope: Callable[[float], float], *, tolerance: float = 1e-12) -> float:
     """The temperature at which the slope in 1 / temperature of a convex loss is 0."""
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
-    while high - low > 1e-12 * high:
+    while high - low > tolerance * high:
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
     return 2 / (low + high)
 
 
 def choose_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
-    """The threshold that maximises sensitivity + specificity - 1 (Youden 1950).
+    """The threshold above which a score is more probable in an image that shows the output than in
+    one that does not.
 
-    All thresholds between two neighbouring scores make the same calls, so the maximum is a plateau
-    between scores, or between a score and 0 or 1. The middle of the widest one is chosen, the
-    lowest of equally wide ones, so that small changes of the scores do not change the calls.
+    It is where a logistic regression of the labels on the scores' logits, with equally weighted
+    classes, gives 1/2 (Platt 1999, without his smoothing). All images count, where the largest
+    sensitivity + specificity (Youden 1950) depends on the few next to it: under shift the calls are
+    better and vary less (docs/decisions/0005-recipe.md). The slope is kept in [0.05, 20], so that
+    it is finite where the classes are separate, and no threshold is outside of the scores.
 
     `labels` (N,) 0 or 1, `scores` (N,) in [0, 1]. Raises `XraiError` unless both classes are
     present.
     """
     labels, scores = checked(labels, scores)
     _refuse_one_class(labels, "threshold")
-    num_positive = int(labels.sum())
-    num_negative = len(labels) - num_positive
-    cuts, level_of = np.unique(scores, return_inverse=True)
-    positives = np.bincount(level_of, weights=labels, minlength=len(cuts)).astype(np.int64)
-    negatives = np.bincount(level_of, minlength=len(cuts)) - positives
-    # a threshold in (edges[i], edges[i + 1]] calls the scores from cuts[i] up; in the last
-    # interval, none
-    called_positive = np.append(np.cumsum(positives[::-1])[::-1], 0)
-    called_negative = np.append(np.cumsum(negatives[::-1])[::-1], 0)
-    youden = called_positive * num_negative - called_negative * num_positive  # whole numbers
-    edges = np.concatenate([[0.0], cuts, [1.0]])
-    best = np.concatenate([[False], youden == youden.max(), [False]])
-    starts = np.flatnonzero(~best[:-1] & best[1:])  # neighbouring best intervals are one plateau
-    ends = np.flatnonzero(best[:-1] & ~best[1:])
-    widest = int(np.argmax(edges[ends] - edges[starts]))
-    low, high = float(edges[starts[widest]]), float(edges[ends[widest]])
-    middle = (low + high) / 2
-    return middle if low < middle else high  # neighbouring floats have no middle
+    inside = np.clip(scores, _MIN_SCORE, 1 - _MIN_SCORE)
+    logits = np.log(inside) - np.log1p(-inside)
+    shares = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / (1 - labels).sum())  # sum to 1
+
+    def slope(sharpness: float) -> float:
+        """Of the loss, with the threshold that is best for this sharpness."""
+        threshold = _balanced(logits, shares, sharpness)
+        residuals = calibrated(logits - threshold, 1 / sharpness) - labels
+        return float(np.sum(shares * residuals * (logits - threshold)))
+
+    threshold = _balanced(logits, shares, 1 / _bisect(slope, tolerance=1e-9))
+    return float(np.clip(calibrated(threshold), scores.min(), scores.max()))
+
+
+def _balanced(logits: Floats, shares: Floats, sharpness: float) -> float:
+    """The threshold at which the mean of the logistic function of sharpness x (logits - threshold)
+    is 1/2; the middle of several, as between classes that are apart.
+    """
+    ends = []
+    for margin in (1e-9, -1e-9):
+        low, high = float(logits.min()), float(logits.max())
+        for _ in range(40):
+            middle = (low + high) / 2
+            mean = float(np.sum(shares * calibrated(logits - middle, 1 / sharpness)))
+            low, high = (middle, high) if mean > 0.5 + margin else (low, middle)
+        ends.append((low + high) / 2)
+    return sum(ends) / 2
 
 
 def checked(
