@@ -124,6 +124,19 @@ def save_random_run(folder: Path, labels: LabelSpec, *, num_images: int = 48) ->
     )
 
 
+def without_detail(typicality: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The score of model.pt as versions 3 and 4 have it, from that of version 5."""
+    earlier = dict(typicality)
+    last = max(int(name.split("_")[1]) for name in earlier if name.startswith("whitening_"))
+    num = len(earlier.pop(f"whitening_{last}"))
+    del earlier["both"]
+    for name in ("mean", "directions"):
+        earlier[name] = earlier[name][:-num]
+    for name in ("offset", "scale"):
+        earlier[name] = torch.cat([earlier[name][:2], earlier[name][3:]])
+    return earlier
+
+
 def _save(
     run: Path,
     network: Network,

@@ -29,7 +29,7 @@ USES = {
     "preprocess": ("labels", "images", "splits", "shards"),
     "train": (
         *("images", "cache", "loader", "model", "augment", "optim", "train"),
-        *("checkpoint", "evaluate"),
+        *("checkpoint", "evaluate", "review"),
     ),
     "evaluate": ("cache", "loader", "evaluate", "train.threads", "train.timeout_s"),
     "predict": ("images", "train.threads"),
@@ -261,6 +261,17 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Review:
+    """Which images are sent to review instead of getting a class."""
+
+    unlike: str = _key(
+        "",
+        "folder, .zip or s3://bucket/prefix of images that are to go to review, such as those of "
+        "adults where children are classified; empty: none",
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """All keys of all commands."""
 
@@ -276,6 +287,7 @@ class Config:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    review: Review = field(default_factory=Review)
 
     def shaped_by(self, stored: Mapping[str, Any]) -> "Config":
         """The same with the sections of a data set's own config, as dataset.json has it."""

@@ -38,6 +38,7 @@ from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.prior import shares_of
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.tensorboard import FINAL_TAGS
+from xrai.store import masked
 
 _STAGES = ("fetch", "verify", "assemble", "transfer", "compute", "eval", "epoch")
 _CONFIG = "config.yaml"
@@ -340,6 +341,7 @@ class Job:
             fingerprint=self.index.fingerprint,
             duration_s=time.monotonic() - began,
             trained_on=types.TrainedOn(data.source, data.image_size, data.fit, data.splits),
+            unlike=_describe_unlike(trained),
         )
         val = results.get("val", main).headline
         validation = {name: val[name].value for name in HEADLINES}
@@ -426,6 +428,21 @@ class Job:
         starts = range(0, loader.num_images, _ROWS_AT_ONCE)
         parts = (loader.columns("source", start=at, stop=at + _ROWS_AT_ONCE) for at in starts)
         return types.are_phantoms(source for part in parts for source in part["source"])
+
+
+def _describe_unlike(trained: Trained) -> types.UnlikeImages | None:
+    """What the run states of the images that `review.unlike` named."""
+    unlike = trained.unlike
+    if unlike is None:
+        return None
+    return types.UnlikeImages(
+        source=masked(unlike.source),
+        sha256=unlike.sha256,
+        num_images=len(unlike.images),
+        num_patients=unlike.num_patients,
+        num_held_out=int((~unlike.is_fitted).sum()),
+        num_held_out_review=trained.num_unlike_review,
+    )
 
 
 def judge(

@@ -24,6 +24,7 @@ from xrai.command import Flag, Parsed, parse, run_command
 from xrai.config import TIMM, Config, Images
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
+from xrai.dataset.unlike import Unlike
 from xrai.dataset.verify import find_faults_soon
 from xrai.errors import ConfigError, DatasetError, RunError, UserError
 from xrai.files import cache_folder, num_cores
@@ -34,7 +35,7 @@ from xrai.learning.distributed import Place, Ranks, join, own_place, record_fail
 from xrai.learning.network import Network
 from xrai.learning.optim import Counts
 from xrai.learning.predictor import Trained, build_model, predict_split
-from xrai.learning.typicality import fit_typicality
+from xrai.learning.typicality import count_review, fit_typicality
 from xrai.learning.weights import initial_weights
 from xrai.log import counted, get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
@@ -118,6 +119,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         require_compiler(ranks.device)
     ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
+    unlike = read_unlike(config, ranks=ranks)
     if flags["check"]:
         ranks.on_main(lambda: check_disk(config, index, flags))
         check_run(config, flags, loaders, ranks=ranks)
@@ -161,7 +163,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         )
         loop.fit(network, setup)
         best = on_job(lambda job: job.best())
-        trained = score(best, config, loaders, ranks=ranks)
+        trained = score(best, config, loaders, ranks=ranks, unlike=unlike)
         # All ranks stay to the end: if rank 0 were lost after they had left, torchrun could not
         # start it again alone
         ranks.set_timeout(_RESULTS_TIMEOUT_S)
@@ -201,8 +203,23 @@ def call_on_main(job: "Job | None", work: Callable[["Job"], T], *, ranks: Ranks)
     return ranks.on_main(call)
 
 
+def read_unlike(config: Config, *, ranks: Ranks) -> Unlike | None:
+    """The images that `review.unlike` names, read by rank 0; None where it names none."""
+    source = config.review.unlike
+    if not source:
+        return None
+    from xrai.ingest import unlike  # here: it loads what decodes images
+
+    return ranks.on_main(lambda: unlike.read_unlike(source, config.images))
+
+
 def score(
-    best: tuple[int, Any], config: Config, loaders: dict[str, Loader], *, ranks: Ranks
+    best: tuple[int, Any],
+    config: Config,
+    loaders: dict[str, Loader],
+    *,
+    ranks: Ranks,
+    unlike: Unlike | None,
 ) -> Trained:
     """Score the images held out with the weights of the best epoch."""
     epoch, weights = best
@@ -210,12 +227,14 @@ def score(
     network = build_model(config.model, num_outputs, image_size=config.images.size)
     load_weights(network, weights)
     network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    typicality = fit_typicality(network, loaders["train"], loaders["val"], ranks=ranks)
+    train, val = loaders["train"], loaders["val"]
+    typicality = fit_typicality(network, train, val, ranks=ranks, unlike=unlike)
     predict = functools.partial(predict_split, network, ranks=ranks, typicality=typicality)
     scored = {split: predict(loaders[split]) for split in loaders if split != "train"}
     draws = config.evaluate.shift_draws
     shifted = predict(loaders["val"], shift=config.augment, draws=draws)
-    return Trained(network, epoch, typicality, scored, shifted)
+    num_review = 0 if unlike is None else count_review(network, typicality, unlike, ranks=ranks)
+    return Trained(network, epoch, typicality, scored, shifted, unlike, num_review)
 
 
 def default_threads(place: Place) -> int:

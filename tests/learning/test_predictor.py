@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.learning.fakes import DamagingStore, FakeLoader, make_discs
+from tests.models import without_detail
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
 from xrai.files import sha256_of
@@ -75,13 +76,37 @@ def test_a_saved_model_scores_as_it_did(fitted: tuple[Network, Typicality], run:
 def test_a_model_of_another_version_is_refused(run: Path) -> None:
     content = torch.load(run / MODEL_FILE, weights_only=True)
     torch.save({**content, "schema_version": 1}, run / MODEL_FILE)
-    with pytest.raises(RunError, match="schema version 1, this xrai reads versions 3 and 4"):
+    with pytest.raises(RunError, match="schema version 1, this xrai reads versions 3, 4, 5"):
         load_model(open_store(str(run)))
 
 
-def test_a_model_of_the_version_before_is_read_without_priors(run: Path) -> None:
+def test_a_model_of_version_4_reviews_by_its_own_rule(run: Path) -> None:
+    content = torch.load(run / MODEL_FILE, weights_only=True)
+    earlier = without_detail(content["typicality"])
+    torch.save({**content, "schema_version": 4, "typicality": earlier}, run / MODEL_FILE)
+    model = load_model(open_store(str(run)))
+    images = torch.rand(3, 1, 32, 32)
+    found, expected = (
+        typicality.atypicality(model.network, images)[1]
+        for typicality in (model.typicality, Typicality(**earlier))
+    )
+    assert not model.typicality.has_detail and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_review_rule_of_another_version_is_refused(run: Path, version: int) -> None:
+    content = torch.load(run / MODEL_FILE, weights_only=True)
+    if version == 5:
+        content["typicality"] = without_detail(content["typicality"])
+    torch.save({**content, "schema_version": version}, run / MODEL_FILE)
+    with pytest.raises(CorruptError, match=f"review of version {version}"):
+        load_model(open_store(str(run)))
+
+
+def test_a_model_of_version_3_is_read_without_priors(run: Path) -> None:
     content = torch.load(run / MODEL_FILE, weights_only=True)
     assert content.pop("priors") == [0.3] == list(load_model(open_store(str(run))).priors)
+    content["typicality"] = without_detail(content["typicality"])
     torch.save({**content, "schema_version": 3}, run / MODEL_FILE)
     model = load_model(open_store(str(run)))
     assert (model.priors, model.thresholds, model.fingerprint) == ((), (0.25,), "f" * 64)

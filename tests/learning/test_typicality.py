@@ -2,6 +2,7 @@
 on phantoms.
 """
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from tests.distributed.ranks import run_ranks
 from tests.learning.fakes import DISC, FakeLoader, make_discs
+from tests.models import without_detail
 from xrai.config import Config, Model, Optim, Train
+from xrai.dataset.unlike import Unlike
 from xrai.ingest.images import decode
 from xrai.learning import loop
 from xrai.learning.augment import augment
@@ -23,6 +26,7 @@ from xrai.learning.typicality import (
     SPOILED,
     VARIATION,
     Typicality,
+    count_review,
     describe,
     fit_typicality,
 )
@@ -42,13 +46,26 @@ with join(timeout_s=60) as ranks:
 """
 
 
+FITTED = ("mean", "offset", "scale", "both", "limit")
+
+
 def fit_numbers(ranks: Ranks, *, batch_size: int) -> dict[str, list[float]]:
     """What a fit on discs comes to."""
     share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train = FakeLoader(*make_discs(150), batch_size=batch_size, shuffle=True, **share)
     val = FakeLoader(*make_discs(41, seed=1), batch_size=16, **share)
-    state = fit_typicality(small_network(), train, val, ranks=ranks).state_dict()
-    return {name: state[name].flatten().tolist() for name in ("mean", "offset", "scale", "limit")}
+    unlike = make_unlike(37)
+    state = fit_typicality(small_network(), train, val, ranks=ranks, unlike=unlike).state_dict()
+    return {name: state[name].flatten().tolist() for name in FITTED}
+
+
+def make_unlike(num_images: int) -> Unlike:
+    """Discs that are smoother to the right, every third held out."""
+    images = make_discs(num_images, seed=7)[0].astype(np.float64)
+    smooth = (images + np.roll(images, 1, axis=1) + np.roll(images, -1, axis=1)) / 3
+    images[:, :, 16:] = smooth[:, :, 16:]
+    is_fitted = np.arange(num_images) % 3 > 0
+    return Unlike("own", "0" * 64, images.astype(np.uint8)[:, None], is_fitted, num_images)
 
 
 def small_network(seed: int = 0, *, name: Literal["resnet10", "resnet18"] = "resnet10") -> Network:
@@ -105,22 +122,78 @@ def test_any_image_has_a_finite_score_that_is_not_negative() -> None:
     assert scores.isfinite().all() and (scores >= 0).all()
 
 
-def test_distances_are_those_of_mahalanobis() -> None:
+@pytest.mark.parametrize(("place", "group"), [(1, -2), (2, -1)], ids=["image", "detail"])
+def test_distances_are_those_of_mahalanobis(place: int, group: int) -> None:
     network = small_network()
     typicality = fit_on_discs(network)
     train = to_grey(make_discs(150)[0])
     changed = augment(train, torch.arange(150), seed=SHIFT_SEED, epoch=0, strength=VARIATION)
-    seen = (
-        torch.cat([describe(network, part)[1][-1] for part in (train, changed)]).detach().numpy()
-    )  # the picture's
+    described = torch.cat([describe(network, part)[1][group] for part in (train, changed)])
+    seen = described.detach().numpy()
     covariance = np.cov(seen.T, bias=True)
     covariance += np.diag(np.diag(covariance) * 0.01 + 1e-8)
     groups = describe(network, torch.rand(3, 1, 32, 32, dtype=torch.float64))[1]
-    away = groups[-1].detach().numpy() - seen.mean(axis=0)
+    away = groups[group].detach().numpy() - seen.mean(axis=0)
     expected = np.sqrt(
         np.einsum("bi,ij,bj->b", away, np.linalg.inv(covariance), away) / away.shape[1]
     )
-    assert typicality.measure(groups)[:, 1].detach().numpy() == pytest.approx(expected, rel=1e-6)
+    found = typicality.measure(groups)[:, place].detach().numpy()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 33, 64])
+def test_detail_is_what_a_binomial_filter_takes_away(size: int) -> None:
+    images = torch.rand(2, 1, size, size, dtype=torch.float64)
+    weights = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    found = describe(small_network(), images)[1][-1].detach().numpy()  # (2, 64)
+    for image, own in zip(images[:, 0].numpy(), found, strict=True):
+        seen = (image - image.mean()) / (image.std() + 1e-3)
+        padded = np.pad(seen, 2, mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5))
+        left = (seen - np.einsum("yxij,ij->yx", windows, weights)) ** 2
+        step = size / 8  # a place begins and ends with whole pixels
+        first = [(int(k * step), math.ceil((k + 1) * step)) for k in range(8)]
+        means = [left[top:low, start:stop].mean() for top, low in first for start, stop in first]
+        assert own == pytest.approx(np.log(np.array(means) + 1e-4) / 2, abs=1e-9)
+
+
+def test_the_mean_of_two_distances_stands_in_the_place_of_the_one_of_features() -> None:
+    network = small_network()
+    typicality = fit_on_discs(network)
+    images = to_grey(make_discs(9, seed=3)[0])
+    measured = typicality.measure(describe(network, images)[1])
+    scaled = (measured - typicality.offset) / typicality.scale
+    low, high = typicality.both
+    mean = ((scaled[:, 0] + scaled[:, 2]) / 2 - low) / high
+    largest = torch.stack([mean, scaled[:, 1], *scaled[:, 3:].T]).amax(dim=0)
+    expected = (largest / typicality.limit).clamp_min(0)
+    assert torch.allclose(typicality.atypicality(network, images)[1], expected)
+
+
+def test_the_mean_of_two_distances_is_scaled_at_its_92nd_percentile() -> None:
+    network = small_network()
+    typicality = fit_on_discs(network)
+    val = to_grey(make_discs(60, seed=1)[0])
+    copies = [
+        augment(val, torch.arange(60), seed=SHIFT_SEED, epoch=draw, strength=VARIATION)
+        for draw in (0, 1)
+    ]
+    measured = typicality.measure(describe(network, torch.cat([val, *copies]))[1])
+    mean = ((measured - typicality.offset) / typicality.scale)[:, [0, 2]].mean(dim=1)
+    low, high = typicality.both.tolist()
+    expected = torch.quantile(mean, torch.tensor([0.5, 0.92], dtype=torch.float64)).tolist()
+    assert [low, low + high] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_score_without_detail_is_the_maximum_of_its_own_numbers() -> None:
+    network = small_network()
+    typicality = fit_on_discs(network)
+    earlier = Typicality(**without_detail(typicality.state_dict()))
+    images = to_grey(make_discs(9, seed=3)[0])
+    measured = typicality.measure(describe(network, images)[1])
+    scaled = ((measured - typicality.offset) / typicality.scale)[:, [0, 1, *range(3, 14)]]
+    expected = (scaled.amax(dim=1) / typicality.limit).clamp_min(0)
+    assert torch.allclose(earlier.atypicality(network, images)[1], expected)
 
 
 def test_the_limit_leaves_the_share_that_was_asked_for() -> None:
@@ -136,6 +209,25 @@ def test_the_limit_leaves_the_share_that_was_asked_for() -> None:
         assert plain.atypicality is not None and shifted.atypicality is not None
         scores = np.concatenate([plain.atypicality.ravel(), shifted.atypicality.ravel()])
         assert np.mean(scores > 1) == pytest.approx(share, abs=1 / len(scores))
+
+
+def test_unlike_images_that_are_held_out_go_to_review_and_no_more_validation_images_do() -> None:
+    network, unlike = small_network(), make_unlike(60)
+    train, val = (FakeLoader(*make_discs(n, seed=n), batch_size=32) for n in (150, 90))
+    usual, fitted = (
+        fit_typicality(network, train, val, ranks=ONE, unlike=given) for given in (None, unlike)
+    )
+    assert count_review(network, fitted, unlike, ranks=ONE) == 20  # all that are held out
+    assert fitted.directions.shape[1] == usual.directions.shape[1] + 1
+    for shift, draws in ((None, 1), (VARIATION, 2)):
+        shares = []
+        for typicality in (usual, fitted):
+            found = predict_split(
+                network, val, ranks=ONE, typicality=typicality, shift=shift, draws=draws
+            ).atypicality
+            assert found is not None
+            shares.append(float(np.mean(found > 1)))
+        assert shares[1] <= shares[0] + 1 / 90, shift
 
 
 def test_one_validation_image_is_enough_to_go_on() -> None:
@@ -276,7 +368,7 @@ def test_each_direction_finds_the_images_that_it_was_fitted_for(
     network, typicality = trained
     films = to_grey(phantoms["test"][0]).float()
     draws = torch.rand(len(films), 56, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    for place, change in enumerate(SPOILED.values(), start=2):
+    for place, change in enumerate(SPOILED.values(), start=3):
         plain, spoiled = (
             typicality.measure(describe(network, seen)[1])[:, place]
             for seen in (films, change(films, draws))

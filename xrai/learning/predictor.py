@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from xrai.config import OWN_NETWORKS, TIMM, Augment, Images, Model
+from xrai.dataset.unlike import Unlike
 from xrai.errors import CorruptError, RunError
 from xrai.labels import LabelSpec
 from xrai.learning.augment import augment
@@ -24,8 +25,8 @@ from xrai.log import progress
 from xrai.store import Store
 
 MODEL_FILE = "model.pt"
-SCHEMA_VERSION = 4
-_READ_VERSIONS = (3, 4)  # 3 has no priors
+SCHEMA_VERSION = 5
+_READ_VERSIONS = (3, 4, 5)  # 3 has no priors; review in 3 and 4 has no distance of fine detail
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Trained:
     typicality: Typicality
     scored: dict[str, Predictions]  # by split
     shifted: Predictions  # of augmented validation images
+    unlike: Unlike | None = None  # what review was fitted to, beside the training images
+    num_unlike_review: int = 0  # of its images that are held out, those that go to review
 
 
 @torch.inference_mode()
@@ -201,7 +204,7 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
     if version not in _READ_VERSIONS:
         raise RunError(
             f"{MODEL_FILE} of {store.uri} has schema version {version}, this xrai reads versions "
-            f"{' and '.join(map(str, _READ_VERSIONS))}"
+            f"{', '.join(map(str, _READ_VERSIONS))}"
         )
     try:
         return _build(content)
@@ -213,11 +216,14 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
 
 def _build(content: dict[str, Any]) -> TrainedModel:
     """The model of what `save_model` wrote. Raises several errors if it is something else."""
-    if content.pop("schema_version") == 3:
+    version = content.pop("schema_version")
+    if version == 3:
         content["priors"] = []
     weights = content.pop("weights")
     content["model"], content["images"] = Model(**content["model"]), Images(**content["images"])
     labels = LabelSpec(content.pop("task"), tuple(content.pop("classes")))
+    if ("both" in content["typicality"]) != (version >= 5):
+        raise ValueError(f"review of version {version} has {', '.join(content['typicality'])}")
     content["labels"], content["typicality"] = labels, Typicality(**content["typicality"])
     numbers = {name: tuple(content[name]) for name in ("temperatures", "thresholds", "priors")}
     content.update(numbers)

@@ -4,17 +4,19 @@ A network gives every image a probability, even a photograph. The score here say
 is in distribution. It is the largest of several numbers, each scaled to 0 for the median validation
 image and 1 for the 99th percentile:
 
-- the Mahalanobis distance of the network's features, after each block, from those of the training
-  images (Lee et al. 2018, https://arxiv.org/abs/1807.03888),
+- the mean of two Mahalanobis distances from the training images: of the network's features, after
+  each block (Lee et al. 2018, https://arxiv.org/abs/1807.03888), and of the image's fine detail.
+  Images of adults are moderately unlike in both; the mean counts as 1 at its 92nd percentile,
 - the same distance of the image itself, reduced to 16 x 16,
+- where a site has given images to be sent to review, how far it lies in the direction of those,
 - for each way to spoil an image in `SPOILED` (inverted, turned, cut out, ...): how far it lies in
   the direction in which training images move when they are spoiled so (Fisher's linear
   discriminant). Outliers made from training images stand in for real ones (outlier exposure,
   Hendrycks et al. 2019, https://arxiv.org/abs/1812.04606).
 
 Everything is fitted in closed form from sums over training images, so it does not depend on the
-number of ranks; the limit is chosen on validation images. docs/decisions/0008-review.md says what
-was tried, what it finds and what it misses.
+number of ranks; the limit is chosen on validation images. docs/decisions/0008-review.md and
+0025-adult-films.md say what was tried, what it finds and what it misses.
 """
 
 import math
@@ -29,13 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xrai.config import Augment
+from xrai.dataset.unlike import Unlike
 from xrai.learning.augment import augment, uniform
 from xrai.learning.batch import Loader, to_grey
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import Network, Standardize
 
 SHIFT_SEED = 20_180_222  # the draws that stand for other hospitals are the same in every run
-REVIEW_SHARE = 0.04  # of validation images, augmented ones included, that the limit sends to review
+REVIEW_SHARE = 0.07  # of validation images, augmented ones included, that the limit sends to review
 # How X-rays of one kind may differ; independent of the recipe's augmentation, which may be stronger
 VARIATION = Augment(
     rotation_deg=10.0,
@@ -49,9 +52,16 @@ VARIATION = Augment(
     noise=0.04,
 )
 _THUMBNAIL_SIZE = 16
+_NUM_PLACES = 8  # along each side, in which fine detail is measured
+_NUM_DETAIL = _NUM_PLACES**2  # numbers of the last group of a description
 _MAX_CHANNELS = 512  # of all stages together; of more, each stage has its equal share of them
 _NUM_FITTED = 8192  # training images behind mean and covariance, at most
 _NUM_SPOILED = 1024  # training images that are spoiled, at most
+# Of validation images, where these count as 1 in place of the 99th percentile: the lower it is, the
+# larger is their share of what goes to review
+_MEAN_QUANTILE = 0.92  # the mean of two distances
+_MEAN_QUANTILE_BESIDE_UNLIKE = 0.96  # the same where there is a direction of `Unlike`
+_UNLIKE_QUANTILE = 0.97  # this direction
 _NUM_DRAWS = 2  # augmented copies of each validation image
 _DISTANCE_SHRINKAGE = 0.01  # of each variance, added to it, so that no direction has none
 _DIRECTION_SHRINKAGE = 0.03
@@ -63,13 +73,15 @@ class Typicality(nn.Module):
     """The fitted score, made by `fit_typicality`. Its tensors are constants, given by name.
 
     Besides those below there are `whitening_0` and so on, (d, d), one for each group of the
-    description.
+    description. A score that an earlier version of xrai fitted lacks `both`: it has no distance of
+    the detail, and its maximum is over M = 2 + K numbers.
     """
 
     mean: Tensor  # (D,)
     directions: Tensor  # (D, K)
-    offset: Tensor  # (2 + K,) medians of distances and directions
-    scale: Tensor  # (2 + K,) 99th percentiles less medians
+    offset: Tensor  # (M,), M = 3 + K: medians of distances and directions
+    scale: Tensor  # (M,) 99th percentiles less medians
+    both: Tensor  # (2,) median of the mean of two scaled distances, and a percentile less this
     limit: Tensor  # ()
 
     def __init__(self, **tensors: Tensor) -> None:
@@ -77,32 +89,52 @@ class Typicality(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
+    @property
+    def has_detail(self) -> bool:
+        """Whether the score measures fine detail, as those of model.pt from version 5 do."""
+        return hasattr(self, "both")
+
     def atypicality(self, network: Network, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and scores (B,) of grey values (B, 1, H, W) in [0, 1]; above 1: review.
 
         A score is at least 0, finite for any image, and does not depend on the rest of the batch.
         """
         logits, groups = describe(network, images)
-        largest = self.measure(groups).sub(self.offset).div(self.scale).amax(dim=1)
-        return logits, largest.div(self.limit).clamp_min(0)
+        scaled = self.measure(groups).sub(self.offset).div(self.scale)
+        if self.has_detail:
+            scaled = _with_mean(scaled, self.both)
+        return logits, scaled.amax(dim=1).div(self.limit).clamp_min(0)
 
     def measure(self, groups: list[Tensor]) -> Tensor:
-        """The two distances and the positions along all directions, (B, 2 + K), not yet scaled."""
-        centered = torch.cat(groups, dim=1) - self.mean  # (B, D)
+        """The distances of features, image and detail and the positions along all directions,
+        (B, M), not yet scaled.
+        """
+        used = groups if self.has_detail else groups[:-1]
+        centered = torch.cat(used, dim=1) - self.mean  # (B, D)
         whitenings = [own for name, own in self.named_buffers() if name.startswith("whitening_")]
         parts = centered.split([len(whitening) for whitening in whitenings], dim=1)
         squares = [
             (part @ own).square().mean(dim=1) for part, own in zip(parts, whitenings, strict=True)
         ]
-        distances = [torch.stack(squares[:-1]).mean(dim=0).sqrt(), squares[-1].sqrt()]
-        return torch.cat([torch.stack(distances, dim=1), centered @ self.directions], dim=1)
+        num_features = len(squares) - (2 if self.has_detail else 1)
+        features = torch.stack(squares[:num_features]).mean(dim=0)
+        distances = torch.stack([features, *squares[num_features:]], dim=1).sqrt()
+        return torch.cat([distances, centered @ self.directions], dim=1)
+
+
+def _with_mean(scaled: Tensor, both: Tensor) -> Tensor:
+    """Scaled distances and directions (B, M), with the mean of the distances of features and detail
+    in their place: (B, M - 1). `both` scales it again.
+    """
+    mean = (scaled[:, :1] + scaled[:, 2:3]) / 2
+    return torch.cat([(mean - both[0]) / both[1], scaled[:, 1:2], scaled[:, 3:]], dim=1)
 
 
 def describe(network: Network, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The network's logits (B, C) and the description of grey values (B, 1, H, W) in [0, 1].
 
     The description is a group (B, d) for each stage, logarithms of the means and standard
-    deviations of its maps, and one for the standardized image at 16 x 16.
+    deviations of its maps, one for the standardized image at 16 x 16, and one for its fine detail.
     """
     logits, stages = network.look(images)
     num_channels = sum(maps.shape[1] for maps in stages)
@@ -112,7 +144,19 @@ def describe(network: Network, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     small = functional.adaptive_avg_pool2d(standardized, _THUMBNAIL_SIZE).flatten(1)  # (B, 256)
     centered = small - small.mean(dim=1, keepdim=True)
     deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
-    return logits, [*groups, centered / (deviation + 1e-2)]
+    return logits, [*groups, centered / (deviation + 1e-2), _detail(standardized)]
+
+
+def _detail(standardized: Tensor) -> Tensor:
+    """Logarithms (B, 64) of the root mean square, in 8 x 8 places, of what a binomial filter of
+    5 x 5 takes away from images (B, 1, H, W).
+    """
+    row = standardized.new_tensor([1, 4, 6, 4, 1]) / 16
+    padded = functional.pad(standardized, (2, 2, 2, 2), mode="reflect")
+    smooth = functional.conv2d(padded, row.view(1, 1, 1, 5))
+    smooth = functional.conv2d(smooth, row.view(1, 1, 5, 1))
+    energy = functional.adaptive_avg_pool2d((standardized - smooth).square(), _NUM_PLACES)
+    return energy.flatten(1).add(1e-4).log() / 2
 
 
 def _summarize(maps: Tensor, max_channels: int) -> Tensor:
@@ -179,32 +223,101 @@ SPOILED: Mapping[str, Change] = {
 
 @torch.no_grad()
 def fit_typicality(
-    network: Network, train: Loader, val: Loader, *, ranks: Ranks, share: float = REVIEW_SHARE
+    network: Network,
+    train: Loader,
+    val: Loader,
+    *,
+    ranks: Ranks,
+    share: float = REVIEW_SHARE,
+    unlike: Unlike | None = None,
 ) -> Typicality:
     """Fit the score on the training split and its limit on the validation split, over all ranks.
 
     The limit sends the share `share` of the validation images, as they are and changed by
-    `VARIATION`, to review. Memory does not grow with the training split.
+    `VARIATION`, to review. Memory does not grow with the training split. With `unlike` there is a
+    direction more, towards those of these images that are not held out. It sends no more
+    validation images to review, neither of all nor of those that are as they are.
     """
     network.eval()
     fit = _Fit(network, ranks, next(train.epoch(0)).images.shape[-1])
     mean, covariance, sample = fit.moments(train)
-    whitening = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D)
-    directions = [fit.direction(change, sample, mean, whitening) for change in SPOILED.values()]
+    whole = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D), upper triangular
+    whitening = whole[:-_NUM_DETAIL, :-_NUM_DETAIL]  # so this one whitens all but the detail
+    spoiled = [
+        fit.direction(change, sample, mean[:-_NUM_DETAIL], whitening) for change in SPOILED.values()
+    ]
+    directions = list(functional.pad(torch.stack(spoiled), (0, _NUM_DETAIL)))
+    if unlike is not None:
+        directions.append(fit.direction_to(unlike.images[unlike.is_fitted], mean, whole))
     tensors = {"mean": mean, "directions": torch.stack(directions, dim=1)}
     ends = pairwise(np.cumsum([0, *fit.sizes]))
     whitenings = {
         f"whitening_{number}": _whitening(covariance[low:high, low:high], _DISTANCE_SHRINKAGE)
         for number, (low, high) in enumerate(ends)
     }
-    values = fit.measured(Typicality(**tensors, **whitenings).to(fit.dtype), val)  # (3 N, 2 + K)
-    offset, top = np.quantile(values, (0.5, 0.99), axis=0)
-    scale = np.maximum(top - offset, 1e-6)
-    limit = max(float(np.quantile(((values - offset) / scale).max(axis=1), 1 - share)), 1e-6)
-    assert math.isfinite(limit)
-    scaling = {"offset": offset, "scale": scale, "limit": np.array(limit)}
-    tensors |= {name: torch.from_numpy(each).to(mean.device) for name, each in scaling.items()}
+    unscaled = Typicality(**tensors, **whitenings, both=mean.new_tensor([0.0, 1.0])).to(fit.dtype)
+    scaling = _scaling(fit.measured(unscaled, val), share, has_unlike=unlike is not None)
+    tensors |= {name: each.to(mean.device) for name, each in scaling.items()}
     return Typicality(**tensors, **whitenings).to(fit.dtype)
+
+
+def _scaling(values: Tensor, share: float, *, has_unlike: bool) -> dict[str, Tensor]:
+    """Offsets, scales and the limit, float64, from what validation images measure (n, 3, M), the
+    first of three as it is. `has_unlike` says that the last direction is that of `Unlike`.
+    """
+    flat = values.flatten(0, 1)
+    offset, scale = _offset_and_scale(flat, 0.99)
+    if has_unlike:
+        offset[-1:], scale[-1:] = _offset_and_scale(flat[:, -1:], _UNLIKE_QUANTILE)
+    scaled = (flat - offset) / scale
+    usual = scaled[:, :-1] if has_unlike else scaled
+    both = _scale_of_mean(usual, _MEAN_QUANTILE)
+    largest = _with_mean(usual, both).amax(dim=1)
+    limit = _quantile(largest, 1 - share)
+    if has_unlike:
+        passed = _unchanged(largest <= limit, values).double().mean()
+        both = _scale_of_mean(usual, _MEAN_QUANTILE_BESIDE_UNLIKE)
+        largest = _with_mean(scaled, both).amax(dim=1)
+        of_unchanged = _quantile(_unchanged(largest, values), float(passed))
+        limit = max(_quantile(largest, 1 - share), of_unchanged)
+    assert math.isfinite(limit)
+    limits = flat.new_tensor(max(limit, 1e-6))
+    return {"offset": offset, "scale": scale, "both": both, "limit": limits}
+
+
+def _scale_of_mean(scaled: Tensor, quantile: float) -> Tensor:
+    """`Typicality.both`, (2,), from scaled distances and directions (n, M)."""
+    means = _with_mean(scaled, scaled.new_tensor([0.0, 1.0]))[:, :1]
+    return torch.cat(_offset_and_scale(means, quantile))
+
+
+def _unchanged(flat: Tensor, values: Tensor) -> Tensor:
+    """The entries of images as they are, (N,), of one for each of `values` (N, 3, M)."""
+    unchanged: Tensor = flat.unflatten(0, values.shape[:2])[:, 0]
+    return unchanged
+
+
+def _quantile(values: Tensor, quantile: float) -> float:
+    return float(np.quantile(values.numpy(), quantile))
+
+
+def _offset_and_scale(values: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """The median of each column of (n, M), and how far the quantile is above it."""
+    offset, top = np.quantile(values.numpy(), (0.5, quantile), axis=0)
+    return torch.from_numpy(offset), torch.from_numpy(np.maximum(top - offset, 1e-6))
+
+
+@torch.inference_mode()
+def count_review(network: Network, typicality: Typicality, unlike: Unlike, *, ranks: Ranks) -> int:
+    """How many of the images of `unlike` that are held out go to review; each rank counts all."""
+    dtype = next(network.parameters()).dtype
+    held_out = unlike.images[~unlike.is_fitted]
+    num = 0
+    for start in range(0, len(held_out), 64):
+        grey = to_grey(held_out[start : start + 64], ranks.device, dtype)
+        grey = grey.contiguous(memory_format=torch.channels_last)
+        num += int((typicality.atypicality(network, grey)[1] > 1).sum())
+    return num
 
 
 class _Fit:
@@ -243,16 +356,24 @@ class _Fit:
         for pixels, numbers in _rebatch(sample):
             images, rows = self._to_device(pixels, numbers)
             draws = uniform(rows, 56, seed=SHIFT_SEED, epoch=0).to(self.dtype)
-            spoiled = torch.cat(self._describe(change(images, draws)), dim=1)
+            spoiled = torch.cat(self._describe(change(images, draws))[:-1], dim=1)
             sums.add(((spoiled.double() - mean) @ whitening).clamp(-_FARTHEST, _FARTHEST))
-        moved, spread = sums.reduce(self._ranks)
-        pooled = (spread + torch.eye(len(mean), dtype=torch.float64, device=mean.device)) / 2
-        pooled.diagonal().add_(_DIRECTION_RIDGE)
-        direction: Tensor = whitening @ torch.linalg.solve(pooled, moved)
-        return direction
+        return _discriminant(*sums.reduce(self._ranks), whitening)
 
-    def measured(self, fitted: Typicality, val: Loader) -> NDArray[np.float64]:
-        """What `fitted` measures on all validation images, as they are and augmented."""
+    def direction_to(self, unlike: NDArray[np.uint8], mean: Tensor, whitening: Tensor) -> Tensor:
+        """The same towards images (n, 1, H, W) that every rank has."""
+        sums = _Sums(len(mean), self._ranks.device)
+        own = unlike[self._ranks.rank :: self._ranks.world_size]
+        for start in range(0, len(own), 256):
+            grey = to_grey(own[start : start + 256], self._ranks.device, self.dtype)
+            described = torch.cat(self._describe(grey), dim=1).double()
+            sums.add(((described - mean) @ whitening).clamp(-_FARTHEST, _FARTHEST))
+        return _discriminant(*sums.reduce(self._ranks), whitening)
+
+    def measured(self, fitted: Typicality, val: Loader) -> Tensor:
+        """What `fitted` measures on all validation images, as they are and augmented, (N, 3, M)
+        float64.
+        """
         found = []
         for pixels, numbers in _every(1, val):
             images, rows = self._to_device(pixels, numbers)
@@ -260,9 +381,10 @@ class _Fit:
                 augment(images, rows, seed=SHIFT_SEED, epoch=draw, strength=VARIATION)
                 for draw in range(_NUM_DRAWS)
             ]
-            for seen in (images, *augmented):
-                found.append(fitted.measure(self._describe(seen)).double().cpu().numpy())
-        return np.concatenate([part for parts in self._ranks.gather(found) for part in parts])
+            each = [fitted.measure(self._describe(seen)) for seen in (images, *augmented)]
+            found.append(torch.stack(each, dim=1).double().cpu().numpy())
+        parts = [part for own in self._ranks.gather(found) for part in own]
+        return torch.from_numpy(np.concatenate(parts))
 
     def _to_device(
         self, pixels: NDArray[np.uint8], numbers: NDArray[np.int64]
@@ -272,6 +394,16 @@ class _Fit:
 
     def _describe(self, images: Tensor) -> list[Tensor]:
         return describe(self._network, images.contiguous(memory_format=torch.channels_last))[1]
+
+
+def _discriminant(moved: Tensor, spread: Tensor, whitening: Tensor) -> Tensor:
+    """Fisher's linear discriminant (D,) from mean and covariance of whitened images; that of
+    training images is 1.
+    """
+    pooled = (spread + torch.eye(len(moved), dtype=torch.float64, device=moved.device)) / 2
+    pooled.diagonal().add_(_DIRECTION_RIDGE)
+    direction: Tensor = whitening @ torch.linalg.solve(pooled, moved)
+    return direction
 
 
 class _Sums:

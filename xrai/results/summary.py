@@ -165,6 +165,7 @@ class Summary:
             "duration_s": round(training.duration_s, 3),
             "validation": self.validation,
             "trained_on": training.trained_on,
+            **({} if training.unlike is None else {"unlike": training.unlike}),
         }
 
 

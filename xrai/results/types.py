@@ -484,6 +484,18 @@ class TrainedOn:
 
 
 @dataclass(frozen=True)
+class UnlikeImages:
+    """Images that a site gave for review to be fitted to, `review.unlike`."""
+
+    source: str
+    sha256: str  # of the hashes of their files
+    num_images: int
+    num_patients: int
+    num_held_out: int  # images of patients that review was not fitted to
+    num_held_out_review: int  # those of them that go to review
+
+
+@dataclass(frozen=True)
 class Training:
     """A finished training: what was trained, on what, for how long."""
 
@@ -494,3 +506,4 @@ class Training:
     fingerprint: str
     duration_s: float
     trained_on: TrainedOn
+    unlike: UnlikeImages | None = None

@@ -1,0 +1,94 @@
+"""What `review.unlike` reads: each image once, patients apart, and one line where it cannot."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xrai.config import Images
+from xrai.errors import UserError
+from xrai.ingest import unlike
+from xrai.ingest.images import decode
+from xrai.ingest.unlike import read_unlike
+
+IMAGES = Images(size=32)
+
+
+def write_images(folder: Path, *, num_patients: int = 6, num_each: int = 2) -> Path:
+    """Images named as in NIH ChestX-ray14, `num_each` of each patient."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for patient in range(num_patients):
+        for visit in range(num_each):
+            pixels = generator.integers(0, 256, (40, 50), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{patient:08d}_{visit:03d}.png")
+    return folder
+
+
+def test_a_patients_images_are_all_fitted_or_all_held_out(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "own")
+    found = read_unlike(str(folder), IMAGES)
+    assert found.images.shape == (12, 1, 32, 32) and found.num_patients == 6
+    assert found.is_fitted.sum() == 8  # two thirds of the patients
+    fitted = {image.tobytes() for image in found.images[found.is_fitted]}
+    for patient in range(6):
+        own = write_images(tmp_path / f"{patient}")
+        for path in own.iterdir():
+            if not path.name.startswith(f"{patient:08d}"):
+                path.unlink()
+        shown = [
+            decode(path.read_bytes(), size=32, fit="crop", max_pixels=10**8).tobytes()
+            for path in own.iterdir()
+        ]
+        assert len(shown) == 2 and len({pixels in fitted for pixels in shown}) == 1
+
+
+def test_the_same_files_are_the_same_images_wherever_they_are(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "own")
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        for path in sorted(folder.iterdir(), reverse=True):
+            archive.write(path, f"deep/down/{path.name}")
+            archive.write(path, f"again/{path.name}")  # copies count once
+    one, other = (read_unlike(str(tmp_path / name), IMAGES) for name in ("own", "packed.zip"))
+    assert one.sha256 == other.sha256 and np.array_equal(one.images, other.images)
+    assert np.array_equal(one.is_fitted, other.is_fitted)
+    (folder / "00000000_000.png").unlink()
+    assert read_unlike(str(folder), IMAGES).sha256 != one.sha256
+
+
+def test_of_many_files_a_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unlike, "_MAX_FILES", 20)
+    folder = write_images(tmp_path / "own", num_patients=30, num_each=1)
+    assert read_unlike(str(folder), IMAGES).num_patients == 15
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "there is no file or folder {folder}"),
+        (lambda folder: folder.mkdir(), "{folder} holds no files"),
+        (
+            lambda folder: write_images(folder, num_patients=2, num_each=5),
+            "review.unlike = {folder} holds 10 images of 2 patients that can be read: at least 10 "
+            "of 3 are needed",
+        ),
+        (
+            lambda folder: (write_images(folder, num_patients=4) / "a.png").write_text("no image"),
+            "review.unlike = {folder} holds 8 images of 4 patients that can be read: at least 10 "
+            "of 3 are needed; {folder}/a.png is not a JPEG, PNG or DICOM file",
+        ),
+    ],
+    ids=["missing", "empty", "two patients", "unreadable"],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, make: object, message: str
+) -> None:
+    folder = tmp_path / "own"
+    assert callable(make)
+    make(folder)
+    with pytest.raises(UserError) as caught:
+        read_unlike(str(folder), IMAGES)
+    said = str(caught.value)
+    assert message.format(folder=folder) in said and "\n" not in said

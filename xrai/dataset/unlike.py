@@ -1,0 +1,19 @@
+"""Images that a site has given to be sent to review: `xrai.ingest.unlike` reads them, and
+`xrai.learning.typicality` fits review to them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """The images, sorted by the hashes of their files; the same on every rank."""
+
+    source: str
+    sha256: str  # of the hashes of all files, in order
+    images: NDArray[np.uint8]  # (n, 1, H, W)
+    is_fitted: NDArray[np.bool_]  # (n,), false for patients that are held out to test review with
+    num_patients: int
