@@ -8,7 +8,7 @@ machines reach needs a token, in the environment variable XRAI_SERVE_TOKEN.
 import os
 import socket
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from xrai.command import PRIOR, RUNS, Flag, parse, run_command
 from xrai.errors import UserError
 from xrai.log import Heartbeat, get_logger, setup_logging
 from xrai.serving.dicom_flags import DICOM_FLAGS
+
+if TYPE_CHECKING:
+    from xrai.serving.films import Worklist
 
 TOKEN = "XRAI_SERVE_TOKEN"
 FLAGS = (
@@ -89,7 +92,7 @@ def main() -> None:
             timeout_graceful_shutdown=flags["stop_s"],
             limit_concurrency=_MAX_CONNECTIONS,
             h11_max_incomplete_event_size=1 << 16,
-            callback_notify=_beat,
+            callback_notify=partial(_beat, worklist),
             timeout_notify=_BEAT_S,
         )
         host, port = server_socket.getsockname()[:2]
@@ -99,8 +102,11 @@ def main() -> None:
         uvicorn.Server(settings).run(sockets=[server_socket])
 
 
-async def _beat() -> None:
-    """Touch the file of XRAI_HEARTBEAT, which a container's check looks at."""
+async def _beat(worklist: "Worklist") -> None:
+    """Forget films whose time is over, also where nobody asks for the list; touch the file of
+    XRAI_HEARTBEAT, which a container's check looks at.
+    """
+    worklist.forget_expired()
     Heartbeat().beat()
 
 

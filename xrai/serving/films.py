@@ -143,6 +143,11 @@ class Worklist:
             self._version += 1
             return self._films.pop(film_id, None) is not None
 
+    def forget_expired(self) -> None:
+        """Forget the films whose time is over; asking for any does so, too."""
+        with self._lock:
+            self._expire()
+
     @property
     def version(self) -> str:
         """Changes whenever the list does."""

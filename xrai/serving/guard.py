@@ -9,9 +9,11 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from xrai.serving.uploads import discard
 
 COOKIE: Final = "xrai_session"
 _OPEN = ("/healthz", "/readyz", "/login", "/openapi.json")  # to everybody; they hold no film
@@ -60,6 +62,8 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(HTTPConnection(scope))
+        if refusal is not None:
+            await discard(Request(scope, receive))
         await (refusal or self.app)(scope, receive, send_with_headers)
 
     def _refusal(self, request: HTTPConnection) -> Response | None:

@@ -32,7 +32,7 @@ from xrai.serving.guard import COOKIE, Guard, is_token, session_of
 from xrai.serving.pictures import draw_heat, draw_thumbnail, draw_whole
 from xrai.serving.scoring import ClosedError
 from xrai.serving.service import Service, answered
-from xrai.serving.uploads import RequestError, Room, received
+from xrai.serving.uploads import RequestError, Room, discard, received
 from xrai.tables import to_csv
 
 NOTE: Final = "No medical device: for research, not for diagnosis."
@@ -243,9 +243,7 @@ class _Routes:
 
     async def _picture(self, draw: Callable[[Film], bytes], film: Film) -> Response:
         drawn = await asyncio.wrap_future(self._service.scorer.in_background(draw, film))
-        # A film never changes, so the page's browser may keep it as long as it is open
-        headers = {"Cache-Control": "private, max-age=600"}
-        return Response(drawn, media_type="image/png", headers=headers)
+        return Response(drawn, media_type="image/png")
 
     # -------------------------------------------------------------------------- models
 
@@ -381,7 +379,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _refused_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    headers = {"Connection": "close"}  # the rest of the body is not read
+    await discard(request)
+    headers = {"Connection": "close"}  # there may be more
     if error.status in _RETRY_S:
         headers["Retry-After"] = _RETRY_S[error.status]
     return JSONResponse({"detail": str(error)}, error.status, headers)

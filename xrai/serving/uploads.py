@@ -8,7 +8,7 @@ import functools
 import io
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +24,7 @@ from xrai.log import printable
 MAX_FILES: Final = 5000  # of a request, those in zip archives counted
 _SILENCE_S = 30.0  # between two parts of a body
 _LEAST_RATE = 4096  # bytes a second of a body, on average after the first `_SILENCE_S`
+_DISCARD_S, _DISCARD_BYTES = 10.0, 1 << 30  # of a body that is refused, at most
 _ZIP = b"PK\x03\x04"
 
 
@@ -77,6 +78,21 @@ async def received(request: Request, room: Room) -> AsyncIterator[list[File]]:
         yield await asyncio.to_thread(_taken_apart, uploads)
     finally:
         room.free_bytes += taken[0]
+
+
+async def discard(request: Request) -> None:
+    """Read what is left of a body that is refused, within limits: to a client that still sends, a
+    connection that is closed is all that it hears.
+    """
+    if "expect" in request.headers:  # it waits for leave to send
+        return
+    left = _DISCARD_BYTES
+    with suppress(ClientDisconnect, TimeoutError, RuntimeError):  # the last: it was read to its end
+        async with asyncio.timeout(_DISCARD_S):
+            async for part in request.stream():
+                left -= len(part)
+                if left < 0:
+                    return
 
 
 async def _limited(request: Request, room: Room, taken: list[int]) -> AsyncIterator[bytes]:
