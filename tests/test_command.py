@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,9 @@ def test_a_config_that_comes_with_xrai_is_found_by_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert read("--config", "fast").config.train.epochs == 8
-    with pytest.raises(ConfigError, match=r"there is no config file fats; .* or fast, pneumonia, "):
+    with pytest.raises(
+        ConfigError, match=r"there is no config file fats; .* or fast, gpu, pneumonia, "
+    ):
         read("--config", "fats")
     (tmp_path / "fast").write_text("train: {epochs: 5}")
     assert read("--config", "fast").config.train.epochs == 5
@@ -189,8 +192,10 @@ def test_print_config_prints_what_a_config_file_can_hold(
     assert from_mapping(yaml.safe_load(capsys.readouterr().out), where="there").train.epochs == 9
 
 
-def test_the_reference_recipe_is_the_defaults() -> None:
-    assert read("--config", str(REPOSITORY / "configs/pneumonia.yaml")).config == Config()
+def test_the_reference_recipe_is_the_defaults_with_more_pixels_and_channels() -> None:
+    config = read("--config", str(REPOSITORY / "configs/pneumonia.yaml")).config
+    images, model = (replace(Config().images, size=128), replace(Config().model, width=32))
+    assert config == replace(Config(), images=images, model=model)
 
 
 # ------------------------------------------------------------------------------------ run_command

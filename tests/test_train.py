@@ -237,7 +237,7 @@ def test_ranks_other_than_0_never_load_what_measures_and_draws(
         (["--artifacts={tmp}/file/below"], "results cannot be written to"),
         (["--images.size=48"], "images.size = 48, but the data set was made with 32"),
         (["--images.size=64"], "images.size = 64, but the data set was made with 32"),
-        (["--config=pneumonia"], "images.size = 64, but the data set was made with 32"),
+        (["--config=pneumonia"], "images.size = 128, but the data set was made with 32"),
         (
             ["--train.global_batch_size=16", "--train.accumulation_steps=32"],
             "the nearest that can is 32",
