@@ -80,6 +80,10 @@ class Pod:
         """What a machine that goes away does: no signal, no word."""
         docker("kill", "--signal=KILL", self.main)
 
+    def vanish(self) -> None:
+        """What a machine without power or network does: no packet arrives, no connection ends."""
+        docker("network", "disconnect", "--force", self.cluster.network, self.main)
+
     def log(self) -> str:
         return log_of(self.main)
 
@@ -166,6 +170,13 @@ class Cluster:
     def change(self, config_map: str, **values: str) -> None:
         """Set values of a ConfigMap, as somebody who edits the file."""
         of_kind(self.documents, "ConfigMap")[config_map]["data"].update(values)
+
+    def copy(self, name: str) -> "Cluster":
+        """The same documents, to be changed by themselves."""
+        documents = json.loads(json.dumps(self.documents))
+        copied = Cluster(documents, self.network, self.folder / name, self.label)
+        copied.folder.mkdir()
+        return copied
 
     def set_num_nodes(self, number: int) -> None:
         """Make the training's Job one of so many pods, as somebody who edits the file."""
@@ -341,6 +352,57 @@ def test_when_pod_0_is_killed_all_begin_again_and_go_on(
     same_as_undisturbed(runs, "pod-0-killed")
 
 
+def test_when_pod_0s_machine_goes_away_silently_the_other_ends_by_itself_and_all_go_on(
+    cluster: Cluster, undisturbed: list[Pod], runs: Runs
+) -> None:
+    silent = cluster.copy("silent")
+    config = CONFIG.replace("step_timeout_s: 120", "step_timeout_s: 30")
+    silent.change("xrai-config", **{"config.yaml": config})
+    silent.change("xrai", XRAI_RUN_ID="pod-0-silent")
+    with ThreadPoolExecutor(2) as threads:
+        pods = list(threads.map(Pod.begin, [silent.pod("train", index) for index in range(2)]))
+        runs.wait_for_step("pod-0-silent", 3, pods)
+        pods[0].vanish()
+        assert status_of(pods[1].main, timeout_s=60) == 1  # its deadline plus 30 s
+        assert "rank 0" in pods[1].log()[-MESSAGE_BYTES:]
+        second = threads.submit(silent.pod("train", 1).begin)  # which waits for pod 0
+        pods[0].kill()  # as when the node is deleted
+        replaced = time.monotonic()
+        first = silent.pod("train", 0).begin()
+        replacements = [first, second.result()]
+    assert [pod.end() for pod in replacements] == [0, 0], [pod.log() for pod in replacements]
+    assert time.monotonic() - replaced < 180
+    runs.assert_finished("pod-0-silent")
+    same_as_undisturbed(runs, "pod-0-silent")
+
+
+def test_a_pod_of_another_number_of_nodes_does_not_disturb_the_training(
+    cluster: Cluster, undisturbed: list[Pod], runs: Runs
+) -> None:
+    cluster.change("xrai", XRAI_RUN_ID="two-numbers")
+    larger = cluster.copy("larger")
+    larger.set_num_nodes(4)
+    with ThreadPoolExecutor(2) as threads:
+        pods = list(threads.map(Pod.begin, [cluster.pod("train", index) for index in range(2)]))
+    third = larger.pod("train", 2).begin()
+    assert [pod.end() for pod in pods] == [0, 0], [pod.log() for pod in pods]
+    runs.assert_finished("two-numbers")
+    same_as_undisturbed(runs, "two-numbers")
+    assert not any("going on after step" in pod.log() for pod in pods)
+    third.kill()
+    assert third.end() == 137, third.log()  # it had not begun
+
+
+def test_a_config_that_does_not_fit_the_finished_run_is_refused_by_preflight(
+    cluster: Cluster, undisturbed: list[Pod]
+) -> None:
+    other = cluster.copy("other-config")
+    other.change("xrai-config", **{"config.yaml": CONFIG.replace("width: 8", "width: 16")})
+    other.change("xrai", XRAI_RUN_ID="undisturbed")
+    with pytest.raises(AssertionError, match="preflight of pod 0 ended with 2"):
+        other.pod("train", 0).begin()
+
+
 def same_as_undisturbed(runs: Runs, run_id: str) -> None:
     """The losses of all epochs are those of the run that nothing happened to."""
     ours, theirs = (runs.read(name, "history.csv") for name in (run_id, "undisturbed"))
@@ -353,9 +415,7 @@ def test_a_mistake_is_found_before_training_and_said_in_one_line_with_status_2(
     cluster: Cluster, undisturbed: list[Pod]
 ) -> None:
     """The Job's podFailurePolicy ends it then; `kubectl describe pod` shows the line."""
-    documents = json.loads(json.dumps(cluster.documents))
-    mistaken = Cluster(documents, cluster.network, cluster.folder / "mistaken", cluster.label)
-    mistaken.folder.mkdir()
+    mistaken = cluster.copy("mistaken")
     mistaken.change("xrai-config", **{"config.yaml": CONFIG.replace("epochs", "epoch")})
     pod = mistaken.pod("train", 0)
     with pytest.raises(AssertionError, match="wait of pod 0 ended with 2"):
