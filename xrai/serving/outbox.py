@@ -270,9 +270,9 @@ class Delivery:
             else:
                 self._give_up_if_old(path, str(error))
             return is_refused
-        self._outbox.was_sent(path)
         self._num_sent += 1
         self._recovers()
+        self._outbox.was_sent(path)
         return True
 
     def _tries_of(self, path: Path) -> _Tries:
