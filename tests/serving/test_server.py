@@ -23,7 +23,7 @@ from PIL import Image
 from tests.dataset.pictures import huge_png
 from tests.models import phantoms
 from xrai.errors import UserError
-from xrai.serve import check_flags, checked_token
+from xrai.serve import check_flags, checked_token, listen
 
 TOKEN = "0123456789abcdef"
 
@@ -125,6 +125,14 @@ def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     check_flags(usual)
     with pytest.raises(UserError, match=f"--{name} = {value} is not allowed"):
         check_flags({**usual, name: value})
+
+
+def test_no_part_of_an_answer_waits_for_the_one_before() -> None:
+    """40 ms, for Nagle's algorithm and the delayed acknowledgement of the client."""
+    with listen("127.0.0.1", 0) as found, socket.create_connection(found.getsockname()):
+        connection, _ = found.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.ci
