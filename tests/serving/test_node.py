@@ -258,7 +258,7 @@ def test_too_many_connections_and_associations_are_turned_away() -> None:
 def test_garbage_before_an_association_harms_nobody() -> None:
     drawn = random.Random(3)
     with node_of() as (_, port):
-        for _ in range(20):
+        for _ in range(8):
             with connected(port) as connection:
                 head = struct.pack(">BBL", drawn.randrange(10), 0, drawn.randrange(300))
                 connection.sendall(head + drawn.randbytes(300))
