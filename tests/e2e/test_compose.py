@@ -246,6 +246,12 @@ def test_tensorboard_shows_the_runs_of_the_bucket(trained: str, s3: Stack) -> No
             lambda: inspect(container)["State"]["Health"]["Status"] == "healthy",
             what="tensorboard's health",
         )
+        docker("network", "disconnect", "--force", s3.network, container)  # S3 goes away
+        wait_until(
+            lambda: inspect(container)["RestartCount"] > 0,
+            what="tensorboard to end and start again",
+        )
+        assert "the runs cannot be read" in docker("logs", container).stdout
     finally:
         s3.compose("rm", "--force", "--stop", "tensorboard")
 
