@@ -88,4 +88,5 @@ def test_adults_go_to_review_and_children_do_not(real_images: Path, tmp_path: Pa
     unlike = read_unlike(str(given), Images(size=64))
     shown = fit_typicality(network, train, val, ranks=ONE, unlike=unlike)
     assert share_to_review(network, shown, held_out) >= 0.95
-    assert share_to_review(network, shown, children) <= before + 2 / len(children)
+    # of validation images no more; of 459 others three more or less are chance
+    assert share_to_review(network, shown, children) <= before + 0.01
