@@ -44,7 +44,7 @@ class Ward:
 
     def send(self, name: str, data: bytes) -> None:
         """Send a film to the server, as another program would."""
-        file: FilePayload = {"name": name, "mimeType": "", "buffer": data}
+        file: FilePayload = {"name": name, "mimeType": "application/octet-stream", "buffer": data}
         answer = self.page.request.post(f"{self.url}/v1/films", multipart={"file": file})
         assert answer.ok, answer.text()
 
@@ -63,7 +63,8 @@ class Ward:
         return self.page.locator(".row .name").all_inner_texts()
 
 
-@pytest.fixture(scope="session")
+# Of a module, not the session: until it stops, Playwright's event loop runs in the tests' thread
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         options = {"executable_path": find_chromium(), "args": CHROMIUM_OPTIONS}
@@ -92,9 +93,11 @@ def serve(service: Service, *, token: str = "") -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=[[listening]])
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture

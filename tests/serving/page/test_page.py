@@ -15,9 +15,10 @@ from PIL import Image
 from playwright.sync_api import FilePayload, Page, Route, expect
 
 from tests.dataset.pictures import dicom_file
-from tests.models import phantoms, save_run
+from tests.models import phantoms, save_random_run, save_run
 from tests.serving.conftest import make_service
 from tests.serving.page.conftest import Film, Ward, like, serve
+from xrai.labels import LabelSpec, Task
 
 pytestmark = pytest.mark.browser
 
@@ -423,6 +424,32 @@ def test_the_numbers_are_the_servers_and_the_prevalence_moves_the_predictive_val
     assert page.locator("#ppv").inner_text() != before
     page.click("#prevalence-reset")
     expect(page.locator("#ppv")).to_have_text(before)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+def test_every_class_or_finding_has_its_probability_and_its_heat_map(
+    ward: Ward, tmp_path: Path, task: Task
+) -> None:
+    names = ("Effusion", "Mass", "<b>Nodule</b>")
+    service = make_service(save_random_run(tmp_path, LabelSpec(task, names)))
+    with serve(service) as address:
+        other = Ward(ward.page, address)
+        page = opened(other, "one.png", films(1)[0][1]).page
+        (film,) = other.films()
+        probabilities = film["probabilities"]
+        assert isinstance(probabilities, dict)
+        ranked = sorted(names, key=lambda name: -probabilities[name])
+        assert page.locator("#outputs b").all_inner_texts() == ranked
+        expect(page.locator("#outputs input:checked")).to_have_value(ranked[0])
+        num_limits = 3 if task == "multilabel" else 0
+        expect(page.locator("#outputs .limit")).to_have_count(num_limits)
+        page.keyboard.press("h")
+        for name in (*ranked, ranked[0]):
+            expect(page.locator("#stage-heat")).to_contain_text(f"Heat map of {name}")
+            page.keyboard.press("o")
+        expect(page.locator("#meaning")).to_be_hidden()  # the run has no summary
+        page.click("#open-card")
+        expect(page.locator("#card tbody tr")).to_have_count(3)
 
 
 def test_why_a_film_is_for_review_is_said_beside_it(ward: Ward) -> None:
