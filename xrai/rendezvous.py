@@ -22,7 +22,7 @@ from xrai.log import get_logger, setup_logging
 DEFAULT_PORT = 29400  # torchrun's for the backend c10d
 _ASK_EVERY_S = 5.0
 _ANSWER_WITHIN_S = 5.0  # of one connection
-_SILENT_S = 45.0  # of the machine, before the process ends
+_SILENT_S = 40.0  # of the machine, before the process ends
 _TELL_EVERY_S = 30.0
 _logger = get_logger("xrai.rendezvous")
 
@@ -100,7 +100,7 @@ def wait_for(host: str, port: int, *, timeout_s: float) -> str:
 
 
 def watch(host: str, address: str, port: int) -> NoReturn:
-    """End the process when the machine has not answered for 45 s.
+    """End the process when the machine has not answered for 40 s.
 
     The address stays that of the beginning, to which torchrun is connected: the name may lead to
     another machine by then. The ranks end with their parent, see `follow_parent`.
