@@ -148,6 +148,23 @@ def test_results_older_than_the_limit_are_given_up_while_the_archive_is_away(
     assert (outbox.folder / "given-up" / f"{old}.dcm").exists()
 
 
+def test_a_file_that_is_gone_before_its_age_is_read_is_no_longer_pending(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, gone = put(outbox, 1), put(outbox, 2)
+    real = os.scandir
+
+    @contextmanager
+    def racing(folder: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with real(folder) as entries:
+            found = list(entries)
+        (outbox.folder / "pending" / f"{gone}.dcm").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert [path.stem for path in outbox.pending()] == [kept]
+
+
 class Picky:
     """An archive that breaks the connection over some objects."""
 

@@ -128,12 +128,12 @@ class Outbox:
 
     def pending(self) -> list[Path]:
         """The files that wait, the oldest first."""
+        found = []
         with os.scandir(self.folder / _PENDING) as entries:
-            found = [
-                (entry.stat().st_mtime_ns, entry.path)
-                for entry in entries
-                if not is_temporary(entry.name)
-            ]
+            for entry in entries:
+                if not is_temporary(entry.name):
+                    with suppress(FileNotFoundError):  # sent by now
+                        found.append((entry.stat().st_mtime_ns, entry.path))
         return [Path(path) for _, path in sorted(found)]
 
     def num_given_up(self) -> int:
