@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.metrics import accuracy_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,6 +32,7 @@ from xrai.errors import DatasetError, UserError
 from xrai.labels import Task
 from xrai.learning.distributed import Place
 from xrai.learning.predictor import build_model, load_model
+from xrai.phantom import make_phantoms
 from xrai.results.calibration import calibrated
 from xrai.store import open_store, take_lease
 
@@ -633,6 +635,23 @@ def test_a_config_that_compiles_is_checked_before_any_work(
     status, lines = call(*common, "--train.compile=true", "--check", capsys=capsys)
     assert status == 2 and "(no-such-compiler), not found here" in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_images_to_review_are_a_change_to_a_run_of_a_version_without_them(
+    finished: Finished, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(finished.folder, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["review"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=old", *SMALL]
+    status, _ = call(*common, capsys=capsys)
+    assert status == 0
+    images = tmp_path / "unlike"
+    make_phantoms(images, num_images=12, workers=1)
+    status, lines = call(*common, f"--review.unlike={images}", capsys=capsys)
+    assert status == 2 and "review.unlike = " in lines[0] and "was ''" in lines[0]
 
 
 @pytest.mark.usefixtures("no_conclusion")

@@ -13,6 +13,7 @@ import re
 import select
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -207,6 +208,13 @@ class _Beating:
     def update(self, amount: int = 1) -> None:
         self._heartbeat.beat()
         self._shown.update(amount)
+
+
+def place_of(error: BaseException) -> str:
+    """The type and the place of an error, without its message, which may quote what is private."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import time
 from typing import NoReturn
 
 from xrai.command import run_command
-from xrai.errors import XraiError
+from xrai.errors import UserError, XraiError
 from xrai.log import get_logger, setup_logging
 
 DEFAULT_PORT = 29400  # torchrun's for the backend c10d
@@ -32,6 +32,9 @@ def main() -> None:
     setup_logging()
     endpoint, timeout_s, *options = sys.argv[1:]
     host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
+    host = host.removeprefix("[").removesuffix("]")
+    if port and not port.isdecimal():
+        raise UserError(f"--rdzv_endpoint = {endpoint}: {port!r} is no port")
     if not is_here(host):
         number = int(port or DEFAULT_PORT)
         address = wait_for(host, number, timeout_s=float(timeout_s))

@@ -48,6 +48,7 @@ _FREE = frozenset(
     | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
     | {"train.timeout_s", "train.step_timeout_s"}
 )
+_ADDED = {"review": ""}  # what a run of an earlier version had for a section that it lacks
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")  # may change while it trains
 BY_CLASS = "auroc_by_class"  # of validation images: the tag in TensorBoard, before a name
 _NUM_CURVES = 20  # of precision and recall in an epoch: each takes 3 KiB of TensorBoard's events
@@ -222,7 +223,7 @@ class Job:
                 for section, keys in self.config.to_mapping().items()
                 for key, value in keys.items()
                 if not _FREE & {section, f"{section}.{key}"}
-                and (was := earlier.get(section, {}).get(key, value)) != value
+                and (was := earlier.get(section, {}).get(key, _ADDED.get(section, value))) != value
             ]
         except AttributeError as error:
             raise RunError(f"{where} is not the config of a run: it is damaged") from error

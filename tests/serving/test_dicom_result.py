@@ -138,8 +138,12 @@ def test_the_same_film_and_models_make_the_same_object_and_others_another(kind: 
     first = uid_of(film("a"))
     assert first == uid_of(film("a", BitsStored=13))
     assert first.startswith("2.25.") and len(first) <= 64
-    others = {uid_of(film("b")), uid_of(film("a"), replace(DEVICE, model_sha256=("cd" * 32,)))}
-    assert len(others - {first}) == 2
+    others = {
+        uid_of(film("b")),
+        uid_of(film("a"), replace(DEVICE, model_sha256=("cd" * 32,))),
+        uid_of(film("a"), replace(DEVICE, prior="pneumonia=0.9")),
+    }
+    assert len(others - {first}) == 3
 
 
 def test_a_capture_holds_the_picture_and_names_its_source() -> None:
@@ -160,12 +164,15 @@ def test_a_capture_holds_the_picture_and_names_its_source() -> None:
         ({"PatientName": "M\u00fcller^J\u00f6rg"}, {"PatientName": "M\u00fcller^J\u00f6rg"}),
         ({"PatientSex": "unknown"}, {"PatientSex": ""}),
         ({"PatientBirthDate": "2020.02.29"}, {"PatientBirthDate": ""}),
+        ({"PatientBirthDate": "00000000"}, {"PatientBirthDate": ""}),
+        ({"StudyDate": "20261399"}, {"StudyDate": ""}),
+        ({"StudyTime": "250000"}, {"StudyTime": ""}),
         ({"StudyTime": "10:11"}, {"StudyTime": ""}),
         ({"PatientID": "x" * 80}, {"PatientID": ""}),
         ({"PatientName": None, "StudyDate": None}, {"PatientName": "", "StudyDate": ""}),
     ],
 )
-def test_unlawful_values_of_the_film_are_left_out(
+def test_invalid_values_of_the_film_are_left_out(
     tags: dict[str, Any], kept: dict[str, str]
 ) -> None:
     with warnings.catch_warnings():

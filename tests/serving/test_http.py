@@ -1,5 +1,6 @@
 """The HTTP interface: rows as predict gives them, limits, and who may ask."""
 
+import asyncio
 import io
 import json
 import logging
@@ -115,6 +116,17 @@ def test_films_of_a_zip_fail_each_by_itself(client: TestClient, films: list[byte
     assert "cut short or damaged" in reasons["b.png"] and "is not a JPEG" in reasons["c.txt"]
 
 
+def test_an_archive_that_is_none_does_not_touch_the_films_beside_it(
+    client: TestClient, films: list[bytes]
+) -> None:
+    unsafe = zipped({"../a.png": films[0]})
+    found = post(client, ("a.png", films[0]), ("b.zip", b"PK\x03\x04 none"), ("c.zip", unsafe))
+    reasons = [film["reason"] for film in found["films"]]
+    assert "cannot be taken apart" not in reasons[0] and found["films"][0]["probabilities"]
+    assert all("cannot be taken apart" in reason for reason in reasons[1:])
+    assert "unsafe name" in reasons[2]
+
+
 def test_the_table_has_a_row_a_film_and_no_formula(client: TestClient, films: list[bytes]) -> None:
     post(client, ("=cmd|' /C calc'!A0.png", films[0]), ("ü.png", films[1]))
     answer = client.get("/v1/films.csv")
@@ -161,6 +173,19 @@ def test_the_values_of_a_dicom_film_are_shown_by_its_own_window(client: TestClie
     assert np.abs(shown.clip(0, 1) * 255 - expected).max() <= 1.5
 
 
+def test_a_film_of_oblong_pixels_is_shown_and_explained_in_square_ones(client: TestClient) -> None:
+    stored = np.random.default_rng(0).integers(0, 255, (60, 80)).astype(np.uint8)
+    data = dicom_file(stored, PixelSpacing=[0.2, 0.1])  # each twice as high as wide
+    (film,) = post(client, ("a.dcm", data))["films"]
+    assert (film["width"], film["height"], film["window"]) == (80, 120, None)
+    shapes = {
+        name: Image.open(io.BytesIO(client.get(f"/v1/films/{film['id']}/{name}").content)).size
+        for name in ("image", "heat.png")
+    }
+    assert shapes["image"] == (80, 120)
+    assert shapes["heat.png"][1] / shapes["heat.png"][0] == pytest.approx(1.5, abs=0.01)
+
+
 def test_what_has_no_picture_says_why(client: TestClient, films: list[bytes]) -> None:
     (film,) = post(client, ("a.txt", b"no film"))["films"]
     answer = client.get(f"/v1/films/{film['id']}/image")
@@ -191,7 +216,7 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(client: T
         (b"x", "text/plain", 415),
         (b"x", "multipart/form-data", 400),
         (b"x", "multipart/form-data; boundary=y", 400),
-        (b"PK\x03\x04 no archive", "application/zip", 400),
+        (b"PK\x03\x04 no archive", "application/zip", 201),  # so is this
         (b"PK\x05\x06" + bytes(18), "application/zip", 201),  # a film that is none
     ],
 )
@@ -285,12 +310,33 @@ def test_a_browser_logs_in_once(run: Path) -> None:
         assert client.get("/v1/films").status_code == 401
 
 
+def test_a_form_that_does_not_come_is_not_waited_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xrai.serving.http._FORM_S", 0.1)
+
+    async def form(scope: Any, receive: Any, send: Any) -> None:
+        async def silence() -> Any:
+            await asyncio.sleep(30)
+
+        await client.app(scope, silence, send)
+
+    with make_client(make_service(run), token=TOKEN) as client:
+        slow = TestClient(form, base_url="http://127.0.0.1")
+        for path in ("/login", "/v1/reload"):
+            answer = slow.post(
+                path, data={"token": "x"}, headers={"Authorization": f"Bearer {TOKEN}"}
+            )
+            assert answer.status_code == 408 and "too slowly" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({"Origin": "http://127.0.0.1"}, 201),
         ({"Origin": "http://other.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Sec-Fetch-Site": "same-origin"}, 201),
@@ -331,6 +377,7 @@ def test_another_run_is_taken_without_a_restart(tmp_path: Path, films: list[byte
         for wrong, status in (
             ({"runs": ["third"]}, 409),
             ({"runs": ["../first"]}, 409),
+            ({"runs": ["\0"]}, 409),
             ({"runs": 3}, 400),
             ([], 400),
         ):
@@ -358,7 +405,8 @@ def test_a_film_that_breaks_its_batch_does_not_touch_the_others(
         answer = client.post("/v1/films", files=files).json()
         assert [film["name"] for film in answer["films"]] == ["a.png", "c.png"]
         assert [each["name"] for each in answer["refused"]] == ["bad.png"]
-        assert "bad.png" not in caplog.text and "out of luck" in caplog.text
+        assert "bad.png" not in caplog.text and "out of luck" not in caplog.text
+        assert "RuntimeError in test_http.py" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------ privacy

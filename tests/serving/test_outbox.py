@@ -165,6 +165,25 @@ def test_a_file_that_is_gone_before_its_age_is_read_is_no_longer_pending(
     assert [path.stem for path in outbox.pending()] == [kept]
 
 
+def test_what_is_no_result_keeps_none_back(outbox: Outbox) -> None:
+    pending = outbox.folder / "pending"
+    (pending / "1.2.txt").write_text("why it was given up")
+    (pending / "1.1.1.dcm").write_bytes(b"no DICOM")
+    sent = put(outbox, 1)
+    archive = Archive()
+    with (
+        archive.running(),
+        delivery(
+            outbox,
+            find_pacs(f"127.0.0.1:{archive.port}:ARCHIVE", calling="XRAI", tls=None, token=""),
+        ) as found,
+    ):
+        deadline = time.monotonic() + DEADLINE_S
+        while sent not in uids(archive):
+            assert time.monotonic() < deadline, found.state()
+            time.sleep(0.01)
+
+
 class Picky:
     """An archive that breaks the connection over some objects."""
 
@@ -301,6 +320,7 @@ def web(status: int, body: object = None) -> Iterator[Web]:
         yield server
         server.shutdown()
         thread.join()
+        server.server_close()
 
 
 def test_stow_sends_one_part_with_the_file_and_the_token(outbox: Outbox) -> None:

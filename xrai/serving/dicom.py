@@ -15,11 +15,9 @@ from xrai import __version__
 from xrai.errors import ConfigError, ImageError
 from xrai.ingest.find import File
 from xrai.ingest.images import decode
-from xrai.learning.predictor import MODEL_FILE
 from xrai.log import printable
 from xrai.results.lettering import legible
 from xrai.results.panel import Heat, draw_panel
-from xrai.results.summary import stated_hash
 from xrai.serving.dicom_result import (
     NOTE,
     Device,
@@ -37,7 +35,6 @@ from xrai.serving.outbox import Delivery, Outbox, Waits
 from xrai.serving.pacs import Pacs, check_ae_title, find_pacs
 from xrai.serving.scoring import ClosedError
 from xrai.serving.service import Service
-from xrai.store import open_store
 
 TOKEN: Final = "XRAI_PACS_TOKEN"  # for STOW-RS
 
@@ -136,7 +133,6 @@ class DicomSide:
     def __init__(self, options: DicomOptions, service: Service) -> None:
         """Open the outbox. Raises `UserError` where that cannot be."""
         self._options, self._service = options, service
-        self._devices: dict[str, Device] = {}
         self._outbox = Outbox(options.outbox) if options.outbox else None
         self._delivery = None
         if self._outbox and options.pacs:
@@ -223,15 +219,10 @@ class DicomSide:
         )
 
     def _device(self, film: Film) -> Device:
-        """The models that scored a film; their hashes are read once."""
-        run_id = film.pipeline.run_id
-        if run_id not in self._devices:
-            hashes: tuple[str, ...] = ()
-            if self._service.models.pipeline is film.pipeline:
-                found = [stated_hash(open_store(run), MODEL_FILE) for run in self._service.runs]
-                hashes = tuple(filter(None, found))
-            self._devices[run_id] = Device(run_id, __version__, hashes)
-        return self._devices[run_id]
+        """The models that scored a film."""
+        hashes = self._service.hashes[film.pipeline]
+        prior = ",".join(f"{name}={share!r}" for name, share in sorted(film.row.prior.items()))
+        return Device(film.pipeline.run_id, __version__, hashes, prior)
 
 
 class _Figures(Collector):

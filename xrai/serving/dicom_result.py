@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -90,7 +91,7 @@ class Source:
     sop_instance_uid: str
     series_instance_uid: str
     study_instance_uid: str
-    texts: Mapping[str, str]  # of patient and study, by DICOM keyword; "" where missing or unlawful
+    texts: Mapping[str, str]  # of patient and study, by DICOM keyword; "" where missing or invalid
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Device:
     run_id: str  # of several runs theirs, joined by "+"
     version: str  # of xrai
     model_sha256: tuple[str, ...]  # of the model.pt of each run
+    prior: str = ""  # the shares that its probabilities are for, where those were given
 
     @cached_property
     def key(self) -> str:
@@ -131,8 +133,7 @@ def read_source(data: bytes) -> Source:
             raise ImageError(f"is DICOM whose {name} is missing or damaged")
     kept = {}
     for name in _COPIED:
-        text = texts[name]
-        kept[name] = text if re.fullmatch(_FORMS[name], text) and text.isprintable() else ""
+        kept[name] = texts[name] if _is_valid(name, texts[name]) else ""
     return Source(
         texts["SOPClassUID"],
         texts["SOPInstanceUID"],
@@ -142,9 +143,24 @@ def read_source(data: bytes) -> Source:
     )
 
 
+def _is_valid(name: str, text: str) -> bool:
+    """Whether a text is one that this attribute may have."""
+    if not re.fullmatch(_FORMS[name], text, re.ASCII) or not text.isprintable():
+        return False
+    try:
+        if name.endswith("Date"):
+            datetime.strptime(text, "%Y%m%d")
+        elif name.endswith("Time"):
+            datetime.strptime(text.partition(".")[0].ljust(6, "0"), "%H%M%S")
+    except ValueError:
+        return False
+    return True
+
+
 def result_uid(kind: Kind, source: Source, device: Device) -> str:
-    """The SOP Instance UID of the result of a film and these models."""
-    return _uid(kind, source.sop_instance_uid, device.key)
+    """The SOP Instance UID of the result of a film and these models, at their prior."""
+    prior = [device.prior] if device.prior else []
+    return _uid(kind, source.sop_instance_uid, device.key, *prior)
 
 
 def write_report(source: Source, row: Prediction, device: Device) -> Result:

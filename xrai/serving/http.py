@@ -19,14 +19,14 @@ import yaml
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from xrai import __version__
 from xrai.errors import XraiError
 from xrai.ingest.find import File
-from xrai.log import get_logger, printable
+from xrai.log import get_logger, place_of, printable
 from xrai.serving.films import Film, FullError
 from xrai.serving.guard import COOKIE, Guard, is_token, session_of
 from xrai.serving.pictures import draw_heat, draw_thumbnail, draw_whole
@@ -43,6 +43,7 @@ _AT_ONCE = 32  # films of one request that are scored at the same time
 _RETRY_S = {429: "2", 503: "2"}  # when to come again
 _SESSION_S = 12 * 3600
 _MAX_JSON_BYTES = 1 << 16
+_FORM_S = 20.0  # for a form or a short body
 _logger = get_logger(__name__)
 
 
@@ -181,7 +182,10 @@ class _Routes:
     async def list_as_csv(self, request: Request) -> Response:
         """The list as a table."""
         films = self._service.worklist.films()
-        names = [output.name for output in self._service.models.pipeline.outputs]
+        outputs = self._service.models.pipeline.outputs
+        names = dict.fromkeys(output.name for output in outputs)
+        for film in films:  # an earlier run may have looked for others
+            names |= dict.fromkeys(film.row.probabilities)
         columns = ["name", "received", "source", "decision", "reason"]
         columns += [f"probability_{name}" for name in names] + ["model"]
         rows = [
@@ -253,12 +257,14 @@ class _Routes:
 
     async def reload(self, request: Request) -> Response:
         """Load the runs again, or others beside them."""
-        body = await request.body() if _is_short(request) else b"too long"
+        async with _in_time():
+            body = await request.body() if _is_short(request) else b"too long"
         try:
             given = json.loads(body or b"{}")
             names = given.get("runs", [])
-            assert isinstance(names, list) and all(isinstance(each, str) for each in names)
-        except (ValueError, AttributeError, AssertionError, RecursionError):
+            if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+                raise ValueError("no list of names")
+        except (ValueError, AttributeError, RecursionError):
             raise HTTPException(400, 'send nothing, or {"runs": ["ID"]}') from None
         async with self._reloading:
             try:
@@ -273,13 +279,14 @@ class _Routes:
         """Give a browser that knows the token its cookie."""
         if not _is_short(request):
             raise RequestError(413, "the form is too long")
-        async with request.form(max_files=0, max_fields=4) as form:
+        async with _in_time(), request.form(max_files=0, max_fields=4) as form:
             given = str(form.get("token", ""))
         if not self._token or not is_token(given, self._token):
             await asyncio.sleep(1)
             return RedirectResponse("/login?wrong", status_code=303)
         response = RedirectResponse("/", status_code=303)
-        is_https = request.url.scheme == "https"
+        # TLS ends at a proxy: only the browser knows of it
+        is_https = request.headers.get("origin", "").startswith("https://")
         response.set_cookie(
             COOKIE,
             session_of(self._token),
@@ -356,6 +363,18 @@ def _json(content: dict[str, object], status: int = 200) -> JSONResponse:
     return JSONResponse({"schema_version": SCHEMA_VERSION, "note": NOTE, **content}, status)
 
 
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    """A short body has to come in time. Raises `RequestError` where it does not, or never."""
+    try:
+        async with asyncio.timeout(_FORM_S):
+            yield
+    except TimeoutError:
+        raise RequestError(408, "the body comes too slowly") from None
+    except ClientDisconnect:
+        raise RequestError(400, "the client left before its body was whole") from None
+
+
 def _is_short(request: Request) -> bool:
     stated = request.headers.get("content-length", "0")
     return (
@@ -368,7 +387,7 @@ def _is_short(request: Request) -> bool:
 def _words_of(error: BaseException) -> str:
     if isinstance(error, XraiError):
         return printable(str(error))
-    _logger.error("a film could not be scored", exc_info=error)
+    _logger.error("a film could not be scored: %s", place_of(error))
     return "the film could not be scored: the server failed"
 
 

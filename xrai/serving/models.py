@@ -8,10 +8,11 @@ import numpy as np
 
 from xrai.errors import RunError, UserError
 from xrai.ingest.find import File
+from xrai.learning.predictor import MODEL_FILE
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.folder import SUMMARY
 from xrai.results.prior import ESTIMATE, Wanted
-from xrai.results.summary import Summary, read_summary
+from xrai.results.summary import Summary, read_summary, stated_hash
 from xrai.store import open_store
 
 _NUM_WARMING = 3  # films that are scored before the first one that counts
@@ -23,6 +24,7 @@ class Models:
 
     pipeline: Pipeline
     summaries: Mapping[str, Summary]  # by run id; of runs that have one
+    hashes: tuple[str, ...]  # SHA-256 of the model.pt of each run that states it
 
     def card(self) -> dict[str, object]:
         """What `GET /v1/model` says: outputs with threshold and, of a single run, how well they do
@@ -56,6 +58,8 @@ def load_models(runs: Sequence[str], *, prior: Wanted | None = None) -> Models:
         raise UserError(
             "--prior = estimate needs all films at once, which a server does not have: give shares"
         )
+    stated = (stated_hash(open_store(run), MODEL_FILE) for run in runs)
+    hashes = tuple(filter(None, stated))
     pipeline = load_pipeline(*runs, prior=prior)
     summaries = {}
     for run, model in zip(runs, pipeline.models, strict=True):
@@ -67,7 +71,7 @@ def load_models(runs: Sequence[str], *, prior: Wanted | None = None) -> Models:
     files = [File("made up", functools.partial(np.asarray, film)) for film in grey]
     if not all(found.prediction.is_readable for found in pipeline.classify(files)):
         raise RunError(f"run {pipeline.run_id} scores no film")
-    return Models(pipeline, summaries)
+    return Models(pipeline, summaries, hashes)
 
 
 def _figures(summary: Summary | None, number: int) -> dict[str, object]:

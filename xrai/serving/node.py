@@ -11,12 +11,10 @@ No log line and no answer holds text of a header.
 import ssl
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Final, Protocol
 
 from pydicom import Dataset, uid
@@ -25,7 +23,7 @@ from pynetdicom.dimse_primitives import C_STORE
 
 from xrai.errors import ConfigError, ImageError, OtherImageError
 from xrai.ingest.dicom import open_radiograph, read_texts, transfer_syntaxes
-from xrai.log import get_logger
+from xrai.log import get_logger, place_of
 from xrai.serving.dicom_result import Source, read_source
 from xrai.serving.dimse import GuardedServer, Limits, entity
 from xrai.serving.films import FullError
@@ -185,11 +183,7 @@ class Node:
         try:
             outcome, why = self._outcome(event)
         except Exception as error:  # the sender must get an answer, and others theirs
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            name = Path(place.filename).name
-            _logger.error(
-                "a DICOM object failed: %s in %s:%s", type(error).__name__, name, place.lineno
-            )
+            _logger.error("a DICOM object failed: %s", place_of(error))
             outcome, why = Outcome.FAILED, "failed inside xrai"
         finally:
             with self._lock:

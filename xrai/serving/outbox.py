@@ -131,7 +131,7 @@ class Outbox:
         found = []
         with os.scandir(self.folder / _PENDING) as entries:
             for entry in entries:
-                if not is_temporary(entry.name):
+                if entry.name.endswith(".dcm") and not is_temporary(entry.name):
                     with suppress(FileNotFoundError):  # sent by now
                         found.append((entry.stat().st_mtime_ns, entry.path))
         return [Path(path) for _, path in sorted(found)]
@@ -221,6 +221,9 @@ class Delivery:
                 wait_s = self._round()
             except OSError as error:  # of the outbox's own disk
                 self._fails(f"the outbox cannot be read or written ({error.strerror})")
+                wait_s = self._waits.after(self._num_away)
+            except Exception as error:  # nobody else would notice that this thread ends
+                self._fails(f"sending failed inside xrai ({type(error).__name__})")
                 wait_s = self._waits.after(self._num_away)
             if wait_s and not self._stopping.is_set():
                 if self._num_away:  # the archive is away: new objects do not bring it back

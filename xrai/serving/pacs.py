@@ -10,6 +10,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 import urllib3
+from pydicom.errors import InvalidDicomError
 from pynetdicom.association import Association
 
 from xrai import __version__
@@ -138,6 +139,8 @@ class _Association:
             answer = self._association.send_c_store(file)
         except ValueError:
             raise RefusedError(f"{self._name} takes no objects of this kind") from None
+        except (InvalidDicomError, AttributeError, KeyError):
+            raise RefusedError("the file is no whole DICOM object") from None
         except (RuntimeError, OSError):
             raise AwayError(f"{self._name} has ended the association") from None
         if "Status" not in answer:

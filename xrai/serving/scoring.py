@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from xrai.files import num_cores
 from xrai.ingest.dicom import Window, is_dicom, open_radiograph, stored_values
 from xrai.ingest.find import File
 from xrai.ingest.images import decode
-from xrai.log import get_logger
+from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
 MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
@@ -162,7 +162,10 @@ class Scorer:
         try:
             data = file.read()
             read = task.pipeline.read(File(file.path, lambda: data))
-            window = own_window(data) if read.own is not None else None
+            window = None
+            if read.own is not None:
+                window, size = as_shown(data)
+                read = replace(read, size=size or read.size)
         except ImageError as error:  # of reading, such as a damaged member of a zip
             read, window = Read(file.path, reason=str(error)), None
         except BaseException as error:
@@ -178,8 +181,11 @@ class Scorer:
             began = time.monotonic()
             try:
                 self._score(tasks)
-            except Exception:
-                _logger.exception("a batch of %d films failed; each is scored alone", len(tasks))
+            except Exception as error:
+                _logger.error(
+                    "a batch of %d films failed (%s); each is scored alone",
+                    *(len(tasks), place_of(error)),
+                )
                 for task in tasks:
                     if not task.future.done():
                         _fulfil(task.future, functools.partial(self._score_one, task))
@@ -217,14 +223,16 @@ class Scorer:
         return Scored(found.prediction, task.read.size, task.window, task.pipeline)
 
 
-def own_window(data: "bytes | NDArray[np.uint8]") -> Window | None:
-    """How a viewer shows the own values of a DICOM film; None of other films, and where they are
-    shown as they are scored.
+def as_shown(data: "bytes | NDArray[np.uint8]") -> tuple[Window | None, tuple[int, int] | None]:
+    """Of a DICOM film, how a viewer shows its own values, None where they are shown as they are
+    scored; and its (width, height) in square pixels. Of other films nothing.
     """
     if not isinstance(data, bytes) or not is_dicom(data):
-        return None
-    found = stored_values(open_radiograph(data))
-    return found[1] if found else None
+        return None, None
+    radiograph = open_radiograph(data)
+    size = (radiograph.width, max(1, round(radiograph.height * radiograph.aspect)))
+    found = stored_values(radiograph)
+    return (found[1], (radiograph.width, radiograph.height)) if found else (None, size)
 
 
 def _fulfil(future: "Future[Any]", work: Callable[[], Any]) -> None:

@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from xrai.errors import UserError
 from xrai.ingest.find import File
 from xrai.log import get_logger
+from xrai.pipeline import Pipeline
 from xrai.serving.films import Film, Source, Worklist
 from xrai.serving.metrics import Metrics
 from xrai.serving.models import Models
@@ -33,7 +35,11 @@ class Service:
     listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
 
+    # SHA-256 of the model.pt of each run, of every pipeline that scored a film
+    hashes: WeakKeyDictionary[Pipeline, tuple[str, ...]] = field(default_factory=WeakKeyDictionary)
+
     def __post_init__(self) -> None:
+        self.hashes[self.models.pipeline] = self.models.hashes
         self.scorer = Scorer(self.models.pipeline, self.metrics)
         self.metrics.watch(self.worklist, self.scorer)
         self.metrics.use(self.models.pipeline.run_id)
@@ -66,11 +72,13 @@ class Service:
         runs = self.runs
         if names:
             for name in names:
-                if not name or any(mark in name for mark in _FOLDER_MARKS):
+                is_plain = name.isprintable() and not any(mark in name for mark in _FOLDER_MARKS)
+                if not name or not is_plain:
                     raise UserError(f"{name!r} is not the name of a run")
             parent = self.runs[0].rpartition("/")[0]
             runs = tuple(f"{parent}/{name}" if parent else name for name in names)
         models = self.load(runs)
+        self.hashes[models.pipeline] = models.hashes
         self.models, self.runs = models, runs
         self.scorer.replace(models.pipeline)
         self.metrics.use(models.pipeline.run_id)

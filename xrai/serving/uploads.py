@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from xrai.errors import SourceError, XraiError
+from xrai.errors import ImageError, SourceError, XraiError
 from xrai.ingest.find import File
 from xrai.ingest.sources import ZipSource
 from xrai.log import printable
@@ -152,13 +152,18 @@ def _files_of_zip(name: str, data: bytes) -> list[File]:
     try:
         members = source.files()
     except SourceError as error:
-        raise RequestError(400, printable(str(error))) from None
+        reason = f"cannot be taken apart: {printable(str(error))}"
+        return [File(printable(name), functools.partial(_refuse, reason))]
     shown = [
         member.path
         for member in members
         if not any(part.startswith((".", "__MACOSX")) for part in member.path.split("/"))
     ]
     return [File(printable(path), functools.partial(source.read, path)) for path in shown]
+
+
+def _refuse(reason: str) -> bytes:
+    raise ImageError(reason)
 
 
 def _too_large(room: Room) -> RequestError:
