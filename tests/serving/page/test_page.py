@@ -20,7 +20,7 @@ from tests.serving.conftest import make_service
 from tests.serving.page.conftest import Film, Ward, like, serve
 from xrai.labels import LabelSpec, Task
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.ci]  # minutes on two cores
 
 DROP = """async (files) => {
   const transfer = new DataTransfer();
