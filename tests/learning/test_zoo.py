@@ -224,6 +224,14 @@ def test_each_layer_before_the_head_learns_more_slowly(model: Model) -> None:
     assert len(whole) == 2 and all(group["scale"] == 1 for group in whole)
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnextv2_atto"])
+def test_a_new_head_gives_logits_near_0(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_model(Model(f"timm/{name}"), 1, image_size=32)
+    head = network.get_parameter([name for name, _ in network.named_parameters()][-2]).detach()
+    assert head.shape[0] == 1 and 0.005 < float(head.std()) < 0.02
+
+
 def test_only_the_head_learns_in_frozen_epochs() -> None:
     train = Train(epochs=1, global_batch_size=32, precision="off", threads=1, freeze_epochs=1)
     torch.manual_seed(0)

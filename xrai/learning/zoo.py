@@ -23,6 +23,7 @@ from xrai.errors import ConfigError, UserError
 from xrai.learning.distributed import summed
 from xrai.learning.network import Network, Standardize
 
+_HEAD_DEVIATION = 0.01  # of a new head's weights
 _NUM_BLOCKS = 4  # of a transformer, whose stages are all alike, count as stages
 # Grey values in [0, 1] become what each name stands for: channels, mean and standard deviation;
 # none are those that the network was pretrained with
@@ -142,6 +143,10 @@ def build(config: Model, *, num_outputs: int, image_size: int) -> TimmNetwork:
     model = _create(config, num_outputs, image_size)
     if getattr(model, "global_pool", "") == "token":
         model.reset_classifier(num_outputs, global_pool="avg")  # type: ignore[operator]
+    head = model.get_classifier()  # type: ignore[operator]
+    if isinstance(head, nn.Linear):  # timm draws an EfficientNet's as wide as 1 / sqrt(num_outputs)
+        nn.init.normal_(head.weight, std=_HEAD_DEVIATION)
+        nn.init.zeros_(head.bias)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     try:
         if isinstance(patch, tuple) and image_size % patch[0]:
