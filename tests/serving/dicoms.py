@@ -1,8 +1,6 @@
 """DICOM films, and peers that send and take them, for tests of the node."""
 
-import gc
 import io
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from pynetdicom import AE, evt
 from xrai.ingest.dicom import write_radiograph
 from xrai.pipeline import Prediction
 from xrai.serving.dicom_result import Device, Source
+from xrai.serving.dimse import close_socket
 
 PATIENT = "Zebra^Quagga"  # must never be seen in a log or an answer
 DEVICE = Device("20261123-031500-a1b2c3", "0.1.0", ("ab" * 32,))
@@ -108,10 +107,7 @@ def association(
         for thread in (found, found.dul):
             if thread.is_alive():
                 thread.join(10)
-        del found
-        with warnings.catch_warnings():  # pynetdicom leaves sockets open that a peer has closed
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+        close_socket(found)
 
 
 def send(port: int, data: bytes) -> tuple[int, str]:

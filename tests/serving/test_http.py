@@ -314,6 +314,7 @@ def test_a_form_that_does_not_come_is_not_waited_for(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xrai.serving.http._FORM_S", 0.1)
+    monkeypatch.setattr("xrai.serving.uploads._DISCARD_S", 0.1)
 
     async def form(scope: Any, receive: Any, send: Any) -> None:
         async def silence() -> Any:

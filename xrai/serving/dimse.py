@@ -148,6 +148,15 @@ class _Handler(RequestHandler):
             event.assoc.dul.to_user_queue.put(None)  # type: ignore[arg-type]
 
 
+def close_socket(association: Association) -> None:
+    """Close the socket of an association that has ended; pynetdicom leaves it open where the peer
+    was first, or has refused.
+    """
+    held = association.dul.socket
+    if held is not None and held.socket is not None:
+        held.socket.close()
+
+
 class GuardedServer(ThreadedAssociationServer):
     """Accepts connections; each is a thread's, from the handshake for TLS on."""
 

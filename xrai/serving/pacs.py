@@ -15,7 +15,7 @@ from pynetdicom.association import Association
 
 from xrai import __version__
 from xrai.errors import ConfigError, XraiError
-from xrai.serving.dimse import entity
+from xrai.serving.dimse import close_socket, entity
 from xrai.serving.guard import is_loopback
 
 _TIMEOUT_S = 30.0
@@ -116,6 +116,7 @@ class DimsePacs:
         tls = (self.tls, self.host) if self.tls else None
         association = client.associate(self.host, self.port, ae_title=self.ae_title, tls_args=tls)
         if not association.is_established:
+            close_socket(association)
             how = "rejects the association" if association.is_rejected else "does not answer"
             raise AwayError(f"{self.name} {how}")
         try:
