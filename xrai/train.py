@@ -115,13 +115,9 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     config = fit_to_dataset(config, index, given=given, num_ranks=num_ranks)
     if flags["init_from"]:
         config = as_begun_with_weights(config)
-    if config.train.compile:
-        require_compiler(ranks.device)
-    ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
-    ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
+    check_places(config, flags, index, ranks=ranks)
     unlike = read_unlike(config, ranks=ranks)
     if flags["check"]:
-        ranks.on_main(lambda: check_disk(config, index, flags))
         check_run(config, flags, loaders, ranks=ranks)
         plan = describe(config, index, device=ranks.device, num_ranks=num_ranks)
         _logger.info("all checks passed: %s", plan)
@@ -131,14 +127,12 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         on_job = functools.partial(call_on_main, job, ranks=ranks)
         is_finished = on_job(lambda job: job.is_finished(resume=flags["resume"]))
         resumed = None if is_finished else on_job(lambda job: job.open(resume=flags["resume"]))
-        if flags["init_from"] and ranks.is_main and (is_finished or resumed is not None):
-            why = "is finished" if is_finished else "goes on with its own weights"
-            _logger.warning("--init_from is not used: run %s %s", run_id, why)
+        if flags["init_from"] and ranks.is_main:
+            warn_of_unused_weights(run_id, is_finished=is_finished, is_resumed=resumed is not None)
         if is_finished:
             return
         torch.manual_seed(config.train.seed)
-        labels = index.labels
-        network = build_model(config.model, labels.num_outputs, image_size=config.images.size)
+        network = build_model(config.model, index.labels.num_outputs, image_size=config.images.size)
         if resumed is None and (flags["init_from"] or config.model.weights):
             weights = on_job(lambda job: initial_state(job, flags["init_from"], network))
             network.load_state_dict(weights)
@@ -150,7 +144,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             ranks,
             own,
             loaders["val"],
-            labels=labels,
+            labels=index.labels,
             counts=label_counts(index),
             val_labels=loaders["val"].labels,
             name_of=lambda row: str(own.columns("source", start=row, stop=row + 1)["source"][0]),
@@ -258,6 +252,25 @@ def refuse_lone_tasks(place: Place) -> None:
             "--ntasks-per-node=1 torchrun --nnodes=… -m xrai.train), or unset SLURM_NTASKS to "
             "train with one process"
         )
+
+
+def check_places(
+    config: Config, flags: dict[str, Any], index: DatasetIndex, *, ranks: Ranks
+) -> None:
+    """Raise `UserError` where the machine, the data set or the place for results will not do."""
+    if config.train.compile:
+        require_compiler(ranks.device)
+    ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
+    ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
+    if flags["check"]:
+        ranks.on_main(lambda: check_disk(config, index, flags))
+
+
+def warn_of_unused_weights(run_id: str, *, is_finished: bool, is_resumed: bool) -> None:
+    """Say where --init_from does nothing."""
+    if is_finished or is_resumed:
+        why = "is finished" if is_finished else "goes on with its own weights"
+        _logger.warning("--init_from is not used: run %s %s", run_id, why)
 
 
 def require_compiler(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from xrai.serving.dimse import close_socket, entity
 from xrai.serving.guard import is_loopback
 
 _TIMEOUT_S = 30.0
-_TRY_LATER = frozenset({401, 403, 404, 408, 425, 429})  # mended by whoever runs either end
+_TRY_LATER = frozenset({401, 403, 404, 408, 425, 429})  # fixed by whoever runs either end
 _DUPLICATE = 0x0111
 _DICOM = "application/dicom"
 
