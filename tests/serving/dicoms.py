@@ -136,6 +136,10 @@ class Archive:
             self.stored.append(dataset)
         return status
 
+    def handlers(self) -> list[evt.EventHandlerType]:
+        """What is done with what comes."""
+        return [(evt.EVT_C_STORE, self._store)]
+
     @contextmanager
     def running(self) -> Iterator["Archive"]:
         """Listen, on the same port each time."""
@@ -143,7 +147,7 @@ class Archive:
         for kind in (uid.ComprehensiveSRStorage, uid.SecondaryCaptureImageStorage):
             own.add_supported_context(kind)
         server = own.start_server(
-            ("127.0.0.1", self.port), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
+            ("127.0.0.1", self.port), block=False, evt_handlers=self.handlers()
         )
         assert server is not None
         self.port = int(server.server_address[1])

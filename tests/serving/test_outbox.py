@@ -1,23 +1,28 @@
 """The outbox: nothing is lost and nothing is another object, whatever is killed or goes away."""
 
+import io
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from pynetdicom import evt
+from pynetdicom.pdu import P_DATA_TF
 
 from tests.serving.dicoms import DEVICE, ROW, Archive, read, source_of
 from xrai.errors import ConfigError, InUseError
-from xrai.serving.dicom_result import Result, Source, write_report
+from xrai.serving.dicom_result import Result, Source, write_capture, write_report
 from xrai.serving.films import FullError
 from xrai.serving.outbox import Delivery, Outbox, Waits
 from xrai.serving.pacs import AwayError, DimsePacs, Pacs, Session, WebPacs, find_pacs
@@ -201,6 +206,9 @@ class Picky:
             raise AwayError("it has ended the association")
         self.stored.append(file.stem)
 
+    def cut(self) -> None:
+        pass
+
 
 def test_a_result_over_which_the_archive_breaks_down_does_not_hold_up_others(
     outbox: Outbox,
@@ -283,17 +291,165 @@ def test_kills_lose_nothing_that_was_put(tmp_path: Path, repository: Path) -> No
         assert len(set(stored)) - len(set(said)) <= 3  # put, and killed before it was said
 
 
+# ------------------------------------------------------------- archives that hang, and stopping
+
+
+class Hanging(Archive):
+    """An archive that hangs over the first object until it is released, and takes all others."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.released, self.is_hanging = how, threading.Event(), threading.Event()
+
+    def _hang(self, event: evt.Event) -> None:
+        if not self.is_hanging.is_set():
+            self.is_hanging.set()
+            if self.how == "half an answer":
+                held = event.assoc.dul.socket
+                assert held is not None and held.socket is not None
+                held.socket.sendall(b"\4\0\0\0\1")
+            self.released.wait(DEADLINE_S)
+
+    def _received(self, event: evt.Event) -> None:
+        if self.how == "reads no more" and isinstance(event.pdu, P_DATA_TF):
+            self._hang(event)  # in the thread that reads
+
+    def _store(self, event: evt.Event) -> int:
+        if self.how != "reads no more":
+            self._hang(event)
+        return super()._store(event)
+
+    def handlers(self) -> list[evt.EventHandlerType]:
+        return [*super().handlers(), (evt.EVT_PDU_RECV, self._received)]
+
+
+@pytest.mark.parametrize(
+    "how", ["no answer", "half an answer", pytest.param("reads no more", marks=pytest.mark.ci)]
+)
+def test_an_archive_that_hangs_over_an_object_holds_it_up_for_a_while_only(
+    outbox: Outbox, how: str
+) -> None:
+    sent = large(outbox) if how == "reads no more" else put(outbox, 1)
+    archive = Hanging(how)
+    with archive.running():
+        pacs = DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI", timeout_s=0.5)
+        try:
+            with delivery(outbox, pacs) as sending:
+                wait_until_empty(outbox)  # by another connection
+                assert sending.state().num_failures >= 1
+        finally:
+            archive.released.set()
+        assert set(uids(archive)) == {sent}
+
+
+def large(outbox: Outbox) -> str:
+    """Put an object that does not fit into the buffers of a connection."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4000, 3000)).save(buffer, "PNG")
+    found = write_capture(source_of(), buffer.getvalue(), DEVICE)
+    outbox.put(found.sop_instance_uid, found.data)
+    return found.sop_instance_uid
+
+
+def test_stopping_waits_for_the_archive_and_then_ends_the_connection(outbox: Outbox) -> None:
+    sent = put(outbox, 1)
+    archive = Hanging("no answer")
+    with archive.running():
+        pacs = DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")
+        first = Delivery(outbox, pacs, QUICK)
+        first.start()
+        assert archive.is_hanging.wait(DEADLINE_S)
+        assert first.stop(timeout_s=0.2)
+        assert [path.stem for path in outbox.pending()] == [sent]  # for the next start
+        archive.released.set()
+        with delivery(outbox, pacs):
+            wait_until_empty(outbox)
+    assert set(uids(archive)) == {sent}  # perhaps twice, but as the same object
+
+
+class Stubborn(Picky):
+    """An archive that cannot be made to let go."""
+
+    def __init__(self) -> None:
+        super().__init__(set())
+        self.is_asked, self.released = threading.Event(), threading.Event()
+
+    def store(self, file: Path) -> None:
+        self.is_asked.set()
+        self.released.wait(DEADLINE_S)
+        super().store(file)
+
+
+def test_stopping_says_whether_something_is_still_being_sent(outbox: Outbox) -> None:
+    put(outbox, 1)
+    archive = Stubborn()
+    sending = Delivery(outbox, archive)
+    assert sending.stop()  # was not started
+    sending = Delivery(outbox, archive)
+    sending.start()
+    assert archive.is_asked.wait(DEADLINE_S)
+    assert not sending.stop(timeout_s=0.05)
+    archive.released.set()
+    assert sending.stop()
+    assert not outbox.pending()
+
+
+def test_a_host_that_cannot_be_found_counts_as_away(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*arguments: object, **options: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    put(outbox, 1)
+    with delivery(outbox, DimsePacs("pacs.example.org", 104, "ARCHIVE", "XRAI")) as sending:
+        while not sending.state().num_failures:
+            time.sleep(0.01)
+        assert "pacs.example.org" in sending.state().trouble
+
+
+def test_what_was_kept_long_enough_is_deleted_while_it_runs(outbox: Outbox) -> None:
+    day = 24 * 3600
+    with delivery(outbox, Picky(set()), Waits(clean_s=0.01)):
+        for name, age in (("1.1", 31), ("1.2", 29)):
+            for path in (f"sent/{name}", f"given-up/{name}.dcm", f"given-up/{name}.txt"):
+                (outbox.folder / path).touch()
+                os.utime(outbox.folder / path, (1, time.time() - age * day))
+        deadline = time.monotonic() + DEADLINE_S
+        while (outbox.folder / "sent/1.1").exists() or len(list(outbox.folder.rglob("1.*"))) > 3:
+            assert time.monotonic() < deadline
+            outbox.changed.set()
+            time.sleep(0.01)
+    assert sorted(path.name for path in outbox.folder.rglob("1.*")) == ["1.2", "1.2.dcm", "1.2.txt"]
+
+
+def test_a_result_that_is_given_up_is_kept_from_then_on(outbox: Outbox) -> None:
+    given_up = put(outbox, 1)
+    (path,) = outbox.pending()
+    os.utime(path, (1, 1))
+    outbox.give_up(path, "for a test")
+    assert outbox.clean() == 0
+    assert (outbox.folder / "given-up" / f"{given_up}.dcm").exists()
+
+
 # ----------------------------------------------------------------------------------------- STOW-RS
 
 
 class Web(ThreadingHTTPServer):
     """A STOW-RS service that answers what it is told."""
 
-    def __init__(self, status: int, body: object = None) -> None:
+    def __init__(self, status: int, body: object = None, location: str = "") -> None:
         super().__init__(("127.0.0.1", 0), WebHandler)
-        self.status, self.body = status, body
+        self.status, self.location = status, location
+        self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if body is None:
+            self.body = b""
         self.bodies: list[bytes] = []
         self.heads: list[dict[str, str]] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class WebHandler(BaseHTTPRequestHandler):
@@ -302,19 +458,21 @@ class WebHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.heads.append(dict(self.headers) | {"path": self.path})
         self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = b"" if self.server.body is None else json.dumps(self.server.body).encode()
         self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(self.server.body)))
+        if self.server.location:
+            self.send_header("Location", self.server.location)
         self.end_headers()
-        self.wfile.write(answer)
+        with suppress(OSError):  # nobody reads on
+            self.wfile.write(self.server.body)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @contextmanager
-def web(status: int, body: object = None) -> Iterator[Web]:
-    with Web(status, body) as server:
+def web(status: int, body: object = None, location: str = "") -> Iterator[Web]:
+    with Web(status, body, location) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -323,11 +481,32 @@ def web(status: int, body: object = None) -> Iterator[Web]:
         server.server_close()
 
 
+STORED = {"00081199": {"vr": "SQ", "Value": [{}]}}
+PAGE = b"<html><body>Log in</body></html>"
+
+
+def failed(*reasons: int) -> dict[str, object]:
+    """A response that names a result as not stored."""
+    items = [{"00081197": {"vr": "US", "Value": [reason]}} for reason in reasons]
+    return {"00081198": {"vr": "SQ", "Value": items}}
+
+
+def as_xml(tag: str, reason: int) -> bytes:
+    """The same, or that it is stored, as XML (PS3.19 A.1)."""
+    return (
+        '<?xml version="1.0"?>'
+        '<NativeDicomModel xmlns="http://dicom.nema.org/PS3.19/models/NativeDICOM">'
+        f'<DicomAttribute tag="{tag}" vr="SQ"><Item number="1">'
+        f'<DicomAttribute tag="00081197" vr="US"><Value number="1">{reason}</Value>'
+        "</DicomAttribute></Item></DicomAttribute></NativeDicomModel>"
+    ).encode()
+
+
 def test_stow_sends_one_part_with_the_file_and_the_token(outbox: Outbox) -> None:
     sent = result(1)
     put(outbox, 1)
-    with web(200, {"00081199": {"vr": "SQ", "Value": [{}]}}) as server:
-        address = f"http://127.0.0.1:{server.server_address[1]}/dicom-web"
+    with web(200, STORED) as server:
+        address = f"{server.address}/dicom-web"
         pacs = find_pacs(address, calling="XRAI", tls=None, token="secret")
         with delivery(outbox, pacs):
             wait_until_empty(outbox)
@@ -345,8 +524,21 @@ def test_stow_sends_one_part_with_the_file_and_the_token(outbox: Outbox) -> None
     ("status", "body", "num_given_up"),
     [
         (409, None, 1),
+        (409, PAGE, 1),
+        (413, None, 1),
+        (409, failed(0x0110), 1),
+        (409, failed(0x0111, 0x0110), 1),
         (202, {"00081198": {"vr": "SQ", "Value": [{}]}}, 1),
+        (202, as_xml("00081198", 0xA900), 1),
+        (202, {}, 1),
         (202, None, 1),
+        (409, failed(0xA700), 0),
+        (409, as_xml("00081198", 0xA700), 0),
+        (200, PAGE, 0),
+        (200, {"error": "log in"}, 0),
+        (200, b"[" * 100_000, 0),
+        (200, b"<!DOCTYPE", 0),
+        (200, bytes(4 << 20), 0),
         (503, None, 0),
         (401, None, 0),
         (307, None, 0),
@@ -357,13 +549,62 @@ def test_stow_refusals_are_given_up_and_the_rest_is_tried_again(
 ) -> None:
     put(outbox, 1)
     with web(status, body) as server:
-        pacs = WebPacs(f"http://127.0.0.1:{server.server_address[1]}")
+        pacs = WebPacs(server.address)
         with delivery(outbox, pacs) as sending:
             while len(server.bodies) < 3 or sending.state().num_given_up < num_given_up:
                 time.sleep(0.01)
-        assert str(status) in sending.state().trouble
+        assert server.address in sending.state().trouble
     assert outbox.num_given_up() == num_given_up
     assert len(outbox.pending()) == 1 - num_given_up
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        *((200, STORED), (202, STORED), (200, {}), (200, None)),
+        *((200, as_xml("00081199", 0)), (202, as_xml("00081199", 0))),
+        *((409, failed(0x0111)), (409, failed(45070)), (409, as_xml("00081198", 0x0111))),
+    ],
+)
+def test_stow_answers_that_the_archive_has_the_result_end_its_wait(
+    outbox: Outbox, status: int, body: object
+) -> None:
+    put(outbox, 1)
+    with web(status, body) as server:
+        with delivery(outbox, WebPacs(server.address)):
+            wait_until_empty(outbox)
+        assert len(server.bodies) == 1
+    assert outbox.num_given_up() == 0
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_stow_follows_no_redirect_to_another_server(outbox: Outbox, status: int) -> None:
+    put(outbox, 1)
+    with web(200, STORED) as other, web(status, None, f"{other.address}/studies") as server:
+        with delivery(outbox, WebPacs(server.address, token="secret")) as sending:
+            while len(server.bodies) < 2:
+                time.sleep(0.01)
+        assert str(status) in sending.state().trouble
+        assert other.bodies == []
+    assert len(outbox.pending()) == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"\0\1\2 no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-"])
+def test_stow_servers_that_speak_no_http_or_hang_are_tried_again(
+    outbox: Outbox, said: bytes
+) -> None:
+    put(outbox, 1)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        pacs = WebPacs(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout_s=0.2)
+        with delivery(outbox, pacs) as sending:
+            for _ in range(2):
+                with listening.accept()[0] as connection:
+                    connection.sendall(said)
+                    connection.settimeout(DEADLINE_S)
+                    while connection.recv(1 << 16):  # until it gives up
+                        pass
+        assert "cannot be reached" in sending.state().trouble
+    assert len(outbox.pending()) == 1
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,8 @@ class DicomSide:
     def stop(self) -> None:
         """Answer what has arrived, and stop. What waits in the outbox stays there."""
         self._node.stop()
-        if self._delivery:
-            self._delivery.stop()
-        if self._outbox:
+        is_over = self._delivery is None or self._delivery.stop()
+        if self._outbox and is_over:  # else it stays locked as long as this process lives
             self._outbox.close()
 
     def take(self, data: bytes, source: Source) -> None:

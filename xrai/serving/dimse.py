@@ -11,6 +11,7 @@ import ssl
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -26,6 +27,7 @@ _CHUNK_BYTES = 1 << 16
 _OVERHEAD = 1.25  # of small fragments, on the bytes of an object
 _MAX_QUEUED = 4  # messages of a peer that does not wait for answers
 _LOCAL_LIMIT = (0x02, 0x03, 0x02)  # rejected for now, by the provider: local limit exceeded
+_MAX_ANSWER_BYTES = 1 << 16  # to what we send
 _CONNECTIONS = 4  # for each association that may be; most of them still say nothing
 
 
@@ -146,6 +148,45 @@ class _Handler(RequestHandler):
         self.request.close()
         if event.assoc.requestor.primitive is None:
             event.assoc.dul.to_user_queue.put(None)  # type: ignore[arg-type]
+
+
+def associate(
+    own: AE, address: tuple[str, int], called: str, *, tls: ssl.SSLContext | None
+) -> Association:
+    """An association that we ask for, whether it is established or not.
+
+    pynetdicom waits without limit where a peer stops in the middle of a PDU, or reads none of what
+    is sent; here the connection ends after the time-out of `own`. Raises `OSError` or `ValueError`
+    for a host that cannot be found.
+    """
+    timeout_s = own.network_timeout
+    assert timeout_s is not None
+    limits = Limits(max_object_bytes=_MAX_ANSWER_BYTES, pdu_timeout_s=timeout_s)
+
+    def limit(event: evt.Event) -> None:
+        association = event.assoc
+        held = association.dul.socket
+        assert held is not None and held.socket is not None
+        held.socket.settimeout(timeout_s)  # of what is sent, too
+        guard = Guard(held.socket, limits, lambda reason: None)
+        held.recv = guard.recv  # type: ignore[method-assign]
+        association.bind(evt.EVT_DIMSE_RECV, guard.message_ends)
+
+    return own.associate(
+        *address,
+        ae_title=called,
+        tls_args=(tls, address[0]) if tls else None,
+        evt_handlers=[(evt.EVT_CONN_OPEN, limit)],
+    )
+
+
+def cut(association: Association) -> None:
+    """End a connection at once, from any thread: what waits for the peer fails."""
+    held = association.dul.socket
+    if held is not None and held.socket is not None:
+        with suppress(OSError):
+            # not that of SSLSocket, which takes the other thread's state away
+            socket.socket.shutdown(held.socket, socket.SHUT_RDWR)
 
 
 def close_socket(association: Association) -> None:

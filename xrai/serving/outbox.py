@@ -10,6 +10,8 @@ which follows from film and model, so what is sent again is the same object.
     outbox/given-up/UID.dcm   refused time and again, or too old; UID.txt says why. To try again,
                               move it back to pending/
 
+What is in sent/ and given-up/ is deleted after 30 days.
+
 Files hold patients' names: only their owner may read them.
 """
 
@@ -34,7 +36,7 @@ MAX_BYTES: Final = 1 << 32  # 4 GiB
 
 _LOCK = ".lock"
 _PENDING, _SENT, _GIVEN_UP = "pending", "sent", "given-up"
-_SENT_S = 30 * 24 * 3600.0  # how long it is known that something was sent
+_KEPT_S = 30 * 24 * 3600.0  # how long it is known what was sent, and kept what was given up
 _AWAY = 2  # failures in a row after which the archive counts as away
 _BATCH = 64  # objects of one connection
 _SCAN_S = 30.0  # between two looks at the folder while nothing is put into it
@@ -49,6 +51,7 @@ class Waits:
     longest_s: float = 300.0
     max_age_s: float = 7 * 24 * 3600.0  # since it was put into the outbox; older ones are given up
     max_refusals: int = 5  # of one object
+    clean_s: float = 3600.0  # between two looks for what was kept long enough
 
     def after(self, num_failures: int) -> float:
         """Seconds to wait after so many failures in a row, a random part less."""
@@ -86,9 +89,6 @@ class Outbox:
                 path.unlink()  # a writer was killed; its film was not taken either
             else:
                 self._num_bytes += path.stat().st_size
-        for mark in (folder / _SENT).iterdir():
-            if mark.stat().st_mtime < time.time() - _SENT_S:
-                mark.unlink()
 
     def close(self) -> None:
         """Let others open it."""
@@ -147,13 +147,27 @@ class Outbox:
         self._remove(file)
 
     def give_up(self, file: Path, reason: str) -> None:
-        """Put a file aside, with the reason."""
-        aside = self.folder / _GIVEN_UP / file.name
-        write_atomically(aside.with_suffix(".txt"), f"{reason}\n".encode(), mode=0o600)
+        """Move a file to the folder of those that are not tried again, with the reason."""
+        target = self.folder / _GIVEN_UP / file.name
+        write_atomically(target.with_suffix(".txt"), f"{reason}\n".encode(), mode=0o600)
         size = file.stat().st_size
-        file.replace(aside)
+        os.utime(file)  # it is kept from now on
+        file.replace(target)
         with self._lock:
             self._num_bytes -= size
+
+    def clean(self) -> int:
+        """Delete what was sent or given up more than 30 days ago; how many results that were given
+        up.
+        """
+        num_results, oldest = 0, time.time() - _KEPT_S
+        for name in (_SENT, _GIVEN_UP):
+            for path in (self.folder / name).iterdir():
+                with suppress(FileNotFoundError):  # moved back by a person
+                    if path.is_file() and path.stat().st_mtime < oldest:
+                        path.unlink()
+                        num_results += path.suffix == ".dcm"
+        return num_results
 
     def _remove(self, file: Path) -> None:
         size = file.stat().st_size
@@ -192,17 +206,29 @@ class Delivery:
         self._tries: dict[str, _Tries] = {}
         self._num_sent = self._num_failures = self._num_away = 0
         self._trouble = ""
+        self._session: Session | None = None  # while it is open
+        self._clean_at = 0.0  # on the monotonic clock
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
 
     def start(self) -> None:
         """Begin to send."""
         self._thread.start()
 
-    def stop(self, *, timeout_s: float = 10.0) -> None:
-        """Stop after the object that is being sent; what is left waits for the next start."""
+    def stop(self, *, timeout_s: float = 10.0) -> bool:
+        """Stop after the object that is being sent. Where the archive takes longer than
+        `timeout_s` to answer, the connection ends. What is left waits for the next start.
+
+        Returns whether nothing is sent any more; until then, nobody else may open the outbox.
+        """
         self._stopping.set()
         self._outbox.changed.set()
+        if self._thread.ident is None:  # was not started
+            return True
         self._thread.join(timeout_s)
+        if self._thread.is_alive() and (session := self._session):
+            session.cut()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def state(self) -> Delivered:
         """How it goes."""
@@ -218,6 +244,7 @@ class Delivery:
         while not self._stopping.is_set():
             self._outbox.changed.clear()
             try:
+                self._clean()
                 wait_s = self._round()
             except OSError as error:  # of the outbox's own disk
                 self._fails(f"the outbox cannot be read or written ({error.strerror})")
@@ -226,7 +253,7 @@ class Delivery:
                 self._fails(f"sending failed inside xrai ({type(error).__name__})")
                 wait_s = self._waits.after(self._num_away)
             if wait_s and not self._stopping.is_set():
-                if self._num_away:  # the archive is away: new objects do not bring it back
+                if self._num_away:  # new objects do not bring an archive back
                     self._stopping.wait(wait_s)
                 else:
                     self._outbox.changed.wait(wait_s)
@@ -244,6 +271,7 @@ class Delivery:
             return min([_SCAN_S, *later])
         try:
             with self._pacs.open() as session:
+                self._session = session
                 for path in due[:_BATCH]:
                     if self._stopping.is_set():
                         return 0.0
@@ -255,7 +283,17 @@ class Delivery:
             for path in due:
                 self._give_up_if_old(path, str(error))
             self._fails(str(error))
+        finally:
+            self._session = None
         return self._waits.after(self._num_away)
+
+    def _clean(self) -> None:
+        """Delete what was kept long enough, now and then."""
+        now = time.monotonic()
+        if now >= self._clean_at:
+            self._clean_at = now + self._waits.clean_s
+            if num_results := self._outbox.clean():
+                _logger.warning("deleted %d results, given up 30 days ago", num_results)
 
     def _send(self, session: Session, path: Path) -> bool:
         """Send one file; False where the connection is of no more use."""

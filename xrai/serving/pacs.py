@@ -1,13 +1,16 @@
 """Send objects to an archive (PACS), by C-STORE or by STOW-RS. `xrai.serving.outbox` calls it."""
 
 import json
+import re
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 import urllib3
 from pydicom.errors import InvalidDicomError
@@ -15,12 +18,17 @@ from pynetdicom.association import Association
 
 from xrai import __version__
 from xrai.errors import ConfigError, XraiError
-from xrai.serving.dimse import close_socket, entity
+from xrai.serving.dimse import associate, close_socket, cut, entity
 from xrai.serving.guard import is_loopback
 
 _TIMEOUT_S = 30.0
 _TRY_LATER = frozenset({401, 403, 404, 408, 425, 429})  # fixed by whoever runs either end
-_DUPLICATE = 0x0111
+_OUT_OF_RESOURCES = 0xA7  # high byte of a status
+# The archive has the object already: PS3.7 annex C, and Failure Reason 45070 of Microsoft's service
+_DUPLICATES = frozenset({0x0111, 0xB00E})
+_FAILED, _STORED, _REASON = "00081198", "00081199", "00081197"  # of a STOW-RS response, PS3.18 I
+_TAG = re.compile("[0-9A-Fa-f]{8}")
+_MAX_ANSWER_BYTES = 1 << 20
 _DICOM = "application/dicom"
 
 
@@ -37,6 +45,9 @@ class Session(Protocol):
 
     def store(self, file: Path) -> None:
         """Send one DICOM file. Raises `RefusedError` or `AwayError`."""
+
+    def cut(self) -> None:
+        """From another thread: let `store` fail now, where it waits for the archive."""
 
 
 class Pacs(Protocol):
@@ -97,6 +108,7 @@ class DimsePacs:
     ae_title: str
     calling: str
     tls: ssl.SSLContext | None = None
+    timeout_s: float = _TIMEOUT_S
 
     @property
     def name(self) -> str:
@@ -108,22 +120,27 @@ class DimsePacs:
         """An association. Raises `AwayError` where there is none to be had."""
         from pydicom import uid
 
-        client = entity(self.calling, timeout_s=_TIMEOUT_S)
-        client.connection_timeout = _TIMEOUT_S
+        client = entity(self.calling, timeout_s=self.timeout_s)
+        client.connection_timeout = self.timeout_s
         syntaxes = [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian]
         for kind in (uid.ComprehensiveSRStorage, uid.SecondaryCaptureImageStorage):
             client.add_requested_context(kind, syntaxes)
-        tls = (self.tls, self.host) if self.tls else None
-        association = client.associate(self.host, self.port, ae_title=self.ae_title, tls_args=tls)
+        try:
+            association = associate(client, (self.host, self.port), self.ae_title, tls=self.tls)
+        except (OSError, ValueError):  # the latter of names that no host can have
+            raise AwayError(f"{self.host} is not a host that can be found") from None
         if not association.is_established:
             close_socket(association)
             how = "rejects the association" if association.is_rejected else "does not answer"
+            if self.tls and not association.is_rejected:
+                how += ", or one of both does not trust the other's certificate"
             raise AwayError(f"{self.name} {how}")
         try:
             yield _Association(self.name, association)
         finally:
             if association.is_established:
                 association.release()
+            close_socket(association)
 
 
 class _Association:
@@ -147,10 +164,14 @@ class _Association:
         if "Status" not in answer:
             raise AwayError(f"{self._name} did not answer")
         status = answer.Status
-        if status >> 8 == 0xA7:
+        if status >> 8 == _OUT_OF_RESOURCES:
             raise AwayError(f"{self._name} is out of resources (status {status:04X})")
-        if status not in (0, _DUPLICATE) and status >> 12 != 0xB:
+        if status and status not in _DUPLICATES and status >> 12 != 0xB:
             raise RefusedError(f"{self._name} answers with status {status:04X}")
+
+    def cut(self) -> None:
+        """From another thread: let `store` fail now, where it waits for the archive."""
+        cut(self._association)
 
 
 @dataclass(frozen=True)
@@ -160,6 +181,7 @@ class WebPacs:
     address: str  # of the DICOMweb service
     tls: ssl.SSLContext | None = None
     token: str = ""
+    timeout_s: float = _TIMEOUT_S
 
     @property
     def name(self) -> str:
@@ -169,21 +191,22 @@ class WebPacs:
     @contextmanager
     def open(self) -> Iterator[Session]:
         """A client that keeps its connections."""
-        headers = {"User-Agent": f"xrai/{__version__}", "Accept": "application/dicom+json"}
+        accepted = f"{_DICOM}+json, {_DICOM}+xml;q=0.5"
+        headers = {"User-Agent": f"xrai/{__version__}", "Accept": accepted}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
         context = self.tls or ssl.create_default_context()
         with urllib3.PoolManager(
-            headers=headers, ssl_context=context, timeout=_TIMEOUT_S, retries=False
+            headers=headers, ssl_context=context, timeout=self.timeout_s, retries=False
         ) as client:
-            yield _WebSession(self.address, client)
+            yield _WebSession(self, client)
 
 
 class _WebSession:
     """A session of STOW-RS."""
 
-    def __init__(self, address: str, client: urllib3.PoolManager) -> None:
-        self._address, self._client = address, client
+    def __init__(self, pacs: WebPacs, client: urllib3.PoolManager) -> None:
+        self._address, self._timeout_s, self._client = pacs.address, pacs.timeout_s, client
 
     def store(self, file: Path) -> None:
         """Send one DICOM file. Raises `RefusedError` or `AwayError`."""
@@ -194,20 +217,90 @@ class _WebSession:
         headers = {**self._client.headers, "Content-Type": kind}
         try:
             answer = self._client.request(
-                "POST", f"{self._address}/studies", body=body, headers=headers
+                *("POST", f"{self._address}/studies"),
+                body=body,
+                headers=headers,
+                redirect=False,  # with patients' names and the token, to another server
+                preload_content=False,
             )
-        except urllib3.exceptions.HTTPError as error:
+            status, said = answer.status, self._read(answer)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             raise AwayError(f"{self._address} cannot be reached ({type(error).__name__})") from None
-        if answer.status in _TRY_LATER or answer.status >= 500 or 300 <= answer.status < 400:
-            raise AwayError(f"{self._address} answers with HTTP status {answer.status}")
-        if answer.status >= 400 or _has_failures(answer.status, answer.data):
-            raise RefusedError(f"{self._address} refuses the object (HTTP status {answer.status})")
+        self._judge(status, said)
+
+    def cut(self) -> None:
+        """Nothing: urllib3 does not let go of a connection in use, and ends with the process."""
+
+    def _read(self, answer: urllib3.BaseHTTPResponse) -> bytes:
+        """The body of an answer, within limits of size and time."""
+        said, deadline = b"", time.monotonic() + self._timeout_s
+        try:
+            while part := answer.read1(_MAX_ANSWER_BYTES, decode_content=False):
+                said += part
+                if len(said) > _MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                    raise AwayError(f"{self._address} answers without end")
+        except BaseException:
+            answer.close()
+            raise
+        answer.release_conn()
+        return said
+
+    def _judge(self, status: int, said: bytes) -> None:
+        """Raise `RefusedError` or `AwayError` unless an answer says that the object is stored."""
+        how = f"{self._address} answers with HTTP status {status}"
+        if status in _TRY_LATER or status >= 500 or status // 100 in (1, 3):
+            raise AwayError(how)
+        found = _Response.read(said)
+        if found is None and said and status < 300:  # such as the page of a proxy
+            raise AwayError(f"{how}, but not as DICOMweb does: is --pacs its address?")
+        failed = () if found is None else found.failed
+        if any(reason >> 8 == _OUT_OF_RESOURCES for reason in failed):
+            raise AwayError(f"{self._address} is out of resources")
+        if failed and _DUPLICATES.issuperset(failed):
+            return
+        is_unclear = status == 202 and (found is None or not found.is_stored)
+        if status >= 400 or failed or is_unclear:
+            why = ", ".join([f"HTTP status {status}", *(f"reason {each:04X}" for each in failed)])
+            raise RefusedError(f"{self._address} refuses the object ({why})")
 
 
-def _has_failures(status: int, body: bytes) -> bool:
-    """Whether a response names objects that were not stored (Failed SOP Sequence)."""
-    try:
-        content = json.loads(body)
-        return bool(content["00081198"]["Value"])
-    except (ValueError, KeyError, TypeError):
-        return status == 202 and not body  # some were not, and it does not say which
+@dataclass(frozen=True)
+class _Response:
+    """What a STOW-RS response says of the one object of its request (PS3.18 I)."""
+
+    failed: tuple[int, ...]  # the reasons why it is not stored, 0 for one that is not stated
+    is_stored: bool
+
+    @classmethod
+    def read(cls, said: bytes) -> "_Response | None":
+        """From JSON or XML; None where a body is no such response."""
+        try:
+            return cls._of_xml(said) if said.lstrip().startswith(b"<") else cls._of_json(said)
+        except (ValueError, ElementTree.ParseError, RecursionError):
+            return None
+
+    @classmethod
+    def _of_json(cls, said: bytes) -> "_Response | None":
+        content = json.loads(said)
+        if not isinstance(content, dict) or not all(map(_TAG.fullmatch, content)):
+            return None
+        reasons = [_values(item, _REASON) for item in _values(content, _FAILED)]
+        failed = (each[0] if each and isinstance(each[0], int) else 0 for each in reasons)
+        return cls(tuple(failed), bool(_values(content, _STORED)))
+
+    @classmethod
+    def _of_xml(cls, said: bytes) -> "_Response | None":
+        root = ElementTree.fromstring(said)
+        if not root.tag.endswith("NativeDicomModel"):
+            return None
+        attribute = "{*}DicomAttribute[@tag='%s']/{*}"
+        failed, stored = (root.findall(f"{attribute % tag}Item") for tag in (_FAILED, _STORED))
+        reasons = (item.findtext(f"{attribute % _REASON}Value") for item in failed)
+        return cls(tuple(int(text or 0) for text in reasons), bool(stored))
+
+
+def _values(item: Any, tag: str) -> list[Any]:
+    """The values of an attribute in the JSON of DICOM (PS3.18 F); empty where it has none."""
+    attribute = item.get(tag) if isinstance(item, dict) else None
+    found = attribute.get("Value") if isinstance(attribute, dict) else None
+    return found if isinstance(found, list) else []
