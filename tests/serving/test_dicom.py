@@ -14,7 +14,7 @@ from tests.serving.dicoms import Archive, changed, film, read, send
 from tests.serving.test_dicom_result import said
 from tests.serving.test_outbox import wait_until_empty
 from xrai.command import parse
-from xrai.errors import ConfigError, UserError
+from xrai.errors import ConfigError, InUseError, UserError
 from xrai.phantom import draw_phantom, encode, plan
 from xrai.serving.dicom import DicomSide, read_options
 from xrai.serving.dicom_flags import DICOM_FLAGS
@@ -126,6 +126,43 @@ def test_the_report_names_the_model_by_the_hash_of_its_file(
     assert f"run {service.models.pipeline.run_id}" in parameters
     stated = stated_hash(open_store(str(run)), "model.pt")
     assert stated is None or f"sha256 {stated}" in parameters
+
+
+def test_a_film_that_was_changed_under_its_uid_has_a_result_of_its_own(
+    service: Service, tmp_path: Path
+) -> None:
+    first, other = phantoms(2)
+    pixels = changed(first, Rows=read(other).Rows, Columns=read(other).Columns)
+    pixels = changed(pixels, PixelData=read(other).PixelData)
+    sent = [first, pixels, changed(first, PatientID="Z2"), changed(first, InstitutionName="Ward")]
+    with dicom_side(service, pacs="127.0.0.1:1:ARCHIVE", outbox=str(tmp_path / "outbox")) as (
+        _,
+        port,
+    ):
+        for data in [*sent, *sent]:
+            assert send(port, data)[0] == 0
+    outbox = Outbox(tmp_path / "outbox")
+    results = [read(path) for path in outbox.pending()]
+    outbox.close()
+    # nothing that a result says depends on the institution
+    assert len(results) == len({result.SOPInstanceUID for result in results}) == 3
+    assert sorted(result.PatientID for result in results) == ["Z1", "Z1", "Z2"]
+
+
+def test_what_is_still_being_sent_keeps_the_outbox_locked(service: Service, tmp_path: Path) -> None:
+    options = read_options(
+        flags(dicom_port=free_port(), pacs="127.0.0.1:1:B", outbox=str(tmp_path / "outbox"))
+    )
+    assert options is not None
+    side = DicomSide(options, service)
+    assert side._delivery is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side._delivery, "stop", lambda: False)
+        side.stop()
+    with pytest.raises(InUseError):
+        Outbox(tmp_path / "outbox")
+    side.stop()
+    Outbox(tmp_path / "outbox").close()
 
 
 def test_what_cannot_be_scored_is_answered_and_not_listed(service: Service) -> None:

@@ -129,8 +129,8 @@ def test_codes_that_pydicom_knows_have_its_meaning() -> None:
 
 @pytest.mark.parametrize("kind", ["sr", "sc"])
 def test_the_same_film_and_models_make_the_same_object_and_others_another(kind: str) -> None:
-    def uid_of(data: bytes, device: Any = DEVICE) -> str:
-        source = read_source(data)
+    def uid_of(data: bytes, device: Any = DEVICE, *, pixels: str = "") -> str:
+        source = replace(read_source(data), pixels=pixels)
         if kind == "sr":
             return write_report(source, ROW, device).sop_instance_uid
         return write_capture(source, picture(), device).sop_instance_uid
@@ -142,8 +142,11 @@ def test_the_same_film_and_models_make_the_same_object_and_others_another(kind: 
         uid_of(film("b")),
         uid_of(film("a"), replace(DEVICE, model_sha256=("cd" * 32,))),
         uid_of(film("a"), replace(DEVICE, prior="pneumonia=0.9")),
+        uid_of(changed(film("a"), PatientID="Z-4712")),
+        uid_of(changed(film("a"), StudyInstanceUID="1.2.3")),
+        uid_of(film("a"), pixels="ab"),
     }
-    assert len(others - {first}) == 3
+    assert len(others - {first}) == 6
 
 
 def test_a_capture_holds_the_picture_and_names_its_source() -> None:

@@ -4,7 +4,7 @@ import os
 import ssl
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,10 +163,11 @@ class DicomSide:
             self._outbox.refuse_full()
         film = self._listed(data, source) or self._score(data, source)
         if self._outbox:
+            scored = replace(source, pixels=film.pixels)
             device = self._device(film)
             for kind in self._options.kinds:
-                if not self._outbox.knows(result_uid(kind, source, device)):
-                    result = self._result(kind, film, source, device)
+                if not self._outbox.knows(result_uid(kind, scored, device)):
+                    result = self._result(kind, film, scored, device)
                     self._outbox.put(result.sop_instance_uid, result.data)
 
     def _listed(self, data: bytes, source: Source) -> Film | None:

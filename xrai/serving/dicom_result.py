@@ -2,9 +2,10 @@
 the heat map as a secondary capture.
 
 Both belong to the film's own study, in series of their own, and name the film as their source.
-Their UIDs follow from the film's UID and the models, so a film that is scored again by the same
-models makes the same object. Of the patient only what every object of a study must state is
-copied. The one home of highdicom.
+Their UIDs follow from the film (its UIDs, its pixels as the models see them, and what is copied of
+its header) and from the models. So a film that is scored again by the same models makes the same
+object, and one that was changed makes another, also where it kept its UID. Of the patient only what
+every object of a study must state is copied. The one home of highdicom.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from PIL import Image
@@ -37,6 +38,7 @@ NOTE: Final = "No medical device: for research, not for diagnosis."
 _SCHEME = "99XRAI"
 _MANUFACTURER = "xrai"
 _NUMBERS: Mapping[Kind, int] = {"sr": 9700, "sc": 9701}  # of the series, far from those of devices
+_DESCRIPTIONS: Mapping[Kind, str] = {"sr": "scores of a model", "sc": "heat maps of a model"}
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
 _COPIED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber"),
@@ -92,6 +94,7 @@ class Source:
     series_instance_uid: str
     study_instance_uid: str
     texts: Mapping[str, str]  # of patient and study, by DICOM keyword; "" where missing or invalid
+    pixels: str = ""  # SHA-256 of what the models see of it
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,9 @@ def _is_valid(name: str, text: str) -> bool:
 
 def result_uid(kind: Kind, source: Source, device: Device) -> str:
     """The SOP Instance UID of the result of a film and these models, at their prior."""
-    prior = [device.prior] if device.prior else []
-    return _uid(kind, source.sop_instance_uid, device.key, *prior)
+    film = [source.sop_instance_uid, source.series_instance_uid, source.study_instance_uid]
+    film += [source.pixels, *(source.texts[name] for name in sorted(source.texts))]
+    return _uid(kind, *film, device.key, device.prior)
 
 
 def write_report(source: Source, row: Prediction, device: Device) -> Result:
@@ -201,26 +205,17 @@ def write_report(source: Source, row: Prediction, device: Device) -> Result:
         report = sr.ComprehensiveSR(
             evidence=[evidence],
             content=content,
-            series_instance_uid=_uid("sr series", source.study_instance_uid, device.key),
-            series_number=_NUMBERS["sr"],
-            sop_instance_uid=result_uid("sr", source, device),
-            instance_number=1,
-            manufacturer=_MANUFACTURER,
-            manufacturer_model_name=_cut(device.run_id),
-            device_serial_number=_cut(device.key),
-            software_versions=_cut(device.version),
-            series_description="xrai: scores of a model, no medical device",
             is_complete=True,
             is_final=False,
             is_verified=False,
             coding_schemes=[scheme],
-            specific_character_set="ISO_IR 192",
+            **_head("sr", source, device),
         )
     return Result(str(report.SOPInstanceUID), _to_bytes(report))
 
 
 def write_capture(source: Source, png: bytes, device: Device) -> Result:
-    """A Secondary Capture of a picture, such as the film beside its heat maps."""
+    """A Secondary Capture of an image, such as the film beside its heat maps."""
     from highdicom.sc import SCImage
     from pydicom import Dataset
 
@@ -235,15 +230,6 @@ def write_capture(source: Source, png: bytes, device: Device) -> Result:
             coordinate_system="PATIENT",
             patient_orientation=("L", "F"),
             study_instance_uid=source.study_instance_uid,
-            series_instance_uid=_uid("sc series", source.study_instance_uid, device.key),
-            series_number=_NUMBERS["sc"],
-            sop_instance_uid=result_uid("sc", source, device),
-            instance_number=1,
-            manufacturer=_MANUFACTURER,
-            manufacturer_model_name=_cut(device.run_id),
-            device_serial_number=_cut(device.key),
-            software_versions=_cut(device.version),
-            series_description="xrai: heat maps of a model, no medical device",
             patient_id=texts["PatientID"],
             patient_name=texts["PatientName"],
             patient_birth_date=texts["PatientBirthDate"],
@@ -253,7 +239,7 @@ def write_capture(source: Source, png: bytes, device: Device) -> Result:
             study_date=texts["StudyDate"],
             study_time=texts["StudyTime"],
             referring_physician_name=texts["ReferringPhysicianName"],
-            specific_character_set="ISO_IR 192",
+            **_head("sc", source, device),
         )
         reference = Dataset()
         reference.ReferencedSOPClassUID = source.sop_class_uid
@@ -266,6 +252,24 @@ def write_capture(source: Source, png: bytes, device: Device) -> Result:
 
 
 # ------------------------------------------------------------------------------------------- parts
+
+
+def _head(kind: Kind, source: Source, device: Device) -> dict[str, Any]:
+    """What every result says of itself, as highdicom's classes take it: its place in the study, and
+    the models as the device that made it.
+    """
+    return {
+        "sop_instance_uid": result_uid(kind, source, device),
+        "instance_number": 1,
+        "series_instance_uid": _uid(f"{kind} series", source.study_instance_uid, device.key),
+        "series_number": _NUMBERS[kind],
+        "series_description": f"xrai: {_DESCRIPTIONS[kind]}, no medical device",
+        "manufacturer": _MANUFACTURER,
+        "manufacturer_model_name": _cut(device.run_id),
+        "device_serial_number": _cut(device.key),
+        "software_versions": _cut(device.version),
+        "specific_character_set": "ISO_IR 192",
+    }
 
 
 def code_of(name: str) -> tuple[str, str, str]:

@@ -39,6 +39,7 @@ class Film:
     size: tuple[int, int] | None  # (width, height) in pixels; None of one that cannot be read
     window: Window | None  # of DICOM whose own values are shown
     pipeline: Pipeline = field(repr=False)  # which scored it, and explains it
+    pixels: str = field(repr=False)  # SHA-256 of what its networks saw; "" where it has no pixels
 
     @property
     def is_review(self) -> bool:

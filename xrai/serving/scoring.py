@@ -5,6 +5,7 @@ next batch. One film's failure is its own: a batch that fails is scored again fi
 """
 
 import functools
+import hashlib
 import threading
 import time
 from collections import deque
@@ -43,6 +44,7 @@ class Scored:
     size: tuple[int, int] | None  # (width, height), pixels; None of one that cannot be read
     window: Window | None  # of DICOM whose own values are shown
     pipeline: Pipeline  # which scored it
+    pixels: str  # SHA-256 of what its networks saw, in hex; "" of one that cannot be read
 
 
 @dataclass(frozen=True)
@@ -213,14 +215,24 @@ class Scorer:
         reads = [task.read for task in tasks if task.read is not None]
         pipeline = tasks[0].pipeline
         for task, found in zip(tasks, list(pipeline.classify_read(reads)), strict=True):
-            assert task.read is not None
-            scored = Scored(found.prediction, task.read.size, task.window, pipeline)
-            task.future.set_result(scored)
+            task.future.set_result(_scored(task, found.prediction))
 
     def _score_one(self, task: Task) -> Scored:
         assert task.read is not None
         (found,) = task.pipeline.classify_read([task.read])
-        return Scored(found.prediction, task.read.size, task.window, task.pipeline)
+        return _scored(task, found.prediction)
+
+
+def _scored(task: Task, row: Prediction) -> Scored:
+    assert task.read is not None
+    pixels = b"".join(own.tobytes() for own in task.read.own or ())
+    return Scored(
+        row,
+        task.read.size,
+        task.window,
+        task.pipeline,
+        hashlib.sha256(pixels).hexdigest() if pixels else "",
+    )
 
 
 def as_shown(data: "bytes | NDArray[np.uint8]") -> tuple[Window | None, tuple[int, int] | None]:
