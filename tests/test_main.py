@@ -182,6 +182,28 @@ def test_a_rendezvous_elsewhere_is_watched_and_waited_for_as_long_as_torchrun_wa
     assert len(checks) == 1
 
 
+def test_variables_of_torchrun_are_read_as_its_options_are_which_win(
+    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "3")
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "8")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "node0:29401")
+    monkeypatch.setenv("PET_RDZV_CONF", "join_timeout=1800")
+    with pytest.raises(StartedError) as caught:
+        program.launch(["--nproc_per_node=2"])
+    started = [sys.executable, "-m", "xrai.rendezvous", "node0:29401", "1800"]
+    assert caught.value.args[0] == [*started, "--nproc_per_node=2", "-m", "xrai.train"]
+    assert "--check_ranks=6" in checks[0]
+    assert program.launch(["--check"]) == ["--check_ranks=24", "--check"]
+
+
+def test_a_training_on_one_machine_waits_for_no_endpoint(
+    checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "node0:29401")
+    assert launched("--standalone") == ["--standalone", "-m", "xrai.train"]
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("has_flag", [True, False])
 def test_training_by_two_processes_needs_no_host_name_that_resolves(
@@ -201,8 +223,8 @@ def test_training_by_two_processes_needs_no_host_name_that_resolves(
 def test_variables_of_torchrun_start_it_too(
     checks: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PET_NNODES", "2")
-    assert launched() == ["-m", "xrai.train"]
+    monkeypatch.setenv("PET_MAX_RESTARTS", "2")
+    assert launched() == ["--local_addr=localhost", "-m", "xrai.train"]
 
 
 def test_a_check_counts_the_ranks_that_torchrun_would_start(checks: list[list[str]]) -> None:

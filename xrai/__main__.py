@@ -84,7 +84,7 @@ def launch(arguments: list[str]) -> list[str]:
     if any(re.match(r"(--help|-h|--print_config)(=|$)", text) for text in own):
         return own
     if "--check" in own:
-        return [*_check_ranks(options), *own]
+        return [*_check_ranks(_named(options, variables)), *own]
     for text in options:
         if "=" not in text and text != "--standalone":
             _refuse(f"{text} lacks its value; write {text}=VALUE")
@@ -92,9 +92,10 @@ def launch(arguments: list[str]) -> list[str]:
         file = text if before == "--config" else text.removeprefix("--config=")
         if Path(file).is_fifo():
             _refuse(f"--config {file} is a pipe, which only one process can read: name a file")
+    named = _named(options, variables)
     train = ["-m", "xrai.train"]
     if os.environ.get("XRAI_PREFLIGHT", "1") != "0":
-        check = [sys.executable, *train, *_check_ranks(options), "--check", *own]
+        check = [sys.executable, *train, *_check_ranks(named), "--check", *own]
         try:
             status = subprocess.run(check, check=False).returncode
         except KeyboardInterrupt:
@@ -106,32 +107,37 @@ def launch(arguments: list[str]) -> list[str]:
         options.append("--local_addr=localhost")  # torchrun hangs where the host name is unknown
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this
     torchrun = ["torch.distributed.run", *options, *train, *own]
-    if endpoint := _named(options).get("rdzv_endpoint"):
-        torchrun = ["xrai.rendezvous", endpoint, _join_timeout(options), *torchrun[1:]]
+    endpoint = named.get("rdzv_endpoint")
+    if endpoint and named.get("standalone", "0") == "0":  # else torchrun ignores it
+        torchrun = ["xrai.rendezvous", endpoint, _join_timeout(named), *torchrun[1:]]
     os.execv(sys.executable, [sys.executable, "-m", *torchrun])
 
 
-def _check_ranks(options: list[str]) -> list[str]:
+def _check_ranks(named: dict[str, str]) -> list[str]:
     """The flag that says how many ranks torchrun would start, where its options give numbers."""
-    named = _named(options)
     numbers = [named.get("nnodes", "1"), named.get("nproc_per_node", "1")]
     if not all(text.isdecimal() for text in numbers) or numbers == ["1", "1"]:
         return []
     return [f"--check_ranks={int(numbers[0]) * int(numbers[1])}"]
 
 
-def _join_timeout(options: list[str]) -> str:
+def _join_timeout(named: dict[str, str]) -> str:
     """How many seconds torchrun would wait for other machines."""
-    settings = _named(options).get("rdzv_conf", "").split(",")
+    settings = named.get("rdzv_conf", "").split(",")
     found = dict(text.strip().split("=", 1) for text in settings if "=" in text)
     value = found.get("join_timeout", "")
     return value if value.isdecimal() else _JOIN_TIMEOUT_S
 
 
-def _named(options: list[str]) -> dict[str, str]:
-    """The values of torchrun's options, by their names with underscores."""
-    parts = (text.removeprefix("--").partition("=") for text in options)
-    return {name.replace("-", "_"): value for name, _, value in parts}
+def _named(options: list[str], variables: list[str]) -> dict[str, str]:
+    """The values of torchrun's options, by their names with underscores; an option wins over its
+    PET_* variable, as it does for torchrun.
+    """
+    found = {}
+    for text in [*variables, *options]:
+        name, _, value = text.partition("=")
+        found[name.removeprefix("PET_").removeprefix("--").replace("-", "_").lower()] = value
+    return found
 
 
 def _refuse(message: str) -> NoReturn:
