@@ -243,8 +243,8 @@ def jobs_replace_what_was_lost(documents: list[Document]) -> list[str]:
             if a.startswith("--max_restarts=")
         ]
         if together:
-            if job.get("backoffLimit") != 0:
-                broken.append(f"{workload.name} replaces pods, which its JobSet does sooner")
+            if job.get("backoffLimit") != job["completions"]:
+                broken.append(f"{workload.name} may count the pods that an eviction takes with it")
         elif workload.component == "preprocess":
             if not job.get("backoffLimitPerIndex", 0) > 0 or "backoffLimit" in job:
                 broken.append(f"{workload.name}: partitions share the failures that they may have")

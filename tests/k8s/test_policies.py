@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from tests.k8s import policies
+from tests.k8s.controllers import Ended, Failure, job_failure, jobset_action
 from tests.k8s.manifests import (
     FILES,
     K8S,
@@ -42,6 +44,7 @@ TRAIN, PREPROCESS = "Job xrai-train", "Job xrai-preprocess"
 TENSORBOARD = "Deployment xrai-tensorboard"
 POD, CONTAINER = "spec template spec", "spec template spec containers train"
 GONE = object()
+UNCOUNTED = "RestartJobSetAndIgnoreMaxRestarts"
 
 # which rule, which document, where in it, what instead
 BREAKS: list[tuple[Rule, str, str, Any]] = [
@@ -252,22 +255,60 @@ def test_the_files_and_the_base_are_the_same() -> None:
     assert yaml.safe_load((K8S / "base/kustomization.yaml").read_text())["resources"] == list(FILES)
 
 
-def test_an_overlay_of_ones_own_as_the_page_shows_it_keeps_all_rules(tmp_path: Path) -> None:
-    """docs/running.md: its numbers stand once, and reach every place."""
+@pytest.fixture
+def own_overlay(tmp_path: Path) -> Path:
+    """k8s/overlays/mine as docs/running.md shows it, in a copy of k8s/."""
     for part in ("base", "settings", "overlays"):
-        shutil.copytree(K8S / part, tmp_path / part)
-    own = tmp_path / "overlays" / "mine"
+        shutil.copytree(K8S / part, tmp_path / "k8s" / part)
+    own = tmp_path / "k8s/overlays/mine"
     own.mkdir()
     page = (REPOSITORY / "docs/running.md").read_text()
     for name, text in re.findall(r"```yaml\n# (\S+)\n(.*?)```", page, re.DOTALL):
         (own / name).write_text(text)
-    documents = render_folder(own)
+    return own
+
+
+def test_an_overlay_of_ones_own_as_the_page_shows_it_keeps_all_rules(own_overlay: Path) -> None:
+    """Its numbers stand once, and reach every place."""
+    documents = render_folder(own_overlay)
     assert {rule.__name__: broken for rule in RULES if (broken := rule(documents))} == {}
     train = of_kind(documents, "Job")["xrai-train"]["spec"]
     assert (train["completions"], train["parallelism"]) == (4, 4)
     (container,) = train["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert container["image"] == "REGISTRY/xrai:0.1.0"
+
+
+def test_the_two_commands_to_preprocess_with_100_pods_do_so(own_overlay: Path) -> None:
+    page = (REPOSITORY / "docs/decisions/0028-indexed-jobs.md").read_text()
+    change_number, apply = re.findall(r"^    (.+)$", page, re.MULTILINE)
+    assert apply == "kubectl apply -k k8s/overlays/mine"
+    root = own_overlay.parents[2]
+    subprocess.run(["bash", "-euc", change_number], cwd=root, check=True, timeout=20)
+    documents = render_folder(own_overlay)
+    assert {rule.__name__: broken for rule in RULES if (broken := rule(documents))} == {}
+    assert of_kind(documents, "Job")["xrai-preprocess"]["spec"]["completions"] == 100
+
+
+def test_a_jobset_of_ones_own_allows_as_many_failures_as_it_has_nodes(own_overlay: Path) -> None:
+    jobset = own_overlay.parent / "jobset/kustomization.yaml"
+    jobset.write_text(jobset.read_text().replace("../gpu", "../mine"))
+    documents = render_folder(jobset.parent)
+    assert {rule.__name__: broken for rule in RULES if (broken := rule(documents))} == {}
+    _, jobs = jobset_of(documents)
+    assert jobs["train"]["backoffLimit"] == jobs["train"]["completions"] == 4
+
+
+def test_a_job_is_never_shown_to_be_deleted_before_its_pods_are_gone() -> None:
+    """Else two pods of one name run for some seconds when it is applied again."""
+    files = [*(REPOSITORY / "docs").rglob("*.md"), *K8S.rglob("*.yaml"), REPOSITORY / "README.md"]
+    shown = [
+        line
+        for path in files
+        for line in path.read_text().splitlines()
+        if re.search(r"kubectl delete (job|-[fk])", line)
+    ]
+    assert shown and all("--cascade=foreground" in line for line in shown)
 
 
 def test_the_page_names_every_overlay_and_every_container() -> None:
@@ -337,6 +378,34 @@ def test_the_development_cluster_fits_two_cpus_and_ends_soon() -> None:
     assert yaml.safe_load(config)["train"]["epochs"] <= 5
 
 
+def test_what_the_development_cluster_needs_is_said_where_one_looks() -> None:
+    documents = render("s3-dev")
+    total = {
+        resource: sum(
+            (workload.job or {}).get("parallelism", 1) * requested(workload, resource)
+            for workload in workloads(documents)
+        )
+        for resource in ("cpu", "memory", "ephemeral-storage")
+    }
+    words = (
+        f"request {total['cpu']:.1f} CPUs, {total['memory'] / 2**30:.1f} GiB of memory and "
+        f"{total['ephemeral-storage'] / 2**30:.0f} GiB of disk"
+    )
+    overlay = (K8S / "overlays/s3-dev/kustomization.yaml").read_text().replace("\n# ", " ")
+    page = (REPOSITORY / "docs/running.md").read_text().replace("requests", "request")
+    assert words in overlay and words in page
+
+
+def test_the_s3_servers_report_to_nobody_and_serve_s3_alone() -> None:
+    container = of_kind(render("s3-dev"), "Deployment")["xrai-s3"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
+    compose = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]["s3"]
+    switches = {"-master.telemetry=false", "-webdav=false", "-admin.ui=false"}
+    for command in (container["command"], compose["command"]):
+        assert switches <= set(command)
+
+
 def test_the_jobset_trains_after_preprocessing_and_is_all_there_is() -> None:
     documents = render("jobset")
     assert of_kind(documents, "Job") == {}
@@ -348,24 +417,101 @@ def test_the_jobset_trains_after_preprocessing_and_is_all_there_is() -> None:
         spec = original[f"xrai-{job['name']}"]["spec"]
         del spec["ttlSecondsAfterFinished"]
         if job["name"] == "train":
-            spec["backoffLimit"] = 0
+            spec["backoffLimit"] = 2  # = NUM_NODES
             spec["podFailurePolicy"]["rules"][0]["action"] = "FailJob"
         assert job["template"]["spec"] == spec
 
 
-def test_the_jobset_restarts_after_evictions_without_limit_and_never_after_a_mistake() -> None:
-    """What the Job controller says of both (its pod_failure_policy.go): "Pod films/xrai-train-1 has
-    condition DisruptionTarget matching FailJob rule at index 0", "Container preflight for pod …
-    failed with exit code 2 matching FailJob rule at index 1".
-    """
-    policy = of_kind(render("jobset"), "JobSet")["xrai"]["spec"]["failurePolicy"]
-    evicted, mistake, failed = policy["rules"]
-    assert evicted["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert evicted["onJobFailureReasons"] == mistake["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert evicted["onJobFailureMessagePatterns"] == ["DisruptionTarget"]
-    assert mistake["action"] == "FailJobSet"
-    assert failed["action"] == "RestartJobSet" and "onJobFailureReasons" not in failed
+def jobset_of(documents: list[Document]) -> tuple[Document, dict[str, Document]]:
+    """The failure policy of the JobSet, and the specs of its Jobs by name."""
+    spec = of_kind(documents, "JobSet")["xrai"]["spec"]
+    jobs = {job["name"]: job["template"]["spec"] for job in spec["replicatedJobs"]}
+    return spec["failurePolicy"], jobs
+
+
+EVICTED = Ended("xrai-train-0", status=143, is_disrupted=True)
+LEFT = Ended("xrai-train-1")  # it lost pod 0
+ENDS = {
+    "pod 1 is evicted": ([Ended("xrai-train-1", is_disrupted=True)], UNCOUNTED),
+    "pod 0 is evicted": ([EVICTED, LEFT], UNCOUNTED),
+    "pod 0 is evicted, and pod 1 ends sooner": ([LEFT, EVICTED], UNCOUNTED),
+    "preflight finds a mistake": (
+        [Ended("xrai-train-1", status=2, container="preflight")],
+        "FailJobSet",
+    ),
+    "wait finds a mistake": ([Ended("xrai-train-0", status=2, container="wait")], "FailJobSet"),
+    "all pods fail again and again": ([LEFT, Ended("xrai-train-0")] * 2, "RestartJobSet"),
+    "a pod needs too much memory each time": ([Ended("xrai-train-0", 137)] * 3, "RestartJobSet"),
+}
+
+
+@pytest.mark.parametrize(("ended", "action"), ENDS.values(), ids=ENDS)
+def test_the_jobset_does_not_count_evictions_and_does_not_try_a_mistake_again(
+    ended: list[Ended], action: str
+) -> None:
+    policy, jobs = jobset_of(render("jobset"))
+    failure = job_failure(jobs["train"], ended)
+    assert failure is not None and jobset_action(policy, "train", failure) == action
     assert policy["maxRestarts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "action"),
+    [
+        (Failure("FailedIndexes", "Job has failed indexes"), "RestartJobSet"),
+        (
+            Failure(
+                "PodFailurePolicy",
+                "Container preprocess for pod films/xrai-preprocess-0-1 failed with exit code 2 "
+                "matching FailJob rule at index 1",
+            ),
+            "FailJobSet",
+        ),
+    ],
+)
+def test_a_jobset_whose_preprocessing_fails_is_restarted_unless_it_is_a_mistake(
+    failure: Failure, action: str
+) -> None:
+    policy, _ = jobset_of(render("jobset"))
+    assert jobset_action(policy, "preprocess", failure) == action
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("backoffLimit", 0),
+        ("podFailurePolicy rules 0 action", "Ignore"),
+        ("podFailurePolicy rules 1", GONE),
+        ("ttlSecondsAfterFinished", 3600),
+    ],
+)
+def test_a_job_of_the_jobset_that_breaks_a_rule_is_reported(place: str, value: Any) -> None:
+    documents = render("jobset")
+    change(documents, "JobSet xrai", f"spec replicatedJobs train template spec {place}", value)
+    assert policies.jobs_replace_what_was_lost(documents)
+
+
+@pytest.mark.parametrize("action", ["Ignore", "Count"])
+def test_a_jobset_whose_job_replaces_evicted_pods_itself_is_found(action: str) -> None:
+    _, jobs = jobset_of(render("jobset"))
+    jobs["train"]["podFailurePolicy"]["rules"][0]["action"] = action
+    assert job_failure(jobs["train"], [EVICTED]) is None
+
+
+def test_an_eviction_counts_where_a_pod_that_it_takes_with_it_ends_the_job() -> None:
+    """Why backoffLimit is not 0, as it is in JobSet's examples."""
+    policy, jobs = jobset_of(render("jobset"))
+    jobs["train"]["backoffLimit"] = 0
+    failure = job_failure(jobs["train"], [LEFT, EVICTED])
+    assert failure is not None and failure.reason == "BackoffLimitExceeded"
+    assert jobset_action(policy, "train", failure) == "RestartJobSet"
+
+
+def test_the_order_of_the_jobsets_rules_matters() -> None:
+    policy, jobs = jobset_of(render("jobset"))
+    policy["rules"].reverse()
+    failure = job_failure(jobs["train"], [EVICTED])
+    assert failure is not None and jobset_action(policy, "train", failure) != UNCOUNTED
 
 
 def test_the_trainjob_leaves_to_trainer_what_trainer_tells_torchrun() -> None:
