@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from xrai.command import run_command
@@ -28,28 +29,52 @@ _logger = get_logger("xrai.rendezvous")
 
 
 def main() -> None:
-    """Wait until the endpoint answers, then become torchrun. Raises `XraiError` after TIMEOUT_S."""
+    """Wait until the endpoint answers, then become torchrun. Raises `XraiError` after TIMEOUT_S,
+    and where the machines lose each other.
+    """
     setup_logging()
     endpoint, timeout_s, *options = sys.argv[1:]
+    try:
+        meet(endpoint, options, timeout_s=float(timeout_s))
+    except XraiError as error:
+        leave_message(str(error))
+        raise
+
+
+def meet(endpoint: str, options: list[str], *, timeout_s: float) -> None:
+    """Run torchrun with these options, with a watch where another machine hosts its store."""
     host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
     host = host.removeprefix("[").removesuffix("]")
     if port and not port.isdecimal():
         raise UserError(f"--rdzv_endpoint = {endpoint}: {port!r} is no port")
     if not is_here(host):
         number = int(port or DEFAULT_PORT)
-        address = wait_for(host, number, timeout_s=float(timeout_s))
+        address = wait_for(host, number, timeout_s=timeout_s)
         watching = threading.Thread(target=watch, args=(host, address, number), daemon=True)
         watching.start()
-    from xrai.learning.distributed import MEETING_FAILURES  # here: it loads torch
+    from xrai.learning.distributed import (  # here: it loads torch
+        TORCHRUN_FAILURES,
+        explain_torchrun,
+    )
 
     sys.argv = ["torchrun", *options]
     try:
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
-    except MEETING_FAILURES as error:
-        raise XraiError(
-            f"this machine lost the others, whom it met at {endpoint}: "
-            f"{str(error).splitlines()[0]}; the one that failed first says why"
-        ) from error
+    except TORCHRUN_FAILURES as error:
+        raise XraiError(explain_torchrun(error, host=host)) from error
+
+
+def leave_message(text: str) -> None:
+    """Write why the process ends to the file that XRAI_TERMINATION_LOG names, if it names one.
+
+    It is what `kubectl describe pod` shows then. Else that is the end of the log, which torch fills
+    with C++ frames when its store is gone (seen with 2.13).
+    """
+    if path := os.environ.get("XRAI_TERMINATION_LOG"):
+        try:
+            Path(path).write_text(" ".join(text.split()) + "\n")
+        except OSError as error:
+            _logger.warning("XRAI_TERMINATION_LOG = %s: %s", path, error.strerror)
 
 
 def is_here(host: str) -> bool:
@@ -118,13 +143,13 @@ def watch(host: str, address: str, port: int) -> NoReturn:
         except OSError as error:
             cause = error.strerror or str(error)
         if (silent_s := time.monotonic() - heard) > _SILENT_S:
-            print(
-                f"xrai: error: rank 0's machine {host} ({address}, port {port}) has not answered "
-                f"for {silent_s:.0f} s: {cause}; this process ends, and the training resumes when "
-                "all machines have been started again",
-                file=sys.stderr,
-                flush=True,
+            text = (
+                f"rank 0's machine {host} ({address}, port {port}) has not answered for "
+                f"{silent_s:.0f} s: {cause}; this process ends, and the training resumes when all "
+                "machines have been started again"
             )
+            leave_message(text)
+            print(f"xrai: error: {text}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread may hang in a call that nothing interrupts
 
 

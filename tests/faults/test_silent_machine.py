@@ -2,7 +2,8 @@
 
 Killing a process does not show this, because the kernel resets the connections of the dead. Two
 network namespaces, joined by a cable, are two machines, each with a node of torchrun. A machine
-goes away by routing what it would send into a black hole.
+goes away by routing what it would send into a black hole. What the pods of the others would leave
+as a message is looked at here, too, when a machine is killed or told to stop.
 """
 
 import os
@@ -32,6 +33,7 @@ pytestmark = [
 ]
 STEP_TIMEOUT_S = 30
 DEADLINE_S = STEP_TIMEOUT_S + 30  # by which survivors have ended
+MESSAGE_BYTES = 2048  # of a log's end that Kubernetes shows where a pod leaves no message
 
 
 def ip(*arguments: str, check: bool = True) -> None:
@@ -46,6 +48,7 @@ class Machine:
         self.namespace = f"{name}-{number}"
         self.process: subprocess.Popen[bytes] | None = None
         self.log = folder / f"node-{number}.log"
+        self.message = folder / f"message-{number}"  # of its pod, for kubectl describe
         ip("netns", "add", self.namespace)
         ip("-n", self.namespace, "link", "set", "lo", "up")
 
@@ -84,6 +87,7 @@ class Machine:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20",
             "XRAI_PREFLIGHT": "0",
+            "XRAI_TERMINATION_LOG": str(self.message),
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -153,6 +157,7 @@ def test_the_survivor_of_rank_0s_machine_names_it_ends_and_goes_on_with_a_replac
     assert status == 1
     assert "waiting for rank 0, which has been silent for" in text
     assert re.search("rank 0, whose machine has the job's store, is gone|rank 0's machine", text)
+    assert "rank 0's machine 10.213.77.1" in only_line(survivor.message)
     lost.kill()
     survivor.train()  # before there is a machine that it could meet
     wait_until(lambda: "waiting for rank 0's machine 10.213.77.1" in survivor.said(), machines)
@@ -172,3 +177,34 @@ def test_rank_0_names_the_machine_that_it_waits_for_and_ends_or_is_told_to(
     survivor.process.terminate()  # it waits for a replacement of rank 1 now
     status, _ = survivor.ended(timeout_s=40)
     assert status != 0
+
+
+def test_the_message_of_a_pod_whose_pod_0_was_killed_is_one_line(machines: list[Machine]) -> None:
+    """The kernel resets the connections of the dead, and torch logs its C++ frames for each."""
+    lost, survivor = machines
+    lost.kill()
+    status, text = survivor.ended(timeout_s=DEADLINE_S)
+    assert status == 1
+    assert "frame #" in text[-MESSAGE_BYTES:]  # what the message would be
+    said = only_line(survivor.message)
+    assert said.startswith("rank 0's machine 10.213.77.1, at which the machines of this training")
+    assert said in text and not lost.message.exists()
+
+
+def test_the_messages_of_pods_of_which_pod_0_was_evicted_are_one_line(
+    machines: list[Machine],
+) -> None:
+    evicted, survivor = machines
+    assert evicted.process is not None
+    evicted.process.terminate()
+    _, text = evicted.ended(timeout_s=DEADLINE_S)
+    assert "the state is saved" in text and "Traceback" not in text
+    assert only_line(evicted.message).startswith("stopped by SIGTERM: ")
+    status, _ = survivor.ended(timeout_s=DEADLINE_S)
+    assert status == 1
+    assert "rank 0's machine 10.213.77.1" in only_line(survivor.message)
+
+
+def only_line(message: Path) -> str:
+    (line,) = message.read_text().splitlines()
+    return line

@@ -136,8 +136,8 @@ def pinned_images(documents: list[Document]) -> list[str]:
 
 
 def failures_explained(documents: list[Document]) -> list[str]:
-    """`kubectl describe pod` shows the end of the log, where torchrun repeats the failing rank's
-    error file.
+    """`kubectl describe pod` shows one line where the machines of a training lost each other, else
+    the end of the log, where torchrun repeats the failing rank's error file.
     """
     broken = []
     for workload in workloads(documents):
@@ -145,6 +145,10 @@ def failures_explained(documents: list[Document]) -> list[str]:
             if container.get("terminationMessagePolicy") != "FallbackToLogsOnError":
                 broken.append(f"{workload.name}/{container['name']} does not say why it failed")
             message = container.get("terminationMessagePath", "/dev/termination-log")
+            if workload.component == "train" and container is workload.pod["containers"][0]:
+                own = {each["name"]: each.get("value") for each in container.get("env", [])}
+                if own.get("XRAI_TERMINATION_LOG") != message:
+                    broken.append(f"{workload.name} ends with torch's C++ frames")
             for variable in container.get("env", []):
                 if (
                     variable["name"] == "TORCHELASTIC_ERROR_FILE"

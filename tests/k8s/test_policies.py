@@ -80,6 +80,8 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
     (policies.pinned_images, TRAIN, f"{CONTAINER} image", "xrai:latest"),
     (policies.pinned_images, TRAIN, f"{CONTAINER} image", "xrai:0.0.9"),
     (policies.failures_explained, TRAIN, f"{CONTAINER} terminationMessagePolicy", GONE),
+    (policies.failures_explained, TRAIN, f"{CONTAINER} env XRAI_TERMINATION_LOG", GONE),
+    (policies.failures_explained, TRAIN, f"{CONTAINER} terminationMessagePath", "/tmp/message"),
     (
         policies.failures_explained,
         TRAIN,

@@ -7,6 +7,7 @@ a decision never waits for the device. The CUDA and nccl paths have not been run
 
 import gc
 import os
+import signal
 import threading
 import time
 import traceback
@@ -19,8 +20,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
@@ -39,7 +45,8 @@ _SILENT_S = 20.0  # of a rank that is called silent
 _TELL_EVERY_S = 60.0
 _logger = get_logger(__name__)
 
-MEETING_FAILURES = (RendezvousError, dist.DistError)  # of torchrun, with its store or its nodes
+# What ends torchrun itself, not a rank: its store, its nodes, or a signal
+TORCHRUN_FAILURES = (RendezvousError, dist.DistError, SignalException)
 
 record_failures = record  # torchrun's: writes a rank's traceback to TORCHELASTIC_ERROR_FILE
 
@@ -326,6 +333,28 @@ def own_place() -> Place:
         return Place()
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return Place(rank, world_size, local_rank, local_world_size, is_torchrun)
+
+
+def explain_torchrun(error: BaseException, *, host: str) -> str:
+    """In one line why one of `TORCHRUN_FAILURES` ended a torchrun whose machines meet at `host`."""
+    if isinstance(error, SignalException):
+        return (
+            f"stopped by {signal.Signals(error.sigval).name}: ranks that saved their state say so "
+            "above; start again with the same --run_id to resume"
+        )
+    if isinstance(error, RendezvousTimeoutError):
+        return (
+            f"the machines of this training did not all come to {host} in time (join_timeout): one "
+            "did not start, or has another --nnodes or --rdzv_id"
+        )
+    if isinstance(error, RendezvousClosedError):
+        return "another machine has ended this training; its own last lines say why"
+    cause = next(iter(str(error).splitlines()), type(error).__name__)
+    return (
+        f"rank 0's machine {host}, at which the machines of this training meet, has ended or "
+        f"cannot be reached ({cause}): its own last lines say why; this process ends, and the "
+        "training resumes when all machines have been started again"
+    )
 
 
 @contextmanager
