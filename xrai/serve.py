@@ -5,12 +5,12 @@ It serves a page, which lists the most urgent film first, and an HTTP interface
 machines reach needs a token, in the environment variable XRAI_SERVE_TOKEN.
 """
 
+import gc
 import os
 import socket
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from xrai.command import PRIOR, RUNS, Flag, parse, run_command
 from xrai.errors import UserError
@@ -36,6 +36,7 @@ FLAGS = (
 _MIN_TOKEN = 16  # characters
 _KEEP_ALIVE_S = 20
 _MAX_CONNECTIONS = 512
+_SWITCH_S = 0.001  # that a thread waits for another one's Python code; Python's 5 ms add up
 _BEAT_S = 10  # between signs of life
 _MAX_REQUESTS, _MAX_REQUESTS_PER_CLIENT = 64, 16
 _logger = get_logger("xrai.serve")
@@ -64,8 +65,6 @@ def main() -> None:
             f"xrai serve needs {error.name}, which is not installed: pip install 'xrai[serve]'"
         ) from error
     dicom = read_options(flags)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     load = partial(load_models, prior=flags["prior"] or None)
     worklist = Worklist(
         max_films=flags["max_films"],
@@ -73,7 +72,7 @@ def main() -> None:
         lifetime_s=flags["lifetime_min"] * 60,
     )
     with listen(flags["host"], flags["port"]) as server_socket:
-        service = Service(load(runs), runs, load, worklist)
+        service = Service(load(runs), runs, load, worklist, config.train.threads)
         if dicom:
             DicomSide(dicom, service).start()
         body = flags["max_body_mib"] << 20
@@ -91,12 +90,13 @@ def main() -> None:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=flags["stop_s"],
             limit_concurrency=_MAX_CONNECTIONS,
-            h11_max_incomplete_event_size=1 << 16,
             callback_notify=partial(_beat, worklist),
             timeout_notify=_BEAT_S,
         )
         host, port = server_socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        gc.freeze()  # else a collection looks through all of torch, which takes 0.1 s
+        sys.setswitchinterval(_SWITCH_S)
         run_id = service.models.pipeline.run_id
         _logger.info("run %s is served at http://%s:%d/", run_id, shown, port)
         uvicorn.Server(settings).run(sockets=[server_socket])

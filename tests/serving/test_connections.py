@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import pytest
@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.serving.conftest import LIMITS
-from xrai.serving.connections import Connection
+from xrai.serving.connections import MAX_AHEAD, MAX_HEAD_BYTES, Connection
 from xrai.serving.http import make_app
 from xrai.serving.service import Service
 
@@ -23,13 +23,21 @@ WAIT_S = 30.0  # only a hang reaches it
 PART = bytes(1 << 16)
 
 
+class Patient(Connection):
+    headers_s = 3600.0
+
+
 class Impatient(Connection):
     headers_s = 0.3
     reading_s = 0.3
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers /long with 256 MiB, which no buffer holds, anything else with a word."""
+    """Answers /long with 256 MiB, which no buffer holds, anything else with a word; reads the body
+    of /body first.
+    """
+    while scope["path"] == "/body" and (await receive()).get("more_body"):
+        pass
     start = {"type": "http.response.start", "status": 200, "headers": []}
     await send(start)
     for _ in range(4096 * (scope["path"] == "/long")):
@@ -103,6 +111,52 @@ def test_an_answer_that_is_not_read_ends_its_connection(server: uvicorn.Server) 
         client.sendall(b"GET /long HTTP/1.1\r\nHost: here\r\n\r\n")
         assert client.recv(1) == b"H"
         until(lambda: not server.server_state.connections)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST /body HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+    ],
+    ids=["address", "headers", "trailers"],
+)
+def test_what_has_no_end_is_not_held(begun: bytes) -> None:
+    """The parser itself has no limit."""
+    with serving(answer, Patient, lifespan="off") as server, connect(server) as client:
+        with suppress(ConnectionError):  # what is unread resets the connection
+            client.sendall(begun + b"a: b\r\n" * MAX_HEAD_BYTES)
+            while client.recv(1 << 12):
+                pass
+        until(lambda: not server.server_state.connections)
+
+
+def test_small_parts_of_a_large_body_are_no_headers(server: uvicorn.Server) -> None:
+    with connect(server) as client:
+        client.sendall(b"POST /body HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(4):
+            client.sendall(b"1\r\na\r\n" * (MAX_HEAD_BYTES // 12))
+        client.sendall(b"0\r\n\r\n")
+        assert b" 200 OK" in client.recv(1 << 12)
+
+
+def test_requests_may_be_sent_ahead_up_to_a_number(server: uvicorn.Server) -> None:
+    request = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
+    with connect(server) as client:
+        client.sendall(request * MAX_AHEAD)
+        found = b""
+        while found.count(b" 200 OK") < MAX_AHEAD:
+            part = client.recv(1 << 16)
+            assert part
+            found += part
+    with connect(server) as client:
+        client.sendall(request * 100 * MAX_AHEAD)
+        with suppress(ConnectionError):  # what is unread resets the connection
+            while client.recv(1 << 16):
+                pass
+    until(lambda: not server.server_state.connections)
+    assert server.server_state.total_requests < 10 * MAX_AHEAD
 
 
 class _Transport(asyncio.Transport):

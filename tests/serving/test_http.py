@@ -272,6 +272,10 @@ def test_films_leave_memory_after_their_time(run: Path, films: list[bytes]) -> N
         now[0] += 59
         assert client.get(f"/v1/films/{film['id']}").status_code == 200
         assert service.worklist.num_bytes == len(films[0])
+        (other,) = post(client, ("b.png", films[1]))["films"]
+        assert service.worklist.num_bytes == len(films[0]) + len(films[1])
+        assert client.delete(f"/v1/films/{other['id']}").status_code == 204
+        assert service.worklist.num_bytes == len(films[0])
         now[0] += 2
         assert client.get(f"/v1/films/{film['id']}").status_code == 404
         assert service.worklist.num_bytes == 0 and client.get("/v1/films").json()["films"] == []

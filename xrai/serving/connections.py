@@ -1,27 +1,31 @@
-"""Connections that do not wait for their clients without end.
+"""Connections that neither wait for their clients nor hold what they send without end.
 
 uvicorn 0.54 closes an idle connection after an answer. But it waits as long as a client likes for a
 request that does not come, or comes a byte at a time, and for an answer to be read. With a few
-hundred such connections one client would keep all others out.
+hundred such connections one client would keep all others out. And of headers it holds whatever
+comes, by its faster parser, which this one uses.
 """
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS_S = 20.0  # for a request's line and headers, from its first byte or from the connection
 READING_S = 60.0  # for the next part of an answer to be read
+MAX_HEAD_BYTES: Final = 1 << 16  # of a request's line and headers, and of the trailers of its body
+MAX_AHEAD: Final = 16  # requests that are sent before the answer to an earlier one
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """One connection; closed where its client takes too long to ask or to read."""
 
     headers_s = HEADERS_S
     reading_s = READING_S
     _deadline: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
+    _is_asking = True  # for a request whose headers are not whole
+    _num_head_bytes = 0  # that came since the last ones of a body
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request, not longer than `headers_s`."""
@@ -30,8 +34,33 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came; it may end a request's headers, or begin those of the next one."""
+        self._num_head_bytes += len(data)
         super().data_received(data)
+        if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too long.")
         self._watch()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._is_asking = True
+
+    def on_headers_complete(self) -> None:
+        """A request can be answered."""
+        if len(self.pipeline) >= MAX_AHEAD:
+            raise ValueError("too many requests before the first one's answer")
+        super().on_headers_complete()
+        self._is_asking, self._num_head_bytes = False, 0
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a request's body."""
+        self._num_head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The end of a request."""
+        self._num_head_bytes = 0
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         """Wait for the client to read, not longer than `reading_s`."""
@@ -52,8 +81,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        # IDLE: h11 has no whole request yet, so the deadline of its first byte holds on
-        if self.conn.their_state is not h11.IDLE:
+        # After an answer uvicorn waits itself, but not any more once a single byte has come
+        if not self._is_asking and not self.cycle.response_complete:
             self._stop_watching()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(self.headers_s, self.transport.close)

@@ -85,7 +85,8 @@ class Worklist:
         self._max_films, self._max_bytes = max_films, max_bytes
         self._now = now
         self._lock = threading.Lock()
-        self._films: dict[str, Film] = {}
+        self._films: dict[str, Film] = {}  # the first to expire first, as all live equally long
+        self._num_bytes = 0  # that they hold
         self._reserved = [0, 0]  # films and bytes that are being scored
         self._version = secrets.randbits(48)
 
@@ -123,6 +124,7 @@ class Worklist:
         )
         with self._lock:
             self._films[film.id] = film
+            self._num_bytes += len(film.data)
             self._version += 1
         return film
 
@@ -142,7 +144,7 @@ class Worklist:
         """Forget a film. Whether there was one."""
         with self._lock:
             self._version += 1
-            return self._films.pop(film_id, None) is not None
+            return self._pop(film_id)
 
     def forget_expired(self) -> None:
         """Forget the films whose time is over; asking for any does so, too."""
@@ -170,11 +172,15 @@ class Worklist:
 
     @property
     def _held(self) -> int:
-        return self._reserved[1] + sum(len(film.data) for film in self._films.values())
+        return self._reserved[1] + self._num_bytes
+
+    def _pop(self, film_id: str) -> bool:
+        film = self._films.pop(film_id, None)
+        self._num_bytes -= len(film.data) if film else 0
+        return film is not None
 
     def _expire(self) -> None:
         now = datetime.fromtimestamp(self._now(), UTC)
-        gone = [film.id for film in self._films.values() if film.expires <= now]
-        for film_id in gone:
-            del self._films[film_id]
-        self._version += len(gone)
+        while (first := next(iter(self._films.values()), None)) and first.expires <= now:
+            self._pop(first.id)
+            self._version += 1

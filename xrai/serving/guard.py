@@ -5,10 +5,11 @@ import hmac
 import ipaddress
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,6 +28,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-store",
 }
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 
 
 def is_loopback(host: str) -> bool:
@@ -56,9 +58,9 @@ class Guard:
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+                own = list(message.get("headers", ()))
+                names = {name for name, _ in own}
+                message["headers"] = own + [each for each in _RAW_HEADERS if each[0] not in names]
             await send(message)
 
         refusal = self._refusal(HTTPConnection(scope))
@@ -68,12 +70,12 @@ class Guard:
 
     def _refusal(self, request: HTTPConnection) -> Response | None:
         headers, method = request.headers, request.scope["method"]
-        if not self.token and not is_loopback(_host_of(headers)):
+        if not self.token and not _is_loopback_address(headers.get("host", "")):
             # else a page of another site could name this machine by a name of its own
             return _refuse(421, "this server answers to localhost alone")
         if method not in ("GET", "HEAD", "OPTIONS") and not _is_own_origin(headers):
             return _refuse(403, "the request comes from a page of another site")
-        path = request.url.path
+        path = request.scope["path"]
         if not self.token or path in _OPEN or path.startswith(_OPEN_BELOW):
             return None
         if self.knows(request):
@@ -106,11 +108,13 @@ def _same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
 
 
-def _host_of(headers: Headers) -> str:
+@lru_cache(16)
+def _is_loopback_address(host: str) -> bool:
+    """Whether the header `Host` names this machine, with or without a port."""
     try:
-        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
-        return ""
+        return False
 
 
 def _is_own_origin(headers: Headers) -> bool:

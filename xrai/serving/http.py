@@ -135,7 +135,10 @@ class _Routes:
         with self._admitted(request):
             async with received(request, self._room) as files:
                 gate = asyncio.Semaphore(_AT_ONCE)
-                found = await asyncio.gather(*(self._add(file, gate) for file in files))
+                if len(files) == 1:  # without a task of its own
+                    found = [await self._add(files[0], gate)]
+                else:
+                    found = await asyncio.gather(*(self._add(file, gate) for file in files))
         films = [each for each in found if isinstance(each, Film)]
         refused = [
             {"name": file.path, "reason": _words_of(each)}

@@ -31,6 +31,7 @@ class Service:
     runs: tuple[str, ...]  # their addresses
     load: Callable[[Sequence[str]], Models]
     worklist: Worklist
+    num_threads: int = 0  # of torch, for a batch; 0: as many as make it faster
     metrics: Metrics = field(default_factory=Metrics)
     listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
@@ -40,7 +41,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.hashes[self.models.pipeline] = self.models.hashes
-        self.scorer = Scorer(self.models.pipeline, self.metrics)
+        self.scorer = Scorer(self.models.pipeline, self.metrics, num_threads=self.num_threads)
         self.metrics.watch(self.worklist, self.scorer)
         self.metrics.use(self.models.pipeline.run_id)
 

@@ -75,7 +75,10 @@ async def received(request: Request, room: Room) -> AsyncIterator[list[File]]:
                 "send films as multipart/form-data, or one as application/dicom, image/jpeg, "
                 "image/png or application/zip",
             )
-        yield await asyncio.to_thread(_taken_apart, uploads)
+        if any(data.startswith(_ZIP) for _, data in uploads):
+            yield await asyncio.to_thread(_taken_apart, uploads)
+        else:
+            yield _taken_apart(uploads)
     finally:
         room.free_bytes += taken[0]
 
@@ -100,7 +103,8 @@ async def _limited(request: Request, room: Room, taken: list[int]) -> AsyncItera
     while True:
         try:
             left_s = began + _SILENCE_S + taken[0] / _LEAST_RATE - time.monotonic()
-            part = await asyncio.wait_for(anext(parts), min(_SILENCE_S, max(0.0, left_s)))
+            async with asyncio.timeout(min(_SILENCE_S, max(0.0, left_s))):
+                part = await anext(parts)
         except StopAsyncIteration:
             return
         except TimeoutError:
