@@ -232,6 +232,12 @@ class Train:
     )
     max_steps: int = _key(0, "stop after this many steps; 0: no limit", "[0, inf)")
     max_minutes: float = _key(0.0, "stop after this many minutes; 0: no limit", "[0, inf)")
+    log_every: int = _key(
+        20,
+        "steps after which a loss that is not finite is reported at the latest, and a GPU waited "
+        "for; the step itself changes no weight",
+        "[1, 100000]",
+    )
     profile: str = _key("", "steps A:B, from 1, to profile into profile.json (Chrome trace)")
     timeout_s: float = _key(
         600.0, "seconds to wait for other ranks until the first step ends", "(0, 1000000]"

@@ -46,7 +46,7 @@ _CONFIG = "config.yaml"
 _FREE = frozenset(
     {"cache", "checkpoint", "labels", "loader", "shards", "splits", "evaluate.batch_size"}
     | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
-    | {"train.timeout_s", "train.step_timeout_s"}
+    | {"train.log_every", "train.timeout_s", "train.step_timeout_s"}
 )
 _ADDED = {"review": ""}  # what a run of an earlier version had for a section that it lacks
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")  # may change while it trains

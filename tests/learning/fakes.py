@@ -3,7 +3,7 @@ loader's rules.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,8 @@ def train_discs(
         torch.stack(sums).reshape(-1, parts).sum(dim=1)
         if sums
         else torch.empty(0, dtype=torch.float64)
-    )
-    state = network.state_dict()
+    ).cpu()
+    state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     is_large = sum(tensor.numel() for tensor in state.values()) > 1_000_000
     weights = {
         name: [float(zlib.crc32(tensor.contiguous().numpy().tobytes()))]
@@ -221,6 +221,26 @@ def train_discs(
         for name, tensor in state.items()
     }
     return Outcome(ranks.sum(per_step).tolist(), weights, results, stopped)
+
+
+def poison(step: int, places: Sequence[int] = (4, 9)) -> Callable[[FakeLoader], None]:
+    """A `damage` after which step `step`, from 1 and of the first epoch, has images without a
+    finite loss.
+    """
+
+    def damage(loader: FakeLoader) -> None:
+        original = loader.epoch
+
+        def epoch(epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
+            for position, batch in enumerate(original(epoch, start=start), start=start + 1):
+                if (epoch, position) == (0, step):
+                    batch.labels = batch.labels.astype(np.float32)
+                    batch.labels[list(places)] = np.nan
+                yield batch
+
+        loader.epoch = epoch  # type: ignore[method-assign]
+
+    return damage
 
 
 class DamagingStore(FolderStore):

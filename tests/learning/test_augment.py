@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xrai.config import Augment
-from xrai.learning.augment import _splitmix64, augment, uniform
+from xrai.learning.augment import _splitmix64, _splitmix64_of_number, augment, uniform
 
 STILL = Augment(
     rotation_deg=0, scale=0, shift=0, aspect=0, shear=0, gamma=0, contrast=0, blur=0, noise=0
@@ -34,6 +34,11 @@ def test_splitmix64_gives_the_published_first_outputs_of_seed_0() -> None:
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
     ]
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_a_number_is_hashed_as_a_tensor_is(state: int) -> None:
+    assert _splitmix64_of_number(state) == int(_splitmix64(torch.tensor(state)))
 
 
 def test_uniform_numbers_have_the_mean_deviation_and_independence_of_uniform_numbers() -> None:

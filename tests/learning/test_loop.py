@@ -11,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learning.fakes import DISC, FakeBatch, FakeLoader, Outcome, train_discs
-from xrai.config import Checkpoint, Config, Optim, Train
+from tests.learning import fakes
+from tests.learning.fakes import DISC, FakeBatch, FakeLoader, Outcome, poison, train_discs
+from xrai.config import Checkpoint, Config, Model, Optim, Train
 from xrai.errors import ConfigError, CorruptError, TrainingError, UserError
 from xrai.files import sha256_of
 from xrai.labels import UNKNOWN, Task
+from xrai.learning import optim
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size, resolve_precision
+from xrai.learning.network import Network
 from xrai.learning.optim import image_losses, make_objective
 from xrai.learning.predictor import build_model
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
+TINY = dataclasses.replace(  # where fp16 takes long
+    SMALL, model=Model(width=8), train=dataclasses.replace(SMALL.train, global_batch_size=8)
+)
 WEIGHT = "head.weight"  # of the network
 
 
@@ -220,29 +226,113 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
     alone: Ranks, tmp_path: Path
 ) -> None:
     config = changed(SMALL, checkpoint={"every": 1, "keep_last": 50})
-
-    def poison(loader: FakeLoader) -> None:
-        original = loader.epoch
-
-        def epoch(epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
-            for position, batch in enumerate(original(epoch, start=start)):
-                if position + start == 3:
-                    batch.labels = batch.labels.astype(np.float32)
-                    batch.labels[[4, 9]] = np.nan
-                yield batch
-
-        loader.epoch = epoch  # type: ignore[method-assign]
-
     with pytest.raises(
         TrainingError,
         match=r"step 4 \(epoch 1, batch 4\): the loss of 2 images is not finite: disc-\d+, "
         r"disc-\d+;",
     ):
-        train_discs(config, ranks=alone, folder=tmp_path, damage=poison)
+        train_discs(config, ranks=alone, folder=tmp_path, damage=poison(4))
     steps = sorted(
         int(path.stem.partition("-")[2]) for path in (tmp_path / "checkpoints").glob("step-*.pt")
     )
     assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("precision", "name", "bad"),
+    [
+        ("off", "adamw", 1),
+        ("off", "sgd", 3),
+        ("bf16", "adamw", 3),
+        ("fp16", "adamw", 3),
+        ("fp16", "sgd", 1),
+    ],
+)
+def test_steps_after_one_that_is_not_finite_change_no_weight_until_it_is_told(
+    alone: Ranks, monkeypatch: pytest.MonkeyPatch, precision: str, name: str, bad: int
+) -> None:
+    trained: list[Network] = []
+
+    def build(*arguments: Any, **options: Any) -> Network:
+        trained.append(build_model(*arguments, **options))
+        return trained[-1]
+
+    monkeypatch.setattr(fakes, "build_model", build)
+    train = {"precision": precision, "log_every": 5, "max_steps": bad - 1}
+    config = changed(TINY, train=train, optim={"name": name, "lr": 0.01})
+    discs: dict[str, Any] = {"ranks": alone, "num_images": 8 * 8, "num_val": 4}
+    seen: list[int] = []
+    with pytest.raises(
+        TrainingError, match=rf"step {bad} \(epoch 1, batch {bad}\): the loss of 2 images"
+    ):
+        damage = watched(poison(bad, places=(0, 5)), seen)
+        train_discs(changed(config, train={"max_steps": 0}), damage=damage, **discs)
+    if bad > 1:
+        train_discs(config, **discs)
+    else:
+        torch.manual_seed(config.train.seed)
+        build(config.model, 1)
+    assert len(seen) == 5  # of the 8 steps of the epoch
+    found, before = (network.state_dict() for network in trained)
+    assert all(torch.equal(found[key], before[key]) for key in before)
+
+
+def watched(damage: Callable[[FakeLoader], None], seen: list[int]) -> Callable[[FakeLoader], None]:
+    """The same, which notes the number of images of each batch that is asked for."""
+
+    def change(loader: FakeLoader) -> None:
+        damage(loader)
+        original = loader.epoch
+
+        def epoch(epoch: int, *, start: int = 0) -> Iterator[FakeBatch]:
+            for batch in original(epoch, start=start):
+                seen.append(len(batch.rows))
+                yield batch
+
+        loader.epoch = epoch  # type: ignore[method-assign]
+
+    return change
+
+
+def test_a_gradient_that_is_not_finite_names_its_whole_batch(
+    alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip_gradients = optim.clip_gradients
+    norms: list[torch.Tensor] = []
+
+    def clip(*arguments: Any) -> torch.Tensor:
+        norms.append(clip_gradients(*arguments))
+        return norms[-1] * (math.inf if len(norms) == 2 else 1)
+
+    monkeypatch.setattr(optim, "clip_gradients", clip)
+    with pytest.raises(
+        TrainingError,
+        match=r"step 2 .*: the gradient is not finite \(norm inf\) though the losses are; its "
+        r"batch had 32 images: disc-\d+, .*, …;",
+    ):
+        train_discs(SMALL, ranks=alone)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fp16_skips_steps_whose_gradients_overflow_and_goes_on(
+    alone: Ranks, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # so large that the first gradients are infinite in fp16; each time it is halved
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**24)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    skipped: list[torch.Tensor] = []
+    step = optim.step
+
+    def note(optimizer: Any, scaler: Any, is_bad: torch.Tensor) -> None:
+        skipped.append(is_bad)
+        step(optimizer, scaler, is_bad)
+
+    monkeypatch.setattr(optim, "step", note)
+    of_optim = {"name": name, "lr": 0.01}
+    config = changed(TINY, train={"precision": "fp16", "epochs": 5}, optim=of_optim)
+    outcome = train_discs(config, ranks=alone, num_images=48, num_val=9)
+    assert skipped[0] and not skipped[-1] and 0 < sum(map(bool, skipped)) < 25
+    assert sum(outcome.losses[-6:]) < sum(outcome.losses[:6]) and len(outcome.results) == 5
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do() -> None:

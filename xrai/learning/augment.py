@@ -104,7 +104,7 @@ def uniform(rows: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     bijective hash of a counter.
     """
     words = -(-count // 4)
-    key = _splitmix64(_splitmix64(torch.tensor(seed, dtype=torch.int64)) + epoch).to(rows.device)
+    key = _splitmix64_of_number(_splitmix64_of_number(seed) + epoch)
     streams = _splitmix64(rows + key)[:, None]  # (B, 1)
     hashed = _splitmix64(streams + torch.arange(words, device=rows.device))  # (B, words)
     parts = torch.stack([(hashed >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], dim=2)
@@ -117,3 +117,12 @@ def _splitmix64(state: Tensor) -> Tensor:
     state = (state ^ ((state >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     state = (state ^ ((state >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return state ^ ((state >> 31) & (2**33 - 1))
+
+
+def _splitmix64_of_number(state: int) -> int:
+    """The same of one number, as int64, without a tensor that would have to get to the device."""
+    state = (state + 0x9E3779B97F4A7C15) % 2**64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+    state ^= state >> 31
+    return state - 2**64 if state >= 2**63 else state

@@ -88,6 +88,15 @@ class Ranks:
 
         return wait
 
+    def is_any(self, flag: Tensor) -> Tensor:
+        """Whether a flag, (), on the device is true on any rank, there: Python does not wait."""
+        if self.world_size == 1:
+            return flag
+        found = flag.float()
+        with self.explaining("to say whether their losses are finite"):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found > 0
+
     def sum(self, values: Tensor) -> Tensor:
         """The sums over ranks of a small float64 tensor on the CPU, the same on every rank."""
         if self.world_size == 1:

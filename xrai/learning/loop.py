@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from xrai.errors import ConfigError, CorruptError, StoppedError, TrainingError, 
 from xrai.labels import LabelSpec
 from xrai.learning import optim
 from xrai.learning.augment import augment, uniform
-from xrai.learning.batch import Batch, Loader, to_grey
+from xrai.learning.batch import Batch, DeviceBatch, Loader, as_grey, to_device
 from xrai.learning.checkpoint import MISFITS, CheckpointFolder, load_weights
 from xrai.learning.distributed import Ranks
+from xrai.learning.guard import Guard
 from xrai.learning.network import Network
 from xrai.learning.predictor import Predictions, predict_split
 from xrai.log import get_logger, progress
@@ -88,7 +89,7 @@ class Progress:
     best_score: float = float("-inf")
     best_epoch: int = -1
     epochs_without_better: int = 0
-    # sums over this rank's images since the epoch began
+    # sums over this rank's images since the epoch began, as `Training.settle` found them
     loss_sum: float = 0.0
     num_correct: int = 0  # labels
     num_known: int = 0
@@ -100,7 +101,7 @@ def fit(model: Network, setup: Setup) -> Progress:
     """Train `model` in place; the best epoch's averaged weights end up in the checkpoints.
 
     Raises `StoppedError` after saving if any rank was asked to stop, and `TrainingError` if a loss
-    or gradient is not finite, before any weight has changed.
+    or gradient is not finite, with the weights as they were before that step.
     """
     config, ranks = setup.config, setup.ranks
     rank_batch_size(config.train, world_size=ranks.world_size)
@@ -113,7 +114,9 @@ def fit(model: Network, setup: Setup) -> Progress:
         model.train()
         name = f"epoch {done.epoch + 1}/{config.train.epochs}"
         with progress(name, total=setup.train.num_batches, unit="steps", closing_line=False) as bar:
-            for batch in clock.waits(setup.train.epoch(done.epoch, start=done.batch)):
+            batches = clock.waits(setup.train.epoch(done.epoch, start=done.batch))
+            for batch in to_device(batches, ranks.device, timed=clock.transfers):
+                clock.num_batches += 1
                 profiler.before_step(done.step + 1)
                 stop = train_step(training, batch, clock)
                 profiler.after_step(done.step)
@@ -125,6 +128,8 @@ def fit(model: Network, setup: Setup) -> Progress:
                     raise _stopped(done, setup.train.num_batches)
                 if stop:
                     break
+                if done.step % config.train.log_every == 0:
+                    training.settle()
                 if config.checkpoint.every and done.step % config.checkpoint.every == 0:
                     training.save(None)
         end_epoch(training, clock)
@@ -152,15 +157,22 @@ class Training:
         heads = model.head_prefixes()
         self.body = [p for name, p in model.named_parameters() if not name.startswith(heads)]
         self.optimizer = optim.make_optimizer(model, config.optim)
-        self.done = Progress()
-        self.lr, self.grad_norm = 0.0, math.nan  # of the last step
+        self.guard = Guard(ranks, precision=self.precision.name, dtype=self.precision.weights)
+        self.done = done = Progress()
+        self.lr, self.grad_norm = 0.0, math.nan  # of the last step; the norm as settled
         if setup.resumed is not None:
             self._restore(setup.resumed)
+            done = self.done
+        # On the device: the norm of the last step's gradient, and what `Progress` sums up
+        self._norm = torch.full_like(self.guard.factor, math.nan)
+        sums = [done.loss_sum, done.num_correct, done.num_known]
+        self._sums = torch.tensor(sums, dtype=torch.float64, device=ranks.device)
         self.wrapped = ranks.wrap(model)
         self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
         self.objective = optim.make_objective(setup.labels, setup.counts, config.optim)
         on_device = self.objective.to(ranks.device, self.precision.weights)
         self.losses = partial(optim.image_losses, objective=on_device)
+        self.task = setup.labels.task
         self.num_steps = config.train.epochs * setup.train.num_batches
         self._started = time.monotonic() - self.done.train_s
 
@@ -174,8 +186,38 @@ class Training:
             return _STOP_LIMIT
         return _STOP_LIMIT if config.max_steps and self.done.step + 1 >= config.max_steps else 0
 
+    def judge(self, batch: DeviceBatch, losses: Tensor, logits: Tensor, norm: Tensor) -> Tensor:
+        """Sum up a step and have the guard judge it, on the device; returns whether to skip it."""
+        num_correct, num_known = optim.count_right(logits, batch.labels, self.task)
+        self._sums += torch.stack([losses.double().sum(), num_correct.double(), num_known.double()])
+        self._norm, done = norm, self.done
+        place = f"step {done.step + 1} (epoch {done.epoch + 1}, batch {done.batch + 1})"
+        return self.guard.judge(place, batch.own_rows, losses, norm)
+
+    def settle(self) -> None:
+        """Wait for the device, and take over the sums and the norm of the steps so far: the one
+        place of a training step at which Python waits.
+
+        Raises `TrainingError` naming the images of a step that the guard refused.
+        """
+        done, small = self.done, torch.stack([self.guard.factor, self._norm]).double()
+        factor, self.grad_norm, *sums = torch.cat([small, self._sums]).tolist()
+        if math.isnan(factor):
+            self.guard.refuse(self.setup.name_of)
+        self.guard.forget()
+        done.loss_sum, done.num_correct, done.num_known = sums[0], int(sums[1]), int(sums[2])
+
+    def begin_epoch(self) -> None:
+        """Begin the next epoch: nothing is summed up yet."""
+        done = self.done
+        done.epoch, done.batch = done.epoch + 1, 0
+        done.loss_sum, done.num_correct, done.num_known, done.num_seen = 0.0, 0, 0, 0
+        self._sums.zero_()
+
     def save(self, score: float | None) -> None:
         """Save a checkpoint; called on every rank, for each has sums of its own."""
+        self.settle()
+        optim.copy_statistics(self.average, self.model)
         done = self.done
         done.train_s = time.monotonic() - self._started
         sums = self.setup.ranks.gather(own_sums(done))
@@ -229,8 +271,11 @@ def own_sums(done: Progress) -> list[float]:
     return [done.loss_sum, done.num_correct, done.num_known, done.num_seen]
 
 
-def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
-    """One step on a global batch, of which `batch` is this rank's share; returns why to stop."""
+def train_step(training: Training, batch: DeviceBatch, clock: "Clock") -> int:
+    """One step on a global batch, of which `batch` is this rank's share; returns why to stop.
+
+    Nothing here waits for the device: its numbers stay there until `Training.settle`.
+    """
     config, ranks, done = training.setup.config, training.setup.ranks, training.done
     precision, optimizer = training.precision, training.optimizer
     num_steps = training.num_steps
@@ -246,46 +291,30 @@ def train_step(training: Training, batch: Batch, clock: "Clock") -> int:
     cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
     for part, (low, high) in enumerate(pairwise(cuts), start=1):
         with clock.transfers():
-            images = to_grey(batch.images[low:high], ranks.device, precision.weights)
-            targets = torch.from_numpy(batch.labels[low:high]).to(ranks.device)  # (b,) or (b, C)
-            rows = torch.from_numpy(batch.rows[low:high]).to(ranks.device)  # (b,)
-        images = _draw_changes(training, images, rows)
+            images = as_grey(batch.images[low:high], precision.weights)
+        images = _draw_changes(training, images, batch.rows[low:high])
         is_last = part == num_parts
         with ranks.synchronized(training.wrapped, last=is_last):
             with precision.autocast():
                 part_logits = training.network(images)  # (b, C)
-            part_losses = training.losses(part_logits.to(precision.weights), targets)
+            part_losses = training.losses(part_logits.to(precision.weights), batch.labels[low:high])
             # DistributedDataParallel divides the sum over ranks by their number; undo that
             mean = part_losses.sum() * (ranks.world_size / batch.num_global)
             if is_last:  # ranks agree on stopping while they compute the gradients
                 stop_of_all = ranks.find_largest(training.stop_reason())
-            precision.scaler.scale(mean).backward()
+            precision.scaler.scale(mean * training.guard.factor).backward()
         losses.append(part_losses.detach())
         logits.append(part_logits.detach())
 
     _drop_frozen_gradients(training)
-
-    # The guard: all ranks hold the same gradients, so all decide alike before the step
     precision.scaler.unscale_(optimizer)
-    max_norm = config.optim.clip_norm
-    norm = training.grad_norm = float(optim.clip_gradients(training.model.parameters(), max_norm))
-    batch_losses = torch.cat(losses)
-    if not math.isfinite(norm) and not precision.overflowed(ranks, batch_losses):
-        _refuse_not_finite(training, batch, batch_losses, norm)
-    precision.scaler.step(optimizer)
-    precision.scaler.update()
+    norm = optim.clip_gradients(training.model.parameters(), config.optim.clip_norm)
+    is_bad = training.judge(batch, torch.cat(losses), torch.cat(logits), norm)
+    optim.step(optimizer, precision.scaler, is_bad)
     optimizer.zero_grad(set_to_none=True)
     decay = config.optim.ema_decay
     optim.update_average(training.average, training.model, step=done.step, decay=decay)
-
-    labels = torch.from_numpy(batch.labels).to(ranks.device)
-    num_correct, num_known = optim.count_right(
-        torch.cat(logits), labels, training.setup.labels.task
-    )
-    done.num_correct += int(num_correct)
-    done.num_known += int(num_known)
-    done.loss_sum += float(batch_losses.double().sum())
-    done.num_seen += len(batch.labels)
+    done.num_seen += len(batch.rows)
     done.step, done.batch = done.step + 1, done.batch + 1
     ranks.note(done.step)
     return stop_of_all()
@@ -313,6 +342,8 @@ def end_epoch(training: Training, clock: "Clock") -> None:
     """Validate the averaged weights, have rank 0 show and score them, and save a checkpoint."""
     setup, done = training.setup, training.done
     config, ranks = setup.config, setup.ranks
+    training.settle()
+    optim.copy_statistics(training.average, training.model)
     epoch_s = clock.elapsed_s()
     sums = ranks.sum(torch.tensor(own_sums(done), dtype=torch.float64))
     loss_sum, num_correct, num_known, num_seen = sums.tolist()
@@ -347,8 +378,7 @@ def end_epoch(training: Training, clock: "Clock") -> None:
         done.best_score, done.best_epoch, done.epochs_without_better = score, done.epoch, 0
     else:
         done.epochs_without_better += 1
-    done.epoch, done.batch = done.epoch + 1, 0
-    done.loss_sum, done.num_correct, done.num_known, done.num_seen = 0.0, 0, 0, 0
+    training.begin_epoch()
     training.save(score)
 
 
@@ -381,12 +411,6 @@ class Precision:
         lower = torch.float16 if self.name == "fp16" else torch.bfloat16
         return torch.autocast(self._device, dtype=lower, enabled=self.name in ("fp16", "bf16"))
 
-    def overflowed(self, ranks: Ranks, losses: Tensor) -> bool:
-        """Whether only fp16's range made gradients infinite; the scaler then skips the step."""
-        if self.name != "fp16":
-            return False
-        return ranks.largest(int(not bool(torch.isfinite(losses).all()))) == 0
-
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """What `auto` means on a device: bf16 where it is native, else fp16 on CUDA, fp32 on a CPU."""
@@ -414,14 +438,13 @@ class Clock:
         return time.monotonic() - self._began
 
     def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; counts them and the time spent waiting for each."""
+        """The same batches; adds up the time spent waiting for each."""
         while True:
             began = time.monotonic()
             batch = next(batches, None)
             self.wait_s += time.monotonic() - began
             if batch is None:
                 return
-            self.num_batches += 1
             yield batch
 
     @contextmanager
@@ -507,24 +530,4 @@ def _stopped(done: Progress, num_batches: int) -> StoppedError:
     return StoppedError(
         f"stopped as asked after step {done.step} (epoch {done.epoch + 1}, {done.batch} of "
         f"{num_batches} batches): the state is saved, start again with the same --run_id to resume"
-    )
-
-
-def _refuse_not_finite(training: Training, batch: Batch, losses: Tensor, norm: float) -> NoReturn:
-    """Raise `TrainingError` naming the images whose loss is not finite, else all of the batch."""
-    done, ranks = training.done, training.setup.ranks
-    bad = ~torch.isfinite(losses).cpu().numpy()
-    found = [row for rows in ranks.gather(batch.rows[bad].tolist()) for row in rows]
-    what = f"the loss of {len(found)} images is not finite"
-    if not found:
-        found = [row for rows in ranks.gather(batch.rows.tolist()) for row in rows]
-        what = (
-            f"the gradient is not finite (norm {norm}) though the losses are; its batch had "
-            f"{len(found)} images"
-        )
-    names = ", ".join(map(training.setup.name_of, found[:5])) + (", …" if len(found) > 5 else "")
-    raise TrainingError(
-        f"step {done.step + 1} (epoch {done.epoch + 1}, batch {done.batch + 1}): {what}: {names}; "
-        "the weights are as before the step. Look at these images; a lower optim.lr or "
-        "optim.clip_norm, or train.precision=off, may help"
     )

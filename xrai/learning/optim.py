@@ -46,9 +46,25 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
         groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
     )
+    if config.momentum > 0:
+        # Of a first step that is skipped on the device, torch 2.13 leaves momentum that nothing has
+        # written; with zeros a first step is the same
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, is_bad: Tensor) -> None:
+    """A step of a fused optimizer, which the device skips if `is_bad`, (), is true there. A scaler
+    that is enabled decides by itself, from the gradients.
+    """
+    optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def restore(optimizer: torch.optim.Optimizer, state: Any) -> None:
@@ -95,7 +111,12 @@ def update_average(average: nn.Module, model: nn.Module, *, step: int, decay: fl
     """
     update = swa_utils.get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     update(list(average.parameters()), list(model.parameters()), None)
-    for own, new in zip(average.buffers(), model.buffers(), strict=True):  # statistics
+
+
+@torch.no_grad()
+def copy_statistics(average: nn.Module, model: nn.Module) -> None:
+    """Give the averaged weights the model's buffers, such as the statistics of normalization."""
+    for own, new in zip(average.buffers(), model.buffers(), strict=True):
         own.copy_(new)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from xrai.config import OWN_NETWORKS, TIMM, Augment, Images, Model
 from xrai.dataset.unlike import Unlike
 from xrai.errors import CorruptError, RunError
 from xrai.labels import LabelSpec
 from xrai.learning.augment import augment
-from xrai.learning.batch import Loader, to_grey
+from xrai.learning.batch import Loader, as_grey, to_device
 from xrai.learning.checkpoint import MISFITS, NUM_TRANSFERS, read_state, write_state
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import Network, ResNet, build_registered
@@ -71,28 +72,27 @@ def predict_split(
     model = model.for_inference()
     dtype = next(model.parameters()).dtype
     rows: list[NDArray[np.int64]] = []
-    scores: list[NDArray[np.float64]] = []  # (draws, n, C), or with typicality (draws, n, C + 1)
+    found: list[Tensor] = []  # (draws, n, C), or with typicality (draws, n, C + 1), on the device
     with progress("score", total=None, unit="batches", closing_line=False) as bar:
-        for batch in loader.epoch(0):
+        for batch in to_device(loader.epoch(0), ranks.device):
             bar.update()
-            if len(batch.rows) == 0:
+            if len(batch.own_rows) == 0:
                 continue
-            images = to_grey(batch.images, ranks.device, dtype)
-            positions = torch.from_numpy(batch.rows).to(ranks.device)
+            images = as_grey(batch.images, dtype)
             scored = []
             for draw in range(draws):
                 seen = images
                 if shift is not None:
-                    seen = augment(images, positions, seed=SHIFT_SEED, epoch=draw, strength=shift)
+                    seen = augment(images, batch.rows, seed=SHIFT_SEED, epoch=draw, strength=shift)
                 seen = seen.contiguous(memory_format=torch.channels_last)
                 if typicality is None:
-                    found = model(seen)
+                    scored.append(model(seen))
                 else:
                     logits, atypicality = typicality.atypicality(model, seen)
-                    found = torch.cat([logits, atypicality[:, None]], dim=1)
-                scored.append(found.double().cpu().numpy())
-            rows.append(batch.rows)
-            scores.append(np.stack(scored))
+                    scored.append(torch.cat([logits, atypicality[:, None]], dim=1))
+            rows.append(batch.own_rows)
+            found.append(torch.stack(scored))
+    scores = [each.double().cpu().numpy() for each in found]  # here Python waits for the device
     parts = [part for own in ranks.gather((rows, scores)) for part in zip(*own, strict=True)]
     all_rows = np.concatenate([part[0] for part in parts])
     order = np.argsort(all_rows, kind="stable")
