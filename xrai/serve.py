@@ -6,18 +6,23 @@ machines reach needs a token, in the environment variable XRAI_SERVE_TOKEN.
 """
 
 import gc
+import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xrai.command import PRIOR, RUNS, Flag, parse, run_command
-from xrai.errors import UserError
+from xrai.errors import ConfigError, UserError
 from xrai.log import Heartbeat, get_logger, setup_logging
 from xrai.serving.dicom_flags import DICOM_FLAGS
 
 if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
+
     from xrai.serving.films import Worklist
 
 TOKEN = "XRAI_SERVE_TOKEN"
@@ -31,6 +36,12 @@ FLAGS = (
     Flag("max_gib", 1.0, "memory for the files of films in the list, at most, GiB", type=float),
     Flag("max_body_mib", 256, "size of a request, at most, MiB", type=int),
     Flag("stop_s", 20, "seconds for requests to end after SIGTERM", type=int),
+    Flag(
+        "trusted_proxies",
+        "",
+        "addresses or networks of proxies, joined by commas, whose X-Forwarded-For is believed, so "
+        "that their clients count one by one; empty: none",
+    ),
     *DICOM_FLAGS,
 )
 _MIN_TOKEN = 16  # characters
@@ -50,13 +61,14 @@ def main() -> None:
     runs = parsed.runs
     check_flags(flags)
     token = checked_token(flags["host"], os.environ.get(TOKEN, ""))
+    proxies = read_proxies(flags["trusted_proxies"])
     try:
         import uvicorn
 
-        from xrai.serving.connections import Connection
-        from xrai.serving.dicom import DicomSide, read_options
+        from xrai.serving import dicom as dicom_side
         from xrai.serving.films import Worklist
         from xrai.serving.http import Limits, make_app
+        from xrai.serving.logs import log_others
         from xrai.serving.models import load_models
         from xrai.serving.page import page_routes
         from xrai.serving.service import Service
@@ -64,7 +76,9 @@ def main() -> None:
         raise UserError(
             f"xrai serve needs {error.name}, which is not installed: pip install 'xrai[serve]'"
         ) from error
-    dicom = read_options(flags)
+    check_secret(dicom_side.TOKEN, os.environ.get(dicom_side.TOKEN, ""))
+    dicom = dicom_side.read_options(flags)
+    log_others(sys.stderr)
     load = partial(load_models, prior=flags["prior"] or None)
     worklist = Worklist(
         max_films=flags["max_films"],
@@ -74,24 +88,12 @@ def main() -> None:
     with listen(flags["host"], flags["port"]) as server_socket:
         service = Service(load(runs), runs, load, worklist, config.train.threads)
         if dicom:
-            DicomSide(dicom, service).start()
+            dicom_side.DicomSide(dicom, service).start()
         body = flags["max_body_mib"] << 20
         limits = Limits(body, 2 * body, _MAX_REQUESTS, _MAX_REQUESTS_PER_CLIENT)
         app = make_app(service, token=token, limits=limits, pages=page_routes())
-        settings = uvicorn.Config(
-            app,
-            http=Connection,
-            access_log=False,  # which names films
-            log_config=None,
-            log_level="warning",
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=flags["stop_s"],
-            limit_concurrency=_MAX_CONNECTIONS,
-            callback_notify=partial(_beat, worklist),
-            timeout_notify=_BEAT_S,
+        settings = server_settings(
+            app, proxies=proxies, stop_s=flags["stop_s"], beat=partial(_beat, worklist)
         )
         host, port = server_socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -100,6 +102,32 @@ def main() -> None:
         run_id = service.models.pipeline.run_id
         _logger.info("run %s is served at http://%s:%d/", run_id, shown, port)
         uvicorn.Server(settings).run(sockets=[server_socket])
+
+
+def server_settings(
+    app: "ASGIApp", *, proxies: list[str], stop_s: int, beat: Callable[[], Awaitable[None]]
+) -> "uvicorn.Config":
+    """How uvicorn serves. `beat` is called every ten seconds."""
+    import uvicorn
+
+    from xrai.serving.connections import Connection
+
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        access_log=False,  # which names films
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=proxies,
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=stop_s,
+        limit_concurrency=_MAX_CONNECTIONS,
+        callback_notify=beat,
+        timeout_notify=_BEAT_S,
+    )
 
 
 async def _beat(worklist: "Worklist") -> None:
@@ -135,9 +163,30 @@ def checked_token(host: str, token: str) -> str:
             f"--host {host} is reached from other machines, and films would be open to them: set "
             f"{TOKEN}, such as to what `openssl rand -hex 24` prints, or listen on 127.0.0.1"
         )
-    if token and (len(token) < _MIN_TOKEN or not token.isascii() or not token.isprintable()):
-        raise UserError(f"{TOKEN} must have {_MIN_TOKEN} printable ASCII characters or more")
+    check_secret(TOKEN, token)
+    if token and len(token) < _MIN_TOKEN:
+        raise ConfigError(f"{TOKEN} must have {_MIN_TOKEN} printable ASCII characters or more")
     return token
+
+
+def check_secret(name: str, secret: str) -> None:
+    """Raise `ConfigError` where a secret of the environment cannot stand in an HTTP header."""
+    if not secret.isascii() or not secret.isprintable() or " " in secret:
+        raise ConfigError(
+            f"{name} holds a line break, a space or another character that is none of the "
+            "printable ASCII characters: a token is one word"
+        )
+
+
+def read_proxies(text: str) -> list[str]:
+    """The networks that a flag names, joined by commas. Raises `ConfigError`."""
+    try:
+        return [str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part]
+    except ValueError as error:
+        raise ConfigError(
+            f"--trusted_proxies = {text!r} is not allowed: {error}; give addresses or networks, "
+            "such as 10.0.0.7 or 10.0.0.0/8, joined by commas"
+        ) from None
 
 
 def listen(host: str, port: int) -> socket.socket:

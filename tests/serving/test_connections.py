@@ -1,20 +1,27 @@
 """Clients that ask or read too slowly lose their connection, and no one else does."""
 
 import asyncio
+import io
+import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Literal
 
 import pytest
 import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.serving.conftest import LIMITS
+from xrai.serve import server_settings
 from xrai.serving.connections import MAX_AHEAD, MAX_HEAD_BYTES, Connection
 from xrai.serving.http import make_app
+from xrai.serving.logs import log_others
 from xrai.serving.service import Service
 
 TOKEN = "0123456789abcdef"
@@ -47,11 +54,15 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 @contextmanager
 def serving(
-    app: ASGIApp, protocol: type[Connection], *, lifespan: Literal["on", "off"]
+    app: ASGIApp,
+    protocol: type[Connection],
+    *,
+    lifespan: Literal["on", "off"],
+    log_level: str = "critical",
 ) -> Iterator[uvicorn.Server]:
     """A server in a thread of this process, until the block ends."""
     config = uvicorn.Config(
-        app, port=0, http=protocol, lifespan=lifespan, log_config=None, log_level="critical"
+        app, port=0, http=protocol, lifespan=lifespan, log_config=None, log_level=log_level
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -188,6 +199,56 @@ def test_who_asks_and_reads_is_kept() -> None:
         task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+
+
+def test_an_error_is_logged_by_its_place_alone() -> None:
+    """uvicorn and concurrent.futures would log its message, which may quote a film's name."""
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError("Doe^Jane.png")
+
+    written, hook = io.StringIO(), threading.excepthook
+    handler = log_others(written)
+    try:
+        with (
+            serving(fail, Connection, lifespan="off", log_level="warning") as server,
+            connect(server) as client,
+        ):
+            client.sendall(b"GET /Doe^John HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert b" 500 " in client.recv(1 << 12)
+        done: Future[str] = Future()
+        done.add_done_callback(lambda future: fail_with(future.result()))
+        done.set_result("Doe^Jim.png")
+        thread = threading.Thread(target=fail_with, args=["Doe^Jack.png"], name="last")
+        thread.start()
+        thread.join()
+    finally:
+        logging.getLogger().removeHandler(handler)
+        threading.excepthook = hook
+    assert "Doe" not in written.getvalue()
+    assert "uvicorn.error failed: ValueError in test_connections.py:" in written.getvalue()
+    assert "concurrent.futures failed: ValueError in" in written.getvalue()
+
+
+def fail_with(name: str) -> None:
+    raise ValueError(name)
+
+
+def test_a_proxy_that_is_trusted_says_whose_request_it_is() -> None:
+    async def who(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse(scope["client"][0])(scope, receive, send)
+
+    async def beat() -> None:
+        pass
+
+    def clients(proxies: list[str]) -> str:
+        settings = server_settings(who, proxies=proxies, stop_s=1, beat=beat)
+        settings.load()
+        wrapped = TestClient(settings.loaded_app, client=("10.0.0.7", 1))
+        return str(wrapped.get("/", headers={"X-Forwarded-For": "192.0.2.9, 10.0.0.8"}).text)
+
+    assert clients([]) == clients(["172.16.0.0/12"]) == "10.0.0.7"
+    assert clients(["10.0.0.0/8"]) == "192.0.2.9"
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from PIL import Image
 
 from tests.dataset.pictures import huge_png
 from tests.models import phantoms
-from xrai.errors import UserError
-from xrai.serve import check_flags, checked_token, listen
+from xrai.errors import ConfigError, UserError
+from xrai.serve import check_flags, checked_token, listen, read_proxies
 
 TOKEN = "0123456789abcdef"
 
@@ -100,13 +100,24 @@ def film(number: int = 0) -> bytes:
         ("::", "", "is reached from other machines"),
         ("ward.example", "", "is reached from other machines"),
         ("127.0.0.1", "short", "16 printable ASCII characters"),
-        ("127.0.0.1", "sixteen ü or more", "16 printable ASCII characters"),
+        ("127.0.0.1", "sixteen-ü-or-more", "printable ASCII characters"),
+        ("127.0.0.1", f"{TOKEN}\n", "holds a line break"),
+        ("127.0.0.1", f"{TOKEN}\x7f", "holds a line break"),
+        ("127.0.0.1", f"{TOKEN} {TOKEN}", "a space"),
     ],
 )
 def test_an_address_that_others_reach_needs_a_token(host: str, token: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         checked_token(host, token)
     assert checked_token(host, TOKEN) == TOKEN
+
+
+@pytest.mark.parametrize("text", ["proxy.example", "10.0.0.7/8", "*", "10.0.0.0/8;10.1.0.0/16"])
+def test_proxies_are_addresses_or_networks(text: str) -> None:
+    with pytest.raises(ConfigError, match="give addresses or networks"):
+        read_proxies(text)
+    assert read_proxies("10.0.0.0/8, ::1") == ["10.0.0.0/8", "::1/128"]
+    assert read_proxies("") == []
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.9"])
@@ -142,6 +153,8 @@ def test_no_part_of_an_answer_waits_for_the_one_before() -> None:
         (["--host=0.0.0.0"], "set XRAI_SERVE_TOKEN"),
         (["--run={tmp}/none"], "holds no model.pt"),
         (["--prior=estimate"], "needs all films at once"),
+        (["--trusted_proxies=ingress"], "give addresses or networks"),
+        (["XRAI_PACS_TOKEN=two\nlines"], "XRAI_PACS_TOKEN holds a line break"),
         (["--port={taken}"], "Address already in use"),
     ],
 )
@@ -150,12 +163,16 @@ def test_mistakes_end_in_one_line(run: Path, tmp_path: Path, flags: list[str], w
         port = taken.getsockname()[1]
         given = [flag.format(tmp=tmp_path, taken=port) for flag in flags]
         runs = [] if any("--run" in flag for flag in given) else [f"--run={run}"]
+        names = {flag.partition("=")[0]: flag.partition("=")[2] for flag in given}
+        secrets = {name: value for name, value in names.items() if not name.startswith("--")}
+        given = [flag for flag in given if flag.startswith("--")]
         found = subprocess.run(
             [sys.executable, "-m", "xrai.serve", *runs, *given],
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
+            env=os.environ | secrets,
         )
     assert found.returncode == 2, found.stderr
     (line,) = found.stderr.splitlines()
