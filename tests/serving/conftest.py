@@ -1,17 +1,23 @@
 """A server in this process, with a model that was trained in memory for seconds."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from tests.models import save_run
+from xrai.learning.predictor import MODEL_FILE
+from xrai.results.folder import SUMMARY
 from xrai.serving.films import Worklist
 from xrai.serving.http import Limits, make_app
 from xrai.serving.models import load_models
 from xrai.serving.service import Service
 
+_SUMMARY = Path(__file__).parents[1] / "results/stored/summary.json"
 LIMITS = Limits(
     max_body_bytes=1 << 24, max_bytes_under_way=1 << 25, max_requests=8, max_requests_per_client=4
 )
@@ -21,6 +27,15 @@ LIMITS = Limits(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that tells phantoms with pneumonia from others."""
     return save_run(tmp_path_factory.mktemp("served"))
+
+
+def add_summary(run: Path) -> dict[str, Any]:
+    """Have a run state the results of a stored summary.json; returns that."""
+    summary: dict[str, Any] = json.loads(_SUMMARY.read_bytes())
+    model = (run / MODEL_FILE).read_bytes()
+    summary["files"] = {MODEL_FILE: hashlib.sha256(model).hexdigest()}
+    (run / SUMMARY).write_text(json.dumps(summary))
+    return summary
 
 
 def make_service(

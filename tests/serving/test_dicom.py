@@ -63,6 +63,22 @@ def dicom_side(service: Service, *, port: int = 0, **given: Any) -> Iterator[tup
         service.close()
 
 
+def test_a_server_whose_results_nobody_sends_is_not_ready(service: Service, tmp_path: Path) -> None:
+    given = {"pacs": "127.0.0.1:1:ARCHIVE", "outbox": str(tmp_path / "outbox")}
+    options = read_options(flags(dicom_port=free_port(), **given))
+    assert options is not None
+    side = DicomSide(options, service)
+    assert not service.parts["outbox_up"]()
+    assert "xrai_outbox_up 0.0" in service.metrics.text().decode()
+    side.start()
+    try:
+        assert service.parts["outbox_up"]()
+        assert "xrai_outbox_up 1.0" in service.metrics.text().decode()
+    finally:
+        service.close()
+    assert not service.parts["outbox_up"]()
+
+
 def test_a_film_is_scored_listed_and_answered_to_the_archive(
     service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

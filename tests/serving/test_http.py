@@ -6,6 +6,9 @@ import json
 import logging
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,13 @@ from starlette.testclient import TestClient
 
 import xrai
 from tests.dataset.pictures import dicom_file
-from tests.models import phantoms, save_run
-from tests.serving.conftest import LIMITS, make_client, make_service
+from tests.models import phantoms, save_random_run, save_run
+from tests.serving.conftest import LIMITS, add_summary, make_client, make_service
 from xrai.ingest.images import decode_whole
-from xrai.serving.http import NOTE, Limits
+from xrai.labels import LabelSpec
+from xrai.serving.films import FullError, Worklist
+from xrai.serving.http import NOTE, Limits, card_json
+from xrai.serving.models import OutputCard, load_models
 from xrai.serving.service import Service
 
 TOKEN = "0123456789abcdef"
@@ -239,10 +245,10 @@ def test_a_full_list_says_so_and_keeps_what_it_has(run: Path, films: list[bytes]
         post(client, ("a.png", films[0]))
 
 
-def test_one_client_and_all_together_have_limits(run: Path, films: list[bytes]) -> None:
-    limits = Limits(1 << 24, 1 << 25, max_requests=2, max_requests_per_client=1)
-    service = make_service(run)
-    release, begun = threading.Event(), threading.Event()
+@contextmanager
+def slowed(service: Service) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Films wait for the second event; the first one says that one does."""
+    begun, release = threading.Event(), threading.Event()
     read = service.models.pipeline.read
 
     def slow(*arguments: object) -> object:
@@ -251,7 +257,16 @@ def test_one_client_and_all_together_have_limits(run: Path, films: list[bytes]) 
         return read(*arguments)  # type: ignore[arg-type]
 
     service.models.pipeline.read = slow  # type: ignore[method-assign,assignment]
-    with make_client(service, limits=limits) as client:
+    try:
+        yield begun, release
+    finally:
+        release.set()
+
+
+def test_one_client_and_all_together_have_limits(run: Path, films: list[bytes]) -> None:
+    limits = Limits(1 << 24, 1 << 25, max_requests=2, max_requests_per_client=1)
+    service = make_service(run)
+    with slowed(service) as (begun, release), make_client(service, limits=limits) as client:
         first = threading.Thread(target=lambda: post(client, ("a.png", films[0])))
         first.start()
         assert begun.wait(20)
@@ -261,6 +276,29 @@ def test_one_client_and_all_together_have_limits(run: Path, films: list[bytes]) 
         release.set()
         first.join()
         post(client, ("b.png", films[1]))
+
+
+def test_the_list_says_how_many_films_wait(service: Service, films: list[bytes]) -> None:
+    with slowed(service) as (begun, release), make_client(service) as client:
+        idle = client.get("/v1/films")
+        assert idle.json()["num_waiting"] == 0
+        first = threading.Thread(target=lambda: post(client, ("a.png", films[0])))
+        first.start()
+        assert begun.wait(20)
+        busy = client.get("/v1/films", headers={"If-None-Match": idle.headers["ETag"]})
+        assert busy.status_code == 200 and busy.json()["num_waiting"] == 1
+        release.set()
+        first.join()
+        assert client.get("/v1/films").json()["num_waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("lifetime_s", "words"), [(18, "18 s"), (90, "90 s"), (1800, "30 min"), (43200, "12 h")]
+)
+def test_a_full_list_says_when_films_leave_it(lifetime_s: float, words: str) -> None:
+    worklist = Worklist(max_films=1, max_bytes=1, lifetime_s=lifetime_s)
+    with worklist.reserve(1), pytest.raises(FullError, match=f"leave it {words} after"):
+        worklist.reserve(1).__enter__()
 
 
 def test_films_leave_memory_after_their_time(run: Path, films: list[bytes]) -> None:
@@ -348,6 +386,12 @@ def test_a_form_that_does_not_come_is_not_waited_for(
         ({"Host": "rebound.example"}, 421),
         ({"Host": "localhost:8077"}, 201),
         ({"Host": "["}, 421),
+        ({"Host": "evil@localhost"}, 421),
+        ({"Host": "evil:x@localhost:8077"}, 421),
+        ({"Host": "localhost/evil"}, 421),
+        ({"Host": "[::1%25evil]"}, 421),
+        ({"Host": "LocalHost"}, 201),
+        ({"Host": "[::1]:8077"}, 201),
     ],
 )
 def test_pages_of_other_sites_cannot_send_films(
@@ -369,7 +413,9 @@ def test_every_answer_keeps_browsers_to_the_server(client: TestClient) -> None:
 # ------------------------------------------------------------------------------------------- models
 
 
-def test_another_run_is_taken_without_a_restart(tmp_path: Path, films: list[bytes]) -> None:
+def test_another_run_is_taken_without_a_restart(
+    tmp_path: Path, films: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
     first = save_run(tmp_path, run_id="first", num_steps=5)
     save_run(tmp_path, run_id="second", num_steps=6)
     with make_client(make_service(first)) as client:
@@ -386,9 +432,13 @@ def test_another_run_is_taken_without_a_restart(tmp_path: Path, films: list[byte
             ({"runs": 3}, 400),
             ([], 400),
         ):
-            assert client.post("/v1/reload", json=wrong).status_code == status
+            answer = client.post("/v1/reload", json=wrong)
+            assert answer.status_code == status and str(tmp_path) not in answer.text
         (tmp_path / "second" / "model.pt").write_bytes(b"cut")
-        assert client.post("/v1/reload").status_code == 409
+        answer = client.post("/v1/reload")
+        assert answer.status_code == 409 and str(tmp_path) not in answer.text
+        assert answer.json()["detail"].startswith("second cannot be loaded")
+        assert str(tmp_path) in caplog.text  # whoever runs the server is told more
         assert client.get("/v1/model").json()["run"] == "second"
         post(client, ("a.png", films[0]))
 
@@ -412,6 +462,58 @@ def test_a_film_that_breaks_its_batch_does_not_touch_the_others(
         assert [each["name"] for each in answer["refused"]] == ["bad.png"]
         assert "bad.png" not in caplog.text and "out of luck" not in caplog.text
         assert "RuntimeError in test_http.py" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "negative"),
+    [
+        (LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL")), "NORMAL"),
+        (LabelSpec("multilabel", ("Healthy", "Mass", "Nodule")), "Healthy"),
+        (LabelSpec("binary", ("ill", "healthy")), ""),  # healthy is what is looked for
+    ],
+)
+def test_a_film_is_listed_by_its_most_probable_disease(
+    tmp_path: Path, films: list[bytes], labels: LabelSpec, negative: str
+) -> None:
+    with make_client(make_service(save_random_run(tmp_path, labels))) as client:
+        post(client, *((f"{number}.png", data) for number, data in enumerate(films)))
+        post(client, ("none.txt", b"?"))
+        unreadable, *listed = client.get("/v1/films").json()["films"]
+    assert (unreadable["score"], unreadable["score_of"]) == (None, None)
+    for film in listed:
+        found = {k: p for k, p in film["probabilities"].items() if k != negative}
+        assert found[film["score_of"]] == film["score"] == max(found.values())
+    ranks = [(film["decision"] != "review", -film["score"]) for film in listed]
+    assert ranks == sorted(ranks) and len(ranks) == 6
+
+
+def test_the_card_of_a_run_has_the_figures_of_its_summary(tmp_path: Path) -> None:
+    bare = save_run(tmp_path)
+    without = load_models([str(bare)]).card()
+    assert without.outputs == (OutputCard("pneumonia", 0.5),) and without.split is None
+    summary = add_summary(bare)
+    card = load_models([str(bare)]).card()
+    (output,) = card.outputs
+    assert (card.run, card.task, card.size, card.split) == ("tiny", "binary", (64,), "test")
+    assert (output.sensitivity, output.auroc) == (summary["sensitivity"], summary["auroc"])
+    counts = summary["counts"]
+    num_positive = counts["tp"] + counts["fn"]
+    assert output.prevalence == pytest.approx(num_positive / summary["num_images"])
+    assert [*output.intervals["sensitivity"]] == summary["intervals"]["sensitivity"]
+    assert card_json(card)["outputs"] == [asdict(output)]
+    both = load_models([str(bare), str(save_run(tmp_path, run_id="other"))]).card()
+    assert both.run == "tiny+other" and both.outputs[0].auroc is None
+
+
+def test_a_part_that_ended_makes_the_server_unready(service: Service) -> None:
+    runs = [True]
+    service.parts["outbox_up"] = lambda: runs[0]
+    with make_client(service) as client:
+        assert client.get("/readyz").json()["outbox_up"] is True
+        runs[0] = False
+        answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "broken")
+    assert answer.json()["outbox_up"] is False
 
 
 # ------------------------------------------------------------------------------------------ privacy

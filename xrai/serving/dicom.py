@@ -136,7 +136,8 @@ class DicomSide:
         self._outbox = Outbox(options.outbox) if options.outbox else None
         self._delivery = None
         if self._outbox and options.pacs:
-            self._delivery = Delivery(self._outbox, options.pacs, options.waits)
+            self._delivery = delivery = Delivery(self._outbox, options.pacs, options.waits)
+            service.parts["outbox_up"] = lambda: delivery.is_running
         self._node = Node(options.node, self.take)
         service.metrics.registry.register(_Figures(self._node, self._delivery))
         service.closers.append(self.stop)
@@ -253,11 +254,12 @@ class _Figures(Collector):
         if self._delivery is None:
             return
         sent = self._delivery.state()
+        is_up = self._delivery.is_running and not sent.trouble
         for name, meaning, value in (
             ("xrai_outbox_pending", "Results that wait to be sent", sent.num_pending),
             ("xrai_outbox_given_up", "Results that were given up", sent.num_given_up),
             ("xrai_outbox_oldest_seconds", "Age of the result that waits longest", sent.oldest_s),
-            ("xrai_outbox_up", "Whether the last attempt succeeded", not sent.trouble),
+            ("xrai_outbox_up", "Whether the last attempt succeeded", is_up),
         ):
             yield GaugeMetricFamily(name, meaning, value=float(value))
         yield CounterMetricFamily("xrai_outbox_sent", "Results sent", value=sent.num_sent)

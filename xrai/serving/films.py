@@ -55,19 +55,27 @@ class Film:
         return any(not is_negative_word(name) for name in self.row.calls)
 
     @property
-    def score(self) -> float:
-        """How probable it is that something is there: of the probabilities of all classes and
-        findings but the negative ones, the highest; 1 of a film that cannot be read.
+    def score_of(self) -> str | None:
+        """The class or finding by which the film is listed: of all but the negative ones, the most
+        probable; None where there is none, or the film cannot be read.
         """
-        found = self.row.probabilities.items()
-        return max((each for name, each in found if not is_negative_word(name)), default=1.0)
+        names = self.row.highest()
+        if self.pipeline.model.labels.task != "binary":  # whose one name is looked for
+            names = [name for name in names if not is_negative_word(name)]
+        return names[0] if names else None
+
+    @property
+    def score(self) -> float | None:
+        """How probable `score_of` is."""
+        return None if self.score_of is None else self.row.probabilities[self.score_of]
 
     @property
     def urgency(self) -> tuple[bool, float, datetime]:
         """The order of the list: for review first, then by score, then the one that waits longest,
-        as `sorted` sorts it.
+        as `sorted` sorts it. A film that cannot be read is before all with a score.
         """
-        return not self.is_review, -self.score, self.received
+        unscored = 0.0 if self.row.is_readable else 1.0
+        return not self.is_review, -(unscored if self.score is None else self.score), self.received
 
 
 class Worklist:
@@ -99,7 +107,7 @@ class Worklist:
             if num_films > self._max_films or self._held + num_bytes > self._max_bytes:
                 raise FullError(
                     f"the list is full ({num_films - 1} films); films leave it "
-                    f"{self.lifetime_s / 60:.0f} minutes after they came, or when they are deleted"
+                    f"{_span(self.lifetime_s)} after they came, or when they are deleted"
                 )
             self._reserved[0] += 1
             self._reserved[1] += num_bytes
@@ -184,3 +192,11 @@ class Worklist:
         while (first := next(iter(self._films.values()), None)) and first.expires <= now:
             self._pop(first.id)
             self._version += 1
+
+
+def _span(seconds: float) -> str:
+    """A time in units that English and French share."""
+    for unit_s, unit in ((3600, "h"), (60, "min")):
+        if seconds % unit_s == 0 or seconds >= 10 * unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds:.3g} s"

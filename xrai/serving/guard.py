@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from xrai.serving.uploads import discard
 COOKIE: Final = "xrai_session"
 _OPEN = ("/healthz", "/readyz", "/login", "/openapi.json")  # to everybody; they hold no film
 _OPEN_BELOW = "/page/"
+# A name or an address, and perhaps a port (RFC 9110, 7.2); nothing else, such as a user's name
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::[0-9]*)?", re.IGNORECASE)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -89,9 +92,9 @@ class Guard:
     def knows(self, request: HTTPConnection) -> bool:
         """Whether a request carries the token, or the cookie of a browser that gave it."""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and _same(given.strip(), self.token):
+        if kind.lower() == "bearer" and is_secret(given.strip(), self.token):
             return True
-        return _same(request.cookies.get(COOKIE, ""), session_of(self.token))
+        return is_secret(request.cookies.get(COOKIE, ""), session_of(self.token))
 
 
 def session_of(token: str) -> str:
@@ -99,22 +102,16 @@ def session_of(token: str) -> str:
     return hmac.new(token.encode(), b"session of the page", hashlib.sha256).hexdigest()
 
 
-def is_token(given: str, token: str) -> bool:
-    """Whether a token is the right one; takes equally long for each wrong one."""
-    return _same(given, token)
-
-
-def _same(given: str, expected: str) -> bool:
+def is_secret(given: str, expected: str) -> bool:
+    """Whether a token or cookie is the right one; takes equally long for each wrong one."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
 
 
 @lru_cache(16)
 def _is_loopback_address(host: str) -> bool:
     """Whether the header `Host` names this machine, with or without a port."""
-    try:
-        return is_loopback(urlsplit(f"//{host}").hostname or "")
-    except ValueError:
-        return False
+    found = _HOST.fullmatch(host)
+    return found is not None and is_loopback(found[1].lower())
 
 
 def _is_own_origin(headers: Headers) -> bool:

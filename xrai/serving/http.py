@@ -28,7 +28,8 @@ from xrai.errors import XraiError
 from xrai.ingest.find import File
 from xrai.log import get_logger, place_of, printable
 from xrai.serving.films import Film, FullError
-from xrai.serving.guard import COOKIE, Guard, is_token, session_of
+from xrai.serving.guard import COOKIE, Guard, is_secret, session_of
+from xrai.serving.models import Card
 from xrai.serving.pictures import draw_heat, draw_thumbnail, draw_whole
 from xrai.serving.scoring import ClosedError
 from xrai.serving.service import Service, answered
@@ -173,12 +174,13 @@ class _Routes:
             self._clients += Counter()  # forgets those at 0
 
     async def list_films(self, request: Request) -> Response:
-        """All films, the most urgent first."""
-        tag = f'"{self._service.worklist.version}"'
+        """All films, the most urgent first, and how many wait to be scored."""
+        num_waiting = self._service.scorer.num_waiting
+        tag = f'"{self._service.worklist.version}-{num_waiting}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"ETag": tag})
         films = [film_json(film) for film in self._service.worklist.films()]
-        response = _json({"films": films})
+        response = _json({"films": films, "num_waiting": num_waiting})
         response.headers["ETag"] = tag
         return response
 
@@ -256,7 +258,7 @@ class _Routes:
 
     async def get_model(self, request: Request) -> Response:
         """What is known of the models."""
-        return _json(self._service.models.card())
+        return _json(card_json(self._service.models.card()))
 
     async def reload(self, request: Request) -> Response:
         """Load the runs again, or others beside them."""
@@ -274,7 +276,7 @@ class _Routes:
                 models = await asyncio.to_thread(self._service.reload, names)
             except XraiError as error:
                 raise HTTPException(409, printable(str(error))) from None
-        return _json(models.card())
+        return _json(card_json(models.card()))
 
     # ------------------------------------------------------------------------- session
 
@@ -284,7 +286,7 @@ class _Routes:
             raise RequestError(413, "the form is too long")
         async with _in_time(), request.form(max_files=0, max_fields=4) as form:
             given = str(form.get("token", ""))
-        if not self._token or not is_token(given, self._token):
+        if not self._token or not is_secret(given, self._token):
             await asyncio.sleep(1)
             return RedirectResponse("/login?wrong", status_code=303)
         response = RedirectResponse("/", status_code=303)
@@ -314,10 +316,13 @@ class _Routes:
 
     async def is_ready(self, request: Request) -> Response:
         """Whether films can be scored: the models are loaded, checked and tried."""
-        run = self._service.models.pipeline.run_id
+        parts = {name: is_running() for name, is_running in self._service.parts.items()}
+        said = {"run": self._service.models.pipeline.run_id, **parts}
         if not self._service.scorer.is_running:
-            return _json({"status": "stopping", "run": run}, 503)
-        return _json({"status": "ready", "run": run})
+            return _json({"status": "stopping", **said}, 503)
+        if not all(parts.values()):
+            return _json({"status": "broken", **said}, 503)
+        return _json({"status": "ready", **said})
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
@@ -343,6 +348,8 @@ def film_json(film: Film) -> dict[str, object]:
         "decision": row.decision,
         "reason": row.reason,
         "is_positive": film.is_positive,
+        "score": film.score,
+        "score_of": film.score_of,
         "calls": list(row.calls),
         "probabilities": dict(row.probabilities),
         "thresholds": dict(row.thresholds),
@@ -353,6 +360,11 @@ def film_json(film: Film) -> dict[str, object]:
         "height": height,
         "window": asdict(window) if window else None,
     }
+
+
+def card_json(card: Card) -> dict[str, object]:
+    """A card as the interface says it."""
+    return {**asdict(card), "outputs": [asdict(output) for output in card.outputs]}
 
 
 @functools.cache

@@ -2,20 +2,52 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from xrai.errors import RunError, UserError
 from xrai.ingest.find import File
+from xrai.labels import Task
 from xrai.learning.predictor import MODEL_FILE
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.folder import SUMMARY
 from xrai.results.prior import ESTIMATE, Wanted
-from xrai.results.summary import Summary, read_summary, stated_hash
+from xrai.results.summary import MainResults, Summary, read_summary, stated_hash
+from xrai.results.types import Output
 from xrai.store import open_store
 
 _NUM_WARMING = 3  # films that are scored before the first one that counts
+
+
+@dataclass(frozen=True)
+class OutputCard:
+    """What is known of a class or finding; None where nothing is."""
+
+    name: str
+    threshold: float | None  # None where the class of the highest probability is called
+    sensitivity: float | None = None
+    specificity: float | None = None
+    auroc: float | None = None
+    intervals: Mapping[str, Sequence[float | None]] = field(default_factory=dict, hash=False)
+    prevalence: float | None = None  # in the images that these figures are of
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of models: what they look for and, of a single run with a summary, how well
+    they do on images held out.
+    """
+
+    run: str
+    task: Task
+    size: tuple[int, ...]  # pixels of a side, of the images that the networks see
+    outputs: tuple[OutputCard, ...]
+    trained_on: str | None = None
+    split: str | None = None  # of the images held out
+    num_images: int | None = None
+    num_patients: int | None = None
+    is_phantom: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -26,27 +58,29 @@ class Models:
     summaries: Mapping[str, Summary]  # by run id; of runs that have one
     hashes: tuple[str, ...]  # SHA-256 of the model.pt of each run that states it
 
-    def card(self) -> dict[str, object]:
-        """What `GET /v1/model` says: outputs with threshold and, of a single run, how well they do
-        on images held out.
-        """
+    def card(self) -> Card:
+        """The card of these models."""
         pipeline = self.pipeline
+        outputs = pipeline.outputs
+        card = Card(
+            pipeline.run_id,
+            pipeline.model.labels.task,
+            tuple(size for size, _ in pipeline.squares),
+            tuple(OutputCard(output.name, output.threshold) for output in outputs),
+        )
         summary = next(iter(self.summaries.values()), None) if len(pipeline.models) == 1 else None
-        main = summary.main if summary else None
-        return {
-            "run": pipeline.run_id,
-            "task": pipeline.model.labels.task,
-            "size": [size for size, _ in pipeline.squares],
-            "trained_on": summary.training.trained_on.source if summary else None,
-            "split": main.split if main else None,
-            "num_images": main.num_images if main else None,
-            "num_patients": main.num_patients if main else None,
-            "is_phantom": main.is_phantom if main else None,
-            "outputs": [
-                {"name": output.name, "threshold": output.threshold, **_figures(summary, number)}
-                for number, output in enumerate(pipeline.outputs)
-            ],
-        }
+        if summary is None:
+            return card
+        main = summary.main
+        return replace(
+            card,
+            outputs=tuple(_measured(output, main, number) for number, output in enumerate(outputs)),
+            trained_on=summary.training.trained_on.source,
+            split=main.split,
+            num_images=main.num_images,
+            num_patients=main.num_patients,
+            is_phantom=main.is_phantom,
+        )
 
 
 def load_models(runs: Sequence[str], *, prior: Wanted | None = None) -> Models:
@@ -74,19 +108,16 @@ def load_models(runs: Sequence[str], *, prior: Wanted | None = None) -> Models:
     return Models(pipeline, summaries, hashes)
 
 
-def _figures(summary: Summary | None, number: int) -> dict[str, object]:
-    if summary is None:
-        return {"sensitivity": None, "specificity": None, "auroc": None, "intervals": {}}
-    main = summary.main
+def _measured(output: Output, main: MainResults, number: int) -> OutputCard:
     found = main.outputs[number] if main.outputs else main
     counts = main.counts
     num_positive = main.outputs[number].num_positive if main.outputs else counts.num_positive
-    return {
-        "sensitivity": found.sensitivity,
-        "specificity": found.specificity,
-        "auroc": found.auroc,
-        "intervals": {
-            name: list(ends) for name, ends in found.intervals.items() if name != "accuracy"
-        },
-        "prevalence": num_positive / main.num_images if main.num_images else None,
-    }
+    return OutputCard(
+        output.name,
+        output.threshold,
+        sensitivity=found.sensitivity,
+        specificity=found.specificity,
+        auroc=found.auroc,
+        intervals={name: ends for name, ends in found.intervals.items() if name != "accuracy"},
+        prevalence=num_positive / main.num_images if main.num_images else None,
+    )

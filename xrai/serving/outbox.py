@@ -210,6 +210,11 @@ class Delivery:
         self._clean_at = 0.0  # on the monotonic clock
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether anybody sends; what is put into the outbox waits otherwise."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to send."""
         self._thread.start()

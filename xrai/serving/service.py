@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from xrai.errors import UserError
+from xrai.errors import RunError, UserError, XraiError
 from xrai.ingest.find import File
 from xrai.log import get_logger
 from xrai.pipeline import Pipeline
@@ -35,6 +35,8 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
+    # By name, parts beside scoring that are to run as long as the server does
+    parts: dict[str, Callable[[], bool]] = field(default_factory=dict)
 
     # SHA-256 of the model.pt of each run, of every pipeline that scored a film
     hashes: WeakKeyDictionary[Pipeline, tuple[str, ...]] = field(default_factory=WeakKeyDictionary)
@@ -67,8 +69,8 @@ class Service:
     def reload(self, names: Sequence[str]) -> Models:
         """Load the runs again, or others beside them by name, and score new films with those.
 
-        Raises `UserError` for a name that is none, and what `load_models` raises; the models stay
-        what they were then.
+        Raises `UserError` for a name that is none, `RunError` where a run cannot be loaded; the
+        models stay what they were then, and the log says why. The messages hold no address.
         """
         runs = self.runs
         if names:
@@ -78,7 +80,15 @@ class Service:
                     raise UserError(f"{name!r} is not the name of a run")
             parent = self.runs[0].rpartition("/")[0]
             runs = tuple(f"{parent}/{name}" if parent else name for name in names)
-        models = self.load(runs)
+        try:
+            models = self.load(runs)
+        except XraiError as error:
+            _logger.warning("no other run is taken: %s", error)
+            shown = ", ".join(run.rpartition("/")[2] for run in runs)
+            raise RunError(
+                f"{shown} cannot be loaded, the server's log says why; films are scored by "
+                f"{self.models.pipeline.run_id} as before"
+            ) from error
         self.hashes[models.pipeline] = models.hashes
         self.models, self.runs = models, runs
         self.scorer.replace(models.pipeline)

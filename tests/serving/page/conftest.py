@@ -1,13 +1,11 @@
 """A server with a tiny model, and a headless Chromium that opens its page."""
 
-import hashlib
 import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -15,13 +13,10 @@ from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwri
 
 from tests.browsers import CHROMIUM_OPTIONS, find_chromium
 from tests.models import save_run
-from tests.serving.conftest import LIMITS, make_service
-from xrai.learning.predictor import MODEL_FILE
+from tests.serving.conftest import LIMITS, add_summary, make_service
 from xrai.serving.http import make_app
 from xrai.serving.page import page_routes
 from xrai.serving.service import Service
-
-SUMMARY = Path(__file__).parents[2] / "results/stored/summary.json"
 
 TIMEOUT_MS = 30_000  # only a hang reaches it: the machine may be busy
 expect.set_options(timeout=TIMEOUT_MS)
@@ -77,10 +72,7 @@ def browser() -> Iterator[Browser]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server whose model has a summary, in a thread."""
     run = save_run(tmp_path_factory.mktemp("page"))
-    summary = json.loads(SUMMARY.read_bytes())
-    model = (run / MODEL_FILE).read_bytes()
-    summary["files"] = {MODEL_FILE: hashlib.sha256(model).hexdigest()}
-    (run / SUMMARY.name).write_text(json.dumps(summary))
+    add_summary(run)
     with serve(make_service(run)) as address:
         yield address
 
