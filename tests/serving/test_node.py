@@ -9,12 +9,14 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom import Dataset, uid
+from pynetdicom import evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 
@@ -255,6 +257,80 @@ def test_too_many_connections_and_associations_are_turned_away() -> None:
         assert send(port, film())[0] == 0
 
 
+def is_open(connection: socket.socket) -> bool:
+    """Whether the other end has not closed a connection."""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_peers_that_say_nothing_keep_nobody_out(is_encrypted: bool, certificates: Path) -> None:
+    own, trusted = None, None
+    if is_encrypted:
+        cert, key = str(certificates / "cert.pem"), str(certificates / "key.pem")
+        own, trusted = tls_context(cert, key, ""), client_tls(certificates, shows_own=False)
+    with node_of(limits=Limits(num_associations=2), tls=own) as (node, port):
+        before = threading.active_count()
+        silent = [connected(port) for _ in range(200)]
+        wait_for(lambda: node.state().refused.get("too_many", 0) >= 192)
+        assert threading.active_count() - before <= 2 * 2 * 8 + 8  # two of each, and of the last
+        options: dict[str, Any] = {"tls_args": (trusted, "localhost")} if is_encrypted else {}
+        with association(port, **options) as opened:
+            assert opened.is_established
+            assert opened.send_c_store(read(film())).Status == 0
+        assert sum(map(is_open, silent)) <= 8
+        assert "handshake" not in node.state().refused
+        for each in silent:
+            each.close()
+
+
+def request_of_an_association(port: int) -> bytes:
+    """What a peer sends first."""
+    sent: list[bytes] = []
+    handler = (evt.EVT_DATA_SENT, lambda event: sent.append(event.data))
+    with association(port, evt_handlers=[handler]) as opened:
+        assert opened.is_established
+    return sent[0]
+
+
+def test_associations_that_are_never_used_are_refused_or_end() -> None:
+    limits = Limits(num_associations=3, idle_timeout_s=1.0)
+    with node_of(limits=limits) as (node, port):
+        request = request_of_an_association(port)
+        wait_for(lambda: node.state().num_associations == 0)
+        idle = [connected(port) for _ in range(60)]
+        for each in idle:
+            with suppress(OSError):  # has given way
+                each.sendall(request)
+        wait_for(lambda: node.state().num_associations == 3)
+        assert all(is_closed(each) for each in idle)  # at the end of its time
+        assert send(port, film())[0] == 0
+        for each in idle:
+            each.close()
+
+
+def test_stopping_does_not_wait_for_peers_that_hang() -> None:
+    with node_of() as (node, port):
+        request = request_of_an_association(port)
+        hanging = [connected(port) for _ in range(3)]
+        hanging[0].sendall(b"\1\0\0")
+        hanging[1].sendall(request)
+        wait_for(lambda: node.state().num_associations == 1)
+        hanging[1].sendall(struct.pack(">BBL", 4, 0, 500) + b"half")
+        stopping = threading.Thread(target=node.stop)
+        stopping.start()
+        stopping.join(Limits().pdu_timeout_s / 2)
+        assert not stopping.is_alive()
+        assert all(is_closed(each) for each in hanging)
+        for each in hanging:
+            each.close()
+
+
 def test_garbage_before_an_association_harms_nobody() -> None:
     drawn = random.Random(3)
     with node_of() as (_, port):
@@ -305,6 +381,31 @@ def test_tls_with_and_without_certificates_of_clients(certificates: Path) -> Non
         with association(port) as a:
             assert not a.is_established
         wait_for(lambda: node.state().refused.get("handshake", 0) >= 2)
+
+
+def first_of_a_handshake(context: ssl.SSLContext) -> bytes:
+    """What a client sends first."""
+    sent = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+    return sent.read()
+
+
+def test_handshakes_that_are_cut_harm_nobody(certificates: Path) -> None:
+    cert, key = str(certificates / "cert.pem"), str(certificates / "key.pem")
+    trusted = client_tls(certificates, shows_own=False)
+    hello = first_of_a_handshake(trusted)
+    parts = [hello[:3], hello[:50], hello, hello[:40] + bytes(400), b"GET / HTTP/1.1\r\n\r\n"]
+    with node_of(tls=tls_context(cert, key, "")) as (node, port):
+        for said in parts:
+            with connected(port) as connection:
+                connection.sendall(said)
+                linger = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)  # a reset
+        wait_for(lambda: node.state().refused.get("handshake", 0) == len(parts))
+        with association(port, tls_args=(trusted, "localhost")) as opened:
+            assert opened.send_c_store(read(film())).Status == 0
+    assert not [each for each in threading.enumerate() if "process_request" in each.name]
 
 
 def test_a_missing_certificate_is_one_line(tmp_path: Path) -> None:

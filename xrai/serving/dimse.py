@@ -8,6 +8,7 @@ messages while others wait. `GuardedServer` bounds all of it.
 import logging
 import socket
 import ssl
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,9 @@ _OVERHEAD = 1.25  # of small fragments, on the bytes of an object
 _MAX_QUEUED = 4  # messages of a peer that does not wait for answers
 _LOCAL_LIMIT = (0x02, 0x03, 0x02)  # rejected for now, by the provider: local limit exceeded
 _MAX_ANSWER_BYTES = 1 << 16  # to what we send
-_CONNECTIONS = 4  # for each association that may be; most of them still say nothing
+_SILENT = 4  # connections that have asked for nothing yet, for each association that may be
+_SILENT_DELAY_S = 0.02  # between two looks at such a connection; pynetdicom looks every millisecond
+_DELAY_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -127,14 +130,17 @@ class _Handler(RequestHandler):
         guard = Guard(self.request, self.server.limits, self.server.refuse)
         association.dul.socket.recv = guard.recv  # type: ignore[method-assign]
         association.bind(evt.EVT_DIMSE_RECV, guard.message_ends)
-        association.bind(evt.EVT_REQUESTED, self._refuse_many)
+        association.dul._run_loop_delay = _SILENT_DELAY_S
+        association.bind(evt.EVT_REQUESTED, self._requested)
         association.bind(evt.EVT_CONN_CLOSE, self._closed)
         return association
 
-    def _refuse_many(self, event: evt.Event) -> None:
+    def _requested(self, event: evt.Event) -> None:
         """Reject an association where there are too many. pynetdicom's own limit would count
         connections that have asked for nothing yet.
         """
+        self.server.has_spoken(self.request)
+        event.assoc.dul._run_loop_delay = _DELAY_S
         established = sum(each.is_established for each in self.server.active_associations)
         if established >= self.server.limits.num_associations:
             self.server.refuse("too_many")
@@ -184,9 +190,13 @@ def cut(association: Association) -> None:
     """End a connection at once, from any thread: what waits for the peer fails."""
     held = association.dul.socket
     if held is not None and held.socket is not None:
-        with suppress(OSError):
-            # not that of SSLSocket, which takes the other thread's state away
-            socket.socket.shutdown(held.socket, socket.SHUT_RDWR)
+        _shut(held.socket)
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # is closed already
+        # not that of SSLSocket, which takes the state of the thread that uses it away
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def close_socket(association: Association) -> None:
@@ -199,9 +209,14 @@ def close_socket(association: Association) -> None:
 
 
 class GuardedServer(ThreadedAssociationServer):
-    """Accepts connections; each is a thread's, from the handshake for TLS on."""
+    """Accepts connections; each is a thread's, from the handshake for TLS on.
+
+    Of those that have not asked for an association yet, the oldest gives way where there are too
+    many: else a peer that opens connections and says nothing would keep all others out.
+    """
 
     daemon_threads = True
+    request_queue_size = 128  # connections that are not accepted yet
 
     def __init__(
         self,
@@ -215,30 +230,67 @@ class GuardedServer(ThreadedAssociationServer):
     ) -> None:
         """Listen. `refuse` is called with a word for each peer that is turned away."""
         self.limits, self.refuse = limits, refuse
+        self._lock = threading.Lock()
+        self._silent: dict[socket.socket, None] = {}  # the oldest first
         super().__init__(
             own, address, own.ae_title, own.supported_contexts, tls, handlers, _Handler
         )
         own._servers.append(self)  # `shutdown` takes it away
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """A connection, still without TLS. Raises `OSError` where there are too many of them."""
+        """A connection, before the handshake for TLS. Raises `OSError` where it is closed again."""
         assert self.socket is not None
         connection, address = self.socket.accept()
         connection.settimeout(self.limits.pdu_timeout_s)
-        if len(self.active_associations) >= _CONNECTIONS * self.limits.num_associations:
-            connection.close()
-            self.refuse("too_many")
-            raise OSError("too many connections")
+        if self.ssl_context is not None:
+            try:
+                connection = self.ssl_context.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+            except OSError:  # the peer has closed it already
+                self.refuse("handshake")
+                connection.close()
+                raise
+        with self._lock:
+            self._silent = {each: None for each in self._silent if each.fileno() >= 0}
+            self._silent[connection] = None
+            oldest = next(iter(self._silent))
+            if len(self._silent) <= _SILENT * self.limits.num_associations:
+                return connection, address
+            del self._silent[oldest]
+        self.refuse("too_many")
+        _shut(oldest)
         return connection, address
+
+    def has_spoken(self, connection: socket.socket) -> bool:
+        """A connection asks for an association, or fails. Whether it was not given up before."""
+        with self._lock:
+            return connection in self._silent and self._silent.pop(connection) is None
+
+    def end(self, *, timeout_s: float) -> None:
+        """Abort all associations, and end the connections of peers that do not react in time."""
+        with self._lock:
+            silent, self._silent = list(self._silent), {}
+        for connection in silent:
+            _shut(connection)
+        associations = self.active_associations
+        for association in associations:
+            if association.is_established:
+                association.abort(block=False)
+        deadline = time.monotonic() + timeout_s
+        for association in associations:
+            association.join(max(0.0, deadline - time.monotonic()))
+            cut(association)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Shake hands for TLS, and begin to listen to the peer."""
         try:
-            if self.ssl_context is not None:
-                request = self.ssl_context.wrap_socket(request, server_side=True)
+            if isinstance(request, ssl.SSLSocket):
+                request.do_handshake()
             self.finish_request(request, client_address)
-        except OSError:  # ssl.SSLError is one
-            self.refuse("handshake")
+        except (OSError, ValueError):  # ssl.SSLError; the latter of a socket that was closed
+            if self.has_spoken(request):
+                self.refuse("handshake")
             self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

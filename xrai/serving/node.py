@@ -45,6 +45,7 @@ TOE TSPINE TOOTH ULNA WRIST ZYGOMA
 _OTHER_PARTS = frozenset(_OTHER_PART_NAMES.split())
 _VERIFICATION = "1.2.840.10008.1.1"  # C-ECHO
 _TIMEOUT_S = 30.0  # of a handshake, and of an association that says nothing at first
+_ABORT_S = 2.0  # for peers to react to it
 _logger = get_logger(__name__)
 
 
@@ -152,8 +153,7 @@ class Node:
         deadline = time.monotonic() + timeout_s
         while self._num_busy and time.monotonic() < deadline:
             time.sleep(0.02)
-        for association in self._server.active_associations:
-            association.abort()
+        self._server.end(timeout_s=_ABORT_S)
         self._server = None
 
     def state(self) -> NodeState:
