@@ -1,13 +1,91 @@
 """How the thread that scores uses the machine."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import xrai
+from tests.models import phantoms
+from xrai.ingest.find import File
 from xrai.serving import scoring
+from xrai.serving.scoring import Observer, Scored, Scorer
+
+WAIT_S = 30.0  # only a hang reaches it
+
+
+class Batches(Observer):
+    """Keeps how large batches were."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def batch(self, num_films: int, seconds: float) -> None:
+        self.sizes.append(num_films)
+
+
+@contextmanager
+def one_reader(
+    run: Path, monkeypatch: pytest.MonkeyPatch, *, max_wait_s: float
+) -> Iterator[tuple[Scorer, Batches]]:
+    """A scorer with a single thread that reads, and its batches."""
+    monkeypatch.setattr(scoring, "num_cores", lambda: 1)
+    monkeypatch.setattr(scoring, "MAX_WAIT_S", max_wait_s)
+    batches = Batches()
+    scorer = Scorer(xrai.load(str(run)), batches, num_threads=torch.get_num_threads())
+    yield scorer, batches
+    scorer.close()
+
+
+def send(scorer: Scorer, *events: threading.Event) -> "list[Future[Scored]]":
+    """Films, each of which is read once its event is set."""
+    films = phantoms(len(events))[0]
+
+    def reading(number: int) -> Any:
+        assert events[number].wait(WAIT_S)
+        return films[number]
+
+    return [
+        scorer.score(File(f"{number}", lambda number=number: reading(number)))  # type: ignore[misc]
+        for number in range(len(events))
+    ]
+
+
+def test_films_that_queue_to_be_read_are_scored_together(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_reader(run, monkeypatch, max_wait_s=WAIT_S) as (scorer, batches):
+        begin = threading.Event()
+        found = send(scorer, *[begin] * 5)
+        begin.set()
+        assert all(each.result(WAIT_S).row.is_readable for each in found)
+    assert batches.sizes in ([5], [4, 1])  # the last one may be read meanwhile
+
+
+def test_a_film_does_not_wait_long_for_those_that_queue(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_reader(run, monkeypatch, max_wait_s=0.05) as (scorer, batches):
+        first, others = threading.Event(), threading.Event()
+        found = send(scorer, first, others, others)
+        first.set()
+        assert found[0].result(WAIT_S).row.is_readable
+        assert batches.sizes in ([], [1]) and not found[2].done()
+        others.set()
+
+
+def test_a_film_alone_waits_for_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_reader(run, monkeypatch, max_wait_s=3600) as (scorer, _):
+        ready = threading.Event()
+        ready.set()
+        (found,) = send(scorer, ready)
+        assert found.result(WAIT_S).row.is_readable
 
 
 @pytest.mark.parametrize(

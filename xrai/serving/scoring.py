@@ -1,7 +1,8 @@
 """Films to rows: threads read and decode, and one thread scores what has gathered meanwhile.
 
-A film that comes alone is scored at once; films that come while others are being scored form the
-next batch. One film's failure is its own: a batch that fails is scored again film by film.
+A film that comes alone is scored at once. Films that come while others are being scored form the
+next batch, and while films queue to be read it waits a little for them: eight films take half the
+time of four pairs. One film's failure is its own: a batch that fails is scored again film by film.
 """
 
 import functools
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -28,7 +29,9 @@ from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
 MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
+MAX_WAIT_S: Final = 0.01  # of a film for others of its batch, while there are any to be read
 
+_FULL_BATCH = 8  # films, for which none waits
 _NUM_TRIALS = 5  # of a number of threads
 
 T = TypeVar("T")
@@ -60,6 +63,7 @@ class Task:
     read: Read | None = None
     window: Window | None = None
     work: Callable[[], Any] | None = None
+    since: float = field(default_factory=time.monotonic)
 
 
 class Observer:
@@ -82,6 +86,7 @@ class Scorer:
         self._changed = threading.Condition(threading.RLock())
         self._tasks: deque[Task] = deque()
         self._num_waiting = 0
+        self._num_unread = 0  # films that no thread reads yet
         self._is_closed = False  # takes no more films
         self._is_over = False  # and none will come any more
         self._thread = threading.Thread(target=self._run, name="score", daemon=True)
@@ -119,6 +124,7 @@ class Scorer:
             if self._is_closed:
                 raise ClosedError(_CLOSING)
             self._num_waiting += 1
+            self._num_unread += 1
             future.add_done_callback(self._note_done)
             self._readers.submit(self._read, Task(pipeline, future), file)
         return future
@@ -174,6 +180,10 @@ class Scorer:
 
     def _read(self, task: Task, file: File) -> None:
         """On a reading thread: decode a film, and hand it on."""
+        with self._changed:
+            self._num_unread -= 1
+            if not self._num_unread and self._tasks:
+                self._changed.notify_all()
         if not task.future.set_running_or_notify_cancel():
             return
         try:
@@ -211,10 +221,10 @@ class Scorer:
     def _next(self) -> list[Task]:
         """The next batch of films for one pipeline, or a single other task; empty at the end."""
         with self._changed:
-            while not self._tasks:
-                if self._is_over:
-                    return []
-                self._changed.wait()
+            while (wait_s := self._wait_s()) != 0:
+                self._changed.wait(wait_s)
+            if not self._tasks:
+                return []
             batch = [self._tasks.popleft()]
             while (
                 self._tasks
@@ -225,6 +235,15 @@ class Scorer:
             ):
                 batch.append(self._tasks.popleft())
             return batch
+
+    def _wait_s(self) -> float | None:
+        """Seconds to wait for a fuller batch; None: until a task comes, 0: go on."""
+        if not self._tasks:
+            return 0 if self._is_over else None
+        first = self._tasks[0]
+        if first.work or not self._num_unread or len(self._tasks) >= _FULL_BATCH:
+            return 0
+        return max(0.0, first.since + MAX_WAIT_S - time.monotonic())
 
     def _score(self, tasks: list[Task]) -> None:
         reads = [task.read for task in tasks if task.read is not None]
