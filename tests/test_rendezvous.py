@@ -1,10 +1,12 @@
 """The watch over the machine at which the nodes of torchrun meet; tests/faults loses one."""
 
+import json
 import os
 import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -107,6 +110,52 @@ def test_what_ends_torchrun_is_one_line_in_the_log_and_for_the_pod(
     with pytest.raises(XraiError, match=pattern) as caught:
         rendezvous.main()
     assert message.read_text().splitlines() == [str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "data", "words"),
+    [
+        (-9, None, "rank 3 failed: Signal 9 (SIGKILL) received by PID 7"),
+        (134, None, "rank 3 failed: exit status 134"),
+        (1, "NCCL said so", "rank 3 failed: NCCL said so"),
+        (1, {"message": "CorruptError: a shard", "extraInfo": {"timestamp": 1}}, "rank 3 failed: "),
+    ],
+)
+def test_the_pod_of_a_rank_that_failed_for_good_says_of_what(
+    exitcode: int, data: object, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, message = tmp_path / "error.json", tmp_path / "message"
+    if data is not None:
+        file.write_text(json.dumps({"message": data}))
+    failed = ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file=str(file))
+
+    def fail(*args: object, **options: object) -> None:
+        raise ChildFailedError("xrai.train", {3: failed})
+
+    monkeypatch.setenv("XRAI_TERMINATION_LOG", str(message))
+    monkeypatch.setattr(runpy, "run_module", fail)
+    monkeypatch.setattr(sys, "argv", ["rendezvous", "localhost:29400", "9"])
+    with pytest.raises(ChildFailedError):  # whose words repeat the rank's traceback in the log
+        rendezvous.main()
+    (line,) = message.read_text().splitlines()
+    assert line.startswith(words) and ("CorruptError: a shard" in line) == isinstance(data, dict)
+
+
+@pytest.mark.ci
+def test_a_machine_that_waited_for_others_in_vain_leaves_one_line(tmp_path: Path) -> None:
+    message = tmp_path / "message"
+    options = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=x", "--local_addr=127.0.0.1"]
+    options += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_conf=join_timeout=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "xrai", "train", *options],
+        env={**os.environ, "XRAI_PREFLIGHT": "0", "XRAI_TERMINATION_LOG": str(message)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "did not all come to 127.0.0.1 in time (join_timeout)" in message.read_text()
 
 
 def test_a_message_that_cannot_be_left_does_not_hide_the_error(

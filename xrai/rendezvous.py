@@ -54,12 +54,17 @@ def meet(endpoint: str, options: list[str], *, timeout_s: float) -> None:
         watching.start()
     from xrai.learning.distributed import (  # here: it loads torch
         TORCHRUN_FAILURES,
+        RanksFailed,
+        explain_ranks,
         explain_torchrun,
     )
 
     sys.argv = ["torchrun", *options]
     try:
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+    except RanksFailed as error:
+        leave_message(explain_ranks(error))
+        raise
     except TORCHRUN_FAILURES as error:
         raise XraiError(explain_torchrun(error, host=host)) from error
 
@@ -67,8 +72,8 @@ def meet(endpoint: str, options: list[str], *, timeout_s: float) -> None:
 def leave_message(text: str) -> None:
     """Write why the process ends to the file that XRAI_TERMINATION_LOG names, if it names one.
 
-    It is what `kubectl describe pod` shows then. Else that is the end of the log, which torch fills
-    with C++ frames when its store is gone (seen with 2.13).
+    `kubectl describe pod` then shows this line, in place of the end of the log: a traceback, or C++
+    frames of torch where its store is gone (seen with 2.13).
     """
     if path := os.environ.get("XRAI_TERMINATION_LOG"):
         try:

@@ -136,8 +136,8 @@ def pinned_images(documents: list[Document]) -> list[str]:
 
 
 def failures_explained(documents: list[Document]) -> list[str]:
-    """`kubectl describe pod` shows one line where the machines of a training lost each other, else
-    the end of the log, where torchrun repeats the failing rank's error file.
+    """`kubectl describe pod` shows the line in which a training says why it ended, or the end of
+    the log.
     """
     broken = []
     for workload in workloads(documents):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousError,
@@ -342,6 +342,19 @@ def own_place() -> Place:
         return Place()
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return Place(rank, world_size, local_rank, local_world_size, is_torchrun)
+
+
+RanksFailed = ChildFailedError  # torchrun's, when a rank failed more often than --max_restarts
+
+
+def explain_ranks(error: ChildFailedError) -> str:
+    """In one line which rank of this machine failed first, and of what."""
+    rank, failure = error.get_first_failure()
+    said: Any = failure.message  # what the rank's error file holds, or torch's words for a signal
+    text = said["message"] if isinstance(said, dict) else said
+    if failure.exitcode > 0 and failure.error_file == "<N/A>":
+        text = f"exit status {failure.exitcode}"
+    return f"rank {rank} failed: {text}"
 
 
 def explain_torchrun(error: BaseException, *, host: str) -> str:
