@@ -55,6 +55,7 @@ OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phanto
     ),
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
     *("from-env-file", "from-file", "task", "volumes", "cascade", "delete-emptydir-data"),
+    *("for", "timeout"),
     *("nnodes", "rdzv_id"),
 }
 

@@ -321,8 +321,9 @@ def dead_machines_left(documents: list[Document]) -> list[str]:
     keys = {"node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"}
     return [
         f"{workload.name} stays on a dead machine"
-        for workload in _trainings_and_preprocessings(documents)
-        if keys
+        for workload in workloads(documents)
+        if workload.component in ("train", "preprocess", "serve")
+        and keys
         != {
             toleration["key"]
             for toleration in workload.pod.get("tolerations", [])

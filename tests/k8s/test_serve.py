@@ -1,11 +1,23 @@
 """k8s/serve.yaml by itself: the rules of all manifests, the schemas, and what the server takes."""
 
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.k8s import policies
-from tests.k8s.manifests import K8S, Document, environment_of, expand, of_kind, read_documents
+from tests.k8s.manifests import (
+    K8S,
+    REPOSITORY,
+    Document,
+    environment_of,
+    expand,
+    of_kind,
+    read_documents,
+    render_folder,
+)
 from tests.k8s.policies import Rule
 from tests.k8s.test_schemas import VERSIONS, problems
 from xrai.command import parse
@@ -18,6 +30,7 @@ OWN_RULES = (
     policies.pinned_images,
     policies.failures_explained,
     policies.mounts_fit,
+    policies.dead_machines_left,
     policies.variables_known,
     policies.network_denied,
 )
@@ -86,3 +99,21 @@ def test_the_token_comes_from_a_secret_alone(documents: list[Document]) -> None:
     container = container_of(documents)
     named = [each["secretRef"]["name"] for each in container["envFrom"] if "secretRef" in each]
     assert "xrai-serve" in named and serve.TOKEN not in str(documents)
+
+
+def test_a_folder_of_ones_own_as_the_page_shows_it_changes_image_and_run(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs/serve.md").read_text()
+    ((name, text),) = re.findall(r"```yaml\n# (\S+)\n(.*?)```", page, re.DOTALL)
+    (tmp_path / name).write_text(text)
+    shutil.copy(K8S / "serve.yaml", tmp_path)
+    documents = render_folder(tmp_path)
+    assert {rule.__name__: broken for rule in OWN_RULES if (broken := rule(documents))} == {}
+    container = container_of(documents)
+    assert container["image"] == "REGISTRY/xrai:0.1.0"
+    assert environment_of(container, documents, fields={})["XRAI_RUN"].startswith("s3://our-runs/")
+
+
+def test_a_server_that_stays_on_a_dead_machine_is_found(documents: list[Document]) -> None:
+    pod = of_kind(documents, "Deployment")["xrai-serve"]["spec"]["template"]["spec"]
+    del pod["tolerations"]
+    assert policies.dead_machines_left(documents)
