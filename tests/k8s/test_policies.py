@@ -323,6 +323,22 @@ def test_the_page_names_every_overlay_and_every_container() -> None:
         assert (REPOSITORY / name).exists() or "mine" in name, name
 
 
+def test_messages_that_the_page_quotes_are_those_of_the_code() -> None:
+    """Those of Kubernetes are listed here."""
+    page = (REPOSITORY / "docs/running.md").read_text()
+    section = page[page.index("To train again, or with another") : page.index("## Millions of")]
+    prose = [line for line in section.splitlines() if not line.startswith("    ")]
+    code = "".join(path.read_text() for path in sorted((REPOSITORY / "xrai").rglob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # texts that go on in the next line
+    quoted = [text for line in prose for text in re.findall(r'"([^"]+)"', line)]
+    parts = {part.strip() for text in quoted for part in re.split(r"…|\b\d+\b", text)}
+    assert {part for part in parts if part not in code} == {
+        *("field is immutable", "Usage of EmptyDir volume", "exceeds the limit"),
+        *("forbidden: failed quota", "must specify limits.cpu"),
+    }
+    assert {"has not answered for", "did not all come to", "is being written by"} <= parts
+
+
 def test_the_cpu_overlay_asks_for_no_gpu_and_the_gpu_overlay_for_as_many_as_processes() -> None:
     assert "nvidia.com/gpu" not in json.dumps(render("cpu"))
     container = of_kind(render("gpu"), "Job")["xrai-train"]["spec"]["template"]["spec"][
