@@ -369,6 +369,7 @@ def test_a_bucket_that_hangs_refuses_and_loses_answers_does_not_hold_the_trainin
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's packages
+@pytest.mark.ci
 def test_a_bucket_that_stays_away_is_one_line_and_a_later_start_finishes_the_upload(
     finished: Finished, tmp_path: Path, failing: tuple[Proxy, str]
 ) -> None:

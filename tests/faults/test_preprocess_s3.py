@@ -126,6 +126,7 @@ def test_faults_that_pass_change_nothing(
     assert_whole(f"{uri}/made", expected)
 
 
+@pytest.mark.ci
 def test_it_goes_on_when_the_server_was_gone_for_seconds(
     proxy: Proxy, uri: str, raw: str, expected: dict[str, bytes]
 ) -> None:
@@ -136,6 +137,7 @@ def test_it_goes_on_when_the_server_was_gone_for_seconds(
     assert_whole(f"{uri}/made", expected)
 
 
+@pytest.mark.ci
 def test_a_server_that_is_gone_for_good_ends_it_in_time_with_exit_1_and_a_new_start_goes_on(
     proxy: Proxy, uri: str, raw: str, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +176,7 @@ def test_partitions_at_once_end_in_the_same_bytes_and_share_the_hashing(
     assert_whole(f"{uri}/made", expected)
 
 
+@pytest.mark.ci
 def test_a_stored_shard_that_is_damaged_before_the_commit_is_found_and_made_anew(
     proxy: Proxy, uri: str, raw: str, expected: dict[str, bytes]
 ) -> None:
@@ -189,6 +192,7 @@ def test_a_stored_shard_that_is_damaged_before_the_commit_is_found_and_made_anew
     assert_whole(f"{uri}/made", expected)
 
 
+@pytest.mark.ci
 def test_verify_and_repair_work_on_a_bucket(
     proxy: Proxy, uri: str, raw: str, expected: dict[str, bytes]
 ) -> None:

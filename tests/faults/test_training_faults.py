@@ -275,6 +275,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed(dataset: Path) -> None:
     goes_on(start(dataset, "rank-killed"))
 
 
+@pytest.mark.ci
 def test_torchrun_restarts_a_run_from_the_last_step_saved_and_a_signal_stops_all_at_one_step(
     dataset: Path,
 ) -> None:

@@ -149,7 +149,9 @@ def has_colour(path: Path, colour: str) -> bool:
     return bool((pixels == wanted).all(axis=1).sum() >= 5)
 
 
-@pytest.mark.parametrize(("task", "num"), KINDS)
+@pytest.mark.parametrize(
+    ("task", "num"), [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.ci) for kind in KINDS[1:])]
+)
 def test_several_outputs_are_drawn_side_by_side_in_a_bounded_number_of_figures(
     tmp_path: Path, task: Task, num: int
 ) -> None:
