@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# On a machine with a GPU, too, tests run on the CPU, except those that are asked for on a GPU.
+# torch and cuBLAS read these when they are loaded
+if os.environ.get("XRAI_TEST_GPU"):
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums each time
+    # To ask for devices then does not begin CUDA, which a process that is forked could not use
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # Tests run beside others, and threads that wait for work spin; torch reads this when it is loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -92,6 +101,8 @@ def _find_docker() -> None:
 
 
 def _find_gpu() -> None:
+    if not os.environ.get("XRAI_TEST_GPU"):
+        raise NotHereError("XRAI_TEST_GPU=1 asks for tests on a CUDA device")
     import torch
 
     if not torch.cuda.is_available():
@@ -103,6 +114,7 @@ ASKED_BY = {
     "data": "XRAI_TEST_DATA",
     "s3": "XRAI_TEST_S3_ENDPOINT",
     "containers": "XRAI_TEST_CONTAINERS",
+    "gpu": "XRAI_TEST_GPU",
 }
 
 

@@ -19,6 +19,10 @@ def test_of_images(real_images):
 def test_of_images_of_the_other_kind():
     pass
 
+@pytest.mark.gpu
+def test_of_gpus():
+    pass
+
 def test_of_buckets(s3_server):
     assert os.environ["AWS_ENDPOINT_URL_S3"] == s3_server
 
@@ -42,15 +46,16 @@ def run_pytest(repository: Path, folder: Path, *options: str, **environment: str
 
 def test_what_is_missing_is_skipped_with_its_reason(repository: Path, tmp_path: Path) -> None:
     output = run_pytest(repository, tmp_path)
-    assert "1 passed, 3 skipped" in output
+    assert "1 passed, 4 skipped" in output
     assert "XRAI_TEST_DATA names the folder that holds chest_xray/" in output
     assert "XRAI_TEST_S3_ENDPOINT names one" in output
     assert "XRAI_TEST_CONTAINERS=1 asks for them" in output
+    assert "XRAI_TEST_GPU=1 asks for tests on a CUDA device" in output
 
 
 def test_images_that_were_asked_for_must_be_there(repository: Path, tmp_path: Path) -> None:
     output = run_pytest(repository, tmp_path, XRAI_TEST_DATA=str(tmp_path))
-    assert "1 passed, 2 skipped, 1 error" in output or "1 failed, 1 passed, 2 skipped" in output
+    assert "1 passed, 3 skipped, 1 error" in output or "1 failed, 1 passed, 3 skipped" in output
     assert f"XRAI_TEST_DATA is {tmp_path}, which holds no chest_xray/" in output
 
 
@@ -73,10 +78,10 @@ def test_an_s3_server_that_was_named_is_used_with_its_credentials(
 
 
 @pytest.mark.parametrize(
-    ("mark", "num_chosen"), [("data", 1), ("s3", 1), ("not data and not s3 and not containers", 1)]
+    ("mark", "num_chosen"), [("data", 1), ("s3", 1), ("not data and not s3 and not containers", 2)]
 )
 def test_a_test_has_the_mark_of_the_fixture_it_uses(
     repository: Path, tmp_path: Path, mark: str, num_chosen: int
 ) -> None:
     output = run_pytest(repository, tmp_path, "--collect-only", "-q", "-m", mark)
-    assert f"{num_chosen}/4 tests collected" in output
+    assert f"{num_chosen}/5 tests collected" in output

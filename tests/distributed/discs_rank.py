@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -30,12 +31,15 @@ def main() -> None:
         Flag("poison_rank", -1, "the rank whose loss is not finite in the fourth step", type=int),
         Flag("hang_rank", -1, "the rank that hangs before its seventh step", type=int),
         Flag("raise_rank", -1, "the rank that raises before its seventh step", type=int),
+        Flag("share_device", False, "all ranks take the first device, over gloo", type=bool),
+        Flag("reduce", False, "sum a tensor on the device over all ranks", type=bool),
         Flag("num_images", 150, "training images", type=int),
         Flag("num_val", 41, "validation images", type=int),
     ]
     config, values, _ = parse("train", description="discs", flags=flags)
     torch.set_num_threads(1)
-    with join(timeout_s=config.train.timeout_s) as ranks, ranks.explaining():
+    joined = join(timeout_s=config.train.timeout_s, share_device=values["share_device"])
+    with joined as ranks, ranks.explaining():
 
         def poison(loader: FakeLoader) -> None:
             original = loader.epoch
@@ -65,9 +69,15 @@ def main() -> None:
             else None,
             damage=poison,
         )
+        backend = dist.get_backend() if dist.is_initialized() else ""
+        reduced = torch.full((), 3.0, device=ranks.device)
+        if values["reduce"] and backend:
+            dist.all_reduce(reduced)
     print(
         json.dumps(
             {
+                "backend": backend,
+                "reduced": float(reduced),
                 "losses": outcome.losses,
                 "weights": outcome.weights,
                 "stopped": outcome.stopped,

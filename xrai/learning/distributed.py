@@ -380,41 +380,44 @@ def explain_torchrun(error: BaseException, *, host: str) -> str:
 
 
 @contextmanager
-def join(*, timeout_s: float) -> Iterator[Ranks]:
+def join(*, timeout_s: float, share_device: bool = False) -> Iterator[Ranks]:
     """Join the job that torchrun started (or be one process), and leave it at the end.
 
     `timeout_s` is how long one rank waits for another. On CUDA the process takes the device of its
-    local rank. Raises `UserError` if there are more ranks on the machine than CUDA devices.
+    local rank; with `share_device`, for tests, all take the first one and talk through gloo, for
+    NCCL takes no two ranks of one device. Raises `UserError` if there are more ranks on the machine
+    than CUDA devices.
     """
     place = own_place()
     rank, world_size = place.rank, place.world_size
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if place.local_world_size > torch.cuda.device_count():
+        local_rank = 0 if share_device else place.local_rank
+        if place.local_world_size > torch.cuda.device_count() and not share_device:
             raise UserError(
                 f"{place.local_world_size} processes on this machine but "
                 f"{torch.cuda.device_count()} CUDA devices: give torchrun --nproc_per_node at most "
                 "the number of devices"
             )
-        torch.cuda.set_device(place.local_rank)
-        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
     if world_size == 1 and not place.is_torchrun:
         yield Ranks(0, 1, 0, 1, device)
         return
     timeout = timedelta(seconds=timeout_s)
-    is_cuda = device.type == "cuda"
+    has_nccl = device.type == "cuda" and not share_device
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     dist.init_process_group(
-        "nccl" if is_cuda else "gloo",
+        "nccl" if has_nccl else "gloo",
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if is_cuda else None,
+        device_id=device if has_nccl else None,
     )
     roll = None
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout) if is_cuda else dist.group.WORLD
+        control = dist.new_group(backend="gloo", timeout=timeout) if has_nccl else dist.group.WORLD
         roll = RollCall(store, rank=rank, world_size=world_size) if world_size > 1 else None
         yield Ranks(*place[:4], device, control, store, roll)
     except BaseException as error:
