@@ -96,7 +96,11 @@ def test_a_machine_that_no_longer_answers_ends_the_process(
     ],
 )
 def test_what_ends_torchrun_is_one_line_in_the_log_and_for_the_pod(
-    failure: Exception, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    failure: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(*args: object, **options: object) -> None:
         raise failure
@@ -110,6 +114,8 @@ def test_what_ends_torchrun_is_one_line_in_the_log_and_for_the_pod(
     with pytest.raises(XraiError, match=pattern) as caught:
         rendezvous.main()
     assert message.read_text().splitlines() == [str(caught.value)]
+    # until then torchrun says nothing
+    assert "waiting for all machines of this training at node0:29400, for up to 9 s" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ def meet(endpoint: str, options: list[str], *, timeout_s: float) -> None:
         explain_torchrun,
     )
 
+    _logger.info(
+        "waiting for all machines of this training at %s, for up to %.0f s (join_timeout)",
+        endpoint,
+        timeout_s,
+    )
     sys.argv = ["torchrun", *options]
     try:
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
