@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,24 @@ def client(service: Service) -> Iterator[TestClient]:
     """A client of a server that has no film yet and asks for no token."""
     with make_client(service) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private certificate authority, ca.pem, and what it signed: server.pem for localhost alone,
+    and client.pem, each with NAME.key.
+    """
+    folder = tmp_path_factory.mktemp("authority")
+    new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+
+    def make(name: str, *options: str) -> None:
+        files = ["-keyout", f"{folder}/{name}.key", "-out", f"{folder}/{name}.pem"]
+        command = [*new, "-x509", "-days", "2", "-subj", f"/CN={name}", *files, *options]
+        subprocess.run(command, check=True, capture_output=True)
+
+    make("ca")
+    signed = ["-CA", f"{folder}/ca.pem", "-CAkey", f"{folder}/ca.key"]
+    signed += ["-addext", "basicConstraints=critical,CA:FALSE"]
+    make("server", *signed, "-addext", "subjectAltName=DNS:localhost")
+    make("client", *signed)
+    return folder

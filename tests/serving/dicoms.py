@@ -1,6 +1,7 @@
 """DICOM films, and peers that send and take them, for tests of the node."""
 
 import io
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,13 +142,13 @@ class Archive:
         return [(evt.EVT_C_STORE, self._store)]
 
     @contextmanager
-    def running(self) -> Iterator["Archive"]:
+    def running(self, tls: ssl.SSLContext | None = None) -> Iterator["Archive"]:
         """Listen, on the same port each time."""
         own = AE(ae_title="ARCHIVE")
         for kind in (uid.ComprehensiveSRStorage, uid.SecondaryCaptureImageStorage):
             own.add_supported_context(kind)
         server = own.start_server(
-            ("127.0.0.1", self.port), block=False, evt_handlers=self.handlers()
+            ("127.0.0.1", self.port), block=False, evt_handlers=self.handlers(), ssl_context=tls
         )
         assert server is not None
         self.port = int(server.server_address[1])

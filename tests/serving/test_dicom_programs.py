@@ -115,6 +115,47 @@ def test_dcmtk_takes_results_that_hold_to_the_standard(service: Service, tmp_pat
                 assert words in dumped
 
 
+def test_dcmtk_sends_and_takes_with_tls_and_certificates_of_both_ends(
+    service: Service, tmp_path: Path, authority: Path
+) -> None:
+    needs("storescp", "storescu")
+    received = tmp_path / "received"
+    received.mkdir()
+    port = free_port()
+    ca = ["+cf", f"{authority}/ca.pem"]
+    own = {
+        name: ["+tls", f"{authority}/{name}.key", f"{authority}/{name}.pem", *ca]
+        for name in ("server", "client")
+    }
+    archive = subprocess.Popen(
+        ["storescp", *own["server"], "-od", received, "-aet", "ARCHIVE", str(port)]
+    )
+    try:
+        (path,) = save(tmp_path, 1)
+        options: dict[str, Any] = {
+            "pacs": f"localhost:{port}:ARCHIVE",
+            "pacs_tls": True,
+            "pacs_ca": str(authority / "ca.pem"),
+            "outbox": str(tmp_path / "outbox"),
+            "dicom_cert": str(authority / "server.pem"),
+            "dicom_key": str(authority / "server.key"),
+            "dicom_client_ca": str(authority / "ca.pem"),
+        }
+        with dicom_side(service, **options) as (side, node_port):
+            where = ("-aec", "XRAI", "localhost", str(node_port), path)
+            stranger = subprocess.run(["storescu", "+tla", *ca, *where], capture_output=True)
+            assert stranger.returncode != 0  # shows no certificate
+            assert subprocess.run(["storescu", *where], capture_output=True).returncode != 0
+            run_program("storescu", *own["client"], *where)
+            assert side._outbox is not None
+            wait_until_empty(side._outbox)
+    finally:
+        archive.kill()
+        archive.wait()
+    (file,) = received.iterdir()
+    assert read(file).Modality == "SR"
+
+
 # ----------------------------------------------------------------------------------------- Orthanc
 
 

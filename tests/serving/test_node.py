@@ -408,6 +408,14 @@ def test_handshakes_that_are_cut_harm_nobody(certificates: Path) -> None:
     assert not [each for each in threading.enumerate() if "process_request" in each.name]
 
 
-def test_a_missing_certificate_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_certificate_and_an_encrypted_key_are_one_line(
+    tmp_path: Path, certificates: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"missing\.pem"):
         tls_context(str(tmp_path / "missing.pem"), "", "")
+    locked = tmp_path / "locked.key"
+    command = ["openssl", "pkey", "-in", str(certificates / "key.pem"), "-aes256"]
+    command += ["-passout", "pass:word", "-out", str(locked)]
+    subprocess.run(command, check=True)
+    with pytest.raises(ConfigError, match=r"locked\.key"):  # and nobody is asked for the word
+        tls_context(str(certificates / "cert.pem"), str(locked), "")

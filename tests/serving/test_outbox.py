@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pynetdicom.pdu import P_DATA_TF
 
 from tests.serving.dicoms import DEVICE, ROW, Archive, read, source_of
 from xrai.errors import ConfigError, InUseError
+from xrai.serving.dicom import _pacs_tls
 from xrai.serving.dicom_result import Result, Source, write_capture, write_report
 from xrai.serving.films import FullError
 from xrai.serving.outbox import Delivery, Outbox, Waits
@@ -438,8 +440,16 @@ def test_a_result_that_is_given_up_is_kept_from_then_on(outbox: Outbox) -> None:
 class Web(ThreadingHTTPServer):
     """A STOW-RS service that answers what it is told."""
 
-    def __init__(self, status: int, body: object = None, location: str = "") -> None:
+    def __init__(
+        self,
+        status: int,
+        body: object = None,
+        location: str = "",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), WebHandler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.status, self.location = status, location
         self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
         if body is None:
@@ -471,8 +481,10 @@ class WebHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web(status: int, body: object = None, location: str = "") -> Iterator[Web]:
-    with Web(status, body, location) as server:
+def web(
+    status: int, body: object = None, location: str = "", tls: ssl.SSLContext | None = None
+) -> Iterator[Web]:
+    with Web(status, body, location, tls) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -605,6 +617,81 @@ def test_stow_servers_that_speak_no_http_or_hang_are_tried_again(
                         pass
         assert "cannot be reached" in sending.state().trouble
     assert len(outbox.pending()) == 1
+
+
+# --------------------------------------------------------------------------------------------- TLS
+
+
+def server_tls(authority: Path, *, asks_for_certificate: bool = False) -> ssl.SSLContext:
+    """What an archive shows, and whom it trusts."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(authority / "server.pem", authority / "server.key")
+    if asks_for_certificate:
+        context.load_verify_locations(authority / "ca.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def flags_of(authority: Path, *, ca: bool = True, own: bool = False) -> dict[str, object]:
+    """The flags of a server that sends results with TLS."""
+    return {
+        "pacs_tls": True,
+        "pacs_ca": str(authority / "ca.pem") if ca else "",
+        "dicom_cert": str(authority / "client.pem") if own else "",
+        "dicom_key": str(authority / "client.key") if own else "",
+    }
+
+
+@pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
+@pytest.mark.parametrize(
+    ("host", "trusts", "is_sent"),
+    [
+        ("localhost", True, True),
+        ("localhost", False, False),  # the authority is a private one
+        ("127.0.0.1", True, False),  # the certificate is another host's
+    ],
+)
+def test_results_go_with_tls_to_the_archive_whose_certificate_is_trusted_alone(
+    outbox: Outbox, authority: Path, way: str, host: str, trusts: bool, is_sent: bool
+) -> None:
+    sent, archive, tls = put(outbox, 1), Archive(), server_tls(authority)
+    with archive.running(tls) as listening, web(200, STORED, tls=tls) as server:
+        address = f"{host}:{listening.port}:ARCHIVE"
+        if way == "STOW-RS":
+            address = f"https://{host}:{server.server_address[1]}"
+        context = _pacs_tls(flags_of(authority, ca=trusts))
+        pacs = find_pacs(address, calling="XRAI", tls=context, token="")
+        with delivery(outbox, pacs) as sending:
+            if is_sent:
+                wait_until_empty(outbox)
+            while not is_sent and sending.state().num_failures < 2:
+                time.sleep(0.01)
+            trouble = sending.state().trouble
+        reached = [*uids(archive), *(head["path"] for head in server.heads)]
+    if is_sent:
+        assert reached in ([sent], ["/studies"])
+    else:
+        assert reached == [] and len(outbox.pending()) == 1
+        assert "certificate" in trouble or "SSLError" in trouble
+
+
+def test_an_archive_that_asks_for_a_certificate_gets_that_of_the_node(
+    outbox: Outbox, authority: Path
+) -> None:
+    sent, archive = put(outbox, 1), Archive()
+    with archive.running(server_tls(authority, asks_for_certificate=True)) as listening:
+        for own in (False, True):
+            context = _pacs_tls(flags_of(authority, own=own))
+            pacs = DimsePacs("localhost", listening.port, "ARCHIVE", "XRAI", context)
+            with delivery(outbox, pacs) as sending:
+                while not own and not sending.state().num_failures:
+                    time.sleep(0.01)
+                if own:
+                    wait_until_empty(outbox)
+    assert uids(archive) == [sent]
+
+
+# --------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
