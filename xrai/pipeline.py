@@ -31,6 +31,7 @@ from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
+from xrai.learning.tracing import Look, trace
 from xrai.log import progress
 from xrai.results.ensemble import disagreement, mean_outputs, mean_priors, scaled_logits
 from xrai.results.prior import ESTIMATE, Prior, Wanted, estimate_prior, move_outputs, read_prior
@@ -129,15 +130,22 @@ class _Member:
         self._network = model.network.for_inference().to(device)
         self._typicality = model.typicality.to(device)
         self._device = device
+        self._look: Look = functools.partial(self._typicality.atypicality, self._network)
         self.outputs = tuple(self.outputs[column] for column in self._columns)
         self.priors = tuple(model.priors[column] for column in self._columns if model.priors)
 
     def score(self, images: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Calibrated logits (n, C) and atypicality (n,) of images (n, size, size)."""
         with torch.inference_mode():
-            found = self._typicality.atypicality(self._network, self._grey(images))
+            found = self._look(self._grey(images))
         logits, atypicality = (each.double().cpu().numpy() for each in found)
         return scaled_logits(self.outputs, logits[:, self._columns]), atypicality
+
+    def trace(self) -> None:
+        """See `Pipeline.trace`."""
+        size = self.square[0]
+        images = np.random.default_rng(0).integers(0, 256, (8, size, size), np.uint8)
+        self._look = trace(self._network, self._typicality, self._grey(images)) or self._look
 
     def explain(self, images: Pixels, outputs: int | NDArray[np.int64]) -> torch.Tensor:
         """Heat maps (n, size, size) in [0, 1], for one output or for one of each image, (n,)."""
@@ -251,6 +259,13 @@ class Pipeline:
         found = self._score([images] if isinstance(images, np.ndarray) else images)
         probabilities = found.probabilities
         return probabilities[:, 0] if self._is_binary else probabilities, found.atypicality
+
+    def trace(self) -> None:
+        """Score without Python from now on, where that gives the same: for a server, whose threads
+        else wait for each other.
+        """
+        for member in self._members:
+            member.trace()
 
     def explain(
         self, images: Pixels | Sequence[Pixels], outputs: int | NDArray[np.int64] = 0

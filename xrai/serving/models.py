@@ -95,6 +95,7 @@ def load_models(runs: Sequence[str], *, prior: Wanted | None = None) -> Models:
     stated = (stated_hash(open_store(run), MODEL_FILE) for run in runs)
     hashes = tuple(filter(None, stated))
     pipeline = load_pipeline(*runs, prior=prior)
+    pipeline.trace()
     summaries = {}
     for run, model in zip(runs, pipeline.models, strict=True):
         store = open_store(run)

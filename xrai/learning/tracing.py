@@ -1,0 +1,48 @@
+"""A network and its review rule as one call into torch, for `xrai serve`.
+
+In Python each of some 200 operations gives the interpreter lock back and waits for it again, behind
+the threads that answer requests and decode. A trace holds none. `torch.jit` is deprecated, and so
+far nothing else does this without a compiler: what `torch.export` gives runs in Python.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from xrai.learning.network import Network
+from xrai.learning.typicality import Typicality
+
+Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # as `Typicality.atypicality` with its network
+
+_NUMS_TRIED: Final = (1, 2, 7)  # images of a batch
+
+
+def trace(network: Network, typicality: Typicality, images: Tensor) -> Look | None:
+    """`typicality.atypicality` of the network without Python, for batches of any number; None where
+    the trace does not give the same for parts of these images (B, 1, H, W), B >= 7, in [0, 1].
+    """
+    whole = _Whole(network, typicality).eval()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of being deprecated, and of shapes, which are tried below
+        try:
+            traced: Look = torch.jit.trace(whole, images[:3], check_trace=False)
+            is_same = all(
+                torch.allclose(own, other, rtol=1e-5, atol=1e-6)
+                for num in _NUMS_TRIED
+                for own, other in zip(whole(images[:num]), traced(images[:num]), strict=True)
+            )
+        except (RuntimeError, TypeError, ValueError):  # a network that cannot be traced
+            return None
+    return traced if is_same else None
+
+
+class _Whole(nn.Module):
+    def __init__(self, network: Network, typicality: Typicality) -> None:
+        super().__init__()
+        self.network, self.typicality = network, typicality
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.typicality.atypicality(self.network, images)
