@@ -48,6 +48,7 @@ SERVICES = {
 }
 GPU = "--file=docker/compose.gpu.yaml"
 CEPH = "--file=tests/e2e/compose.ceph.yaml"
+DICOM = "--file=docker/compose.dicom.yaml"
 
 
 def container_of(stack: Stack, service: str) -> str:
@@ -59,7 +60,9 @@ def container_of(stack: Stack, service: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "files", [(), (GPU,), (CEPH,), (GPU, CEPH)], ids=["plain", "gpu", "ceph", "gpu and ceph"]
+    "files",
+    [(), (GPU,), (CEPH,), (GPU, CEPH), (DICOM,)],
+    ids=["plain", "gpu", "ceph", "gpu and ceph", "dicom"],
 )
 @pytest.mark.parametrize("profile", ["", "multinode", "tools", "*"])
 def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(
@@ -69,6 +72,8 @@ def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(
     keys: dict[str, Any] = (
         {"XRAI_S3_KEY": "key", "XRAI_S3_SECRET": "secret"} if CEPH in files else {}
     )
+    if DICOM in files:
+        keys |= {"XRAI_DICOM_ALLOW": "CR1", "XRAI_PACS": "pacs.example.org:104:ARCHIVE"}
     for source, mounted in {
         "": "phantoms",
         "/films": "/films",

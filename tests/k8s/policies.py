@@ -162,11 +162,12 @@ def failures_explained(documents: list[Document]) -> list[str]:
 
 
 def mounts_fit(documents: list[Document]) -> list[str]:
-    """Everything mounted exists; what is writable is an emptyDir; training has a cache and a
-    large /dev/shm.
+    """Everything mounted exists; what is writable is an emptyDir or a claim that is made here;
+    training has a cache and a large /dev/shm.
     """
     broken = []
     configs = of_kind(documents, "ConfigMap")
+    claims = of_kind(documents, "PersistentVolumeClaim")
     for workload in workloads(documents):
         volumes = {volume["name"]: volume for volume in workload.pod.get("volumes", [])}
         for volume in volumes.values():
@@ -182,7 +183,9 @@ def mounts_fit(documents: list[Document]) -> list[str]:
                 if volume is None:
                     broken.append(f"{where} mounts {mount['name']}, which is no volume")
                 elif not mount.get("readOnly") and "emptyDir" not in volume:
-                    broken.append(f"{where} may write to {path}")
+                    claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+                    if claim not in claims:
+                        broken.append(f"{where} may write to {path}")
             if "/tmp" not in mounts:
                 broken.append(f"{where} has no /tmp")
             if workload.component == "train":
@@ -478,7 +481,7 @@ def network_denied(documents: list[Document]) -> list[str]:
             broken.append(f"{workload.name} is open to {sorted({'Ingress', 'Egress'} - kinds)}")
         for policy in own:
             for rule in policy["spec"].get("ingress", []):
-                if not rule.get("from") or any("podSelector" not in peer for peer in rule["from"]):
+                if not rule.get("from") or not all(map(_is_named, rule["from"])):
                     broken.append(f"{workload.name} can be reached from anywhere")
             for rule in policy["spec"].get("egress", []):
                 if not (peers := rule.get("to")):
@@ -547,6 +550,12 @@ def _by_trainer(workload: Workload) -> bool:
 
 def _selects(selector: Document, labels: dict[str, str]) -> bool:
     return bool(selector.get("matchLabels", {}).items() <= labels.items())
+
+
+def _is_named(peer: Document) -> bool:
+    """Whether a rule lets in chosen pods, or one address."""
+    cidr = peer.get("ipBlock", {}).get("cidr", "::/0")
+    return "podSelector" in peer or ipaddress.ip_network(cidr).num_addresses == 1
 
 
 def _within(address: str, block: Document) -> bool:

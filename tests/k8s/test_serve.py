@@ -15,6 +15,7 @@ from tests.k8s.manifests import (
     environment_of,
     expand,
     of_kind,
+    quantity,
     read_documents,
     render_folder,
 )
@@ -117,3 +118,75 @@ def test_a_server_that_stays_on_a_dead_machine_is_found(documents: list[Document
     pod = of_kind(documents, "Deployment")["xrai-serve"]["spec"]["template"]["spec"]
     del pod["tolerations"]
     assert policies.dead_machines_left(documents)
+
+
+# ------------------------------------------------------------------------------------------- DICOM
+
+
+@pytest.fixture
+def with_dicom(tmp_path: Path) -> list[Document]:
+    """What a folder of one's own applies that takes the DICOM node in, as its file says."""
+    head = (K8S / "serve-dicom/kustomization.yaml").read_text().partition("apiVersion")[0]
+    lines = [line for line in head.splitlines() if re.match(r"#   (resources|components):", line)]
+    (tmp_path / "kustomization.yaml").write_text("\n".join(line[4:] for line in lines))
+    shutil.copy(K8S / "serve.yaml", tmp_path)
+    shutil.copytree(K8S / "serve-dicom", tmp_path / "serve-dicom")
+    return render_folder(tmp_path)
+
+
+def test_the_dicom_node_keeps_the_rules_and_fits_the_schemas(with_dicom: list[Document]) -> None:
+    assert {rule.__name__: broken for rule in OWN_RULES if (broken := rule(with_dicom))} == {}
+    found = [problems(document, version) for document in with_dicom for version in VERSIONS]
+    assert not any(found), found
+
+
+def test_the_dicom_node_takes_its_arguments_and_is_reached(with_dicom: list[Document]) -> None:
+    serve = pytest.importorskip("xrai.serve")
+    dicom = pytest.importorskip("xrai.serving.dicom")
+    container = container_of(with_dicom)
+    own = environment_of(container, with_dicom, fields={})
+    word, *arguments = [expand(text, own) for text in container["args"]]
+    flags = parse(word, arguments, description="", flags=serve.FLAGS).flags
+    options = dicom.read_options(flags)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert options.node.port == ports["dicom"]
+    (outside,) = of_kind(with_dicom, "Service")["xrai-serve-dicom"]["spec"]["ports"]
+    policy = of_kind(with_dicom, "NetworkPolicy")["xrai-serve-dicom"]["spec"]
+    (incoming,), (outgoing,) = policy["ingress"], policy["egress"]
+    assert outside["targetPort"] == incoming["ports"][0]["port"] == "dicom"
+    (peer,) = outgoing["to"]
+    assert peer["ipBlock"]["cidr"] == f"{options.pacs.host}/32"
+    assert outgoing["ports"][0]["port"] == options.pacs.port
+    assert len(options.node.callers) == len(incoming["from"])
+
+
+def test_the_queue_of_results_outlives_the_pod(with_dicom: list[Document]) -> None:
+    outbox = pytest.importorskip("xrai.serving.outbox")
+    container = container_of(with_dicom)
+    pod = of_kind(with_dicom, "Deployment")["xrai-serve"]["spec"]["template"]["spec"]
+    (flag,) = (text for text in container["args"] if text.startswith("--outbox="))
+    (mount,) = (
+        mount
+        for mount in container["volumeMounts"]
+        if flag.removeprefix("--outbox=").startswith(f"{mount['mountPath']}/")
+    )
+    (volume,) = (volume for volume in pod["volumes"] if volume["name"] == mount["name"])
+    claim = of_kind(with_dicom, "PersistentVolumeClaim")[
+        volume["persistentVolumeClaim"]["claimName"]
+    ]
+    assert quantity(claim["spec"]["resources"]["requests"]["storage"]) > outbox.MAX_BYTES
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+    # a second pod could not open the queue
+    assert of_kind(with_dicom, "Deployment")["xrai-serve"]["spec"]["strategy"]["type"] == "Recreate"
+
+
+def test_without_it_there_is_no_dicom_node(documents: list[Document]) -> None:
+    assert "dicom" not in str(documents).lower()
+
+
+def test_volumes_of_others_and_wide_networks_are_found(with_dicom: list[Document]) -> None:
+    others = [each for each in with_dicom if each["kind"] != "PersistentVolumeClaim"]
+    assert any("may write to /outbox" in line for line in policies.mounts_fit(others))
+    policy = of_kind(with_dicom, "NetworkPolicy")["xrai-serve-dicom"]["spec"]
+    policy["ingress"][0]["from"][0] = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    assert policies.network_denied(with_dicom)

@@ -1,6 +1,7 @@
 """Films by C-STORE through a whole server: scored, listed, and answered to an archive."""
 
 import logging
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.serving.conftest import make_service
 from tests.serving.dicoms import Archive, changed, film, read, send
 from tests.serving.test_dicom_result import said
 from tests.serving.test_outbox import wait_until_empty
+from xrai import serve
 from xrai.command import parse
 from xrai.errors import ConfigError, InUseError, UserError
 from xrai.phantom import draw_phantom, encode, plan
@@ -218,6 +221,33 @@ def test_a_full_list_asks_the_sender_to_try_again(run: Path) -> None:
 def test_options_that_do_not_fit_are_one_line(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_options(flags(**given))
+
+
+def test_the_compose_file_adds_a_node_to_the_service(repository: Path) -> None:
+    given = {"XRAI_DICOM_ALLOW": "CR1,DX2", "XRAI_PACS": "pacs.example.org:104:ARCHIVE"}
+
+    def service(name: str) -> dict[str, Any]:
+        """As Compose reads it: `${NAME:-default}`, and `${NAME:?why}` of what must be given."""
+        text = (repository / name).read_text()
+        filled = re.sub(
+            r"\$\{(\w+):([-?])([^}]*)\}",
+            lambda found: given[found[1]] if found[2] == "?" else found[3],
+            text,
+        )
+        loaded: dict[str, Any] = yaml.safe_load(filled)["services"]["serve"]
+        return loaded
+
+    own, added = service("compose.yaml"), service("docker/compose.dicom.yaml")
+    word, *arguments = own["command"]
+    assert added["command"][: len(own["command"])] == own["command"]
+    word, *arguments = added["command"]
+    options = read_options(parse(word, arguments, description="", flags=serve.FLAGS).flags)
+    assert options is not None and options.pacs is not None and options.outbox is not None
+    assert options.node.callers == {"CR1", "DX2"}
+    assert options.pacs.name == given["XRAI_PACS"]
+    (port,), (volume,) = added["ports"], added["volumes"]
+    assert port == f"127.0.0.1:11112:{options.node.port}"
+    assert volume.partition(":")[2] in map(str, options.outbox.parents)
 
 
 def test_without_a_port_there_is_no_node() -> None:
