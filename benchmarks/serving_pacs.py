@@ -89,8 +89,8 @@ def be_archive(port: int, folder: Path) -> None:
 
 
 def be_sender(port: int, folder: Path, films_s: float) -> None:
-    """Send films without end, some in each association; each UID that is answered with 0000 is a
-    line of a file.
+    """Send films until it is killed, some in each association; each UID that is answered with 0000
+    is a line of a file.
     """
     films = [pydicom.dcmread(path) for path in sorted((folder / "films").iterdir())]
     own = AE(ae_title="MODALITY")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serving.conftest import make_service
+from tests.serving.conftest import make_client, make_service
 from tests.serving.dicoms import Archive, changed, film, read, send
 from tests.serving.test_dicom_result import said
 from tests.serving.test_outbox import wait_until_empty
@@ -191,6 +191,20 @@ def test_what_cannot_be_scored_is_answered_and_not_listed(service: Service) -> N
         assert (status, bool(comment)) == (0xC000, True)
         assert send(port, film(BodyPartExamined="HAND"))[0] == 0xB006
     assert service.worklist.films() == []
+
+
+def test_a_film_of_another_part_is_refused_by_the_node_and_scored_where_a_person_chose_it(
+    service: Service, tmp_path: Path
+) -> None:
+    data = changed(phantoms(1)[0], BodyPartExamined="HAND")
+    (tmp_path / "film.dcm").write_bytes(data)
+    (expected,) = service.models.pipeline.predict(tmp_path / "film.dcm")
+    with make_client(service) as client, dicom_side(service) as (_, port):
+        assert send(port, data)[0] == 0xB006
+        headers = {"Content-Type": "application/dicom"}
+        (row,) = client.post("/v1/films", content=data, headers=headers).json()["films"]
+    assert row["decision"] == expected.decision
+    assert row["probabilities"] == pytest.approx(dict(expected.probabilities), abs=1e-5)
 
 
 def test_a_full_list_asks_the_sender_to_try_again(run: Path) -> None:

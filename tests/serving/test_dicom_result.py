@@ -31,7 +31,7 @@ REVIEWED = replace(
 )
 
 
-def picture() -> bytes:
+def panel() -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -133,7 +133,7 @@ def test_the_same_film_and_models_make_the_same_object_and_others_another(kind: 
         source = replace(read_source(data), pixels=pixels)
         if kind == "sr":
             return write_report(source, ROW, device).sop_instance_uid
-        return write_capture(source, picture(), device).sop_instance_uid
+        return write_capture(source, panel(), device).sop_instance_uid
 
     first = uid_of(film("a"))
     assert first == uid_of(film("a", BitsStored=13))
@@ -149,8 +149,8 @@ def test_the_same_film_and_models_make_the_same_object_and_others_another(kind: 
     assert len(others - {first}) == 6
 
 
-def test_a_capture_holds_the_picture_and_names_its_source() -> None:
-    data, png = film(), picture()
+def test_a_capture_holds_the_image_and_names_its_source() -> None:
+    data, png = film(), panel()
     capture = read(write_capture(read_source(data), png, DEVICE).data)
     with Image.open(io.BytesIO(png)) as image:
         np.testing.assert_array_equal(capture.pixel_array, np.asarray(image))

@@ -128,7 +128,7 @@ class Result:
 def read_source(data: bytes) -> Source:
     """What results need of a film's header.
 
-    Raises `ImageError` where one of its UIDs is missing or unlawful, or the file is damaged.
+    Raises `ImageError` where one of its UIDs is missing or invalid, or the file is damaged.
     """
     texts = read_texts(data, [*_IDENTITY, *_COPIED])
     for name in _IDENTITY:

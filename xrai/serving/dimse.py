@@ -1,8 +1,8 @@
 """pynetdicom, kept quiet and within limits: its one home is here.
 
-pynetdicom 3.0 believes what a peer says: it reads a PDU of any stated length, waits for its bytes
-without end, shakes hands for TLS in the thread that accepts connections, and gathers the data of
-messages while others wait. `GuardedServer` bounds all of it.
+pynetdicom 3.0 trusts its peers: it reads a PDU of any stated length, waits for its bytes without a
+limit, does TLS handshakes in the thread that accepts connections, and collects the data of messages
+while others wait. `GuardedServer` limits all of that, and `associate` what an archive may do.
 """
 
 import logging
@@ -283,7 +283,7 @@ class GuardedServer(ThreadedAssociationServer):
             cut(association)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Shake hands for TLS, and begin to listen to the peer."""
+        """Do the TLS handshake, and begin to listen to the peer."""
         try:
             if isinstance(request, ssl.SSLSocket):
                 request.do_handshake()

@@ -1,9 +1,9 @@
 """The DICOM node: takes films by C-STORE, has them scored, and answers each with a status.
 
-A film counts as taken (status 0000) only when it has been scored and, where results go to an
-archive, its results are in the outbox on disk. So the sender keeps what a kill interrupts, and
-sends it again. What is no frontal radiograph of a chest gets a warning: after a failure, a sender
-would try again without end. `Outcome` has all answers; docs/serve.md explains them.
+A film is accepted (status 0000) only when it has been scored and, where results go to an archive,
+its results are in the outbox on disk. So if the server is killed, the sender still has the film and
+sends it again. A film that is not a frontal chest radiograph gets a warning: after a failure, some
+senders retry forever. `Outcome` has all answers; docs/serve.md explains them.
 
 No log line and no answer holds text of a header.
 """
@@ -35,7 +35,7 @@ STORAGE_CLASSES: Final = (
     uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
     uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
 )
-# BodyPartExamined (PS3.16 annex L) of what is surely no chest; other texts are not trusted
+# BodyPartExamined (PS3.16 annex L) that surely names another part; other texts are not trusted
 _OTHER_PART_NAMES = """
 ABDOMEN ABDOMENPELVIS ANKLE ARM BREAST CALCANEUS CALF CLAVICLE COCCYX CSPINE ELBOW EXTREMITY FACE
 FEMUR FINGER FOOT FOREARM HAND HEAD HIP HUMERUS JAW KNEE LEG LSPINE LUMBAR MANDIBLE MAXILLA NECK
@@ -58,8 +58,8 @@ class Outcome(Enum):
     MISMATCH = "mismatch", 0xA900  # of data set and request
     UNREADABLE = "unreadable", 0xC000
     TOO_LARGE = "too_large", 0xC001
-    CLASS = "class", 0x0122  # of another SOP class than was agreed on
-    FAILED = "failed", 0x0110  # by a fault of ours
+    CLASS = "class", 0x0122  # the SOP class differs from that of the presentation context
+    FAILED = "failed", 0x0110  # a fault in xrai
 
     def __init__(self, word: str, status: int) -> None:
         self.word, self.status = word, status
@@ -109,7 +109,7 @@ class Node:
         self._own = entity(options.ae_title, timeout_s=_TIMEOUT_S)
 
     def start(self) -> int:
-        """Begin to listen; the port. Raises `ConfigError` where the address cannot be had."""
+        """Begin to listen; the port. Raises `ConfigError` where the address is not available."""
         options, own = self._options, self._own
         own.network_timeout = options.limits.idle_timeout_s
         own.maximum_associations = 1 << 16  # `GuardedServer` has limits of its own
@@ -135,7 +135,7 @@ class Node:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"--dicom_port {options.port} on {options.host} cannot be had: {error}"
+                f"--dicom_port {options.port} on {options.host} is not available: {error}"
             ) from error
         self._server = server
         threading.Thread(

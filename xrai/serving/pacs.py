@@ -90,11 +90,11 @@ def find_pacs(address: str, *, calling: str, tls: ssl.SSLContext | None, token: 
 
 
 def check_ae_title(text: str, flag: str) -> str:
-    """An AE title (PS3.5, VR AE). Raises `ConfigError` where it is none."""
+    """An AE title (PS3.5, VR AE). Raises `ConfigError` for an invalid one."""
     title = text.strip(" ")
     if not 1 <= len(title) <= 16 or not title.isascii() or not title.isprintable() or "\\" in title:
         raise ConfigError(
-            f"{flag}: {text!r} is no AE title: 1 to 16 ASCII characters, no backslash"
+            f"{flag}: {text!r} is not an AE title: 1 to 16 ASCII characters, no backslash"
         )
     return title
 
@@ -117,7 +117,7 @@ class DimsePacs:
 
     @contextmanager
     def open(self) -> Iterator[Session]:
-        """An association. Raises `AwayError` where there is none to be had."""
+        """An association. Raises `AwayError` where the archive gives none."""
         from pydicom import uid
 
         client = entity(self.calling, timeout_s=self.timeout_s)
@@ -133,7 +133,7 @@ class DimsePacs:
             close_socket(association)
             how = "rejects the association" if association.is_rejected else "does not answer"
             if self.tls and not association.is_rejected:
-                how += ", or one of both does not trust the other's certificate"
+                how += ", or a certificate is not trusted"
             raise AwayError(f"{self.name} {how}")
         try:
             yield _Association(self.name, association)
@@ -158,7 +158,7 @@ class _Association:
         except ValueError:
             raise RefusedError(f"{self._name} takes no objects of this kind") from None
         except (InvalidDicomError, AttributeError, KeyError):
-            raise RefusedError("the file is no whole DICOM object") from None
+            raise RefusedError("the file is not a complete DICOM object") from None
         except (RuntimeError, OSError):
             raise AwayError(f"{self._name} has ended the association") from None
         if "Status" not in answer:
@@ -238,7 +238,7 @@ class _WebSession:
             while part := answer.read1(_MAX_ANSWER_BYTES, decode_content=False):
                 said += part
                 if len(said) > _MAX_ANSWER_BYTES or time.monotonic() > deadline:
-                    raise AwayError(f"{self._address} answers without end")
+                    raise AwayError(f"{self._address} sends an endless answer")
         except BaseException:
             answer.close()
             raise
