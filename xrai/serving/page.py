@@ -62,6 +62,7 @@ def render(template: str, request: Request, **values: object) -> HTMLResponse:
         .get_template(template)
         .render(
             words=words_of(language),
+            reasons=reasons_of(language),
             language=language,
             languages=LANGUAGES,
             theme=theme if theme in THEMES else THEMES[0],
@@ -109,6 +110,13 @@ def words_of(language: str) -> Mapping[str, str]:
     """The page's words in a language, by name."""
     found = yaml.safe_load(_source("words.yaml"))
     return {name: texts[language] for name, texts in found.items()}
+
+
+@functools.cache
+def reasons_of(language: str) -> list[tuple[str, str]]:
+    """What the server says, as it says it and in a language; of its own language nothing."""
+    found = yaml.safe_load(_source("reasons.yaml"))
+    return [(texts["en"], texts[language]) for texts in found if language != "en"]
 
 
 @functools.cache

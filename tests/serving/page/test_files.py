@@ -1,5 +1,6 @@
 """The files that the page is made of: words, scripts, templates, and how they are served."""
 
+import ast
 import asyncio
 import re
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import yaml
 from starlette.applications import Starlette
 
+import xrai
+from xrai.ingest.greys import FLAT
 from xrai.serving.page import (
     CONTENT_SECURITY_POLICY,
     LANGUAGES,
     assets,
     page_routes,
     preferred_language,
+    reasons_of,
     words_of,
 )
 
@@ -65,6 +69,64 @@ def test_every_word_is_there_in_each_language_with_the_same_places_for_values() 
         assert all(texts.values()), name
         places = [sorted(re.findall(r"\{\w+\}", text)) for text in texts.values()]
         assert places[0] == places[1], name
+
+
+def said_of_films() -> list[str]:
+    """What `ImageError` and, of zip archives, `SourceError` say in the code, 7 for each value."""
+    found = []
+    root = Path(xrai.__file__).parent
+    for path in (*root.glob("ingest/*.py"), root / "serving/uploads.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {
+            node.targets[0].id: node.value.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        } | {"FLAT": FLAT}
+        zips = [node for node in tree.body if getattr(node, "name", "") == "ZipSource"]
+        for kinds, trees in ((("ImageError", "OtherImageError"), [tree]), (("SourceError",), zips)):
+            calls = (node for tree in trees for node in ast.walk(tree))
+            for call in calls:
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") in kinds:
+                    (said,) = call.args
+                    if isinstance(said, ast.Name):
+                        found += [texts[said.id]] if said.id in texts else []
+                    elif not isinstance(said, ast.Call):  # what something else says
+                        found.append(sample(said))
+    return found
+
+
+def sample(text: ast.expr) -> str:
+    """A text of the code, 7 for each value."""
+    match text:
+        case ast.Constant(value=str(words)):
+            return words
+        case ast.JoinedStr(values=parts):
+            return "".join(map(sample, parts))
+        case ast.FormattedValue(value=ast.IfExp(body=words)):
+            return sample(words)
+    return "7"
+
+
+def pattern(said: str) -> str:
+    return re.sub(r"\\{\w+\\}", ".+?", re.escape(said))
+
+
+def test_every_reason_that_a_film_can_have_is_translated() -> None:
+    said = said_of_films()
+    assert len(said) > 40 and "shows one grey level throughout" in said
+    known = [pattern(text) for text, _ in reasons_of("fr")]
+    assert [text for text in said if not any(re.fullmatch(each, text) for each in known)] == []
+
+
+def test_a_translation_has_the_values_of_what_it_translates() -> None:
+    for said, text in reasons_of("fr"):
+        assert re.findall(r"\{\w+\}", said) == sorted(
+            re.findall(r"\{\w+\}", text), key=said.index
+        ), said
+    assert reasons_of("en") == []
 
 
 def test_every_word_that_is_used_exists_and_every_other_one_is_gone() -> None:

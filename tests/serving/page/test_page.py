@@ -19,6 +19,9 @@ from tests.models import phantoms, save_random_run, save_run
 from tests.serving.conftest import make_service
 from tests.serving.page.conftest import Film, Ward, like, serve
 from xrai.labels import LabelSpec, Task
+from xrai.serving.films import Worklist
+from xrai.serving.models import load_models
+from xrai.serving.service import Service
 
 pytestmark = [pytest.mark.browser, pytest.mark.ci]  # minutes on two cores
 
@@ -450,6 +453,54 @@ def test_every_class_or_finding_has_its_probability_and_its_heat_map(
         expect(page.locator("#meaning")).to_be_hidden()  # the run has no summary
         page.click("#open-card")
         expect(page.locator("#card tbody tr")).to_have_count(3)
+
+
+def test_the_bar_of_a_row_is_the_probability_that_the_list_is_sorted_by(
+    ward: Ward, tmp_path: Path
+) -> None:
+    names = ("NORMAL", "BACTERIAL", "VIRAL")
+    service = make_service(save_random_run(tmp_path, LabelSpec("multiclass", names)))
+    with serve(service) as address:
+        other = Ward(ward.page, address)
+        filled(other, 6)
+        bars = ward.page.locator(".row .measure").all_inner_texts()
+        said = [film for film in other.films() if film["score"] is not None]
+        for film, bar in zip(said, bars, strict=True):
+            name, share = bar.split()
+            assert name == film["score_of"] != "NORMAL"
+            assert float(share.strip("%")) == pytest.approx(
+                100 * float(str(film["score"])), abs=0.6
+            )
+
+
+def test_films_that_wait_are_counted_until_they_are_listed(ward: Ward, server: str) -> None:
+    page, waits = ward.page, [2, 2, 0]
+
+    def answer(route: Route) -> None:
+        if route.request.method != "GET":
+            route.continue_()
+            return
+        num = waits.pop(0) if len(waits) > 1 else waits[0]
+        route.fulfill(json={"films": [], "num_waiting": num})
+
+    page.route("**/v1/films", answer)
+    page.goto(server)
+    expect(page.locator("#count")).to_contain_text("2 being scored")
+    expect(page.locator("#empty")).to_be_hidden()
+    expect(page.locator("#empty")).to_be_visible()
+    expect(page.locator("#count")).to_be_hidden()
+
+
+@like(locale="fr-FR")
+def test_runs_that_predict_together_say_how_far_they_differ(ward: Ward, tmp_path: Path) -> None:
+    runs = [str(save_run(tmp_path, run_id=name, num_steps=n)) for name, n in (("a", 25), ("b", 9))]
+    models = load_models(runs)
+    worklist = Worklist(max_films=9, max_bytes=1 << 24, lifetime_s=60)
+    with serve(Service(models, tuple(runs), load_models, worklist)) as address:
+        other = Ward(ward.page, address)
+        page = opened(other, "one.png", films(1)[0][1]).page
+        expect(page.locator("#facts")).to_contain_text("Écart entre les entraînements")
+        expect(page.locator("#facts")).to_contain_text("au plus")
 
 
 def test_why_a_film_is_for_review_is_said_beside_it(ward: Ward) -> None:

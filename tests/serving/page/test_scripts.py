@@ -150,3 +150,44 @@ def test_predictive_values_are_those_of_counts(page: Page, prevalence: float) ->
 def test_predictive_values_that_are_undefined_are_none(page: Page) -> None:
     never = {"sensitivity": 0, "specificity": 1}
     assert json.dumps(page.evaluate(VALUES, [never, 0.5])) == '{"ppv": null, "npv": 0.5}'
+
+
+REASON = """async (film) => {
+  const { reasonSentence, reasonWords } = await import("/page/words.js");
+  return [reasonWords(film.reason), reasonSentence(film)];
+}"""
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (
+            "does not look like the training images: atypicality 2.31, above the limit of 1",
+            "ne ressemble pas aux images d'entraînement : atypicité 2,31, au-dessus de la limite "
+            "de 1",
+        ),
+        (
+            "cannot be taken apart: $&.zip is encrypted (a.png); unpack it and give the folder as "
+            "--source",
+            "ne peut pas être ouvert : $&.zip est chiffré (a.png) ; décompressez-le et envoyez les "
+            "fichiers",
+        ),
+        ("declares 0 x 30000 pixels", "déclare 0 × 30\u202f000 pixels"),
+    ],
+)
+def test_what_the_server_says_is_said_in_french(
+    browser: Browser, server: str, said: str, text: str
+) -> None:
+    page = browser.new_page(locale="fr-FR")
+    page.goto(f"{server}/")
+    words, sentence = page.evaluate(REASON, {"reason": said})
+    assert words == {"text": text, "language": "fr"}
+    assert sentence == {"text": f"Il {text}.", "language": "fr"}
+    words, _ = page.evaluate(REASON, {"reason": "is something new"})
+    assert words == {"text": "is something new", "language": "en"}
+    page.close()
+
+
+def test_in_english_reasons_are_as_the_server_says_them(page: Page) -> None:
+    _, sentence = page.evaluate(REASON, {"reason": "is empty (0 bytes)"})
+    assert sentence == {"text": "It is empty (0 bytes).", "language": "en"}

@@ -1,14 +1,15 @@
 // The HTTP interface as the page uses it: the film and the model in the page's own terms.
 
 import { readPng } from "./png.js";
-import { say } from "./words.js";
+import { reasonWords, say } from "./words.js";
 
 // The model: {run, outputs, numImages, split, isPhantom, trainedOn}
 export async function fetchModel() {
   return toModel(await (await ask("/v1/model")).json());
 }
 
-// All films in the order of the list; null where nothing changed since the last answer
+// {films, numWaiting}: all films in the order of the list, and how many more are being scored; null
+// where nothing changed since the last answer
 export async function fetchFilms() {
   const answer = await ask("/v1/films", { headers: tag ? { "If-None-Match": tag } : {} });
   if (answer.status === 304) return null;
@@ -16,7 +17,8 @@ export async function fetchFilms() {
   const text = await answer.text();
   if (text === lastText) return null;
   lastText = text;
-  return JSON.parse(text).films.map(toFilm);
+  const { films, num_waiting: numWaiting } = JSON.parse(text);
+  return { films: films.map(toFilm), numWaiting };
 }
 let tag = "";
 let lastText = "";
@@ -73,7 +75,8 @@ function answerOf(request) {
   const { status, responseText } = request;
   if (status >= 200 && status < 300) {
     const { films, refused = [] } = JSON.parse(responseText);
-    return { films: films.map(toFilm), refused };
+    const inWords = refused.map(({ name, reason }) => ({ name, reason: reasonWords(reason).text }));
+    return { films: films.map(toFilm), refused: inWords };
   }
   const reason = reasonOf(status, responseText);
   if (status >= 400 && status < 500 && status !== 429) return { reason, isFinal: true };
@@ -85,7 +88,9 @@ function answerOf(request) {
 function reasonOf(status, text) {
   if (status === 413) return say("upload_too_large");
   try {
-    return JSON.parse(text).detail || say("upload_refused", { status: String(status) });
+    const { detail } = JSON.parse(text);
+    if (detail) return reasonWords(detail).text;
+    return say("upload_refused", { status: String(status) });
   } catch {
     return say("upload_refused", { status: String(status) });
   }
@@ -101,6 +106,7 @@ function toFilm(said) {
     hasImage: isReadable,
     isPositive: said.is_positive,
     top: topOf(said),
+    listed: said.score_of === null ? null : outputOf(said, said.score_of), // why it is where it is
     values: toValues(said.window),
     addresses: { film: address, image: `${address}/image`, thumbnail: `${address}/thumbnail.png` },
   };
@@ -113,10 +119,14 @@ function toValues(window) {
   return { centre, width, slope, intercept, isInverse };
 }
 
-function topOf({ probabilities, thresholds, calls }) {
+function topOf(said) {
+  const { probabilities } = said;
   const names = Object.keys(probabilities).sort((a, b) => probabilities[b] - probabilities[a]);
-  if (!names.length) return null;
-  const [name] = names;
+  return names.length ? outputOf(said, names[0]) : null;
+}
+
+// What is said of a class or finding of a film
+function outputOf({ probabilities, thresholds, calls }, name) {
   const threshold = thresholds[name] ?? null;
   const isCalled = threshold === null ? calls.includes(name) : probabilities[name] >= threshold;
   return { name, probability: probabilities[name], threshold, isCalled };

@@ -16,7 +16,7 @@ import { Reading } from "./reading.js";
 import { keep, readAddress, settings, writeAddress } from "./state.js";
 import { droppedFiles, Uploads } from "./uploads.js";
 import { Viewer } from "./viewer.js";
-import { decisionWords, nameWords, number, percent, say } from "./words.js";
+import { decisionWords, nameWords, number, percent, reasonSentence, say } from "./words.js";
 import { ownWindow } from "./window.js";
 import { Worklist } from "./worklist.js";
 
@@ -73,11 +73,11 @@ class Ward {
     this.isAsking = true;
     this.isAskedAgain = false;
     try {
-      const films = await fetchFilms();
+      const found = await fetchFilms();
       find("offline").hidden = true;
-      if (films) {
-        await this.followModel(films);
-        this.showFilms(films);
+      if (found) {
+        await this.followModel(found.films);
+        this.showFilms(found);
       }
     } catch (error) {
       find("offline").textContent = error.isLogin ? say("login_ended") : say("offline");
@@ -86,7 +86,7 @@ class Ward {
     }
     this.isAsking = false;
     this.answered = Date.now();
-    this.pollIn(this.isAskedAgain ? SOONEST_MS : POLL_MS);
+    this.pollIn(this.isAskedAgain || this.list.numWaiting ? SOONEST_MS : POLL_MS);
   }
 
   // The server may have taken another run since the page was opened
@@ -97,8 +97,8 @@ class Ward {
     if (isNew) this.use(await fetchModel());
   }
 
-  showFilms(films) {
-    this.list.show(films);
+  showFilms({ films, numWaiting }) {
+    this.list.show(films, numWaiting);
     const wanted = this.wanted && films.find((film) => film.id === this.wanted);
     this.wanted = "";
     if (wanted) {
@@ -141,7 +141,7 @@ class Ward {
     find("image-controls").hidden = !film.hasImage;
     for (const tool of find("tools").children) tool.disabled = !film.hasImage;
     if (!film.hasImage) {
-      this.showMessage(film.reason);
+      this.showMessage(reasonSentence(film).text);
       return;
     }
     this.showMessage(say("loading"));

@@ -9,7 +9,7 @@ import {
   number,
   percent,
   rangeWords,
-  reasonWords,
+  reasonSentence,
   say,
   sourceWords,
   time,
@@ -100,7 +100,7 @@ export class Reading {
     const why = find("why");
     why.hidden = !film.isReview;
     if (!film.isReview) return;
-    const reason = reasonWords(film.reason);
+    const reason = reasonSentence(film);
     const [title, words, meaning] = why.children;
     title.textContent = say("why_review");
     words.textContent = reason.text;
@@ -196,6 +196,10 @@ export class Reading {
     facts.push([say("source"), sourceWords(film.source)], [say("received"), time(film.received)]);
     if (film.expires) facts.push([say("expires"), time(film.expires)]);
     facts.push([say("scored_by"), film.model]);
+    if (film.disagreement !== null) {
+      const apart = say("at_most", { percent: percent(film.disagreement) });
+      facts.push([say("disagreement"), apart]);
+    }
     const parts = facts.flatMap(([what, text]) => [make("dt", "", what), make("dd", "", text)]);
     find("facts").replaceChildren(...parts);
   }

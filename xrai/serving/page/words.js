@@ -3,6 +3,16 @@
 const words = JSON.parse(document.getElementById("words").textContent);
 export const language = document.documentElement.lang;
 
+// [pattern of what the server says, the same in the page's language]
+const reasons = JSON.parse(document.getElementById("reasons").textContent).map(
+  ([said, text]) => [patternOf(said), text],
+);
+
+function patternOf(said) {
+  const plain = said.replace(/[.*+?^$()|[\]\\]/g, "\\$&");
+  return new RegExp(`^${plain.replace(/\{(\w+)\}/g, "(?<$1>.+?)")}$`, "s");
+}
+
 const plural = new Intl.PluralRules(language);
 const whole = new Intl.NumberFormat(language, { maximumFractionDigits: 0 });
 const shares = [0, 1].map(
@@ -70,10 +80,24 @@ export function decisionWords(film) {
   return film.decision.split("|").map(nameWords).join(", ");
 }
 
-// Reasons come in English; the most frequent one is translated
+// What the server says, which is in English, in the page's language where that is known
 export function reasonWords(reason) {
-  const found = /^does not look like the training images: atypicality ([\d.]+)/.exec(reason);
-  if (!found) return { text: reason, language: "en" };
-  const value = Number(found[1]).toLocaleString(language);
-  return { text: say("reason_atypical", { value }), language };
+  for (const [pattern, text] of reasons) {
+    const found = pattern.exec(reason);
+    if (!found) continue;
+    const value = (key) => valueWords(key, found.groups[key]);
+    return { text: text.replace(/\{(\w+)\}/g, (_, key) => value(key)), language };
+  }
+  return { text: reason, language: "en" };
+}
+
+function valueWords(key, value) {
+  if (key === "why") return reasonWords(value).text;
+  return /^\d+(\.\d+)?$/.test(value) ? Number(value).toLocaleString(language) : value;
+}
+
+// The same of a film as a sentence
+export function reasonSentence(film) {
+  const { text, language: spoken } = reasonWords(film.reason);
+  return { text: say("reason_sentence", { reason: text }), language: spoken };
 }

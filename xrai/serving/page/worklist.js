@@ -10,6 +10,7 @@ export class Worklist {
   // `onSelect(film)`, `onOpen(film)` and `onFilter(filters)` are called when a person does so
   constructor(filters, { onSelect, onOpen, onFilter }) {
     this.films = [];
+    this.numWaiting = 0; // more films, which are being scored
     this.shown = []; // those that the filters let through
     this.rows = new Map(); // element and text of each shown film, by id
     this.filters = filters;
@@ -29,8 +30,9 @@ export class Worklist {
   }
 
   // Films in the order of the list
-  show(films) {
+  show(films, numWaiting) {
     this.films = films;
+    this.numWaiting = numWaiting;
     this.isLoaded = true;
     this.fillChoices();
     this.refresh();
@@ -56,7 +58,8 @@ export class Worklist {
 
   passes(film) {
     const { text, review, decision, source } = this.filters;
-    const words = `${film.name} ${film.reason}`.toLocaleLowerCase();
+    const reason = reasonWords(film.reason).text;
+    const words = `${film.name} ${film.reason} ${reason}`.toLocaleLowerCase();
     return (
       (!text || words.includes(text.toLocaleLowerCase())) &&
       (!review || film.isReview === (review === "yes")) &&
@@ -70,10 +73,12 @@ export class Worklist {
     const hasFilms = this.films.length > 0;
     const isFiltered = FILTERS.some((name) => this.filters[name]);
     find("filters").hidden = !hasFilms && !isFiltered;
-    find("summary").hidden = !hasFilms;
+    find("summary").hidden = !hasFilms && !this.numWaiting;
+    find("sorted").hidden = !hasFilms;
+    find("csv").hidden = !hasFilms;
     find("rows").hidden = !this.shown.length;
     find("none").hidden = !hasFilms || this.shown.length > 0;
-    find("empty").hidden = hasFilms || !this.isLoaded;
+    find("empty").hidden = hasFilms || this.numWaiting > 0 || !this.isLoaded;
     find("clear").hidden = !isFiltered;
     find("count").textContent = this.countWords(isFiltered);
     this.drawRows();
@@ -84,7 +89,8 @@ export class Worklist {
     const numReview = this.shown.filter((film) => film.isReview).length;
     const count = isFiltered ? say("count_filtered", { n, all }) : say("count", { n });
     const review = numReview ? say("num_review", { n: numReview }) : "";
-    return [count, review].filter(Boolean).join(" · ");
+    const waiting = this.numWaiting ? say("num_waiting", { n: this.numWaiting }) : "";
+    return [count, review, waiting].filter(Boolean).join(" · ");
   }
 
   drawRows() {
@@ -166,8 +172,8 @@ function makeRow(film) {
   return row;
 }
 
-function scored({ top }) {
-  return top ? `${nameWords(top.name)} ${percent(top.probability)}` : "";
+function scored({ listed }) {
+  return listed ? `${nameWords(listed.name)} ${percent(listed.probability)}` : "";
 }
 
 function spoken(film) {
@@ -203,9 +209,13 @@ function who(film) {
 function score(film, words) {
   const mark = callMark(film.isReadable ? words : say("unreadable"), film);
   const found = make("span", "score", mark);
-  if (!film.top) return found;
-  const { probability, threshold, isCalled } = film.top;
+  if (!film.listed) return found;
+  const { name, probability, threshold, isCalled } = film.listed;
   const bar = make("span", "measure", meter(probability, threshold, isCalled));
+  if (Object.keys(film.probabilities).length > 1) {
+    bar.classList.add("named");
+    bar.prepend(make("span", "of", nameWords(name)));
+  }
   bar.append(make("span", "percent", percent(probability)));
   bar.title = scored(film);
   found.append(bar);
