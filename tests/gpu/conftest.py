@@ -11,7 +11,9 @@ import torch
 
 from xrai.learning.distributed import Ranks
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Warnings of CUDA's libraries, which no one has seen yet, are shown and fail no test
+_ON_GPU = (pytest.mark.gpu, pytest.mark.filterwarnings("default"))
+DEVICES = ["cpu", pytest.param("cuda", marks=_ON_GPU)]
 
 
 @pytest.fixture(params=DEVICES)
