@@ -147,7 +147,11 @@ def test_a_zip_gives_a_row_for_each_film_and_a_file_that_is_none_a_row_with_its_
     expect(ward.page.locator(".row")).to_have_count(4)
     row = ward.page.locator(".row", has_text="none.png")
     expect(row).to_contain_text("not readable")
+    ward.page.locator(".row", has_text="00.png").click()
+    ward.page.keyboard.press("h")
+    expect(ward.page.locator("#stage-heat")).not_to_be_empty()
     row.click()
+    expect(ward.page.locator("#stage-heat")).to_be_empty()
     expect(ward.page.locator("#why")).to_contain_text("could not be read")
     assert ward.page.locator("#tools button:enabled").count() == 0
 

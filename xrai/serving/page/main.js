@@ -137,6 +137,7 @@ class Ward {
     if (isNew && isStep) find("film-name").focus();
     announce(`${film.name}: ${decisionWords(film)}`);
     this.viewer.close();
+    find("stage-heat").textContent = "";
     find("delete").disabled = false;
     find("image-controls").hidden = !film.hasImage;
     for (const tool of find("tools").children) tool.disabled = !film.hasImage;
