@@ -18,7 +18,7 @@ from PIL import Image
 from tests.dataset.pictures import dicom_file, encoded, gradient, huge_png, png_chunk
 from xrai.errors import ImageError
 from xrai.ingest import images
-from xrai.ingest.dicom import max_scans
+from xrai.ingest.dicom import count_scans, max_scans
 from xrai.ingest.images import REDUCED_TOLERANCE, decode, decode_sized
 from xrai.phantom import draw_phantom, encode, plan
 
@@ -406,6 +406,11 @@ def test_fewer_scans_of_a_large_jpeg_are_decoded() -> None:
     assert [max_scans(num) for num in (1, 24_000_000, 48_000_000, 100_000_000, 10**9)] == [
         *(50, 50, 25, 12, 12)
     ]
+
+
+@given(st.lists(st.sampled_from([0xFF, 0xDA, 0]), max_size=40).map(bytes), st.integers(0, 45))
+def test_scans_are_counted_wherever_they_begin(data: bytes, start: int) -> None:
+    assert count_scans(data, start) == data.count(b"\xff\xda", start)
 
 
 def test_a_jpeg_of_scans_for_minutes_is_refused() -> None:

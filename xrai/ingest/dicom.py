@@ -81,11 +81,27 @@ _UNPACK_TIMEOUT_S = 60.0  # of one image in the other process: GDCM may also han
 _NO_RANGE = "is DICOM whose RescaleSlope or table leaves no range of values"
 _quiet_lock = threading.Lock()
 
-START_OF_SCAN: Final = b"\xff\xda"
+_START_OF_SCAN: Final = b"\xff\xda"
 _MAX_SCANS, _USUAL_SCANS = 50, 12  # of a JPEG, and of what encoders write
 _MAX_SCANNED = 1_200_000_000  # pixels over all scans: those of 12 scans of 100 million pixels
 # Samples (h, W) or (h, W, 3) to what a viewer shows (h, W): 0 black to 255 white, not rounded
 Levels = Callable[[NDArray[Any]], NDArray[np.float32]]
+
+
+def count_scans(data: bytes, start: int = 0) -> int:
+    """How many scans of a JPEG begin from a place on. `bytes.count` takes three times as long, and
+    all other threads wait for it: 1.4 ms with 1.5 MB.
+    """
+    begins = np.frombuffer(_START_OF_SCAN, np.uint16)[0]
+    return sum(
+        int(
+            np.count_nonzero(
+                np.frombuffer(data, np.uint16, (len(data) - place) // 2, place) == begins
+            )
+        )
+        for place in (start, start + 1)
+        if len(data) - place >= 2
+    )
 
 
 def max_scans(num_pixels: int) -> int:
@@ -547,7 +563,7 @@ def _unpack(data: bytes, dataset: "Dataset") -> NDArray[Any]:
         return np.asarray(decoder.as_array(dataset, index=0, correct_unused_bits=False)[0])
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
     allowed = max_scans(dataset.Columns * dataset.Rows)
-    if frame.count(START_OF_SCAN) > allowed:
+    if count_scans(frame) > allowed:
         raise ImageError(f"is DICOM of a JPEG of more than {allowed} scans")
     if _size_in_frame(frame) != (dataset.Columns, dataset.Rows):
         raise ImageError("is DICOM whose compressed image is not of the size in its header")

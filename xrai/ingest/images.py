@@ -28,7 +28,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from xrai.errors import ImageError
-from xrai.ingest.dicom import START_OF_SCAN, is_dicom, max_scans, open_radiograph
+from xrai.ingest.dicom import count_scans, is_dicom, max_scans, open_radiograph
 from xrai.ingest.greys import FLAT, distinct_values, grey_range, num_levels
 
 REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255 grey levels
@@ -221,7 +221,7 @@ def _check_scans(image: JpegImageFile, data: bytes) -> int:
     libjpeg holds for the coefficients of several ones.
     """
     assert image.fp is not None
-    num_scans = 1 + data.count(START_OF_SCAN, image.fp.tell())  # which is behind the first one
+    num_scans = 1 + count_scans(data, image.fp.tell())  # which is behind the first one
     if num_scans > (allowed := max_scans(image.width * image.height)):
         raise ImageError(f"is a JPEG of {num_scans} scans; at most {allowed} are decoded")
     return 2 * image.layers * image.width * image.height if num_scans > 1 else 0
