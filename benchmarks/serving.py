@@ -109,6 +109,7 @@ def main() -> None:
             found, what = source_or_phantoms(source, place / name, num_phantoms=flags.films)
             paths = [str(path) for path in islice(sorted(Path(found).rglob("*.*g")), flags.films)]
             listed = place / f"{name}.txt"
+            random.Random(0).shuffle(paths)  # large and small ones come together in a folder
             listed.write_text("\n".join(paths))
             arguments = {"run": run, "listed": str(listed), "num_films": flags.films}
             arguments["clients"] = flags.clients

@@ -36,6 +36,7 @@ def one_reader(
 ) -> Iterator[tuple[Scorer, Batches]]:
     """A scorer with a single thread that reads, and its batches."""
     monkeypatch.setattr(scoring, "num_cores", lambda: 1)
+    monkeypatch.setattr(scoring, "_NUM_READERS", 1)
     monkeypatch.setattr(scoring, "MAX_WAIT_S", max_wait_s)
     batches = Batches()
     scorer = Scorer(xrai.load(str(run)), batches, num_threads=torch.get_num_threads())
@@ -78,6 +79,20 @@ def test_a_film_does_not_wait_long_for_those_that_queue(
         assert found[0].result(WAIT_S).row.is_readable
         assert batches.sizes in ([], [1]) and not found[2].done()
         others.set()
+
+
+def test_a_film_overtakes_two_that_take_long_to_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "num_cores", lambda: 2)
+    scorer = Scorer(xrai.load(str(run)), num_threads=torch.get_num_threads())
+    later, ready = threading.Event(), threading.Event()
+    ready.set()
+    found = send(scorer, later, later, ready)
+    assert found[2].result(WAIT_S).row.is_readable and not found[0].done()
+    later.set()
+    scorer.close()
+    assert all(each.result().row.is_readable for each in found)
 
 
 def test_a_film_alone_waits_for_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

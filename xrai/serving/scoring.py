@@ -29,8 +29,9 @@ from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
 MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
-MAX_WAIT_S: Final = 0.01  # of a film for others of its batch, while there are any to be read
+MAX_WAIT_S: Final = 0.003  # of a film for others of its batch, while there are any to be read
 
+_NUM_READERS = 4  # at least, so that a small film does not wait behind two large ones
 _FULL_BATCH = 8  # films, for which none waits
 _NUM_TRIALS = 5  # of a number of threads
 
@@ -82,7 +83,9 @@ class Scorer:
         self._pipeline = pipeline
         self._num_threads = num_threads
         self._observer = observer or Observer()
-        self._readers = ThreadPoolExecutor(num_cores(), thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(
+            max(_NUM_READERS, num_cores()), thread_name_prefix="read"
+        )
         self._changed = threading.Condition(threading.RLock())
         self._tasks: deque[Task] = deque()
         self._num_waiting = 0
