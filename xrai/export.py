@@ -8,7 +8,7 @@ last, states how well they agree with each other and with the program's own path
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,9 @@ from xrai.learning import export
 from xrai.log import get_logger, setup_logging
 from xrai.phantom import draw_phantom, plan
 from xrai.pipeline import Pipeline, load_pipeline
-from xrai.results.folder import Place, own_place
+from xrai.results.folder import SUMMARY, Place, own_place
+from xrai.results.summary import read_summary
+from xrai.store import Store, open_store
 from xrai.tables import to_json
 
 FLAGS = (
@@ -59,18 +61,36 @@ def main() -> None:
         is_own=lambda key: is_runs or key in (*FILES.values(), "config.yaml", _REPORT),
         is_mark=lambda out, key: is_runs or (key == _REPORT and b'"agreement"' in out.read(key)),
     ) as out:
-        lines = write_files(pipeline, out, formats, config=config)
+        facts = describe_review(open_store(run))
+        lines = write_files(pipeline, out, formats, config=config, facts=facts)
     print("\n".join([*lines, export.NOTE]), flush=True)
 
 
+def describe_review(run: Store) -> dict[str, Any]:
+    """What the metadata of an exported run state of the images that `review.unlike` named, as its
+    summary has it: nothing where there were none, or the run has no summary.
+    """
+    if run.size(SUMMARY) is None:
+        return {}
+    given = read_summary(run.read(SUMMARY), where=f"{run.uri}/{SUMMARY}").training.unlike
+    return {} if given is None else {"unlike": asdict(given)}
+
+
 def write_files(
-    pipeline: Pipeline, out: Place, formats: Sequence[str], *, config: Config
+    pipeline: Pipeline,
+    out: Place,
+    formats: Sequence[str],
+    *,
+    config: Config,
+    facts: Mapping[str, Any],
 ) -> list[str]:
-    """Write and check the files; lines that say how well they agree."""
+    """Write and check the files, whose metadata also state `facts`; lines that say how well they
+    agree.
+    """
     serving = export.Serving(pipeline.model)
     phantoms = draw_phantoms()
     batches = [*random_images(), *(phantom[None] for phantom in phantoms)]
-    metadata = export.describe_model(pipeline.model, version=__version__)
+    metadata = {**export.describe_model(pipeline.model, version=__version__), **facts}
     program = export.trace(serving)
     _logger.info("traced; writing and checking %s", " and ".join(formats))
     beside = compare_with_files(pipeline, serving, phantoms)

@@ -98,19 +98,21 @@ class Job:
             "loader.window": self.config.loader.window,
         }
 
-    def check(self, *, resume: str) -> None:
-        """Raise what `is_finished` and `open` would, as far as marks and config of the run tell.
+    def check(self, *, resume: str) -> bool:
+        """Whether the run has ended. Raises what `is_finished` and `open` would, as far as marks
+        and config of the run tell.
 
         Changes nothing, so it may be called while another job writes the run.
         """
         if self._ended(resume=resume) is not None:
             _logger.info("run %s is finished; there is nothing to train", self.run.address)
-            return
+            return True
         mark = self.checkpoints.latest()
         self._refuse_to_resume(resume, has_checkpoint=mark is not None)
         if mark is not None and mark.facts is not None:
             refuse_other_run(mark.facts, self.facts, name=mark.file)
         self._refuse_changed(resume)
+        return False
 
     def is_finished(self, *, resume: str) -> bool:
         """Whether the run has ended before; then its results are printed again."""

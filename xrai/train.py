@@ -7,11 +7,12 @@ images that they have not seen.
 
 import dataclasses
 import functools
+import hashlib
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +40,7 @@ from xrai.learning.typicality import count_review, fit_typicality
 from xrai.learning.weights import initial_weights
 from xrai.log import counted, get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
-from xrai.store import open_store
+from xrai.store import masked, open_store
 from xrai.workers import follow_parent
 
 if TYPE_CHECKING:
@@ -108,24 +109,26 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     """One rank's part of the job. Raises `UserError` before any work."""
     began = time.monotonic()
     config, flags, given = parsed
+    refuse_other_ranks(settings_of(config, flags), ranks=ranks)
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
     own = loaders["train"]
     index = own.index
+    refuse_other_ranks({"data set fingerprint": index.fingerprint}, ranks=ranks)
     num_ranks = max(1, flags["check_ranks"]) if flags["check"] else ranks.world_size
     config = fit_to_dataset(config, index, given=given, num_ranks=num_ranks)
     if flags["init_from"]:
         config = as_begun_with_weights(config)
     check_places(config, flags, index, ranks=ranks)
-    unlike = read_unlike(config, ranks=ranks)
+    plan = describe(config, index, device=ranks.device, num_ranks=num_ranks)
     if flags["check"]:
         check_run(config, flags, loaders, ranks=ranks)
-        plan = describe(config, index, device=ranks.device, num_ranks=num_ranks)
         _logger.info("all checks passed: %s", plan)
         return
     run_id = flags["run_id"] or ranks.from_main(new_run_id(datetime.now(UTC)))
     with open_job(config, flags, run_id, loaders, ranks=ranks) as job:
         on_job = functools.partial(call_on_main, job, ranks=ranks)
         is_finished = on_job(lambda job: job.is_finished(resume=flags["resume"]))
+        unlike = None if is_finished else read_unlike(config, flags["dataset"], index, ranks=ranks)
         resumed = None if is_finished else on_job(lambda job: job.open(resume=flags["resume"]))
         if flags["init_from"] and ranks.is_main:
             warn_of_unused_weights(run_id, is_finished=is_finished, is_resumed=resumed is not None)
@@ -136,9 +139,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         if resumed is None and (flags["init_from"] or config.model.weights):
             weights = on_job(lambda job: initial_state(job, flags["init_from"], network))
             network.load_state_dict(weights)
-        _logger.info(
-            "run %s: %s", run_id, describe(config, index, device=ranks.device, num_ranks=num_ranks)
-        )
+        _logger.info("run %s: %s", run_id, plan)
         setup = loop.Setup(
             config,
             ranks,
@@ -197,14 +198,54 @@ def call_on_main(job: "Job | None", work: Callable[["Job"], T], *, ranks: Ranks)
     return ranks.on_main(call)
 
 
-def read_unlike(config: Config, *, ranks: Ranks) -> Unlike | None:
-    """The images that `review.unlike` names, read by rank 0; None where it names none."""
+def read_unlike(
+    config: Config, dataset: str, index: DatasetIndex, *, ranks: Ranks
+) -> Unlike | None:
+    """The images that `review.unlike` names, read by rank 0; None where it names none.
+
+    Raises `UserError` where the data set was made with one of them.
+    """
     source = config.review.unlike
     if not source:
         return None
     from xrai.ingest import unlike  # here: it loads what decodes images
 
-    return ranks.on_main(lambda: unlike.read_unlike(source, config.images))
+    def read() -> Unlike:
+        found = unlike.read_unlike(source, config.images)
+        unlike.refuse_shared(found, open_store(dataset), index)
+        return found
+
+    return ranks.on_main(read)
+
+
+def settings_of(config: Config, flags: dict[str, Any]) -> dict[str, object]:
+    """What all ranks must be started with alike: what a machine may have of its own is left out.
+
+    Rank 0 alone uses the place for results; the data set is compared by its fingerprint.
+    """
+    settings = {name: flags[name] for name in ("run_id", "resume", "init_from", "check")}
+    for section, keys in config.to_mapping().items():
+        settings |= {f"{section}.{key}": value for key, value in keys.items()}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name != "train.threads" and not name.startswith("cache.")
+    }
+
+
+def refuse_other_ranks(settings: Mapping[str, object], *, ranks: Ranks) -> None:
+    """Raise `UserError` on every rank where one has other settings than rank 0."""
+    digest = hashlib.sha256(repr(settings).encode(errors="surrogatepass")).digest()
+    if len(set(ranks.gather(digest))) == 1:
+        return
+    first, *others = ranks.gather(settings)
+    for rank, own in enumerate(others, start=1):
+        for name, value in first.items():
+            if own.get(name) != value:
+                raise UserError(
+                    f"rank {rank} was started with {name} = {masked(str(own.get(name)))}, rank 0 "
+                    f"with {masked(str(value))}: start all ranks with the same command"
+                )
 
 
 def score(
@@ -437,13 +478,16 @@ def check_dataset(dataset: str, index: DatasetIndex, *, with_rows: bool) -> None
 def check_run(
     config: Config, flags: dict[str, Any], loaders: dict[str, Loader], *, ranks: Ranks
 ) -> None:
-    """Raise `RunError` where the named run does not go on with this config, or ended with another.
+    """Raise `RunError` where the named run does not go on with this config, or ended with another,
+    and `UserError` where review cannot be fitted to `review.unlike`.
 
     Without a name there is nothing to compare with. Another job may write the run meanwhile.
     """
     if flags["run_id"]:
         with open_job(config, flags, flags["run_id"], loaders, ranks=ranks) as job:
-            call_on_main(job, lambda job: job.check(resume=flags["resume"]), ranks=ranks)
+            if call_on_main(job, lambda job: job.check(resume=flags["resume"]), ranks=ranks):
+                return
+    read_unlike(config, flags["dataset"], loaders["train"].index, ranks=ranks)
 
 
 def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> None:

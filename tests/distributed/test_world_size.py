@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.ranks import finish_ranks, run_ranks, start_ranks
+from tests.training import SMALL, Finished, make_dataset
 
 pytestmark = pytest.mark.distributed
 
@@ -117,6 +118,30 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_its_images(ra
     for status, _, stderr in finish_ranks(start_ranks(options, world_size=2)):
         assert status == 1
         assert "step 4 (epoch 1, batch 4): the loss of 2 images is not finite: disc-" in stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--train.epochs=3", "train.epochs = 3, rank 0 with 2"),
+        ("--resume=must", "resume = must, rank 0 with auto"),
+        ("--dataset={other}", "data set fingerprint = "),
+    ],
+)
+def test_ranks_that_were_started_otherwise_are_refused_before_training(
+    option: str, words: str, finished: Finished, tmp_path: Path
+) -> None:
+    if "{other}" in option:
+        option = option.format(other=make_dataset(tmp_path, num_images=40, seed=1))
+    options = [f"--dataset={finished.dataset}", f"--artifacts={tmp_path}/submit", *SMALL]
+    own = ["--cache.max_gib=1", "--train.threads=2"]  # which a machine may have for itself
+    ranks = start_ranks(["-m", "xrai.train", *options], world_size=2, more={1: [*own, option]})
+    (status, _, said), (other, _, silent) = finish_ranks(ranks)
+    assert (status, other) == (2, 2)
+    (line,) = [line for line in said.splitlines() if line.startswith("xrai: ")]
+    assert f"rank 1 was started with {words}" in line
+    assert line.endswith("start all ranks with the same command")
+    assert "xrai: " not in silent and not list(tmp_path.glob("submit/*"))
 
 
 def test_one_writer_leaves_one_set_of_checkpoints(tmp_path: Path) -> None:

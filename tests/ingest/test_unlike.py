@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.faults.buckets import moto_server, new_bucket, use_endpoint
 from xrai.config import Images
 from xrai.errors import UserError
 from xrai.ingest import unlike
 from xrai.ingest.images import decode
 from xrai.ingest.unlike import read_unlike
+from xrai.store import open_store
 
 IMAGES = Images(size=32)
 
@@ -56,6 +58,24 @@ def test_the_same_files_are_the_same_images_wherever_they_are(tmp_path: Path) ->
     assert np.array_equal(one.is_fitted, other.is_fitted)
     (folder / "00000000_000.png").unlink()
     assert read_unlike(str(folder), IMAGES).sha256 != one.sha256
+
+
+def test_images_of_a_bucket_are_those_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_images(tmp_path / "own")
+    with moto_server() as url, new_bucket(url) as bucket:
+        use_endpoint(monkeypatch, url)
+        store = open_store(f"s3://{bucket}/adults")
+        for path in folder.iterdir():
+            store.write(f"deep/{path.name}", path.read_bytes())
+        found = read_unlike(store.uri, IMAGES)
+        with pytest.raises(UserError, match=rf"review\.unlike: .*s3://{bucket}/none"):
+            read_unlike(f"s3://{bucket}/none", IMAGES)
+    local = read_unlike(str(folder), IMAGES)
+    assert (found.source, found.hashes) == (store.uri, local.hashes)
+    assert np.array_equal(found.images, local.images)
+    assert np.array_equal(found.is_fitted, local.is_fitted)
 
 
 def test_of_many_files_a_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def make_unlike(num_images: int) -> Unlike:
     smooth = (images + np.roll(images, 1, axis=1) + np.roll(images, -1, axis=1)) / 3
     images[:, :, 16:] = smooth[:, :, 16:]
     is_fitted = np.arange(num_images) % 3 > 0
-    return Unlike("own", "0" * 64, images.astype(np.uint8)[:, None], is_fitted, num_images)
+    return Unlike("own", ("0" * 64,), images.astype(np.uint8)[:, None], is_fitted, num_images)
 
 
 def small_network(seed: int = 0, *, name: Literal["resnet10", "resnet18"] = "resnet10") -> Network:

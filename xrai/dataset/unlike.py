@@ -2,6 +2,7 @@
 `xrai.learning.typicality` fits review to them.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,12 @@ class Unlike:
     """The images, sorted by the hashes of their files; the same on every rank."""
 
     source: str
-    sha256: str  # of the hashes of all files, in order
+    hashes: tuple[str, ...]  # SHA-256 of the files, as a manifest has them
     images: NDArray[np.uint8]  # (n, 1, H, W)
     is_fitted: NDArray[np.bool_]  # (n,), false for patients that are held out to test review with
     num_patients: int
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the hashes of all files, in order."""
+        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.config import Images
+from xrai.dataset.manifest import parse_manifest
+from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.dataset.unlike import Unlike
 from xrai.errors import ImageError, UserError
 from xrai.files import num_cores
@@ -25,6 +27,7 @@ from xrai.ingest.images import Hold, decode
 from xrai.ingest.layout import file_patient, parse_name
 from xrai.ingest.sources import hash_of
 from xrai.log import counted, get_logger
+from xrai.store import Store
 
 _MAX_FILES = 512  # of more, every second is read, every third, and so on
 _MIN_IMAGES, _MIN_PATIENTS = 10, 3
@@ -69,11 +72,27 @@ def read_unlike(source: str, images: Images) -> Unlike:
     fitted = {*patients[: len(patients) * 2 // 3]}
     return Unlike(
         source,
-        _digest("".join(each.sha256 for each in kept)),
+        tuple(each.sha256 for each in kept),
         np.stack([each.pixels for each in kept])[:, None],
         np.array([each.patient in fitted for each in kept]),
         len(patients),
     )
+
+
+def refuse_shared(unlike: Unlike, store: Store, index: DatasetIndex) -> None:
+    """Raise `UserError` where a file of `unlike` is also an image of the data set in `store`: it
+    would be learned as one that is classified and as one that is not.
+    """
+    given = set(unlike.hashes)
+    with store.as_file(index.place + MANIFEST_KEY) as path, path.open("rb") as lines:
+        rows = parse_manifest(lines, where=store.uri)
+        shared = [row.path for row in rows if row.shard is not None and row.sha256 in given]
+    if shared:
+        raise UserError(
+            f"review.unlike = {unlike.source} holds {counted(len(shared), 'image')} of the data "
+            f"set {store.uri}, such as {shared[0]}: an image cannot be one to classify and one "
+            "that is to go to review; remove it there, or from the data set"
+        )
 
 
 def _read(file: File, *, images: Images, hold: Hold) -> _Image | str:
