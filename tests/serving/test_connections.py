@@ -222,6 +222,7 @@ def test_an_error_is_logged_by_its_place_alone() -> None:
         thread = threading.Thread(target=fail_with, args=["Doe^Jack.png"], name="last")
         thread.start()
         thread.join()
+        logging.getLogger("python_multipart.multipart").warning("of Doe^Jill.png, no form")
     finally:
         logging.getLogger().removeHandler(handler)
         threading.excepthook = hook

@@ -131,6 +131,10 @@ def test_an_archive_that_is_none_does_not_touch_the_films_beside_it(
     assert "cannot be taken apart" not in reasons[0] and found["films"][0]["probabilities"]
     assert all("cannot be taken apart" in reason for reason in reasons[1:])
     assert "unsafe name" in reasons[2]
+    nothing = zipped({".hidden": b"", "folder/": b""})
+    found = post(client, ("a.png", films[0]), ("d.zip", nothing))
+    assert found["films"][1]["name"] == "d.zip"
+    assert found["films"][1]["reason"] == "is a zip archive without a file"
 
 
 def test_the_table_has_a_row_a_film_and_no_formula(client: TestClient, films: list[bytes]) -> None:

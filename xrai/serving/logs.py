@@ -35,6 +35,8 @@ def log_others(stream: TextIO) -> logging.Handler:
     handler.setFormatter(_Bare(_FORMAT, datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: record.name.partition(".")[0] != "xrai")  # it has its own
     logging.getLogger().addHandler(handler)
+    # it warns of each body that is no form, which its client is told, and quotes it
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     threading.excepthook = _log_end
     return handler
 

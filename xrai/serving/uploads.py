@@ -146,8 +146,6 @@ def _taken_apart(uploads: Sequence[tuple[str, bytes]]) -> list[File]:
             files.append(File(printable(name), functools.partial(bytes, data)))
         if len(files) > MAX_FILES:
             raise RequestError(413, f"the request holds more than {MAX_FILES} films")
-    if not files:
-        raise RequestError(400, "the zip archive holds no file")
     return files
 
 
@@ -163,7 +161,13 @@ def _files_of_zip(name: str, data: bytes) -> list[File]:
         for member in members
         if not any(part.startswith((".", "__MACOSX")) for part in member.path.split("/"))
     ]
+    if not shown:
+        return [File(printable(name), _refuse_empty)]
     return [File(printable(path), functools.partial(source.read, path)) for path in shown]
+
+
+def _refuse_empty() -> bytes:
+    raise ImageError("is a zip archive without a file")
 
 
 def _refuse(reason: str) -> bytes:
