@@ -28,6 +28,7 @@ def run(environment: dict[str, str], *options: str, num_ranks: int) -> list[dict
     return run_ranks(arguments, world_size=num_ranks, environment=environment)
 
 
+@pytest.mark.ci
 def test_two_ranks_on_one_device_train_as_one_does(environment: dict[str, str]) -> None:
     one, two = (run(environment, "--train.precision=fp64", num_ranks=num) for num in (1, 2))
     assert two[0]["losses"] == pytest.approx(one[0]["losses"], abs=1e-8)

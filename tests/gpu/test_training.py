@@ -35,7 +35,9 @@ SMALL = Config(
     train=Train(epochs=2, global_batch_size=16, precision="off", log_every=3, threads=1),
 )
 FEW: dict[str, Any] = {"num_images": 78, "num_val": 9}  # 5 steps an epoch
-PRECISIONS = ["off", "bf16", "fp16"]
+# A CPU without fp16 takes long; tests/learning/test_loop.py has smaller ones
+FP16 = pytest.param("fp16", marks=pytest.mark.ci)
+PRECISIONS = ["off", "bf16", FP16]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -115,6 +117,7 @@ def test_batches_are_whole_however_long_steps_take(
 # ----------------------------------------------------------------------------- what is not finite
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_fp16_skips_what_overflows_and_goes_on(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, name: str
