@@ -38,6 +38,7 @@ def one_reader(
     monkeypatch.setattr(scoring, "num_cores", lambda: 1)
     monkeypatch.setattr(scoring, "_NUM_READERS", 1)
     monkeypatch.setattr(scoring, "MAX_WAIT_S", max_wait_s)
+    monkeypatch.setattr(scoring, "_WAIT_S", max_wait_s)
     batches = Batches()
     scorer = Scorer(xrai.load(str(run)), batches, num_threads=torch.get_num_threads())
     yield scorer, batches

@@ -29,9 +29,10 @@ from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
 MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
-MAX_WAIT_S: Final = 0.003  # of a film for others of its batch, while there are any to be read
+MAX_WAIT_S: Final = 0.01  # of a film for others of its batch
 
 _NUM_READERS = 4  # at least, so that a small film does not wait behind two large ones
+_WAIT_S = 0.001  # for each film that queues to be read
 _FULL_BATCH = 8  # films, for which none waits
 _NUM_TRIALS = 5  # of a number of threads
 
@@ -246,7 +247,8 @@ class Scorer:
         first = self._tasks[0]
         if first.work or not self._num_unread or len(self._tasks) >= _FULL_BATCH:
             return 0
-        return max(0.0, first.since + MAX_WAIT_S - time.monotonic())
+        limit_s = min(MAX_WAIT_S, _WAIT_S * self._num_unread)
+        return max(0.0, first.since + limit_s - time.monotonic())
 
     def _score(self, tasks: list[Task]) -> None:
         reads = [task.read for task in tasks if task.read is not None]
