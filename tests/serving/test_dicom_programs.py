@@ -13,19 +13,23 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydicom import uid
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pynetdicom.dimse_primitives import C_STORE
 
 from tests.serving.conftest import make_service
 from tests.serving.dicoms import association, film, read
 from tests.serving.test_dicom import dicom_side, free_port, phantoms
 from tests.serving.test_outbox import wait_until_empty
+from xrai.serving.dicom_result import _FORMS
 from xrai.serving.service import Service
 
 pytestmark = [
@@ -291,15 +295,41 @@ def odd_films(number: int) -> Iterator[tuple[bytes, str, bool]]:
         yield bytes(data), uids[chosen], False
 
 
-def test_odd_films_are_each_answered_and_the_good_ones_among_them_scored(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    service = make_service(run, max_films=ODD)
-    cases = Path(__file__).parents[3] / "shared" / "cases"
-    others = [path.read_bytes() for path in sorted(cases.rglob("*.dcm"))] if cases.exists() else []
-    answers: Counter[int] = Counter()
-    num_whole = 0
-    with dicom_side(service) as (side, port), association(port) as opened:
+# What headers hold that nobody should have written there
+ODD_TEXTS = (
+    *(b"", b"\0", b"\xff\xfe", b"a\\b\\c", b"^^^^", b"\r\n\t\x0b", b" lead", b"trail ", b"\0Zebra"),
+    *(b"\x1b$B;3ED=", b"\x1b$)C\xc8\xab", "M\u00fcller".encode(), "\u202e\a".encode()),
+    *(b"x" * 64, b"x" * 66, b"=".join([b"y"] * 6), b"<script>", b"\xed\xa0\x80"),
+    *(b"20261127", b"2026-11-27", b"99999999", b"101112.1234567", b"24", b"235960", b"m", b"M"),
+)
+ODD_CHARSETS = (
+    *("ISO_IR 100", "ISO_IR 192", "\\ISO 2022 IR 87", "GB18030", "ISO_IR 999", "", "x" * 40),
+    "ISO 2022 IR 149\\ISO_IR 192",
+)
+
+
+def odd_headers(number: int) -> Iterator[tuple[bytes, str]]:
+    """Intact films whose patient and study are described by odd texts, and the UID of each."""
+    drawn = random.Random(7)
+    seeds = phantoms(3)
+    for place in range(number):
+        dataset = read(seeds[place % 3])
+        texts = {name: drawn.choice(ODD_TEXTS) for name in sorted(_FORMS) if drawn.random() < 0.5}
+        texts["SpecificCharacterSet"] = drawn.choice(ODD_CHARSETS).encode()
+        texts["SOPInstanceUID"] = f"1.2.3.{place}".encode()
+        for name, text in texts.items():
+            tag = Tag(name)
+            value = text + b" " * (len(text) % 2)
+            vr = dictionary_VR(tag)
+            dataset[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
+        buffer = io.BytesIO()
+        dataset.save_as(buffer)
+        yield buffer.getvalue(), f"1.2.3.{place}"
+
+
+def answers_to(port: int, films: Iterable[tuple[bytes, str]]) -> Iterator[int]:
+    """Send films as they are, damaged or not, on one association: the status of each."""
+    with association(port) as opened:
         context = next(
             each
             for each in opened.accepted_contexts
@@ -307,7 +337,7 @@ def test_odd_films_are_each_answered_and_the_good_ones_among_them_scored(
             and each.transfer_syntax == [uid.ExplicitVRLittleEndian]
         )
         opened._reactor_checkpoint.clear()  # as `send_c_store` does
-        for data, name, is_whole in [*odd_films(ODD), *((data, "1.2", False) for data in others)]:
+        for data, name in films:
             request = C_STORE()
             request.MessageID, request.Priority = 1, 2
             request.AffectedSOPClassUID = context.abstract_syntax
@@ -316,15 +346,51 @@ def test_odd_films_are_each_answered_and_the_good_ones_among_them_scored(
             opened.dimse.send_msg(request, context.context_id)
             _, answer = opened.dimse.get_msg(block=True)
             assert answer is not None, "no answer"
-            assert not is_whole or answer.Status == 0
-            num_whole += is_whole
-            answers[answer.Status] += 1
+            yield answer.Status
         opened._reactor_checkpoint.set()
+
+
+def test_odd_films_are_each_answered_and_the_good_ones_among_them_scored(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make_service(run, max_films=ODD)
+    cases = Path(__file__).parents[3] / "shared" / "cases"
+    others = [path.read_bytes() for path in sorted(cases.rglob("*.dcm"))] if cases.exists() else []
+    films = [*odd_films(ODD), *((data, "1.2", False) for data in others)]
+    outbox = tmp_path / "outbox"
+    with dicom_side(service, pacs="127.0.0.1:1:ARCHIVE", outbox=str(outbox)) as (side, port):
+        found = list(answers_to(port, ((data, name) for data, name, _ in films)))
         state = side._node.state()
-    assert num_whole == ODD // 10 <= state.objects["scored"]
+    answers = Counter(found)
+    assert all(status == 0 for status, film in zip(found, films, strict=True) if film[2])
+    assert sum(is_whole for _, _, is_whole in films) == ODD // 10 <= state.objects["scored"]
     assert sum(answers.values()) == sum(state.objects.values()) == ODD + len(others)
     assert set(answers) <= {0, 0xB006, 0xC000, 0xA900}, answers
     assert state.objects["failed"] == 0
+    assert "Zebra" not in caplog.text
+    listed = {each.name for each in service.worklist.films()}
+    assert {film_of(path) for path in (outbox / "pending").iterdir()} == listed
+
+
+def film_of(report: Path) -> str:
+    """The UID of the film that a report is about."""
+    (study,) = read(report).CurrentRequestedProcedureEvidenceSequence
+    (referred,) = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
+    return str(referred.ReferencedSOPInstanceUID)
+
+
+def test_films_with_odd_headers_have_results_that_hold_to_the_standard(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs("dciodvfy")
+    service, outbox = make_service(run), tmp_path / "outbox"
+    with dicom_side(service, pacs="127.0.0.1:1:ARCHIVE", outbox=str(outbox)) as (_, port):
+        assert set(answers_to(port, odd_headers(60))) == {0}
+    reports = sorted((outbox / "pending").iterdir())
+    assert {film_of(path) for path in reports} == {f"1.2.3.{place}" for place in range(60)}
+    for path in reports:
+        checked = subprocess.run(["dciodvfy", path], capture_output=True).stderr
+        assert b"Error" not in checked, checked
     assert "Zebra" not in caplog.text
 
 

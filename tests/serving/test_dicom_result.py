@@ -172,6 +172,10 @@ def test_a_capture_holds_the_image_and_names_its_source() -> None:
         ({"StudyTime": "250000"}, {"StudyTime": ""}),
         ({"StudyTime": "10:11"}, {"StudyTime": ""}),
         ({"PatientID": "x" * 80}, {"PatientID": ""}),
+        ({"PatientName": "x" * 65}, {"PatientName": ""}),
+        ({"PatientName": "^".join("abcdef")}, {"PatientName": ""}),
+        ({"PatientName": "=".join("abcd")}, {"PatientName": ""}),
+        ({"PatientName": "x" * 64 + "=y^z"}, {"PatientName": "x" * 64 + "=y^z"}),
         ({"PatientName": None, "StudyDate": None}, {"PatientName": "", "StudyDate": ""}),
     ],
 )

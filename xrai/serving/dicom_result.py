@@ -44,13 +44,16 @@ _COPIED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
+# PN (PS3.5 6.2): three spellings of up to 64 characters and five components each
+_SPELLING = r"(?![^=]{65})[^\\=^]*(\^[^\\=^]*){0,4}"
+_NAME = f"{_SPELLING}(={_SPELLING}){{0,2}}"
 _FORMS = {
     "PatientBirthDate": r"\d{8}",
     "StudyDate": r"\d{8}",
     "StudyTime": r"\d{6}(\.\d{1,6})?|\d{4}|\d{2}",
     "PatientSex": "[MFO]",
-    "PatientName": r"[^\\]{1,194}",
-    "ReferringPhysicianName": r"[^\\]{1,194}",
+    "PatientName": _NAME,
+    "ReferringPhysicianName": _NAME,
     "PatientID": r"[^\\]{1,64}",
     "AccessionNumber": r"[^\\]{1,16}",
     "StudyID": r"[^\\]{1,16}",
