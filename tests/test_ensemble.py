@@ -11,19 +11,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional
 
 import xrai
+from tests.dataset.pictures import dicom_file
 from tests.models import FINGERPRINT, phantoms, save_random_run, save_run
 from tests.training import call_main
 from xrai import predict
 from xrai.errors import RunError
 from xrai.ingest.find import find_files
+from xrai.ingest.images import decode, ratio_of, shown_box
 from xrai.labels import LabelSpec
+from xrai.learning.explain import laid_over
 from xrai.learning.network import ResNet
 from xrai.pipeline import Pipeline, load_pipeline
 from xrai.results.ensemble import disagreement, mean_outputs, mean_priors, scaled_logits
 from xrai.results.types import outputs_of
 
+FITS = ("crop", "squash", "pad")
 CLASSES = LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
 FINDINGS = LabelSpec("multilabel", ("Mass", "Edema", "Nodule"))
 
@@ -88,7 +93,7 @@ def test_logits_thresholds_and_heat_maps_are_means_and_review_is_any_runs(
     (threshold,) = {each.prediction.threshold for each in found}
     assert threshold is not None
     assert logits([threshold])[0] == pytest.approx(logits([0.4, 0.7]).mean())
-    num_calls, num_review = 0, 0
+    num_calls, num_review, num_other = 0, 0, 0
     for one, two, mean in zip(first, second, found, strict=True):
         row = mean.prediction
         assert row.model == "large+small"
@@ -104,15 +109,64 @@ def test_logits_thresholds_and_heat_maps_are_means_and_review_is_any_runs(
         if not is_review:
             assert (row.decision == "pneumonia") == (row.probability >= threshold)
             num_calls += row.decision == "pneumonia"
-        heat, small = one.heats["pneumonia"], torch.from_numpy(two.heats["pneumonia"])[None, None]
-        large = torch.nn.functional.interpolate(small, (64, 64), mode="bilinear")[0, 0].numpy()
-        assert mean.heats["pneumonia"] == pytest.approx((heat + large) / 2, abs=1e-5)
+        heat, small = one.heats["pneumonia"], torch.from_numpy(two.heats["pneumonia"])[None]
+        with Image.open(row.path) as film:
+            ratio = film.width / film.height
+        whole, middle = (
+            torch.tensor([shown_box(ratio, fit=fit)]).double() for fit in ("squash", "crop")
+        )
+        placed = laid_over(small, whole, onto=middle, size=64)[0].numpy()
+        num_other += ratio != 1 and not np.allclose(
+            placed, functional.interpolate(small[None], (64, 64), mode="bilinear")[0, 0], atol=0.1
+        )
+        assert mean.heats["pneumonia"] == pytest.approx((heat + placed) / 2, abs=1e-5)
         assert mean.image is not None and one.image is not None
         assert np.array_equal(mean.image, one.image)
-    assert num_review >= 1 and num_calls >= 3
+    assert num_review >= 1 and num_calls >= 3 and num_other >= 3
     assert both.squares == ((64, "crop"), (32, "squash"))
     images = [np.zeros((2, size, size), np.uint8) for size, _ in both.squares]
     assert all(each.shape == (2,) for each in both.score(images))
+    with pytest.raises(AssertionError, match="several fits"):
+        both.explain(images)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("other", FITS)
+@pytest.mark.parametrize(("width", "height"), [(320, 160), (150, 200)])  # padded to whole pixels
+def test_what_is_laid_over_a_square_of_another_fit_is_at_its_own_place(
+    width: int, height: int, fit: str, other: str
+) -> None:
+    # a smooth image is its own heat map: its squares must show it at the same places
+    waves = 2.2 + np.sin(np.arange(height) / 35)[:, None] + np.cos(np.arange(width) / 30)
+    film = np.rint(50 * waves).astype(np.uint8)  # never black, as what "pad" adds is
+    expected, maps = (
+        decode(film, size=size, fit=each, max_pixels=10**6).astype(np.float32)
+        for size, each in ((48, fit), (64, other))
+    )
+    boxes, onto = (
+        torch.tensor([shown_box(width / height, fit=each)]).double() for each in (other, fit)
+    )
+    found, seen = (
+        laid_over(each[None], boxes, onto=onto, size=48)[0].numpy()
+        for each in (torch.from_numpy(maps), torch.ones(64, 64))
+    )
+    assert not found[seen == 0].any()
+    assert (seen == 0).any() == (fit == "pad" != other or (fit, other) == ("squash", "crop"))
+    is_shown = (seen > 0) & (expected > 0) & (found > 0)
+    assert is_shown.mean() > 0.2 and np.median(np.abs(found - expected)[is_shown]) < 1
+
+
+def test_the_ratio_is_that_of_the_upright_image_with_square_pixels(tmp_path: Path) -> None:
+    turned = Image.new("L", (30, 20))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    turned.save(tmp_path / "plain.png")
+    assert ratio_of((tmp_path / "turned.jpg").read_bytes()) == pytest.approx(20 / 30)
+    assert ratio_of((tmp_path / "plain.png").read_bytes()) == pytest.approx(30 / 20)
+    dicom = dicom_file(np.zeros((20, 30), np.uint16), PixelSpacing=[0.2, 0.1])
+    assert ratio_of(dicom) == pytest.approx(30 / 40)
+    assert ratio_of(np.zeros((20, 30), np.uint8)) == pytest.approx(30 / 20)
 
 
 @pytest.mark.parametrize("labels", [CLASSES, FINDINGS])

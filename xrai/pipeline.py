@@ -26,10 +26,10 @@ from xrai.errors import ImageError, RunError
 from xrai.files import num_cores
 from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
-from xrai.ingest.images import decode_sized
+from xrai.ingest.images import decode_sized, ratio_of, shown_box
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
 from xrai.learning.batch import to_grey
-from xrai.learning.explain import grad_cam
+from xrai.learning.explain import grad_cam, laid_over
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.learning.tracing import Look, trace
 from xrai.log import progress
@@ -106,6 +106,7 @@ class Read:
     shown: Pixels | None = None  # (side, side), the same for people
     reason: str = ""  # why there are no pixels
     size: tuple[int, int] | None = None  # (width, height) of the whole image, upright, pixels
+    ratio: float = 1.0  # of its width to its height; known only where the runs' fits differ
 
 
 class _Scores(NamedTuple):
@@ -268,25 +269,38 @@ class Pipeline:
             member.trace()
 
     def explain(
-        self, images: Pixels | Sequence[Pixels], outputs: int | NDArray[np.int64] = 0
+        self,
+        images: Pixels | Sequence[Pixels],
+        outputs: int | NDArray[np.int64] = 0,
+        *,
+        ratios: Sequence[float] = (),
     ) -> NDArray[np.float32]:
         """Heat maps (n, size, size) in [0, 1] of preprocessed images as `score` takes them, for one
-        output or for one of each image, (n,): the mean of the runs', at the size of the first.
+        output or for one of each image, (n,): the mean of the runs', as the first run's squares
+        show the images.
 
-        `xrai.learning.explain` says what they show.
+        `ratios` of width to height of the whole images, (n,), are needed where the runs' fits
+        differ, whose squares show other parts of them. `xrai.learning.explain` says what the maps
+        show.
         """
         given = [images] if isinstance(images, np.ndarray) else images
-        maps = [
-            member.explain(given[self.squares.index(member.square)], outputs)[:, None]
-            for member in self._members
-        ]
-        size = maps[0].shape[2:]
-        fitted = [
-            each if each.shape[2:] == size else functional.interpolate(each, size, mode="bilinear")
-            for each in maps
-        ]
-        heat: NDArray[np.float32] = torch.stack(fitted).mean(dim=0)[:, 0].numpy()
+        assert ratios or not self.needs_ratios, "squares of several fits cannot be compared"
+        (size, fit), maps = self._members[0].square, []
+        for member in self._members:
+            found = member.explain(given[self.squares.index(member.square)], outputs)
+            if member.square[1] != fit:
+                boxes, onto = (_boxes(ratios, fit=each) for each in (member.square[1], fit))
+                found = laid_over(found, boxes, onto=onto, size=size)
+            elif member.square[0] != size:
+                found = functional.interpolate(found[:, None], (size, size), mode="bilinear")[:, 0]
+            maps.append(found)
+        heat: NDArray[np.float32] = torch.stack(maps).mean(dim=0).numpy()
         return heat
+
+    @property
+    def needs_ratios(self) -> bool:
+        """Whether `explain` needs the ratios of width to height of the whole images."""
+        return len({fit for _, fit in self.squares}) > 1
 
     def _score(self, images: Sequence[Pixels]) -> _Scores:
         found = [
@@ -336,7 +350,9 @@ class Pipeline:
             found = [to_square(data, size=size, fit=fit) for size, fit in self.squares]
             side, fit = explain_side, self.model.fit
             shown = None if side is None else to_square(data, size=side, fit=fit)[0]
-            return Read(file.path, tuple(own for own, _ in found), shown, size=found[0][1])
+            ratio = 1.0 if side is None or not self.needs_ratios else ratio_of(data)
+            own = tuple(pixels for pixels, _ in found)
+            return Read(file.path, own, shown, size=found[0][1], ratio=ratio)
         except ImageError as error:
             return Read(file.path, reason=str(error))
 
@@ -349,7 +365,10 @@ class Pipeline:
         if found:
             images = [np.stack(each) for each in zip(*found, strict=True)]  # (n, size, size) each
             scores = self._score(images)
-            heats = self._explain(images, scores) if explain_side is not None else [{}] * len(found)
+            ratios = [read.ratio for read in batch if read.own is not None]
+            heats: list[Heats] = [{} for _ in found]
+            if explain_side is not None:
+                heats = self._explain(images, ratios, scores)
             scored = zip(map(self._row, *scores), heats, strict=True)
         for read in batch:
             if read.own is None:
@@ -384,7 +403,9 @@ class Pipeline:
         calls = calls_of(self.outputs, called)
         return replace(row, decision="|".join(calls) or NO_FINDING, calls=calls)
 
-    def _explain(self, images: Sequence[Pixels], scores: _Scores) -> list[Heats]:
+    def _explain(
+        self, images: Sequence[Pixels], ratios: Sequence[float], scores: _Scores
+    ) -> list[Heats]:
         """The heat maps of each image that `Explained` has."""
         # what is called first, then by probability
         ranked = np.argsort(-(scores.called + scores.probabilities), axis=1, kind="stable")
@@ -393,10 +414,16 @@ class Pipeline:
         for place in range(num_maps.max()):
             rows = np.flatnonzero(num_maps > place)
             outputs = ranked[rows, place]
-            maps = self.explain([each[rows] for each in images], outputs)
+            own = [ratios[row] for row in rows.tolist()]
+            maps = self.explain([each[rows] for each in images], outputs, ratios=own)
             for row, output, heat in zip(rows, outputs, maps, strict=True):
                 heats[row] = {**heats[row], self.outputs[output].name: heat}
         return heats
+
+
+def _boxes(ratios: Sequence[float], *, fit: str) -> torch.Tensor:
+    """What the squares of images show of them, (n, 4) float64."""
+    return torch.tensor([shown_box(ratio, fit=fit) for ratio in ratios], dtype=torch.float64)
 
 
 def load_pipeline(

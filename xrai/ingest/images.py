@@ -150,6 +150,33 @@ def decode_sized(
         return fitted, (height, width) if turn in _SWAPS_SIDES else (width, height)
 
 
+def ratio_of(data: bytes | NDArray[np.uint8]) -> float:
+    """The width of a whole image that `decode` takes, upright, for a height of 1. Raises
+    `ImageError`.
+    """
+    if isinstance(data, np.ndarray):
+        height, width = data.shape
+        return float(width / height)
+    if is_dicom(data):
+        radiograph = open_radiograph(data)
+        return radiograph.width / (radiograph.height * radiograph.aspect)
+    with _open(data) as image:
+        width, height = image.size
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    return height / width if turn in _SWAPS_SIDES else width / height
+
+
+def shown_box(ratio: float, *, fit: str) -> "_Box":
+    """Which part of an image of height 1 and width `ratio` the square of `decode` shows: (left,
+    top, right, bottom), of fit "pad" with the black around it.
+    """
+    if fit == "squash":
+        return (0.0, 0.0, ratio, 1.0)
+    side = min(ratio, 1.0) if fit == "crop" else max(ratio, 1.0)
+    left, top = (ratio - side) / 2, (1 - side) / 2
+    return (left, top, left + side, top + side)
+
+
 @contextmanager
 def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """Open a file's header; errors of Pillow inside the block become `ImageError`.

@@ -53,6 +53,24 @@ def grad_cam(network: Network, images: Tensor, output: int | Tensor = 0) -> Tens
     return (fine / hottest.clamp_min(torch.finfo(fine.dtype).tiny)).squeeze(1)
 
 
+def laid_over(maps: Tensor, boxes: Tensor, *, onto: Tensor, size: int) -> Tensor:
+    """Heat maps (B, H, W) of squares that show `boxes` of their images, as heat maps (B, size,
+    size) of squares that show the boxes `onto`; zero where the former square shows nothing.
+
+    Boxes are (B, 4): left, top, right, bottom, all in one unit of length.
+    """
+    middles = (torch.arange(size, dtype=boxes.dtype) + 0.5) / size
+    places = onto[:, None, :2] + middles[:, None] * (onto[:, 2:] - onto[:, :2])[:, None]
+    shares = (places - boxes[:, None, :2]) / (boxes[:, 2:] - boxes[:, :2])[:, None]  # (B, size, 2)
+    across, down = shares[:, None, :, 0], shares[:, :, None, 1]
+    shape = (len(maps), size, size)
+    grid = torch.stack([across.expand(shape), down.expand(shape)], dim=-1) * 2 - 1
+    found = functional.grid_sample(
+        maps[:, None], grid.to(maps.dtype), padding_mode="border", align_corners=False
+    )
+    return found[:, 0] * (grid.abs().amax(dim=-1) <= 1)
+
+
 def _shown(stages: list[Tensor]) -> Tensor:
     """The last maps that are fine enough, if none is the first of the finest; not the stem's."""
     maps = stages[1:] or stages

@@ -24,7 +24,7 @@ from xrai.errors import ImageError, XraiError
 from xrai.files import num_cores
 from xrai.ingest.dicom import Window, is_dicom, open_radiograph, stored_values
 from xrai.ingest.find import File
-from xrai.ingest.images import decode
+from xrai.ingest.images import decode, ratio_of
 from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
@@ -146,7 +146,8 @@ class Scorer:
                 np.stack([decode(data, size=size, fit=fit, max_pixels=pipeline.max_pixels)])
                 for size, fit in pipeline.squares
             ]
-            heat: NDArray[np.float32] = pipeline.explain(images, number)[0]
+            ratios = [ratio_of(data)] if pipeline.needs_ratios else []
+            heat: NDArray[np.float32] = pipeline.explain(images, number, ratios=ratios)[0]
             return heat
 
         future: Future[NDArray[np.float32]] = Future()
