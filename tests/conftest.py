@@ -45,6 +45,12 @@ LONGEST = (
     "test_artifact_store.py",
     "test_several_outputs.py",
     "test_plots.py",
+    "test_export.py",
+    "test_preprocess_faults.py",
+    "test_s3_faults.py",
+    "test_lease.py",
+    "test_preprocess.py",
+    "test_typicality.py",
 )
 FIXTURE_MARKS = {
     "real_images": "data",

@@ -224,9 +224,10 @@ def test_the_command_says_how_well_the_files_agree_and_keeps_it(exported: Export
     assert "No medical device" in exported.printed[-1]
 
 
-def test_a_run_in_a_bucket_is_written_back_to_it(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Exports write this, in place of a graph that takes seconds."""
+
     def write(program: object, serving: Serving, path: Path, **_: object) -> writing.Agreement:
         path.write_bytes(b"graph")
         return writing.Agreement(1, 1, 0.0, 0.0)
@@ -234,6 +235,12 @@ def test_a_run_in_a_bucket_is_written_back_to_it(
     monkeypatch.setattr(writing, "write", write)
     monkeypatch.setattr(writing, "trace", lambda serving: None)
     monkeypatch.setattr(export, "draw_phantoms", lambda: list(phantoms(2)[0]))
+    return b"graph"
+
+
+def test_a_run_in_a_bucket_is_written_back_to_it(
+    run: Path, graph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with moto_server() as url, new_bucket(url) as bucket:
         use_endpoint(monkeypatch, url)
         store = open_store(f"s3://{bucket}/submit/tiny")
@@ -245,7 +252,7 @@ def test_a_run_in_a_bucket_is_written_back_to_it(
             f"export/{name}" for name in files
         ]
         assert [entry.key for entry in open_store(f"s3://{bucket}/other").list()] == files
-        assert store.read("export/model.pt2") == b"graph"
+        assert store.read("export/model.pt2") == graph
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -276,7 +283,7 @@ def test_scores_that_are_not_numbers_do_not_pass_for_agreement(run: Path) -> Non
     assert agreement.probability == agreement.atypicality == np.inf
 
 
-def test_what_can_not_be_exported_is_refused_before_any_work(
+def test_what_cannot_be_exported_is_refused_before_any_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match="--run is missing: give the address of a finished run"):
@@ -308,18 +315,18 @@ def test_what_can_not_be_exported_is_refused_before_any_work(
 
 
 def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, graph: bytes, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(writing, "trace", lambda serving: exported.program)
     out = tmp_path / "out"
-    shutil.copytree(exported.out, out)
-    assert (out / "model.onnx").exists()
-    call("--run", exported.run, "--out", out, "--formats=torch")
+    call("--run", run, "--out", out, "--formats=torch")
+    (out / "model.onnx").write_bytes(b"of another run")
+    call("--run", run, "--out", out, "--formats=torch")
     assert sorted(path.name for path in out.iterdir()) == [
         "config.yaml",
         "export.json",
         "model.pt2",
     ]
+    assert (out / "model.pt2").read_bytes() == graph
 
 
 @pytest.mark.parametrize("is_named", [False, True])
@@ -352,7 +359,7 @@ def test_of_two_exports_into_one_folder_the_second_is_refused(
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.onnx", "export.json"])
-def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
+def test_a_folder_with_files_of_something_else_is_refused_and_unchanged(
     run: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_text("mine")

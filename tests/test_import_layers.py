@@ -195,7 +195,7 @@ def test_training_loads_what_draws_when_it_draws_which_is_on_rank_0_alone() -> N
     assert not loaded & {"sklearn", "scipy", "matplotlib", "jinja2", "tensorboard", "boto3"}
 
 
-def test_every_module_can_be_loaded_where_boto3_can_not(repository: Path) -> None:
+def test_every_module_can_be_loaded_where_boto3_cannot(repository: Path) -> None:
     files = sorted((repository / "xrai").rglob("*.py"))
     modules = [".".join(path.relative_to(repository).with_suffix("").parts) for path in files]
     # None makes an import fail; TensorBoard tries boto3 by itself, and goes on without it

@@ -88,7 +88,7 @@ def test_many_steps_touch_the_file_once_a_second(
     assert len(touched) == 10
 
 
-def test_a_heartbeat_that_can_not_be_written_is_refused_at_the_start_and_missing_later(
+def test_a_heartbeat_that_cannot_be_written_is_refused_at_the_start_and_missing_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "missing" / "heartbeat"

@@ -229,7 +229,7 @@ def test_a_long_table_is_printed_in_part_where_files_hold_all_of_it(run: Path) -
     )
 
 
-def test_names_can_not_steer_the_terminal_or_a_spreadsheet(
+def test_names_cannot_steer_the_terminal_or_a_spreadsheet(
     run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_pipeline(str(run)).model
@@ -418,7 +418,7 @@ def test_of_two_predictions_into_one_folder_the_second_is_refused_and_nothing_mi
 @pytest.mark.parametrize(
     "name", ["notes.txt", "config.yaml", "predictions.csv", "overlays/mine.png", "model.pt"]
 )
-def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
+def test_a_folder_with_files_of_something_else_is_refused_and_unchanged(
     run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     path = tmp_path / "out" / name
@@ -430,7 +430,7 @@ def test_a_folder_with_files_of_something_else_is_refused_and_left_alone(
     assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path]
 
 
-def test_an_overlay_that_can_not_be_stored_ends_the_command(
+def test_an_overlay_that_cannot_be_stored_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write = FolderStore.write

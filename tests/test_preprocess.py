@@ -216,7 +216,7 @@ def test_the_last_lines_say_where_and_how_many(run: Callable[..., Done], tmp_pat
     assert str(tmp_path / "dataset") in done.out.splitlines()[-1]
 
 
-def test_the_card_shows_samples_counts_and_what_was_set_aside(
+def test_the_card_shows_samples_counts_and_what_was_excluded(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     files = {**source_files(), "train/NORMAL/empty|.png": b""}
@@ -447,7 +447,7 @@ def test_dicom_and_png_of_the_same_phantoms_become_the_same_data_set(
         assert np.abs(one[3] - other[3]).max() <= 1
 
 
-def test_damaged_dicom_files_are_set_aside_with_their_reasons(
+def test_damaged_dicom_files_are_excluded_with_their_reasons(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     files = {f"train/{path}": data for path, data in dicom_source().items()}
@@ -841,7 +841,7 @@ def test_once_more_on_a_damaged_data_set_says_that_it_is_damaged(
         ("images", "--overwrite"),
     ],
 )
-def test_another_data_set_is_refused_and_left_alone(
+def test_another_data_set_is_refused_and_unchanged(
     run: Callable[..., Done], tmp_path: Path, change: str, words: str
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
@@ -933,7 +933,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_folder_with_a_file_of_somebody_else_is_refused_and_left_alone(
+def test_a_folder_with_a_file_of_somebody_else_is_refused_and_unchanged(
     run: Callable[..., Done], tmp_path: Path, name: str
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
@@ -956,7 +956,7 @@ def test_what_systems_leave_in_folders_is_not_in_the_way(
     assert {name for name in left if (dataset / name).read_bytes() == b"x"} == set(left)
 
 
-def test_a_file_put_beside_a_finished_data_set_is_left_alone(
+def test_a_file_put_beside_a_finished_data_set_is_unchanged(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     source, dataset = write_files(tmp_path / "chest", source_files()), tmp_path / "dataset"
@@ -989,7 +989,7 @@ BAD = {
 }
 
 
-def test_each_bad_file_is_set_aside_with_its_reason_and_the_rest_goes_on(
+def test_each_bad_file_is_excluded_with_its_reason_and_the_rest_goes_on(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     files = {**source_files(), **{f"train/NORMAL/{name}": data for name, (data, _) in BAD.items()}}

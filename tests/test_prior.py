@@ -149,7 +149,7 @@ def test_the_table_and_its_last_lines_say_the_prior(
     assert "prior: pneumonia 0.250, given; it changes no call" in lines
 
 
-def test_a_prior_that_can_not_be_used_is_one_clear_line(
+def test_a_prior_that_cannot_be_used_is_one_clear_line(
     run: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for prior, message in (

@@ -273,6 +273,12 @@ def test_heat_maps_are_of_what_is_called_the_most_probable_first_or_of_the_highe
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="no extra `export`")
 @pytest.mark.parametrize("formats", ["torch", pytest.param("onnx,torch", marks=pytest.mark.ci)])
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(CLASSES, marks=pytest.mark.ci, id="multiclass"), FINDINGS],
+    indirect=True,
+    ids=lambda labels: labels.task,
+)
 def test_exported_files_give_the_same_probabilities_and_say_what_they_are(
     formats: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

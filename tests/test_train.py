@@ -471,7 +471,7 @@ def test_check_finds_rows_of_the_manifest_that_break_the_rules(
     assert status == 2 and "does not list as many images of each shard and class" in lines[0]
 
 
-def test_a_run_that_another_job_writes_is_refused_and_left_alone(
+def test_a_run_that_another_job_writes_is_refused_and_unchanged(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=r1", *SMALL]

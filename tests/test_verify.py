@@ -317,7 +317,7 @@ def test_repair_from_another_source_is_refused_and_changes_nothing(
     assert contents(dataset) == before
 
 
-def test_repair_that_can_not_give_the_same_bytes_stores_nothing(
+def test_repair_that_cannot_give_the_same_bytes_stores_nothing(
     made: tuple[Path, Path], check: Command, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xrai.ingest import decode, images
@@ -338,7 +338,7 @@ def test_repair_that_can_not_give_the_same_bytes_stores_nothing(
     assert contents(dataset) == before
 
 
-def test_a_damaged_index_can_not_be_repaired_and_the_message_says_what_to_do(
+def test_a_damaged_index_cannot_be_repaired_and_the_message_says_what_to_do(
     made: tuple[Path, Path], check: Command, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = json.loads((dataset / "dataset.json").read_text())

@@ -692,7 +692,7 @@ def test_a_disk_that_is_full_names_the_shard_and_keeps_nothing_half_written(
     assert left == "[]"
 
 
-def test_a_cache_folder_that_can_not_be_made_is_the_users_mistake(
+def test_a_cache_folder_that_cannot_be_made_is_the_users_mistake(
     bucket: RemoteFolder, index: DatasetIndex, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -723,7 +723,7 @@ def test_a_folder_that_was_replaced_while_it_was_read_says_so(tmp_path: Path, fo
         cache.open(old.splits["train"][1])
 
 
-def test_arrays_stay_valid_after_closing_and_can_not_be_written(
+def test_arrays_stay_valid_after_closing_and_cannot_be_written(
     bucket: RemoteFolder, index: DatasetIndex, folder: Path
 ) -> None:
     opened = ShardCache(bucket, index, folder=folder).open(index.splits["train"][1])

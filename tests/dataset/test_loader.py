@@ -657,7 +657,7 @@ def test_an_error_in_the_background_comes_to_the_front_with_rank_split_shard_and
     assert isinstance(failure_of(loader.epoch(0))[1], CorruptError)  # the second time too
 
 
-def test_a_shard_that_can_not_be_fetched_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_fetched_is_named(folder: Path, tmp_path: Path) -> None:
     store = RemoteFolder(folder, failing="train-00003")
     num, error = failure_of(make_loader(store, cache_dir=tmp_path).epoch(0))
     assert (num, type(error)) == (2, UnreachableError)

@@ -310,7 +310,7 @@ def test_a_run_after_the_first_asks_for_nothing_but_the_index(
     assert [request.path.rpartition("/")[2] for request in proxy.requests] == ["dataset.json"]
 
 
-def test_a_process_that_can_not_fetch_leaves_the_others_reading(
+def test_a_process_that_cannot_fetch_leaves_the_others_reading(
     s3_server: str, address: str, proxy: Proxy, tmp_path: Path, good: list[str]
 ) -> None:
     """MosaicML streaming's other ranks wait for ever where the one that downloads fails."""

@@ -168,6 +168,7 @@ def test_killed_at_a_stage_and_started_again_it_ends_in_the_same_bytes(
     assert_whole(f"{uri}/made", expected)
 
 
+@pytest.mark.ci
 def test_partitions_at_once_end_in_the_same_bytes_and_share_the_hashing(
     proxy: Proxy, uri: str, raw: str, expected: dict[str, bytes]
 ) -> None:

@@ -326,7 +326,7 @@ def test_a_rank_that_hangs_is_named_by_the_others_when_time_is_over() -> None:
     )
 
 
-def test_a_rank_that_can_not_have_a_shard_ends_all_and_says_which_rank_shard_and_cause(
+def test_a_rank_that_cannot_have_a_shard_ends_all_and_says_which_rank_shard_and_cause(
     dataset: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"

@@ -519,7 +519,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[dicom._Elsewhere]:
     fresh.end()
 
 
-def test_a_file_that_kills_gdcm_is_set_aside_and_the_next_is_read(
+def test_a_file_that_kills_gdcm_is_excluded_and_the_next_is_read(
     elsewhere: dicom._Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = (FILES / "SC_rgb_jpeg_gdcm.dcm").read_bytes()

@@ -96,7 +96,7 @@ def test_the_plans_hash_follows_contents_and_config_and_nothing_else() -> None:
     assert plan_of({**FILES, "README.txt": b"not data"}).sha256 == plans[0].sha256
 
 
-def test_files_that_can_not_be_read_are_set_aside_and_counted() -> None:
+def test_files_that_cannot_be_read_are_excluded_and_counted() -> None:
     plan = plan_of({**FILES, "train/NORMAL/unreadable.png": b""})
     assert [(row.path, row.reason) for row in plan.unusable] == [
         ("train/NORMAL/unreadable.png", "cannot be read (Input/output error)")

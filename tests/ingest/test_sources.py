@@ -165,7 +165,7 @@ def test_a_name_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
         open_source(str(folder)).files()
 
 
-def test_a_file_larger_than_any_x_ray_is_set_aside(
+def test_a_file_larger_than_any_x_ray_is_excluded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
@@ -233,9 +233,7 @@ def test_a_member_that_declares_more_than_any_x_ray_is_not_unpacked(tmp_path: Pa
         open_source(str(path)).read("a.png")
 
 
-def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_and_set_aside(
-    tmp_path: Path,
-) -> None:
+def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_and_excluded(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(1_000_000))

@@ -160,7 +160,7 @@ def test_the_same_image_in_two_splits_of_the_source_is_refused_by_both_names(
         assign_splits(rows, BINARY, Splits())
 
 
-def test_on_request_all_but_the_one_in_test_else_val_are_set_aside() -> None:
+def test_on_request_all_but_the_one_in_test_else_val_are_excluded() -> None:
     rows = many(40) + many(40, split="val", prefix="v") + many(40, split="test", prefix="t")
     rows += [row("a.png", split=split, content="x") for split in ("train", "val", "test")]
     rows += [row("b.png", split=split, content="y") for split in ("train", "val")]
@@ -182,14 +182,14 @@ def test_a_val_that_joins_train_may_repeat_its_images() -> None:
     assert not one.reason and not other.reason
 
 
-def test_the_same_image_under_both_labels_is_set_aside_on_both_sides() -> None:
+def test_the_same_image_under_both_labels_is_excluded_on_both_sides() -> None:
     rows = [*many(60), row("a.png", label=0, content="same"), row("b.png", label=1, content="same")]
     aside = [found for found in assign_splits(rows, BINARY, CARVE).rows if found.reason]
     assert [found.path for found in aside] == ["train/a.png", "train/b.png"]
     assert all("under another label" in found.reason for found in aside)
 
 
-def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
+def test_files_excluded_before_stay_so_and_take_no_part() -> None:
     bad = replace(row("bad.png"), sha256="", reason="cannot be read")
     worse = replace(row("worse.png", label=1), sha256="", reason="cannot be read")
     found = assign_splits([*many(60), bad, worse], BINARY, CARVE).rows[-2:]
@@ -214,7 +214,7 @@ def test_files_set_aside_before_stay_so_and_take_no_part() -> None:
         ),
     ],
 )
-def test_what_can_not_be_split_is_refused(rows: list[Row], message: str) -> None:
+def test_what_cannot_be_split_is_refused(rows: list[Row], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         assign_splits(rows, BINARY, Splits(val_fraction=0.1, test_fraction=0.1))
 

@@ -356,8 +356,8 @@ def test_every_precision_trains_on_the_cpu(alone: Ranks, precision: str) -> None
 
 
 def test_fp16_goes_on_bit_for_bit_with_its_scaler(alone: Ranks, tmp_path: Path) -> None:
-    config = changed(SMALL, train={"precision": "fp16"})
-    train = partial(train_discs, config, ranks=alone, num_images=64, num_val=5)
+    config = changed(TINY, train={"precision": "fp16"})
+    train = partial(train_discs, config, ranks=alone, num_images=16, num_val=5)
     whole = train()
     assert len(train(folder=tmp_path, stop_after=3).losses) == 3
     assert same(whole, train(folder=tmp_path))

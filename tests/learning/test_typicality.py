@@ -336,14 +336,14 @@ def share_to_review(trained: tuple[Network, Typicality], images: NDArray[np.uint
     return float(np.mean(scores > 1))
 
 
-def test_held_out_phantoms_are_not_left_to_review(
+def test_held_out_phantoms_do_not_go_to_review(
     trained: tuple[Network, Typicality], phantoms: dict[str, Split]
 ) -> None:
     assert share_to_review(trained, phantoms["test"][0]) <= 0.2
 
 
 @pytest.mark.parametrize("kind", ["inverted", "upside down", "turned", "noise", "gradient", "flat"])
-def test_what_is_no_upright_chest_x_ray_is_left_to_review(
+def test_what_is_no_upright_chest_x_ray_goes_to_review(
     kind: str, trained: tuple[Network, Typicality], phantoms: dict[str, Split]
 ) -> None:
     films = phantoms["test"][0]

@@ -334,7 +334,7 @@ def test_groups_are_measured_against_the_other_class_or_by_themselves_where_they
     assert (len(many.main.groups), many.num_groups) == (12, 20)
 
 
-def test_abstention_counts_what_is_left_to_a_person_and_measures_the_rest() -> None:
+def test_abstention_counts_what_goes_to_a_person_and_measures_the_rest() -> None:
     labels = [0, 0, 0, 1, 1, 1]
     scores = [0.1, 0.2, 0.9, 0.9, 0.8, 0.2]
     atypicality = [0.5, 1.0, 1.5, 0.2, math.nan, 0.3]  # NaN asks for review

@@ -214,7 +214,7 @@ def test_the_class_with_the_highest_score_is_called_and_the_first_of_equal_ones(
     assert np.isfinite(scores.probabilities).all()
 
 
-def test_images_left_to_a_person_are_counted_by_class_and_the_rest_is_measured() -> None:
+def test_images_for_a_person_are_counted_by_class_and_the_rest_is_measured() -> None:
     labels = [0, 0, 1, 1, 2, 2]
     logits = np.eye(3)[[0, 0, 1, 2, 2, 2]] * [[4.0], [3], [2], [1], [2.5], [3.5]]
     scores = make_classes(labels, logits, atypicality=[0, 0, 0.5, 2, 3, 0])

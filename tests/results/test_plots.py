@@ -117,7 +117,7 @@ def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_chang
     assert not has_colour(same, "#848e9e")
 
 
-def test_the_abstention_plot_marks_what_the_run_left_to_a_person(
+def test_the_abstention_plot_marks_what_goes_to_a_person(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plots, "_PLOTS", {"abstention": plots._PLOTS["abstention"]})

@@ -212,7 +212,7 @@ def test_a_prior_is_read_from_what_people_give(
         (FINDINGS, "Hernia=0.1", "'Hernia' is none of them: it takes Mass=SHARE|Edema=SHARE"),
     ],
 )
-def test_a_prior_that_can_not_be_one_is_refused(
+def test_a_prior_that_cannot_be_one_is_refused(
     outputs: tuple[Output, ...], wanted: str | float, message: str
 ) -> None:
     with pytest.raises(UserError, match=message.replace("|", r"\|")):

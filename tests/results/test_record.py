@@ -62,7 +62,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_predictions_say_what_is_left_to_a_person_and_what_metrics_say(run: RunFolder) -> None:
+def test_predictions_say_what_goes_to_a_person_and_what_metrics_say(run: RunFolder) -> None:
     wanted = [0.2, 0.7, 0.9, 0.6, 0.8]
     scores = make_scores(
         [0, 0, 1, 1, 1],
@@ -201,7 +201,7 @@ def test_the_last_lines_say_where_the_plots_are_and_when_they_are_of_phantoms(
     assert "phantoms, not patients" in lines_of(phantoms, "x")[0]
 
 
-def test_the_last_lines_say_what_is_left_to_a_person_and_what_shortcuts_reach(
+def test_the_last_lines_say_what_goes_to_a_person_and_what_shortcuts_reach(
     results: SplitResults,
 ) -> None:
     def baseline(auroc: float) -> Baseline:
