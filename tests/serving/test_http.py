@@ -282,15 +282,19 @@ def test_one_client_and_all_together_have_limits(run: Path, films: list[bytes]) 
         post(client, ("b.png", films[1]))
 
 
-def test_the_list_says_how_many_films_wait(service: Service, films: list[bytes]) -> None:
+def test_the_list_says_how_many_films_wait(
+    service: Service, films: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xrai.serving.http._AT_ONCE", 1)  # others wait for it
     with slowed(service) as (begun, release), make_client(service) as client:
         idle = client.get("/v1/films")
         assert idle.json()["num_waiting"] == 0
-        first = threading.Thread(target=lambda: post(client, ("a.png", films[0])))
+        three = [(f"{number}.png", films[number]) for number in range(3)]
+        first = threading.Thread(target=lambda: post(client, *three))
         first.start()
         assert begun.wait(20)
         busy = client.get("/v1/films", headers={"If-None-Match": idle.headers["ETag"]})
-        assert busy.status_code == 200 and busy.json()["num_waiting"] == 1
+        assert busy.status_code == 200 and busy.json()["num_waiting"] == 3
         release.set()
         first.join()
         assert client.get("/v1/films").json()["num_waiting"] == 0

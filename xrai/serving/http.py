@@ -88,6 +88,7 @@ class _Routes:
         self._service, self._token, self._limits = service, token, limits
         self._room = Room(limits.max_bytes_under_way, limits.max_body_bytes)
         self._clients: Counter[str] = Counter()  # requests with films that are under way
+        self._num_queued = 0  # films of requests that wait for others of the same one
         self._reloading = asyncio.Lock()
 
     def all(self) -> list[Route]:
@@ -152,11 +153,17 @@ class _Routes:
         return _json({"films": [film_json(film) for film in films], "refused": refused}, 201)
 
     async def _add(self, file: File, gate: asyncio.Semaphore) -> Film | BaseException:
-        async with gate:
-            try:
-                return await answered(self._service.add(file, source="upload"))
-            except ClosedError as error:
-                return error
+        self._num_queued += 1
+        try:
+            await gate.acquire()
+        finally:
+            self._num_queued -= 1
+        try:
+            return await answered(self._service.add(file, source="upload"))
+        except ClosedError as error:
+            return error
+        finally:
+            gate.release()
 
     @contextmanager
     def _admitted(self, request: Request) -> Iterator[None]:
@@ -175,7 +182,7 @@ class _Routes:
 
     async def list_films(self, request: Request) -> Response:
         """All films, the most urgent first, and how many wait to be scored."""
-        num_waiting = self._service.scorer.num_waiting
+        num_waiting = self._num_queued + self._service.scorer.num_waiting
         tag = f'"{self._service.worklist.version}-{num_waiting}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"ETag": tag})
