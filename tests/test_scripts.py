@@ -160,3 +160,12 @@ def test_quickstart_needs_no_host_name_that_resolves(repository: Path) -> None:
     script = (repository / "scripts/quickstart").read_text().replace("\\\n", " ")
     (launch,) = (line for line in script.splitlines() if "torchrun " in line and "exec" in line)
     assert "--local_addr=localhost" in launch.split()
+
+
+def test_nothing_that_a_checkout_runs_needs_its_links(repository: Path) -> None:
+    # git writes them as plain files on Windows
+    links = [path.name for path in repository.iterdir() if path.is_symlink()]
+    assert links == ["configs"]
+    for name in ("compose.yaml", "scripts/quickstart"):
+        text = (repository / name).read_text().replace("xrai/configs/", "")
+        assert "configs/" not in text, name
