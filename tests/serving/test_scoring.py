@@ -1,5 +1,6 @@
 """How the thread that scores uses the machine."""
 
+import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import xrai
-from tests.models import phantoms
+from tests.models import phantoms, save_run
 from xrai.ingest.find import File
 from xrai.serving import scoring
 from xrai.serving.scoring import Observer, Scored, Scorer
@@ -131,3 +133,18 @@ def test_scoring_takes_threads_only_where_they_save_time(
         assert scoring.fewest_threads(pipeline) == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_runs_that_see_other_parts_of_a_film_explain_it_as_xrai_predict_does(
+    run: Path, tmp_path: Path
+) -> None:
+    other = save_run(tmp_path, run_id="whole", size=32, fit="squash", num_steps=5)
+    pipeline = xrai.load(str(run), str(other))
+    buffer = io.BytesIO()
+    Image.fromarray(phantoms(1)[0][0][:60]).save(buffer, "PNG")  # wider than high
+    data = buffer.getvalue()
+    (expected,) = pipeline.classify([File("film", lambda: data)], explain_side=32)
+    scorer = Scorer(pipeline, Batches(), num_threads=1)
+    heat = scorer.explain(pipeline, data, "pneumonia").result(WAIT_S)
+    scorer.close()
+    assert heat == pytest.approx(expected.heats["pneumonia"], abs=1e-6)
