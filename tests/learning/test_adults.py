@@ -58,6 +58,7 @@ def test_adults_go_to_review_and_children_do_not(real_images: Path, tmp_path: Pa
         for name in ("train", "val")
     )
     config = replace(Config(), train=Train(epochs=NUM_EPOCHS, precision="off"))
+    torch.set_num_threads(1)  # two runs gave the same counts: 16 of 459 children, 91 of 98 adults
     torch.manual_seed(0)
     network = build_model(config.model, 1)
     own = labels[split["train"]]
