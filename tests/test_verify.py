@@ -1,4 +1,4 @@
-"""The check of a stored data set, and its repair: each damage is found, named, and mended bit
+"""The check of a stored data set, and its repair: each damage is found, named, and repaired bit
 for bit.
 """
 

@@ -215,7 +215,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def unfinished_uploads(server: tuple[str, str]) -> int:
-    """How many there are; none as soon as the listing says so within 20 s, for Ceph mends it a
+    """How many there are; none as soon as the listing says so within 20 s, for Ceph fixes it a
     moment later.
     """
     client = boto3.session.Session().client("s3", endpoint_url=server[0])

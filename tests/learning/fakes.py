@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xrai.config import Config
+from xrai.config import Config, Model
 from xrai.errors import StoppedError
 from xrai.labels import LabelSpec, Task
 from xrai.learning import loop, optim
 from xrai.learning.checkpoint import CheckpointFolder
 from xrai.learning.distributed import Ranks
+from xrai.learning.network import Network
 from xrai.learning.predictor import build_model
+from xrai.learning.typicality import Typicality, fit_typicality
 from xrai.store import open_store
 from xrai.store.folder import FolderStore
 
@@ -261,3 +263,14 @@ class DamagingStore(FolderStore):
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
         return digest
+
+
+def fit_discs() -> tuple[Network, Typicality]:
+    """A network of fresh weights, and its typicality on discs."""
+    torch.manual_seed(3)
+    network = build_model(Model(width=8), 1)
+    train, val = (
+        FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30)
+    )
+    alone = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    return network, fit_typicality(network, train, val, ranks=alone)

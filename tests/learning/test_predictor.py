@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learning.fakes import DamagingStore, FakeLoader, make_discs
+from tests.learning.fakes import DamagingStore, FakeLoader, fit_discs, make_discs
 from tests.models import without_detail
 from xrai.config import Augment, Images, Model
 from xrai.errors import CorruptError, RunError
@@ -14,15 +14,8 @@ from xrai.files import sha256_of
 from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import Network
-from xrai.learning.predictor import (
-    MODEL_FILE,
-    TrainedModel,
-    build_model,
-    load_model,
-    predict_split,
-    save_model,
-)
-from xrai.learning.typicality import Typicality, fit_typicality
+from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model, predict_split, save_model
+from xrai.learning.typicality import Typicality
 from xrai.store import open_store
 
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -30,13 +23,7 @@ ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Network, Typicality]:
-    """A network of fresh weights, and its typicality on discs."""
-    torch.manual_seed(3)
-    network = build_model(Model(width=8), 1)
-    train, val = (
-        FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30)
-    )
-    return network, fit_typicality(network, train, val, ranks=ONE)
+    return fit_discs()
 
 
 @pytest.fixture

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import xrai
-from tests.learning.fakes import FakeLoader, make_discs
+from tests.learning.fakes import fit_discs
 from tests.models import save_run
-from xrai.config import Model
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import Network
-from xrai.learning.predictor import build_model
 from xrai.learning.tracing import trace
-from xrai.learning.typicality import Typicality, fit_typicality
+from xrai.learning.typicality import Typicality
 
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -43,13 +41,7 @@ class RefusingStem(Stem):
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Network, Typicality]:
-    """A network of fresh weights, and its typicality on discs."""
-    torch.manual_seed(3)
-    network = build_model(Model(width=8), 1)
-    train, val = (
-        FakeLoader(*make_discs(number, seed=number), batch_size=32) for number in (60, 30)
-    )
-    return network, fit_typicality(network, train, val, ranks=ONE)
+    return fit_discs()
 
 
 @pytest.fixture
