@@ -261,7 +261,9 @@ def test_the_compose_file_adds_a_node_to_the_service(repository: Path) -> None:
     assert options.pacs.name == given["XRAI_PACS"]
     (port,), (volume,) = added["ports"], added["volumes"]
     assert port == f"127.0.0.1:11112:{options.node.port}"
-    assert volume.partition(":")[2] in map(str, options.outbox.parents)
+    docker = (repository / "docker" / "Dockerfile").read_text()
+    working_directory = Path(re.findall(r"^WORKDIR (\S+)", docker, re.M)[-1])
+    assert Path(volume.partition(":")[2]) in (working_directory / options.outbox).parents
 
 
 def test_without_a_port_there_is_no_node() -> None:
