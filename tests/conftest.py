@@ -139,6 +139,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in FIXTURE_MARKS:
                 item.add_marker(FIXTURE_MARKS[fixture])
+        if item.get_closest_marker("browser"):
+            item.add_marker("ci")  # minutes on two cores
     # each file is one worker's: the longest first, so that none is left for the end
     items.sort(key=lambda item: item.path.name not in LONGEST)
 

@@ -253,6 +253,7 @@ def check_tensorboard(tensorboard: TensorBoard, store: Store) -> None:
         assert values[f"final/{name}"] == pytest.approx(summary[name], abs=1e-6)
 
 
+@pytest.mark.ci
 def test_tensorboard_shows_a_run_in_a_folder_with_its_images_curves_and_hyperparameters(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
-"""Each test here has two variants: one on a CUDA device (the mark `gpu`), one on the CPU, which
-shows that the test itself is right.
+"""Each test here has two variants: one on a CUDA device (the mark `gpu`), one on the CPU (the mark
+`ci`), which shows that the test itself is right.
 
 The CUDA variants run with `XRAI_TEST_GPU=1 scripts/test -m gpu`, or `python -m benchmarks.gpu`.
 """
@@ -13,7 +13,7 @@ from xrai.learning.distributed import Ranks
 
 # Warnings of CUDA's libraries, which no one has seen yet, are shown and fail no test
 _ON_GPU = (pytest.mark.gpu, pytest.mark.filterwarnings("default"))
-DEVICES = ["cpu", pytest.param("cuda", marks=_ON_GPU)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.ci), pytest.param("cuda", marks=_ON_GPU)]
 
 
 @pytest.fixture(params=DEVICES)

@@ -23,7 +23,7 @@ from xrai.serving.films import Worklist
 from xrai.serving.models import load_models
 from xrai.serving.service import Service
 
-pytestmark = [pytest.mark.browser, pytest.mark.ci]  # minutes on two cores
+pytestmark = pytest.mark.browser
 
 DROP = """async (files) => {
   const transfer = new DataTransfer();
