@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ci  # each starts a pytest of its own
+
 NEEDY_TESTS = """
 import os
 import pytest

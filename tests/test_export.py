@@ -329,7 +329,7 @@ def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
     assert (out / "model.pt2").read_bytes() == graph
 
 
-@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("is_named", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_of_two_exports_into_one_folder_the_second_is_refused(
     run: Path, tmp_path: Path, is_named: bool
 ) -> None:

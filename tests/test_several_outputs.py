@@ -270,9 +270,10 @@ def test_heat_maps_are_of_what_is_called_the_most_probable_first_or_of_the_highe
 # ------------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="no extra `export`")
-@pytest.mark.parametrize("formats", ["torch", pytest.param("onnx,torch", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("formats", ["torch", "onnx,torch"])
 @pytest.mark.parametrize(
     "run",
     [pytest.param(CLASSES, marks=pytest.mark.ci, id="multiclass"), FINDINGS],

@@ -340,6 +340,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, str]]:
         yield proxy, f"s3://{bucket}/runs"
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's packages
 def test_a_bucket_that_hangs_refuses_and_loses_answers_does_not_hold_the_training_up(
     finished: Finished, tmp_path: Path, failing: tuple[Proxy, str]

@@ -151,10 +151,8 @@ def test_a_server_that_is_gone_for_good_ends_it_in_time_with_exit_1_and_a_new_st
     assert_whole(f"{uri}/made", expected)
 
 
-@pytest.mark.parametrize(
-    "after",
-    ["train-00000", *(pytest.param(k, marks=pytest.mark.ci) for k in ("hashes", "manifest"))],
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("after", ["train-00000", "hashes", "manifest"])
 def test_killed_at_a_stage_and_started_again_it_ends_in_the_same_bytes(
     proxy: Proxy, uri: str, raw: str, expected: dict[str, bytes], after: str
 ) -> None:

@@ -50,7 +50,11 @@ def count(patch: pytest.MonkeyPatch, *, task: Task = "binary", **changes: Any) -
     [
         ("binary", {}),
         ("multiclass", {"train": {"precision": "bf16"}, "optim": Optim(name="sgd", lr=0.01)}),
-        ("multilabel", {"train": {"precision": "fp16", "accumulation_steps": 2}}),
+        pytest.param(
+            "multilabel",
+            {"train": {"precision": "fp16", "accumulation_steps": 2}},
+            marks=pytest.mark.ci,  # fp16 takes a CPU seconds
+        ),
         ("binary", {"train": {"freeze_epochs": 1}, "optim": Optim(clip_norm=0, layer_decay=0.9)}),
     ],
     ids=["plain", "bf16, sgd", "fp16, in parts", "frozen body"],

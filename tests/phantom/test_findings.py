@@ -4,6 +4,7 @@ and the folders of the tasks.
 
 import csv
 from collections import Counter
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -27,10 +28,15 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@cache
+def healthy(patient: int) -> Image:
+    return draw_phantom(SEED, Phantom(patient, 0, "findings"))
+
+
 def change(patient: int, *findings: Finding) -> Image:
     """What findings change in a patient's image."""
-    healthy = draw_phantom(SEED, Phantom(patient, 0, "findings"))
-    return draw_phantom(SEED, Phantom(patient, 0, "findings", frozenset(findings))) - healthy
+    found = draw_phantom(SEED, Phantom(patient, 0, "findings", frozenset(findings)))
+    return found - healthy(patient)
 
 
 # ------------------------------------------------------------------------------------------ who has

@@ -12,7 +12,7 @@ from xrai.errors import XraiError
 from xrai.results.calibration import calibrated, choose_threshold, fit_temperature, log_odds
 
 
-@settings(max_examples=25)  # each chooses four times
+@settings(max_examples=10)  # each chooses four times
 @given(scored_images())
 def test_the_chosen_threshold_is_among_the_scores_and_has_no_side(
     images: tuple[list[int], list[float]],

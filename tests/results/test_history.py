@@ -103,6 +103,7 @@ def test_a_damaged_history_is_refused_by_name(run: RunFolder, text: str) -> None
         run.history()
 
 
+@pytest.mark.ci
 def test_a_writer_killed_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     program = """
 import os, sys
