@@ -59,6 +59,8 @@ def counted(num: int, noun: str, verb: str = "") -> str:
 
 def printable(text: str) -> str:
     """Text from outside as one line that cannot control a terminal."""
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 

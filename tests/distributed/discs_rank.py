@@ -5,6 +5,7 @@ python tests/distributed/discs_rank.py [--folder DIR] [--stop_after N] [--poison
 [--section.key=value …]
 """
 
+import base64
 import json
 import sys
 import time
@@ -79,7 +80,10 @@ def main() -> None:
                 "backend": backend,
                 "reduced": float(reduced),
                 "losses": outcome.losses,
-                "weights": outcome.weights,
+                "weights": {
+                    name: base64.b64encode(np.array(values).tobytes()).decode()  # all their bits
+                    for name, values in outcome.weights.items()
+                },
                 "stopped": outcome.stopped,
                 "epochs": [
                     {

@@ -44,7 +44,7 @@ def make_service(
 ) -> Service:
     """What the routes of a server share."""
     worklist = Worklist(max_films=max_films, max_bytes=max_bytes, lifetime_s=lifetime_s)
-    return Service(load_models([str(run)]), (str(run),), load_models, worklist)
+    return Service(load_models([str(run)]), (str(run),), load_models, worklist, num_threads=1)
 
 
 def make_client(service: Service, *, token: str = "", limits: Limits = LIMITS) -> TestClient:

@@ -195,7 +195,9 @@ class WebPacs:
         headers = {"User-Agent": f"xrai/{__version__}", "Accept": accepted}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
-        context = self.tls or ssl.create_default_context()
+        context = self.tls
+        if context is None and self.address.startswith("https:"):
+            context = ssl.create_default_context()
         with urllib3.PoolManager(
             headers=headers, ssl_context=context, timeout=self.timeout_s, retries=False
         ) as client:
