@@ -206,7 +206,7 @@ def test_table_and_json_state_the_runs_and_how_far_they_are_apart(
 ) -> None:
     out = tmp_path / "out"
     arguments = [*(f"--run={run}" for run in runs), f"--out={out}", str(films)]
-    assert call_main(predict, *arguments, capsys=capsys) == (0, [])
+    assert call_main(predict, *arguments, "--no_overlays", capsys=capsys) == (0, [])
     arguments += ["--prior=0.1"]  # its own folder is taken again
     assert call_main(predict, *arguments, capsys=capsys) == (0, [])
     pipeline = xrai.load(*runs, prior=0.1)

@@ -134,6 +134,7 @@ def test_images_of_a_batch_are_fitted_each_by_itself() -> None:
 
 
 @needs_onnx
+@pytest.mark.ci
 @pytest.mark.slow
 def test_onnx_says_of_any_image_what_the_program_says(exported: Exported) -> None:
     import onnxruntime
@@ -160,15 +161,18 @@ def test_onnx_says_of_any_image_what_the_program_says(exported: Exported) -> Non
         assert probability.shape == (len(batch),)
 
 
-@needs_onnx  # the fixture writes both
 @pytest.mark.slow
-def test_torch_loads_its_file_without_xrais_classes_and_says_the_same(exported: Exported) -> None:
-    extra = {"metadata.json": ""}
-    network = torch.export.load(exported.out / "model.pt2", extra_files=extra).module()
+def test_torch_loads_its_file_without_xrais_classes_and_says_the_same(
+    run: Path, tmp_path: Path
+) -> None:
+    with redirect_stdout(StringIO()):
+        call("--run", run, "--formats=torch", "--out", tmp_path / "out")
+    extra, pipeline = {"metadata.json": ""}, load_pipeline(str(run))
+    network = torch.export.load(tmp_path / "out/model.pt2", extra_files=extra).module()
     films = phantoms(4)[0]
     for film in films:
         probability, atypicality = network(torch.from_numpy(film)[None])
-        expected = own_scores(exported.pipeline, [film])
+        expected = own_scores(pipeline, [film])
         assert float(probability) == pytest.approx(expected[0][0], abs=TOLERANCE)
         assert float(atypicality) == pytest.approx(
             expected[1][0], rel=TOLERANCE_ATYPICALITY, abs=TOLERANCE_ATYPICALITY
@@ -177,6 +181,7 @@ def test_torch_loads_its_file_without_xrais_classes_and_says_the_same(exported: 
 
 
 @needs_onnx
+@pytest.mark.ci
 @pytest.mark.slow
 def test_the_files_say_what_they_are_and_nothing_of_the_machine(
     exported: Exported, repository: Path
@@ -198,6 +203,7 @@ def test_the_files_say_what_they_are_and_nothing_of_the_machine(
 
 
 @needs_onnx
+@pytest.mark.ci
 @pytest.mark.slow
 def test_the_command_says_how_well_the_files_agree_and_keeps_it(exported: Exported) -> None:
     assert sorted(path.name for path in exported.out.iterdir()) == [
@@ -259,6 +265,7 @@ def test_a_run_in_a_bucket_is_written_back_to_it(
 
 
 @needs_onnx
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_file_that_does_not_agree_with_torch_is_not_kept(
     exported: Exported, tmp_path: Path

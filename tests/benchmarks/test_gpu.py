@@ -10,6 +10,8 @@ from benchmarks.harness import Report, Run
 from benchmarks.train import BARE, IN_MEMORY, LOADED
 from tests.dataset.small import write_dataset
 
+pytestmark = pytest.mark.ci
+
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu"])

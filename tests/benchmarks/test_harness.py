@@ -22,6 +22,8 @@ from benchmarks.harness import (
 )
 from benchmarks.readme import PAGE, fill
 
+pytestmark = pytest.mark.ci
+
 RATE = Figure("rate", "images/s")
 
 

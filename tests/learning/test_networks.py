@@ -86,7 +86,7 @@ TIMM = [
 ]
 NETWORKS = [
     Model(width=8),
-    Model("resnet18", width=8),
+    pytest.param(Model("resnet18", width=8), marks=pytest.mark.ci),
     Model("plain"),
     *(pytest.param(model, marks=needs_timm) for model in TIMM),
 ]

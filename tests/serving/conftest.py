@@ -1,5 +1,6 @@
 """A server in this process, with a model that was trained in memory for seconds."""
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -15,7 +16,7 @@ from xrai.learning.predictor import MODEL_FILE
 from xrai.results.folder import SUMMARY
 from xrai.serving.films import Worklist
 from xrai.serving.http import Limits, make_app
-from xrai.serving.models import load_models
+from xrai.serving.models import Models, load_models
 from xrai.serving.service import Service
 
 _SUMMARY = Path(__file__).parents[1] / "results/stored/summary.json"
@@ -44,7 +45,19 @@ def make_service(
 ) -> Service:
     """What the routes of a server share."""
     worklist = Worklist(max_films=max_films, max_bytes=max_bytes, lifetime_s=lifetime_s)
-    return Service(load_models([str(run)]), (str(run),), load_models, worklist, num_threads=1)
+    models = _models_of(run, *_state_of(run))
+    return Service(models, (str(run),), load_models, worklist, num_threads=1)
+
+
+def _state_of(run: Path) -> tuple[int, ...]:
+    files = (run / MODEL_FILE, run / SUMMARY)
+    return tuple(file.stat().st_mtime_ns for file in files if file.exists())
+
+
+@functools.lru_cache(maxsize=4)
+def _models_of(run: Path, *state: int) -> Models:
+    """Models that services share: to load and trace them takes 0.2 s."""
+    return load_models([str(run)])
 
 
 def make_client(service: Service, *, token: str = "", limits: Limits = LIMITS) -> TestClient:
