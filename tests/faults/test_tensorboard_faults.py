@@ -48,6 +48,7 @@ def wait_for_reading(heartbeat: Path, since: float, process: subprocess.Popen[st
         time.sleep(0.05)
 
 
+@pytest.mark.ci
 def test_it_tells_that_it_reads_runs_and_ends_when_the_bucket_is_gone(
     proxy: Proxy, serving: tuple[subprocess.Popen[str], Path]
 ) -> None:

@@ -347,7 +347,9 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_the_nearest_that_do() 
         rank_batch_size(Train(global_batch_size=2, accumulation_steps=4), world_size=1)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "off", "fp64", "auto"])
+@pytest.mark.parametrize(
+    "precision", ["bf16", pytest.param("fp16", marks=pytest.mark.ci), "off", "fp64", "auto"]
+)
 def test_every_precision_trains_on_the_cpu(alone: Ranks, precision: str) -> None:
     config = changed(SMALL, train={"precision": precision})
     outcome = train_discs(config, ranks=alone, num_images=96, num_val=9)
