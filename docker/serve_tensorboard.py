@@ -1,10 +1,10 @@
-"""TensorBoard that ends when it can no longer read the runs, and tells while it can.
+"""TensorBoard that ends when it can no longer read the runs, and shows a sign of life until then.
 
-TensorBoard reads the runs in threads. The first request to a bucket that fails ends such a thread,
-and the page then shows for ever what was read before (seen with 2.21). Here the process ends, with
-status 1, and what started it starts it again. Each time that all runs have been read, the file that
-XRAI_HEARTBEAT names is touched: a readiness probe looks at its age. `xrai tensorboard` runs this as
-`python -m serve_tensorboard OPTIONS…`.
+TensorBoard reads the runs in threads. The first failed request to a bucket ends such a thread, and
+the page then shows forever what was read before (seen with 2.21). Here the process ends instead,
+with status 1, to be restarted by whatever started it. Each time all runs have been read, the file
+that XRAI_HEARTBEAT names is touched: a readiness probe looks at its age. `xrai tensorboard` runs
+this as `python -m serve_tensorboard OPTIONS…`.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tensorboard.main import run_main
 
-_READ = "TensorBoard done reloading"  # how the line begins that its data_ingester logs after each
+_READ = "TensorBoard done reloading"  # begins what data_ingester logs after each pass
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _note_reading(record: logging.LogRecord) -> bool:
-    """Touch the heartbeat at the line that runs were read; let only warnings pass, as usual."""
+    """Touch the heartbeat when the log says that runs were read; pass warnings on, as usual."""
     if str(record.msg).startswith(_READ) and (heartbeat := os.environ.get("XRAI_HEARTBEAT")):
         Path(heartbeat).touch()
     return record.levelno >= logging.WARNING
@@ -41,7 +41,7 @@ def _end_with_reader(failed: threading.ExceptHookArgs) -> None:
     if failed.thread is not None and failed.thread.name.startswith("Reloader"):
         cause = " ".join(str(failed.exc_value).split())
         print(f"xrai: error: the runs cannot be read: {cause}", file=sys.stderr, flush=True)
-        os._exit(1)  # threads of the server would keep the process
+        os._exit(1)  # the server's threads would keep the process alive
 
 
 if __name__ == "__main__":

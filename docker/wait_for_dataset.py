@@ -1,9 +1,8 @@
-"""Wait until the data set at XRAI_DATASET is complete: until its dataset.json is there, which comes
-last.
+"""Wait until the data set at XRAI_DATASET is complete: until it has dataset.json, written last.
 
 An init container or a start script runs it as `xrai wait`. A store that does not answer is waited
 for as well. Wrong keys or a missing bucket end it at once, with status 2, and so does a mistake in
-a config file given by `--config`: the files of a training are checked before the wait, not after.
+a config file given by `--config`: the config of a training is checked before the wait, not after.
 """
 
 import os
@@ -18,7 +17,7 @@ ASK_EVERY_S = 5.0
 
 
 def main() -> None:
-    """Wait, at most XRAI_WAIT_S seconds; raise `XraiError` after them."""
+    """Wait for at most XRAI_WAIT_S seconds, then raise `XraiError`."""
     setup_logging()
     parse("train", description="Wait for a data set, after a check of the config of a training.")
     logger = get_logger("xrai.wait")
@@ -31,7 +30,7 @@ def main() -> None:
     began, told = time.monotonic(), ""
     while True:
         try:
-            # a listing, because an answer to HEAD does not say which of the keys is wrong
+            # a listing, because an answer to HEAD does not say why keys are refused
             if any(entry.key == "dataset.json" for entry in store.list("dataset.json")):
                 return
             found = "it has no dataset.json yet; xrai preprocess writes it last"

@@ -62,17 +62,17 @@ class Prediction:
     threshold: float | None  # on the same scale: it is called from this probability up
     decision: str  # the class, the findings joined by "|" or "no finding"; or review
     reason: str  # why it asks for review, or ""
-    model: str  # the run's id; of several runs theirs, joined by "+"
-    # Of each class or finding, calibrated; of two classes, of the one that is looked for
+    model: str  # the run's id; of several runs, their ids joined by "+"
+    # Calibrated, by class or finding; for two classes, that of the one that is looked for
     probabilities: Mapping[str, float] = field(default_factory=dict, hash=False)
-    # From which each is called; none where the class of the highest probability is
+    # The probability from which each is called; empty where the most probable class is called
     thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
     calls: tuple[str, ...] = ()  # the class or the findings of the decision; none in a review
-    # The shares that the probabilities are for, of two classes that of the one looked for; empty
-    # unless a prior was asked for
+    # The shares that the probabilities hold for, by class or finding; for two classes, that of the
+    # one that is looked for. Empty unless a prior was asked for
     prior: Mapping[str, float] = field(default_factory=dict, hash=False)
     prior_source: str = ""  # given, or estimated from how many images
-    # Of several runs, how far their probabilities are apart at most; None of one run
+    # The largest difference between the probabilities of several runs; None for a single run
     disagreement: float | None = None
 
     @property
@@ -262,8 +262,8 @@ class Pipeline:
         return probabilities[:, 0] if self._is_binary else probabilities, found.atypicality
 
     def trace(self) -> None:
-        """Score without Python from now on, where that gives the same: for a server, whose threads
-        else wait for each other.
+        """From now on, score by a trace that runs without Python, where it gives the same: for a
+        server, whose threads would otherwise wait for each other.
         """
         for member in self._members:
             member.trace()
@@ -280,8 +280,8 @@ class Pipeline:
         show the images.
 
         `ratios` of width to height of the whole images, (n,), are needed where the runs' fits
-        differ, whose squares show other parts of them. `xrai.learning.explain` says what the maps
-        show.
+        differ, because their squares then show different parts of an image. `xrai.learning.explain`
+        says what the maps show.
         """
         given = [images] if isinstance(images, np.ndarray) else images
         assert ratios or not self.needs_ratios, "squares of several fits cannot be compared"

@@ -9,7 +9,7 @@ It lists, hashes, plans, decodes on all cores, stores HDF5 shards, and commits w
 Started again after a kill it goes on; started again on a finished data set of the same plan it says
 so and does nothing. `--partition I/N` shares a large job among N processes, on as many machines as
 you like, at once or one after another: whichever ends last commits. `--overwrite` makes the new
-data set beside the old one, which stays whole until the new one is.
+data set next to the old one, which stays intact until the new one is complete.
 """
 
 import contextlib

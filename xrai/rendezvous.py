@@ -1,10 +1,10 @@
-"""torchrun with a watch over the machine at which its nodes meet.
+"""torchrun with a watchdog for the machine that hosts its rendezvous.
 
 `xrai train` starts it in place of torchrun where `--rdzv_endpoint` names another machine:
 `python -m xrai.rendezvous HOST:PORT TIMEOUT_S OPTIONS…`. torchrun's calls to the store at the
-endpoint have no deadline. Where that machine goes away without a word (power, network), they end
-when TCP gives up, after 16 minutes, and until then a SIGTERM is not handled either (seen with torch
-2.13). So a thread asks the machine for connections, and ends the process when none is answered.
+endpoint have no deadline. If that machine vanishes (power, network), they end when TCP gives up,
+after 16 minutes, and until then SIGTERM is not handled either (seen with torch 2.13). So a thread
+tries to connect to the machine now and then, and ends the process when it gets no answer for 40 s.
 """
 
 import os
@@ -22,7 +22,7 @@ from xrai.log import get_logger, setup_logging
 
 DEFAULT_PORT = 29400  # torchrun's for the backend c10d
 _ASK_EVERY_S = 5.0
-_ANSWER_WITHIN_S = 5.0  # of one connection
+_ANSWER_WITHIN_S = 5.0  # for one attempt to connect
 _SILENT_S = 40.0  # of the machine, before the process ends
 _TELL_EVERY_S = 30.0
 _logger = get_logger("xrai.rendezvous")
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def meet(endpoint: str, options: list[str], *, timeout_s: float) -> None:
-    """Run torchrun with these options, with a watch where another machine hosts its store."""
+    """Run torchrun with these options; if another machine hosts its store, watch that machine."""
     host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
     host = host.removeprefix("[").removesuffix("]")
     if port and not port.isdecimal():
@@ -111,7 +111,7 @@ def _is_own(family: int, address: tuple[object, ...]) -> bool:
 
 
 def wait_for(host: str, port: int, *, timeout_s: float) -> str:
-    """Wait until something listens at the endpoint; its address. The log says what is waited for.
+    """Wait until something listens at the endpoint, and return its address; the wait is logged.
 
     The name is resolved anew each time, since a pod that replaces another has another address.
     Raises `XraiError` after `timeout_s`.
@@ -140,8 +140,8 @@ def wait_for(host: str, port: int, *, timeout_s: float) -> str:
 def watch(host: str, address: str, port: int) -> NoReturn:
     """End the process when the machine has not answered for 40 s.
 
-    The address stays that of the beginning, to which torchrun is connected: the name may lead to
-    another machine by then. The ranks end with their parent, see `follow_parent`.
+    It watches the address to which torchrun connected at the start: the name may lead to another
+    machine by now. The ranks end with their parent, see `follow_parent`.
     """
     heard = time.monotonic()
     while True:

@@ -48,11 +48,11 @@ _FREE = frozenset(
     | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
     | {"train.log_every", "train.timeout_s", "train.step_timeout_s"}
 )
-_ADDED = {"review": ""}  # what a run of an earlier version had for a section that it lacks
+_ADDED = {"review": ""}  # sections that earlier versions lack: the value that their runs had
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")  # may change while it trains
 BY_CLASS = "auroc_by_class"  # of validation images: the tag in TensorBoard, before a name
 _NUM_CURVES = 20  # of precision and recall in an epoch: each takes 3 KiB of TensorBoard's events
-_ROWS_AT_ONCE = 4096  # of a column of texts that is read through once
+_ROWS_AT_ONCE = 4096  # of a text column, read in parts
 _logger = get_logger(__name__)
 
 
@@ -99,8 +99,8 @@ class Job:
         }
 
     def check(self, *, resume: str) -> bool:
-        """Whether the run has ended. Raises what `is_finished` and `open` would, as far as marks
-        and config of the run tell.
+        """Whether the run has ended. Raises what `is_finished` and `open` would, as far as the
+        run's commit marks and config show.
 
         Changes nothing, so it may be called while another job writes the run.
         """
@@ -125,8 +125,8 @@ class Job:
         return True
 
     def _ended(self, *, resume: str) -> Summary | None:
-        """The summary of a finished run, None before. Raises `RunError` if config or data set were
-        others.
+        """The summary of a finished run, None before. Raises `RunError` if its config or data set
+        was a different one.
         """
         address = self.run.address
         if self.run.store.size(SUMMARY) is None:
@@ -455,7 +455,7 @@ def judge(
     draws together.
 
     Accuracy calls the class with the largest logit, or each output whose logit is above 0, and
-    counts known labels. An AUROC is NaN where one of both labels is missing.
+    counts known labels. An AUROC is NaN where only one of the two labels occurs.
     """
     scores = logits.reshape(-1, spec.num_outputs)
     wanted = np.tile(spec.matrix(labels), (len(logits), 1))  # (draws x N, C)
@@ -479,8 +479,8 @@ def _mean_of_defined(values: list[float]) -> float:
 def calibrate(
     spec: LabelSpec, labels: NDArray[np.integer], logits: NDArray[np.float64]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Temperatures and thresholds for logits (draws, N, C), by labels (N,) or (N, C), those that
-    are known: one of each for two classes and for each finding, one temperature for classes.
+    """Temperatures and thresholds for logits (draws, N, C), from the known ones of labels (N,) or
+    (N, C): one of each for two classes and for each finding, one temperature for several classes.
 
     Raises `XraiError` where two classes have images of one alone. A finding of which all known
     labels agree keeps temperature 1 and threshold 0.5, with a warning.
@@ -508,11 +508,11 @@ def find_priors(
     logits: NDArray[np.float64],
     outputs: tuple[types.Output, ...],
 ) -> tuple[float, ...]:
-    """The shares of images at which the scores of logits (draws, N, C) are calibrated, by labels
-    (N,) or (N, C): of each class or finding, of two classes of the second.
+    """The shares of images at which the scores of logits (draws, N, C) are calibrated, from labels
+    (N,) or (N, C): of each class or finding; for two classes, of the second one.
 
-    They are neither those of these labels nor, as logit adjustment means them, equal ones: a
-    temperature alone is fitted to both (docs/decisions/0026-prior.md).
+    They are neither the shares of these labels nor the equal ones that logit adjustment aims at,
+    since only a temperature is fitted (docs/decisions/0026-prior.md).
     """
     wanted = np.tile(spec.matrix(labels), (len(logits), 1))  # (draws x N, C)
     scores = types.score_logits(outputs, logits.reshape(-1, spec.num_outputs))

@@ -47,7 +47,7 @@ FLAGS = (
 _MIN_TOKEN = 16  # characters
 _KEEP_ALIVE_S = 20
 _MAX_CONNECTIONS = 512
-_SWITCH_S = 0.0002  # that a thread waits for another one's Python code; Python's 5 ms add up
+_SWITCH_S = 0.0002  # a thread's turn in the interpreter, if others wait; Python's 5 ms add up
 _BEAT_S = 10  # between signs of life
 _MAX_REQUESTS, _MAX_REQUESTS_PER_CLIENT = 64, 16
 _logger = get_logger("xrai.serve")
@@ -97,7 +97,7 @@ def main() -> None:
         )
         host, port = server_socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        gc.freeze()  # else a collection looks through all of torch, which takes 0.1 s
+        gc.freeze()  # else each full collection goes through all of torch: 0.1 s
         sys.setswitchinterval(_SWITCH_S)
         run_id = service.models.pipeline.run_id
         _logger.info("run %s is served at http://%s:%d/", run_id, shown, port)

@@ -219,9 +219,10 @@ def read_unlike(
 
 
 def settings_of(config: Config, flags: dict[str, Any]) -> dict[str, object]:
-    """What all ranks must be started with alike: what a machine may have of its own is left out.
+    """The settings that must be equal on all ranks, without those that may differ by machine.
 
-    Rank 0 alone uses the place for results; the data set is compared by its fingerprint.
+    The place for results is left out, since rank 0 alone uses it, and so is the address of the data
+    set, which is compared by its fingerprint.
     """
     settings = {name: flags[name] for name in ("run_id", "resume", "init_from", "check")}
     for section, keys in config.to_mapping().items():
@@ -273,8 +274,8 @@ def score(
 
 
 def default_threads(place: Place) -> int:
-    """This rank's share of the cores, or OMP_NUM_THREADS if that is less. Of a rank of torchrun, a
-    1 counts as unset: torchrun sets it where nobody has.
+    """This rank's share of the cores, or OMP_NUM_THREADS if that is less. Under torchrun, 1 counts
+    as unset, because torchrun sets it by default.
     """
     share = max(1, num_cores() // place.local_world_size)
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -298,7 +299,7 @@ def refuse_lone_tasks(place: Place) -> None:
 def check_places(
     config: Config, flags: dict[str, Any], index: DatasetIndex, *, ranks: Ranks
 ) -> None:
-    """Raise `UserError` where the machine, the data set or the place for results will not do."""
+    """Raise `UserError` where the machine, data set or place for results is not usable."""
     if config.train.compile:
         require_compiler(ranks.device)
     ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
@@ -308,7 +309,7 @@ def check_places(
 
 
 def warn_of_unused_weights(run_id: str, *, is_finished: bool, is_resumed: bool) -> None:
-    """Say where --init_from does nothing."""
+    """Warn where --init_from has no effect: the run is finished, or resumed."""
     if is_finished or is_resumed:
         why = "is finished" if is_finished else "goes on with its own weights"
         _logger.warning("--init_from is not used: run %s %s", run_id, why)
@@ -387,8 +388,8 @@ def fit_to_dataset(
 
 
 def refuse_one_sided(index: DatasetIndex) -> None:
-    """Raise `DatasetError` for a class or finding that cannot be learned, or of several outputs
-    one that cannot be measured.
+    """Raise `DatasetError` for a class or finding that cannot be learned or, where there are
+    several outputs, measured.
     """
     task = index.labels.task
     if task == "binary":
@@ -432,7 +433,7 @@ def initial_state(job: "Job", init_from: str, network: Network) -> dict[str, tor
 
 def as_begun_with_weights(config: Config) -> Config:
     """The config of a run whose weights come from another one: `model.batch_norm = auto` means
-    frozen for a network of timm, as it does with `model.weights`.
+    frozen for a timm network, as it does with `model.weights`.
     """
     model = config.model
     if not model.name.startswith(TIMM) or model.batch_norm != "auto":
@@ -478,8 +479,8 @@ def check_dataset(dataset: str, index: DatasetIndex, *, with_rows: bool) -> None
 def check_run(
     config: Config, flags: dict[str, Any], loaders: dict[str, Loader], *, ranks: Ranks
 ) -> None:
-    """Raise `RunError` where the named run does not go on with this config, or ended with another,
-    and `UserError` where review cannot be fitted to `review.unlike`.
+    """Raise `RunError` where the named run cannot resume with this config, or ended with another
+    one, and `UserError` where review cannot be fitted to `review.unlike`.
 
     Without a name there is nothing to compare with. Another job may write the run meanwhile.
     """

@@ -41,7 +41,7 @@ from xrai.store import Store
 
 _NUM_FETCHES = 3  # of a shard that arrives damaged, before the error that names it
 # Shards that stay mapped after their use. A mapped page takes 8 bytes of kernel memory, and each
-# map one of the files that a process may have open; there is a cache for each split.
+# mapping counts as one of the process's open files; there is a cache for each split.
 _MAX_KEPT = 1024
 _FILES_FOR_EACH_KEPT = 8
 _POLL_S = 0.02
@@ -336,7 +336,7 @@ class ShardCache:
 
 
 def _evict(root: Path, most_bytes: int) -> bool:
-    """Bring shards and reserved room below `most_bytes`; whether that was possible."""
+    """Bring shards and reserved room below `most_bytes`; returns whether that was possible."""
     total = 0
     # Locks first: a fetch that ends meanwhile is then counted twice, not left out
     for lock in root.glob("*/*.lock"):

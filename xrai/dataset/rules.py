@@ -1,11 +1,11 @@
 """The rules that every data set keeps: `xrai.ingest` makes data sets by them, `xrai.dataset.verify`
 checks them.
 
-Val and test that a source lacks are carved from train, patient by patient. Of NORMAL and PNEUMONIA
-it is by a hash of the patient's key alone: adding images moves nobody, and each class gives about
-the same share. Any other classes, or findings, some of them rare, are balanced instead
-(`xrai.dataset.stratify`), from the rows alone. Identical images under two names count as one
-patient, the one whose key sorts first.
+If a source lacks val or test, it is carved from train, patient by patient. With NORMAL and
+PNEUMONIA, a hash of the patient's key alone decides: adding images moves nobody, and each class
+gives about the same share. Any other classes, and findings, some of them rare, are balanced instead
+(`xrai.dataset.stratify`), from the rows alone. Patients who share an identical image count as one,
+the one whose key sorts first.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def in_shard_order(rows: Iterable[Row]) -> list[Row]:
 def carve(
     rows: Sequence[Row], carved: Collection[str], config: Splits, labels: LabelSpec
 ) -> list[Row]:
-    """Move patients of train to the carved splits; again, it changes nothing.
+    """Move patients of train to the carved splits; to repeat it changes nothing.
 
     `rows` are all of a data set's: what was excluded when it was decoded is divided like the rest.
     """
@@ -94,7 +94,7 @@ def carve_share(patient: str) -> float:
 
 
 def find_contradicted(rows: Iterable[Row]) -> set[str]:
-    """Hashes of images that stand under different labels. A finding that is unknown in one place
+    """Hashes of images that appear under different labels. A finding that is unknown in one place
     contradicts nothing.
     """
     first: dict[str, Label] = {}

@@ -32,7 +32,7 @@ SCHEMA_VERSION: Final = 2  # of dataset.json; version 1 knew two classes alone, 
 INDEX_KEY: Final = "dataset.json"
 MANIFEST_KEY: Final = "manifest.jsonl"
 REPORT_PREFIX: Final = "report/"
-REPLACEMENT: Final = "replacement/"  # begins the keys of what takes the place of another data set
+REPLACEMENT: Final = "replacement/"  # begins the keys of a data set that is to replace another one
 SPLITS: Final = ("train", "val", "test")
 HDF5_VERSION: Final = h5py.version.hdf5_version  # another one may write other bytes
 
@@ -400,7 +400,7 @@ def compute_fingerprint(index: DatasetIndex) -> str:
 
 
 def head_of(labels: LabelSpec) -> list[Any]:
-    """What begins the values that a data set's hashes are made of, for its labels."""
+    """The first of the values that a data set's hashes cover: version, task and classes."""
     head = [1] if labels.task == "binary" else [SCHEMA_VERSION, labels.task]
     return [*head, labels.classes]
 

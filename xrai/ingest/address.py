@@ -1,6 +1,6 @@
-"""Whose the files at a data set's address are, and how one data set takes the place of another.
+"""Who owns the files at a data set's address, and how one data set replaces another.
 
-Nothing is overwritten or removed there but what `xrai.preprocess` writes.
+Only what `xrai.preprocess` writes is ever overwritten or removed there.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from xrai.store import Store
 def find_others(store: Store, index: DatasetIndex | None, prefix: str = "") -> list[str]:
     """The keys, except `dataset.json` and what it lists, that `xrai.preprocess` has left.
 
-    The claim, or the folder of a replacement, says that there are any: else a file that bears the
-    name of a shard is somebody's.
+    Only the claim, or the folder of a replacement, proves that there are any: without these, a file
+    with the name of a shard belongs to somebody else.
     """
     listed = {INDEX_KEY}
     if index is not None:
@@ -40,7 +40,7 @@ def remove_others(store: Store, index: DatasetIndex | None, prefix: str = "") ->
     for key in find_others(store, index, prefix):
         if not is_unfinished(key):
             store.delete(key)
-    remove_unfinished(store)  # last: the claim says that the rest is a data set's
+    remove_unfinished(store)  # last: the claim proves that the rest is ours
     folder = store.local_path(INDEX_KEY)
     if folder is not None:
         for name in (REPLACEMENT + REPORT_PREFIX, REPLACEMENT, REPORT_PREFIX):
@@ -73,7 +73,7 @@ def is_own(key: str) -> bool:
 
 
 def is_mark(store: Store, key: str) -> bool:
-    """Whether a key tells that the address is a data set's: others use the names of the rest."""
+    """Whether a key proves that the address is a data set's; other programs use the other names."""
     if key == INDEX_KEY:
         return b'"schema_version"' in store.read(key)[:200]
     return is_unfinished(key)

@@ -1,7 +1,7 @@
 """Memory that decoding may take: one budget over all threads and processes of a command.
 
-A header states what an image will take before it is decoded. Images wait for each other where they
-would take more together; one that takes more than all of the budget is decoded while no other is.
+A header states how much memory an image will take, before it is decoded. Images wait for each other
+where together they would exceed the budget; one that alone exceeds it is decoded by itself.
 """
 
 import threading

@@ -1,7 +1,7 @@
 """From the names that folders and tables use to a `LabelSpec`, and what is doubtful about them.
 
 Any name may be a class, so a name that is likely a mistake is refused: one that looks like another,
-or that hardly an image has. Whoever means it names the classes by `labels.names`.
+or that hardly any image has. `labels.names` says that such a name is meant.
 """
 
 import difflib
@@ -30,7 +30,7 @@ NAME_CLASSES: Final = (
 NAME_FINDINGS: Final = "if one is not meant, name those to use by --labels.names='A|B|…'"
 
 _SAY_SO = "if each is meant, name the classes by --labels.names='A|B|…'"
-_FEW_IMAGES, _SMALL_SHARE = 10, 0.1  # what a class by mistake has at most
+_FEW_IMAGES, _SMALL_SHARE = 10, 0.1  # the most that a class made by mistake has
 _SIMILAR = 0.75  # ratio of difflib from which a rare name is taken for a misspelling
 _SHOWN = 5  # names that one message lists
 # What people append to the name of a folder that is a copy or a part of another one
@@ -136,7 +136,9 @@ def refuse_unknown(
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """The end of a message about an unknown name; empty where none is like it but means another."""
+    """The end of a message about an unknown name: the most similar valid one, unless that one means
+    the opposite; empty where there is none.
+    """
     known = {folded(each): each for each in valid if not _are_opposed(name, each)}
     near = difflib.get_close_matches(folded(name), known, n=1)
     return f"; did you mean {known[near[0]]}?" if near else ""

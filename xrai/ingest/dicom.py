@@ -508,7 +508,8 @@ def _samples_and_levels(data: bytes, dataset: "Dataset") -> tuple[NDArray[Any], 
         raise ImageError("is DICOM of other samples per pixel than PhotometricInterpretation says")
     sign_bits = dataset.PixelRepresentation
     if stored < 8 and int(samples.max()) >> (high + 1):
-        stored, high = allocated, allocated - 1  # no overlays above so few bits: they are not true
+        # These are no overlays, which nobody puts above so few bits: the header is wrong
+        stored, high = allocated, allocated - 1
     claims = [2.0 ** (bits - sign_bits) for bits in (stored, high + 1) if bits < allocated]
     least = 2.0 ** (stored - sign_bits if stored < 8 else 8)  # levels
     if not is_grey:

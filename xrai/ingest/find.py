@@ -113,7 +113,7 @@ def _find_on_disk(path: str, *, is_match: bool = False) -> list[File]:
 
 
 def _find_in_bucket(uri: str) -> list[File]:
-    """An object, all below a prefix, or all that a pattern matches, or that is below a match."""
+    """One object, all objects below a prefix, or all that match a pattern or are below a match."""
     parent, _, name = uri.rpartition("/")
     if name and parent.count("/") > 1 and open_store(parent).size(name) is not None:
         return [_file(open_source(parent), name, uri)]

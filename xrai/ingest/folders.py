@@ -1,7 +1,7 @@
-"""Which of a source's folders are its classes: any names, below split folders or beside each other.
+"""Which of a source's folders are its classes: any names, below split folders or side by side.
 
-Where no folder is called NORMAL or PNEUMONIA, the classes are the first folders that stand beside
-each other.
+Where no folder is called NORMAL or PNEUMONIA, the classes are the topmost folders that stand side
+by side.
 """
 
 import re

@@ -1,8 +1,8 @@
 """The keys of patients: keyed hashes of the identifiers that tables and DICOM headers hold.
 
-Plain hashes of such short numbers are found again by trying all of them. HMAC-SHA256 (RFC 2104)
-needs a secret, which stays with the owner of the data: beside the user's configuration, or in the
-file that `--patient_key` names. It is read, or made, only when an identifier is to be hashed.
+Plain hashes of such short numbers can be reversed by trying all numbers. HMAC-SHA256 (RFC 2104)
+needs a secret, which stays with the owner of the data: in the user's configuration folder, or in
+the file that `--patient_key` names. It is read, or made, only when an identifier is to be hashed.
 """
 
 import hmac
@@ -39,7 +39,7 @@ class PatientKey:
 
     @property
     def id(self) -> str:
-        """What tells keys apart and gives nothing away; "" where no identifier was hashed."""
+        """A text that tells keys apart and reveals nothing; "" where no identifier was hashed."""
         if "_secret" not in self.__dict__:
             return ""
         return hmac.digest(self._secret, b"id of xrai's patient key", "sha256").hex()[:8]

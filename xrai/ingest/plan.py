@@ -142,7 +142,7 @@ def shaping_config(config: Config) -> dict[str, Any]:
 def check_excluded(unusable: Sequence[Row], *, num_files: int, limit: float) -> None:
     """Raise `SourceError`, naming some, when more than the share `limit` of the files is unusable.
 
-    Duplicates that are dropped on request do not belong to these: nothing is wrong with them.
+    Duplicates that are dropped on request do not count: nothing is wrong with them.
     """
     if len(unusable) > limit * num_files:
         shown = "; ".join(f"{row.path} {row.reason}" for row in unusable[:3])

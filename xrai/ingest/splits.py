@@ -18,8 +18,8 @@ from xrai.labels import Label, LabelSpec
 from xrai.log import counted
 
 _NAME_PATIENTS = "say who is who in the column patient of a table (--labels FILE.csv)"
-_FAR = 0.02  # of the images, from the share of a class in train, that people should know of
-_MANY_IMAGES, _LARGE_SHARE = 20, 0.25  # that one patient hardly has
+_FAR = 0.02  # difference from a class's share in train that people should know of
+_MANY_IMAGES, _LARGE_SHARE = 20, 0.25  # implausible for a single patient
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Random changes of the training images, on the device, a batch at a time.
+"""Random augmentation of the training images, on the device, a batch at a time.
 
 Every image's draw is a pure function of (seed, epoch, image): a counter-based hash replaces a
 generator's state, so a draw does not depend on the batch, the world size, the order or an
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from xrai.config import Augment
 
-_DRAWS = 10  # uniform numbers an image
+_DRAWS = 10  # uniform numbers per image
 
 
 def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Augment) -> Tensor:
@@ -120,7 +120,7 @@ def _splitmix64(state: Tensor) -> Tensor:
 
 
 def _splitmix64_of_number(state: int) -> int:
-    """The same of one number, as int64, without a tensor that would have to get to the device."""
+    """The same for one number, without a tensor that would have to be copied to the device."""
     state = (state + 0x9E3779B97F4A7C15) % 2**64
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Of copies that may still be under way: more would take memory that no one needs, for Python may be
-# many batches ahead of the device. Batches of 128 images of 384 pixels: 28
+# Limit on copies under way. Python may run many batches ahead of the device, and further copies
+# would only take memory. 28 batches of 128 images of 384 x 384 pixels fit
 _MAX_BYTES_UNDER_WAY = 2**29
 
 
@@ -39,7 +39,7 @@ class Loader(Protocol):
     @property
     def num_images(self) -> int: ...  # of the split, all ranks together
     @property
-    def num_batches(self) -> int: ...  # global ones, of an epoch
+    def num_batches(self) -> int: ...  # global batches in an epoch
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch from batch `start` on."""
@@ -55,7 +55,7 @@ class DeviceBatch:
     images: Tensor  # (n, 1, H, W) uint8
     labels: Tensor  # (n,) or (n, C)
     rows: Tensor  # (n,) int64
-    own_rows: NDArray[np.int64]  # the same, here
+    own_rows: NDArray[np.int64]  # the same, in host memory
     num_global: int
 
 
@@ -66,10 +66,10 @@ def to_device(
     is_ahead: bool | None = None,
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[DeviceBatch]:
-    """The same batches on the device; `timed` is around each copy.
+    """Copy batches to the device, each copy inside a context that `timed` gives.
 
-    With `is_ahead`, the default on CUDA, the next batch is asked for, and its copy begins, before
-    one is given out.
+    With `is_ahead`, the default on CUDA, the next batch is fetched and its copy begins before the
+    current one is yielded.
     """
     if device.type == "cuda" if is_ahead is None else is_ahead:
         yield from _copied_ahead(batches, device, timed)
@@ -103,7 +103,7 @@ def _copied_ahead(
         if ahead is not None:
             computing.wait_event(ahead[1])
             yield ahead[0]
-    finally:  # the memory of a batch that nobody took is used again after its copy
+    finally:  # memory of a batch that nobody took is reused only after its copy
         computing.wait_stream(copying)
 
 
@@ -113,8 +113,8 @@ def _begin_copy(
     """A batch on the device, and the event after which it is filled."""
     streams: Any = torch.get_device_module(device)
     sources = _tensors(batch)
-    # The memory belongs to the computing stream, which uses it again in its own order. The copy
-    # therefore comes after the steps queued so far, and beside the one that is queued next
+    # The memory belongs to the computing stream, which reuses it in its own order. So the copy
+    # waits for the steps queued so far, and runs at the same time as the step that is queued next
     found = [torch.empty_like(source, device=device) for source in sources]
     copying.wait_stream(computing)
     with streams.stream(copying):

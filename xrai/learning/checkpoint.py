@@ -3,8 +3,8 @@
 A checkpoint is two files: `step-000001234.pt` (tensors and plain values, read with
 weights_only=True) and its commit mark `step-000001234.json`, written after it, with its hash, size
 and score. `latest.json` repeats the newest mark and is written last. Random state needs no saving:
-order and augmentation are functions of (seed, epoch, image) and the network draws no numbers, so
-the position in the epoch is the whole state of all generators.
+order, augmentation and dropped paths are functions of (seed, epoch, image), so the position in the
+epoch is the whole random state.
 """
 
 import json
@@ -32,7 +32,7 @@ FOLDER = "checkpoints"
 _LATEST = f"{FOLDER}/latest.json"
 _FILE = re.compile(rf"{FOLDER}/step-\d{{9,}}\.pt")
 SCHEMA_VERSION = 1
-NUM_TRANSFERS = 3  # of a file in a bucket, until it arrives as it was stored
+NUM_TRANSFERS = 3  # attempts to fetch a file from a bucket undamaged
 # What zipfile and torch raise on bytes that are not a file of weights
 UNREADABLE = (
     RuntimeError,
@@ -61,7 +61,7 @@ class Entry:
     score: float | None  # of the validation just before; None within an epoch
     size_bytes: int
     sha256: str
-    facts: Mapping[str, Any] | None = None  # as in the checkpoint; None: of an earlier version
+    facts: Mapping[str, Any] | None = None  # as in the checkpoint; None in earlier versions
 
 
 class CheckpointFolder:
@@ -86,7 +86,7 @@ class CheckpointFolder:
         self._publish, self._remove = publish, remove
         self._keep_last, self._keep_best = keep_last, keep_best
         self._entries: list[Entry] = []
-        self._unmarked: list[str] = []  # files that are no checkpoints, since they have no mark
+        self._unmarked: list[str] = []  # checkpoint files without a commit mark
 
     def save(self, state: dict[str, Any], *, step: int, epoch: int, score: float | None) -> None:
         """Write a checkpoint and its mark, each whole or not at all, and drop outdated ones."""
@@ -214,7 +214,7 @@ class CheckpointFolder:
             self._delete(entry)
 
     def _delete(self, entry: Entry) -> None:
-        self._discard([_mark_name(entry), entry.file])  # a checkpoint without its mark is none
+        self._discard([_mark_name(entry), entry.file])  # the mark first: it makes the checkpoint
 
     def _discard(self, names: Sequence[str]) -> None:
         for name in names:
@@ -228,7 +228,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # which torch hides behind its own complaint
+            if isinstance(error.__context__, OSError):  # which torch hides behind its own error
                 raise error.__context__ from None
             raise
 
@@ -250,7 +250,7 @@ def read_state(path: Path, *, name: str, sha256: str | None = None) -> dict[str,
                 raise CorruptError(f"{name} is damaged: its part {damaged} is not as it was saved")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        cause = (str(error) or "it is cut short").splitlines()[0]  # an EOFError says nothing
+        cause = (str(error) or "it is cut short").splitlines()[0]  # an EOFError has no text
         raise CorruptError(f"{name} is not a file of weights: {cause}") from error
     if not isinstance(state, dict):
         raise CorruptError(f"{name} holds {type(state).__name__}, not the state of a model")

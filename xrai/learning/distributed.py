@@ -41,7 +41,7 @@ _COLLECTIVE_WORDS = ("gloo", "NCCL", "ProcessGroup", "pair closure")
 
 _STORE_ANSWERS_WITHIN_S = 10.0
 _CALL_EVERY_S = 5.0
-_SILENT_S = 20.0  # of a rank that is called silent
+_SILENT_S = 20.0  # without a sign of life, after which a rank is called silent
 _TELL_EVERY_S = 60.0
 _logger = get_logger(__name__)
 
@@ -89,7 +89,7 @@ class Ranks:
         return wait
 
     def is_any(self, flag: Tensor) -> Tensor:
-        """Whether a flag, (), on the device is true on any rank, there: Python does not wait."""
+        """Whether a flag, (), is true on any rank, as a tensor on the device: nothing waits."""
         if self.world_size == 1:
             return flag
         found = flag.float()
@@ -116,8 +116,8 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0's result of `work`, on every rank; so is an `XraiError` that it raises, or that
-        `explaining_disk` makes of what it raises.
+        """Rank 0's result of `work`, on every rank. Every rank also raises the `XraiError` that it
+        raises, or that `explaining_disk` makes of an `OSError`.
         """
         outcome: tuple[T | None, XraiError | None] = (None, None)
         if self.is_main:
@@ -148,7 +148,7 @@ class Ranks:
             self._store.set(f"xrai/rank{self.rank}", f"{step} {time.time()}")
 
     def set_timeout(self, timeout_s: float) -> None:
-        """From now on wait at most so long for the other ranks."""
+        """From now on, wait at most this long for the other ranks."""
         if self.world_size > 1:
             for group in {dist.group.WORLD, self._control}:
                 group.set_timeout(timedelta(seconds=timeout_s))
@@ -217,11 +217,12 @@ class Ranks:
 
 
 class RollCall:
-    """Who is alive, while ranks wait for each other: each counts in the job's store every 5 s, and
-    reads the others' counts. A rank whose count stands still for 20 s is named in the log.
+    """Which ranks are alive while they wait for each other: each raises its count in the job's
+    store every 5 s, and reads those of the others. A rank whose count stands still for 20 s is
+    named in the log.
 
-    The store's calls have no deadline: where its machine goes away without a word they hang until
-    TCP gives up. So one thread calls, with a connection of its own, and another one tells.
+    Calls to the store have no deadline: if its machine vanishes, they hang until TCP gives up. So
+    one thread makes the calls, on a connection of its own, and another one writes the log.
     """
 
     def __init__(self, store: Any, *, rank: int, world_size: int) -> None:
@@ -274,9 +275,9 @@ class RollCall:
 
 
 def _answer(ask: Callable[[], T], *, within_s: float) -> T | str:
-    """What a call to the job's store gives, or in words why it gives nothing within the time.
+    """The result of a call to the job's store, or a text that says why there is none in time.
 
-    It runs in a thread of its own, because it has no deadline and leaves signals unhandled.
+    The call runs in a thread of its own, because it has no deadline and blocks signal handlers.
     """
     found: list[T | str] = []
 
@@ -344,11 +345,11 @@ def own_place() -> Place:
     return Place(rank, world_size, local_rank, local_world_size, is_torchrun)
 
 
-RanksFailed = ChildFailedError  # torchrun's, when a rank failed more often than --max_restarts
+RanksFailed = ChildFailedError  # torchrun raises it where a rank fails after --max_restarts
 
 
 def explain_ranks(error: ChildFailedError) -> str:
-    """In one line which rank of this machine failed first, and of what."""
+    """Say in one line which rank of this machine failed first, and why."""
     rank, failure = error.get_first_failure()
     said: Any = failure.message  # what the rank's error file holds, or torch's words for a signal
     text = said["message"] if isinstance(said, dict) else said
@@ -358,7 +359,7 @@ def explain_ranks(error: ChildFailedError) -> str:
 
 
 def explain_torchrun(error: BaseException, *, host: str) -> str:
-    """In one line why one of `TORCHRUN_FAILURES` ended a torchrun whose machines meet at `host`."""
+    """Say in one line why one of `TORCHRUN_FAILURES` ended torchrun, whose rendezvous is `host`."""
     if isinstance(error, SignalException):
         return (
             f"stopped by {signal.Signals(error.sigval).name}: ranks that saved their state say so "
@@ -384,9 +385,9 @@ def join(*, timeout_s: float, share_device: bool = False) -> Iterator[Ranks]:
     """Join the job that torchrun started (or be one process), and leave it at the end.
 
     `timeout_s` is how long one rank waits for another. On CUDA the process takes the device of its
-    local rank; with `share_device`, for tests, all take the first one and talk through gloo, for
-    NCCL takes no two ranks of one device. Raises `UserError` if there are more ranks on the machine
-    than CUDA devices.
+    local rank; with `share_device`, for tests, all take the first one and communicate by gloo,
+    since NCCL refuses two ranks on one device. Raises `UserError` if there are more ranks on the
+    machine than CUDA devices.
     """
     place = own_place()
     rank, world_size = place.rank, place.world_size
@@ -421,7 +422,7 @@ def join(*, timeout_s: float, share_device: bool = False) -> Iterator[Ranks]:
         roll = RollCall(store, rank=rank, world_size=world_size) if world_size > 1 else None
         yield Ranks(*place[:4], device, control, store, roll)
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the model, see below
+        traceback.clear_frames(error.__traceback__)  # its frames hold the model, see below
         raise
     finally:
         if roll is not None:

@@ -40,7 +40,7 @@ def grad_cam(network: Network, images: Tensor, output: int | Tensor = 0) -> Tens
         maps = _shown(stages)
         evidence = logits.gather(1, outputs).sum()
         (gradients,) = torch.autograd.grad(evidence, maps, retain_graph=True, allow_unused=True)
-        if gradients is None:  # the logits were not computed from these maps: the image's own
+        if gradients is None:  # the logits do not depend on these maps: use the image
             (gradients,) = torch.autograd.grad(evidence, seen)
             maps, gradients = (
                 functional.adaptive_avg_pool2d(each, MIN_CELLS) for each in (seen, gradients)
@@ -54,8 +54,8 @@ def grad_cam(network: Network, images: Tensor, output: int | Tensor = 0) -> Tens
 
 
 def laid_over(maps: Tensor, boxes: Tensor, *, onto: Tensor, size: int) -> Tensor:
-    """Heat maps (B, H, W) of squares that show `boxes` of their images, as heat maps (B, size,
-    size) of squares that show the boxes `onto`; zero where the former square shows nothing.
+    """Resample heat maps (B, H, W), whose squares show `boxes` of their images, to (B, size, size),
+    whose squares show the boxes `onto`; zero outside of `boxes`.
 
     Boxes are (B, 4): left, top, right, bottom, all in one unit of length.
     """
@@ -72,7 +72,7 @@ def laid_over(maps: Tensor, boxes: Tensor, *, onto: Tensor, size: int) -> Tensor
 
 
 def _shown(stages: list[Tensor]) -> Tensor:
-    """The last maps that are fine enough, if none is the first of the finest; not the stem's."""
+    """The last maps of at least `MIN_CELLS` a side, else the first ones; not those of the stem."""
     maps = stages[1:] or stages
     fine_enough = [each for each in maps if min(each.shape[2:]) >= MIN_CELLS]
     return fine_enough[-1] if fine_enough else maps[0]

@@ -1,9 +1,9 @@
 """A run's network as one file for other programs: ONNX, and torch.export's own format.
 
-Called by `xrai.export`. All preprocessing is in the graph, so that a program that serves it cannot
-treat images otherwise than training did: grey 8-bit images of any height and width go in,
-probability and atypicality come out, a probability for each class or finding where there are more
-than two classes.
+Called by `xrai.export`. All preprocessing is in the graph, so a program that serves it cannot
+preprocess images differently from training. Grey 8-bit images of any height and width go in;
+probability and atypicality come out: one probability for two classes, otherwise one for each class
+or finding.
 
 Pillow scales 8-bit images in integers: each output pixel is a sum of input pixels, weighted by a
 triangle in steps of 2^-22, first along the rows, then along the columns, rounded to 8 bits after

@@ -1,9 +1,9 @@
 """The guard of training: a step that is not finite changes no weight, and ends the run.
 
-Python does not wait for the numbers of a step, so it is ahead of the device. Whether a step is
-finite is decided on the device, where the optimizer then skips it, and said when somebody looks:
-every `train.log_every` steps, and before anything is saved. A refused step makes all later losses
-NaN, so later steps are skipped, too, and the weights stay as they were before it.
+Python runs ahead of the device, without waiting for the numbers of a step. The device itself
+decides whether a step is finite, and has the optimizer skip one that is not. Python asks every
+`train.log_every` steps, and before anything is saved. A refused step makes all later losses NaN, so
+later steps are skipped, too, and the weights stay as they were before it.
 """
 
 import math
@@ -36,28 +36,30 @@ class Guard:
 
     def __init__(self, ranks: Ranks, *, precision: str, dtype: torch.dtype) -> None:
         self._ranks, self._is_fp16 = ranks, precision == "fp16"
-        self.factor = torch.ones((), dtype=dtype, device=ranks.device)  # of losses: 1, or NaN
+        self.factor = torch.ones((), dtype=dtype, device=ranks.device)  # NaN once one was refused
         self._steps: list[_Step] = []  # since the last look
 
     def judge(self, place: str, rows: NDArray[np.int64], losses: Tensor, norm: Tensor) -> Tensor:
-        """Whether the step must be skipped, () on the device; a step that is refused besides is
-        kept for `refuse`.
+        """Whether the optimizer must skip the step, () bool on the device.
+
+        A skipped step is also refused, which ends the run, unless fp16 alone made its gradients
+        infinite. What `refuse` needs of each step is kept until `forget`.
         """
         is_bad = ~torch.isfinite(norm)
         is_refused = is_bad
-        if self._is_fp16:  # its range alone may make gradients infinite: the scaler's business
+        if self._is_fp16:  # gradients may overflow its range, which the scaler handles
             is_refused = is_bad & self._ranks.is_any(~torch.isfinite(losses).all())
         self.factor = self.factor.masked_fill(is_refused, math.nan)
         self._steps.append(_Step(place, rows, losses, norm, is_refused))
         return is_bad
 
     def forget(self) -> None:
-        """Nobody will ask about the steps so far."""
+        """Drop the steps so far: none of them was refused."""
         self._steps.clear()
 
     def refuse(self, name_of: Callable[[int], str]) -> NoReturn:
-        """Raise `TrainingError` naming the images whose loss is not finite, else all of the batch,
-        of the first step that was refused.
+        """Raise `TrainingError` for the first refused step, naming images whose loss is not finite,
+        or images of its batch where all losses are.
         """
         step = next(step for step in self._steps if step.is_refused)
         is_bad = ~torch.isfinite(step.losses).cpu().numpy()

@@ -41,7 +41,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What is told after each epoch; timings are those of rank 0."""
+    """What `Setup.after_epoch` gets after each epoch; timings are those of rank 0."""
 
     epoch: int  # from 0
     step: int
@@ -76,7 +76,7 @@ class Setup:
     facts: dict[str, Any] = field(default_factory=dict)  # constant over a run, saved with it
     resumed: dict[str, Any] | None = None  # the checkpoint to resume from, on every rank
     asked_to_stop: Callable[[], bool] = lambda: False
-    profile_path: Path | None = None  # where the profile goes that the config may ask for
+    profile_path: Path | None = None  # where to write the profile of `train.profile`
 
 
 @dataclass
@@ -195,8 +195,8 @@ class Training:
         return self.guard.judge(place, batch.own_rows, losses, norm)
 
     def settle(self) -> None:
-        """Wait for the device, and take over the sums and the norm of the steps so far: the one
-        place of a training step at which Python waits.
+        """Wait for the device, and fetch the sums and the norm of the steps so far. Nowhere else in
+        a training step does Python wait.
 
         Raises `TrainingError` naming the images of a step that the guard refused.
         """
@@ -286,7 +286,7 @@ def train_step(training: Training, batch: DeviceBatch, clock: "Clock") -> int:
     # Gradients of the mean loss over the global batch, in parts to save memory
     losses: list[Tensor] = []
     logits: list[Tensor] = []
-    stop_of_all: Callable[[], int] = int  # which gives _GO_ON, until the last part
+    stop_of_all: Callable[[], int] = int  # int() is _GO_ON; the last part replaces it
     num_parts = config.train.accumulation_steps  # on every rank; a part may be empty
     cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
     for part, (low, high) in enumerate(pairwise(cuts), start=1):
@@ -332,7 +332,7 @@ def _draw_changes(training: Training, images: Tensor, rows: Tensor) -> Tensor:
 
 
 def _drop_frozen_gradients(training: Training) -> None:
-    """Leave gradients to the head alone in the first `train.freeze_epochs` epochs."""
+    """Drop all gradients but the head's in the first `train.freeze_epochs` epochs."""
     if training.done.epoch < training.setup.config.train.freeze_epochs:
         for parameter in training.body:
             parameter.grad = None
@@ -383,7 +383,7 @@ def end_epoch(training: Training, clock: "Clock") -> None:
 
 
 def rank_batch_size(config: Train, *, world_size: int) -> int:
-    """Images of a rank in a step. Raises `UserError` if ranks do not divide the batch."""
+    """Images per rank in a step. Raises `UserError` if the ranks do not divide the batch."""
     size = config.global_batch_size
     if size % world_size or size // world_size < config.accumulation_steps:
         unit = world_size * config.accumulation_steps
@@ -460,7 +460,7 @@ class Clock:
         return {"transfer": self._transfer_s, "compute": compute_s, "epoch": epoch_s}
 
     def peak_memory_mib(self) -> float:
-        """On CUDA that of the device in this epoch, else that of the process since its start."""
+        """On CUDA the device's peak in this epoch, else the process's peak since its start."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

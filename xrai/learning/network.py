@@ -1,9 +1,9 @@
-"""What every network is to the loop, the scorer, heat maps, typicality and export; and our own.
+"""The interface of all networks to the loop, scorer, heat maps, typicality and export; and our own.
 
 Images are grey values in [0, 1]; normalization of the input is a network's own first layer, so that
-training, serving and export cannot differ in it. The outputs are one logit for each thing that is
-looked for, with two classes a single one; above 0 is evidence for it. `predictor.build_model` makes
-a network of the config's name; nothing else knows a class.
+training, serving and export cannot differ in it. The outputs are one logit for each class or
+finding, a single one for two classes; above 0 is evidence for it. `predictor.build_model` builds
+the network that the config names; no other module knows the class of a network.
 
 Ours is a small residual network without normalization layers, for any height and width from 16 up.
 Batch statistics would make an image's result depend on the rest of its batch, and so on the number
@@ -31,9 +31,9 @@ _FIRST_BRANCH_GAIN = 0.2  # residual branches begin small
 
 
 class Network(nn.Module):
-    """A network as all others see it. A subclass has `forward` and `stages`, or `look` for both."""
+    """The interface of a network. A subclass has `forward` and `stages`, or `look` for both."""
 
-    num_draws = 0  # random numbers of each image that a step of training takes
+    num_draws = 0  # random numbers per image that a training step takes
 
     def forward(self, images: Tensor) -> Tensor:
         """Grey values (B, 1, H, W) in [0, 1] to logits (B, outputs)."""
@@ -59,7 +59,7 @@ class Network(nn.Module):
         """Take the random numbers of the images of the next step, (B, num_draws) in [-1, 1)."""
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """How the names of the head's parameters begin: their shape is that of the outputs."""
+        """Prefixes of the names of the head's parameters, whose shapes depend on the outputs."""
         *_, (last, _) = self.named_parameters()
         return (last.rpartition(".")[0] + ".",)
 
@@ -121,8 +121,8 @@ class StandardizedConv2d(nn.Conv2d):
         """(B, C_in, h, w) to (B, C_out, h / stride, w / stride)."""
         filters, padding = self.filters(), self.padding
         if features.shape[2:] == (1, 1) and self.stride != (1, 1):
-            # Only the filter's center meets a map of one pixel. Of the rest, oneDNN's gradient in
-            # bfloat16 is memory that nothing has written (PyTorch 2.13; images of 16 x 16)
+            # On a map of one pixel only the filter's center counts. For the rest of the filter,
+            # oneDNN's bfloat16 gradient is uninitialized memory (PyTorch 2.13; images of 16 x 16)
             middle = filters.shape[2] // 2
             filters, padding = filters[:, :, middle : middle + 1, middle : middle + 1], (0, 0)
         return functional.conv2d(features, filters, self.bias, self.stride, padding)
@@ -154,7 +154,7 @@ class ResNet(Network):
         self.standardize = Standardize()
         self.stem = nn.Sequential(
             StandardizedConv2d(1, width, 5, stride=2),
-            nn.MaxPool2d(3, stride=2, padding=1),  # before the ReLU: the same for a quarter
+            nn.MaxPool2d(3, stride=2, padding=1),  # before the ReLU: as good, a quarter of the work
             nn.ReLU(),
         )
         blocks: list[nn.Module] = []
@@ -201,7 +201,7 @@ class ResNet(Network):
 
 
 def _rename_stages(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Weights saved by earlier versions call the blocks stages."""
+    """Rename the blocks in weights of earlier versions, which called them stages."""
     for name in [name for name in state if name.startswith(f"{prefix}stages.")]:
         state[f"{prefix}blocks.{name.removeprefix(f'{prefix}stages.')}"] = state.pop(name)
 

@@ -23,8 +23,8 @@ Counts = tuple[
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """AdamW or SGD with Nesterov momentum; no weight decay on norms and biases (vectors).
 
-    With `layer_decay` the groups of a `Network` have a `scale` of the rate: 1 for the head's layer,
-    and that factor less for each layer before.
+    With `layer_decay`, the groups of a `Network` have a `scale` for the learning rate: 1 for the
+    head's layer, times `layer_decay` for each layer before it.
     """
     scales = dict.fromkeys(dict(model.named_parameters()), 1.0)
     if config.layer_decay < 1:
@@ -50,8 +50,8 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
     )
     if config.momentum > 0:
-        # Of a first step that is skipped on the device, torch 2.13 leaves momentum that nothing has
-        # written; with zeros a first step is the same
+        # Where the device skips the first step, torch 2.13 leaves its momentum uninitialized. A
+        # first step from zeros gives the same
         for group in sgd.param_groups:
             for parameter in group["params"]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -70,7 +70,7 @@ def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, is_bad:
 def restore(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Give an optimizer the moments of a checkpoint; its rates and decays stay its own.
 
-    Raises `ValueError` or what torch raises if they are none of its parameters.
+    Raises `ValueError`, or what torch raises, if they do not fit its parameters.
     """
     own = [{**group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -142,10 +142,10 @@ class Objective:
 def make_objective(labels: LabelSpec, counts: Counts, config: Optim) -> Objective:
     """The objective of a training split, on the CPU in float64.
 
-    Logit adjustment (Menon et al. 2021, https://arxiv.org/abs/2007.07314): with the log of each
-    class's share in training added, or of the odds of each finding among its known labels, the
-    logits themselves fit a balanced population. Raises `ValueError` for an output that all images
-    show, or none.
+    Logit adjustment (Menon et al. 2021, https://arxiv.org/abs/2007.07314): the loss adds
+    `optim.logit_adjustment` times the log of each class's share in training, or the log odds of
+    each finding among its known labels, to the logits; at 1, the logits alone fit a balanced
+    population. Raises `ValueError` for an output that all images show, or none.
     """
     if not all(0 < present < known for present, known in counts):
         raise ValueError(f"each output needs images with and without it, not {counts}")
@@ -183,7 +183,7 @@ def image_losses(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor
     cross-entropy over the image's known findings, of labels (B, C): 1, 0, or -1 for unknown. An
     image without any known finding costs 0. `binary`: the same with one finding, which is known of
     all images, of labels (B,). The loss of a batch is the mean over all of its images, whatever is
-    known of them: so no rank needs to know what others hold.
+    known of them, so that no rank needs the counts of the others.
     """
     adjusted = logits + objective.prior
     smoothing, weights = objective.smoothing, objective.weights

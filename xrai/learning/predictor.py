@@ -35,7 +35,7 @@ class Predictions:
     """What a network says of every image of a split, once each, in the order of its rows."""
 
     logits: NDArray[np.float64]  # (draws, N, C)
-    # (draws, N), above 1 asks for review; None: not asked for
+    # (draws, N), above 1 means review; None: not measured
     atypicality: NDArray[np.float64] | None = None
 
 
@@ -48,8 +48,8 @@ class Trained:
     typicality: Typicality
     scored: dict[str, Predictions]  # by split
     shifted: Predictions  # of augmented validation images
-    unlike: Unlike | None = None  # what review was fitted to, beside the training images
-    num_unlike_review: int = 0  # of its images that are held out, those that go to review
+    unlike: Unlike | None = None  # what review was fitted to, in addition to training images
+    num_unlike_review: int = 0  # how many of its held-out images go to review
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ def build_model(config: Model, num_outputs: int, *, image_size: int = 64) -> Net
     if config.name in OWN_NETWORKS:
         return ResNet(name=config.name, width=config.width, num_outputs=num_outputs)
     if config.name.startswith(TIMM):
-        from xrai.learning import zoo  # here: few need it
+        from xrai.learning import zoo  # here: few runs need it
 
         return zoo.build(config, num_outputs=num_outputs, image_size=image_size)
     return build_registered(config.name, num_outputs=num_outputs, image_size=image_size)
@@ -126,7 +126,7 @@ class TrainedModel:
     model: Model  # the config that `network` was built from
     images: Images  # how images are preprocessed
     labels: LabelSpec
-    # One for each output; of classes that exclude each other one, for all of their logits
+    # One for each output; a single one for the logits of classes that exclude each other
     temperatures: tuple[float, ...]
     # On the scale of calibrated probabilities, sigmoid(logit / temperature), one for each output;
     # none for classes that exclude each other: the most probable one is called
@@ -134,8 +134,8 @@ class TrainedModel:
     typicality: Typicality
     run_id: str
     fingerprint: str  # of the data set
-    # Shares of images at which the probabilities are calibrated: of each class or finding, of two
-    # classes of the second; empty in a file of version 3
+    # Shares of images at which the probabilities are calibrated, by class or finding; for two
+    # classes, that of the second one. Empty in a file of version 3
     priors: tuple[float, ...] = ()
 
     @property
@@ -215,7 +215,7 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
 
 
 def _build(content: dict[str, Any]) -> TrainedModel:
-    """The model of what `save_model` wrote. Raises several errors if it is something else."""
+    """The model from what `save_model` wrote. Raises various errors if it is anything else."""
     version = content.pop("schema_version")
     if version == 3:
         content["priors"] = []

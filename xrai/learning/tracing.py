@@ -1,8 +1,9 @@
 """A network and its review rule as one call into torch, for `xrai serve`.
 
-In Python each of some 200 operations gives the interpreter lock back and waits for it again, behind
-the threads that answer requests and decode. A trace holds none. `torch.jit` is deprecated, and so
-far nothing else does this without a compiler: what `torch.export` gives runs in Python.
+In Python, each of some 200 operations releases the interpreter lock and then waits for it, behind
+the threads that answer requests and decode. A trace runs without the lock. `torch.jit` is
+deprecated, but so far nothing else does this without a compiler: a program of `torch.export` runs
+in Python.
 """
 
 import warnings
@@ -17,16 +18,16 @@ from xrai.learning.typicality import Typicality
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # as `Typicality.atypicality` with its network
 
-_NUMS_TRIED: Final = (1, 2, 7)  # images of a batch
+_NUMS_TRIED: Final = (1, 2, 7)  # sizes of the batches that a trace is tried with
 
 
 def trace(network: Network, typicality: Typicality, images: Tensor) -> Look | None:
-    """`typicality.atypicality` of the network without Python, for batches of any number; None where
-    the trace does not give the same for parts of these images (B, 1, H, W), B >= 7, in [0, 1].
+    """`typicality.atypicality` of the network as a trace, for batches of any size. None where it
+    gives other results for parts of these images (B, 1, H, W), B >= 7, in [0, 1].
     """
     whole = _Whole(network, typicality).eval()
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of being deprecated, and of shapes, which are tried below
+        warnings.simplefilter("ignore")  # of deprecation, and of shapes, which are tried below
         try:
             traced: Look = torch.jit.trace(whole, images[:3], check_trace=False)
             is_same = all(

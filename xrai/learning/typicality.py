@@ -54,16 +54,16 @@ VARIATION = Augment(
 _THUMBNAIL_SIZE = 16
 _NUM_PLACES = 8  # along each side, in which fine detail is measured
 _NUM_DETAIL = _NUM_PLACES**2  # numbers of the last group of a description
-_MAX_CHANNELS = 512  # of all stages together; of more, each stage has its equal share of them
+_MAX_CHANNELS = 512  # of all stages together; where there are more, each stage gets an equal share
 _NUM_FITTED = 8192  # training images behind mean and covariance, at most
 _NUM_SPOILED = 1024  # training images that are spoiled, at most
-# Of validation images, where these count as 1 in place of the 99th percentile: the lower it is, the
-# larger is their share of what goes to review
+# The quantiles of validation images at which these numbers count as 1, in place of the 99th
+# percentile: the lower it is, the more of what goes to review is due to that number
 _MEAN_QUANTILE = 0.92  # the mean of two distances
 _MEAN_QUANTILE_BESIDE_UNLIKE = 0.96  # the same where there is a direction of `Unlike`
 _UNLIKE_QUANTILE = 0.97  # this direction
 _NUM_DRAWS = 2  # augmented copies of each validation image
-_DISTANCE_SHRINKAGE = 0.01  # of each variance, added to it, so that no direction has none
+_DISTANCE_SHRINKAGE = 0.01  # of each variance, added to it, so that none is 0 in any direction
 _DIRECTION_SHRINKAGE = 0.03
 _DIRECTION_RIDGE = 0.1
 _FARTHEST = 20.0  # standard deviations at which a spoiled image's pull on its direction is capped
@@ -123,8 +123,8 @@ class Typicality(nn.Module):
 
 
 def _with_mean(scaled: Tensor, both: Tensor) -> Tensor:
-    """Scaled distances and directions (B, M), with the mean of the distances of features and detail
-    in their place: (B, M - 1). `both` scales it again.
+    """Scaled distances and directions (B, M), with the distances of features and of detail replaced
+    by their mean, which `both` scales again: (B, M - 1).
     """
     mean = (scaled[:, :1] + scaled[:, 2:3]) / 2
     return torch.cat([(mean - both[0]) / both[1], scaled[:, 1:2], scaled[:, 3:]], dim=1)
@@ -161,8 +161,8 @@ def _detail(standardized: Tensor) -> Tensor:
 
 
 def _summarize(maps: Tensor, max_channels: int) -> Tensor:
-    """Log mean of what is positive and log standard deviation, (B, 2 C), of each map of
-    (B, C, h, w). Of more than `max_channels` maps, means over neighbours.
+    """Log mean of the positive part and log standard deviation of each map of (B, C, h, w), as
+    (B, 2 C). With more than `max_channels` maps, both are first averaged over neighbouring maps.
     """
     deviation = (maps - maps.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(2, 3))
     numbers = torch.stack([maps.relu().mean(dim=(2, 3)), deviation.add(1e-6).sqrt()], dim=1)
@@ -235,9 +235,9 @@ def fit_typicality(
     """Fit the score on the training split and its limit on the validation split, over all ranks.
 
     The limit sends the share `share` of the validation images, as they are and changed by
-    `VARIATION`, to review. Memory does not grow with the training split. With `unlike` there is a
-    direction more, towards those of these images that are not held out. It sends no more
-    validation images to review, neither of all nor of those that are as they are.
+    `VARIATION`, to review. Memory does not grow with the training split. `unlike` adds a direction,
+    towards those of its images that are not held out. It does not raise the share of validation
+    images that go to review, neither of all nor of the unchanged ones.
     """
     network.eval()
     fit = _Fit(network, ranks, next(train.epoch(0)).images.shape[-1])
@@ -263,8 +263,8 @@ def fit_typicality(
 
 
 def _scaling(values: Tensor, share: float, *, has_unlike: bool) -> dict[str, Tensor]:
-    """Offsets, scales and the limit, float64, from what validation images measure (n, 3, M), the
-    first of three as it is. `has_unlike` says that the last direction is that of `Unlike`.
+    """Offsets, scales and the limit, float64, from the measurements (n, 3, M) of validation images,
+    the first of three without changes. `has_unlike`: the last direction is that of `Unlike`.
     """
     flat = values.flatten(0, 1)
     offset, scale = _offset_and_scale(flat, 0.99)
@@ -293,7 +293,9 @@ def _scale_of_mean(scaled: Tensor, quantile: float) -> Tensor:
 
 
 def _unchanged(flat: Tensor, values: Tensor) -> Tensor:
-    """The entries of images as they are, (N,), of one for each of `values` (N, 3, M)."""
+    """The entries for unchanged images, (N,), of `flat`, which has one for each of `values`
+    (N, 3, M).
+    """
     unchanged: Tensor = flat.unflatten(0, values.shape[:2])[:, 0]
     return unchanged
 

@@ -1,6 +1,6 @@
-"""Initial weights from outside: what timm was pretrained with, or a file that somebody has.
+"""Initial weights from outside: timm's pretrained ones, or those in a file.
 
-A file is a .safetensors, or what torch.save wrote of tensors alone: nothing else is ever unpickled.
+A file is a .safetensors, or tensors alone that torch.save wrote: nothing else is ever unpickled.
 Names may have a prefix (`module.`, `backbone.`), and the tensors may be under a key such as
 `state_dict`. A head for other outputs is left out; anything else that the network needs must be in
 the file and fit.
@@ -26,7 +26,7 @@ from xrai.store import open_store
 
 PRETRAINED = "pretrained"
 _CONTAINERS = ("state_dict", "state_dict_ema", "model", "weights", "model_state_dict", "teacher")
-_COUNTER = "num_batches_tracked"  # which nothing depends on, and old files lack
+_COUNTER = "num_batches_tracked"  # nothing depends on it, and old files lack it
 _SHOWN = 5  # names, in a message
 _logger = get_logger(__name__)
 
@@ -47,7 +47,7 @@ def initial_weights(
 ) -> tuple[dict[str, Tensor], Loaded]:
     """The whole state of a network that begins with the weights of the config.
 
-    Raises `UserError` where they cannot be had or do not fit.
+    Raises `UserError` where they cannot be loaded or do not fit.
     """
     if config.weights == PRETRAINED:
         if not config.name.startswith(TIMM):
@@ -105,9 +105,10 @@ def fit(
 
 
 def read_weights(address: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file of a folder or bucket, by name, and its hash.
+    """The tensors, by name, of a file in a folder or bucket, and the file's SHA-256 in hex.
 
-    Raises `UserError` if there is none or it is not one, `CorruptError` if it cannot be read.
+    Raises `UserError` if there is no such file or its suffix is none of those allowed,
+    `CorruptError` if it holds no tensors or cannot be read.
     """
     folder, _, name = address.rpartition("/")
     store = open_store(folder or ".")
@@ -154,8 +155,8 @@ def _read(path: Path, address: str) -> Any:
 
 
 def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the network's names: the prefix of the file's is replaced by that of the
-    network's, whichever pair makes most names agree.
+    """The weights by the network's names: the prefix of names in the file is replaced by that of
+    the network's own; of all pairs of prefixes, the one that makes most names agree.
     """
     pairs: Counter[tuple[str, str]] = Counter()
     for name in list(weights):

@@ -1,10 +1,10 @@
 """Networks of timm, `model.name` = timm/NAME: the one home of that package (the extra `timm`).
 
-Convolutional and hierarchical networks and vision transformers, all that name the modules of their
-stages (`feature_info`). What a stage gives is taken from a forward hook, so that the logits are
+Usable are convolutional and hierarchical networks and vision transformers that name the modules of
+their stages (`feature_info`). Forward hooks record the maps of the stages, so that the logits are
 computed from these very maps and heat maps can show the gradient there. Transformers that classify
-by a class token are made to classify by the mean of all patches: the token of the last block sees
-no patch of the last block, where a heat map would be empty.
+by a class token are made to classify by the mean of all patches: the class token does not depend on
+the patches that the last block puts out, so its heat map there would be empty.
 """
 
 import importlib.util
@@ -24,9 +24,9 @@ from xrai.learning.distributed import summed
 from xrai.learning.network import Network, Standardize
 
 _HEAD_DEVIATION = 0.01  # of a new head's weights
-_NUM_BLOCKS = 4  # of a transformer, whose stages are all alike, count as stages
-# Grey values in [0, 1] become what each name stands for: channels, mean and standard deviation;
-# none are those that the network was pretrained with
+_NUM_BLOCKS = 4  # blocks that count as stages in a transformer, whose blocks have one resolution
+# What normalizes grey values in [0, 1], by name: channels, mean and standard deviation; None stands
+# for those that the network was pretrained with
 _INPUTS: dict[str, tuple[int, float | None, float | None]] = {
     "rgb": (3, None, None),
     "standardized": (1, 0.0, 1.0),
@@ -36,7 +36,7 @@ _looking = threading.RLock()  # hooks are added and removed by one thread at a t
 
 
 class TimmNetwork(Network):
-    """A network of timm with the normalization of its input, for images of one size."""
+    """A timm network with the normalization of its input, for images of one size."""
 
     mean: Tensor  # (1, C, 1, 1)
     deviation: Tensor  # (1, C, 1, 1)
@@ -137,7 +137,7 @@ class TimmNetwork(Network):
 
 
 def build(config: Model, *, num_outputs: int, image_size: int) -> TimmNetwork:
-    """A network of timm with fresh weights. Raises `UserError` if there is none of this name, or it
+    """A timm network with fresh weights. Raises `UserError` if timm has none of this name, or it
     cannot be used for such images.
     """
     model = _create(config, num_outputs, image_size)
@@ -172,7 +172,7 @@ def build(config: Model, *, num_outputs: int, image_size: int) -> TimmNetwork:
 
 
 def pretrained_weights(config: Model, *, image_size: int) -> tuple[dict[str, Tensor], str]:
-    """The weights that timm has for a network, by the names in it, and where they come from.
+    """timm's pretrained weights for a network, by the network's names, and where they come from.
 
     Raises `UserError` if there are none or they cannot be fetched.
     """
@@ -184,7 +184,7 @@ def pretrained_weights(config: Model, *, image_size: int) -> tuple[dict[str, Ten
 
 def convert(weights: dict[str, Tensor], network: TimmNetwork) -> dict[str, Tensor]:
     """Weights of a file by timm's names: those of a DINOv2 of transformers are renamed, and
-    embedded positions are resampled to the network's number of patches.
+    position embeddings are resampled to the network's number of patches.
     """
     if "embeddings.patch_embeddings.projection.weight" in weights:
         weights = _from_transformers(weights)
@@ -315,7 +315,7 @@ def _replace(
     is_old: Callable[[nn.Module], bool],
     make: Callable[[nn.Module, int], nn.Module],
 ) -> int:
-    """Put what `make` makes of a module and its place in its stead; return how many there were."""
+    """Replace each module that `is_old` accepts by `make(module, place)`; return how many."""
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -341,7 +341,7 @@ def _stages_of(model: nn.Module) -> list[tuple[str, int]]:
 def _create(
     config: Model, num_outputs: int | None, image_size: int, *, pretrained: bool = False
 ) -> nn.Module:
-    """A model of timm; `num_outputs` None: as it was pretrained."""
+    """A timm model; with `num_outputs` None, its head is the pretrained one."""
     if importlib.util.find_spec("timm") is None:
         raise UserError(
             f"model.name = {config.name} needs timm, not installed here: pip install 'xrai[timm]'"

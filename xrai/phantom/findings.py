@@ -1,7 +1,7 @@
 """Phantoms with findings, for `xrai phantom --task multilabel`: who has which, and what they add.
 
 Names are those of NIH ChestX-ray14. Sizes and places are drawn at random; findings of one patient
-fit each other: fluid in heart failure lies on both sides, beside a pneumonia on its side.
+fit each other: in heart failure, fluid lies on both sides; with pneumonia, on the same side.
 """
 
 import itertools

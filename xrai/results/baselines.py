@@ -1,8 +1,8 @@
-"""What shortcuts alone can do: two models that never see a lung, measured beside every result.
+"""What shortcuts alone achieve: two models that never see a lung, reported with every result.
 
 `geometry` knows the size of the source image in pixels, `border` the outer fourteenth of each side
-of the stored image, which is 16 of 224 pixels. Where one of them tells the classes apart, so may a
-network, without any medicine. Called by `xrai.run` and by benchmarks/shortcuts.py.
+of the stored image, which is 16 of 224 pixels. If one of them tells the classes apart, a network
+may do so in the same way, without any medicine. Called by `xrai.run` and benchmarks/shortcuts.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +134,7 @@ def measure_baselines(
 
 
 def _score(name: str, train: Looks | None, measured: Looks) -> tuple[Floats | None, str]:
-    """The logits (n, C) of a baseline, if it can be fitted, and what is to be said of them."""
+    """The logits (n, C) of a baseline, or None if it cannot be fitted, and a remark on them."""
     if train is None:
         return None, "the data set has no train split to fit it to"
     asked = getattr(measured, name)

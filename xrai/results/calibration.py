@@ -14,7 +14,7 @@ import numpy.typing as npt
 from xrai.errors import XraiError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
-_MIN_SCORE = 1e-6  # of scores whose threshold is chosen: their logits are within 14 of 0
+_MIN_SCORE = 1e-6  # clips scores before a threshold is chosen, so that logits are within ±14
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

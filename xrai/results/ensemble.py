@@ -1,6 +1,6 @@
 """Several runs as one: the mean of their calibrated logits, and what goes with it; numpy alone.
 
-`xrai.pipeline` uses it. One run is an ensemble of one: nothing of it changes.
+`xrai.pipeline` uses it. A single run is an ensemble of one, whose results do not change.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from xrai.results.types import Output
 
 
 def scaled_logits(outputs: Sequence[Output], logits: Floats) -> Floats:
-    """Calibrated logits (N, C): logit / temperature; of classes that exclude each other the
-    logarithm of their probabilities, since logits that differ by a constant mean the same.
+    """Calibrated logits (N, C): logit / temperature; for classes that exclude each other, the
+    logarithms of their probabilities, because logits that differ by a constant mean the same.
     """
     scaled: Floats = logits / np.array([output.temperature for output in outputs])
     if outputs[0].task != "multiclass":
@@ -28,8 +28,8 @@ def mean_outputs(runs: Sequence[Sequence[Output]]) -> tuple[Output, ...]:
     """How the mean of the runs' `scaled_logits` is read.
 
     The threshold's logit is the mean of those of the runs, so an output is called where the mean
-    distance of the runs' logits to their own thresholds is not negative. Threshold and logit of a
-    run that are both shifted change nothing.
+    distance of the runs' logits to their own thresholds is not negative. A shift of both the logits
+    and the threshold of a run changes no call.
     """
     found = []
     for outputs in zip(*runs, strict=True):

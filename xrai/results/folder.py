@@ -201,7 +201,7 @@ class RunFolder:
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file of the run in UTF-8; names that are not show as "?"."""
+        """Write a text file of the run; what UTF-8 cannot encode, as in file names, becomes "?"."""
         return self.write(name, text.encode(errors="replace"))
 
     def write_json(self, name: str, value: object) -> Path:

@@ -1,4 +1,4 @@
-"""How pictures and tables write names: their font, and names that it lacks or that are too long."""
+"""How plots and tables write names: the font, and names that it lacks or that are too long."""
 
 import importlib.metadata
 from collections import Counter
@@ -25,8 +25,8 @@ def font(points: float, *, name: str = "DejaVuSans") -> ImageFont.FreeTypeFont:
 
 @cache
 def legible(names: tuple[str, ...], noun: str) -> tuple[str, ...]:
-    """The names as pictures show them: one with a character that their font lacks, such as a
-    Chinese one, is its noun and number, "class 3". Warns where there is one, once.
+    """The names as plots show them: a name with a character that the font lacks, such as a Chinese
+    one, becomes its noun and number, "class 3", with a warning the first time.
     """
     found = tuple(
         name if all(map(_is_in_font, name)) else f"{noun} {number}"

@@ -25,7 +25,7 @@ from xrai.results.metrics import (
 )
 from xrai.results.types import Estimate, Labelled, Measured, Scores
 
-PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # shares of pneumonia for which calls are valued
+PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # at which PPV and NPV are computed
 COVERAGES = tuple(share / 100 for share in range(100, 45, -5))  # kept, on the abstention curve
 NUM_GROUPS = 12  # source groups that are measured, the largest ones
 
@@ -316,9 +316,9 @@ def _abstention_of_all(scores: Scores, kept: Mapping[str, Estimate]) -> types.Ab
 
 
 def _by_prevalence(sensitivity: Estimate, specificity: Estimate) -> tuple[types.WorthOfCall, ...]:
-    """What a call is worth at each of `PREVALENCES` (Bayes).
+    """PPV and NPV at each of `PREVALENCES` (Bayes), and at the lower ends of both intervals.
 
-    The lower ends matter where no false alarm was seen: the values then say that there is none.
+    The lower ends matter where no false alarm was seen: the PPV itself is then 1.
     """
 
     def worth(prevalence: float, found: float, cleared: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The overlay of one prediction: an image, and beside it the same under its heat maps."""
+"""The overlay of one prediction: an image, and next to it the same image under its heat maps."""
 
 import io
 from collections.abc import Sequence

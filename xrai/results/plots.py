@@ -77,7 +77,7 @@ _POINT: _Look = {"markersize": 9, "markeredgecolor": PAPER, "markeredgewidth": 1
 _SMALL: _Look = {"fontsize": 8.5, "color": MUTED}
 _TOP: _Look = {"xycoords": ("data", "axes fraction")}  # of a note at (x, 1)
 _PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
-_SERIES = {  # of each picture: name, colour and column of history.csv
+_SERIES = {  # the lines of each plot: name, colour and column of history.csv
     "loss": (("train", style.TRAIN, "train_loss"), ("validation", style.VALIDATION, "val_loss")),
     "accuracy": (
         ("train", style.TRAIN, "train_accuracy"),

@@ -1,10 +1,10 @@
 """Scores where classes have other shares than in training: known ones, or estimated; numpy alone.
 
-A score holds for the shares of classes that it was calibrated at. Where others come, and each class
-looks as it did, Bayes gives the score there: each class's score times its new share over its old
-one, divided by their sum (Saerens, Latinne, Decaestecker 2002,
-https://doi.org/10.1162/089976602753284446). Of a logit that is a shift by the difference of both
-shares' log odds. A threshold is moved as the scores are, so a prior changes no call.
+A score holds for the shares of classes that it was calibrated at. Where the shares differ, but the
+images of each class look the same, Bayes' rule gives the score: each class's score times its new
+share over its old one, divided by the sum of these (Saerens, Latinne, Decaestecker 2002,
+https://doi.org/10.1162/089976602753284446). For a logit this is a shift by the difference of the
+two shares' log odds. Thresholds move with the scores, so a prior changes no call.
 
 `xrai.pipeline` and `xrai.evaluate` use it; `xrai.run` finds the shares that a run is calibrated at.
 """
@@ -26,9 +26,9 @@ MIN_IMAGES: Final = 50  # to estimate from: fewer say too little (docs/decisions
 
 _TINY = float(np.finfo(np.float64).tiny)
 _NUM_ROUNDS = {"fit": 500, "estimate": 5000}
-_SMALL_CHANGE = 1e-8  # of a share, after which nothing more is found
-_MOST = 1e6  # by which scores are multiplied
-_SLACK = 0.005  # of the sum of shares that people round
+_SMALL_CHANGE = 1e-8  # of a share; iteration ends below it
+_MOST = 1e6  # the largest factor on scores
+_SLACK = 0.005  # tolerance for the sum of shares that people have rounded
 
 # Shares as people give them: of the class that is looked for, or by name; or `ESTIMATE`
 Wanted = float | str | Mapping[str, float]
@@ -145,8 +145,8 @@ def estimate_shares(scores: Floats, own: Floats) -> Floats:
     """The shares (C,) under which images with these scores (N, C) are most likely, the scores being
     calibrated at the shares `own` (C,).
 
-    Expectation and maximization by turns, as the same paper has it: the new shares are the means of
-    the scores at the last ones. None is less than half an image.
+    Expectation maximization, as in the paper named above: the new shares are the means of the
+    scores at the previous ones. None is less than half an image.
     """
     shares = own
     for _ in range(_NUM_ROUNDS["estimate"]):
@@ -164,11 +164,11 @@ def fit_shares(scores: Floats, shares: Floats) -> Floats:
     """The shares (C,) at which scores (N, C) are calibrated, of labelled images of which each class
     has these `shares` (C,).
 
-    The factors by which the scores of each class have to be multiplied for the largest likelihood
-    of the labels (the bias of Alexandari, Kundaje, Shrikumar 2020,
-    https://arxiv.org/abs/1901.06852) are those after which each class's mean score is its share;
-    they are found by turns, with the rows' sums, and begin at 1: images that do not tell leave them
-    there. The factor is the class's share over the one that is sought.
+    A factor on each class's scores, chosen for the largest likelihood of the labels (the bias of
+    Alexandari, Kundaje, Shrikumar 2020, https://arxiv.org/abs/1901.06852), makes each class's mean
+    score equal its share. The factors are found by iteration, in which rows are normalized, and
+    begin at 1: images that tell nothing leave them there. The result is each class's share over its
+    factor, normalized.
     """
     shares = shares.clip(1 / (2 * len(scores)))
     shares = shares / shares.sum()

@@ -93,7 +93,7 @@ def record_scores(
 
 
 def _legible(scores: Scores) -> Scores:
-    """The same with names that pictures can show."""
+    """The same scores with names that plots can show."""
     noun = "finding" if scores.task == "multilabel" else "class"
     names = legible(scores.classes, noun)
     if names == scores.classes:

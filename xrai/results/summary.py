@@ -39,7 +39,7 @@ class BaselineSummary:
 
 @dataclass(frozen=True)
 class OutputSummary:
-    """What is said first of one class or finding of several."""
+    """The headline results of one of several classes or findings."""
 
     name: str
     num_positive: int
@@ -53,11 +53,11 @@ class OutputSummary:
 
 @dataclass(frozen=True)
 class MainResults:
-    """What is said first of one split: keys of summary.json, in their order.
+    """The headline results of one split: keys of summary.json, in their order.
 
-    Of several outputs, the metrics are macro means over those that have a value, and the counts
-    those of all labels pooled. Accuracy is the share of images of which the right class is called,
-    of findings the share of known labels that are correct.
+    With several outputs, the metrics are macro means over those that have a value, and the counts
+    are those of all labels pooled. Accuracy is the share of images whose class is called correctly;
+    for findings, the share of known labels that are called correctly.
     """
 
     split: str

@@ -1,6 +1,6 @@
 """TensorBoard's events, collected in memory and written as one closed file by torch's writer.
 
-The writer takes a second to import. That happens with the first file, so only where one is written.
+The writer takes a second to import, so it is imported when the first file is written.
 """
 
 from __future__ import annotations

@@ -429,9 +429,9 @@ class SplitResults:
 
     @property
     def headline(self) -> Mapping[str, Estimate]:
-        """The metrics that are said first: the one output's, or the macro means of several.
+        """The headline metrics: those of a single output, or the macro means of several.
 
-        Accuracy is a share of images, or of findings the share of known labels that are correct.
+        Accuracy is a share of images; for findings, the share of known labels called correctly.
         """
         shared = {name: self.micro[name] for name in ("accuracy",) if name in self.micro}
         return {**self.macro, **shared} or self.main.whole.metrics

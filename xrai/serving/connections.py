@@ -1,9 +1,9 @@
-"""Connections that neither wait for their clients nor hold what they send without end.
+"""HTTP connections with limits on how long they wait for a client and on the headers they hold.
 
-uvicorn 0.54 closes an idle connection after an answer. But it waits as long as a client likes for a
-request that does not come, or comes a byte at a time, and for an answer to be read. With a few
-hundred such connections one client would keep all others out. And of headers it holds whatever
-comes, by its faster parser, which this one uses.
+uvicorn 0.54 closes a connection that stays idle after an answer. But it waits without limit for a
+first request, for one that comes a byte at a time, and for a client to read its answer: with a few
+hundred such connections one client would keep all others out. With the faster of its two parsers,
+httptools, which is used here, it also accepts headers of any length.
 """
 
 import asyncio
@@ -11,21 +11,21 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEADERS_S = 20.0  # for a request's line and headers, from its first byte or from the connection
-READING_S = 60.0  # for the next part of an answer to be read
-MAX_HEAD_BYTES: Final = 1 << 16  # of a request's line and headers, and of the trailers of its body
-MAX_AHEAD: Final = 16  # requests that are sent before the answer to an earlier one
+HEADERS_S = 20.0  # for the request line and headers, from connecting or from their first byte
+READING_S = 60.0  # for the client to read the next part of an answer
+MAX_HEAD_BYTES: Final = 1 << 16  # of the request line and headers, and of the trailers of a body
+MAX_AHEAD: Final = 16  # pipelined requests that wait for the answer to an earlier one
 
 
 class Connection(HttpToolsProtocol):
-    """One connection; closed where its client takes too long to ask or to read."""
+    """One connection, closed if its client takes too long to send a request or read an answer."""
 
     headers_s = HEADERS_S
     reading_s = READING_S
     _deadline: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
-    _is_asking = True  # for a request whose headers are not whole
-    _num_head_bytes = 0  # that came since the last ones of a body
+    _is_asking = True  # the headers of a request are still incomplete
+    _num_head_bytes = 0  # received since the last byte of a body
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request, not longer than `headers_s`."""
@@ -41,12 +41,12 @@ class Connection(HttpToolsProtocol):
         self._watch()
 
     def on_message_begin(self) -> None:
-        """The first byte of a request."""
+        """Note that a request has begun."""
         super().on_message_begin()
         self._is_asking = True
 
     def on_headers_complete(self) -> None:
-        """A request can be answered."""
+        """Pass a request on. Raises `ValueError` where `MAX_AHEAD` of them wait already."""
         if len(self.pipeline) >= MAX_AHEAD:
             raise ValueError("too many requests before the first one's answer")
         super().on_headers_complete()
@@ -68,7 +68,7 @@ class Connection(HttpToolsProtocol):
         self._reading = self.loop.call_later(self.reading_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client reads."""
+        """Cancel the deadline: the client has read."""
         if self._reading is not None:
             self._reading.cancel()
         super().resume_writing()
@@ -81,7 +81,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        # After an answer uvicorn waits itself, but not any more once a single byte has come
+        # uvicorn has its own time-out for an idle connection, but ends it at the next byte
         if not self._is_asking and not self.cycle.response_complete:
             self._stop_watching()
         elif self._deadline is None:

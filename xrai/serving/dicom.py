@@ -50,7 +50,7 @@ _NUM_HEATS = 3  # there, at most
 
 @dataclass(frozen=True)
 class DicomOptions:
-    """What the command line says of the DICOM side."""
+    """The command line's options for the DICOM side."""
 
     node: NodeOptions
     pacs: Pacs | None
@@ -60,9 +60,9 @@ class DicomOptions:
 
 
 def read_options(flags: Mapping[str, Any]) -> DicomOptions | None:
-    """What the flags `DICOM_FLAGS` say; None where there is no node.
+    """The options that the flags `DICOM_FLAGS` give; None where there is no node.
 
-    Raises `ConfigError` where they do not fit each other, or would let anybody send films.
+    Raises `ConfigError` where they contradict each other, or would let anybody send films.
     """
     port, pacs, outbox = flags["dicom_port"], flags["pacs"], flags["outbox"]
     if not port:
@@ -115,7 +115,7 @@ def _node_options(flags: Mapping[str, Any]) -> NodeOptions:
 
 
 def _pacs_tls(flags: Mapping[str, Any]) -> ssl.SSLContext | None:
-    """What encrypts the way to the archive, with the node's own certificate where it has one."""
+    """The TLS context for the archive, with the node's own certificate where it has one."""
     if not flags["pacs_tls"] and not flags["pacs_ca"]:
         return None
     try:
@@ -131,7 +131,7 @@ class DicomSide:
     """The node, the results, and their way to an archive."""
 
     def __init__(self, options: DicomOptions, service: Service) -> None:
-        """Open the outbox. Raises `UserError` where that cannot be."""
+        """Open the outbox. Raises `UserError` where it cannot be opened."""
         self._options, self._service = options, service
         self._outbox = Outbox(options.outbox) if options.outbox else None
         self._delivery = None
@@ -172,7 +172,7 @@ class DicomSide:
                     self._outbox.put(result.sop_instance_uid, result.data)
 
     def _listed(self, data: bytes, source: Source) -> Film | None:
-        """The film, where a sender repeats what it has sent, and the models are the same."""
+        """The listed film, if a sender repeats it and the models are the same; else None."""
         now = self._service.models.pipeline
         for film in self._service.worklist.films():
             if film.name == source.sop_instance_uid and film.data == data and film.pipeline is now:
@@ -197,7 +197,7 @@ class DicomSide:
         return write_capture(source, self._draw(film), device)
 
     def _draw(self, film: Film) -> bytes:
-        """A PNG of the film beside the heat maps of what is called, or is most probable."""
+        """A PNG of the film next to heat maps of what is called, or else of the most probable."""
         row, pipeline = film.row, film.pipeline
         names = tuple(row.probabilities)
         drawn = dict(zip(names, legible(names, "finding"), strict=True))
@@ -227,7 +227,7 @@ class DicomSide:
 
 
 class _Figures(Collector):
-    """What Prometheus is told of the DICOM side, read when it asks."""
+    """Prometheus metrics of the DICOM side, collected at each scrape."""
 
     def __init__(self, node: Node, delivery: Delivery | None) -> None:
         self._node, self._delivery = node, delivery

@@ -1,4 +1,4 @@
-"""What `xrai serve` takes for its DICOM side. Imports no package for DICOM."""
+"""The flags of `xrai serve` for its DICOM side. This module imports no DICOM package."""
 
 from xrai.command import Flag
 

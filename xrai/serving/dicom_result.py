@@ -1,11 +1,11 @@
 """A film's row as DICOM objects for the archive that the film came from: a structured report, and
 the heat map as a secondary capture.
 
-Both belong to the film's own study, in series of their own, and name the film as their source.
-Their UIDs follow from the film (its UIDs, its pixels as the models see them, and what is copied of
-its header) and from the models. So a film that is scored again by the same models makes the same
-object, and one that was changed makes another, also where it kept its UID. Of the patient only what
-every object of a study must state is copied. The one home of highdicom.
+Both join the study of the film, each in a series of its own, and name the film as their source.
+Their UIDs are derived from the film (its UIDs, its pixels as the models see them, and what is
+copied of its header) and from the models: scoring a film again with the same models gives the same
+UIDs, and a changed film gives new ones even if its own UID is unchanged. Of the patient, only the
+attributes that every object of a study must state are copied. The one home of highdicom.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ NOTE: Final = "No medical device: for research, not for diagnosis."
 
 _SCHEME = "99XRAI"
 _MANUFACTURER = "xrai"
-_NUMBERS: Mapping[Kind, int] = {"sr": 9700, "sc": 9701}  # of the series, far from those of devices
+_NUMBERS: Mapping[Kind, int] = {"sr": 9700, "sc": 9701}  # of series, far from those of modalities
 _DESCRIPTIONS: Mapping[Kind, str] = {"sr": "scores of a model", "sc": "heat maps of a model"}
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
 _COPIED = (
@@ -59,7 +59,7 @@ _FORMS = {
     "StudyID": r"[^\\]{1,16}",
 }
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
-_NAMES_A_UID = uuid.UUID("a1f5f0f6-3d0e-5f6a-9d57-0c6c1f4a9b10")  # any, but always this one
+_NAMES_A_UID = uuid.UUID("a1f5f0f6-3d0e-5f6a-9d57-0c6c1f4a9b10")  # arbitrary, and never changed
 # Names of classes and findings, folded, to the codes of PS3.16 (DCM, and SNOMED CT as SCT)
 _FINDINGS = {
     "atelectasis": ("46621007", "SCT", "Atelectasis"),
@@ -90,7 +90,7 @@ _INDETERMINATE = ("82334004", "SCT", "Indeterminate")
 
 @dataclass(frozen=True)
 class Source:
-    """What a result takes from the film that it is about. Holds a patient's name: never logged."""
+    """What a result copies from its film. Holds a patient's name: never logged."""
 
     sop_class_uid: str
     sop_instance_uid: str
@@ -104,14 +104,14 @@ class Source:
 class Device:
     """The models that scored a film, as the device that observed it."""
 
-    run_id: str  # of several runs theirs, joined by "+"
+    run_id: str  # of several runs, their ids joined by "+"
     version: str  # of xrai
     model_sha256: tuple[str, ...]  # of the model.pt of each run
-    prior: str = ""  # the shares that its probabilities are for, where those were given
+    prior: str = ""  # the shares that its probabilities hold for, where a prior was asked for
 
     @cached_property
     def key(self) -> str:
-        """What tells these models from others."""
+        """A text that identifies these models."""
         return "+".join(self.model_sha256) or self.run_id
 
     @property
@@ -129,7 +129,7 @@ class Result:
 
 
 def read_source(data: bytes) -> Source:
-    """What results need of a film's header.
+    """What results need from a film's header.
 
     Raises `ImageError` where one of its UIDs is missing or invalid, or the file is damaged.
     """
@@ -150,7 +150,7 @@ def read_source(data: bytes) -> Source:
 
 
 def _is_valid(name: str, text: str) -> bool:
-    """Whether a text is one that this attribute may have."""
+    """Whether a text is a valid value of this attribute."""
     if not re.fullmatch(_FORMS[name], text, re.ASCII) or not text.isprintable():
         return False
     try:
@@ -218,7 +218,7 @@ def write_report(source: Source, row: Prediction, device: Device) -> Result:
 
 
 def write_capture(source: Source, png: bytes, device: Device) -> Result:
-    """A Secondary Capture of an image, such as the film beside its heat maps."""
+    """A Secondary Capture of a PNG, such as the film next to its heat maps."""
     from highdicom.sc import SCImage
     from pydicom import Dataset
 
@@ -258,8 +258,8 @@ def write_capture(source: Source, png: bytes, device: Device) -> Result:
 
 
 def _head(kind: Kind, source: Source, device: Device) -> dict[str, Any]:
-    """What every result says of itself, as highdicom's classes take it: its place in the study, and
-    the models as the device that made it.
+    """The arguments that highdicom's classes share: the place of the result in the study, and the
+    models as the device that made it.
     """
     return {
         "sop_instance_uid": result_uid(kind, source, device),
@@ -341,7 +341,7 @@ def _sentences(row: Prediction, device: Device) -> list[str]:
 
 
 def _reference(source: Source) -> "Dataset":
-    """The film as highdicom asks for it: without pixels."""
+    """The film as highdicom takes a source: its identifying attributes, without pixels."""
     from pydicom import Dataset
 
     film = Dataset()
@@ -361,12 +361,12 @@ def _concept(code: tuple[str, str, str]) -> "CodedConcept":
 
 
 def _uid(*parts: str) -> str:
-    """A UID below 2.25 (PS3.5 B.2) that follows from some texts."""
+    """A UID under the root 2.25 (PS3.5 B.2), derived from some texts."""
     return f"2.25.{uuid.uuid5(_NAMES_A_UID, chr(0).join(parts)).int}"
 
 
 def _cut(text: str) -> str:
-    """A text for an attribute of 64 characters (VR LO)."""
+    """The text, cut to the 64 characters of VR LO."""
     return printable(text).replace("\\", "/")[:64].strip()
 
 

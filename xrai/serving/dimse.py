@@ -20,23 +20,23 @@ from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
-MAX_PDU_BYTES: Final = 1 << 17  # that we ask peers to send at most
+MAX_PDU_BYTES: Final = 1 << 17  # the largest PDU that we ask peers to send
 
 _NOWHERE = logging.NullHandler()
-_MAX_READ_BYTES = 1 << 20  # of one PDU: a request for an association with all contexts is smaller
+_MAX_READ_BYTES = 1 << 20  # of one PDU: an A-ASSOCIATE-RQ with all contexts is smaller
 _CHUNK_BYTES = 1 << 16
-_OVERHEAD = 1.25  # of small fragments, on the bytes of an object
-_MAX_QUEUED = 4  # messages of a peer that does not wait for answers
+_OVERHEAD = 1.25  # bytes received per byte of an object that comes in small fragments
+_MAX_QUEUED = 4  # unhandled messages of a peer that does not wait for answers
 _LOCAL_LIMIT = (0x02, 0x03, 0x02)  # rejected for now, by the provider: local limit exceeded
-_MAX_ANSWER_BYTES = 1 << 16  # to what we send
-_SILENT = 4  # connections that have asked for nothing yet, for each association that may be
-_SILENT_DELAY_S = 0.02  # between two looks at such a connection; pynetdicom looks every millisecond
+_MAX_ANSWER_BYTES = 1 << 16  # of an archive's answer to what we send
+_SILENT = 4  # connections without a request yet, for each association that is allowed
+_SILENT_DELAY_S = 0.02  # between polls of such a connection; pynetdicom polls every millisecond
 _DELAY_S = 0.001
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What peers may take."""
+    """How much peers may send, and how long they may take."""
 
     max_object_bytes: int = 1 << 28
     num_associations: int = 8
@@ -46,8 +46,8 @@ class Limits:
 
 
 def silence() -> None:
-    """Keep the packages for DICOM from logging and warning: they quote names, identifiers and whole
-    data sets. For this process, from now on.
+    """Silence the logs and warnings of the DICOM packages for the rest of this process: they quote
+    names, identifiers and whole data sets.
     """
     for name in ("pydicom", "pynetdicom", "highdicom"):
         logger = logging.getLogger(name)
@@ -75,11 +75,11 @@ class Guard:
 
     def __init__(self, sock: socket.socket, limits: Limits, refuse: Callable[[str], None]) -> None:
         self._socket, self._limits, self._refuse = sock, limits, refuse
-        self._num_bytes, self._since = 0, 0.0  # of the message that is arriving; its first byte
+        self._num_bytes, self._since = 0, 0.0  # of the message under way, and when it began
         self._num_queued, self._has_ended = 0, False
 
     def recv(self, nr_bytes: int) -> bytearray:
-        """As many bytes, or fewer where the peer has closed the connection."""
+        """Receive `nr_bytes` bytes, or fewer where the peer has closed the connection."""
         num_bytes, now = nr_bytes, time.monotonic()
         self._since = self._since if self._num_bytes else now
         self._num_bytes += num_bytes
@@ -104,11 +104,11 @@ class Guard:
             if not part:
                 break
             found += part
-        self._socket.settimeout(self._limits.pdu_timeout_s)  # of what is sent
+        self._socket.settimeout(self._limits.pdu_timeout_s)  # now for sending
         return found
 
     def message_ends(self, event: evt.Event) -> None:
-        """A message has arrived as a whole; how many others wait to be handled."""
+        """Begin a new count after a whole message; note how many wait to be handled."""
         self._num_bytes = 0
         self._num_queued = event.assoc.dimse.msg_queue.qsize()
 
@@ -148,7 +148,7 @@ class _Handler(RequestHandler):
             event.assoc.kill()
 
     def _closed(self, event: evt.Event) -> None:
-        """Close the socket, which pynetdicom leaves open where the peer was first, and wake the
+        """Close the socket, which pynetdicom leaves open if the peer closed it first, and wake the
         thread of a peer that has not asked for an association.
         """
         self.request.close()
@@ -173,7 +173,7 @@ def associate(
         association = event.assoc
         held = association.dul.socket
         assert held is not None and held.socket is not None
-        held.socket.settimeout(timeout_s)  # of what is sent, too
+        held.socket.settimeout(timeout_s)  # for sending, too
         guard = Guard(held.socket, limits, lambda reason: None)
         held.recv = guard.recv  # type: ignore[method-assign]
         association.bind(evt.EVT_DIMSE_RECV, guard.message_ends)
@@ -195,13 +195,13 @@ def cut(association: Association) -> None:
 
 def _shut(connection: socket.socket) -> None:
     with suppress(OSError):  # is closed already
-        # not that of SSLSocket, which takes the state of the thread that uses it away
+        # not SSLSocket.shutdown, which drops the TLS state that another thread is using
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def close_socket(association: Association) -> None:
-    """Close the socket of an association that has ended; pynetdicom leaves it open where the peer
-    was first, or has refused.
+    """Close the socket of an association that has ended; pynetdicom leaves it open if the peer
+    closed it first, or rejected the association.
     """
     held = association.dul.socket
     if held is not None and held.socket is not None:
@@ -209,10 +209,10 @@ def close_socket(association: Association) -> None:
 
 
 class GuardedServer(ThreadedAssociationServer):
-    """Accepts connections; each is a thread's, from the handshake for TLS on.
+    """Accepts connections, and gives each a thread, which also does the TLS handshake.
 
-    Of those that have not asked for an association yet, the oldest gives way where there are too
-    many: else a peer that opens connections and says nothing would keep all others out.
+    Where too many have not asked for an association yet, the oldest of these is closed: otherwise a
+    peer that opens connections and stays silent would keep all others out.
     """
 
     daemon_threads = True
@@ -235,10 +235,10 @@ class GuardedServer(ThreadedAssociationServer):
         super().__init__(
             own, address, own.ae_title, own.supported_contexts, tls, handlers, _Handler
         )
-        own._servers.append(self)  # `shutdown` takes it away
+        own._servers.append(self)  # which `shutdown` takes back
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """A connection, before the handshake for TLS. Raises `OSError` where it is closed again."""
+        """A connection, before its TLS handshake. Raises `OSError` if the peer has closed it."""
         assert self.socket is not None
         connection, address = self.socket.accept()
         connection.settimeout(self.limits.pdu_timeout_s)
@@ -263,7 +263,9 @@ class GuardedServer(ThreadedAssociationServer):
         return connection, address
 
     def has_spoken(self, connection: socket.socket) -> bool:
-        """A connection asks for an association, or fails. Whether it was not given up before."""
+        """Note that a connection asks for an association, or fails; False if it was not silent, or
+        was closed as the oldest.
+        """
         with self._lock:
             return connection in self._silent and self._silent.pop(connection) is None
 
@@ -288,7 +290,7 @@ class GuardedServer(ThreadedAssociationServer):
             if isinstance(request, ssl.SSLSocket):
                 request.do_handshake()
             self.finish_request(request, client_address)
-        except (OSError, ValueError):  # ssl.SSLError; the latter of a socket that was closed
+        except (OSError, ValueError):  # ssl.SSLError; ValueError: the socket was closed
             if self.has_spoken(request):
                 self.refuse("handshake")
             self.shutdown_request(request)

@@ -27,18 +27,18 @@ class FullError(XraiError):
 
 @dataclass(frozen=True)
 class Film:
-    """A film that was scored. Holds what a patient may be recognized by: never logged."""
+    """A film that was scored. Holds what may identify a patient: never logged."""
 
     id: str  # drawn at random; says nothing of the film
     name: str  # as it came with the film; text for people, never a path
     source: Source
     received: datetime
     expires: datetime
-    data: bytes = field(repr=False)  # the file; of one that could not be read, nothing
+    data: bytes = field(repr=False)  # the file; empty if it could not be read
     row: Prediction
-    size: tuple[int, int] | None  # (width, height) in pixels; None of one that cannot be read
-    window: Window | None  # of DICOM whose own values are shown
-    pipeline: Pipeline = field(repr=False)  # which scored it, and explains it
+    size: tuple[int, int] | None  # (width, height) in pixels; None if it cannot be read
+    window: Window | None  # None unless it is DICOM whose stored values are shown
+    pipeline: Pipeline = field(repr=False)  # that scored it, and draws its heat maps
     pixels: str = field(repr=False)  # SHA-256 of what its networks saw; "" where it has no pixels
 
     @property
@@ -56,11 +56,11 @@ class Film:
 
     @property
     def score_of(self) -> str | None:
-        """The class or finding by which the film is listed: of all but the negative ones, the most
-        probable; None where there is none, or the film cannot be read.
+        """The class or finding whose probability ranks the film in the list: the most probable one
+        that is not negative. None where there is none, or the film cannot be read.
         """
         names = self.row.highest()
-        if self.pipeline.model.labels.task != "binary":  # whose one name is looked for
+        if self.pipeline.model.labels.task != "binary":  # its one name is the positive class
             names = [name for name in names if not is_negative_word(name)]
         return names[0] if names else None
 
@@ -71,8 +71,8 @@ class Film:
 
     @property
     def urgency(self) -> tuple[bool, float, datetime]:
-        """The order of the list: for review first, then by score, then the one that waits longest,
-        as `sorted` sorts it. A film that cannot be read is before all with a score.
+        """The sort key of the list: films for review first, then the highest score, then the
+        longest wait. Films that cannot be read come before all that have a score.
         """
         unscored = 0.0 if self.row.is_readable else 1.0
         return not self.is_review, -(unscored if self.score is None else self.score), self.received
@@ -93,7 +93,7 @@ class Worklist:
         self._max_films, self._max_bytes = max_films, max_bytes
         self._now = now
         self._lock = threading.Lock()
-        self._films: dict[str, Film] = {}  # the first to expire first, as all live equally long
+        self._films: dict[str, Film] = {}  # in order of expiry, since all live equally long
         self._num_bytes = 0  # that they hold
         self._reserved = [0, 0]  # films and bytes that are being scored
         self._version = secrets.randbits(48)
@@ -143,32 +143,32 @@ class Worklist:
             return sorted(self._films.values(), key=lambda film: film.urgency)
 
     def get(self, film_id: str) -> Film | None:
-        """A film by its id; None if there is none, or not any more."""
+        """A film by its id; None if it is unknown or has expired."""
         with self._lock:
             self._expire()
             return self._films.get(film_id)
 
     def remove(self, film_id: str) -> bool:
-        """Forget a film. Whether there was one."""
+        """Forget a film; returns whether there was one."""
         with self._lock:
             self._version += 1
             return self._pop(film_id)
 
     def forget_expired(self) -> None:
-        """Forget the films whose time is over; asking for any does so, too."""
+        """Forget the films that have expired; every access to the list does so, too."""
         with self._lock:
             self._expire()
 
     @property
     def version(self) -> str:
-        """Changes whenever the list does."""
+        """A text that changes whenever the list does."""
         with self._lock:
             self._expire()
             return f"{self._version:x}"
 
     @property
     def num_bytes(self) -> int:
-        """What the films hold, and those that are being scored."""
+        """Bytes that the films hold, those being scored included."""
         with self._lock:
             self._expire()
             return self._held

@@ -1,4 +1,4 @@
-"""Who may ask: a token, the page's own origin, and headers that keep browsers to it."""
+"""Access control: a token, the page's own origin, and headers that make browsers enforce it."""
 
 import hashlib
 import hmac
@@ -74,7 +74,7 @@ class Guard:
     def _refusal(self, request: HTTPConnection) -> Response | None:
         headers, method = request.headers, request.scope["method"]
         if not self.token and not _is_loopback_address(headers.get("host", "")):
-            # else a page of another site could name this machine by a name of its own
+            # else another site could point a host name of its own here (DNS rebinding)
             return _refuse(421, "this server answers to localhost alone")
         if method not in ("GET", "HEAD", "OPTIONS") and not _is_own_origin(headers):
             return _refuse(403, "the request comes from a page of another site")
@@ -103,7 +103,7 @@ def session_of(token: str) -> str:
 
 
 def is_secret(given: str, expected: str) -> bool:
-    """Whether a token or cookie is the right one; takes equally long for each wrong one."""
+    """Whether a token or cookie is the right one, compared in constant time."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
 
 

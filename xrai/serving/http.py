@@ -1,7 +1,7 @@
 """The HTTP interface: films in, rows out, and what the page shows of them.
 
-docs/serve.md says how it is used, openapi.yaml what it answers. Films and their names are in
-answers alone, never in a log or a metric.
+docs/serve.md explains its use, openapi.yaml its requests and answers. Films and their names appear
+in answers alone, never in a log or a metric.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ SCHEMA_VERSION: Final = 1
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _AT_ONCE = 32  # films of one request that are scored at the same time
-_RETRY_S = {429: "2", 503: "2"}  # when to come again
+_RETRY_S = {429: "2", 503: "2"}  # Retry-After, by status
 _SESSION_S = 12 * 3600
 _MAX_JSON_BYTES = 1 << 16
 _FORM_S = 20.0  # for a form or a short body
@@ -50,7 +50,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes at once."""
+    """How much a server accepts at a time."""
 
     max_body_bytes: int
     max_bytes_under_way: int  # in bodies of requests that are not answered yet
@@ -88,7 +88,7 @@ class _Routes:
         self._service, self._token, self._limits = service, token, limits
         self._room = Room(limits.max_bytes_under_way, limits.max_body_bytes)
         self._clients: Counter[str] = Counter()  # requests with films that are under way
-        self._num_queued = 0  # films of requests that wait for others of the same one
+        self._num_queued = 0  # films that wait for others of the same request
         self._reloading = asyncio.Lock()
 
     def all(self) -> list[Route]:
@@ -268,7 +268,7 @@ class _Routes:
         return _json(card_json(self._service.models.card()))
 
     async def reload(self, request: Request) -> Response:
-        """Load the runs again, or others beside them."""
+        """Load the runs again, or other runs from the same place."""
         async with _in_time():
             body = await request.body() if _is_short(request) else b"too long"
         try:
@@ -297,7 +297,7 @@ class _Routes:
             await asyncio.sleep(1)
             return RedirectResponse("/login?wrong", status_code=303)
         response = RedirectResponse("/", status_code=303)
-        # TLS ends at a proxy: only the browser knows of it
+        # TLS may end at a proxy: only the browser's origin tells
         is_https = request.headers.get("origin", "").startswith("https://")
         response.set_cookie(
             COOKIE,
@@ -310,7 +310,7 @@ class _Routes:
         return response
 
     async def logout(self, request: Request) -> Response:
-        """Take the cookie back."""
+        """Delete the browser's cookie."""
         response = RedirectResponse("/login", status_code=303)
         response.delete_cookie(COOKIE)
         return response
@@ -342,7 +342,7 @@ class _Routes:
 
 
 def film_json(film: Film) -> dict[str, object]:
-    """A film as the interface says it: the row that predict gives, and what the page shows."""
+    """A film as JSON: the row that `xrai predict` gives, and what the page shows."""
     row = film.row
     width, height = film.size or (None, None)
     window = film.window
@@ -370,7 +370,7 @@ def film_json(film: Film) -> dict[str, object]:
 
 
 def card_json(card: Card) -> dict[str, object]:
-    """A card as the interface says it."""
+    """A model's card as JSON."""
     return {**asdict(card), "outputs": [asdict(output) for output in card.outputs]}
 
 
@@ -387,7 +387,7 @@ def _json(content: dict[str, object], status: int = 200) -> JSONResponse:
 
 @asynccontextmanager
 async def _in_time() -> AsyncIterator[None]:
-    """A short body has to come in time. Raises `RequestError` where it does not, or never."""
+    """The time for a short body. Raises `RequestError` if it is late, or the client leaves."""
     try:
         async with asyncio.timeout(_FORM_S):
             yield
@@ -421,7 +421,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _refused_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     await discard(request)
-    headers = {"Connection": "close"}  # there may be more
+    headers = {"Connection": "close"}  # more of the body may follow
     if error.status in _RETRY_S:
         headers["Retry-After"] = _RETRY_S[error.status]
     return JSONResponse({"detail": str(error)}, error.status, headers)

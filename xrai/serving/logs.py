@@ -14,7 +14,9 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 class _Bare(logging.Formatter):
-    """Where an error happened, and of other lines the first one, with no values in it."""
+    """Formats an error as the place where it happened, and any other record as the first line of
+    its message without the values.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         words = printable(str(record.msg).partition("\n")[0])
@@ -27,15 +29,15 @@ class _Bare(logging.Formatter):
 
 
 def log_others(stream: TextIO) -> logging.Handler:
-    """Write warnings and errors of other packages to a stream, and those of threads that end with
-    one. Returns the handler, which stays at the root logger.
+    """Write warnings and errors of other packages, and the errors that end threads, to a stream.
+    Returns the handler, which stays on the root logger.
     """
     handler = logging.StreamHandler(stream)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(_Bare(_FORMAT, datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: record.name.partition(".")[0] != "xrai")  # it has its own
     logging.getLogger().addHandler(handler)
-    # it warns of each body that is no form, which its client is told, and quotes it
+    # it warns of each malformed form and quotes it; the client gets an answer that says so
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     threading.excepthook = _log_end
     return handler

@@ -1,4 +1,4 @@
-"""What Prometheus is told: films, requests, and how long scoring takes. No film and no name."""
+"""Metrics for Prometheus: films, requests, and how long scoring takes; never a film or a name."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -23,7 +23,7 @@ class Metrics(Observer):
         self._model = Gauge("xrai_model_info", "The models in use", ["run"], registry=self.registry)
 
     def watch(self, worklist: Worklist, scorer: Scorer) -> None:
-        """Say how full the list is and how many films wait, whenever it is asked."""
+        """Report at each scrape how full the list is and how many films wait."""
         for name, meaning, value in (
             ("xrai_worklist_films", "Films in the list", lambda: len(worklist)),
             ("xrai_worklist_bytes", "Bytes that the films hold", lambda: worklist.num_bytes),

@@ -41,7 +41,7 @@ class Card:
 
     run: str
     task: Task
-    size: tuple[int, ...]  # pixels of a side, of the images that the networks see
+    size: tuple[int, ...]  # side of the square images that the networks see, pixels
     outputs: tuple[OutputCard, ...]
     trained_on: str | None = None
     split: str | None = None  # of the images held out

@@ -45,7 +45,7 @@ TOE TSPINE TOOTH ULNA WRIST ZYGOMA
 _OTHER_PARTS = frozenset(_OTHER_PART_NAMES.split())
 _VERIFICATION = "1.2.840.10008.1.1"  # C-ECHO
 _TIMEOUT_S = 30.0  # of a handshake, and of an association that says nothing at first
-_ABORT_S = 2.0  # for peers to react to it
+_ABORT_S = 2.0  # for peers to react to an abort
 _logger = get_logger(__name__)
 
 
@@ -182,7 +182,7 @@ class Node:
             self._num_busy += 1
         try:
             outcome, why = self._outcome(event)
-        except Exception as error:  # the sender must get an answer, and others theirs
+        except Exception as error:  # the sender needs an answer, and the node goes on
             _logger.error("a DICOM object failed: %s", place_of(error))
             outcome, why = Outcome.FAILED, "failed inside xrai"
         finally:

@@ -1,12 +1,12 @@
 """Results on their way to an archive, on disk until it has them.
 
 `Outbox` is the folder, `Delivery` the thread that empties it. A result is on disk, whole, before
-the film that it is about counts as taken, and stays there until the archive says that it has it: a
-restart, a kill or an archive that is away loses nothing. Files are named by their SOP Instance UID,
-which follows from film and model, so what is sent again is the same object.
+its film counts as taken, and stays there until the archive confirms it: a restart, a kill or an
+unreachable archive loses nothing. Files are named by their SOP Instance UID, which is derived from
+film and models, so an object that is sent again is the same one.
 
     outbox/pending/UID.dcm    waits to be sent
-    outbox/sent/UID           empty: was sent, so that a film that comes again is not sent again
+    outbox/sent/UID           empty; marks what was sent, so that no result is sent twice
     outbox/given-up/UID.dcm   refused time and again, or too old; UID.txt says why. To try again,
                               move it back to pending/
 
@@ -36,7 +36,7 @@ MAX_BYTES: Final = 1 << 32  # 4 GiB
 
 _LOCK = ".lock"
 _PENDING, _SENT, _GIVEN_UP = "pending", "sent", "given-up"
-_KEPT_S = 30 * 24 * 3600.0  # how long it is known what was sent, and kept what was given up
+_KEPT_S = 30 * 24 * 3600.0  # for marks of what was sent, and for what was given up
 _AWAY = 2  # failures in a row after which the archive counts as away
 _BATCH = 64  # objects of one connection
 _SCAN_S = 30.0  # between two looks at the folder while nothing is put into it
@@ -45,7 +45,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Waits:
-    """How long an outbox tries."""
+    """How long, and how often, a delivery is tried."""
 
     first_s: float = 1.0  # after a failure; the next one is twice as long
     longest_s: float = 300.0
@@ -141,7 +141,7 @@ class Outbox:
         return sum(path.suffix == ".dcm" for path in (self.folder / _GIVEN_UP).iterdir())
 
     def was_sent(self, file: Path) -> None:
-        """Forget a file that the archive has."""
+        """Mark a file as sent, and delete it."""
         mark = os.open(self.folder / _SENT / file.stem, os.O_WRONLY | os.O_CREAT, 0o600)
         os.close(mark)
         self._remove(file)
@@ -157,8 +157,8 @@ class Outbox:
             self._num_bytes -= size
 
     def clean(self) -> int:
-        """Delete what was sent or given up more than 30 days ago; how many results that were given
-        up.
+        """Delete what was sent or given up more than 30 days ago; returns how many of these results
+        had been given up.
         """
         num_results, oldest = 0, time.time() - _KEPT_S
         for name in (_SENT, _GIVEN_UP):
@@ -178,7 +178,7 @@ class Outbox:
 
 @dataclass
 class _Tries:
-    """Of one file: how often it failed, and when it is due again."""
+    """How often a file has failed, and when it is due again."""
 
     failures: int = 0
     refusals: int = 0
@@ -212,7 +212,7 @@ class Delivery:
 
     @property
     def is_running(self) -> bool:
-        """Whether anybody sends; what is put into the outbox waits otherwise."""
+        """Whether the thread runs; without it, results stay in the outbox."""
         return self._thread.is_alive()
 
     def start(self) -> None:
@@ -236,7 +236,7 @@ class Delivery:
         return not self._thread.is_alive()
 
     def state(self) -> Delivered:
-        """How it goes."""
+        """Counts, the age of the oldest result, and the last failure."""
         waiting, oldest_s = self._outbox.pending(), 0.0
         if waiting:
             with suppress(FileNotFoundError):  # sent by now
@@ -264,13 +264,13 @@ class Delivery:
                     self._outbox.changed.wait(wait_s)
 
     def _round(self) -> float:
-        """Send what is due; seconds until there may be more to do."""
+        """Send what is due; returns the seconds until more may be due."""
         now = time.monotonic()
         waiting = self._outbox.pending()
         known = {path.name for path in waiting}
         self._tries = {name: tries for name, tries in self._tries.items() if name in known}
         due = [path for path in waiting if self._tries_of(path).due <= now]
-        due.sort(key=lambda path: self._tries_of(path).failures)  # else one could keep others back
+        due.sort(key=lambda path: self._tries_of(path).failures)  # one that fails holds up no other
         if not due:
             later = [tries.due - now for tries in self._tries.values()]
             return min([_SCAN_S, *later])

@@ -117,7 +117,7 @@ class DimsePacs:
 
     @contextmanager
     def open(self) -> Iterator[Session]:
-        """An association. Raises `AwayError` where the archive gives none."""
+        """An association. Raises `AwayError` where the archive accepts none."""
         from pydicom import uid
 
         client = entity(self.calling, timeout_s=self.timeout_s)
@@ -127,7 +127,7 @@ class DimsePacs:
             client.add_requested_context(kind, syntaxes)
         try:
             association = associate(client, (self.host, self.port), self.ae_title, tls=self.tls)
-        except (OSError, ValueError):  # the latter of names that no host can have
+        except (OSError, ValueError):  # ValueError: no host can have this name
             raise AwayError(f"{self.host} is not a host that can be found") from None
         if not association.is_established:
             close_socket(association)
@@ -212,7 +212,7 @@ class _WebSession:
 
     def store(self, file: Path) -> None:
         """Send one DICOM file. Raises `RefusedError` or `AwayError`."""
-        boundary = f"xrai-{file.stem}"  # a UID, which no file has behind "--xrai-"
+        boundary = f"xrai-{file.stem}"  # ends in the file's UID, and occurs in no file
         head = f"--{boundary}\r\nContent-Type: {_DICOM}\r\n\r\n"
         body = head.encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
         kind = f'multipart/related; type="{_DICOM}"; boundary={boundary}'
@@ -222,7 +222,7 @@ class _WebSession:
                 *("POST", f"{self._address}/studies"),
                 body=body,
                 headers=headers,
-                redirect=False,  # with patients' names and the token, to another server
+                redirect=False,  # no other server may get patients' names and the token
                 preload_content=False,
             )
             status, said = answer.status, self._read(answer)
@@ -231,7 +231,7 @@ class _WebSession:
         self._judge(status, said)
 
     def cut(self) -> None:
-        """Nothing: urllib3 does not let go of a connection in use, and ends with the process."""
+        """Does nothing: urllib3 cannot close a connection in use, which ends with the process."""
 
     def _read(self, answer: urllib3.BaseHTTPResponse) -> bytes:
         """The body of an answer, within limits of size and time."""

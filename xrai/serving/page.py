@@ -32,7 +32,7 @@ CONTENT_SECURITY_POLICY: Final = (
 
 _YEAR_S = 365 * 24 * 3600
 _STYLE, _STYLE_SOURCE = "page.css", "page.css.jinja"
-_ASSETS = ("js", "svg")  # of files that are served as they are
+_ASSETS = ("js", "svg")  # suffixes of files that are served as they are
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def words_of(language: str) -> Mapping[str, str]:
 
 @functools.cache
 def reasons_of(language: str) -> list[tuple[str, str]]:
-    """What the server says, as it says it and in a language; of its own language nothing."""
+    """The server's messages, each with its translation; empty for English, which they are in."""
     found = yaml.safe_load(_source("reasons.yaml"))
     return [(texts["en"], texts[language]) for texts in found if language != "en"]
 
@@ -149,7 +149,7 @@ async def _asset(request: Request) -> Response:
     asset = assets().get(request.path_params["name"])
     if asset is None:
         return Response(status_code=404)
-    # asked for each time: a new version of the program must not meet old scripts
+    # checked at each use: a new version of the program must not meet old scripts
     headers = {"ETag": asset.etag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
     if request.headers.get("if-none-match") == asset.etag:
         return Response(status_code=304, headers=headers)

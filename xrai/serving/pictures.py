@@ -1,4 +1,4 @@
-"""A film's pictures for the page, as PNG: whole, small, and where the evidence is."""
+"""PNG images of a film for the page: at its own resolution, as a thumbnail, and as heat maps."""
 
 import io
 from typing import Final
@@ -17,8 +17,8 @@ _HEAT_SIDE = 512  # pixels, of the longer side
 
 
 def draw_whole(film: Film) -> bytes:
-    """The film at its own resolution: of DICOM with a window its stored values in 16 bits, else
-    grey levels. Raises `ImageError` as scoring it did not.
+    """The film at its own resolution: DICOM with a window as its stored values in 16 bits, other
+    films as grey levels. Raises `ImageError` where it cannot be decoded.
     """
     if film.window is not None and is_dicom(film.data):
         found = stored_values(open_radiograph(film.data))
@@ -35,8 +35,8 @@ def draw_thumbnail(film: Film) -> bytes:
 
 
 def draw_heat(heat: NDArray[np.float32], film: Film) -> bytes:
-    """A heat map (size, size) in [0, 1] in colours, in the proportions of the whole film, and
-    clear where there is no evidence or the network does not look.
+    """A heat map (size, size) in [0, 1] as colours in the proportions of the whole film,
+    transparent where there is no evidence and outside of the square that the network sees.
     """
     assert film.size is not None
     width, height = film.size

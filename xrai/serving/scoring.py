@@ -1,8 +1,9 @@
 """Films to rows: threads read and decode, and one thread scores what has gathered meanwhile.
 
 A film that comes alone is scored at once. Films that come while others are being scored form the
-next batch, and while films queue to be read it waits a little for them: eight films take half the
-time of four pairs. One film's failure is its own: a batch that fails is scored again film by film.
+next batch, which waits briefly while more films queue to be read: one batch of eight takes half the
+time of four pairs. A batch that fails is scored again film by film, so that one film's failure does
+not affect the others.
 """
 
 import functools
@@ -29,12 +30,12 @@ from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
 MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
-MAX_WAIT_S: Final = 0.01  # of a film for others of its batch
+MAX_WAIT_S: Final = 0.01  # that a film waits for others of its batch
 
 _NUM_READERS = 4  # at least, so that a small film does not wait behind two large ones
 _WAIT_S = 0.001  # for each film that queues to be read
-_FULL_BATCH = 8  # films, for which none waits
-_NUM_TRIALS = 5  # of a number of threads
+_FULL_BATCH = 8  # films; a batch of as many does not wait for more
+_NUM_TRIALS = 5  # for each number of threads
 
 T = TypeVar("T")
 _CLOSING = "the server is stopping"
@@ -50,10 +51,10 @@ class Scored:
     """A film's row, and what a viewer needs to show it."""
 
     row: Prediction
-    size: tuple[int, int] | None  # (width, height), pixels; None of one that cannot be read
-    window: Window | None  # of DICOM whose own values are shown
-    pipeline: Pipeline  # which scored it
-    pixels: str  # SHA-256 of what its networks saw, in hex; "" of one that cannot be read
+    size: tuple[int, int] | None  # (width, height), pixels; None if it cannot be read
+    window: Window | None  # None unless it is DICOM whose stored values are shown
+    pipeline: Pipeline  # that scored it
+    pixels: str  # SHA-256 of what its networks saw, in hex; "" if it cannot be read
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Scorer:
         return future
 
     def in_background(self, work: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Do some decoding on the threads that read."""
+        """Run other decoding on the threads that read films."""
         return self._readers.submit(work, *arguments)
 
     def close(self) -> None:
@@ -276,11 +277,11 @@ def _scored(task: Task, row: Prediction) -> Scored:
 
 
 def fewest_threads(pipeline: Pipeline) -> int:
-    """How many threads torch shall use for a film: 1, or more where each twice as many score it in
-    two thirds of the time. Leaves the number of this thread changed.
+    """How many threads torch should use to score a film: 1, doubled as long as that takes at most
+    two thirds of the time. Changes the calling thread's number.
 
-    A film of a small network takes no longer on one thread, while several wait for each other,
-    busily, on cores that the films to come need.
+    A small network is as fast on one thread, and several would busy-wait for each other on cores
+    that the next films need.
     """
     best, least_s, num_threads = 1, math.inf, 1
     film = [np.zeros((1, size, size), np.uint8) for size, _ in pipeline.squares]
@@ -298,8 +299,8 @@ def fewest_threads(pipeline: Pipeline) -> int:
 
 
 def as_shown(data: "bytes | NDArray[np.uint8]") -> tuple[Window | None, tuple[int, int] | None]:
-    """Of a DICOM film, how a viewer shows its own values, None where they are shown as they are
-    scored; and its (width, height) in square pixels. Of other films nothing.
+    """For DICOM, the window in which a viewer shows the stored values, None where the film is shown
+    as it is scored; and its (width, height) in square pixels. (None, None) for other films.
     """
     if not isinstance(data, bytes) or not is_dicom(data):
         return None, None

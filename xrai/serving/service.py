@@ -1,4 +1,4 @@
-"""What a server does with a film, whichever way it comes: reserve room, score, list, count."""
+"""What a server does with a film, however it arrives: reserve room, score, list, count."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
-    # By name, parts beside scoring that are to run as long as the server does
+    # By name, whether a further part runs that has to run as long as the server does
     parts: dict[str, Callable[[], bool]] = field(default_factory=dict)
 
     # SHA-256 of the model.pt of each run, of every pipeline that scored a film
@@ -67,10 +67,11 @@ class Service:
         return listed
 
     def reload(self, names: Sequence[str]) -> Models:
-        """Load the runs again, or others beside them by name, and score new films with those.
+        """Load the runs again, or the runs of these names from the same place, and score new films
+        with them.
 
-        Raises `UserError` for a name that is none, `RunError` where a run cannot be loaded; the
-        models stay what they were then, and the log says why. The messages hold no address.
+        Raises `UserError` for an invalid name, `RunError` where a run cannot be loaded; the models
+        then stay as they were, and the log says why. The messages hold no address.
         """
         runs = self.runs
         if names:
@@ -125,7 +126,7 @@ class Service:
 
 
 async def answered(future: "Future[Film]") -> Film | BaseException:
-    """The film, or why there is none, without keeping the event loop."""
+    """The film, or the error in its place, without blocking the event loop."""
     try:
         return await asyncio.wrap_future(future)
     except Exception as error:

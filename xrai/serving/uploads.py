@@ -45,18 +45,18 @@ class Room:
 
 
 class _InMemory(MultiPartParser):
-    """Starlette's parser, which else puts files of more than 1 MiB on disk."""
+    """Starlette's parser, kept from writing files of more than 1 MiB to disk."""
 
     spool_max_size = 1 << 62
 
 
 @asynccontextmanager
 async def received(request: Request, room: Room) -> AsyncIterator[list[File]]:
-    """The files of a request, by the names that came with them; their bytes count as under way for
-    the block.
+    """The files of a request under the names that came with them; their bytes take up `room` until
+    the block ends.
 
-    Raises `RequestError`: 400 for a body that is none, 408 for one that does not go on, 413 for one
-    that is too large, 415 for one of another type, 503 where too much is under way.
+    Raises `RequestError`: 400 for a malformed body, 408 for one that stalls, 413 for one that is
+    too large, 415 for one of an unknown type, 503 where `room` is used up.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     stated = request.headers.get("content-length", "")
@@ -84,10 +84,10 @@ async def received(request: Request, room: Room) -> AsyncIterator[list[File]]:
 
 
 async def discard(request: Request) -> None:
-    """Read what is left of a body that is refused, within limits: to a client that still sends, a
-    connection that is closed is all that it hears.
+    """Read the rest of a refused body, within limits: a client that is still sending when the
+    connection closes sees a broken connection in place of the answer.
     """
-    if "expect" in request.headers:  # it waits for leave to send
+    if "expect" in request.headers:  # the client sends nothing until it is told to
         return
     left = _DISCARD_BYTES
     with suppress(ClientDisconnect, TimeoutError, RuntimeError):  # the last: it was read to its end

@@ -1,5 +1,5 @@
-"""What an S3 server's answers mean: which are no answers of S3, which failures pass, and what to
-say about those that do not. Called by `S3Store`.
+"""What an S3 server's answers mean: which do not come from S3 at all, which failures are transient,
+and how to explain the others. Called by `S3Store`.
 """
 
 import re
@@ -90,14 +90,17 @@ def ask(client: Any, operation: str, **request: Any) -> Any:
 
 
 def watch(client: Any) -> None:
-    """Let `ask` hear of answers that botocore misreads."""
-    # botocore calls those of *.* before its own of s3.*
+    """Have `ask` raise errors for answers that botocore misreads."""
+    # botocore calls handlers for *.* before its own for s3.*
     client.meta.events.register("before-parse.*.*", _check_raw)
 
 
 def _check_raw(operation_model: Any, response_dict: Any, **_: Any) -> None:
-    """botocore takes a page with status 200 that is no XML for a fault of the server, which would
-    pass, and asks after the region of a bucket without end where each answer redirects.
+    """Raise `ResponseParserError` for a page with status 200 that is not XML, and `NotS3Error` for
+    a redirect that names no region.
+
+    botocore takes the former for a transient fault of the server. Where each answer redirects, it
+    asks for the bucket's region without end.
     """
     from botocore.parsers import ResponseParserError
 

@@ -30,7 +30,7 @@ LEASE_KEY: Final = ".lease.json"
 RENEW_S = 5.0
 STALE_S = 30.0
 SETTLE_S = 1.0  # between taking a lease over and being sure that nobody else did
-_NUM_ROUNDS = 5  # of finding a lease that is there to nobody who reads it, such as a folder
+_NUM_ROUNDS = 5  # attempts at a lease that exists but cannot be read, such as a folder
 
 _logger = get_logger(__name__)
 

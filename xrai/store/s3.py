@@ -38,7 +38,7 @@ _MAX_PARTS = 10_000  # S3's limit
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 4.0
 
 _logger = get_logger(__name__)
-# When the running thread stops waiting for bytes; a timeout of a socket ends a silence only
+# When the current thread stops waiting for bytes; a socket's time-out limits only a silence
 _reading_ends: ContextVar[float] = ContextVar("_reading_ends")
 _T = TypeVar("_T")
 
