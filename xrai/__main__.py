@@ -102,7 +102,7 @@ def launch(arguments: list[str]) -> list[str]:
             print("xrai: interrupted", file=sys.stderr)
             sys.exit(130)
         if status:
-            sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell says it
+            sys.exit(status if status > 0 else 128 - status)  # 128 + signal, as in a shell
     if not any(_ADDRESSED.match(text) for text in [*options, *variables]):
         options.append("--local_addr=localhost")  # torchrun hangs where the host name is unknown
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it sets this

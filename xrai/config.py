@@ -470,7 +470,7 @@ def load_yaml(data: bytes, *, where: str) -> Any:
 
 _MAX_YAML = 65_536  # bytes, and characters and nodes once aliases are replaced
 _MAX_DEPTH = 20
-# What PyYAML raises on values that are not what their tag or form says
+# What PyYAML raises on values that do not match their tag or form
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 

@@ -159,7 +159,7 @@ def read_facts(run: RunFolder) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 def write_report(
     run: RunFolder, folder: str, results: SplitResults, loader: Loader, *, dataset: str
 ) -> None:
-    """Write report.html beside these results; the training's facts are the run's own files'."""
+    """Write report.html next to these results; facts of the training come from the run's files."""
     if run.store.size(SUMMARY) is None:
         _logger.warning(
             "run %s has no %s, so its training has not ended: no report is written",

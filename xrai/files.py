@@ -154,7 +154,7 @@ def scratch_folder() -> Path:
             "TMPDIR"
         ) from error
     for lock_path in folder.parent.glob(f"xrai-{'[a-z0-9_]' * 8}/{_LOCK}"):
-        # not ours, or locked as long as its process lives
+        # another user's, or locked as long as its process lives
         with suppress(OSError), open_regular(lock_path) as other:
             if os.fstat(other.fileno()).st_uid != os.geteuid():
                 continue

@@ -115,8 +115,8 @@ class LabelSpec:
         return one_hot
 
     def reads(self, other: "LabelSpec") -> bool:
-        """Whether a network for these labels can be measured on others: the same names in whatever
-        case, and where there are several outputs in whatever order.
+        """Whether a network for these labels can be measured on others: those with the same names,
+        in upper or lower case and, with several outputs, in any order.
         """
         own, theirs = ([folded(name) for name in each.classes] for each in (self, other))
         if self.task != "binary":
@@ -133,7 +133,7 @@ class LabelSpec:
 
 
 def folded(name: str) -> str:
-    """What names are compared by: without case and spaces around, accents composed."""
+    """The form in which names are compared: without case and outer spaces, accents composed."""
     return unicodedata.normalize("NFC", name.strip().casefold())
 
 

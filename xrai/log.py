@@ -157,7 +157,7 @@ class Heartbeat:
 
 
 class _BeatHandler(logging.Handler):
-    """One beat for each log line."""
+    """Touches the heartbeat at each log line."""
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class _Lines:
 
 
 class _Beating:
-    """Progress that also beats."""
+    """Progress that also touches the heartbeat."""
 
     def __init__(self, shown: Progress) -> None:
         self._shown, self._heartbeat = shown, Heartbeat()

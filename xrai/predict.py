@@ -3,7 +3,7 @@
 A PATH is a JPEG, PNG or DICOM file, a folder of them, a quoted pattern, or any other source that
 `xrai.preprocess` reads. Each file is one row of the table, in the order given: normal, pneumonia
 (or what else the run tells apart), or review with the reason. The table is printed; with --out it
-is also written, as predictions.csv and predictions.json, with each readable image beside its heat
+is also written, as predictions.csv and predictions.json, with each readable image next to its heat
 maps in overlays/. Of a DICOM file, only the image is shown or kept. The exit status is 2 if no file
 could be read.
 """
@@ -123,8 +123,8 @@ def classify(
 
 
 def refuse_inside(out: str, paths: Sequence[str]) -> None:
-    """Raise `UserError` where --out is in a folder to classify: its overlays would be images of
-    the next time.
+    """Raise `UserError` where --out is inside a folder to classify: the next call would classify
+    its overlays, too.
     """
     place = open_store(out).local_path(_TABLE) if out else None
     for path in paths:
@@ -240,7 +240,7 @@ def _describe_runs(pipeline: Pipeline) -> dict[str, object]:
 
 
 def _describe_prior(rows: Sequence[Prediction], pipeline: Pipeline) -> dict[str, object]:
-    """What predictions.json states of a prior, beside the run's own thresholds."""
+    """What predictions.json states of a prior, in addition to the run's own thresholds."""
     shares = rows[0].prior
     if not shares:
         return {}
@@ -365,7 +365,7 @@ def _short_names(names: tuple[str, ...]) -> dict[str, str]:
 
 
 class Drawing:
-    """Draws and stores overlays beside the classification. Does nothing without a place."""
+    """Draws and stores overlays while classification goes on. Does nothing without a place."""
 
     def __init__(self, out: Place | None) -> None:
         self._out = out
@@ -441,8 +441,8 @@ def remove_others(out: Store, names: set[str]) -> None:
 
 
 def draw_overlay(explained: Explained) -> bytes:
-    """A PNG of the image beside its heat maps, which fade with the probability below the
-    threshold, so that a normal image does not glow.
+    """A PNG of the image next to its heat maps. Below the threshold these fade in proportion to the
+    probability, so that a normal image does not glow.
     """
     assert explained.image is not None
     row, heats = explained.prediction, []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PATHS = frozenset({"path", "other_path", "source"})  # columns of relative paths
-_BEGINS_FORMULA = "-=+@\uff1d\uff0b\uff0d\uff20"  # also of full width
+_BEGINS_FORMULA = "-=+@\uff1d\uff0b\uff0d\uff20"  # also as full-width characters
 _FORMULA = (*_BEGINS_FORMULA, "\t", "\r", "\n")
 _SPLITS = frozenset("\r;\t")
 _FORMULA_AFTER_SPLIT = re.compile(rf'([;\t\r\n][\s"]*)(?=[{_BEGINS_FORMULA}])')

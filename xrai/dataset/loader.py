@@ -98,7 +98,7 @@ def open_split(
     rank: int = 0,
     world_size: int = 1,
 ) -> "Loader":
-    """A split as a command reads it: in shuffled batches to train on, else in order to measure."""
+    """A split as a command reads it: shuffled, in training batches; or in order, to be measured."""
     options = LoaderOptions(
         seed=config.train.seed,
         **asdict(config.loader),

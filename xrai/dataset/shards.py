@@ -231,8 +231,8 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class Counts:
-    """Source files: `num_found` = `num_written` + `num_set_aside` (excluded). Hidden files and such
-    are not data, and counted apart.
+    """Source files: `num_found` = `num_written` + `num_set_aside` (excluded). Files that are not
+    data, such as hidden ones, are counted separately.
     """
 
     num_found: int

@@ -102,7 +102,7 @@ def is_phantom(rows: Sequence[Row]) -> bool:
 
 
 def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
-    """The card's text. `sheets` are (caption, file name) of images beside it."""
+    """The card's text, Markdown. `sheets` are (caption, file name) of images in its folder."""
     index, counts, rows = contents.index, contents.index.counts, contents.rows
     used = [row for row in rows if not row.reason]
     num_named = sum(not is_file_patient(row.patient) for row in used)

@@ -68,8 +68,8 @@ def find_columns(
     """Finding -> its column. These are the ones that `labels.names` lists, else all others than
     `known` of whose filled cells at least half are findings; a mistake in a cell hides none.
 
-    A column "No finding" says nothing that the others do not, and is none. Raises `SourceError` for
-    a name that is no column, or two columns of one name.
+    A column "No finding" adds nothing to the others, and does not count as a finding. Raises
+    `SourceError` for a name that is no column, or two columns of one name.
     """
     others = {
         k: cell.strip()
@@ -105,7 +105,7 @@ def find_columns(
 def find_negative_columns(
     header: Sequence[str], records: Sequence[Sequence[str]], columns: Mapping[str, int]
 ) -> dict[str, int]:
-    """Columns such as "No finding", of 1 and 0, that are none of the findings' `columns`."""
+    """Columns such as "No finding", of 1 and 0, that are not among the findings' `columns`."""
     return {
         cell.strip(): k
         for k, cell in enumerate(header)

@@ -19,7 +19,7 @@ SPLIT_NAMES: Final = {name: name for name in SPLITS} | {
     "validation": "val",
     "testing": "test",
 }
-# Folders and files of these names are made from images and lie beside them. Synology: @eaDir
+# Folders and files of these names are made from images and lie next to them. Synology: @eaDir
 DERIVED: Final = re.compile(
     r"mask|thumb|segment|annotat|overlay|heat.?map|preview|@eadir", re.IGNORECASE
 )
@@ -118,7 +118,7 @@ class ClassFolders:
         return is_above or (has_above and not has_below)
 
     def _find_parents(self) -> frozenset[Sequence[str]]:
-        """Folders in which class folders stand beside each other, where there are no splits."""
+        """Folders that contain class folders side by side, where there are no splits."""
         if self.has_splits:
             return frozenset()
         usual = [

@@ -62,7 +62,7 @@ def grey_range(
     offset. Values far beyond all others, such as burned-in text or a border, are clipped. The range
     has at least `least` levels: fewer than 256 where the file states fewer than 8 bits.
     """
-    offset = min(1, max(0, float(values[0]) / 4096 - 7))  # by degrees from 28672 on
+    offset = min(1, max(0, float(values[0]) / 4096 - 7))  # gradually, from 28672 on
     if offset:
         black, white = _range_from_zero(values, claims, least)
         raised = 32768 + _range_from_zero(values - 32768, (), least)[1]
@@ -85,7 +85,9 @@ def _range_from_zero(
 
 
 def _without_outliers(extreme: float, typical: float) -> float:
-    """The extreme value, or a typical one if it is four times that; by degrees from twice on."""
+    """The extreme value; from twice the typical one on it moves gradually to the typical value, and
+    is that from four times on.
+    """
     typical = max(1.0, typical)
     outlying = min(1, max(0, extreme / typical / 2 - 1))
     return extreme + outlying * (typical - extreme)

@@ -15,10 +15,10 @@ from xrai.ingest.sources import Source, hash_of
 from xrai.ingest.unfinished import Unfinished
 from xrai.log import progress
 
-_FILES_A_GROUP = 1024  # whose hashes are stored together
+_FILES_A_GROUP = 1024  # files whose hashes are stored together
 _FILES_A_TASK = 8  # handing a single small file to a thread costs more than hashing it
-_LARGE_BYTES = 1 << 16  # a file; several threads hash smaller ones slower than one does
-_SLOW_S = 0.0005  # a file; one in the page cache takes a tenth of it
+_LARGE_BYTES = 1 << 16  # per file; several threads hash smaller ones more slowly than one does
+_SLOW_S = 0.0005  # per file; one in the page cache takes a tenth of that
 _MAX_THREADS = 8
 
 

@@ -263,8 +263,8 @@ def _without_derived(
 ) -> tuple[Sequence[tuple[str, Folder]], list[str]]:
     """Leave out masks, thumbnails and the like that lie beside images, with a note.
 
-    They are known by a folder inside the class folder, or by a name such as `a_mask.png` beside
-    `a.png`. Where there is nothing else, they are the images.
+    They are recognized by a folder inside the class folder, or by a name such as `a_mask.png` next
+    to `a.png`. Where there is nothing else, they are the images.
     """
     folders = {folder for _, folder in files}
     bad = {folder for folder in folders if DERIVED.search(folder.inside)}

@@ -133,7 +133,7 @@ def _num_tables(num_bits: int, *, distance: int, recall: float) -> int:
 
 
 def _look_up(one: Words, other: Words, on_done: OnDone) -> Iterator[NearPair]:
-    """Each pair once. Takes some 30 bytes per image, beside the hashes and what is found."""
+    """Each pair once. Takes some 30 bytes per image, on top of the hashes and the pairs found."""
     if len(one) > len(other):
         found = _look_up(other, one, on_done)
         yield from (NearPair(pair.distance, pair.other, pair.one) for pair in found)

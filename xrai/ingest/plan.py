@@ -87,7 +87,7 @@ def list_source(
         layout = lay_out_by_labels(paths, table, source=source.name, key=key, config=config)
     if fault := layout.labels.fault():
         raise SourceError(f"the classes of source {source.name} {fault}")
-    if any(entry.split == "train" for entry in layout.entries):  # else it is to evaluate on
+    if any(entry.split == "train" for entry in layout.entries):  # else it is only for evaluation
         labels = (entry.label for entry in layout.entries)
         refuse_missing_class(labels, layout.labels, where=f"source {source.name}")
     if words := layout.describe_not_data():

@@ -119,8 +119,8 @@ def _join_small_val(rows: Sequence[Row], config: Splits) -> tuple[Sequence[Row],
 def _tell_balance(
     used: Sequence[Row], carved: Collection[str], labels: LabelSpec
 ) -> tuple[list[str], bool]:
-    """A sentence on how near balanced splits come to the shares of train, if there are any; and
-    whether one is far off.
+    """A sentence on how close the shares in balanced splits are to those in train, if any are
+    balanced; and whether one is far off.
     """
     if labels.is_public or not carved:
         return [], False

@@ -80,8 +80,8 @@ def read_unlike(source: str, images: Images) -> Unlike:
 
 
 def refuse_shared(unlike: Unlike, store: Store, index: DatasetIndex) -> None:
-    """Raise `UserError` where a file of `unlike` is also an image of the data set in `store`: it
-    would be learned as one that is classified and as one that is not.
+    """Raise `UserError` where a file of `unlike` is also an image of the data set in `store`:
+    training would treat it both as an image to classify and as one for review.
     """
     given = set(unlike.hashes)
     with store.as_file(index.place + MANIFEST_KEY) as path, path.open("rb") as lines:
@@ -108,7 +108,7 @@ def _read(file: File, *, images: Images, hold: Hold) -> _Image | str:
 
 
 def _patient_of(path: str, data: bytes | NDArray[np.uint8]) -> str:
-    """Whom an image is of. It tells patients apart in memory and is written nowhere."""
+    """A key for an image's patient, which tells patients apart in memory and is never written."""
     if isinstance(data, bytes) and is_dicom(data) and (identifier := read_patient_id(data)):
         return f"dicom:{identifier}"
     name = path.rpartition("/")[2]

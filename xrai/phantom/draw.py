@@ -305,7 +305,7 @@ def _collapse(
 
 
 def _nodule(at: _Strip, nodule: Nodule) -> Array:
-    """The way of the beam through a ball, 1 in its middle."""
+    """The length of the beam's path through a ball, relative to that through its middle."""
     center, radii = (nodule.side * nodule.m, nodule.v), (nodule.radius, _ASPECT * nodule.radius)
     return np.sqrt(np.maximum(_ellipse(at.u, at.v, center, radii), 0))
 
@@ -365,7 +365,7 @@ def _absorption_at(at: _Strip, anatomy: Anatomy, disease: Disease, severity: flo
 def _absorption(
     anatomy: Anatomy, disease: Disease, pose: _Pose, shape: tuple[int, int], severity: float
 ) -> Array:
-    """How much of the beam the body takes, (H, W): 0 beside it, 1 in soft tissue, more in bone.
+    """How much of the beam the body absorbs, (H, W): 0 outside, 1 in soft tissue, more in bone.
 
     Computed in strips of rows that fit the processor's cache, in two thirds of the time.
     """

@@ -1,5 +1,5 @@
-"""Phantoms as files: PNG, JPEG or DICOM, in class folders laid out like the public data set, or,
-with findings, beside a table.
+"""Phantoms as files: PNG, JPEG or DICOM, in class folders laid out like the public data set or,
+with findings, next to a table.
 
 Folder, file and patient names say that they are phantoms.
 """

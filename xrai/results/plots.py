@@ -213,7 +213,7 @@ def _draw_confusion(figure: Figure, found: Labelled, main: OutputResults) -> Non
 def _draw_calibration(figure: Figure, found: Labelled, main: OutputResults) -> None:
     """The reliability plot: observed share of positive images against mean score, by bin.
 
-    A temperature other than 1 has the line of the scores before calibration beside it, thin.
+    If the temperature is not 1, a thin line shows the scores before calibration.
     """
     output, metrics = main.output, main.whole.metrics
     bins = calibration_bins(found.labels, found.scores)
@@ -271,7 +271,7 @@ def _draw_scores(figure: Figure, found: Labelled, main: OutputResults) -> None:
         colours = [to_rgb(colour), (red, green, blue)]
         edges = np.linspace(0, 1, 51).tolist()
         axes.hist(parts, edges, stacked=True, linewidth=0, color=colours)
-        # a few mistakes beside a thousand correct calls stay visible
+        # a few mistakes next to a thousand correct calls stay visible
         axes.set_yscale("symlog", linthresh=2, linscale=0.5)
         axes.set(xlim=(0, 1), ylim=(0, max(2.0, axes.get_ylim()[1])))
         axes.yaxis.set_major_locator(ticker.FixedLocator([10**power for power in range(6)]))

@@ -315,7 +315,7 @@ def _draw_sheets(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
         line = note_line(note, is_phantom=scores.is_phantom)
         path = plots / f"{name}.png"
         draw_sheet(list(pixels), titles, path, heading=heading, note=line, marks=marks)
-        if name == "mistakes":  # once more, each beside its heat map
+        if name == "mistakes":  # again, each next to its heat map
             pairs = zip(pixels, images.explain(pixels), strict=True)
             note += "; a heat map does not localise disease"
             draw_sheet(
@@ -330,7 +330,7 @@ def _draw_sheets(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
 
 
 def _draw_sheets_of_many(scores: Scores, images: SplitImages, plots: Path) -> list[str]:
-    """Write examples.png, and for each output overlays-NN.png: its largest errors, each beside the
+    """Write examples.png, and for each output overlays-NN.png: its largest errors, each next to the
     heat map of the evidence for it. Return their names, those of the lowest AUROC first.
     """
     from xrai.results.plots import overlay

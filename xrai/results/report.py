@@ -146,7 +146,7 @@ def _heading(results: SplitResults) -> str:
 
 
 def _sentence(text: str) -> str:
-    """With a capital, unless it begins with a name such as mTB, which keeps its case."""
+    """The text with a capital, unless it begins with a name such as mTB, which keeps its case."""
     return text[:1].upper() + text[1:] if text.partition(" ")[0].islower() else text
 
 
@@ -219,7 +219,7 @@ class Overview:
 class Explorer:
     """What the threshold explorer's script reads, and the bars of its histogram.
 
-    A bar's height follows the logarithm of its count, so that a few mistakes beside a thousand
+    A bar's height follows the logarithm of its count, so that a few mistakes next to a thousand
     correct calls stay visible.
     """
 

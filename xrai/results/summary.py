@@ -31,7 +31,7 @@ class ReviewSummary:
 
 @dataclass(frozen=True)
 class BaselineSummary:
-    """What a shortcut reaches, and what that is worth."""
+    """What a shortcut alone achieves, and how to judge that."""
 
     auroc: Number
     reason: str
@@ -136,7 +136,7 @@ def _output_summary(found: OutputResults) -> OutputSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What summary.json says of a run, beside the list of its files."""
+    """What summary.json says of a run, apart from the list of its files."""
 
     training: Training
     main: MainResults

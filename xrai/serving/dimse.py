@@ -228,7 +228,7 @@ class GuardedServer(ThreadedAssociationServer):
         limits: Limits,
         refuse: Callable[[str], None],
     ) -> None:
-        """Listen. `refuse` is called with a word for each peer that is turned away."""
+        """Listen. `refuse` is called with a one-word reason for each peer that is turned away."""
         self.limits, self.refuse = limits, refuse
         self._lock = threading.Lock()
         self._silent: dict[socket.socket, None] = {}  # the oldest first

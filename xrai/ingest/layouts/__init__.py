@@ -1,7 +1,7 @@
 """Tables of public data sets, read as they are downloaded: `--labels.layout=NAME`.
 
-Each module reads one: its file names, columns, splits and patients, and what its uncertain labels,
-views and readers come to. All of them give a `LabelTable`, which is checked as any other.
+Each module reads one: its file names, columns, splits and patients, and how uncertain labels, views
+and several readers are treated. All of them give a `LabelTable`, which is checked like any other.
 """
 
 import re

@@ -77,7 +77,7 @@ class TableFile:
 
 
 class Tables:
-    """The tables of a layout: those in the folder, zip or bucket `uri`, or beside the file `uri`;
+    """The tables of a layout: those in the folder, zip or bucket `uri`, or next to the file `uri`;
     in the source where `uri` is empty.
     """
 
@@ -127,7 +127,7 @@ class Tables:
         return self._read(fitting[0]) if fitting else None
 
     def beside(self, name: str) -> TableFile | None:
-        """The table of this name, beside the one that `--labels` names or in its folder."""
+        """The table of this name, next to the one that `--labels` names or in its folder."""
         if not self.is_file:
             return self.find(re.escape(name))
         folder = self._uri.rpartition("/")[0] or ("/" if self._uri.startswith("/") else ".")

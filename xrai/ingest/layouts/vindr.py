@@ -1,8 +1,8 @@
 """VinDr-CXR (Nguyen et al. 2022) and VinDr-PCXR: `image_labels_train.csv`, `image_labels_test.csv`,
 and `train/IMAGE.dicom`, `test/IMAGE.dicom`.
 
-Each row is what one reader (rad_id, rad_ID) says of an image; `labels.readers` says what several
-come to. The tables name no patients: DICOM headers do, where they were left in.
+Each row is what one reader (rad_id, rad_ID) says of an image; `labels.readers` says how several are
+combined. The tables name no patients; DICOM headers do, unless that was removed.
 """
 
 from collections import defaultdict
@@ -45,7 +45,7 @@ def read(tables: Tables, config: Labels) -> LabelTable:
 
 
 def combine(values: Sequence[int], readers: str) -> int:
-    """What several readers' labels of one finding come to; those who do not know do not count."""
+    """The label of a finding from those of several readers; unknown ones do not count."""
     known = [value for value in values if value != UNKNOWN]
     num_present = sum(known)
     if not known:

@@ -1,4 +1,4 @@
-// The HTTP interface as the page uses it: the film and the model in the page's own terms.
+// The HTTP interface for the page: films and models in the page's own terms.
 
 import { readPng } from "./png.js";
 import { reasonWords, say } from "./words.js";
@@ -53,9 +53,9 @@ async function ask(address, options = {}) {
   throw error;
 }
 
-// Sends one file. Gives {films, refused}, those of a zip that were refused as {name, reason}; or
-// {reason} why there are none, with `retryAfterS` where the server asks to come again, with
-// `isLost` where it did not answer. `onProgress` gets the share that is sent.
+// Sends one file. Returns {films, refused}, where `refused` has {name, reason} for each refused
+// file of a zip; or {reason}, with `retryAfterS` where the server asks for a retry, and with
+// `isLost` where it did not answer. `onProgress` gets the share that has been sent.
 export function upload(file, onProgress) {
   const request = new XMLHttpRequest();
   const body = new FormData();
@@ -106,7 +106,7 @@ function toFilm(said) {
     hasImage: isReadable,
     isPositive: said.is_positive,
     top: topOf(said),
-    listed: said.score_of === null ? null : outputOf(said, said.score_of), // why it is where it is
+    listed: said.score_of === null ? null : outputOf(said, said.score_of), // what ranks it
     values: toValues(said.window),
     addresses: { film: address, image: `${address}/image`, thumbnail: `${address}/thumbnail.png` },
   };

@@ -21,15 +21,15 @@ import { ownWindow } from "./window.js";
 import { Worklist } from "./worklist.js";
 
 const POLL_MS = 4000;
-const SOONEST_MS = 1000; // between two questions while films come in
+const SOONEST_MS = 1000; // between two requests for the list while films come in
 
 class Ward {
   constructor(model) {
-    this.runs = new Set(); // that scored a film of the list
-    this.answered = 0; // when the list came last, as of Date.now
-    this.open = null; // the film beside the list
+    this.runs = new Set(); // the runs that scored a film of the list
+    this.answered = 0; // when the list last arrived, as Date.now gives it
+    this.open = null; // the film shown next to the list
     const { film, ...filters } = readAddress();
-    this.wanted = film; // of the address, until the list is there
+    this.wanted = film; // the film in the address, until the list has arrived
     this.viewer = new Viewer(find("canvas"), () => this.viewChanged());
     this.reading = new Reading((name) => this.chooseOutput(name));
     this.list = new Worklist(filters, {
@@ -57,14 +57,14 @@ class Ward {
     find("phantoms").hidden = !model.isPhantom;
   }
 
-  // Asks for the list that long after the last answer, and from then on
+  // Asks for the list this long after the last answer, and again after each one
   pollIn(pause) {
     const since = Date.now() - this.answered;
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.poll(), Math.max(0, pause - since));
   }
 
-  // Asks for the list; one question at a time
+  // Asks for the list; one request at a time
   async poll() {
     if (this.isAsking) {
       this.isAskedAgain = true;
@@ -89,7 +89,7 @@ class Ward {
     this.pollIn(this.isAskedAgain || this.list.numWaiting ? SOONEST_MS : POLL_MS);
   }
 
-  // The server may have taken another run since the page was opened
+  // The server may have loaded another run since the page was opened
   async followModel(films) {
     const runs = new Set(films.map((film) => film.model));
     const isNew = [...runs].some((run) => run !== this.model.run && !this.runs.has(run));

@@ -70,7 +70,7 @@ export class Reading {
     this.choose(this.chosen);
   }
 
-  // The class or finding that is looked at: the one chosen last, else the film's highest
+  // The selected class or finding: the one chosen last, else the film's most probable one
   get chosen() {
     const names = Object.keys(this.film.probabilities);
     if (names.includes(settings.output)) return settings.output;

@@ -6,7 +6,7 @@ const USUAL = {
   invert: false,
   heat: false,
   opacity: 50,
-  output: "", // the class or finding that is looked at
+  output: "", // the selected class or finding
   tool: "window",
   keys: true, // whether single keys are shortcuts
   selected: "", // a film's id
@@ -29,7 +29,7 @@ export function keep(changes) {
   try {
     localStorage.setItem(KEY, JSON.stringify(settings));
   } catch {
-    // a full or forbidden storage: the page goes on without
+    // storage is full or forbidden: the page works without it
   }
 }
 

@@ -5,7 +5,7 @@
 import { greyTable } from "./window.js";
 
 const WHEEL_SPEED = 0.0015;
-const MAX_SCALE = 32; // screen pixels for one of the film
+const MAX_SCALE = 32; // screen pixels per pixel of the film
 const SMALLEST_WINDOW = 1;
 
 export class Viewer {
@@ -84,7 +84,7 @@ export class Viewer {
     this.resize();
   }
 
-  // One pixel of the film on one of the screen
+  // One pixel of the film per pixel of the screen
   actualSize() {
     const { clientWidth, clientHeight } = this.canvas;
     this.zoomTo(1 / devicePixelRatio, clientWidth / 2, clientHeight / 2);
@@ -101,7 +101,7 @@ export class Viewer {
     this.redraw();
   }
 
-  // To a scale, with what is at (x, y) on the canvas held there
+  // Zooms to a scale about the point (x, y) of the canvas
   zoomTo(wanted, x, y) {
     if (!this.film) return;
     const scale = Math.min(MAX_SCALE, Math.max(this.fittedScale / 2, wanted));
@@ -240,7 +240,7 @@ export class Viewer {
     this.zoomTo((this.view.scale * apart(now)) / apart(last), to.x, to.y);
   }
 
-  // Over the canvas's width, the window gets wider by the range of the film's own
+  // A drag over the canvas's width widens the window by the range of the film's own window
   dragWindow(x, y) {
     const { low, high } = this.film.own;
     const step = (high - low) / Math.max(300, this.canvas.clientWidth);

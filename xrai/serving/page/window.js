@@ -3,7 +3,7 @@
 
 const WHOLE_8_BITS = { centre: 128, width: 256 }; // every value as it is
 
-// What `Viewer.open` needs beside the pixels, of an image and what the server says of its values
+// What `Viewer.open` needs besides the pixels, from an image and the server's account of its values
 export function ownWindow(image, said) {
   const { slope = 1, intercept = 0, centre, width, isInverse = false } = said;
   const scale = { slope, intercept, isInverse };

@@ -36,7 +36,7 @@ function shown(value) {
   return typeof value === "number" ? whole.format(value) : value;
 }
 
-// 0.934 is 93 %; near the ends with a tenth, and never 0 or 100 % for what is neither
+// 0.934 is 93 %; with one decimal near the ends, and never 0 or 100 % unless it is exactly that
 export function percent(share, digits = share < 0.1 || share > 0.99 ? 1 : 0) {
   if (share === null || share === undefined || Number.isNaN(share)) return "–";
   if (share > 0 && share < 0.001) return `< ${shares[1].format(0.001)}`;
@@ -80,7 +80,7 @@ export function decisionWords(film) {
   return film.decision.split("|").map(nameWords).join(", ");
 }
 
-// What the server says, which is in English, in the page's language where that is known
+// The server's message, which is in English, in the page's language where a translation is known
 export function reasonWords(reason) {
   for (const [pattern, text] of reasons) {
     const found = pattern.exec(reason);
@@ -96,7 +96,7 @@ function valueWords(key, value) {
   return /^\d+(\.\d+)?$/.test(value) ? Number(value).toLocaleString(language) : value;
 }
 
-// The same of a film as a sentence
+// The same as a sentence about a film
 export function reasonSentence(film) {
   const { text, language: spoken } = reasonWords(film.reason);
   return { text: say("reason_sentence", { reason: text }), language: spoken };

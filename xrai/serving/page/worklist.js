@@ -134,7 +134,7 @@ export class Worklist {
     return this.shown.findIndex((each) => each.id === this.selected);
   }
 
-  // To the film `step` places further; the ends hold
+  // Selects the film `step` places further, at most the first or the last one
   move(step) {
     if (!this.shown.length) return;
     const to = this.place < 0 ? 0 : this.place + step;
