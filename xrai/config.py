@@ -22,7 +22,7 @@ from xrai.errors import ConfigError
 from xrai.files import read_once
 
 OWN_NETWORKS = ("resnet10", "resnet18")
-TIMM = "timm/"  # before the name of a network of timm
+TIMM = "timm/"  # begins the names of timm networks
 NETWORK_GROUP = "xrai.networks"  # entry points by which installed packages register theirs
 
 # The sections, and single keys of other sections, that a command takes as flags.

@@ -2,7 +2,7 @@
 
 
 class XraiError(Exception):
-    """What one line can explain. The message says what, the value, and what to do."""
+    """An error that one line explains: what is wrong, the value, and what to do."""
 
     exit_status = 1
 

@@ -1,6 +1,6 @@
 """Local files: replace atomically, hash, explain failures in one line, cache folder, cores.
 
-Every room writes through `replacing` or `write_atomically`, so a reader never sees half a file.
+All packages write through `replacing` or `write_atomically`, so a reader never sees half a file.
 """
 
 import errno

@@ -68,7 +68,7 @@ _PROBABILITY, _PRIOR = "probability_", "prior_"
 _PRIOR_SOURCE, _DISAGREEMENT = "source_of_prior", "disagreement"
 _HIGHEST, _CALLED_FIRST = "highest probabilities", "called, then most probable"
 _NAMED = 3  # of a row's classes or findings, in the table for people
-_NAME_WIDTH = 20  # there
+_NAME_WIDTH = 20  # characters of a name in that table
 _OVERLAY = re.compile(r"overlays/\d{5,}(-[A-Za-z0-9_-]+)?\.png")
 
 

@@ -309,7 +309,7 @@ class Job:
 
     def conclude(self, trained: Trained, *, began: float) -> list[str]:
         """Write model.pt and all results, summary.json last; return the lines to end with."""
-        # what draws is loaded on rank 0 alone, and only now
+        # plotting packages are loaded on rank 0 alone, and only now
         from xrai.measuring import describe_dataset
         from xrai.results.report import Page, render_report
 

@@ -115,7 +115,7 @@ def server_settings(
     return uvicorn.Config(
         app,
         http=Connection,
-        access_log=False,  # which names films
+        access_log=False,  # it would name films
         log_config=None,
         log_level="warning",
         server_header=False,

@@ -1,6 +1,6 @@
 """The data card: what a data set holds, for people who rely on it. Markdown and sheets of images.
 
-Rooms do not import each other, so the commands pass in what draws (`xrai.results.sheets`).
+This package must not import `xrai.results`, so the commands pass in its functions that draw.
 """
 
 import re

@@ -35,7 +35,7 @@ _OTHERS = frozenset(["age", "sex", "gender", "view", "id", "index", "year", "hei
 
 @dataclass(frozen=True)
 class Policy:
-    """What cells mean that neither say yes nor no."""
+    """How to read cells that say neither yes nor no."""
 
     uncertain: int  # of a finding of -1
     blank: int  # of an empty finding

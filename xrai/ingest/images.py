@@ -248,7 +248,7 @@ def _check_scans(image: JpegImageFile, data: bytes) -> int:
     libjpeg holds for the coefficients of several ones.
     """
     assert image.fp is not None
-    num_scans = 1 + count_scans(data, image.fp.tell())  # which is behind the first one
+    num_scans = 1 + count_scans(data, image.fp.tell())  # now behind the first one
     if num_scans > (allowed := max_scans(image.width * image.height)):
         raise ImageError(f"is a JPEG of {num_scans} scans; at most {allowed} are decoded")
     return 2 * image.layers * image.width * image.height if num_scans > 1 else 0

@@ -35,13 +35,13 @@ class Assignment:
 
 @dataclass(frozen=True)
 class _Lack:
-    """What training needs images of, and some images do not show."""
+    """A class, or one side of a finding, that training needs images of and does not have."""
 
     name: str  # of a class or finding
     value: int | None = None  # of the finding: 1 present, 0 absent
 
     def words(self, image: str) -> str:
-        """With `image` as the word for one image or more."""
+        """Names such images, for people; `image` is "image" or "images"."""
         if self.value is None:
             return f"{self.name} {image}"
         return f"{image} {'with' if self.value else 'known to be without'} {self.name}"
@@ -189,7 +189,7 @@ def _explain_lack(lack: _Lack, spec: LabelSpec, *, where: str) -> str:
 
 
 def _lacks(labels: Collection[Label], spec: LabelSpec) -> Iterator[_Lack]:
-    """What none of these labels says."""
+    """The classes, or sides of findings, that none of these labels has."""
     for k, name in enumerate(spec.classes):
         if spec.task != "multilabel":
             if k not in labels:

@@ -62,7 +62,7 @@ class Ranks:
     device: torch.device
     _control: Any = None  # the gloo group for decisions
     _store: Any = None  # where each rank notes its last step, for the others' messages
-    _roll: "RollCall | None" = None  # who is alive; None: one rank
+    _roll: "RollCall | None" = None  # which ranks are alive; None: there is one rank
 
     @property
     def is_main(self) -> bool:
@@ -171,7 +171,7 @@ class Ranks:
             ) from error
 
     def _missing(self) -> str:
-        """Who is behind, by the steps that the ranks have noted."""
+        """Which ranks are behind, by the steps that they have noted."""
         found = _answer(self._notes, within_s=_STORE_ANSWERS_WITHIN_S)
         if isinstance(found, str):
             return f"rank 0, whose machine has the job's store, is gone: {found}"

@@ -7,9 +7,9 @@ the network that the config names; no other module knows the class of a network.
 
 Ours is a small residual network without normalization layers, for any height and width from 16 up.
 Batch statistics would make an image's result depend on the rest of its batch, and so on the number
-of ranks. Weights are standardized instead (Brock, De, Smith 2021, https://arxiv.org/abs/2101.08692),
-which trained as well here and needs no communication; docs/decisions/0002-no-batch-statistics.md
-has the measurements.
+of ranks. Weights are standardized instead (Brock, De, Smith 2021,
+https://arxiv.org/abs/2101.08692), which trained as well here and needs no communication;
+docs/decisions/0002-no-batch-statistics.md has the measurements.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""How unlike the training images an image is: what sends it to review instead of classifying it.
+"""How unlike the training images an image is; above a limit it goes to review without a class.
 
 A network gives every image a probability, even a photograph. The score here says whether the image
 is in distribution. It is the largest of several numbers, each scaled to 0 for the median validation

@@ -33,7 +33,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was taken of initial weights; kept with the run as weights.json."""
+    """Which initial weights were loaded; kept with the run as weights.json."""
 
     source: str
     sha256: str  # of the file, or of the tensors of pretrained weights

@@ -118,19 +118,19 @@ class _Folder:
     full_size: bool
 
     def phantoms(self) -> Iterator[Phantom]:
-        """In the order of drawing."""
+        """The phantoms, in the order of drawing."""
         phantoms = plan_findings(self.seed) if self.task == "multilabel" else plan(self.seed)
         return islice(phantoms, self.num_images)
 
     def path(self, phantom: Phantom) -> str:
-        """Of a phantom's file, relative to `out`."""
+        """The path of a phantom's file, relative to `out`."""
         name = phantom.stem + SUFFIXES[self.image_format]
         if self.task == "multilabel":
             return f"images/{name}"
         return f"train/{_CLASSES[self.task][phantom.kind]}/{name}"
 
     def folders(self) -> tuple[str, ...]:
-        """That hold images."""
+        """The folders that hold images."""
         if self.task == "multilabel":
             return ("images",)
         return tuple(f"train/{name}" for name in dict.fromkeys(_CLASSES[self.task].values()))

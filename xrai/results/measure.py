@@ -296,8 +296,8 @@ def _abstention(
 
 
 def _abstention_of_all(scores: Scores, kept: Mapping[str, Estimate]) -> types.Abstention:
-    """The same for all outputs together: of classes the one call counts, of findings every call
-    with a label, and an image is as certain as its least certain call.
+    """The same for all outputs together: for classes the single call counts, for findings every
+    call with a label; an image is as certain as its least certain call.
     """
     is_known = scores.labels >= 0
     rows = np.flatnonzero(is_known.any(axis=1))

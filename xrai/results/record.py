@@ -126,7 +126,7 @@ def _add_events(
 
 
 def metrics_json(results: SplitResults) -> dict[str, object]:
-    """What metrics.json holds; of several outputs, what is said of each is in `outputs`.
+    """The content of metrics.json; with several outputs, the results of each are in `outputs`.
 
     An undefined metric is NaN (null in the file) with its reason in `reasons` under its name; a
     missing interval has its reason under `NAME.interval`.

@@ -212,7 +212,7 @@ def stated_hash(store: Store, name: str) -> str | None:
 
 
 def _details(results: MainResults) -> dict[str, str]:
-    """What stands behind each headline of two classes."""
+    """The counts or the note that follow each headline figure, for two classes."""
     counts, correct = results.counts, "images correctly classified"
     found = f"{results.looked_for} images found"
     return {
@@ -224,7 +224,7 @@ def _details(results: MainResults) -> dict[str, str]:
 
 
 def _details_of_several(results: MainResults) -> dict[str, str]:
-    """What stands behind each headline of several classes or findings, the worst one named."""
+    """The same for several classes or findings, the worst one named."""
     counts = results.counts
     is_multiclass = results.task == "multiclass"
     kind = "classes" if is_multiclass else "findings"

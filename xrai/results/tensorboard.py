@@ -128,8 +128,8 @@ def _add_summary(writer: SummaryWriter, summary: object, step: int) -> None:
 
 
 def _experiment(config: Mapping[str, int | float | str]) -> object:
-    """What the columns of TensorBoard's table of runs are; TensorBoard has no public function for
-    columns whose type, but not whose range, is known.
+    """The columns of TensorBoard's table of runs; TensorBoard has no public function for columns
+    with a known type and an unknown range.
     """
     from tensorboard.plugins.hparams import api_pb2, metadata
 

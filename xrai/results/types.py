@@ -1,4 +1,4 @@
-"""What travels through this room: the scores of a split, and what was measured on them.
+"""The types of this package: the scores of a split, and what was measured on them.
 
 `xrai.run` makes `Scores`, `xrai.results.measure` makes `SplitResults` of them. Files, plots, pages
 and terminal lines are written from these types; nothing reads them back from a dictionary.

@@ -45,7 +45,7 @@ _RESULTS: Final[Mapping[str, tuple[Kind, ...]]] = {
 }
 _SCORING_S = 300.0  # of one film, at most
 _SIDE = 512  # of the film in a secondary capture, pixels
-_NUM_HEATS = 3  # there, at most
+_NUM_HEATS = 3  # heat maps in a secondary capture, at most
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ class _Routes:
         return await self._picture(draw_thumbnail, self._readable(request))
 
     async def get_heat(self, request: Request) -> Response:
-        """Where the evidence for a class or finding is."""
+        """A heat map of the evidence for a class or finding."""
         film = self._readable(request)
         names = [output.name for output in film.pipeline.outputs]
         name = request.query_params.get("of", film.row.highest(1)[0])

@@ -157,7 +157,7 @@ class Node:
         self._server = None
 
     def state(self) -> NodeState:
-        """What it has seen."""
+        """Counts since the start."""
         with self._lock:
             associations = self._server.active_associations if self._server else []
             return NodeState(

@@ -93,7 +93,7 @@ class Scorer:
         self._num_waiting = 0
         self._num_unread = 0  # films that no thread reads yet
         self._is_closed = False  # takes no more films
-        self._is_over = False  # and none will come any more
+        self._is_over = False  # nor are any still being read
         self._thread = threading.Thread(target=self._run, name="score", daemon=True)
         self._thread.start()
         self._use_threads(pipeline)

@@ -1,6 +1,6 @@
 """A folder or a bucket behind one small interface. The one home of boto3.
 
-Rooms and commands open an address and pass the store on:
+Commands and packages open an address and pass the store on:
 
     store = open_store("data/dataset")             # also file:///abs/dir
     store = open_store("s3://bucket/prefix")       # AWS_ENDPOINT_URL_S3 names another S3

@@ -30,7 +30,7 @@ class FolderStore(Store):
     def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
         path = self._path(key)
         with self._explaining("read", key):
-            if max_bytes < sys.maxsize:  # who states a limit also takes a pipe, as --labels <(…)
+            if max_bytes < sys.maxsize:  # with a limit, a pipe is read, too: --labels <(…)
                 with suppress(OSError):
                     self._check_size(key, path.stat().st_size, max_bytes)
                 data = read_once(path, max_bytes=max_bytes + 1)
