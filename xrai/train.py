@@ -5,6 +5,7 @@ exists is resumed from its newest checkpoint. At the end the best epoch's weight
 images that they have not seen.
 """
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -79,6 +80,7 @@ FLAGS = (
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
 _GRACE_S = 60.0  # between torchrun's end and that of a rank which cannot stop by itself
 _RESULTS_TIMEOUT_S = 3600.0  # how long the other ranks wait while rank 0 writes the results
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 WEIGHTS = "weights.json"  # in a run: where its initial weights came from
 _logger = get_logger("xrai.train")
 
@@ -101,6 +103,8 @@ def main() -> None:
         follow_parent(grace_s=_GRACE_S)
     with join(timeout_s=config.train.timeout_s) as ranks:
         torch.set_num_threads(config.train.threads or default_threads(place))
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         with ranks.explaining(), loop.explaining_memory(config.train, world_size=ranks.world_size):
             train(parsed, ranks=ranks, asked_to_stop=stop.is_set)
 
@@ -282,6 +286,17 @@ def default_threads(place: Place) -> int:
     if not asked.isdecimal() or int(asked) == 0 or (place.is_torchrun and asked == "1"):
         return share
     return min(share, int(asked))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones. It returns large blocks to the
+    kernel, which zeroes them page by page when the next step asks again. Other C libraries decide
+    for themselves.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def refuse_lone_tasks(place: Place) -> None:

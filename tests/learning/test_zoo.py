@@ -1,5 +1,6 @@
 """Networks of timm: weights of files, batch statistics, dropped paths, learning rates by layer."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,27 @@ def test_only_the_head_learns_in_frozen_epochs() -> None:
     assert moved == {"head.weight", "head.bias"}
 
 
+def test_depthwise_convolutions_run_in_fp32_under_bf16_on_a_cpu() -> None:
+    network = build_model(EFFICIENTNET, 1, image_size=32).eval()
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    images = torch.rand(2, 1, 32, 32)
+    kinds: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            is_depthwise = module.groups > 1
+            module.register_forward_hook(
+                lambda _, __, maps, of=kinds[is_depthwise]: of.add(maps.dtype)
+            )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(images)
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert logits.any() and not twin(images).any()  # a copy has weights of its own
+    assert network.double()(images.double()).dtype == torch.float64
+
+
 @pytest.mark.distributed
 @pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize(
@@ -252,18 +274,18 @@ def test_only_the_head_learns_in_frozen_epochs() -> None:
         ["timm/convnextv2_atto", "--model.drop_path=0.3", "--optim.layer_decay=0.7"],
         ["timm/tf_efficientnet_lite0", "--model.batch_norm=frozen"],
         ["timm/densenet121", "--model.batch_norm=frozen"],
-        ["timm/vit_tiny_patch16_224", "--train.freeze_epochs=1"],
+        ["timm/vit_tiny_patch16_224", "--train.freeze_epochs=1", "--train.epochs=2"],
         ["resnet18", "--model.width=8"],  # ours; of resnet10 tests/distributed has it
     ],
     ids=lambda options: options[0],
 )
 def test_losses_are_the_same_on_1_and_2_ranks(options: list[str]) -> None:
     name, *others = options
-    command = ["tests/distributed/discs_rank.py", f"--model.name={name}", *others]
-    command += ["--train.precision=fp64", "--train.global_batch_size=16", "--train.epochs=1"]
+    command = ["tests/distributed/discs_rank.py", f"--model.name={name}", "--train.precision=fp64"]
+    command += ["--train.global_batch_size=16", "--train.epochs=1", *others]
     command += ["--num_images=35", "--num_val=5", "--optim.lr=1e-4"]
     one, two = (run_ranks(command, world_size=world_size)[0] for world_size in (1, 2))
-    assert len(one["losses"]) == 3
+    assert len(one["losses"]) == 3 * len(one["epochs"])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-9)
     ours, theirs = one["epochs"][0]["val_logits"], two["epochs"][0]["val_logits"]
     torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), atol=1e-6, rtol=0)

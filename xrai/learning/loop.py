@@ -167,14 +167,21 @@ class Training:
         self._norm = torch.full_like(self.guard.factor, math.nan)
         sums = [done.loss_sum, done.num_correct, done.num_known]
         self._sums = torch.tensor(sums, dtype=torch.float64, device=ranks.device)
-        self.wrapped = ranks.wrap(model)
-        self.network = torch.compile(self.wrapped) if config.train.compile else self.wrapped
+        self._wrap()
         self.objective = optim.make_objective(setup.labels, setup.counts, config.optim)
         on_device = self.objective.to(ranks.device, self.precision.weights)
         self.losses = partial(optim.image_losses, objective=on_device)
         self.task = setup.labels.task
         self.num_steps = config.train.epochs * setup.train.num_batches
         self._started = time.monotonic() - self.done.train_s
+
+    def _wrap(self) -> None:
+        """Wrap the model for the ranks: in the first epochs only the head may have gradients."""
+        config, ranks = self.setup.config.train, self.setup.ranks
+        for parameter in self.body:
+            parameter.requires_grad_(self.done.epoch >= config.freeze_epochs)
+        self.wrapped = ranks.wrap(self.model)
+        self.network = torch.compile(self.wrapped) if config.compile else self.wrapped
 
     def stop_reason(self) -> int:
         """Why this rank would stop after the step under way."""
@@ -213,6 +220,8 @@ class Training:
         done.epoch, done.batch = done.epoch + 1, 0
         done.loss_sum, done.num_correct, done.num_known, done.num_seen = 0.0, 0, 0, 0
         self._sums.zero_()
+        if done.epoch == self.setup.config.train.freeze_epochs > 0:
+            self._wrap()
 
     def save(self, score: float | None) -> None:
         """Save a checkpoint; called on every rank, for each has sums of its own."""
@@ -306,7 +315,6 @@ def train_step(training: Training, batch: DeviceBatch, clock: "Clock") -> int:
         losses.append(part_losses.detach())
         logits.append(part_logits.detach())
 
-    _drop_frozen_gradients(training)
     precision.scaler.unscale_(optimizer)
     norm = optim.clip_gradients(training.model.parameters(), config.optim.clip_norm)
     is_bad = training.judge(batch, torch.cat(losses), torch.cat(logits), norm)
@@ -329,13 +337,6 @@ def _draw_changes(training: Training, images: Tensor, rows: Tensor) -> Tensor:
     if num_draws := training.model.num_draws:
         training.model.draw(uniform(rows, num_draws, seed=config.train.seed + 2, epoch=epoch))
     return images
-
-
-def _drop_frozen_gradients(training: Training) -> None:
-    """Drop all gradients but the head's in the first `train.freeze_epochs` epochs."""
-    if training.done.epoch < training.setup.config.train.freeze_epochs:
-        for parameter in training.body:
-            parameter.grad = None
 
 
 def end_epoch(training: Training, clock: "Clock") -> None:

@@ -58,6 +58,10 @@ class TimmNetwork(Network):
         self.num_draws = _replace(model, _is_drop_path, partial(DropPath, draws=self._draws))
         if batch_norm(config) == "sync":
             _replace(model, _is_batch_norm, lambda norm, place: SyncedNorm(norm))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                kind = type(module)
+                module.__class__ = type(kind.__name__, (_Depthwise, kind), {})
         self.image_size = image_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -264,6 +268,18 @@ class DropPath(nn.Module):
         drawn = (self._draws.numbers[:, self._place].to(branch.dtype) + 1) / 2  # (B,) in [0, 1)
         kept = (drawn >= self.probability).to(branch.dtype) / (1 - self.probability)
         return branch * kept.view(-1, *[1] * (branch.ndim - 1))
+
+
+class _Depthwise(nn.Conv2d):
+    """A depthwise convolution, in fp32 where a CPU computes the others in bf16: the gradient of its
+    filters in bf16 takes oneDNN several times as long.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if maps.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(maps)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(maps.float())
 
 
 class SyncedNorm(nn.BatchNorm2d):
