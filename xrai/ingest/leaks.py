@@ -21,6 +21,8 @@ RECALL: Final = 1 - 1e-6  # of pairs that far apart, where there are too many to
 
 _SIDE = 16  # the hash has 16 x 16 bits
 _NUM_BITS = _SIDE**2
+_SCALED = 4 * _SIDE  # pixels a side of the image that is hashed
+_LARGE_SIDE = 128  # pixels; larger images are first averaged in blocks, down to nearly this
 _ROUNDING = 5e-7  # of coefficients, 50 times what was seen: they are below 2^22
 _BLOCK = 2048  # hashes compared at a time
 _OTHERS = 512  # with as many of the other split: 12 MiB in all
@@ -45,22 +47,27 @@ def perceptual_hash(image: NDArray[np.uint8]) -> str:
     """The pHash of an image (H, W) uint8: 64 hex digits, equal or near for images that look alike.
 
     Which of the lowest 16 x 16 coefficients of the cosine transform (DCT-II) of the image at 64 x
-    64 pixels are above their lower median; equality within rounding counts as not above. Where no
-    coefficients tie, these are the bits of ImageHash's `phash` (docs/decisions/0014-ingest.md).
+    64 pixels are above their lower median; equality within rounding counts as not above. At 64 x 64
+    pixels, where no coefficients tie, these are the bits of ImageHash's `phash`; at other sizes a
+    few of the 256 differ, as scaled values are not rounded (docs/decisions/0014-ingest.md).
     """
-    side = _SIDE * 4
-    small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
-    transform = _cosines(side)  # (16, 64)
-    coefficients = transform @ np.asarray(small, np.float64) @ transform.T  # (16, 16)
+    if (factor := min(image.shape) // _LARGE_SIDE) > 1:
+        image = np.asarray(Image.fromarray(image).reduce(factor))
+    rows, columns = (_transform(side) for side in image.shape)
+    coefficients = rows @ image.astype(np.float64) @ columns.T  # (16, 16)
     median = np.sort(coefficients, axis=None)[_NUM_BITS // 2 - 1]
     return np.packbits(coefficients > median + _ROUNDING).tobytes().hex()
 
 
 @cache
-def _cosines(side: int) -> NDArray[np.float64]:
-    """The first 16 rows of the transform, 2 cos(pi k (2n + 1) / 2 side), (16, side)."""
-    k, n = np.arange(_SIDE)[:, None], np.arange(side)
-    rows: NDArray[np.float64] = 2 * np.cos(np.pi * k * (2 * n + 1) / (2 * side))
+def _transform(side: int) -> NDArray[np.float64]:
+    """Scale `side` pixels to 64 with Lanczos' filter, then take the first 16 rows of the cosine
+    transform, 2 cos(pi k (2n + 1) / 128): one matrix (16, side).
+    """
+    each = Image.fromarray(np.eye(side, dtype=np.float32))
+    scaling = np.asarray(each.resize((side, _SCALED), Image.Resampling.LANCZOS), np.float64)
+    k, n = np.arange(_SIDE)[:, None], np.arange(_SCALED)
+    rows: NDArray[np.float64] = 2 * np.cos(np.pi * k * (2 * n + 1) / (2 * _SCALED)) @ scaling
     return rows
 
 
