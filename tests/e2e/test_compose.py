@@ -49,6 +49,7 @@ SERVICES = {
 GPU = "--file=docker/compose.gpu.yaml"
 CEPH = "--file=tests/e2e/compose.ceph.yaml"
 DICOM = "--file=docker/compose.dicom.yaml"
+DICOM_SETTINGS = {"XRAI_DICOM_ALLOW": "CR1", "XRAI_PACS": "pacs.example.org:104:ARCHIVE"}
 
 
 def container_of(stack: Stack, service: str) -> str:
@@ -73,7 +74,7 @@ def test_every_combination_of_files_profiles_and_sources_is_a_valid_project(
         {"XRAI_S3_KEY": "key", "XRAI_S3_SECRET": "secret"} if CEPH in files else {}
     )
     if DICOM in files:
-        keys |= {"XRAI_DICOM_ALLOW": "CR1", "XRAI_PACS": "pacs.example.org:104:ARCHIVE"}
+        keys |= DICOM_SETTINGS
     for source, mounted in {
         "": "phantoms",
         "/films": "/films",
@@ -136,17 +137,26 @@ def faults_of(services: dict[str, Any]) -> list[str]:
     return faults
 
 
-def project() -> dict[str, Any]:
-    """All services of compose.yaml, resolved."""
-    config = run(
-        "docker", "compose", "--file=compose.yaml", "--profile=*", "config", "--format=json"
-    ).stdout
+def project(*files: str, **settings: str) -> dict[str, Any]:
+    """All services of compose.yaml and other files, resolved."""
+    variables: dict[str, Any] = dict(settings)
+    options = ("--file=compose.yaml", *files, "--profile=*")
+    config = run("docker", "compose", *options, "config", "--format=json", **variables).stdout
     services: dict[str, Any] = json.loads(config)["services"]
     return services
 
 
 def test_every_service_is_confined() -> None:
     assert faults_of(project()) == []
+    assert faults_of(project(DICOM, **DICOM_SETTINGS)) == []
+
+
+@pytest.mark.parametrize("missing", DICOM_SETTINGS)
+def test_a_dicom_node_without_senders_or_an_archive_is_not_started(missing: str) -> None:
+    settings: dict[str, Any] = {**DICOM_SETTINGS, missing: ""}
+    options = ("--file=compose.yaml", DICOM, "--profile=*")
+    done = run("docker", "compose", *options, "config", check=False, **settings)
+    assert done.returncode != 0 and missing in done.stdout
 
 
 @pytest.mark.parametrize(

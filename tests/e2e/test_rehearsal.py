@@ -1,10 +1,8 @@
 """A rehearsal of Kubernetes: the pods of k8s/train-job.yaml, run as containers on a Docker network.
 
-What a kubelet and the Job controller would do is done here, from the YAML itself: init containers
-first, in order; same image, arguments, environment, user, rights and mounts; each pod's own name,
-and its full name in DNS; a pod that failed is replaced by one of the same name. What is changed is
-what a user changes: addresses, keys and sizes in the ConfigMaps, and the name of the image. What is
-not rehearsed: scheduling, network policies, GPUs.
+`tests.e2e.pods` does what a kubelet would do, and the tests what the Job controller would: a pod
+that failed is replaced by one of the same name. What is changed is what a user changes: addresses,
+keys and sizes in the ConfigMaps, and the name of the image.
 """
 
 import json
@@ -13,30 +11,18 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from tests.e2e.containers import Stack, docker, wait_until
-from tests.k8s.manifests import (
-    K8S,
-    Document,
-    Workload,
-    environment_of,
-    expand,
-    fields_of,
-    of_kind,
-    read_documents,
-    workloads,
-)
+from tests.e2e.pods import Cluster, Pod, log_of, status_of
+from tests.k8s.manifests import K8S, read_documents
 from xrai.phantom import make_phantoms
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(900)]
 
-NAMESPACE = "films"
-PREFIX = "xrai-test-k8s-"  # of containers and volumes
 MESSAGE_BYTES = 2048  # of a log's end that FallbackToLogsOnError shows
 CONFIG = """
 images: {size: 32}
@@ -47,160 +33,6 @@ train: {epochs: 6, global_batch_size: 16, precision: 'off', step_timeout_s: 120}
 checkpoint: {every: 1}
 evaluate: {num_bootstrap: 50}
 """
-
-
-@dataclass
-class Pod:
-    """One pod of an Indexed Job: containers of one host name, one after the other."""
-
-    cluster: "Cluster"
-    workload: Workload
-    job: str
-    index: int
-    name: str = field(default_factory=lambda: f"{PREFIX}{uuid.uuid4().hex[:8]}")
-    main: str = ""  # the container that does the work, once the others have ended
-
-    def begin(self) -> "Pod":
-        """Run what comes first to its end, then start the container that does the work."""
-        for container in self.workload.pod.get("initContainers", []):
-            name = self.start(container)
-            status = status_of(name)
-            assert status == 0, (
-                f"{container['name']} of pod {self.index} ended with {status}:\n{log_of(name)}"
-            )
-        (container,) = self.workload.pod["containers"]
-        self.main = self.start(container)
-        return self
-
-    def end(self) -> int:
-        """The exit status of the container that does the work."""
-        return status_of(self.main)
-
-    def kill(self) -> None:
-        """What a machine that goes away does: no signal, no word."""
-        docker("kill", "--signal=KILL", self.main)
-
-    def vanish(self) -> None:
-        """What a machine without power or network does: no packet arrives, no connection ends."""
-        docker("network", "disconnect", "--force", self.cluster.network, self.main)
-
-    def log(self) -> str:
-        return log_of(self.main)
-
-    def waits(self) -> bool:
-        """Whether it says that it waits for the data set."""
-        return "waiting for the data set" in docker("logs", f"{self.name}-wait", check=False).stdout
-
-    def start(self, container: Document) -> str:
-        """Start one container as a kubelet would; its name."""
-        pod, security = (
-            self.workload.pod,
-            {**self.workload.pod["securityContext"], **container["securityContext"]},
-        )
-        injected = {"JOB_COMPLETION_INDEX": str(self.index)}
-        environment = environment_of(
-            container,
-            self.cluster.documents,
-            fields=fields_of(self.job, self.index, NAMESPACE),
-            also=injected,
-        )
-        domain = (
-            f"{pod['subdomain']}.{NAMESPACE}.svc.{environment['CLUSTER_DOMAIN']}"
-            if "subdomain" in pod
-            else ""
-        )
-        options = [
-            f"--network={self.cluster.network}",
-            f"--hostname={self.job}-{self.index}",
-            *(
-                [f"--domainname={domain}", f"--network-alias={self.job}-{self.index}.{domain}"]
-                if domain
-                else []
-            ),
-            f"--user={security['runAsUser']}:{security['runAsGroup']}",
-            *(["--read-only"] if security["readOnlyRootFilesystem"] else []),
-            *(f"--cap-drop={capability}" for capability in security["capabilities"]["drop"]),
-            *([] if security["allowPrivilegeEscalation"] else ["--security-opt=no-new-privileges"]),
-            f"--memory={container['resources']['limits']['memory'].rstrip('i').lower()}",
-            *(f"--env={name}={value}" for name, value in environment.items()),
-            *self._mounts(container),
-        ]
-        assert "command" not in container
-        name = f"{self.name}-{container['name']}"
-        arguments = [expand(argument, environment) for argument in container.get("args", [])]
-        named = (f"--name={name}", f"--label={self.cluster.label}")
-        docker("run", "--detach", *named, *options, container["image"], *arguments)
-        return name
-
-    def _mounts(self, container: Document) -> Iterator[str]:
-        volumes = {volume["name"]: volume for volume in self.workload.pod["volumes"]}
-        for mount in container["volumeMounts"]:
-            volume, place = volumes[mount["name"]], mount["mountPath"]
-            if "configMap" in volume:
-                files = of_kind(self.cluster.documents, "ConfigMap")[volume["configMap"]["name"]][
-                    "data"
-                ]
-                folder = self.cluster.folder / volume["configMap"]["name"]
-                folder.mkdir(exist_ok=True)
-                for name, text in files.items():
-                    (folder / name).write_text(text)
-                yield f"--volume={folder}:{place}:ro"
-            elif place == "/dev/shm":
-                yield f"--shm-size={volume['emptyDir']['sizeLimit'].rstrip('i').lower()}"
-            else:
-                yield f"--volume={self.name}-{mount['name']}:{place}"
-
-
-@dataclass
-class Cluster:
-    """The documents as applied, and the network on which their pods run."""
-
-    documents: list[Document]
-    network: str
-    folder: Path
-    label: str
-
-    def pod(self, component: str, index: int) -> Pod:
-        """A pod of the Job of this component; its number says which."""
-        (workload,) = (
-            workload for workload in workloads(self.documents) if workload.component == component
-        )
-        return Pod(self, workload, workload.name.removeprefix("Job/"), index)
-
-    def change(self, config_map: str, **values: str) -> None:
-        """Set values of a ConfigMap, as somebody who edits the file."""
-        of_kind(self.documents, "ConfigMap")[config_map]["data"].update(values)
-
-    def copy(self, name: str) -> "Cluster":
-        """The same documents, to be changed by themselves."""
-        documents = json.loads(json.dumps(self.documents))
-        copied = Cluster(documents, self.network, self.folder / name, self.label)
-        copied.folder.mkdir()
-        return copied
-
-    def set_num_nodes(self, number: int) -> None:
-        """Make the training's Job one of so many pods, as somebody who edits the file."""
-        (workload,) = (w for w in workloads(self.documents) if w.component == "train")
-        assert workload.job is not None
-        workload.job["completions"] = workload.job["parallelism"] = number
-        for container in workload.containers:
-            for variable in container.get("env", []):
-                if variable["name"] == "NUM_NODES":
-                    variable["value"] = str(number)
-
-
-def log_of(container: str) -> str:
-    return docker("logs", container).stdout
-
-
-def status_of(container: str, *, timeout_s: float = 300) -> int:
-    """What it exits with, when it has ended."""
-    try:
-        return int(docker("wait", container, timeout_s=timeout_s).stdout)
-    except subprocess.TimeoutExpired:
-        raise AssertionError(
-            f"{container} still runs after {timeout_s:.0f} s:\n{log_of(container)}"
-        ) from None
 
 
 @dataclass
@@ -281,12 +113,7 @@ def cluster(
                 str(path), runs.bucket, f"films/{path.relative_to(folder / 'films')}"
             )
     yield cluster
-    containers = docker("ps", "--all", "--quiet", f"--filter=label={cluster.label}").stdout.split()
-    if containers:
-        docker("rm", "--force", *containers)
-    volumes = [v for v in docker("volume", "ls", "--quiet").stdout.split() if v.startswith(PREFIX)]
-    if volumes:
-        docker("volume", "rm", "--force", *volumes)
+    cluster.remove()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The YAML of k8s/ as the tests see it: read, rendered by the real kustomize, and resolved as
 Kubernetes would.
 
-The rehearsal (tests/e2e/test_rehearsal.py) starts containers from the same reading.
+tests/e2e/pods.py starts containers from the same reading.
 """
 
 import base64
@@ -47,6 +47,18 @@ def render(overlay: str) -> list[Document]:
 def render_folder(folder: Path) -> list[Document]:
     """The same for any folder."""
     return copy.deepcopy(_render(folder))
+
+
+def render_dicom(folder: Path) -> list[Document]:
+    """What an empty folder of one's own applies that takes k8s/serve-dicom in, as the head of its
+    file says.
+    """
+    head = (K8S / "serve-dicom/kustomization.yaml").read_text().partition("apiVersion")[0]
+    lines = [line for line in head.splitlines() if re.match(r"#   (resources|components):", line)]
+    (folder / "kustomization.yaml").write_text("\n".join(line[4:] for line in lines))
+    shutil.copy(K8S / "serve.yaml", folder)
+    shutil.copytree(K8S / "serve-dicom", folder / "serve-dicom")
+    return render_folder(folder)
 
 
 @functools.cache

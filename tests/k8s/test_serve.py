@@ -17,6 +17,7 @@ from tests.k8s.manifests import (
     of_kind,
     quantity,
     read_documents,
+    render_dicom,
     render_folder,
 )
 from tests.k8s.policies import Rule
@@ -125,13 +126,7 @@ def test_a_server_that_stays_on_a_dead_machine_is_found(documents: list[Document
 
 @pytest.fixture
 def with_dicom(tmp_path: Path) -> list[Document]:
-    """What a folder of one's own applies that takes the DICOM node in, as its file says."""
-    head = (K8S / "serve-dicom/kustomization.yaml").read_text().partition("apiVersion")[0]
-    lines = [line for line in head.splitlines() if re.match(r"#   (resources|components):", line)]
-    (tmp_path / "kustomization.yaml").write_text("\n".join(line[4:] for line in lines))
-    shutil.copy(K8S / "serve.yaml", tmp_path)
-    shutil.copytree(K8S / "serve-dicom", tmp_path / "serve-dicom")
-    return render_folder(tmp_path)
+    return render_dicom(tmp_path)
 
 
 def test_the_dicom_node_keeps_the_rules_and_fits_the_schemas(with_dicom: list[Document]) -> None:

@@ -14,6 +14,7 @@ from pydicom import uid
 from pynetdicom import AE, evt
 
 from xrai.ingest.dicom import write_radiograph
+from xrai.phantom import draw_phantom, encode, plan
 from xrai.pipeline import Prediction
 from xrai.serving.dicom_result import Device, Source
 from xrai.serving.dimse import close_socket
@@ -52,6 +53,15 @@ def film(name: str = "film", **tags: Any) -> bytes:
     return write_radiograph(samples, _TAGS | tags, identity=["study", name])
 
 
+def phantoms(number: int) -> list[bytes]:
+    """Drawn films as modalities send them."""
+    found = []
+    for _, phantom in zip(range(number), plan(5), strict=False):
+        data = encode(5, phantom, draw_phantom(5, phantom), image_format="dicom")
+        found.append(changed(data, PatientName=PATIENT, PatientID="Z1", StudyDate="20261127"))
+    return found
+
+
 def read(data: bytes | Path) -> pydicom.Dataset:
     """A file, with all of its values."""
     return pydicom.dcmread(io.BytesIO(data) if isinstance(data, bytes) else data)
@@ -86,9 +96,21 @@ def source_of(**texts: str) -> Source:
     )
 
 
+def film_of(report: pydicom.Dataset) -> str:
+    """The UID of the film that a report is about."""
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    (referred,) = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
+    return str(referred.ReferencedSOPInstanceUID)
+
+
 @contextmanager
 def association(
-    port: int, *, calling: str = "MODALITY", called: str = "XRAI", **options: Any
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    calling: str = "MODALITY",
+    called: str = "XRAI",
+    **options: Any,
 ) -> Iterator[Any]:
     """An association as a modality opens it, perhaps rejected."""
     client = AE(ae_title=calling)
@@ -99,7 +121,7 @@ def association(
     ):
         client.add_requested_context(kind, [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
     client.acse_timeout = client.dimse_timeout = client.network_timeout = 60
-    found = client.associate("127.0.0.1", port, ae_title=called, **options)
+    found = client.associate(host, port, ae_title=called, **options)
     try:
         yield found
     finally:
@@ -126,6 +148,7 @@ class Archive:
     stored: list[pydicom.Dataset] = field(default_factory=list)
     num_requests: int = 0
     statuses: Mapping[str, int] = field(default_factory=dict)  # by SOP Instance UID
+    host: str = "127.0.0.1"
     port: int = 0
 
     def _store(self, event: evt.Event) -> int:
@@ -148,7 +171,7 @@ class Archive:
         for kind in (uid.ComprehensiveSRStorage, uid.SecondaryCaptureImageStorage):
             own.add_supported_context(kind)
         server = own.start_server(
-            ("127.0.0.1", self.port), block=False, evt_handlers=self.handlers(), ssl_context=tls
+            (self.host, self.port), block=False, evt_handlers=self.handlers(), ssl_context=tls
         )
         assert server is not None
         self.port = int(server.server_address[1])

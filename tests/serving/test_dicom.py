@@ -12,13 +12,12 @@ import pytest
 import yaml
 
 from tests.serving.conftest import make_client, make_service
-from tests.serving.dicoms import Archive, changed, film, read, send
+from tests.serving.dicoms import Archive, changed, film, phantoms, read, send
 from tests.serving.test_dicom_result import said
 from tests.serving.test_outbox import wait_until_empty
 from xrai import serve
 from xrai.command import parse
 from xrai.errors import ConfigError, InUseError, UserError
-from xrai.phantom import draw_phantom, encode, plan
 from xrai.serving.dicom import DicomSide, read_options
 from xrai.serving.dicom_flags import DICOM_FLAGS
 from xrai.serving.outbox import Outbox
@@ -32,17 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
 def flags(**given: Any) -> dict[str, Any]:
     """The flags of the DICOM side, most of them as they are without a word."""
     return parse("serve", [], description="", flags=DICOM_FLAGS).flags | given
-
-
-def phantoms(number: int) -> list[bytes]:
-    """Drawn films as modalities send them."""
-    found = []
-    for _, phantom in zip(range(number), plan(5), strict=False):
-        data = encode(5, phantom, draw_phantom(5, phantom), image_format="dicom")
-        found.append(
-            changed(data, PatientName="Zebra^Quagga", PatientID="Z1", StudyDate="20261127")
-        )
-    return found
 
 
 def free_port() -> int:

@@ -26,8 +26,8 @@ from pydicom.tag import Tag
 from pynetdicom.dimse_primitives import C_STORE
 
 from tests.serving.conftest import make_service
-from tests.serving.dicoms import association, film, read
-from tests.serving.test_dicom import dicom_side, free_port, phantoms
+from tests.serving.dicoms import association, film, film_of, phantoms, read
+from tests.serving.test_dicom import dicom_side, free_port
 from tests.serving.test_outbox import wait_until_empty
 from xrai.serving.dicom_result import _FORMS
 from xrai.serving.service import Service
@@ -369,14 +369,7 @@ def test_odd_films_are_each_answered_and_the_good_ones_among_them_scored(
     assert state.objects["failed"] == 0
     assert "Zebra" not in caplog.text
     listed = {each.name for each in service.worklist.films()}
-    assert {film_of(path) for path in (outbox / "pending").iterdir()} == listed
-
-
-def film_of(report: Path) -> str:
-    """The UID of the film that a report is about."""
-    (study,) = read(report).CurrentRequestedProcedureEvidenceSequence
-    (referred,) = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
-    return str(referred.ReferencedSOPInstanceUID)
+    assert {film_of(read(path)) for path in (outbox / "pending").iterdir()} == listed
 
 
 def test_films_with_odd_headers_have_results_that_hold_to_the_standard(
@@ -387,7 +380,7 @@ def test_films_with_odd_headers_have_results_that_hold_to_the_standard(
     with dicom_side(service, pacs="127.0.0.1:1:ARCHIVE", outbox=str(outbox)) as (_, port):
         assert set(answers_to(port, odd_headers(60))) == {0}
     reports = sorted((outbox / "pending").iterdir())
-    assert {film_of(path) for path in reports} == {f"1.2.3.{place}" for place in range(60)}
+    assert {film_of(read(path)) for path in reports} == {f"1.2.3.{place}" for place in range(60)}
     for path in reports:
         checked = subprocess.run(["dciodvfy", path], capture_output=True).stderr
         assert b"Error" not in checked, checked
