@@ -12,8 +12,10 @@ import os
 import re
 import select
 import sys
+import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ from xrai.errors import ConfigError
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _LINE_EVERY_S = 10.0
 _BEAT_EVERY_S = 1.0
+_warnings_lock = threading.Lock()
 
 
 def setup_logging(*, rank: int = 0) -> None:
@@ -210,6 +213,15 @@ class _Beating:
     def update(self, amount: int = 1) -> None:
         self._heartbeat.beat()
         self._shown.update(amount)
+
+
+@contextmanager
+def own_warnings() -> Iterator[None]:
+    """`warnings.catch_warnings`, by one thread at a time: it replaces the filters for all of them,
+    and of two threads at once the one that ends last would keep those of the other.
+    """
+    with _warnings_lock, warnings.catch_warnings():
+        yield
 
 
 def place_of(error: BaseException) -> str:

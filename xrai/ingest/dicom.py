@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from xrai.errors import ImageError, OtherImageError, SourceError
 from xrai.ingest.greys import FLAT, distinct_values, grey_range, num_levels
+from xrai.log import own_warnings
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -79,7 +80,6 @@ _DAMAGE = (
 )
 _UNPACK_TIMEOUT_S = 60.0  # of one image in the other process: GDCM may also hang
 _NO_RANGE = "is DICOM whose RescaleSlope or table leaves no range of values"
-_quiet_lock = threading.Lock()
 
 _START_OF_SCAN: Final = b"\xff\xda"
 _MAX_SCANS, _USUAL_SCANS = 50, 12  # of a JPEG, and of what encoders write
@@ -332,15 +332,14 @@ def _reading(part: str = "its header") -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Suppress pydicom's warnings and log records of this thread: they quote header text.
 
-    The process's warnings filters and pydicom's logger are afterwards as they were. Threads take
-    turns: `catch_warnings` replaces the filters for all of them.
+    The process's warnings filters and pydicom's logger are afterwards as they were.
     """
     logger, thread = logging.getLogger("pydicom"), threading.get_ident()
 
     def is_of_another_thread(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    with _quiet_lock, warnings.catch_warnings():
+    with own_warnings():
         warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
         logger.addFilter(is_of_another_thread)
         try:

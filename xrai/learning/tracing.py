@@ -1,7 +1,8 @@
-"""A network and its review rule as one call into torch, for `xrai serve`.
+"""A network and its review rule as one call into torch: for `xrai serve`, and for `xrai.pipeline`
+once it has scored much.
 
 In Python, each of some 200 operations releases the interpreter lock and then waits for it, behind
-the threads that answer requests and decode. A trace runs without the lock. `torch.jit` is
+the threads that decode or answer requests. A trace runs without the lock. `torch.jit` is
 deprecated, but so far nothing else does this without a compiler: a program of `torch.export` runs
 in Python.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from xrai.learning.network import Network
 from xrai.learning.typicality import Typicality
+from xrai.log import own_warnings
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # as `Typicality.atypicality` with its network
 
@@ -26,7 +28,7 @@ def trace(network: Network, typicality: Typicality, images: Tensor) -> Look | No
     gives other results for parts of these images (B, 1, H, W), B >= 7, in [0, 1].
     """
     whole = _Whole(network, typicality).eval()
-    with torch.inference_mode(), warnings.catch_warnings():
+    with torch.inference_mode(), own_warnings():
         warnings.simplefilter("ignore")  # of deprecation, and of shapes, which are tried below
         try:
             traced: Look = torch.jit.trace(whole, images[:3], check_trace=False)
