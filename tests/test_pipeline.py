@@ -173,6 +173,38 @@ def test_rows_keep_their_files_across_batches_and_memory_does_not_grow_with_them
     assert yielded == num_files and most <= 2 * BATCH_SIZE
 
 
+@pytest.mark.parametrize(
+    ("smallest", "asked", "expected"), [(12_000_000, None, 1), (12_000_000, 2, 2), (1000, None, 2)]
+)
+def test_files_are_scored_by_one_thread_where_the_network_is_small(
+    run: Run, monkeypatch: pytest.MonkeyPatch, smallest: int, asked: int | None, expected: int
+) -> None:
+    monkeypatch.setattr(xrai.pipeline, "_SMALL_NETWORK", smallest)
+    pipeline, films, seen = xrai.load(str(run.folder)), phantoms(3)[0], []
+    if asked is not None:
+        pipeline.num_threads = asked
+    look = pipeline._members[0]._look
+
+    def watched(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(torch.get_num_threads())
+        if len(images) == 2:
+            raise KeyError
+        return look(images)
+
+    monkeypatch.setattr(pipeline._members[0], "_look", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert len(pipeline.predict(films)) == 3
+        pipeline.predict(films[0])
+        with pytest.raises(KeyError):
+            pipeline.predict(films[:2])
+        assert seen == [expected] * 3
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_after_an_error_of_the_store_what_waits_is_not_read(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

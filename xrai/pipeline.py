@@ -11,6 +11,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from xrai.ingest.images import decode_sized, ratio_of, shown_box
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam, laid_over
+from xrai.learning.network import num_products
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.learning.tracing import Look, trace
 from xrai.log import progress
@@ -43,6 +45,10 @@ BATCH_SIZE: Final = 64
 
 _NUM_READERS = 4  # at least: reading waits more than it works
 _NUM_HEATS = 3  # of an image, at most
+# Scorings after which a trace has saved about as much as it costs; see docs/decisions/0010-speed.md
+_TRACED_AFTER = 50
+# Multiplications an image, up to which one thread scores as fast as all others decode small files
+_SMALL_NETWORK = 12_000_000
 
 Pixels = NDArray[np.uint8]
 Heats = Mapping[str, NDArray[np.float32]]  # by class or finding, (size, size) in [0, 1]
@@ -132,11 +138,15 @@ class _Member:
         self._typicality = model.typicality.to(device)
         self._device = device
         self._look: Look = functools.partial(self._typicality.atypicality, self._network)
+        self._num_scorings = 0
         self.outputs = tuple(self.outputs[column] for column in self._columns)
         self.priors = tuple(model.priors[column] for column in self._columns if model.priors)
 
     def score(self, images: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Calibrated logits (n, C) and atypicality (n,) of images (n, size, size)."""
+        self._num_scorings += 1
+        if self._num_scorings == _TRACED_AFTER and self._device.type == "cpu":
+            self.trace()
         with torch.inference_mode():
             found = self._look(self._grey(images))
         logits, atypicality = (each.double().cpu().numpy() for each in found)
@@ -144,9 +154,18 @@ class _Member:
 
     def trace(self) -> None:
         """See `Pipeline.trace`."""
+        self._num_scorings = _TRACED_AFTER
         size = self.square[0]
         images = np.random.default_rng(0).integers(0, 256, (8, size, size), np.uint8)
         self._look = trace(self._network, self._typicality, self._grey(images)) or self._look
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the network takes at most `_SMALL_NETWORK` multiplications an image."""
+        if sum(each.numel() for each in self._network.parameters()) > _SMALL_NETWORK:
+            return False  # nearly all weights are used at least once
+        blank = np.zeros((1, self.square[0], self.square[0]), np.uint8)
+        return num_products(self._network, self._grey(blank)) <= _SMALL_NETWORK
 
     def explain(self, images: Pixels, outputs: int | NDArray[np.int64]) -> torch.Tensor:
         """Heat maps (n, size, size) in [0, 1], for one output or for one of each image, (n,)."""
@@ -187,6 +206,8 @@ class Pipeline:
             [member.priors for member in self._members],
             is_multiclass=model.labels.task == "multiclass",
         )
+        # Threads of torch while files are scored; 0: as many as torch has
+        self.num_threads = int(all(member.is_small for member in self._members))
         threshold = self.outputs[0].threshold if self._is_binary else None
         self.run_id = "+".join(each.run_id for each in models)
         self._blank = Prediction("", None, threshold, REVIEW, "", self.run_id)
@@ -263,7 +284,8 @@ class Pipeline:
 
     def trace(self) -> None:
         """From now on, score by a trace that runs without Python, where it gives the same: for a
-        server, whose threads would otherwise wait for each other.
+        server, whose threads would otherwise wait for each other. On a CPU this happens by itself
+        once much has been scored.
         """
         for member in self._members:
             member.trace()
@@ -364,11 +386,12 @@ class Pipeline:
         scored: Iterator[tuple[Prediction, Heats]] = iter(())
         if found:
             images = [np.stack(each) for each in zip(*found, strict=True)]  # (n, size, size) each
-            scores = self._score(images)
             ratios = [read.ratio for read in batch if read.own is not None]
             heats: list[Heats] = [{} for _ in found]
-            if explain_side is not None:
-                heats = self._explain(images, ratios, scores)
+            with _threads(self.num_threads):
+                scores = self._score(images)
+                if explain_side is not None:
+                    heats = self._explain(images, ratios, scores)
             scored = zip(map(self._row, *scores), heats, strict=True)
         for read in batch:
             if read.own is None:
@@ -419,6 +442,17 @@ class Pipeline:
             for row, output, heat in zip(rows, outputs, maps, strict=True):
                 heats[row] = {**heats[row], self.outputs[output].name: heat}
         return heats
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let the calling thread's operations of torch use so many threads; 0: as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _boxes(ratios: Sequence[float], *, fit: str) -> torch.Tensor:

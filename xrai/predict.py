@@ -86,6 +86,7 @@ def main() -> None:
     pipeline.max_pixels = images.max_pixels
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+        pipeline.num_threads = config.train.threads
     if not flags["out"]:
         rows, _ = classify(pipeline, files, None)
         lines = format_table(rows, pipeline.model, out=None)

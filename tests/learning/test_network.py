@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from xrai.learning.network import ResNet, StandardizedConv2d
+from xrai.learning.network import ResNet, StandardizedConv2d, num_products
 
 
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
@@ -96,3 +96,15 @@ def test_a_network_with_folded_filters_gives_the_same_logits_bit_for_bit(
     assert any(isinstance(module, StandardizedConv2d) for module in network.modules()), (
         "the original stays as it was"
     )
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "expected"),
+    # half of what torch.utils.flop_counter counts, torch 2.13.0
+    [(16, 64, 4_341_888), (16, 32, 1_085_568), (8, 64, 1_187_904)],
+)
+def test_multiplications_are_counted_for_each_image(width: int, size: int, expected: int) -> None:
+    network = ResNet(width=width).eval()
+    assert num_products(network, torch.rand(1, 1, size, size)) == expected
+    assert num_products(network.for_inference(), torch.rand(3, 1, size, size)) == 3 * expected
+    assert not any(module._forward_hooks for module in network.modules())

@@ -1,7 +1,10 @@
 """A trace scores as the network does, or is not used."""
 
 import copy
-from typing import cast
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from torch import Tensor, nn
 
 import xrai
 from tests.learning.fakes import fit_discs
-from tests.models import save_run
+from tests.models import phantoms, save_random_run, save_run
+from xrai import pipeline
+from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks
 from xrai.learning.network import Network
 from xrai.learning.tracing import trace
@@ -71,10 +76,47 @@ def test_a_network_that_a_trace_does_not_hold_stays_as_it_is(
     assert trace(network, fitted[1], images) is None
 
 
-def test_a_pipeline_gives_the_same_rows_traced(tmp_path_factory: pytest.TempPathFactory) -> None:
-    pipeline = xrai.load(str(save_run(tmp_path_factory.mktemp("traced"))))
-    films = np.random.default_rng(0).integers(0, 256, (5, 64, 64), np.uint8)
-    before = pipeline.predict(list(films))
-    pipeline.trace()
-    assert isinstance(pipeline._members[0]._look, torch.jit.ScriptModule)
-    assert pipeline.predict(list(films)) == before
+@pytest.mark.parametrize("kind", ["one run", "findings", "several runs"])
+def test_a_pipeline_traces_itself_and_gives_the_same_rows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "findings":
+        runs = [save_random_run(tmp_path, LabelSpec("multilabel", ("Mass", "Edema", "Nodule")))]
+    else:
+        runs = [save_run(tmp_path, num_steps=5)]
+    if kind == "several runs":
+        runs.append(save_run(tmp_path, run_id="small", size=32, num_steps=5))
+    monkeypatch.setattr(pipeline, "_TRACED_AFTER", 4)
+    found = xrai.load(*map(str, runs))
+    films: list[Any] = list(phantoms(32)[0])
+    for number in (3, 20):  # excluded from the batch, not from the rows
+        films[number] = np.zeros((50, 40), np.uint8)
+    before = found.predict(films), found.predict(films[0]), found.predict(films[5])
+    assert not any(_is_traced(member) for member in found._members)
+    after = found.predict(films), found.predict(films[0]), found.predict(films[5])
+    assert all(_is_traced(member) for member in found._members)
+    for old, new in zip(chain(*before), chain(*after), strict=True):
+        assert new == replace(old, probability=new.probability, probabilities=new.probabilities)
+        values = np.array(list(new.probabilities.values())) - list(old.probabilities.values())
+        assert np.abs(values).max(initial=0) <= 1e-6
+    assert [row.is_readable for row in after[0]] == [k not in (3, 20) for k in range(32)]
+
+
+def test_a_pipeline_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(pipeline, "_TRACED_AFTER", 2)
+    monkeypatch.setattr(pipeline, "trace", lambda *_: calls.append(1))  # None: cannot be traced
+    found, film = xrai.load(str(save_run(tmp_path, num_steps=1))), phantoms(1)[0][0]
+    rows = [found.predict(film) for _ in range(5)]
+    assert len(calls) == 1 and rows == [rows[0]] * 5
+    found.trace()
+    found.predict(film)
+    assert len(calls) == 2
+    found = xrai.load(str(tmp_path / "tiny"))
+    found.trace()  # as a server does
+    rows = [found.predict(film) for _ in range(5)]
+    assert len(calls) == 3
+
+
+def _is_traced(member: object) -> bool:
+    return isinstance(member._look, torch.jit.ScriptModule)  # type: ignore[attr-defined]

@@ -148,3 +148,21 @@ def test_runs_that_see_other_parts_of_a_film_explain_it_as_xrai_predict_does(
     heat = scorer.explain(pipeline, data, "pneumonia").result(WAIT_S)
     scorer.close()
     assert heat == pytest.approx(expected.heats["pneumonia"], abs=1e-6)
+
+
+def test_films_are_scored_by_the_number_of_threads_that_is_asked_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, seen = xrai.load(str(run)), []
+    score = pipeline._score
+
+    def watched(images: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return score(images)
+
+    monkeypatch.setattr(pipeline, "_score", watched)
+    scorer = Scorer(pipeline, Batches(), num_threads=3)
+    film = phantoms(1)[0][0]
+    assert scorer.score(File("film", lambda: film)).result(WAIT_S).row.is_readable
+    scorer.close()
+    assert seen == [3]

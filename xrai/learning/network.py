@@ -200,6 +200,25 @@ class ResNet(Network):
         return folded.requires_grad_(False)
 
 
+def num_products(network: Network, images: Tensor) -> int:
+    """How often the convolutions and linear layers multiply for images (B, 1, H, W)."""
+    found = []
+
+    def note(layer: nn.Module, _: Any, output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        found.append(output.numel() * layer.weight[0].numel())
+
+    layers = [each for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.inference_mode():
+            network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(found)
+
+
 def _rename_stages(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Rename the blocks in weights of earlier versions, which called them stages."""
     for name in [name for name in state if name.startswith(f"{prefix}stages.")]:

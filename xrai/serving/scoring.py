@@ -172,6 +172,7 @@ class Scorer:
     def _use_threads(self, pipeline: Pipeline) -> None:
         def work() -> None:  # on the thread that scores: torch keeps the number for each thread
             torch.set_num_threads(self._num_threads or fewest_threads(pipeline))
+            pipeline.num_threads = 0  # this number
 
         self._put(Task(pipeline, Future(), work=work))
 
