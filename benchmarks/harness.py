@@ -48,6 +48,7 @@ _SAMPLE_S = 0.1  # between two looks at the memory of a run
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "h5py", "pillow", "scipy"),
     *("mosaicml-streaming", "litdata", "webdataset", "onnxruntime"),
+    *("timm", "lightning", "monai"),
 )
 
 
@@ -96,9 +97,10 @@ def run_in_turn(
     rounds: int,
     timeout_s: float = 600.0,
     scratch: Path | None = None,
+    sample_s: float = _SAMPLE_S,
 ) -> list[Run]:
     """Run all contenders once a round, beginning each round with another one. `scratch` holds the
-    runs' folders.
+    runs' folders. Memory is looked at every `sample_s`, which takes a few ms for each GiB.
 
     A run that fails or takes longer than `timeout_s` is kept as a failure, with its last words.
     """
@@ -106,7 +108,7 @@ def run_in_turn(
     for number in range(rounds):
         start = number % len(contenders)
         for contender in [*contenders[start:], *contenders[:start]]:
-            run = _run(contender, number, timeout_s=timeout_s, scratch=scratch)
+            run = _run(contender, number, timeout_s=timeout_s, scratch=scratch, sample_s=sample_s)
             shown = run.failure or "  ".join(
                 f"{key} {value:,.4g}" for key, value in run.figures.items()
             )
@@ -120,7 +122,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _run(contender: Contender, number: int, *, timeout_s: float, scratch: Path | None) -> Run:
+def _run(
+    contender: Contender, number: int, *, timeout_s: float, scratch: Path | None, sample_s: float
+) -> Run:
     with tempfile.TemporaryDirectory(
         prefix="bench-", dir=scratch, ignore_cleanup_errors=True
     ) as folder:
@@ -145,7 +149,7 @@ def _run(contender: Contender, number: int, *, timeout_s: float, scratch: Path |
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            with watch_memory(process.pid) as memory:
+            with watch_memory(process.pid, sample_s=sample_s) as memory:
                 status, usage = _wait(process, timeout_s)
             wall_s = time.perf_counter() - began
         if status is None:
@@ -182,15 +186,17 @@ OWN_PAGES = ("Pss_Anon:", "Pss_Shmem:")  # what no file holds
 
 
 class Memory:
-    """The largest sum over a process and its descendants, MiB, looked at every 0.1 s; shared
-    pages count once.
+    """The largest sum over a process and its descendants that was seen, MiB; shared pages count
+    once.
     """
 
     peak_mib = 0.0
 
 
 @contextlib.contextmanager
-def watch_memory(pid: int, *, pages: tuple[str, ...] = ALL_PAGES) -> Iterator[Memory]:
+def watch_memory(
+    pid: int, *, pages: tuple[str, ...] = ALL_PAGES, sample_s: float = _SAMPLE_S
+) -> Iterator[Memory]:
     """Watch the memory of a process tree inside the block; `pages` are the lines of smaps_rollup
     that count.
     """
@@ -199,7 +205,7 @@ def watch_memory(pid: int, *, pages: tuple[str, ...] = ALL_PAGES) -> Iterator[Me
     def look() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
-            while not stop.wait(_SAMPLE_S):
+            while not stop.wait(sample_s):
                 total = 0
                 for process in [root, *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error, OSError):

@@ -36,7 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.data import FULL_SIZE, PUBLIC, find_public
+from benchmarks.data import FULL_SIZE, PUBLIC, find_public, spread
 from benchmarks.harness import Contender, Figure, Report, Run, best_of, ratio, run_in_turn, say
 
 if TYPE_CHECKING:
@@ -230,12 +230,6 @@ def add(
 def list_pictures(folder: Path) -> list[Path]:
     """The JPEG files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-
-
-def spread(paths: Sequence[Path], number: int) -> list[Path]:
-    """`number` of the paths, evenly spread; all of them for 0."""
-    step = len(paths) / number if 0 < number < len(paths) else 1
-    return [paths[int(k * step)] for k in range(int(len(paths) / step))]
 
 
 def repeat(paths: Sequence[Path], folder: Path, *, copies: int) -> Path:

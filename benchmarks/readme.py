@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, format_demands, format_table
 
 PAGE = RESULTS.parent / "README.md"
+NOT_MEASURED = "Not measured yet."
 _PLACE = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -22,14 +23,14 @@ def main() -> None:
 
 
 def fill(page: str, results: Path) -> str:
-    """The page with each place `<!-- results: NAME -->` … `<!-- end -->` filled from NAME.json.
-
-    Raises `FileNotFoundError` where a place names results that are not there.
+    """The page with each place `<!-- results: NAME -->` … `<!-- end -->` filled from NAME.json, or
+    with a line that says that there are no such results yet.
     """
 
     def section(match: re.Match[str]) -> str:
-        content = json.loads((results / f"{match[1]}.json").read_text())
-        return "\n".join([f"<!-- results: {match[1]} -->", *describe(content), "<!-- end -->"])
+        path = results / f"{match[1]}.json"
+        lines = describe(json.loads(path.read_text())) if path.exists() else [NOT_MEASURED]
+        return "\n".join([f"<!-- results: {match[1]} -->", *lines, "<!-- end -->"])
 
     return _PLACE.sub(section, page)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from benchmarks.preprocess import label_of, list_pictures, name_copy, reduction, repeat, spread
+from benchmarks.preprocess import label_of, list_pictures, name_copy, reduction, repeat
 from xrai.ingest.images import _reduce_on_load, decode
 from xrai.ingest.layout import parse_name
 from xrai.ingest.sources import hash_of
@@ -48,10 +48,3 @@ def test_copies_have_other_hashes_and_the_same_pixels(tmp_path: Path) -> None:
 def test_the_limit_decodes_at_the_size_that_xrai_picks(side: int, size: int) -> None:
     picture = JpegImageFile(io.BytesIO(jpeg(side + 300, side)))
     assert reduction(picture.size, size) == _reduce_on_load(picture, size=size, fit="crop")
-
-
-def test_a_share_of_the_images_is_spread_over_all_of_them() -> None:
-    paths = [Path(str(k)) for k in range(10)]
-    assert spread(paths, 0) == spread(paths, 10) == spread(paths, 99) == paths
-    assert spread(paths, 5) == paths[::2]
-    assert len(spread(paths, 3)) == 3
