@@ -171,10 +171,62 @@ def test_requests_may_be_sent_ahead_up_to_a_number(server: uvicorn.Server) -> No
 
 
 class _Transport(asyncio.Transport):
-    """Takes everything."""
+    """Takes everything, and keeps what was written in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.is_closed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        pass
+        self.written.append(bytes(data))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        (b"GET / HTTP/1.1\r\n", [b"200 OK word"]),
+        (b"HEAD / HTTP/1.1\r\n", [b"200 OK"]),
+        (b"GET /fails HTTP/1.1\r\n", [b"200 OK"]),
+        (
+            b"POST /body HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 0\r\n",
+            [b"100 Continue", b"200 OK word"],
+        ),
+    ],
+    ids=["plain", "without a body", "that fails", "that waits"],
+)
+def test_headers_and_body_of_an_answer_are_sent_in_one_piece(
+    asked: bytes, written: list[bytes]
+) -> None:
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/fails":
+            await answer(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("of the application")
+
+    loop = asyncio.new_event_loop()
+    config = uvicorn.Config(failing, lifespan="off", log_config=None, log_level="critical")
+    config.load()
+    transport = _Transport()
+    connection = Connection(config, uvicorn.server.ServerState(), {}, loop)
+    connection.connection_made(transport)
+    connection.data_received(asked + b"\r\n")
+    loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(loop)))
+    found = [
+        b" ".join(word for word in (b"100 Continue", b"200 OK", b"word") if word in piece)
+        for piece in transport.written
+    ]
+    assert found == written
+    assert transport.is_closed == (b"fails" in asked)
+    connection.connection_lost(None)
+    loop.close()
 
 
 def test_who_asks_and_reads_is_kept() -> None:

@@ -7,10 +7,12 @@ import logging
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from xrai.labels import LabelSpec
 from xrai.serving.films import FullError, Worklist
 from xrai.serving.http import NOTE, Limits, card_json
 from xrai.serving.models import OutputCard, load_models
-from xrai.serving.service import Service
+from xrai.serving.service import Answers, Service
 
 TOKEN = "0123456789abcdef"
 
@@ -550,3 +552,26 @@ def test_hostile_names_are_kept_as_text(client: TestClient, films: list[bytes]) 
 def test_everything_that_is_listed_answers(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 200
     assert path in client.get("/openapi.json").json()["paths"] or path == "/openapi.json"
+
+
+def test_an_event_loop_is_woken_once_for_films_that_are_scored_together() -> None:
+    async def answer() -> tuple[int, list[object]]:
+        loop = asyncio.get_running_loop()
+        answers, films = Answers(), [Future[Any]() for _ in range(5)]
+        waiting = [asyncio.create_task(answers.get(film)) for film in films]
+        await asyncio.sleep(0)
+        wake = loop.call_soon_threadsafe
+        with mock.patch.object(loop, "call_soon_threadsafe", wraps=wake) as woken:
+            scorer = threading.Thread(target=finish, args=(films,))
+            scorer.start()
+            scorer.join()
+            return woken.call_count, await asyncio.gather(*waiting)
+
+    def finish(films: "list[Future[Any]]") -> None:
+        for film in films[1:]:
+            film.set_result("film")
+        films[0].set_exception(FullError("full"))
+
+    num_wakes, found = asyncio.run(answer())
+    assert num_wakes == 1
+    assert isinstance(found[0], FullError) and found[1:] == ["film"] * 4

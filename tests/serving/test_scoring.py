@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -70,6 +71,20 @@ def test_films_that_queue_to_be_read_are_scored_together(
         begin.set()
         assert all(each.result(WAIT_S).row.is_readable for each in found)
     assert batches.sizes in ([5], [4, 1])  # the last one may be read meanwhile
+
+
+def test_the_thread_that_scores_is_not_woken_by_each_film_that_queues(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_reader(run, monkeypatch, max_wait_s=WAIT_S) as (scorer, _):
+        scorer.in_background(int).result(WAIT_S)
+        wake = mock.Mock(wraps=scorer._changed.notify_all)
+        monkeypatch.setattr(scorer._changed, "notify_all", wake)
+        begin = threading.Event()
+        found = send(scorer, *[begin] * 7)
+        begin.set()
+        assert all(each.result(WAIT_S).row.is_readable for each in found)
+        assert wake.call_count <= 4  # for the first film, and for the last
 
 
 def test_a_film_does_not_wait_long_for_those_that_queue(

@@ -9,12 +9,41 @@ httptools, which is used here, it also accepts headers of any length.
 import asyncio
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEADERS_S = 20.0  # for the request line and headers, from connecting or from their first byte
 READING_S = 60.0  # for the client to read the next part of an answer
 MAX_HEAD_BYTES: Final = 1 << 16  # of the request line and headers, and of the trailers of a body
 MAX_AHEAD: Final = 16  # pipelined requests that wait for the answer to an earlier one
+
+
+class _Joining:
+    """A transport that sends the headers of an answer together with the first part of its body: one
+    call into the system, and one wake-up of the client, in place of two.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+        self._head: bytes | None = None  # of the answer, until it is sent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send, or keep the headers until the next part."""
+        cycle = self._cycle
+        if self._head is None and cycle.response_started and cycle.scope["method"] != "HEAD":
+            self._head = data
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Send what is kept, and close."""
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
@@ -50,6 +79,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_AHEAD:
             raise ValueError("too many requests before the first one's answer")
         super().on_headers_complete()
+        self.cycle.transport = _Joining(self.cycle)  # type: ignore[assignment]
         self._is_asking, self._num_head_bytes = False, 0
 
     def on_body(self, body: bytes) -> None:

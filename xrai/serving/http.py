@@ -32,7 +32,7 @@ from xrai.serving.guard import COOKIE, Guard, is_secret, session_of
 from xrai.serving.models import Card
 from xrai.serving.pictures import draw_heat, draw_thumbnail, draw_whole
 from xrai.serving.scoring import ClosedError
-from xrai.serving.service import Service, answered
+from xrai.serving.service import Answers, Service
 from xrai.serving.uploads import RequestError, Room, discard, received
 from xrai.tables import to_csv
 
@@ -89,6 +89,7 @@ class _Routes:
         self._room = Room(limits.max_bytes_under_way, limits.max_body_bytes)
         self._clients: Counter[str] = Counter()  # requests with films that are under way
         self._num_queued = 0  # films that wait for others of the same request
+        self._answers = Answers()
         self._reloading = asyncio.Lock()
 
     def all(self) -> list[Route]:
@@ -159,7 +160,7 @@ class _Routes:
         finally:
             self._num_queued -= 1
         try:
-            return await answered(self._service.add(file, source="upload"))
+            return await self._answers.get(self._service.add(file, source="upload"))
         except ClosedError as error:
             return error
         finally:

@@ -13,8 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -85,9 +86,13 @@ class Scorer:
         self._pipeline = pipeline
         self._num_threads = num_threads
         self._observer = observer or Observer()
-        self._readers = ThreadPoolExecutor(
-            max(_NUM_READERS, num_cores()), thread_name_prefix="read"
-        )
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # for the readers
+        self._readers = [
+            threading.Thread(target=self._work, name=f"read-{number}", daemon=True)
+            for number in range(max(_NUM_READERS, num_cores()))
+        ]
+        for reader in self._readers:
+            reader.start()
         self._changed = threading.Condition(threading.RLock())
         self._tasks: deque[Task] = deque()
         self._num_waiting = 0
@@ -131,7 +136,7 @@ class Scorer:
             self._num_waiting += 1
             self._num_unread += 1
             future.add_done_callback(self._note_done)
-            self._readers.submit(self._read, Task(pipeline, future), file)
+            self._jobs.put(functools.partial(self._read, Task(pipeline, future), file))
         return future
 
     def explain(
@@ -157,17 +162,30 @@ class Scorer:
 
     def in_background(self, work: Callable[..., T], *arguments: Any) -> "Future[T]":
         """Run other decoding on the threads that read films."""
-        return self._readers.submit(work, *arguments)
+        future: Future[T] = Future()
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError(_CLOSING)
+            self._jobs.put(functools.partial(_fulfil, future, functools.partial(work, *arguments)))
+        return future
 
     def close(self) -> None:
         """Finish what was begun, and take no more."""
         with self._changed:
             self._is_closed = True
-        self._readers.shutdown()
+        for _ in self._readers:
+            self._jobs.put(None)  # behind all that was begun
+        for reader in self._readers:
+            reader.join()
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _work(self) -> None:
+        """On a reading thread: one job after the other."""
+        while (job := self._jobs.get()) is not None:
+            job()
 
     def _use_threads(self, pipeline: Pipeline) -> None:
         def work() -> None:  # on the thread that scores: torch keeps the number for each thread
@@ -183,7 +201,8 @@ class Scorer:
     def _put(self, task: Task) -> None:
         with self._changed:
             self._tasks.append(task)
-            self._changed.notify_all()
+            if len(self._tasks) == 1 or self._wait_s() == 0:
+                self._changed.notify_all()
 
     def _read(self, task: Task, file: File) -> None:
         """On a reading thread: decode a film, and hand it on."""

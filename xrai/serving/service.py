@@ -1,6 +1,7 @@
 """What a server does with a film, however it arrives: reserve room, score, list, count."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -125,9 +126,34 @@ class Service:
         listed.set_result(film)
 
 
-async def answered(future: "Future[Film]") -> Film | BaseException:
-    """The film, or the error in its place, without blocking the event loop."""
-    try:
-        return await asyncio.wrap_future(future)
-    except Exception as error:
-        return error
+class Answers:
+    """Films on their way from the threads that score to an event loop, which is woken once for all
+    that come before it looks.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done: list[tuple[asyncio.Future[Film | BaseException], Future[Film]]] = []
+
+    async def get(self, future: "Future[Film]") -> Film | BaseException:
+        """The film, or the error in its place, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Film | BaseException] = loop.create_future()
+
+        def note(done: "Future[Film]") -> None:
+            with self._lock:
+                self._done.append((waiter, done))
+                if len(self._done) > 1:  # it is woken already
+                    return
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._deliver)
+
+        future.add_done_callback(note)
+        return await waiter
+
+    def _deliver(self) -> None:
+        with self._lock:
+            done, self._done = self._done, []
+        for waiter, future in done:
+            if not waiter.done():  # the request was cancelled
+                waiter.set_result(future.exception() or future.result())
