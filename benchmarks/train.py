@@ -15,8 +15,13 @@ that `fit` states is checked against the ratio of its rates with both kinds of b
 
 Scaling: two ranks of one thread under torchrun, beside two processes of one thread that know
 nothing of each other and run at the same time with a rank's batch size, and beside one such process
-alone. Once with half of the recipe's batch a rank, as a job of two ranks has it, and once with the
-whole of it, as where the batch grows with the ranks.
+alone. The default network is measured once with half of the recipe's batch a rank, as a job of two
+ranks has it, and once with the whole of it, as where the batch grows with the ranks; networks of 3
+and 10 M parameters with half of it, on images of 128 px.
+
+What an epoch loses: two ranks more note at each step when their own gradients are ready and when
+the sum over ranks has come. A rank waits for the slower one from its own time to the later of both;
+what follows is the exchange.
 """
 
 import argparse
@@ -29,20 +34,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, not in its __all__
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
 
-from benchmarks.data import PUBLIC, find_public, source_or_phantoms
+from benchmarks.data import PUBLIC, copy_some, find_public, source_or_phantoms
 from benchmarks.harness import ROOT, Contender, Figure, Report, Run, ratio, run_in_turn
-from xrai.config import Config
+from xrai.config import Config, Model
 from xrai.dataset.loader import Batch, Loader
 from xrai.learning import optim
 from xrai.learning.augment import augment
-from xrai.learning.distributed import join
+from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import EpochResult, Precision, Setup, fit
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model
@@ -52,95 +61,110 @@ RATE = Figure("images_per_s", "images/s")
 NUM_PHANTOMS = 3000
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A network with which ranks are measured, and on what."""
+
+    words: str
+    model: Model
+    size: int  # side of the images; 0: as the flag says
+    batches: tuple[int, ...]  # images of a rank in a step
+    num_images: int  # of the source; 0: all of them
+
+
+SCALES = {
+    "0.3M": Scale("0.3 M parameters", Model(), 0, (32, 64), 0),
+    "3M": Scale("3.0 M parameters, 128 pixels", Model(width=50), 128, (32,), 1280),
+    "10M": Scale("10.1 M parameters, 128 pixels", Model("resnet18", 61), 128, (32,), 1280),
+}
+LOOP = "loop"  # the part without ranks
+
+
 def main() -> None:
     """Measure, print the tables and save them."""
+    flags = read_flags()
+    if flags.as_rank:
+        return train_rank(RankJob(**json.loads(flags.as_rank)))
+    report = Report(
+        "train",
+        settings={
+            "images": f"{flags.images or 'all'} of {Path(flags.source).name or 'phantoms'}",
+            "size": flags.size,
+            "batch_size": Config().train.global_batch_size,
+            "rounds": flags.rounds,
+            "epochs_of_each_kind_in_a_round": flags.turns,
+            "threads": flags.threads,
+        },
+    )
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        source, _ = source_or_phantoms(
+            flags.source, Path(folder) / "source", num_phantoms=flags.images or NUM_PHANTOMS
+        )
+        make = partial(make_dataset, Path(source), Path(folder))
+        if LOOP in flags.parts:
+            dataset = make(num_images=flags.images, size=flags.size)
+            measure_loop(report, dataset, flags)
+        for name in (part for part in SCALES if part in flags.parts):
+            scale = SCALES[name]
+            size = scale.size or flags.size
+            dataset = make(num_images=flags.images or scale.num_images, size=size)
+            measure_scale(report, name, dataset, flags)
+    report.save()
+
+
+def read_flags() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="The training loop beside a bare one; two ranks beside two processes."
     )
     parser.add_argument(
-        "--source", default=find_public(PUBLIC), help="images to train on; phantoms if not given"
+        "--source", default=find_public(PUBLIC), help="folder of images; phantoms if not given"
     )
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the images, pixels")
+    parser.add_argument("--images", type=int, default=0, help="how many are used, for a quick try")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind in a round")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the single process"
     )
-    parser.add_argument(
-        "--as-rank", nargs=4, metavar=("DATASET", "BATCH", "TURNS", "FILE"), help=argparse.SUPPRESS
-    )
-    flags = parser.parse_args()
-    if flags.as_rank:
-        place, batch_size, turns_told, told = flags.as_rank
-        return train_rank(place, int(batch_size), int(turns_told), Path(told))
-    batch = Config().train.global_batch_size
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        source, what = source_or_phantoms(
-            flags.source, Path(folder) / "source", num_phantoms=NUM_PHANTOMS
-        )
-        dataset = str(Path(folder) / "dataset")
+    parser.add_argument("--parts", nargs="+", choices=(LOOP, *SCALES), default=[LOOP, *SCALES])
+    parser.add_argument("--as-rank", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_dataset(source: Path, folder: Path, *, num_images: int, size: int) -> str:
+    """The data set of some of the images in a size, made unless it is there."""
+    dataset = folder / f"{num_images}-{size}"
+    if not dataset.exists():
+        used = copy_some(source, folder / f"some-{num_images}", num_images=num_images)
         subprocess.run(
             [
-                sys.executable,
-                "-m",
-                "xrai.preprocess",
-                "--source",
-                source,
-                "--dataset",
-                dataset,
-                f"--images.size={flags.size}",
+                *(sys.executable, "-m", "xrai.preprocess", "--source", str(used)),
+                *("--dataset", str(dataset), f"--images.size={size}"),
             ],
             cwd=ROOT,
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        arguments = {"dataset": dataset, "turns": flags.turns, "threads": flags.threads}
-        turns = run_in_turn(
-            [Contender("epochs in turn", "benchmarks.train:measure_turns", arguments)],
-            rounds=flags.rounds,
-        )
-        ranks = {
-            size: run_in_turn(
-                [
-                    Contender(
-                        name,
-                        "benchmarks.train:measure_ranks",
-                        {
-                            "dataset": dataset,
-                            "kind": kind,
-                            "batch_size": size,
-                            "turns": flags.turns,
-                        },
-                    )
-                    for kind, name in KINDS.items()
-                ],
-                rounds=flags.rounds,
-            )
-            for size in (batch // 2, batch)
-        }
-    report = Report(
-        "train",
-        settings={
-            "images": what,
-            "size": flags.size,
-            "batch_size": batch,
-            "rounds": flags.rounds,
-            "epochs_of_each_kind_in_a_round": flags.turns,
-            "threads": flags.threads,
-        },
+    return str(dataset)
+
+
+def measure_loop(report: Report, dataset: str, flags: argparse.Namespace) -> None:
+    """The loop beside a bare one, in one process."""
+    arguments = {"dataset": dataset, "turns": flags.turns, "threads": flags.threads}
+    turns = run_in_turn(
+        [Contender("epochs in turn", "benchmarks.train:measure_turns", arguments)],
+        rounds=flags.rounds,
     )
     loops = split_turns(turns)
     report.add_table(
-        "loop",
+        LOOP,
         f"One process of {flags.threads} threads, {flags.size} pixels",
         loops,
         ours=LOADED,
         figures=[RATE, Figure("utilisation", "accelerator utilisation", digits=4)],
     )
-    for size, runs in ranks.items():
-        title = f"Ranks of one thread, {size} images a rank"
-        report.add_table(f"ranks-{size}", title, runs, ours=KINDS["ranks"], figures=[RATE])
     stated = statistics.median(
         run.figures["utilisation"] for run in loops if run.contender == LOADED
     )
@@ -153,11 +177,26 @@ def main() -> None:
     )
     overhead = 1 - ratio(loops, IN_MEMORY, BARE, RATE.key)["median"]
     report.demand("overhead of the loop over a bare one, %", 100 * overhead, at_most=3)
-    for size, runs in ranks.items():
+
+
+def measure_scale(report: Report, name: str, dataset: str, flags: argparse.Namespace) -> None:
+    """Two ranks beside two processes, with one of `SCALES`."""
+    scale = SCALES[name]
+    for batch_size in scale.batches:
+        job = RankJob(dataset, batch_size, flags.turns, asdict(scale.model))
+        contenders = [
+            Contender(words, "benchmarks.train:measure_ranks", {"kind": kind, "job": asdict(job)})
+            for kind, words in KINDS.items()
+        ]
+        runs = run_in_turn(contenders, rounds=flags.rounds, timeout_s=1800)
+        title = f"Ranks of one thread, {batch_size} images a rank, {scale.words}"
+        table = f"ranks-{name}-{batch_size}"
+        report.add_table(table, title, runs, ours=KINDS["ranks"], figures=[RATE, *LOSSES])
         both = ratio(runs, KINDS["ranks"], KINDS["apart"], RATE.key)["median"]
-        text = f"two ranks over two independent processes, {size} images a rank"
+        text = (
+            f"two ranks over two independent processes, {batch_size} images a rank, {scale.words}"
+        )
         report.demand(text, both, at_least=0.95, digits=3)
-    report.save()
 
 
 # ----------------------------------------------------------------------------------- epochs in turn
@@ -291,33 +330,46 @@ def split_turns(runs: list[Run]) -> list[Run]:
 
 KINDS = {
     "ranks": "two ranks, torchrun",
+    "noted": "two ranks, torchrun, waits noted",
     "apart": "two independent processes",
     "one": "one process alone",
 }
+LOSSES = (
+    Figure("rank0_wait", "rank 0 waits for rank 1, % of an epoch", "lower", 1),
+    Figure("rank1_wait", "rank 1 waits for rank 0, %", "lower", 1),
+    Figure("exchange", "exchange, %", "lower", 1),
+)
 
 
-def measure_ranks(
-    *, scratch: Path, dataset: str, kind: str, batch_size: int, turns: int
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class RankJob:
+    """What a rank, or a process by itself, trains."""
+
+    dataset: str
+    batch_size: int  # of each rank
+    turns: int  # epochs that count
+    model: dict[str, Any]
+    told: str = ""  # where the first rank writes its rate
+    notes: str = ""  # folder for what each rank notes at its steps; empty: nothing is noted
+
+
+def measure_ranks(*, scratch: Path, kind: str, job: dict[str, Any]) -> dict[str, float]:
     """Images/s of all processes of a kind together; each has one thread and takes `batch_size`
-    images a step.
+    images a step. For `noted`, what an epoch loses, too.
     """
+    notes = scratch / "notes"
+    notes.mkdir()
 
     def command(number: int) -> list[str]:
-        told = scratch / f"{number}.json"
-        return ["benchmarks.train", "--as-rank", dataset, str(batch_size), str(turns), str(told)]
+        own = {"told": str(scratch / f"{number}.json"), "notes": str(notes)}
+        if kind != "noted":
+            own["notes"] = ""
+        return ["benchmarks.train", "--as-rank", json.dumps({**job, **own})]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if kind == "ranks":
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "-m",
-            *command(0),
-        ]
-        commands = [launch]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
+    if kind in ("ranks", "noted"):
+        commands = [[*launch, *command(0)]]
     else:
         commands = [
             [sys.executable, "-m", *command(number)]
@@ -330,35 +382,89 @@ def measure_ranks(
     rates = [
         json.loads(path.read_text())["images_per_s"] for path in sorted(scratch.glob("*.json"))
     ]
-    return {RATE.key: sum(rates)}
+    steps = [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+    return {RATE.key: sum(rates), **(losses_of(steps[0], steps[1]) if steps else {})}
 
 
-class Rates:
-    """An observer that keeps the rate of each epoch."""
+def losses_of(rank0: dict[str, list[float]], rank1: dict[str, list[float]]) -> dict[str, float]:
+    """What epochs lost to waiting and to the exchange, in percent of their time.
+
+    Each rank's notes are the times at which its gradients were `ready` and the sums had come
+    (`done`), a number for each step, by one clock; and the seconds of the same epochs.
+    """
+    both = list(zip(rank0["ready"], rank1["ready"], strict=True))
+    all_ready = [max(pair) for pair in both]
+    waits = [sum(all_ready) - sum(pair[rank] for pair in both) for rank in (0, 1)]
+    exchanges = [sum(rank["done"]) - sum(all_ready) for rank in (rank0, rank1)]
+    percent = 100 / sum(rank0["epoch_s"])
+    return {
+        "rank0_wait": waits[0] * percent,
+        "rank1_wait": waits[1] * percent,
+        "exchange": statistics.mean(exchanges) * percent,
+    }
+
+
+class Exchange:
+    """Notes when a rank's gradients of each step are ready, and when the sums have come."""
+
+    def __init__(self) -> None:
+        self.ready: list[float] = []
+        self.done: list[float] = []
+
+    def hook(self, group: Any, bucket: GradBucket) -> Future[Tensor]:
+        """The usual exchange of a bucket; the last bucket of a step is noted."""
+        if not bucket.is_last():
+            return allreduce_hook(group, bucket)
+        self.ready.append(time.monotonic())
+        return allreduce_hook(group, bucket).then(self._note)
+
+    def _note(self, future: Future[Tensor]) -> Tensor:
+        self.done.append(time.monotonic())
+        return future.value()
+
+
+@dataclass(frozen=True)
+class NotingRanks(Ranks):
+    """Ranks whose exchange of gradients is noted."""
+
+    exchange: Exchange = field(default_factory=Exchange)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """As `Ranks.wrap`, with the hook."""
+        wrapped = super().wrap(model)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            wrapped.register_comm_hook(None, self.exchange.hook)
+        return wrapped
+
+
+class Epochs:
+    """An observer that keeps the rate and the seconds of each epoch."""
 
     def __init__(self) -> None:
         self.images_per_s: list[float] = []
+        self.seconds: list[float] = []
 
     def after_epoch(self, result: EpochResult) -> float:
         """Note the epoch."""
         self.images_per_s.append(result.images_per_s)
+        self.seconds.append(result.seconds["epoch"])
         return float("nan")
 
 
-def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
-    """One rank, or one process by itself, of `batch_size` images a step; rank 0 tells the rate."""
+def train_rank(job: RankJob) -> None:
+    """One rank, or one process by itself; rank 0 tells the rate. The first epoch is warm-up."""
     torch.set_num_threads(1)
-    with join(timeout_s=60) as ranks:
-        size = batch_size * ranks.world_size
-        config = replace(
-            Config(), train=replace(Config().train, epochs=turns + 1, global_batch_size=size)
-        )
+    with join(timeout_s=60) as own:
+        ranks = NotingRanks(**vars(own)) if job.notes else own
+        size = job.batch_size * ranks.world_size
+        train = replace(Config().train, epochs=job.turns + 1, global_batch_size=size)
+        config = replace(Config(), train=train, model=Model(**job.model))
         config = replace(config, evaluate=replace(config.evaluate, shift_draws=1))
         options: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
-        loader = Loader(dataset, split="train", batch_size=size, shuffle=True, **options)
-        val = Loader(dataset, split="val", batch_size=config.evaluate.batch_size, **options)
+        loader = Loader(job.dataset, split="train", batch_size=size, shuffle=True, **options)
+        val = Loader(job.dataset, split="val", batch_size=config.evaluate.batch_size, **options)
         torch.manual_seed(0)
-        observer = Rates()
+        observer = Epochs()
         setup = Setup(
             config,
             ranks,
@@ -371,8 +477,14 @@ def train_rank(dataset: str, batch_size: int, turns: int, told: Path) -> None:
         )
         fit(build_model(config.model, loader.index.labels.num_outputs), setup)
         if ranks.is_main:
-            rate = statistics.median(observer.images_per_s[1:])  # the first epoch is warm-up
-            told.write_text(json.dumps({"images_per_s": rate}))
+            rate = statistics.median(observer.images_per_s[1:])
+            Path(job.told).write_text(json.dumps({"images_per_s": rate}))
+        if isinstance(ranks, NotingRanks):
+            counted = slice(loader.num_batches, None)
+            exchange = ranks.exchange
+            notes = {"ready": exchange.ready[counted], "done": exchange.done[counted]}
+            text = json.dumps({**notes, "epoch_s": observer.seconds[1:]})
+            (Path(job.notes) / f"{ranks.rank}.json").write_text(text)
 
 
 if __name__ == "__main__":
