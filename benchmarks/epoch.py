@@ -20,6 +20,7 @@ synchronization on CPUs.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -239,25 +241,50 @@ def demand_each(report: Report, part: str, runs: Sequence[Run], names: Sequence[
 
 
 def measure_xrai(*, scratch: Path, dataset: str, flags: list[str]) -> dict[str, float]:
-    """An epoch of the command, and the time that opening its data set takes, measured apart."""
+    """An epoch of the command, which is ended then, and the time that opening its data set takes,
+    measured apart.
+    """
     from xrai.dataset.loader import Loader
 
     began = time.perf_counter()
     loader = Loader(dataset, split="train", batch_size=64, shuffle=True)
     opened_s = time.perf_counter() - began
-    run(
-        *("xrai", "train", f"--nproc_per_node={num_cores()}"),
+    command = (
+        *(sys.executable, "-m", "xrai", "train", f"--nproc_per_node={num_cores()}"),
         *("--dataset", dataset, "--artifacts", str(scratch), "--run_id", "run"),
         *(*TRAINING, *flags),
     )
-    with (scratch / "run" / "history.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        history = scratch / "run" / "history.csv"
+        while not (rows := read_rows(history)) and process.poll() is None:
+            time.sleep(1.0)
+        if rows:  # the results that follow take longer than the epoch, and are not measured
+            end_all(process.pid)
+    if not rows:
+        raise RuntimeError(f"xrai train ended with {process.returncode} before its first epoch")
+    (row,) = rows
     epoch_s = opened_s + float(row["epoch_s"])
     return {
         "images_per_s": loader.num_images / epoch_s,
         "epoch_s": epoch_s,
         "loss": float(row["train_loss"]),
     }
+
+
+def read_rows(history: Path) -> list[dict[str, str]]:
+    """The epochs that a run has written so far."""
+    if not history.exists():
+        return []
+    with history.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def end_all(pid: int) -> None:
+    """Kill a process and all those that it started."""
+    process = psutil.Process(pid)
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def measure_peer(*, scratch: Path, peer: str, job: dict[str, Any]) -> dict[str, float]:

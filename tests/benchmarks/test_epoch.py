@@ -1,9 +1,14 @@
 """How benchmarks/epoch.py and benchmarks/trainers.py prepare, choose and demand; no timing."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -113,6 +118,27 @@ def test_xrai_has_to_be_ahead_of_each_peer_that_it_met_in_a_round(tmp_path: Path
 def test_a_module_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="No module named benchmarks"):
         epoch.run("benchmarks.nowhere")
+
+
+def test_a_command_is_ended_with_all_that_it_started() -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    command = [sys.executable, "-c", child]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        parent = psutil.Process(process.pid)
+        while not (children := parent.children()):
+            time.sleep(0.02)
+        epoch.end_all(process.pid)
+        assert process.wait(60) == -signal.SIGKILL
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+def test_a_run_without_an_epoch_has_no_rows(tmp_path: Path) -> None:
+    history = tmp_path / "history.csv"
+    assert epoch.read_rows(history) == []
+    history.write_text("epoch,epoch_s\n")
+    assert epoch.read_rows(history) == []
+    history.write_text("epoch,epoch_s\n1,2.5\n")
+    assert epoch.read_rows(history) == [{"epoch": "1", "epoch_s": "2.5"}]
 
 
 def test_the_loop_trains_on_each_image_once_and_steps_after_each_batch() -> None:
