@@ -26,8 +26,11 @@ def augment(images: Tensor, rows: Tensor, *, seed: int, epoch: int, strength: Au
     if len(rows) == 0:
         return images
     draws = uniform(rows, _DRAWS, seed=seed, epoch=epoch).to(images.dtype)  # (B, 10) in [-1, 1)
-    changed = _warp(images, draws[:, :6], strength)
-    changed = _expose(changed, draws[:, 6:9], strength)
+    changed, of = images, strength
+    if of.rotation_deg or of.scale or of.shift or of.aspect or of.shear:
+        changed = _warp(changed, draws[:, :6], strength)
+    if of.gamma or of.contrast or of.blur:
+        changed = _expose(changed, draws[:, 6:9], strength)
     return _add_noise(changed, rows, draws[:, 9], seed=seed, epoch=epoch, strength=strength)
 
 
