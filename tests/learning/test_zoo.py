@@ -193,7 +193,11 @@ def test_synchronized_statistics_on_one_rank_are_those_of_torch() -> None:
     assert any(isinstance(module, SyncedNorm) for module in synced.modules())
     images = torch.rand(4, 1, 32, 32).double()
     for _ in range(2):
-        torch.testing.assert_close(synced.train()(images), local.train()(images))
+        ours, theirs = synced.train()(images), local.train()(images)
+        torch.testing.assert_close(ours, theirs)
+        (ours.square().sum() + theirs.square().sum()).backward()
+    for own, other in zip(synced.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
     torch.testing.assert_close(synced.eval()(images), local.eval()(images))
 
 

@@ -300,22 +300,68 @@ class SyncedNorm(nn.BatchNorm2d):
         return normal if act is None else act(normal)  # timm has both in one module
 
     def _normalize(self, maps: Tensor) -> Tensor:
-        kind, maps = maps.dtype, maps.to(torch.promote_types(maps.dtype, torch.float32))
-        count = maps.new_full((1,), maps.numel() // maps.shape[1])
-        sums = summed(torch.cat([maps.sum(dim=(0, 2, 3)), count]))
-        num = sums[-1].detach()
-        mean = sums[:-1] / num
-        centered = maps - mean[:, None, None]
-        variance = summed(centered.square().sum(dim=(0, 2, 3))) / num
+        normal, mean, variance, num = _SyncedNormalize.apply(  # type: ignore[no-untyped-call]
+            maps, self.weight, self.bias, self.eps
+        )
         if self.running_mean is not None and self.running_var is not None:
             rate = 0.1 if self.momentum is None else self.momentum
             with torch.no_grad():
                 self.running_mean.lerp_(mean, rate)
                 self.running_var.lerp_(variance * num / (num - 1).clamp_min(1), rate)
-        normal = centered * torch.rsqrt(variance + self.eps)[:, None, None]
-        if self.weight is not None:
-            normal = normal * self.weight[:, None, None] + self.bias[:, None, None]
-        return normal.to(kind)
+        found: Tensor = normal
+        return found
+
+
+class _SyncedNormalize(torch.autograd.Function):
+    """Maps (B, C, H, W) normalized over all ranks, with the mean (C,), the variance (C,), which is
+    the biased one, and the number of values of a channel.
+
+    With s the deviation's inverse, x' the normalized maps and n that number, the gradient is
+    weight s (g - (sum g + x' sum(g x')) / n), with sums over all ranks (Ioffe and Szegedy 2015).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kind = torch.promote_types(maps.dtype, torch.float32)
+        zeros = maps.new_zeros(maps.shape[1], dtype=kind)
+        mean, variance = zeros, zeros
+        if len(maps):
+            mean, variance = torch.batch_norm_update_stats(maps, zeros, zeros.clone(), 0.0)
+        num = maps.new_full((1,), maps.numel() // maps.shape[1], dtype=torch.float64)
+        mean, variance = mean.double(), variance.double()  # for a difference of large squares
+        sums = summed(torch.cat([num * mean, num * (variance + mean.square()), num]))
+        num = sums[-1:]
+        mean, square = (sums[:-1] / num).chunk(2)
+        mean, variance = mean.to(kind), (square - mean.square()).clamp_min(0).to(kind)
+        normal = maps.clone()
+        if len(maps):
+            normal = functional.batch_norm(maps, mean, variance, weight, bias, eps=eps)
+        ctx.save_for_backward(maps, weight, mean, variance, num)
+        ctx.eps = eps
+        num = num.to(kind)
+        ctx.mark_non_differentiable(mean, variance, num)
+        return normal, mean, variance, num
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        maps, weight, mean, variance, num = ctx.saved_tensors
+        gradient, of_weight, of_bias = gradients[0], torch.zeros_like(mean), torch.zeros_like(mean)
+        if len(maps):
+            gradient, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                *(gradient, maps, weight, mean, variance, None, None, False, ctx.eps),
+                [True, True, True],
+            )
+        total, times_normal = (summed(torch.cat([of_bias, of_weight])) / num).chunk(2)
+        inverse = torch.rsqrt(variance + ctx.eps)
+        scale = inverse if weight is None else inverse * weight
+        slope = -scale * inverse * times_normal
+        shift = -scale * total - slope * mean
+        slope, shift = (each.to(maps.dtype)[:, None, None] for each in (slope, shift))
+        gradient = torch.addcmul(gradient, maps, slope).add_(shift)
+        own = (None, None) if weight is None else (of_weight, of_bias)
+        return gradient, *own, None
 
 
 def _is_drop_path(module: nn.Module) -> bool:
