@@ -239,7 +239,7 @@ def fit_typicality(
     towards those of its images that are not held out. It does not raise the share of validation
     images that go to review, neither of all nor of the unchanged ones.
     """
-    network.eval()
+    network = network.eval().for_inference()
     fit = _Fit(network, ranks, next(train.epoch(0)).images.shape[-1])
     mean, covariance, sample = fit.moments(train)
     whole = _whitening(covariance, _DIRECTION_SHRINKAGE)  # (D, D), upper triangular
