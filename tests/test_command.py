@@ -192,10 +192,11 @@ def test_print_config_prints_what_a_config_file_can_hold(
     assert from_mapping(yaml.safe_load(capsys.readouterr().out), where="there").train.epochs == 9
 
 
-def test_the_reference_recipe_is_the_defaults_with_more_pixels_and_channels() -> None:
+def test_the_reference_recipe_is_the_defaults_but_for_pixels_channels_and_epochs() -> None:
     config = read("--config", str(REPOSITORY / "configs/pneumonia.yaml")).config
     images, model = (replace(Config().images, size=128), replace(Config().model, width=32))
-    assert config == replace(Config(), images=images, model=model)
+    train = replace(Config().train, epochs=34)
+    assert config == replace(Config(), images=images, model=model, train=train)
 
 
 # ------------------------------------------------------------------------------------ run_command
