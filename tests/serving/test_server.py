@@ -11,7 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,10 @@ class Server:
 
     def open_below(self, folder: Path) -> list[str]:
         """The files in a folder that the process has open, those without a name, too."""
-        links = Path(f"/proc/{self.process.pid}/fd").iterdir()
-        targets = [str(link.readlink()) for link in links if link.is_symlink()]
+        targets = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                targets.append(str(link.readlink()))
         return [target for target in targets if target.startswith(str(folder))]
 
     def ask(self, method: str, path: str, body: bytes = b"", kind: str = "image/png") -> int:
