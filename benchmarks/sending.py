@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 _ANSWER_S = 60.0
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
+_BOUNDARY = "film-5f2c1d7e9a"
 _BOTH = selectors.EVENT_READ | selectors.EVENT_WRITE
 
 
@@ -22,10 +23,24 @@ def request_of(film: bytes) -> bytes:
     return f"{head}Content-Length: {len(film)}\r\n\r\n".encode() + film
 
 
-def send_all(port: int, requests: Sequence[bytes], num_films: int, *, clients: int) -> float:
+def request_of_several(films: Sequence[bytes]) -> bytes:
+    """The request that sends several films, as a form."""
+    head = (
+        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="film"; filename="{number}.jpeg"'
+        "\r\nContent-Type: image/jpeg\r\n\r\n"
+        for number in range(len(films))
+    )
+    parts = [each.encode() + film + b"\r\n" for each, film in zip(head, films, strict=True)]
+    body = b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
+    start = "POST /v1/films HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    start += f"Content-Type: multipart/form-data; boundary={_BOUNDARY}\r\n"
+    return f"{start}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def send_all(port: int, requests: Sequence[bytes], num_requests: int, *, clients: int) -> float:
     """Send requests, again and again, by so many connections at once; the seconds that it took."""
     began = time.perf_counter()
-    _send(port, requests, [began] * num_films, clients)
+    _send(port, requests, [began] * num_requests, clients)
     return time.perf_counter() - began
 
 

@@ -7,7 +7,7 @@
 The server, its clients (`benchmarks.sending`) and what it is compared with run on the same cores.
 
     throughput  films a second: `xrai.load(run).predict` on files, and the same files sent to a
-                server, a film a request, by `--clients` connections
+                server by `--clients` connections, a film a request, and 16 films a request
     latency     one film a request while the server is half busy: films come at random times
                 (Poisson), half as many as the server takes from `--clients` connections. Each
                 film's time is counted from when it was due, also where no connection is free, and
@@ -60,10 +60,10 @@ from benchmarks.harness import (
     watch_memory,
 )
 from benchmarks.predict import train_one
-from benchmarks.sending import request_of, send_all, send_at_random
+from benchmarks.sending import request_of, request_of_several, send_all, send_at_random
 
 PARTS = ("throughput", "latency", "drop", "load")
-PREDICT, SERVE = "predict", "serve"
+PREDICT, SERVE, SERVE_SEVERAL = "predict", "serve", "serve, 16 films a request"
 RATE = Figure("images_per_s", "images/s")
 SCORING = Figure("scoring_ms", "predict, one file, median, ms", "lower", 1)
 TIMES = Figure("times", "99th percentile of latency over a film's own scoring time", "lower", 2)
@@ -72,6 +72,7 @@ MEDIAN = Figure("median_ms", "median, ms", "lower", 1)
 P99 = Figure("p99_ms", "99th percentile, ms", "lower", 1)
 MORE = Figure("more_mib", "more memory, MiB", "lower")
 _ADDRESS = re.compile(r"is served at http://127\.0\.0\.1:(\d+)/")
+_SEVERAL = 16  # films of a request
 _START_S = 120.0
 _ANSWER_S = 60.0
 
@@ -130,11 +131,19 @@ def compare(
         contenders = [
             Contender(PREDICT, f"{module}:measure_predict", arguments),
             Contender(SERVE, f"{module}:measure_throughput", arguments),
+            Contender(
+                SERVE_SEVERAL,
+                f"{module}:measure_throughput",
+                {**arguments, "films_a_request": _SEVERAL},
+            ),
         ]
         runs = run_in_turn(contenders, rounds=flags.rounds)
         report.add_table(f"{name}_rate", f"Throughput, {title}", runs, ours=SERVE, figures=[RATE])
         share = ratio(runs, SERVE, PREDICT, RATE.key)["median"]
         report.demand(f"{what}: films/s over predict's", share, at_least=0.8)
+        share = ratio(runs, SERVE_SEVERAL, PREDICT, RATE.key)["median"]
+        words = f"{what}: films/s over predict's, {_SEVERAL} films a request"
+        report.demand(words, share, at_least=0.8)
     if "latency" in flags.parts:
         contender = Contender(SERVE, f"{module}:measure_latency", arguments)
         runs = run_in_turn([contender], rounds=flags.rounds)
@@ -271,13 +280,26 @@ def measure_predict(
 
 
 def measure_throughput(
-    *, scratch: Path, run: str, listed: str, num_films: int, clients: int
+    *,
+    scratch: Path,
+    run: str,
+    listed: str,
+    num_films: int,
+    clients: int,
+    films_a_request: int = 1,
 ) -> dict[str, float]:
-    """The same files sent to a server."""
-    requests = [request_of(film) for film in read_films(listed)]
+    """The same files sent to a server, each request with as many films."""
+    films = read_films(listed)
+    if films_a_request == 1:
+        requests = [request_of(film) for film in films]
+    else:  # whole ones alone
+        starts = range(0, len(films) - films_a_request + 1, films_a_request)
+        requests = [request_of_several(films[k : k + films_a_request]) for k in starts]
     with Server(run) as server:
-        send_all(server.port, requests, 64, clients=clients)
-        return {RATE.key: num_films / send_all(server.port, requests, num_films, clients=clients)}
+        send_all(server.port, requests, -(-64 // films_a_request), clients=clients)
+        num_requests = num_films // films_a_request
+        seconds = send_all(server.port, requests, num_requests, clients=clients)
+        return {RATE.key: num_requests * films_a_request / seconds}
 
 
 def measure_latency(
