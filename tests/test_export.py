@@ -219,7 +219,7 @@ def test_the_command_says_how_well_the_files_agree_and_keeps_it(exported: Export
             agreement["probability"] <= TOLERANCE
             and agreement["atypicality"] <= TOLERANCE_ATYPICALITY
         )
-        assert agreement["num_pictures"] >= 15 and agreement["num_shapes"] >= 8
+        assert agreement["num_images"] >= 15 and agreement["num_shapes"] >= 8
         assert any(line.startswith(f"{exported.out}/{name}") for line in exported.printed)
     files = content["beside_own_path"]
     assert (

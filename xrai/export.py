@@ -103,7 +103,7 @@ def write_files(
             agreements[name] = asdict(agreement)
             lines.append(
                 f"{out.store.uri}/{name}  {path.stat().st_size / 2**20:.1f} MiB, within "
-                f"{agreement.probability:.0e} of torch on {agreement.num_pictures} images of "
+                f"{agreement.probability:.0e} of torch on {agreement.num_images} images of "
                 f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
         out.lease.confirm()
@@ -156,7 +156,7 @@ def compare_with_files(
 ) -> dict[str, Any]:
     """How the graph differs from the program's own path on images (H, W) saved as PNG and JPEG."""
     model = pipeline.model
-    found: dict[str, Any] = {"num_pictures": len(images), "num_pixels": 0, "num_other_pixels": 0}
+    found: dict[str, Any] = {"num_images": len(images), "num_pixels": 0, "num_other_pixels": 0}
     for kind, options in (("PNG", {"compress_level": 1}), ("JPEG", {"quality": 90})):
         worst = 0.0
         for image in images:

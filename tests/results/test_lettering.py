@@ -40,7 +40,7 @@ def test_a_name_that_the_font_lacks_is_shown_by_its_number_and_told_once(
         for _ in range(2):
             assert legible(names, "finding") == ("Ödem (groß)", "Пневмония", "finding 3", "Ascites")
     assert [record.getMessage() for record in caplog.records] == [
-        "pictures show names that their font lacks by number: finding 3 is 肺炎"
+        "plots show names that their font lacks by number: finding 3 is 肺炎"
     ]
 
 

@@ -140,7 +140,7 @@ class Serving(nn.Module):
 class Agreement:
     """How far an exported file is from torch on the images that it was checked with."""
 
-    num_pictures: int
+    num_images: int
     num_shapes: int
     probability: float  # largest absolute difference
     atypicality: float  # largest difference, relative to the larger of 1 and the value

@@ -33,9 +33,7 @@ def legible(names: tuple[str, ...], noun: str) -> tuple[str, ...]:
         for number, name in enumerate(names, start=1)
     )
     if replaced := [f"{new} is {old}" for new, old in zip(found, names, strict=True) if new != old]:
-        _logger.warning(
-            "pictures show names that their font lacks by number: %s", ", ".join(replaced)
-        )
+        _logger.warning("plots show names that their font lacks by number: %s", ", ".join(replaced))
     return found
 
 
