@@ -280,13 +280,7 @@ def measure_predict(
 
 
 def measure_throughput(
-    *,
-    scratch: Path,
-    run: str,
-    listed: str,
-    num_films: int,
-    clients: int,
-    films_a_request: int = 1,
+    *, scratch: Path, run: str, listed: str, num_films: int, clients: int, films_a_request: int = 1
 ) -> dict[str, float]:
     """The same files sent to a server, each request with as many films."""
     films = read_films(listed)

@@ -139,6 +139,7 @@ class _Member:
         self._device = device
         self._look: Look = functools.partial(self._typicality.atypicality, self._network)
         self._num_scorings = 0
+        self.is_parallel = False  # see `Pipeline.is_parallel`
         self.outputs = tuple(self.outputs[column] for column in self._columns)
         self.priors = tuple(model.priors[column] for column in self._columns if model.priors)
 
@@ -157,7 +158,9 @@ class _Member:
         self._num_scorings = _TRACED_AFTER
         size = self.square[0]
         images = np.random.default_rng(0).integers(0, 256, (8, size, size), np.uint8)
-        self._look = trace(self._network, self._typicality, self._grey(images)) or self._look
+        traced = trace(self._network, self._typicality, self._grey(images))
+        self._look = traced or self._look
+        self.is_parallel = traced is not None and self._device.type == "cpu"
 
     @property
     def is_small(self) -> bool:
@@ -206,8 +209,9 @@ class Pipeline:
             [member.priors for member in self._members],
             is_multiclass=model.labels.task == "multiclass",
         )
+        self.is_small = all(member.is_small for member in self._members)
         # Threads of torch while files are scored; 0: as many as torch has
-        self.num_threads = int(all(member.is_small for member in self._members))
+        self.num_threads = int(self.is_small)
         threshold = self.outputs[0].threshold if self._is_binary else None
         self.run_id = "+".join(each.run_id for each in models)
         self._blank = Prediction("", None, threshold, REVIEW, "", self.run_id)
@@ -289,6 +293,13 @@ class Pipeline:
         """
         for member in self._members:
             member.trace()
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several threads may call `classify_read` at once: all networks run on a CPU and
+        without Python.
+        """
+        return all(member.is_parallel for member in self._members)
 
     def explain(
         self,
@@ -381,7 +392,9 @@ class Pipeline:
     def classify_read(
         self, batch: Sequence[Read], explain_side: int | None = None
     ) -> Iterator[Explained]:
-        """One row for each file that `read` gave, in order. One thread at a time."""
+        """One row for each file that `read` gave, in order. One thread at a time, unless
+        `is_parallel`.
+        """
         found = [read.own for read in batch if read.own is not None]
         scored: Iterator[tuple[Prediction, Heats]] = iter(())
         if found:

@@ -181,3 +181,37 @@ def test_films_are_scored_by_the_number_of_threads_that_is_asked_for(
     assert scorer.score(File("film", lambda: film)).result(WAIT_S).row.is_readable
     scorer.close()
     assert seen == [3]
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_full_batch_waits_for_another_only_where_the_network_is_small(
+    run: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+) -> None:
+    monkeypatch.setattr(scoring, "num_cores", lambda: 2)
+    pipeline, first = xrai.load(str(run)), threading.Event()
+    pipeline.trace()
+    pipeline.is_small = is_small
+    score, names = pipeline.classify_read, list[str]()
+
+    def watched(reads: Any) -> Any:
+        names.append(threading.current_thread().name)
+        if len(names) == 1:
+            assert first.wait(WAIT_S)
+        return score(reads)
+
+    monkeypatch.setattr(pipeline, "classify_read", watched)
+    scorer = Scorer(pipeline, Batches(), num_threads=1)
+    ready = threading.Event()
+    ready.set()
+    (alone,) = send(scorer, ready)
+    while not names:
+        threading.Event().wait(0.01)
+    others = send(scorer, *[ready] * scoring._FULL_BATCH)
+    if not is_small:
+        assert all(each.result(WAIT_S).row.is_readable for each in others)
+        assert names == ["score", "score-1"]
+    assert not alone.done()
+    first.set()
+    scorer.close()
+    assert alone.result().row.is_readable and all(each.result().row.is_readable for each in others)
+    assert ("score-1" in names) is not is_small

@@ -2,8 +2,9 @@
 
 A film that comes alone is scored at once. Films that come while others are being scored form the
 next batch, which waits briefly while more films queue to be read: one batch of eight takes half the
-time of four pairs. A batch that fails is scored again film by film, so that one film's failure does
-not affect the others.
+time of four pairs. Where a network keeps that thread so busy that a full batch waits, further
+threads score such batches. A batch that fails is scored again film by film, so that one film's
+failure does not affect the others.
 """
 
 import functools
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -78,7 +80,7 @@ class Observer:
 
 
 class Scorer:
-    """The one owner of the models. Safe to use from several threads."""
+    """Owns the models. Safe to use from several threads."""
 
     def __init__(
         self, pipeline: Pipeline, observer: Observer | None = None, *, num_threads: int = 0
@@ -93,14 +95,22 @@ class Scorer:
         ]
         for reader in self._readers:
             reader.start()
-        self._changed = threading.Condition(threading.RLock())
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._has_full_batch = threading.Condition(lock)
         self._tasks: deque[Task] = deque()
         self._num_waiting = 0
         self._num_unread = 0  # films that no thread reads yet
         self._is_closed = False  # takes no more films
         self._is_over = False  # nor are any still being read
         self._thread = threading.Thread(target=self._run, name="score", daemon=True)
-        self._thread.start()
+        self._helpers = [
+            threading.Thread(target=self._help, name=f"score-{number}", daemon=True)
+            for number in range(1, num_cores())
+        ]
+        self._is_helped = False  # whether they score, too
+        for thread in (self._thread, *self._helpers):
+            thread.start()
         self._use_threads(pipeline)
 
     @property
@@ -180,7 +190,9 @@ class Scorer:
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
-        self._thread.join()
+            self._has_full_batch.notify_all()
+        for thread in (self._thread, *self._helpers):
+            thread.join()
 
     def _work(self) -> None:
         """On a reading thread: one job after the other."""
@@ -191,6 +203,8 @@ class Scorer:
         def work() -> None:  # on the thread that scores: torch keeps the number for each thread
             torch.set_num_threads(self._num_threads or fewest_threads(pipeline))
             pipeline.num_threads = 0  # this number
+            # Else the threads of torch take the cores, or reading does
+            self._is_helped = torch.get_num_threads() == 1 and not pipeline.is_small
 
         self._put(Task(pipeline, Future(), work=work))
 
@@ -203,6 +217,8 @@ class Scorer:
             self._tasks.append(task)
             if len(self._tasks) == 1 or self._wait_s() == 0:
                 self._changed.notify_all()
+            if self._is_full():
+                self._has_full_batch.notify()
 
     def _read(self, task: Task, file: File) -> None:
         """On a reading thread: decode a film, and hand it on."""
@@ -231,36 +247,55 @@ class Scorer:
             if (work := tasks[0].work) is not None:
                 _fulfil(tasks[0].future, work)
                 continue
-            began = time.monotonic()
-            try:
-                self._score(tasks)
-            except Exception as error:
-                _logger.error(
-                    "a batch of %d films failed (%s); each is scored alone",
-                    *(len(tasks), place_of(error)),
-                )
-                for task in tasks:
-                    if not task.future.done():
-                        _fulfil(task.future, functools.partial(self._score_one, task))
-            self._observer.batch(len(tasks), time.monotonic() - began)
+            self._score_batch(tasks)
+
+    def _help(self) -> None:
+        """On a further thread that scores: take full batches, while the first one is busy."""
+        torch.set_num_threads(1)
+        while True:
+            with self._changed:
+                while not (self._is_over or self._is_full()):
+                    self._has_full_batch.wait()
+                if self._is_over:  # the first thread scores what is left
+                    return
+                batch = self._take()
+            self._score_batch(batch)
+
+    def _score_batch(self, tasks: list[Task]) -> None:
+        began = time.monotonic()
+        try:
+            self._score(tasks)
+        except Exception as error:
+            _logger.error(
+                "a batch of %d films failed (%s); each is scored alone",
+                *(len(tasks), place_of(error)),
+            )
+            for task in tasks:
+                if not task.future.done():
+                    _fulfil(task.future, functools.partial(self._score_one, task))
+        self._observer.batch(len(tasks), time.monotonic() - began)
 
     def _next(self) -> list[Task]:
         """The next batch of films for one pipeline, or a single other task; empty at the end."""
         with self._changed:
             while (wait_s := self._wait_s()) != 0:
                 self._changed.wait(wait_s)
-            if not self._tasks:
-                return []
-            batch = [self._tasks.popleft()]
-            while (
-                self._tasks
-                and len(batch) < MAX_BATCH
-                and batch[0].work is None
-                and self._tasks[0].work is None
-                and self._tasks[0].pipeline is batch[0].pipeline
-            ):
-                batch.append(self._tasks.popleft())
-            return batch
+            return self._take() if self._tasks else []
+
+    def _take(self) -> list[Task]:
+        batch = [self._tasks.popleft()]
+        while self._tasks and len(batch) < MAX_BATCH and _go_together(batch[0], self._tasks[0]):
+            batch.append(self._tasks.popleft())
+        return batch
+
+    def _is_full(self) -> bool:
+        """Whether a full batch waits that a further thread may score."""
+        if not self._is_helped or len(self._tasks) < _FULL_BATCH:
+            return False
+        first = self._tasks[0]
+        return first.pipeline.is_parallel and all(
+            _go_together(first, task) for task in islice(self._tasks, _FULL_BATCH)
+        )
 
     def _wait_s(self) -> float | None:
         """Seconds to wait for a fuller batch; None: until a task comes, 0: go on."""
@@ -282,6 +317,11 @@ class Scorer:
         assert task.read is not None
         (found,) = task.pipeline.classify_read([task.read])
         return _scored(task, found.prediction)
+
+
+def _go_together(one: Task, other: Task) -> bool:
+    """Whether two tasks are films that one batch may hold."""
+    return one.work is None and other.work is None and one.pipeline is other.pipeline
 
 
 def _scored(task: Task, row: Prediction) -> Scored:

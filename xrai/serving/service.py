@@ -19,7 +19,6 @@ from xrai.serving.metrics import Metrics
 from xrai.serving.models import Models
 from xrai.serving.scoring import Scored, Scorer
 
-Listener = Callable[[Film], None]
 _FOLDER_MARKS: Final = ("/", "\\", "..", ":")
 _logger = get_logger(__name__)
 
@@ -34,7 +33,6 @@ class Service:
     worklist: Worklist
     num_threads: int = 0  # of torch, for a batch; 0: as many as make it faster
     metrics: Metrics = field(default_factory=Metrics)
-    listeners: list[Listener] = field(default_factory=list)  # are told of each film that is listed
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
     # By name, whether a further part runs that has to run as long as the server does
     parts: dict[str, Callable[[], bool]] = field(default_factory=dict)
@@ -121,8 +119,6 @@ class Service:
                 listed.set_exception(error)
                 return
         self.metrics.count(film)
-        for listener in self.listeners:
-            listener(film)
         listed.set_result(film)
 
 
