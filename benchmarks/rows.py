@@ -163,9 +163,7 @@ def _parts_of(plan: "Plan") -> "list[Part]":
     for shard in plan.shards:
         counts = plan.labels.count(plan.labels.array([row.label for row in shard.rows]))
         info = ShardInfo(shard.name, len(shard.rows), 1, "0" * 64, *counts)
-        texts = generator.bytes(len(shard.rows) * _HASH_BYTES).hex()
-        width = 2 * _HASH_BYTES
-        hashes = [texts[k : k + width] for k in range(0, len(texts), width)]
+        hashes = bytearray(generator.bytes(len(shard.rows) * _HASH_BYTES))
         parts.append(Part(plan.sha256, info, {}, [1] * 256, hashes, []))
     return parts
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -221,9 +222,11 @@ def test_a_part_reads_back_as_it_was_written_and_anything_else_is_refused() -> N
         ShardInfo("train-00000-of-00001.h5", 3, 99, "cd", (1, 2)),
         {"a": "b"},
         [0] * 256,
-        ["ef"] * 3,
+        bytearray(range(96)),
         ["train/a.png"],
     )
+    hashes = json.loads(part.to_json())["perceptual_hashes"]
+    assert hashes == [bytes(range(k, k + 32)).hex() for k in (0, 32, 64)]
     empty = dataclasses.replace(part, shard=None)
     for one in (part, empty):
         assert Part.from_json(one.to_json()) == one
@@ -237,6 +240,19 @@ def test_a_part_reads_back_as_it_was_written_and_anything_else_is_refused() -> N
     ):
         with pytest.raises(CorruptError):
             Part.from_json(data)
+
+
+def test_a_part_that_was_read_takes_little_more_memory_than_its_hashes() -> None:
+    info = ShardInfo("train-00000-of-00001.h5", 8192, 99, "cd", (1, 2))
+    data = Part("ab", info, {}, [0] * 256, bytearray(32 * 8192), []).to_json()
+    tracemalloc.start()
+    try:
+        part = Part.from_json(data)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(part.perceptual_hashes) == 32 * 8192
+    assert held < 40 * 8192  # as texts in a list they took 121 bytes each
 
 
 def test_nothing_is_committed_while_a_part_is_missing(job: Job) -> None:

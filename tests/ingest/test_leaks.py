@@ -6,7 +6,7 @@ import io
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -19,12 +19,23 @@ from PIL import Image, ImageEnhance
 
 from xrai.ingest import leaks
 from xrai.ingest.images import decode
-from xrai.ingest.leaks import MAX_DISTANCE, NearPair, find_near_pairs, num_pairs, perceptual_hash
+from xrai.ingest.leaks import (
+    MAX_DISTANCE,
+    NearPair,
+    find_near_pairs,
+    num_pairs,
+    perceptual_hash,
+    words_of,
+)
 from xrai.phantom import draw_phantom, encode, plan
 
 
 def distance(one: str, other: str) -> int:
     return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
+def words_by_split(hashes: Mapping[str, Sequence[str]]) -> dict[str, leaks.Words]:
+    return {split: words_of(map(bytes.fromhex, texts)) for split, texts in hashes.items()}
 
 
 def hash_of_film(picture: Image.Image, *, image_format: str = "PNG", **options: object) -> str:
@@ -88,7 +99,7 @@ def test_pairs_are_those_that_a_plain_loop_finds(
         for name in ("_BLOCK", "_ROWS_A_LOOK", "_MAX_CANDIDATES"):
             monkeypatch.setattr(leaks, name, block)
         monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", max_exact)
-        found = find_near_pairs(hashes, on_done=compared.append)
+        found = find_near_pairs(words_by_split(hashes), on_done=compared.append)
     for (split, other), pairs in found.items():
         expected = [
             NearPair(distance(a, b), i, j)
@@ -98,7 +109,7 @@ def test_pairs_are_those_that_a_plain_loop_finds(
         ]
         assert pairs == sorted(expected)
     assert set(found) == {("train", "val"), ("train", "test"), ("val", "test")}
-    assert sum(compared) == num_pairs(hashes)
+    assert sum(compared) == num_pairs(words_by_split(hashes))
 
 
 # ------------------------------------------------------------------ more pairs than can be compared
@@ -128,7 +139,7 @@ def test_sampled_bits_find_the_share_of_pairs_that_is_stated(
     hashes = (
         {"one": one, "other": other + rest} if not swapped else {"one": other + rest, "other": one}
     )
-    pairs = find_near_pairs(hashes)["one", "other"]
+    pairs = find_near_pairs(words_by_split(hashes))["one", "other"]
     assert all((pair.distance, pair.one) == (MAX_DISTANCE, pair.other) for pair in pairs)
     num_bits = len(other + rest).bit_length()
     tables = leaks._num_tables(num_bits, distance=MAX_DISTANCE, recall=recall)
@@ -144,14 +155,14 @@ def test_sampled_bits_miss_none_of_thousands_of_pairs(
 ) -> None:
     monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
     one, other = hashes_apart(3000, bits=bits, seed=7)
-    pairs = find_near_pairs({"one": one, "other": other})["one", "other"]
+    pairs = find_near_pairs(words_by_split({"one": one, "other": other}))["one", "other"]
     assert pairs == [NearPair(bits, row, row) for row in range(3000)]
 
 
 def test_sampled_bits_find_no_pair_that_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
     one, other = hashes_apart(1000, bits=MAX_DISTANCE + 1, seed=8)
-    assert find_near_pairs({"one": one, "other": other})["one", "other"] == []
+    assert find_near_pairs(words_by_split({"one": one, "other": other}))["one", "other"] == []
 
 
 def test_a_bit_sample_has_different_bits_and_never_changes() -> None:
@@ -164,11 +175,11 @@ def test_images_that_all_look_alike_are_found_as_by_comparing_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, other = ([f"{1 << bit:064x}" for bit in range(start, 256, 3)] for start in (0, 1))
-    whole = find_near_pairs({"one": one, "other": other})
+    whole = find_near_pairs(words_by_split({"one": one, "other": other}))
     assert len(whole["one", "other"]) == len(one) * len(other)
     monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
     monkeypatch.setattr(leaks, "_MAX_CANDIDATES", 64)
-    assert find_near_pairs({"one": one, "other": other}) == whole
+    assert find_near_pairs(words_by_split({"one": one, "other": other})) == whole
 
 
 @pytest.mark.data
@@ -177,7 +188,7 @@ def test_the_public_data_set_holds_no_near_pair_of_different_images(real_images:
     pictures = [decode(path.read_bytes(), size=64, fit="crop", max_pixels=10**8) for path in paths]
     hashes = {"one": [perceptual_hash(picture) for picture in pictures]}
     hashes["other"] = hashes["one"]
-    for pair in find_near_pairs(hashes)["one", "other"]:
+    for pair in find_near_pairs(words_by_split(hashes))["one", "other"]:
         same = pair.one == pair.other or np.array_equal(pictures[pair.one], pictures[pair.other])
         assert same, (paths[pair.one], paths[pair.other], pair.distance)
 
@@ -192,9 +203,9 @@ def test_sampled_bits_find_all_near_pairs_of_the_public_images(
         for path in paths
     ]
     splits = {"one": hashes[::2], "other": hashes}
-    whole = find_near_pairs(splits)
+    whole = find_near_pairs(words_by_split(splits))
     monkeypatch.setattr(leaks, "_MAX_EXACT_PAIRS", 0)
-    assert find_near_pairs(splits) == whole
+    assert find_near_pairs(words_by_split(splits)) == whole
 
 
 Y, X = np.mgrid[:64, :64]

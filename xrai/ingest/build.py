@@ -5,6 +5,7 @@ partition that ends last commits, with the same bytes whichever it is.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,7 +26,7 @@ from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, SourceEr
 from xrai.files import explaining, temporary_folder
 from xrai.ingest.decode import Decoded, decode_rows
 from xrai.ingest.greys import FEW_GREYS, with_few_greys
-from xrai.ingest.leaks import find_near_pairs, num_pairs
+from xrai.ingest.leaks import NearPair, find_near_pairs, num_pairs, words_of
 from xrai.ingest.plan import Plan, PlannedShard, check_excluded
 from xrai.ingest.sources import Source
 from xrai.ingest.splits import refuse_missing_class
@@ -195,7 +196,8 @@ class Builder:
             info = ShardInfo(name, len(labels), size_bytes, digest, *counts)
         histogram = grey_histogram(decoded.columns.images).tolist()
         few_greys = with_few_greys(decoded.columns.source, decoded.columns.images)
-        part = Part(self._plan.sha256, info, decoded.reasons, histogram, decoded.hashes, few_greys)
+        hashes = bytearray.fromhex("".join(decoded.hashes))
+        part = Part(self._plan.sha256, info, decoded.reasons, histogram, hashes, few_greys)
         self._unfinished.store_part(shard, part)
 
     def _stored_part(self, shard: PlannedShard) -> Part | None:
@@ -277,15 +279,15 @@ def assemble(
     Empties the parts' perceptual hashes. Raises `SourceError` when too many files are excluded, or
     a class or val has none left.
     """
-    rows, stored = _finished_rows(plan, parts)
     unusable = [*plan.unusable]
     for shard, part in zip(plan.shards, parts, strict=True):
         unusable += _excluded(shard, part.reasons)
-    check_excluded(unusable, num_files=len(rows), limit=plan.config["images"]["max_set_aside"])
-    index = _make_index(plan, parts, rows)
-    near = _near_duplicates(plan, parts, stored)
-    for part in parts:
-        part.perceptual_hashes.clear()  # a tenth of all memory
+    limit = plan.config["images"]["max_set_aside"]
+    check_excluded(unusable, num_files=len(plan.rows), limit=limit)
+    index = _make_index(plan, parts)
+    pairs = _find_near(plan, parts)  # before there are more rows, and without its hashes afterwards
+    rows, stored = _finished_rows(plan, parts)
+    near = _near_duplicates(pairs, stored)
     if near:
         first = near[0]
         _logger.warning(
@@ -357,14 +359,23 @@ def _finished_rows(plan: Plan, parts: Sequence[Part]) -> tuple[list[Row], dict[s
     return finished, stored
 
 
-def _near_duplicates(
-    plan: Plan, parts: Sequence[Part], stored: Mapping[str, Sequence[Row]]
-) -> list[NearDuplicate]:
-    hashes: dict[str, list[str]] = {}
+def _find_near(plan: Plan, parts: Sequence[Part]) -> dict[tuple[str, str], list[NearPair]]:
+    """Near pairs by pair of splits, as places among the stored rows of each. Empties the parts'
+    perceptual hashes.
+    """
+    hashes: dict[str, list[bytearray]] = {}
     for shard, part in zip(plan.shards, parts, strict=True):
-        hashes.setdefault(shard.split, []).extend(part.perceptual_hashes)
-    with progress("near-duplicates", total=num_pairs(hashes), unit="pairs") as bar:
-        found = find_near_pairs(hashes, on_done=bar.update)
+        hashes.setdefault(shard.split, []).append(part.perceptual_hashes)
+    words = {split: words_of(own) for split, own in hashes.items()}
+    for part in parts:
+        part.perceptual_hashes.clear()
+    with progress("near-duplicates", total=num_pairs(words), unit="pairs") as bar:
+        return find_near_pairs(words, on_done=bar.update)
+
+
+def _near_duplicates(
+    found: Mapping[tuple[str, str], Sequence[NearPair]], stored: Mapping[str, Sequence[Row]]
+) -> list[NearDuplicate]:
     near = [
         NearDuplicate(pair.distance, stored[split][pair.one], stored[other][pair.other])
         for (split, other), pairs in found.items()
@@ -373,17 +384,25 @@ def _near_duplicates(
     return sorted(near, key=lambda pair: (pair.distance, pair.one.path, pair.other.path))
 
 
-def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> DatasetIndex:
-    used = [row for row in rows if row.shard is not None]
-    has_train = any(row.split == "train" for row in rows)
+def _make_index(plan: Plan, parts: Sequence[Part]) -> DatasetIndex:
+    stored = Counter[str]()  # images by split
+    for shard, part in zip(plan.shards, parts, strict=True):
+        stored[shard.split] += len(shard.rows) - len(part.reasons)
+    num_found, num_stored = len(plan.rows), stored.total()
+    has_train = any(row.split == "train" for row in plan.rows)
     if has_train:
-        in_train = (row.label for row in used if row.split == "train")
+        in_train = (
+            row.label
+            for shard, part in zip(plan.shards, parts, strict=True)
+            for row in shard.rows
+            if shard.split == "train" and row.path not in part.reasons
+        )
         refuse_missing_class(in_train, plan.labels, where="train")
-    if has_train and not any(row.split == "val" for row in used):
+    if has_train and not stored["val"]:
         raise SourceError(
             "no image of val could be decoded; fix them, or raise splits.val_fraction"
         )
-    if not used:
+    if not num_stored:
         raise SourceError("no image could be decoded; fix them")
     infos: dict[str, list[ShardInfo]] = {}
     histogram = np.zeros(256, np.int64)  # of train, or of all where there is none
@@ -402,7 +421,7 @@ def _make_index(plan: Plan, parts: Sequence[Part], rows: Sequence[Row]) -> Datas
         pixel_std=std,
         source=plan.source,
         plan_sha256=plan.sha256,
-        counts=shards.Counts(len(rows), len(used), len(rows) - len(used), plan.num_not_data),
+        counts=shards.Counts(num_found, num_stored, num_found - num_stored, plan.num_not_data),
         objects=(),
         config=plan.config,
         tool_version=__version__,

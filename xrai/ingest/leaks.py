@@ -7,7 +7,7 @@ those turned by a degree 22 (docs/decisions/0003-data-faults.md).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -21,6 +21,7 @@ RECALL: Final = 1 - 1e-6  # of pairs that far apart, where there are too many to
 
 _SIDE = 16  # the hash has 16 x 16 bits
 _NUM_BITS = _SIDE**2
+HASH_BYTES: Final = _NUM_BITS // 8
 _SCALED = 4 * _SIDE  # pixels a side of the image that is hashed
 _LARGE_SIDE = 128  # pixels; larger images are first averaged in blocks, down to nearly this
 _ROUNDING = 5e-7  # of coefficients, 50 times what was seen: they are below 2^22
@@ -72,18 +73,18 @@ def _transform(side: int) -> NDArray[np.float64]:
 
 
 def find_near_pairs(
-    hashes: Mapping[str, Sequence[str]], *, on_done: OnDone = lambda _: None
+    words: Mapping[str, Words], *, on_done: OnDone = lambda _: None
 ) -> dict[tuple[str, str], list[NearPair]]:
     """Pairs at most `MAX_DISTANCE` bits apart, nearest first, by pair of splits.
 
-    `hashes` are those of each split. Two splits of at most 10^8 pairs, as 35,000 images give, are
-    compared in full, 2.5e8 pairs per second on 2 cores. Of larger ones those pairs are compared
-    that agree in one of L sets of k bits drawn from the 256: 2 s for 100,000 images, where all
-    pairs take 7, and half an hour for ten million, where they take most of a day (docs/scale.md).
-    Pairs at the greatest distance are found with a probability of at least `RECALL`, nearer ones
-    with a higher one, equal ones always. The draws are fixed: the same hashes give the same pairs.
+    `words` are the hashes of each split (`words_of`). Two splits of at most 10^8 pairs, as 35,000
+    images give, are compared in full, 2.5e8 pairs per second on 2 cores. Of larger ones those pairs
+    are compared that agree in one of L sets of k bits drawn from the 256: 2 s for 100,000 images,
+    where all pairs take 7, and half an hour for ten million, where they take most of a day
+    (docs/scale.md). Pairs at the greatest distance are found with a probability of at least
+    `RECALL`, nearer ones with a higher one, equal ones always. The draws are fixed: the same hashes
+    give the same pairs.
     """
-    words = {split: _words(texts) for split, texts in hashes.items()}
     found = {}
     splits = list(words)
     for k, split in enumerate(splits):
@@ -94,15 +95,15 @@ def find_near_pairs(
     return found
 
 
-def num_pairs(hashes: Mapping[str, Sequence[str]]) -> int:
+def num_pairs(words: Mapping[str, Words]) -> int:
     """How many pairs `find_near_pairs` covers."""
-    sizes = [len(texts) for texts in hashes.values()]
+    sizes = [len(own) for own in words.values()]
     return (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
 
 
-def _words(hashes: Sequence[str]) -> Words:
-    data = bytes.fromhex("".join(hashes))
-    return np.frombuffer(data, np.uint64).reshape(len(hashes), _NUM_BITS // 64)
+def words_of(hashes: Iterable[bytes | bytearray]) -> Words:
+    """The words of hashes that stand one after the other, `HASH_BYTES` each."""
+    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, _NUM_BITS // 64)
 
 
 # --------------------------------------------------------------------------------------- all pairs

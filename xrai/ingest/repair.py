@@ -85,14 +85,15 @@ def _recover_part(
 ) -> Part:
     """The part of a stored shard, as it was when the shard was made."""
     histogram = np.zeros(256, np.int64)
-    hashes: list[str] = []
+    hashes = bytearray()
     few_greys: list[str] = []
     kept: set[str] = set()
     if info is not None:
         with store.as_file(info.name) as path:
             stored = open_shard(path)
             histogram = grey_histogram(stored.images)
-            hashes = [perceptual_hash(np.ascontiguousarray(image)) for image in stored.images]
+            found = (perceptual_hash(np.ascontiguousarray(image)) for image in stored.images)
+            hashes = bytearray.fromhex("".join(found))
             kept = set(stored.source)
             few_greys = with_few_greys(stored.source, stored.images)
     absent = [row for row in shard.rows if row.path not in kept]

@@ -21,6 +21,7 @@ from xrai import __version__
 from xrai.dataset.shards import HDF5_VERSION, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, NotFoundError
 from xrai.ingest import dicom
+from xrai.ingest.leaks import HASH_BYTES
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, PlannedShard
 from xrai.log import get_logger
@@ -44,11 +45,14 @@ class Part:
     shard: ShardInfo | None  # None where every file of it was excluded
     reasons: dict[str, str]  # path -> why it was excluded
     histogram: list[int]  # pixels of each grey level, (256,)
-    perceptual_hashes: list[str]  # of the shard's rows, (N,)
+    perceptual_hashes: bytearray  # of the shard's rows, one after the other; hex texts in JSON
     few_greys: list[str]  # paths of images with few grey levels
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self)) + "\n").encode()
+        data = self.perceptual_hashes
+        starts = range(0, len(data), HASH_BYTES)
+        hashes = [data[start : start + HASH_BYTES].hex() for start in starts]
+        return (json.dumps({**asdict(self), "perceptual_hashes": hashes}) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Part":
@@ -59,6 +63,7 @@ class Part:
                 for name in ("num_rows_per_class", "num_unknown_per_class"):
                     mapping["shard"][name] = tuple(mapping["shard"][name])
                 mapping["shard"] = ShardInfo(**mapping["shard"])
+            mapping["perceptual_hashes"] = bytearray.fromhex("".join(mapping["perceptual_hashes"]))
             return cls(**mapping)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptError(f"not the part of a data set: {error}") from error
