@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,16 +36,16 @@ def rows_of(num_patients: int, *, seed: int = 0) -> list[Row]:
     return found
 
 
-def prevalence(rows: list[Row], split: str, place: int) -> float:
+def prevalence(rows: Sequence[Row], split: str, place: int) -> float:
     values = [one.label[place] for one in rows if one.split == split]  # type: ignore[index]
     return values.count(1) / (len(values) - values.count(-1))
 
 
 def test_images_are_counted_by_patient_and_side() -> None:
-    labels: list[Label] = [(1, 0, -1), (0, 1, -1), (1, -1, 0)]
-    counts = count_sides([0, 1, 0], labels, FINDINGS, num_owners=2)
+    labels = FINDINGS.array([(1, 0, -1), (0, 1, -1), (1, -1, 0)])
+    counts = count_sides(np.array([0, 1, 0]), labels, FINDINGS, num_owners=2)
     assert counts.tolist() == [[2, 0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 0, 0, 1]]
-    assert count_sides([1, 1], [2, 0], CLASSES, num_owners=2).tolist() == [
+    assert count_sides(np.array([1, 1]), CLASSES.array([2, 0]), CLASSES, num_owners=2).tolist() == [
         [0, 0, 0, 0],
         [1, 0, 1, 2],
     ]
@@ -80,10 +81,9 @@ def test_the_order_of_rows_and_a_second_carving_change_nothing() -> None:
 
 
 def test_verify_holds_balanced_splits_to_their_rule_whatever_could_not_be_decoded() -> None:
-    found = carve(rows_of(300), CARVED, Splits(), FINDINGS)
     found = [
         replace(each, reason="is cut short") if number % 7 == 0 else each
-        for number, each in enumerate(found)
+        for number, each in enumerate(carve(rows_of(300), CARVED, Splits(), FINDINGS))
     ]
     assert find_split_faults(found, CARVED, Splits(), FINDINGS) == []
     moved = [replace(each, split="val") if each.patient == "p:3" else each for each in found]

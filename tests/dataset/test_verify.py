@@ -6,12 +6,13 @@ import pytest
 from tests.dataset.small import write_dataset
 from xrai.dataset import verify
 from xrai.dataset.manifest import Row
+from xrai.dataset.rows import Rows
 from xrai.dataset.shards import DatasetIndex, ShardInfo, open_shard
 from xrai.store import open_store
 
 
 @pytest.fixture
-def shard(tmp_path: Path) -> tuple[Path, ShardInfo, list[Row], DatasetIndex]:
+def shard(tmp_path: Path) -> tuple[Path, ShardInfo, Rows, DatasetIndex]:
     """A shard, what lists it, and the rows of its manifest."""
     index = write_dataset(tmp_path, {"train": [6]})
     (info,) = index.splits["train"]
@@ -27,19 +28,19 @@ def shard(tmp_path: Path) -> tuple[Path, ShardInfo, list[Row], DatasetIndex]:
     return (
         tmp_path / info.name,
         info,
-        [Row(*row, "train", info.name, k) for k, row in enumerate(columns)],
+        Rows.of((Row(*row, "train", info.name, k) for k, row in enumerate(columns)), index.labels),
         index,
     )
 
 
-def faults(shard: tuple[Path, ShardInfo, list[Row], DatasetIndex]) -> list[str]:
+def faults(shard: tuple[Path, ShardInfo, Rows, DatasetIndex]) -> list[str]:
     path, info, rows, index = shard
     found = verify._check_shards(open_store(str(path.parent)), index, rows, skip=set())
     return [fault.words for fault in found if fault.key == info.name]
 
 
 def test_a_source_image_without_a_size_is_a_fault(
-    shard: tuple[Path, ShardInfo, list[Row], DatasetIndex],
+    shard: tuple[Path, ShardInfo, Rows, DatasetIndex],
 ) -> None:
     words = "holds images whose source has no width or no height"
     assert words not in faults(shard)
@@ -50,7 +51,7 @@ def test_a_source_image_without_a_size_is_a_fault(
 
 @pytest.mark.parametrize("column", ["patient", "width"])
 def test_a_column_that_cannot_be_read_is_a_fault_and_no_crash(
-    shard: tuple[Path, ShardInfo, list[Row], DatasetIndex], column: str
+    shard: tuple[Path, ShardInfo, Rows, DatasetIndex], column: str
 ) -> None:
     with h5py.File(shard[0], "r+") as file:
         del file[column]

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from xrai.dataset.manifest import Row
+from xrai.dataset.rows import Rows
 from xrai.dataset.shards import Columns, Counts, DatasetIndex, ShardInfo, shard_name, write_shard
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.card import _sheet_names, is_phantom, is_report_key, make_report, write_card
+from xrai.labels import LabelSpec
 from xrai.store import Store, open_store
+
+BINARY = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
 
 
 def row(
@@ -69,7 +73,7 @@ def index_of(rows: list[Row], **changes: object) -> DatasetIndex:
 
 
 def card(rows: list[Row] = ROWS, near: list[NearDuplicate] | None = None, **changes: object) -> str:
-    contents = Contents(index_of(rows, **changes), rows, near or [], ["a note"])
+    contents = Contents(index_of(rows, **changes), Rows.of(rows, BINARY), near or [], ["a note"])
     return write_card(contents, sheets=[("Samples", "s.png")])
 
 
@@ -114,8 +118,8 @@ def test_a_long_list_is_cut_and_says_where_the_rest_is() -> None:
 
 
 def test_phantoms_are_said_to_be_phantoms_and_patients_are_not() -> None:
-    phantoms = [row(f"train/NORMAL/phantom-IM-{k}-0.png") for k in range(3)]
-    assert is_phantom(phantoms) and not is_phantom([*phantoms, ROWS[0]]) and not is_phantom([])
+    phantoms = [f"train/NORMAL/phantom-IM-{k}-0.png" for k in range(3)]
+    assert is_phantom(phantoms) and not is_phantom([*phantoms, ROWS[0].path]) and not is_phantom([])
     assert "phantoms" not in card()
 
 
@@ -173,7 +177,7 @@ def test_the_sheets_show_the_stored_images_under_their_names(
     if is_remote:
         monkeypatch.setattr(type(store), "local_path", lambda self, key: None)
     near = [NearDuplicate(3, ROWS[0], ROWS[3])]
-    contents = Contents(index_of(ROWS), ROWS, near, [])
+    contents = Contents(index_of(ROWS), Rows.of(ROWS, BINARY), near, [])
     files = make_report(store, contents, draw_sheet=drawn.sheet, draw_counts=drawn.count)
     names = ["card.md", "samples-normal.png", "samples-pneumonia.png", "class-counts.png"]
     names += ["near-duplicates.png", "near-duplicates.csv"]
@@ -222,7 +226,7 @@ def test_samples_come_from_later_shards_where_the_first_has_too_few(tmp_path: Pa
         *(found for found in ROWS if found.split == "val"),
     ]
     drawn = Drawn()
-    contents = Contents(index_of(ROWS), rows, [], [])
+    contents = Contents(index_of(ROWS), Rows.of(rows, BINARY), [], [])
     store = open_store(str(tmp_path))
     make_report(store, contents, draw_sheet=drawn.sheet, draw_counts=drawn.count)
     assert [titles for _, _, titles in drawn.sheets] == [
@@ -234,12 +238,13 @@ def test_samples_come_from_later_shards_where_the_first_has_too_few(tmp_path: Pa
 def test_a_card_of_findings_shows_shares_unknown_ones_and_what_occurs_together() -> None:
     labels = [(1, 1), (1, 0), (0, -1), (0, 0)]
     rows = [
-        Row(f"{k}.png", f"{k}", label, f"p:{k}", "", "train", "train-00000-of-00001.h5", k)
+        Row(f"{k}.png", f"{k:064x}", label, f"p:{k}", "", "train", "train-00000-of-00001.h5", k)
         for k, label in enumerate(labels)
     ]
     info = ShardInfo("train-00000-of-00001.h5", 4, 1, "ab" * 32, (2, 1), (0, 1))
     changes = {"task": "multilabel", "classes": ("Effusion", "A/B"), "splits": {"train": (info,)}}
-    card = write_card(Contents(replace(index_of(ROWS), **changes), rows, [], []), sheets=[])  # type: ignore[arg-type]
+    index = replace(index_of(ROWS), **changes)  # type: ignore[arg-type]
+    card = write_card(Contents(index, Rows.of(rows, index.labels), [], []), sheets=[])
     assert "| train | 4 | 4 | 1 | the source |" in card
     assert "| Effusion | 2 (50.0 %) | 0 |" in card and "| A/B | 1 (33.3 %) | 1 |" in card
     assert "| 1 | Effusion | 2 | 1 |" in card and "| 2 | A/B | 1 | 1 |" in card

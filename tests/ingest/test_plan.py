@@ -13,7 +13,7 @@ from tests.dataset.pictures import picture_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
 from xrai.errors import ImageError, SourceError
 from xrai.ingest import hashing
-from xrai.ingest.hashing import hash_files
+from xrai.ingest.hashing import hash_files, hash_source
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan
 from xrai.ingest.sources import Source, SourceFile
@@ -45,11 +45,7 @@ class Held(Source):
 def plan_of(files: dict[str, bytes], config: Config = CONFIG) -> Plan:
     source = Held(files)
     listing = list_source(source)
-    return make_plan(
-        listing,
-        hash_files(source, listing.layout.entries, key=listing.key, on_done=lambda _: None),
-        config,
-    )
+    return make_plan(listing, hash_source(source, listing, None), config)
 
 
 FILES = source_files()
@@ -130,10 +126,10 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_all_in
             return super().read(path)
 
     source = Watched(files)
-    entries = list_source(source).layout.entries
+    rows = list_source(source).layout.rows
     counted: list[int] = []
-    rows = hash_files(source, entries, key=PatientKey(), on_done=counted.append)
-    assert [(row.path, row.sha256) for row in rows] == [
+    found = hash_files(source, rows, key=PatientKey(), on_done=counted.append)
+    assert [(row.path, sha256) for row, (sha256, _, _) in zip(rows, found, strict=True)] == [
         (path, hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())
     ]
     assert sum(counted) == 100

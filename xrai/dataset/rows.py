@@ -187,6 +187,24 @@ class Rows(Sequence[Row]):
             builder.append(row)
         return builder.finish()
 
+    @classmethod
+    def unread(
+        cls, paths: Texts, labels: Labels, patients: Patients, subtypes: Names, splits: Names
+    ) -> "Rows":
+        """Rows of files that were listed and not read: without hashes, in no shard."""
+        num = len(paths)
+        return cls(
+            paths=paths,
+            sha256=np.zeros((num, HASH_BYTES), np.uint8),  # takes no memory until it is written
+            is_hashed=np.zeros(num, np.bool_),
+            labels=labels,
+            patients=patients,
+            subtypes=subtypes,
+            splits=splits,
+            shards=Names.same("", num),
+            places=np.full(num, -1, np.int32),
+        )
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -353,7 +371,7 @@ class RowsBuilder:
         self._labels, self._label_values = labels, array("b" if _has_findings(labels) else "B")
         self._paths, self._last, self._is_sorted = TextsBuilder(), "", True
         self._sha256, self._is_hashed = bytearray(), bytearray()
-        self._patients = _PatientsBuilder()
+        self._patients = PatientsBuilder()
         self._subtypes, self._splits = _NamesBuilder(), _NamesBuilder()
         self._shards, self._places = _NamesBuilder(), array("i")  # kept once there is a shard
         self._reasons: dict[int, str] = {}
@@ -411,25 +429,21 @@ class RowsBuilder:
         """All rows; nothing can be appended afterwards."""
         num, paths = len(self._paths), self._paths.finish()
         values = np.frombuffer(self._label_values, self._labels.empty(0).dtype)
-        sha256 = np.zeros((num, HASH_BYTES), np.uint8)  # takes no memory until it is written
+        rows = Rows.unread(
+            paths,
+            values.reshape(self._labels.empty(num).shape),
+            self._patients.finish(paths, is_sorted=self._is_sorted),
+            self._subtypes.finish(),
+            self._splits.finish(),
+        ).with_(reasons=self._reasons)
         if self._sha256:
             self._sha256 += bytes(num * HASH_BYTES - len(self._sha256))
             sha256 = np.frombuffer(self._sha256, np.uint8).reshape(num, HASH_BYTES)
-        shards, places = Names.same("", num), np.full(num, -1, np.int32)
+            rows = rows.with_(sha256=sha256, is_hashed=np.frombuffer(self._is_hashed, np.bool_))
         if self._places:
-            shards, places = self._shards.finish(), np.frombuffer(self._places, np.int32)
-        return Rows(
-            paths=paths,
-            sha256=sha256,
-            is_hashed=np.frombuffer(self._is_hashed, np.bool_),
-            labels=values.reshape(self._labels.empty(num).shape),
-            patients=self._patients.finish(paths, is_sorted=self._is_sorted),
-            subtypes=self._subtypes.finish(),
-            splits=self._splits.finish(),
-            shards=shards,
-            places=places,
-            reasons=self._reasons,
-        )
+            places = np.frombuffer(self._places, np.int32)
+            rows = rows.with_(shards=self._shards.finish(), places=places)
+        return rows
 
 
 def _has_findings(labels: LabelSpec) -> bool:
@@ -453,7 +467,9 @@ class _NamesBuilder:
         return Names(np.frombuffer(self._codes, np.int32).astype(dtype), (*self._values,))
 
 
-class _PatientsBuilder:
+class PatientsBuilder:
+    """Makes `Patients` of one row's path and key after the other."""
+
     def __init__(self) -> None:
         self._codes, self._keys = array("i"), TextsBuilder()
         self._recent: dict[str, int] = {}  # most patients have their images one after the other
@@ -464,8 +480,10 @@ class _PatientsBuilder:
     def append(self, path: str, key: str) -> None:
         code = self._recent.get(key)
         if code is None:
-            mark = key.find(OWN_PATIENT)
-            code = self._follows(path, key, mark + len(OWN_PATIENT)) if mark >= 0 else None
+            head, mark, rest = key.partition(OWN_PATIENT)
+            # As of `xrai.ingest.layout.file_patient`; ":" stands in no group
+            is_own = mark and (not head or head.find(":") == len(head) - 1)
+            code = self._follows(path, head + mark, rest) if is_own else None
         if code is None:
             code = len(self._keys)
             self._keys.append(key)
@@ -474,13 +492,12 @@ class _PatientsBuilder:
             self._recent[key] = code
         self._codes.append(code)
 
-    def _follows(self, path: str, key: str, start: int) -> int | None:
+    def _follows(self, path: str, head: str, rest: str) -> int | None:
         """The code of a key that is a head and the end of the path; None if this one is not.
 
         A head ends with the first "file:", so keys with different heads are different, and so are
         those of different paths without the same folders.
         """
-        head, rest = key[:start], key[start:]
         if rest and path.endswith(rest):
             skipped = path[: len(path) - len(rest)]
             if self._skipped is None:

@@ -12,31 +12,35 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.labels import Label, LabelSpec
+from xrai.dataset.rows import Numbers
+from xrai.labels import Labels, LabelSpec
+
+_AT_A_TIME = 1 << 14  # patients dealt
 
 Counts = NDArray[np.integer]  # (P, L + 1), images of patients by side, then all of them
 
 
-def count_sides(
-    owners: Sequence[int], labels: Sequence[Label], spec: LabelSpec, *, num_owners: int
-) -> Counts:
+def count_sides(owners: Numbers, labels: Labels, spec: LabelSpec, *, num_owners: int) -> Counts:
     """Images of each patient by class, or by finding present and by finding absent; the last column
-    counts all of them. `owners` says whose each image is, a number below `num_owners`.
+    counts all of them. `owners` (N,) says whose each image is, a number below `num_owners`.
     """
-    kinds: dict[Label, int] = {}  # most images have the labels of others
-    kind_of = np.array([kinds.setdefault(label, len(kinds)) for label in labels], np.int64)  # (N,)
-    matrix = spec.matrix(spec.array(list(kinds)))  # (K, C)
-    sides = [matrix == 1, matrix == 0] if spec.task == "multilabel" else [matrix == 1]
-    shown = np.hstack([*sides, np.ones((len(kinds), 1), bool)])  # (K, L + 1)
-    owner_of = np.array(owners, np.int64)
-    most = int(np.bincount(owner_of, minlength=1).max())
-    counts = np.empty((num_owners, shown.shape[1]), np.min_scalar_type(most))  # a byte, mostly
-    for side, is_shown in enumerate(shown.T):
-        counts[:, side] = np.bincount(owner_of[is_shown[kind_of]], minlength=num_owners)
+    is_multilabel = spec.task == "multilabel"
+    sides = [(k, 1) for k in range(len(spec.classes))]
+    if is_multilabel:
+        sides += [(k, 0) for k in range(len(spec.classes))]
+    elif spec.task == "binary":
+        sides = [(1, 1)]
+    totals = np.bincount(owners, minlength=num_owners)
+    most = int(totals.max(initial=0))
+    counts = np.empty((num_owners, len(sides) + 1), np.min_scalar_type(most))  # a byte, mostly
+    counts[:, -1] = totals
+    for side, (k, value) in enumerate(sides):
+        is_shown = labels[:, k] == value if is_multilabel else labels == k
+        counts[:, side] = np.bincount(owners[is_shown], minlength=num_owners)
     return counts
 
 
-def stratify(counts: Counts, shares: Sequence[float]) -> NDArray[np.int64]:
+def stratify(counts: Counts, shares: Sequence[float]) -> NDArray[np.int8]:
     """Which split each patient goes to, (P,), where split s is to have `shares[s]` of every side.
 
     The first split is the one that the others are carved from: it is never left without a side that
@@ -46,7 +50,7 @@ def stratify(counts: Counts, shares: Sequence[float]) -> NDArray[np.int64]:
     num_sides = counts.shape[1] - 1
     wanted = np.outer(shares, counts.sum(axis=0, dtype=np.int64))  # (S, L + 1), images
     given = np.zeros(wanted.shape, np.int64)
-    split_of = np.full(len(counts), -1)
+    split_of = np.full(len(counts), -1, np.int8)
     remaining = counts[:, :num_sides].sum(axis=0, dtype=np.int64)
     while remaining.any():
         side = int(np.where(remaining > 0, remaining, remaining.max() + 1).argmin())
@@ -63,28 +67,30 @@ def _deal(
     counts: Counts,
     wanted: NDArray[np.float64],
     given: NDArray[np.int64],
-    split_of: NDArray[np.int64],
+    split_of: NDArray[np.int8],
 ) -> None:
     """Give each of the patients to the split that lacks most of the side; note it in `given` and
     `split_of`.
     """
-    by_side, in_all = counts[patients, side].tolist(), counts[patients, -1].tolist()
-    queue = sorted(range(len(patients)), key=lambda k: (-by_side[k], -in_all[k]))
+    by_side, in_all = (counts[patients, column] for column in (side, -1))
+    queue = np.lexsort((-in_all.astype(np.int64), -by_side.astype(np.int64)))
     lacking = (wanted - given)[:, side].tolist()
     lacking_in_all = (wanted - given)[:, -1].tolist()
-    dealt: list[tuple[int, int]] = []
+    splits = np.empty(len(queue), np.int8)
     empty = [split for split in range(1, len(wanted)) if not given[split, side]]
-    for split in empty[: max(len(queue) - (not given[0, side]), 0)]:
-        dealt.append((queue.pop(), split))  # the one with the fewest images
-    for k, split in dealt:
-        lacking[split] -= by_side[k]
-        lacking_in_all[split] -= in_all[k]
-    for k in queue:
-        split = max(range(len(lacking)), key=lambda s: (lacking[s], lacking_in_all[s], -s))
-        lacking[split] -= by_side[k]
-        lacking_in_all[split] -= in_all[k]
-        dealt.append((k, split))
-    if dealt:
-        places, splits = np.array(dealt).T
-        split_of[patients[places]] = splits
-        np.add.at(given, splits, counts[patients[places]].astype(np.int64))
+    num_first = max(min(len(empty), len(queue) - (not given[0, side])), 0)
+    splits[len(queue) - num_first :] = empty[:num_first][::-1]  # those with the fewest images
+    for k in range(len(queue) - 1, len(queue) - 1 - num_first, -1):
+        lacking[splits[k]] -= int(by_side[queue[k]])
+        lacking_in_all[splits[k]] -= int(in_all[queue[k]])
+    for start in range(0, len(queue) - num_first, _AT_A_TIME):
+        places = queue[start : min(start + _AT_A_TIME, len(queue) - num_first)]
+        pairs = zip(by_side[places].tolist(), in_all[places].tolist(), strict=True)
+        for k, (num, num_in_all) in enumerate(pairs, start):
+            split = max(range(len(lacking)), key=lambda s: (lacking[s], lacking_in_all[s], -s))
+            lacking[split] -= num
+            lacking_in_all[split] -= num_in_all
+            splits[k] = split
+    split_of[patients[queue]] = splits
+    for split in range(len(wanted)):
+        given[split] += counts[patients[queue[splits == split]]].sum(axis=0, dtype=np.int64)

@@ -6,16 +6,19 @@ fingerprint.
 """
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xrai.config import Splits
-from xrai.dataset.manifest import Row, read_manifest
-from xrai.dataset.rules import find_split_faults, grey_histogram, in_shard_order, mean_and_std
+from xrai.dataset.manifest import Row, parse_manifest
+from xrai.dataset.rows import Names, Rows, RowsBuilder
+from xrai.dataset.rules import find_split_faults, grey_histogram, mean_and_std
 from xrai.dataset.shards import (
     INDEX_KEY,
     MANIFEST_KEY,
@@ -28,7 +31,7 @@ from xrai.dataset.shards import (
     open_shard,
 )
 from xrai.errors import CorruptError
-from xrai.labels import Label, LabelSpec
+from xrai.labels import LabelSpec
 from xrai.log import progress
 from xrai.store import Store
 
@@ -43,6 +46,16 @@ class Fault:
     words: str
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest lists."""
+
+    rows: Rows  # those whose labels the data set knows
+    num_rows: int  # all of them
+    num_written: int
+    unknown_labels: tuple[str, ...]  # a sentence about each of the others
+
+
 def find_faults(store: Store, index: DatasetIndex) -> list[Fault]:
     """All that is wrong with a data set; empty if nothing is."""
     faults = [*_check_index(index), *find_bad_objects(store, index)]
@@ -55,11 +68,12 @@ def find_faults(store: Store, index: DatasetIndex) -> list[Fault]:
     if key in bad:
         return faults
     try:
-        rows = read_manifest(store.read(key), where=key)
+        with store.as_file(key) as path, path.open("rb") as lines:
+            manifest = read_rows(lines, index.labels, where=key)
     except CorruptError as error:
         return [*faults, Fault(key, str(error))]
-    faults += [Fault(key, words) for words in _check_manifest(index, rows)]
-    return [*faults, *_check_shards(store, index, rows, skip=bad)]
+    faults += [Fault(key, words) for words in _check_manifest(index, manifest)]
+    return [*faults, *_check_shards(store, index, manifest.rows, skip=bad)]
 
 
 def find_faults_soon(store: Store, index: DatasetIndex, *, with_rows: bool) -> list[Fault]:
@@ -84,8 +98,8 @@ def find_faults_soon(store: Store, index: DatasetIndex, *, with_rows: bool) -> l
         if hashlib.sha256(data).hexdigest() != stated[key]:
             faults.append(Fault(key, "is damaged: its bytes are not those that were written"))
         elif with_rows:
-            rows = read_manifest(data, where=key)
-            faults += [Fault(key, words) for words in _check_manifest(index, rows)]
+            manifest = read_rows(BytesIO(data), index.labels, where=key)
+            faults += [Fault(key, words) for words in _check_manifest(index, manifest)]
     return faults
 
 
@@ -142,21 +156,38 @@ def _adds_up(info: ShardInfo, labels: LabelSpec) -> bool:
     return all(present + unknown <= info.num_rows for present, unknown in counts)
 
 
-def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
-    counts = index.counts
-    num_written = sum(row.shard is not None for row in rows)
-    if (len(rows), num_written) != (counts.num_found, counts.num_written):
-        yield f"lists {len(rows)} files, {num_written} of them written; {INDEX_KEY} says {counts}"
-    for row in rows:
-        if (row.shard is None) == (row.reason == ""):
-            yield f"{row.path} has neither a shard nor a reason, or both"
-    bad = [row for row in rows if not index.labels.allows(row.label)]
-    for row in bad:
-        yield f"{row.path} has the label {row.label!r}, which its data set does not know"
-    found: dict[tuple[str, str], list[Label]] = defaultdict(list)
-    for row in rows:
-        if row.shard is not None:
-            found[row.shard, row.split].append(row.label)
+def read_rows(lines: Iterable[bytes], labels: LabelSpec, *, where: str) -> Manifest:
+    """Read a manifest into columns. Raises `CorruptError` that names a line that is no row."""
+    builder = RowsBuilder(labels)
+    num_rows = num_written = 0
+    faults = []
+    for row in parse_manifest(lines, where=where):
+        num_rows, num_written = num_rows + 1, num_written + (row.shard is not None)
+        if not labels.allows(row.label):
+            faults.append(
+                f"{row.path} has the label {row.label!r}, which its data set does not know"
+            )
+            continue
+        try:
+            builder.append(row)
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise CorruptError(
+                f"{where}, line {num_rows}, is not a row of a manifest: {error}"
+            ) from error
+    return Manifest(builder.finish(), num_rows, num_written, tuple(faults))
+
+
+def _check_manifest(index: DatasetIndex, manifest: Manifest) -> Iterator[str]:
+    counts, rows = index.counts, manifest.rows
+    num_rows, num_written = manifest.num_rows, manifest.num_written
+    if (num_rows, num_written) != (counts.num_found, counts.num_written):
+        yield f"lists {num_rows} files, {num_written} of them written; {INDEX_KEY} says {counts}"
+    in_shard = ~rows.shards.are("")
+    for place in np.flatnonzero(in_shard != rows.is_used).tolist():
+        yield f"{rows.paths[place]} has neither a shard nor a reason, or both"
+    yield from manifest.unknown_labels
+    if manifest.unknown_labels:
+        return
     stated = {
         (info.name.removeprefix(index.place), split): (
             info.num_rows,
@@ -166,26 +197,37 @@ def _check_manifest(index: DatasetIndex, rows: Sequence[Row]) -> Iterator[str]:
         for split, infos in index.splits.items()
         for info in infos
     }
-    if not bad and stated != {
-        place: (len(labels), *index.labels.count(index.labels.array(labels)))
-        for place, labels in found.items()
-    }:
+    found = {
+        (name, split): (len(own), *index.labels.count(rows.labels[own]))
+        for name, places in _by_shard(rows).items()
+        for split in Names(rows.splits.codes[places], rows.splits.values).used()
+        for own in [places[rows.splits.take(places).are(split)]]
+    }
+    if stated != found:
         yield f"does not list as many images of each shard and class as {INDEX_KEY}"
-    if not bad:
-        config = Splits(**index.config.get("splits", {}))
-        yield from find_split_faults(rows, index.carved, config, index.labels)
+    config = Splits(**index.config.get("splits", {}))
+    yield from find_split_faults(rows, index.carved, config, index.labels)
+
+
+def _by_shard(rows: Rows) -> dict[str, NDArray[np.int64]]:
+    """The places of each shard's rows, in the order that they state."""
+    codes = rows.shards.codes
+    order = np.lexsort((rows.places, codes))
+    ends = np.searchsorted(codes[order], np.arange(len(rows.shards.values) + 1))
+    return {
+        name: order[ends[k] : ends[k + 1]]
+        for k, name in enumerate(rows.shards.values)
+        if name and ends[k] < ends[k + 1]
+    }
 
 
 def _check_shards(
-    store: Store, index: DatasetIndex, rows: Sequence[Row], *, skip: set[str]
+    store: Store, index: DatasetIndex, rows: Rows, *, skip: set[str]
 ) -> Iterator[Fault]:
     """Compare each shard that has the right hash with the manifest, and all of train (of all
     splits where there is no train) with the stated mean.
     """
-    by_shard: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.shard is not None:
-            by_shard.setdefault(row.shard, []).append(row)
+    by_shard = _by_shard(rows)
     measured = {"train"} & index.splits.keys() or {*index.splits}
     histogram = np.zeros(256, np.int64)
     for split, infos in index.splits.items():
@@ -193,7 +235,7 @@ def _check_shards(
             if info.name in skip:
                 continue
             name = info.name.removeprefix(index.place)
-            listed = sorted(by_shard.get(name, []), key=lambda row: row.row or 0)
+            listed = [*rows.take(by_shard.get(name, np.empty(0, np.int64)))]
             try:
                 with store.as_file(info.name) as path:
                     shard = open_shard(path)
@@ -237,5 +279,6 @@ def _check_shard(
         yield f"does not hold the rows that {MANIFEST_KEY} lists for it"
     if not all(side.all() for side in sides):
         yield "holds images whose source has no width or no height"
-    if list(rows) != in_shard_order(rows):
+    hashes = [(row.sha256, row.path) for row in rows]
+    if hashes != sorted(hashes):
         yield "does not hold its rows in the order of their hashes"

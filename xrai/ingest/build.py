@@ -5,21 +5,21 @@ partition that ends last commits, with the same bytes whichever it is.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xrai import __version__
 from xrai.config import Images
 from xrai.dataset import shards
 from xrai.dataset.manifest import Row, manifest_lines
+from xrai.dataset.rows import Names, Rows
 from xrai.dataset.rules import grey_histogram, mean_and_std
 from xrai.dataset.shards import SPLITS, DatasetIndex, ObjectInfo, ShardInfo
 from xrai.errors import AlreadyExistsError, CorruptError, DatasetError, SourceError
@@ -53,7 +53,7 @@ class Contents:
     """All that a report can say about a data set."""
 
     index: DatasetIndex  # without `objects`, which the report belongs to
-    rows: Sequence[Row]
+    rows: Rows
     near: Sequence[NearDuplicate]
     notes: Sequence[str]  # the plan's, and what decoding found
 
@@ -105,16 +105,16 @@ class Builder:
         if len(missing) < len(planned):
             num_stored = len(planned) - len(missing)
             _logger.info("%d of %d shards are stored already", num_stored, len(planned))
-        rows = [row for shard in missing for row in shard.rows]
+        rows = (row for shard in missing for row in shard.rows)
         decoded_rows = decode_rows(self._source, self._images, rows, num_workers=self._num_workers)
         with (
-            progress("preprocess", total=len(rows), unit="images") as bar,
+            progress("preprocess", total=sum(map(len, missing)), unit="images") as bar,
             closing(decoded_rows) as pending,
             ThreadPoolExecutor(1) as pool,  # stores a shard while the next one is decoded
         ):
             storing: Future[None] | None = None
             for shard in missing:
-                rows_of_shard = islice(pending, len(shard.rows))
+                rows_of_shard = islice(pending, len(shard))
                 decoded = gather(
                     shard,
                     rows_of_shard,
@@ -240,7 +240,7 @@ def gather(
     on_done: Callable[[], object] = lambda: None,
 ) -> DecodedShard:
     """Collect what `decode_rows` gives for the rows of one shard."""
-    images = np.empty((len(shard.rows), size, size), np.uint8)
+    images = np.empty((len(shard), size, size), np.uint8)
     rows: list[Row] = []
     hashes, sizes, reasons = [], [], {}
     for row, image in zip(shard.rows, decoded, strict=True):
@@ -284,10 +284,9 @@ def assemble(
         unusable += _excluded(shard, part.reasons)
     limit = plan.config["images"]["max_set_aside"]
     check_excluded(unusable, num_files=len(plan.rows), limit=limit)
-    index = _make_index(plan, parts)
-    pairs = _find_near(plan, parts)  # before there are more rows, and without its hashes afterwards
     rows, stored = _finished_rows(plan, parts)
-    near = _near_duplicates(pairs, stored)
+    index = _make_index(plan, parts, stored)
+    near = _near_duplicates(_find_near(plan, parts), rows, stored)
     if near:
         first = near[0]
         _logger.warning(
@@ -337,26 +336,25 @@ def _excluded(shard: PlannedShard, reasons: Mapping[str, str]) -> list[Row]:
     return [replace(row, reason=reasons[row.path]) for row in shard.rows if row.path in reasons]
 
 
-def _finished_rows(plan: Plan, parts: Sequence[Part]) -> tuple[list[Row], dict[str, list[Row]]]:
+def _finished_rows(plan: Plan, parts: Sequence[Part]) -> tuple[Rows, dict[str, NDArray[np.int32]]]:
     """The manifest: the plan's rows with shard, place, and what decoding excluded.
 
-    Also the rows of each split that are in shards, in their order.
+    Also the places of each split's rows that are in shards, in their order.
     """
-    finished = [row for row in plan.rows if row.reason or row.split not in SPLITS]
-    stored: dict[str, list[Row]] = {}
-    longest = max((len(shard.rows) for shard in plan.shards), default=0)
-    places = list(range(longest))  # the same numbers for all shards, to save memory
-    for shard, part in zip(plan.shards, parts, strict=True):
-        kept = (row for row in shard.rows if row.path not in part.reasons)
-        stored.setdefault(shard.split, []).extend(
-            replace(row, shard=shard.name, row=place)
-            for place, row in zip(places, kept, strict=False)
-        )
-        finished += _excluded(shard, part.reasons)
-    for rows in stored.values():
-        finished += rows
-    finished.sort(key=attrgetter("path"))
-    return finished, stored
+    names = ("", *(shard.name for shard in plan.shards))
+    shard_of = np.zeros(len(plan.rows), np.min_scalar_type(len(names)))
+    place_of = np.full(len(plan.rows), -1, np.int32)
+    reasons, stored = {**plan.rows.reasons}, dict[str, list[NDArray[np.int32]]]()
+    for code, (shard, part) in enumerate(zip(plan.shards, parts, strict=True), start=1):
+        kept = shard.places
+        if part.reasons:
+            whys = [part.reasons.get(path, "") for path in shard.rows.paths]
+            reasons |= {place: why for place, why in zip(kept.tolist(), whys, strict=True) if why}
+            kept = kept[[not why for why in whys]]
+        shard_of[kept], place_of[kept] = code, np.arange(len(kept))
+        stored.setdefault(shard.split, []).append(kept)
+    rows = plan.rows.with_(shards=Names(shard_of, names), places=place_of, reasons=reasons)
+    return rows, {split: np.concatenate(kept) for split, kept in stored.items()}
 
 
 def _find_near(plan: Plan, parts: Sequence[Part]) -> dict[tuple[str, str], list[NearPair]]:
@@ -374,31 +372,29 @@ def _find_near(plan: Plan, parts: Sequence[Part]) -> dict[tuple[str, str], list[
 
 
 def _near_duplicates(
-    found: Mapping[tuple[str, str], Sequence[NearPair]], stored: Mapping[str, Sequence[Row]]
+    found: Mapping[tuple[str, str], Sequence[NearPair]],
+    rows: Rows,
+    stored: Mapping[str, NDArray[np.int32]],
 ) -> list[NearDuplicate]:
     near = [
-        NearDuplicate(pair.distance, stored[split][pair.one], stored[other][pair.other])
+        NearDuplicate(
+            pair.distance, rows[int(stored[split][pair.one])], rows[int(stored[other][pair.other])]
+        )
         for (split, other), pairs in found.items()
         for pair in pairs
     ]
     return sorted(near, key=lambda pair: (pair.distance, pair.one.path, pair.other.path))
 
 
-def _make_index(plan: Plan, parts: Sequence[Part]) -> DatasetIndex:
-    stored = Counter[str]()  # images by split
-    for shard, part in zip(plan.shards, parts, strict=True):
-        stored[shard.split] += len(shard.rows) - len(part.reasons)
-    num_found, num_stored = len(plan.rows), stored.total()
-    has_train = any(row.split == "train" for row in plan.rows)
+def _make_index(
+    plan: Plan, parts: Sequence[Part], stored: Mapping[str, NDArray[np.int32]]
+) -> DatasetIndex:
+    num_found, num_stored = len(plan.rows), sum(map(len, stored.values()))
+    has_train = bool(plan.rows.splits.are("train").any())
     if has_train:
-        in_train = (
-            row.label
-            for shard, part in zip(plan.shards, parts, strict=True)
-            for row in shard.rows
-            if shard.split == "train" and row.path not in part.reasons
-        )
+        in_train = plan.rows.labels[stored.get("train", np.empty(0, np.int32))]
         refuse_missing_class(in_train, plan.labels, where="train")
-    if has_train and not stored["val"]:
+    if has_train and not len(stored.get("val", ())):
         raise SourceError(
             "no image of val could be decoded; fix them, or raise splits.val_fraction"
         )

@@ -4,20 +4,19 @@ This package must not import `xrai.results`, so the commands pass in its functio
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from heapq import nsmallest
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xrai.dataset.manifest import Row
+from xrai.dataset.rows import Rows
 from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
 from xrai.files import temporary_folder
 from xrai.ingest.build import Contents, NearDuplicate
 from xrai.ingest.layout import is_file_patient
-from xrai.labels import Label, LabelSpec
+from xrai.labels import Labels, LabelSpec
 from xrai.log import counted, printable
 from xrai.store import Store
 from xrai.tables import to_csv
@@ -31,6 +30,7 @@ _SHEETS = 20  # of samples, at most
 _CROSSED = 20  # findings in the table of those that occur together
 _PAIRS = 6  # near-duplicates on the sheet
 _SHOWN = 50  # rows of a table
+_AT_A_TIME = 1 << 16  # images counted
 
 DrawSheet = Callable[..., None]  # (images (H, W) uint8, titles, path, *, heading, note)
 DrawCounts = Callable[..., None]  # ({split: {class: number}}, path, *, heading, note, num_images)
@@ -47,10 +47,10 @@ def make_report(
     """The report's files by key. Images come from the stored shards."""
     index, near = contents.index, contents.near
     split = next(iter(index.splits))  # train, if there is one
-    rows = [row for row in contents.rows if row.split == split and row.shard is not None]
+    rows = contents.rows
     files: dict[str, bytes] = {}
     sheets: list[tuple[str, str]] = []
-    warning = "drawn phantoms, not patients" if is_phantom(contents.rows) else ""
+    warning = "drawn phantoms, not patients" if is_phantom(rows.paths) else ""
 
     def add(
         name: str,
@@ -71,8 +71,9 @@ def make_report(
     names = _sheet_names(index.classes)
     for label, class_name in [*enumerate(index.classes)][:_SHEETS]:
         # From the first shard alone, if it holds enough
-        shown = (row for row in rows if _shows(row.label, label))
-        samples = nsmallest(num_samples, shown, key=_by_place)
+        samples = _first_stored(
+            rows, rows.splits.are(split) & _show(rows.labels, label), num_samples
+        )
         images, titles = _read_images(store, index.place, samples), [_name(row) for row in samples]
         if samples:
             heading = f"Samples of {split}: {printable(class_name)}"
@@ -96,22 +97,23 @@ def make_report(
     return files
 
 
-def is_phantom(rows: Sequence[Row]) -> bool:
+def is_phantom(paths: Collection[str]) -> bool:
     """Whether the images are drawn ones: `xrai.phantom` begins their names so."""
-    return bool(rows) and all(_name(row).startswith("phantom-") for row in rows)
+    names = (path.rpartition("/")[2] for path in paths)
+    return len(paths) > 0 and all(name.startswith("phantom-") for name in names)
 
 
 def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
     """The card's text, Markdown. `sheets` are (caption, file name) of images in its folder."""
     index, counts, rows = contents.index, contents.index.counts, contents.rows
-    used = [row for row in rows if not row.reason]
-    num_named = sum(not is_file_patient(row.patient) for row in used)
+    used = rows.is_used
+    num_used, num_named = int(used.sum()), _num_named(rows, used)
     measured = "train" if "train" in index.splits else "all"
     drawn = "**Drawn phantoms, not patients.** For trying the program out and for tests."
     lines = [
         f"# Data set {index.fingerprint[:16]}",
         "",
-        *([drawn, ""] if is_phantom(rows) else []),
+        *([drawn, ""] if is_phantom(rows.paths) else []),
         f"Source: {_text(index.source)}. {counted(counts.num_found, 'file')} found = "
         f"{counts.num_written} written + {counts.num_set_aside} excluded; "
         f"{counts.num_not_data} more are not data.",
@@ -121,7 +123,7 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
         "",
         *_splits(contents, used),
         "",
-        f"Patients are known for {num_named} of {counted(len(used), 'image')}, by file name, "
+        f"Patients are known for {num_named} of {counted(num_used, 'image')}, by file name, "
         "labels or DICOM header; every other file counts as a patient of its own.",
         *(f"Note: {_text(note)}." for note in contents.notes),
     ]
@@ -134,7 +136,10 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
     ]
     head = "| bits of 256 that differ | image | image |"
     lines += ["", "## Near-duplicates", "", *_table(head, pairs, rest="near-duplicates.csv")]
-    excluded = [f"| {_text(row.path)} | {_text(row.reason)} |" for row in rows if row.reason]
+    excluded = [
+        f"| {_text(rows.paths[place])} | {_text(rows.reasons[place])} |"
+        for place in sorted(rows.reasons)
+    ]
     table = _table("| file | reason |", excluded, rest="../manifest.jsonl")
     return "\n".join([*lines, "", "## Excluded files", "", *table]) + "\n"
 
@@ -149,13 +154,42 @@ def _sheet_names(classes: Sequence[str]) -> list[str]:
     return names
 
 
-def _shows(label: Label, place: int) -> bool:
-    """Whether an image is of the class, or shows the finding, at a place among the names."""
-    return label[place] == 1 if isinstance(label, tuple) else label == place
+def _show(labels: Labels, place: int) -> NDArray[np.bool_]:
+    """(N,), which images are of the class, or show the finding, at a place among the names."""
+    found: NDArray[np.bool_] = labels[:, place] == 1 if labels.ndim == 2 else labels == place
+    return found
 
 
-def _splits(contents: Contents, used: Sequence[Row]) -> list[str]:
-    index = contents.index
+def _first_stored(rows: Rows, among: NDArray[np.bool_], num: int) -> list[Row]:
+    """The first `num` images of `among` that are in shards, in the order of these."""
+    places = np.flatnonzero(among & (rows.places >= 0))
+    names = rows.shards.values
+    ranks = np.argsort(np.argsort(np.array(names)))  # shards by name
+    keys = (ranks[rows.shards.codes[places]] << 32) + rows.places[places]
+    if len(keys) > num:
+        nearest = np.argpartition(keys, num)[:num]
+        places, keys = places[nearest], keys[nearest]
+    return [rows[place] for place in places[np.argsort(keys)].tolist()]
+
+
+def _num_named(rows: Rows, used: NDArray[np.bool_]) -> int:
+    """Images of patients who are known by more than a file."""
+    keys = rows.patients.keys
+    is_named = np.fromiter((not is_file_patient(key) for key in keys), np.bool_, len(keys))
+    codes = rows.patients.codes[used]
+    return int(is_named[codes[codes >= 0]].sum())
+
+
+def _count_patients(rows: Rows, among: NDArray[np.bool_]) -> tuple[int, int]:
+    """Patients of the images of `among`, and the most images of one of them."""
+    codes = rows.patients.codes[among]
+    counts = np.bincount(codes[codes >= 0], minlength=1)
+    num_own = int((codes < 0).sum())  # of one file each
+    return int((counts > 0).sum()) + num_own, max(int(counts.max()), min(num_own, 1))
+
+
+def _splits(contents: Contents, used: NDArray[np.bool_]) -> list[str]:
+    index, rows = contents.index, contents.rows
     is_wide = index.task != "binary"  # classes and findings have a table of their own then
     names = ["images"] if is_wide else [_text(name) for name in index.classes]
     lines = [
@@ -165,20 +199,24 @@ def _splits(contents: Contents, used: Sequence[Row]) -> list[str]:
         "|---|" + "---|" * (len(names) + 3),
     ]
     for split in index.splits:
-        patients = Counter(row.patient for row in used if row.split == split)
+        num_patients, most = _count_patients(rows, used & rows.splits.are(split))
         origin = "carved from train, by patient" if split in index.carved else "the source"
         counts = index.num_images_per_class(split).values()
         numbers = " | ".join(map(str, [index.num_images(split)] if is_wide else counts))
-        most = max(patients.values())
-        lines.append(f"| {split} | {numbers} | {len(patients)} | {most} | {origin} |")
-    subtypes = Counter(row.subtype for row in used if row.subtype)
+        lines.append(f"| {split} | {numbers} | {num_patients} | {most} | {origin} |")
+    counts_of = np.bincount(rows.subtypes.codes[used], minlength=len(rows.subtypes.values))
+    subtypes = {
+        name: count
+        for name, count in zip(rows.subtypes.values, counts_of.tolist(), strict=True)
+        if name and count
+    }
     if subtypes:
         named = ", ".join(f"{count} {name}" for name, count in sorted(subtypes.items()))
         lines += ["", f"Kinds of pneumonia that file names or labels state: {named}."]
     if is_wide:
         lines += ["", *_shares_by_split(index)]
     if index.task == "multilabel":
-        lines += ["", *_together(index.labels, used)]
+        lines += ["", *_together(index.labels, rows.labels[used])]
     return lines
 
 
@@ -205,21 +243,21 @@ def _shares_by_split(index: DatasetIndex) -> list[str]:
     return lines
 
 
-def _together(labels: LabelSpec, used: Sequence[Row]) -> list[str]:
+def _together(spec: LabelSpec, labels: Labels) -> list[str]:
     """A table of how many images show two findings; the most frequent findings, if many."""
-    kinds = Counter(row.label for row in used)
-    present = labels.array([*kinds]) == 1  # (K, C)
-    weights = np.array([*kinds.values()], np.int64)
-    counts = present.T @ (present * weights[:, None])  # (C, C)
+    counts = np.zeros((len(spec.classes),) * 2, np.int64)
+    for start in range(0, len(labels), _AT_A_TIME):
+        present = (labels[start : start + _AT_A_TIME] == 1).astype(np.float64)  # exact sums
+        counts += (present.T @ present).astype(np.int64)
     shown = sorted(np.argsort(-counts.diagonal(), kind="stable")[:_CROSSED].tolist())
     numbers = " | ".join(str(number) for number in range(1, len(shown) + 1))
     lines = ["## Findings together", "", "Images of all splits that show both findings."]
-    if len(shown) < len(labels.classes):
-        lines[-1] += f" The {len(shown)} most frequent ones of {len(labels.classes)}."
+    if len(shown) < len(spec.classes):
+        lines[-1] += f" The {len(shown)} most frequent ones of {len(spec.classes)}."
     lines += ["", f"| | finding | {numbers} |", "|" + "---|" * (len(shown) + 2)]
     for number, k in enumerate(shown, start=1):
         row = " | ".join(map(str, counts[k, shown].tolist()))
-        lines.append(f"| {number} | {_text(labels.classes[k])} | {row} |")
+        lines.append(f"| {number} | {_text(spec.classes[k])} | {row} |")
     return lines
 
 
@@ -249,10 +287,6 @@ def _write_near(near: Sequence[NearDuplicate]) -> bytes:
     ]
     columns = ("distance", "split", "path", "other_split", "other_path")
     return to_csv(columns, rows).encode()
-
-
-def _by_place(row: Row) -> tuple[str, int]:
-    return row.shard or "", row.row or 0
 
 
 def _read_images(store: Store, place: str, rows: Sequence[Row]) -> list[NDArray[np.uint8]]:

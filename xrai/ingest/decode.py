@@ -7,10 +7,11 @@ import multiprocessing.util
 import os
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain, islice
 from multiprocessing import forkserver
 from typing import Any
 
@@ -45,16 +46,16 @@ _Found = tuple[tuple[int, int], str]  # `Decoded` without its pixels: size and p
 
 
 def decode_rows(
-    source: Source, images: Images, rows: Sequence[Row], *, num_workers: int
+    source: Source, images: Images, rows: Iterable[Row], *, num_workers: int
 ) -> Generator[Decoded | str, None, None]:
     """Each row's image, or the reason why it has none, in order.
 
     Memory is bounded, whatever the number of rows. Close the generator if you stop early; that
     stops the workers. Raises `SourceError` when a file has changed since it was hashed.
     """
-    files = [(row.path, row.sha256) for row in rows]
-    tasks = [files[start : start + _IMAGES_A_TASK] for start in range(0, len(rows), _IMAGES_A_TASK)]
-    num_workers = min(num_workers, len(tasks))
+    tasks = _tasks(rows)
+    first = list(islice(tasks, num_workers))  # none is started without a task
+    tasks, num_workers = chain(first, tasks), len(first)
     if num_workers <= 1:
         budget = MemoryBudget(1)
         for task in tasks:
@@ -93,6 +94,12 @@ def decode_rows(
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _tasks(rows: Iterable[Row]) -> Iterator[list[_File]]:
+    files = ((row.path, row.sha256) for row in rows)
+    while task := list(islice(files, _IMAGES_A_TASK)):
+        yield task
 
 
 # The name of a socket has 107 bytes at most, "/pymp-xxxxxxxx/listener-xxxxxxxx" among them

@@ -1,14 +1,18 @@
 """Hash the files of a source: the first pass over it, before the plan."""
 
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from xrai.dataset.manifest import Row
+from xrai.dataset.rows import HASH_BYTES, Rows, TextsBuilder
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.dicom import is_dicom, read_patient_id
-from xrai.ingest.layout import Entry, is_file_patient
+from xrai.ingest.layout import is_file_patient
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing
 from xrai.ingest.sources import Source, hash_of
@@ -21,6 +25,8 @@ _LARGE_BYTES = 1 << 16  # per file; several threads hash smaller ones more slowl
 _SLOW_S = 0.0005  # per file; one in the page cache takes a tenth of that
 _MAX_THREADS = 8
 
+_Hashed = Sequence[str]  # of a file: SHA-256, hex; the reason why it cannot be read; the patient
+
 
 def hash_source(
     source: Source,
@@ -28,83 +34,107 @@ def hash_source(
     unfinished: Unfinished | None,
     number: int = 0,
     num_partitions: int = 1,
-) -> list[Row]:
+) -> Rows:
     """Rows of all data files, sorted by path, those that others have hashed and stored included.
 
     Partition `number` begins with its own groups of files and then hashes what is still missing: no
     process waits for another, and machines that run side by side read the source about once between
     them.
     """
-    entries = listing.layout.entries
-    groups = [
-        entries[start : start + _FILES_A_GROUP] for start in range(0, len(entries), _FILES_A_GROUP)
-    ]
+    rows = listing.layout.rows
     own_first = sorted(
-        range(len(groups)), key=lambda group: ((group - number) % num_partitions, group)
+        range(-(-len(rows) // _FILES_A_GROUP)),
+        key=lambda group: ((group - number) % num_partitions, group),
     )
-    rows: dict[int, list[Row]] = {}
-    with progress("hash", total=len(entries), unit="files") as bar:
+    hashes = _Hashes(rows)
+    with progress("hash", total=len(rows), unit="files") as bar:
         for group in own_first:
-            files = groups[group]
+            start = group * _FILES_A_GROUP
+            files = rows[start : start + _FILES_A_GROUP]
             found = unfinished.hashes(group, num_files=len(files)) if unfinished else None
             if unfinished and found is not None:
                 unfinished.check_key(listing.key)
-                rows[group] = [
-                    _row(entry, *texts) for entry, texts in zip(files, found, strict=True)
-                ]
+                hashes.put(start, files, found)
                 bar.update(len(found))
                 continue
-            rows[group] = hash_files(source, files, key=listing.key, on_done=bar.update)
+            hashed = hash_files(source, files, key=listing.key, on_done=bar.update)
+            hashes.put(start, files, hashed)
             if unfinished:
                 unfinished.claim_key(listing.key)
-                unfinished.store_hashes(
-                    group, [(row.sha256, row.reason, row.patient) for row in rows[group]]
-                )
-    return [row for group in range(len(groups)) for row in rows[group]]
+                unfinished.store_hashes(group, hashed)
+    return hashes.finish()
+
+
+class _Hashes:
+    """Collects what hashing finds about rows, in any order."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._sha256 = np.zeros((len(rows), HASH_BYTES), np.uint8)
+        self._is_hashed = np.zeros(len(rows), np.bool_)
+        self._reasons: dict[int, str] = {}
+        self._places, self._patients = array("i"), TextsBuilder()  # of other patients than listed
+
+    def put(self, start: int, files: Iterable[Row], found: Sequence[_Hashed]) -> None:
+        """Note what was found about the rows from `start` on."""
+        texts = [sha256 or "0" * 2 * HASH_BYTES for sha256, _, _ in found]
+        data = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8)
+        self._sha256[start : start + len(found)] = data.reshape(-1, HASH_BYTES)
+        self._is_hashed[start : start + len(found)] = [bool(sha256) for sha256, _, _ in found]
+        for place, (row, (_, reason, patient)) in enumerate(zip(files, found, strict=True), start):
+            if reason:
+                self._reasons[place] = reason
+            if patient != row.patient:
+                self._places.append(place)
+                self._patients.append(patient)
+
+    def finish(self) -> Rows:
+        """The rows with hashes, reasons and patients."""
+        reasons = dict(sorted(self._reasons.items()))
+        rows = self._rows.with_(sha256=self._sha256, is_hashed=self._is_hashed, reasons=reasons)
+        places = np.frombuffer(self._places, np.int32)
+        return rows.with_patients(places, self._patients.finish())
 
 
 def hash_files(
-    source: Source, entries: Sequence[Entry], *, key: PatientKey, on_done: Callable[[int], object]
-) -> list[Row]:
-    """One row per entry, with the hash of its file, or the reason why it cannot be read.
+    source: Source, files: Iterable[Row], *, key: PatientKey, on_done: Callable[[int], object]
+) -> list[_Hashed]:
+    """The hash of each file, or the reason why it cannot be read; and its patient.
 
     Where neither name nor table gives the patient, a DICOM file does, by its PatientID. Raises
     `SourceError` for such a file where pydicom is not installed.
     """
     sizes: list[int] = []  # bytes
 
-    def hashed(entry: Entry) -> Row:
+    def hashed(file: tuple[str, str]) -> _Hashed:
+        path, patient = file
         try:
-            data = source.read(entry.path)
+            data = source.read(path)
         except ImageError as error:
-            return _row(entry, "", str(error), entry.patient)
-        patient = entry.patient
+            return "", str(error), patient
         if isinstance(data, bytes):
             sizes.append(len(data))
             if is_file_patient(patient) and is_dicom(data):
                 patient = _patient_in(data, patient, key)
-        return _row(entry, hash_of(data), "", patient)
+        return hash_of(data), "", patient
 
+    pairs = [(row.path, row.patient) for row in files]
     began, began_busy = time.perf_counter(), time.thread_time()
-    rows = [hashed(entry) for entry in entries[:_FILES_A_TASK]]
+    done = [hashed(pair) for pair in pairs[:_FILES_A_TASK]]
     took_s, busy_s = time.perf_counter() - began, time.thread_time() - began_busy
-    on_done(len(rows))
-    rest = entries[_FILES_A_TASK:]
+    on_done(len(done))
+    rest = pairs[_FILES_A_TASK:]
     num_threads = source.num_parallel_reads
-    if took_s > _SLOW_S * len(rows) and took_s > 2 * busy_s:  # waits for a network or a slow disk
+    if took_s > _SLOW_S * len(done) and took_s > 2 * busy_s:  # waits for a network or a slow disk
         num_threads = max(num_threads, _MAX_THREADS)
     elif num_threads == 1 and sum(sizes) > _LARGE_BYTES * len(sizes):  # hashing releases the GIL
         num_threads = min(num_cores(), _MAX_THREADS)
     tasks = [rest[start : start + _FILES_A_TASK] for start in range(0, len(rest), _FILES_A_TASK)]
     with ThreadPoolExecutor(num_threads) as pool:
-        for found in pool.map(lambda task: [hashed(entry) for entry in task], tasks):
-            rows += found
+        for found in pool.map(lambda task: [hashed(pair) for pair in task], tasks):
+            done += found
             on_done(len(found))
-    return rows
-
-
-def _row(entry: Entry, sha256: str, reason: str, patient: str) -> Row:
-    return Row(entry.path, sha256, entry.label, patient, entry.subtype, entry.split, reason=reason)
+    return done
 
 
 def _patient_in(data: bytes, patient: str, key: PatientKey) -> str:

@@ -4,9 +4,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from xrai.config import Labels
+from xrai.dataset.manifest import Row
+from xrai.dataset.rows import Rows
 from xrai.errors import SourceError
 from xrai.ingest.classes import NAME_CLASSES, Found, explain_classes, make_spec, places_of
 from xrai.ingest.folders import DERIVED, SPLIT_NAMES, ClassFolders, Folder, holds_images
@@ -51,6 +54,11 @@ class Layout:
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
     labels: LabelSpec = BINARY  # what the entries' labels mean
     facts: tuple[str, ...] = ()  # as the notes, where nothing is doubtful
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The entries as rows whose hashes are not known yet."""
+        return Rows.of(map(_row_of, self.entries), self.labels)
 
     def describe_not_data(self) -> str:
         """In words; empty where nothing was skipped."""
@@ -181,6 +189,10 @@ def file_patient(path: str, *, group: str = "") -> str:
 def is_file_patient(patient: str) -> bool:
     """Whether a key is one of `file_patient`."""
     return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
+
+
+def _row_of(entry: Entry) -> Row:
+    return Row(entry.path, "", entry.label, entry.patient, entry.subtype, entry.split)
 
 
 def _check_folders(found: Collection[Folder], source: str) -> None:

@@ -6,13 +6,17 @@ made by itself, by any worker or machine (`xrai.ingest.build`), with the same by
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from xrai.config import Config, Labels
 from xrai.dataset.manifest import Row
+from xrai.dataset.rows import Rows
 from xrai.dataset.rules import in_shard_order
 from xrai.dataset.shards import SPLITS, head_of, shard_name
 from xrai.errors import SourceError
@@ -41,13 +45,30 @@ class Listing:
     key: PatientKey = field(compare=False)  # for the patients in the files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedShard:
     """One shard: key, split, and rows in order. Files that cannot be decoded leave it shorter."""
 
     name: str
     split: str
-    rows: tuple[Row, ...]
+    places: NDArray[np.int32]  # among the rows of the plan
+    planned: Rows = field(repr=False)  # all rows of the plan
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PlannedShard):
+            return NotImplemented
+        named = (self.name, self.split) == (other.name, other.split)
+        return named and self.rows == other.rows
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> Rows:
+        """Its own rows, copied each time."""
+        return self.planned.take(self.places)
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class Plan:
 
     source: str  # for people
     labels: LabelSpec  # what the rows' labels mean
-    rows: tuple[Row, ...]  # one per data file, sorted by path; shard and row are not filled in yet
+    rows: Rows  # one per data file, sorted by path; shard and row are not filled in yet
     shards: tuple[PlannedShard, ...]
     carved: tuple[str, ...]
     unusable: tuple[Row, ...]  # excluded so far, without duplicates that were dropped on request
@@ -87,29 +108,34 @@ def list_source(
         layout = lay_out_by_labels(paths, table, source=source.name, key=key, config=config)
     if fault := layout.labels.fault():
         raise SourceError(f"the classes of source {source.name} {fault}")
-    if any(entry.split == "train" for entry in layout.entries):  # else it is only for evaluation
-        labels = (entry.label for entry in layout.entries)
-        refuse_missing_class(labels, layout.labels, where=f"source {source.name}")
+    if layout.rows.splits.are("train").any():  # else it is only for evaluation
+        refuse_missing_class(layout.rows.labels, layout.labels, where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
     listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)
     meaning = json.dumps(head_of(layout.labels))
-    said = [] if table is None else _in_list(json.dumps(asdict(entry)) for entry in layout.entries)
+    said = [] if table is None else _in_list(map(_said_of, layout.rows))
     sha256 = _hash_of_texts(chain(listed, [meaning], said))
     return Listing(printable(source.name), layout, sha256, key)
 
 
-def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
+def _said_of(row: Row) -> str:
+    """What a table says of a file, JSON."""
+    names = ("path", "split", "label", "patient", "subtype")
+    return json.dumps({name: getattr(row, name) for name in names})
+
+
+def make_plan(listing: Listing, rows: Rows, config: Config) -> Plan:
     """Decide where each file goes; `rows` are those of `hash_source`.
 
     Raises `SourceError` as `assign_splits` does, and when more files are unusable than
     `images.max_set_aside` allows.
     """
     limit = config.images.max_set_aside
-    check_excluded([row for row in rows if row.reason], num_files=len(rows), limit=limit)
+    check_excluded(_excluded(rows), num_files=len(rows), limit=limit)
     labels = listing.layout.labels
     assignment = assign_splits(rows, labels, config.splits)
-    unusable = [row for row in assignment.rows if row.reason and row.path not in assignment.dropped]
+    unusable = _excluded(assignment.rows, without=assignment.dropped)
     check_excluded(unusable, num_files=len(rows), limit=limit)
     shaping = shaping_config(config)
     head = json.dumps([*head_of(labels), shaping], sort_keys=True).removesuffix("]") + ", "
@@ -127,6 +153,10 @@ def make_plan(listing: Listing, rows: Sequence[Row], config: Config) -> Plan:
         config=shaping,
         sha256=_hash_of_texts(chain([head], _in_list(told), ["]"])),
     )
+
+
+def _excluded(rows: Rows, *, without: Collection[int] = ()) -> list[Row]:
+    return [rows[place] for place in sorted(rows.reasons) if place not in without]
 
 
 def shaping_config(config: Config) -> dict[str, Any]:
@@ -168,12 +198,12 @@ def _hash_of_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _cut(rows: Sequence[Row], *, rows_per_shard: int) -> tuple[PlannedShard, ...]:
+def _cut(rows: Rows, *, rows_per_shard: int) -> tuple[PlannedShard, ...]:
     shards = []
     for split in SPLITS:
-        ordered = in_shard_order(row for row in rows if row.split == split and not row.reason)
+        ordered = in_shard_order(rows, split).astype(np.int32)
         num_shards = -(-len(ordered) // rows_per_shard)
         for number in range(num_shards):
-            part = tuple(ordered[number * rows_per_shard : (number + 1) * rows_per_shard])
-            shards.append(PlannedShard(shard_name(split, number, num_shards), split, part))
+            part = ordered[number * rows_per_shard : (number + 1) * rows_per_shard]
+            shards.append(PlannedShard(shard_name(split, number, num_shards), split, part, rows))
     return tuple(shards)

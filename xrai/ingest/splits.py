@@ -5,16 +5,19 @@ A source's own split folders are honoured. What is missing is carved from train,
 """
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row
-from xrai.dataset.rules import carve, find_contradicted, patients_in_several
+from xrai.dataset.rows import Rows
+from xrai.dataset.rules import carve, find_contradicted, find_repeated, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
-from xrai.labels import Label, LabelSpec
+from xrai.labels import Labels, LabelSpec
 from xrai.log import counted
 
 _NAME_PATIENTS = "say who is who in the column patient of a table (--labels FILE.csv)"
@@ -26,9 +29,9 @@ _MANY_IMAGES, _LARGE_SHARE = 20, 0.25  # implausible for a single patient
 class Assignment:
     """Rows with their splits."""
 
-    rows: tuple[Row, ...]  # in the order given
+    rows: Rows  # in the order given
     carved: tuple[str, ...]  # splits carved from train
-    dropped: frozenset[str]  # paths of duplicates that were excluded on request
+    dropped: frozenset[int]  # places of duplicates that were excluded on request
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
     facts: tuple[str, ...] = ()  # as the notes, where nothing is doubtful
 
@@ -58,7 +61,8 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
     is "drop"), a class has no images in train, or train or val would be empty.
     """
     notes: list[str] = []
-    has_train = any(row.split == "train" for row in rows)
+    rows = Rows.of(rows, labels)
+    has_train = rows.splits.are("train").any()
     if has_train:
         rows, notes = _join_small_val(rows, config)
     rows, dropped = _drop_duplicates(_exclude_contradictions(rows), duplicates=config.duplicates)
@@ -67,30 +71,28 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
             f"{counted(len(dropped), 'file', 'are')} dropped: the same images are in test or val "
             "of the source"
         )
-    used = [row for row in rows if not row.reason]
-    given = {row.split for row in used}
-    if shared := patients_in_several(used, given):
+    used = rows.is_used
+    given = {split for split in rows.splits.values if (rows.splits.are(split) & used).any()}
+    if shared := patients_in_several(rows, given, used):
         words = counted(len(shared), "patient", "are")
         notes.append(f"{words} in two splits of the source, such as {shared[0]}")
     if not has_train:
         notes.append("the source has no train, so that this data set is to evaluate on alone")
-        return Assignment(tuple(rows), (), dropped, tuple(notes))
+        return Assignment(rows, (), dropped, tuple(notes))
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
     carved = tuple(
         split for split, fraction in fractions.items() if split not in given and fraction > 0
     )
-    pool = [row for row in used if row.split == "train"]
-    refuse_missing_class((row.label for row in pool), labels, where="train")
+    pool = used & rows.splits.are("train")
+    refuse_missing_class(rows.labels[pool], labels, where="train")
     if carved:
-        notes += _note_common_patient(pool)
+        notes += _note_common_patient(rows, pool)
     rows = carve(rows, carved, config, labels)
-    used = [row for row in rows if not row.reason]
     lacks = {
-        split: [*_lacks({row.label for row in used if row.split == split}, labels)]
-        for split in SPLITS
+        split: [*_lacks(rows.labels[used & rows.splits.are(split)], labels)] for split in SPLITS
     }
-    if lacks["train"] or not any(row.split == "val" for row in used):
-        raise SourceError(_explain_carving(pool, carved, config, missing=lacks["train"]))
+    if lacks["train"] or not (used & rows.splits.are("val")).any():
+        raise SourceError(_explain_carving(rows, pool, carved, config, missing=lacks["train"]))
     if lacks["val"] and labels.task != "binary":
         raise SourceError(_explain_val(lacks["val"][0], labels, is_carved="val" in carved))
     for split in SPLITS:
@@ -98,33 +100,36 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
             missing = " and no ".join(lack.words("images") for lack in lacks[split])
             origin = "was carved from train and " if split in carved else ""
             notes.append(f"{split} {origin}holds no {missing}")
-    balance, is_far = _tell_balance(used, carved, labels)
+    balance, is_far = _tell_balance(rows, carved, labels)
     notes += balance if is_far else []
     facts = () if is_far else tuple(balance)
-    return Assignment(tuple(rows), carved, dropped, tuple(notes), facts)
+    return Assignment(rows, carved, dropped, tuple(notes), facts)
 
 
-def _join_small_val(rows: Sequence[Row], config: Splits) -> tuple[Sequence[Row], list[str]]:
+def _join_small_val(rows: Rows, config: Splits) -> tuple[Rows, list[str]]:
     """Rows of which a val that is too small to measure with has joined train; and notes."""
-    num_val = sum(row.split == "val" for row in rows)
+    is_val = rows.splits.are("val")
+    num_val = int(is_val.sum())
     if not 0 < num_val < config.min_val_images:
         return rows, []
     note = (
         f"the source's val has {counted(num_val, 'image')}, fewer than splits.min_val_images = "
         f"{config.min_val_images}: they join train"
     )
-    return [replace(row, split="train") if row.split == "val" else row for row in rows], [note]
+    return rows.with_(splits=rows.splits.put(is_val, "train")), [note]
 
 
-def _tell_balance(
-    used: Sequence[Row], carved: Collection[str], labels: LabelSpec
-) -> tuple[list[str], bool]:
+def _tell_balance(rows: Rows, carved: Collection[str], labels: LabelSpec) -> tuple[list[str], bool]:
     """A sentence on how close the shares in balanced splits are to those in train, if any are
     balanced; and whether one is far off.
     """
     if labels.is_public or not carved:
         return [], False
-    shares = {split: _shares(used, split, labels) for split in ("train", *carved)}
+    used = rows.is_used
+    shares = {
+        split: _shares(rows.labels[used & rows.splits.are(split)], labels)
+        for split in ("train", *carved)
+    }
     found = [
         (abs(share - of_train), name, split, share, of_train)
         for split in carved
@@ -148,11 +153,10 @@ def _tell_balance(
     return [told], abs(share - of_train) > _FAR
 
 
-def _shares(rows: Sequence[Row], split: str, labels: LabelSpec) -> list[float]:
-    """The share of each class or finding among the images of a split where it is known."""
-    array = labels.array([row.label for row in rows if row.split == split])
-    present, unknown = labels.count(array)
-    known = [len(array) - num for num in unknown or [0] * len(present)]
+def _shares(labels: Labels, spec: LabelSpec) -> list[float]:
+    """The share of each class or finding among labels where it is known."""
+    present, unknown = spec.count(labels)
+    known = [len(labels) - num for num in unknown or [0] * len(present)]
     return [a / b if b else math.nan for a, b in zip(present, known, strict=True)]
 
 
@@ -166,11 +170,11 @@ def _explain_val(lack: _Lack, labels: LabelSpec, *, is_carved: bool) -> str:
     return _explain_lack(lack, labels, where="val")
 
 
-def refuse_missing_class(labels: Iterable[Label], spec: LabelSpec, *, where: str) -> None:
+def refuse_missing_class(labels: Labels, spec: LabelSpec, *, where: str) -> None:
     """Raise `SourceError` where a class has no image, or a finding none where it is present, or
     none where it is absent.
     """
-    lack = next(_lacks(set(labels), spec), None)
+    lack = next(_lacks(labels, spec), None)
     if lack is not None:
         raise SourceError(_explain_lack(lack, spec, where=where))
 
@@ -188,28 +192,34 @@ def _explain_lack(lack: _Lack, spec: LabelSpec, *, where: str) -> str:
     )
 
 
-def _lacks(labels: Collection[Label], spec: LabelSpec) -> Iterator[_Lack]:
+def _lacks(labels: Labels, spec: LabelSpec) -> Iterator[_Lack]:
     """The classes, or sides of findings, that none of these labels has."""
     for k, name in enumerate(spec.classes):
         if spec.task != "multilabel":
-            if k not in labels:
+            if not (labels == k).any():
                 yield _Lack(name)
             continue
-        values = {label[k] for label in labels if isinstance(label, tuple)}
-        yield from (_Lack(name, value) for value in (1, 0) if value not in values)
+        yield from (_Lack(name, value) for value in (1, 0) if not (labels[:, k] == value).any())
 
 
 def _explain_carving(
-    pool: Sequence[Row], carved: Sequence[str], config: Splits, *, missing: Sequence[_Lack]
+    rows: Rows,
+    pool: NDArray[np.bool_],
+    carved: Sequence[str],
+    config: Splits,
+    *,
+    missing: Sequence[_Lack],
 ) -> str:
     """Why `pool`, the source's train, cannot be divided by patient."""
     what = "no image falls into val"
     if missing:
         what = f"no {missing[0].words('image')} stays in train"
-    patients = {row.patient for row in pool}
+    places = np.flatnonzero(pool)
+    patients = np.unique(rows.patient_numbers(places))
     if len(patients) == 1:
+        origin = _origin(rows.patient_key(int(patients[0])))
         return (
-            f"{what}, since all {len(pool)} images are of one patient{_origin(pool[0])}, and "
+            f"{what}, since all {len(places)} images are of one patient{origin}, and "
             f"{' and '.join(carved)} are carved by patient; {_NAME_PATIENTS}, or lay the images "
             "out in folders train, val and test"
         )
@@ -220,55 +230,59 @@ def _explain_carving(
     )
 
 
-def _note_common_patient(pool: Sequence[Row]) -> list[str]:
+def _note_common_patient(rows: Rows, pool: NDArray[np.bool_]) -> list[str]:
     """A note where the most frequent patient has an implausible share of the images."""
-    ((patient, count),) = Counter(row.patient for row in pool).most_common(1)
-    if count < _MANY_IMAGES or count <= _LARGE_SHARE * len(pool):
+    codes = rows.patients.codes[pool]
+    counts = np.bincount(codes[codes >= 0], minlength=1)  # those known by one file have one
+    count = int(counts.max())
+    if count < _MANY_IMAGES or count <= _LARGE_SHARE * len(codes):
         return []
-    row = next(row for row in pool if row.patient == patient)
+    patient = next(code for code in codes.tolist() if code >= 0 and counts[code] == count)
     return [
-        f"{count} of {len(pool)} images are of one patient{_origin(row)}, and so go into one "
-        f"split; if they are not, {_NAME_PATIENTS}"
+        f"{count} of {len(codes)} images are of one patient{_origin(rows.patient_key(patient))}, "
+        f"and so go into one split; if they are not, {_NAME_PATIENTS}"
     ]
 
 
-def _origin(row: Row) -> str:
-    is_dicom = row.patient.startswith("dicom:")
+def _origin(patient: str) -> str:
+    is_dicom = patient.startswith("dicom:")
     return " by their PatientID, as some ways of anonymizing leave it" if is_dicom else ""
 
 
-def _exclude_contradictions(rows: Sequence[Row]) -> list[Row]:
-    contradicted = find_contradicted(row for row in rows if not row.reason)
-    return [
-        replace(row, reason="is under another label, too, as the same image")
-        if not row.reason and row.sha256 in contradicted
-        else row
-        for row in rows
-    ]
+def _exclude_contradictions(rows: Rows) -> Rows:
+    contradicted = find_contradicted(rows, rows.is_used)
+    why = "is under another label, too, as the same image"
+    reasons = dict.fromkeys(np.flatnonzero(contradicted).tolist(), why)
+    return rows.with_(reasons={**rows.reasons, **reasons})
 
 
-def _drop_duplicates(rows: Sequence[Row], *, duplicates: str) -> tuple[list[Row], frozenset[str]]:
+def _drop_duplicates(rows: Rows, *, duplicates: str) -> tuple[Rows, frozenset[int]]:
     """Exclude images that the source has in two splits, keeping the one in test, else val.
 
-    Returns all rows, and the paths of the excluded ones.
+    Returns all rows, and the places of the excluded ones.
     """
-    kept: dict[str, Row] = {}
-    for split in reversed(SPLITS):
-        for row in rows:
-            if row.reason or row.split != split:
-                continue
-            other = kept.setdefault(row.sha256, row)
-            if other.split != split and duplicates == "error":
-                raise SourceError(
-                    f"the source has the same image in two splits: {other.path} and {row.path}; "
-                    "remove one, or set --splits.duplicates=drop to keep the one in test, else val"
-                )
-    dropped = frozenset(
-        row.path for row in rows if not row.reason and kept[row.sha256].split != row.split
-    )
-    return [
-        replace(row, reason=f"is the same image as {kept[row.sha256].path}")
-        if row.path in dropped
-        else row
-        for row in rows
-    ], dropped
+    places, starts = find_repeated(rows, rows.is_used)
+    if not len(places):
+        return rows, frozenset()
+    ranks = np.zeros(len(places), np.int8)  # the split that goes before the others has 0
+    for rank, split in enumerate(reversed(SPLITS)):
+        ranks[rows.splits.are(split)[places]] = rank
+    lengths = np.diff(starts, append=len(places))
+    image = np.repeat(np.arange(len(starts)), lengths)
+    order = np.lexsort((places, ranks, image))
+    places, ranks = places[order], ranks[order]
+    first = np.repeat(starts, lengths)
+    kept, is_dropped = places[first], ranks != ranks[first]
+    places, kept, ranks = places[is_dropped], kept[is_dropped], ranks[is_dropped]
+    if len(places) and duplicates == "error":
+        k = int(np.lexsort((places, ranks))[0])
+        raise SourceError(
+            f"the source has the same image in two splits: {rows.paths[int(kept[k])]} and "
+            f"{rows.paths[int(places[k])]}; remove one, or set --splits.duplicates=drop to keep "
+            "the one in test, else val"
+        )
+    reasons = {
+        place: f"is the same image as {rows.paths[other]}"
+        for place, other in zip(places.tolist(), kept.tolist(), strict=True)
+    }
+    return rows.with_(reasons={**rows.reasons, **reasons}), frozenset(reasons)
