@@ -161,9 +161,9 @@ def _parts_of(plan: "Plan") -> "list[Part]":
     generator = np.random.default_rng(0)
     parts = []
     for shard in plan.shards:
-        counts = plan.labels.count(plan.labels.array([row.label for row in shard.rows]))
-        info = ShardInfo(shard.name, len(shard.rows), 1, "0" * 64, *counts)
-        hashes = bytearray(generator.bytes(len(shard.rows) * _HASH_BYTES))
+        counts = plan.labels.count(plan.rows.labels[shard.places])
+        info = ShardInfo(shard.name, len(shard), 1, "0" * 64, *counts)
+        hashes = bytearray(generator.bytes(len(shard) * _HASH_BYTES))
         parts.append(Part(plan.sha256, info, {}, [1] * 256, hashes, []))
     return parts
 

@@ -1,6 +1,7 @@
 """The benchmark of rows runs the stages of preprocess, whose manifest keeps its bytes."""
 
 import hashlib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,30 @@ def test_the_manifest_of_many_rows_never_changes(tmp_path: Path) -> None:
     assert int(figures["manifest_sha256_head"]) == STORED
     for stage in STAGES:
         assert figures[f"{stage}_peak_mib"] >= figures[f"{stage}_held_mib"] > 0
+
+
+def test_hashing_and_planning_take_the_memory_of_columns() -> None:
+    peak_memory(400)  # what the first call imports is no memory of rows
+    hashed, planned = peak_memory(8000)
+    assert hashed < 180 and planned < 130  # objects took 245 and 306
+
+
+def peak_memory(num: int) -> tuple[float, float]:
+    """Bytes a row at the peaks of hashing and of planning, without those of the listing."""
+    source = Named(num)
+    listing = list_source(source)
+    assert len(listing.layout.rows) == num
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        rows = hash_source(source, listing, None)
+        hashed = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.reset_peak()
+        make_plan(listing, rows, Config())
+        planned = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    return hashed / num, planned / num
 
 
 def folder_of_three_classes() -> dict[str, bytes]:

@@ -129,7 +129,11 @@ class Names:
 
     def are(self, *names: str) -> NDArray[np.bool_]:
         """(N,), where one of these names stands."""
-        return np.isin(self.codes, [k for k, value in enumerate(self.values) if value in names])
+        found = np.zeros(len(self.codes), np.bool_)
+        for code, value in enumerate(self.values):
+            if value in names:
+                found |= self.codes == code
+        return found
 
     def used(self) -> list[str]:
         """The names that occur."""
@@ -313,6 +317,11 @@ class Rows(Sequence[Row]):
         codes = self.patients.codes if places is None else self.patients.codes[places]
         rows = np.arange(len(self), dtype=np.int32) if places is None else places
         return np.where(codes < 0, len(self.patients.keys) + rows, codes).astype(np.int32)
+
+    def patient_keys(self, numbers: Numbers) -> Iterator[str]:
+        """The keys of the patients of these numbers."""
+        for start in range(0, len(numbers), _AT_A_TIME):
+            yield from map(self.patient_key, numbers[start : start + _AT_A_TIME].tolist())
 
     def patient_key(self, number: int) -> str:
         """The key of the patient of this number."""

@@ -46,7 +46,7 @@ def carve(rows: Sequence[Row], carved: Collection[str], config: Splits, labels: 
     owners = np.unique(owner_of[rows.patient_numbers(pool)])
     if labels.is_public:
         found = {"val": np.zeros(len(owners), np.bool_), "test": np.zeros(len(owners), np.bool_)}
-        for k, share in enumerate(_shares(rows, owners)):
+        for k, share in enumerate(map(carve_share, rows.patient_keys(owners))):
             if (split := _split_of(share, carved, config)) != "train":
                 found[split][k] = True
     else:
@@ -101,7 +101,7 @@ def _stratified(
     labels: LabelSpec,
 ) -> dict[str, NDArray[np.bool_]]:
     """Which of the owners go to each carved split."""
-    shares = np.fromiter(_shares(rows, owners), np.float64, len(owners))
+    shares = np.fromiter(map(carve_share, rows.patient_keys(owners)), np.float64, len(owners))
     order = np.argsort(shares, kind="stable")
     alike = shares[order][1:] == shares[order][:-1]
     if alike.any():  # of 2^52 shares two are the same, as those of one key
@@ -123,10 +123,6 @@ def carve_share(patient: str) -> float:
     """A patient's fixed place in [0, 1): val is carved from the low end, test from the high end."""
     digest = hashlib.sha256(patient.encode()).hexdigest()
     return int(digest[:_HASH_DIGITS], 16) / 16.0**_HASH_DIGITS
-
-
-def _shares(rows: Rows, patients: Numbers) -> Iterator[float]:
-    return (carve_share(rows.patient_key(number)) for number in patients.tolist())
 
 
 def find_contradicted(rows: Rows, among: NDArray[np.bool_]) -> NDArray[np.bool_]:
