@@ -54,10 +54,12 @@ class Texts(Sequence[str]):
         if isinstance(place, slice):
             start, stop, step = place.indices(len(self))
             return self._between(start, max(stop, start))[::step] if step > 0 else [*self][place]
-        if not -len(self) <= place < len(self):
+        num = len(self._ends) - 1
+        if not -num <= place < num:
             raise IndexError(place)
-        place %= len(self)
-        return _decode(self._data[self._ends[place] : self._ends[place + 1]])
+        place %= num
+        start, end = self._ends[place : place + 2].tolist()
+        return _decode(self._data[start:end])
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _AT_A_TIME):
@@ -165,6 +167,21 @@ class Patients:
     def take(self, places: Numbers) -> "Patients":
         return replace(self, codes=self.codes[places])
 
+    def between(self, start: int, stop: int, paths: Sequence[str]) -> list[str]:
+        """The keys of a few rows with these paths."""
+        codes = self.codes[start:stop].tolist()
+        first, last = min(codes, default=-1), max(codes, default=-1)
+        known: Mapping[int, str] = {}
+        if first >= 0 and last - first < 2 * len(codes):  # one after the other: read at once
+            known = dict(enumerate(self.keys[first : last + 1], first))
+        else:
+            known = {code: self.keys[code] for code in set(codes) if code >= 0}
+        heads, cut = self.heads, len(self.skipped)
+        return [
+            known[code] if code >= 0 else heads[-1 - code] + path[cut:]
+            for code, path in zip(codes, paths, strict=True)
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
@@ -242,33 +259,33 @@ class Rows(Sequence[Row]):
         labels: Iterable[Any] = self.labels[span].tolist()
         if self.labels.ndim == 2:
             labels = map(tuple, labels)
-        patients, subtypes = self.patients, self.subtypes.values
-        splits, shards, skipped = self.splits.values, self.shards.values, len(patients.skipped)
+        paths, subtypes = self.paths[span], self.subtypes.values
+        splits, shards, get_reason = self.splits.values, self.shards.values, self.reasons.get
         columns = zip(
             range(start, stop),
-            self.paths[span],
+            paths,
             self.is_hashed[span].tolist(),
             labels,
-            patients.codes[span].tolist(),
+            self.patients.between(start, stop, paths),
             self.subtypes.codes[span].tolist(),
             self.splits.codes[span].tolist(),
             self.shards.codes[span].tolist(),
             self.places[span].tolist(),
             strict=True,
         )
+        hashes = self.sha256[span].tobytes()
         for number, path, is_hashed, label, patient, subtype, split, shard, place in columns:
+            begin = (number - start) * HASH_BYTES
             yield Row(
                 path,
-                self.sha256[number].tobytes().hex() if is_hashed else "",
+                hashes[begin : begin + HASH_BYTES].hex() if is_hashed else "",
                 label,
-                patients.heads[-1 - patient] + path[skipped:]
-                if patient < 0
-                else patients.keys[patient],
+                patient,
                 subtypes[subtype],
                 splits[split],
                 shards[shard] or None,
                 None if place < 0 else place,
-                self.reasons.get(number, ""),
+                get_reason(number, ""),
             )
 
     # ------------------------------------------------------------------- what several rows share

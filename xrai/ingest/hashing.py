@@ -50,7 +50,7 @@ def hash_source(
     with progress("hash", total=len(rows), unit="files") as bar:
         for group in own_first:
             start = group * _FILES_A_GROUP
-            files = rows[start : start + _FILES_A_GROUP]
+            files = [*rows[start : start + _FILES_A_GROUP]]
             found = unfinished.hashes(group, num_files=len(files)) if unfinished else None
             if unfinished and found is not None:
                 unfinished.check_key(listing.key)
@@ -75,7 +75,7 @@ class _Hashes:
         self._reasons: dict[int, str] = {}
         self._places, self._patients = array("i"), TextsBuilder()  # of other patients than listed
 
-    def put(self, start: int, files: Iterable[Row], found: Sequence[_Hashed]) -> None:
+    def put(self, start: int, files: Sequence[Row], found: Sequence[_Hashed]) -> None:
         """Note what was found about the rows from `start` on."""
         texts = [sha256 or "0" * 2 * HASH_BYTES for sha256, _, _ in found]
         data = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8)
