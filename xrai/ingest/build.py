@@ -284,9 +284,11 @@ def assemble(
         unusable += _excluded(shard, part.reasons)
     limit = plan.config["images"]["max_set_aside"]
     check_excluded(unusable, num_files=len(plan.rows), limit=limit)
-    rows, stored = _finished_rows(plan, parts)
+    stored = [_kept(shard, part) for shard, part in zip(plan.shards, parts, strict=True)]
     index = _make_index(plan, parts, stored)
-    near = _near_duplicates(_find_near(plan, parts), rows, stored)
+    pairs = _find_near(plan, parts)  # before there are more columns, and without its hashes after
+    rows = _finished_rows(plan, parts, stored)
+    near = _near_duplicates(pairs, rows, _by_split(plan, stored))
     if near:
         first = near[0]
         _logger.warning(
@@ -336,25 +338,33 @@ def _excluded(shard: PlannedShard, reasons: Mapping[str, str]) -> list[Row]:
     return [replace(row, reason=reasons[row.path]) for row in shard.rows if row.path in reasons]
 
 
-def _finished_rows(plan: Plan, parts: Sequence[Part]) -> tuple[Rows, dict[str, NDArray[np.int32]]]:
-    """The manifest: the plan's rows with shard, place, and what decoding excluded.
+def _kept(shard: PlannedShard, part: Part) -> NDArray[np.int32]:
+    """The places among the plan's rows of those that are in a shard, in its order."""
+    if not part.reasons:
+        return shard.places
+    return shard.places[[path not in part.reasons for path in shard.rows.paths]]
 
-    Also the places of each split's rows that are in shards, in their order.
-    """
+
+def _by_split(plan: Plan, stored: Sequence[NDArray[np.int32]]) -> dict[str, NDArray[np.int32]]:
+    """The places of the stored rows of each split, in the order of its shards."""
+    found: dict[str, list[NDArray[np.int32]]] = {}
+    for shard, kept in zip(plan.shards, stored, strict=True):
+        found.setdefault(shard.split, []).append(kept)
+    return {split: np.concatenate(places) for split, places in found.items()}
+
+
+def _finished_rows(plan: Plan, parts: Sequence[Part], stored: Sequence[NDArray[np.int32]]) -> Rows:
+    """The manifest: the plan's rows with shard, place, and what decoding excluded."""
     names = ("", *(shard.name for shard in plan.shards))
     shard_of = np.zeros(len(plan.rows), np.min_scalar_type(len(names)))
     place_of = np.full(len(plan.rows), -1, np.int32)
-    reasons, stored = {**plan.rows.reasons}, dict[str, list[NDArray[np.int32]]]()
-    for code, (shard, part) in enumerate(zip(plan.shards, parts, strict=True), start=1):
-        kept = shard.places
-        if part.reasons:
-            whys = [part.reasons.get(path, "") for path in shard.rows.paths]
-            reasons |= {place: why for place, why in zip(kept.tolist(), whys, strict=True) if why}
-            kept = kept[[not why for why in whys]]
+    reasons = {**plan.rows.reasons}
+    for code, (shard, part, kept) in enumerate(zip(plan.shards, parts, stored, strict=True), 1):
         shard_of[kept], place_of[kept] = code, np.arange(len(kept))
-        stored.setdefault(shard.split, []).append(kept)
-    rows = plan.rows.with_(shards=Names(shard_of, names), places=place_of, reasons=reasons)
-    return rows, {split: np.concatenate(kept) for split, kept in stored.items()}
+        if part.reasons:
+            pairs = zip(shard.places.tolist(), shard.rows.paths, strict=True)
+            reasons |= {k: part.reasons[path] for k, path in pairs if path in part.reasons}
+    return plan.rows.with_(shards=Names(shard_of, names), places=place_of, reasons=reasons)
 
 
 def _find_near(plan: Plan, parts: Sequence[Part]) -> dict[tuple[str, str], list[NearPair]]:
@@ -387,14 +397,22 @@ def _near_duplicates(
 
 
 def _make_index(
-    plan: Plan, parts: Sequence[Part], stored: Mapping[str, NDArray[np.int32]]
+    plan: Plan, parts: Sequence[Part], stored: Sequence[NDArray[np.int32]]
 ) -> DatasetIndex:
-    num_found, num_stored = len(plan.rows), sum(map(len, stored.values()))
+    num_in = dict.fromkeys(SPLITS, 0)
+    for shard, kept in zip(plan.shards, stored, strict=True):
+        num_in[shard.split] += len(kept)
+    num_found, num_stored = len(plan.rows), sum(num_in.values())
     has_train = bool(plan.rows.splits.are("train").any())
     if has_train:
-        in_train = plan.rows.labels[stored.get("train", np.empty(0, np.int32))]
-        refuse_missing_class(in_train, plan.labels, where="train")
-    if has_train and not len(stored.get("val", ())):
+        labels = plan.rows.labels
+        in_train = [
+            labels[kept]
+            for shard, kept in zip(plan.shards, stored, strict=True)
+            if shard.split == "train"
+        ]
+        refuse_missing_class(np.concatenate([labels[:0], *in_train]), plan.labels, where="train")
+    if has_train and not num_in["val"]:
         raise SourceError(
             "no image of val could be decoded; fix them, or raise splits.val_fraction"
         )

@@ -7,7 +7,7 @@ made by itself, by any worker or machine (`xrai.ingest.build`), with the same by
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, Final
 
@@ -136,6 +136,7 @@ def make_plan(listing: Listing, rows: Rows, config: Config) -> Plan:
     labels = listing.layout.labels
     assignment = assign_splits(rows, labels, config.splits)
     unusable = _excluded(assignment.rows, without=assignment.dropped)
+    shards = _cut(assignment.rows, rows_per_shard=config.shards.rows)
     check_excluded(unusable, num_files=len(rows), limit=limit)
     shaping = shaping_config(config)
     head = json.dumps([*head_of(labels), shaping], sort_keys=True).removesuffix("]") + ", "
@@ -143,8 +144,8 @@ def make_plan(listing: Listing, rows: Rows, config: Config) -> Plan:
     return Plan(
         source=listing.source,
         labels=labels,
-        rows=assignment.rows,
-        shards=_cut(assignment.rows, rows_per_shard=config.shards.rows),
+        rows=replace(assignment.rows),
+        shards=shards,
         carved=assignment.carved,
         unusable=tuple(unusable),
         num_not_data=sum(listing.layout.not_data.values()),
@@ -200,10 +201,11 @@ def _hash_of_texts(texts: Iterable[str]) -> str:
 
 def _cut(rows: Rows, *, rows_per_shard: int) -> tuple[PlannedShard, ...]:
     shards = []
+    planned = replace(rows)  # without the numbers of the images, which are not needed any more
     for split in SPLITS:
         ordered = in_shard_order(rows, split).astype(np.int32)
         num_shards = -(-len(ordered) // rows_per_shard)
         for number in range(num_shards):
             part = ordered[number * rows_per_shard : (number + 1) * rows_per_shard]
-            shards.append(PlannedShard(shard_name(split, number, num_shards), split, part, rows))
+            shards.append(PlannedShard(shard_name(split, number, num_shards), split, part, planned))
     return tuple(shards)
