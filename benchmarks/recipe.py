@@ -54,9 +54,10 @@ from sklearn.metrics import roc_auc_score
 
 from xrai.config import USES, from_mapping, load_yaml, read_file
 from xrai.dataset.loader import open_split
+from xrai.dataset.manifest import Row
 from xrai.files import write_atomically
 from xrai.ingest.images import decode
-from xrai.ingest.layout import Entry, lay_out
+from xrai.ingest.layout import lay_out
 from xrai.ingest.sources import Source, open_source
 from xrai.learning.distributed import join
 from xrai.learning.predictor import TrainedModel, load_model, predict_split
@@ -110,7 +111,7 @@ def main() -> None:
 # --------------------------------------------------------------------------------------- held out
 
 
-def is_held_out(entry: Entry, training: str, blocks: dict[str, list[int]]) -> bool:
+def is_held_out(entry: Row, training: str, blocks: dict[str, list[int]]) -> bool:
     """Whether an image is tested on, not trained with; the same for all images of a patient.
 
     `blocks` has the three numbers that divide the patients of each stream into quarters.
@@ -124,7 +125,7 @@ def is_held_out(entry: Entry, training: str, blocks: dict[str, list[int]]) -> bo
     return stream not in training.split("+")
 
 
-def hold_out(entries: Sequence[Entry], training: str) -> list[Entry]:
+def hold_out(entries: Sequence[Row], training: str) -> list[Row]:
     """The images that a training is tested on."""
     numbers: dict[str, set[int]] = {}
     for entry in entries:
@@ -137,7 +138,7 @@ def hold_out(entries: Sequence[Entry], training: str) -> list[Entry]:
     return [entry for entry in entries if is_held_out(entry, training, blocks)]
 
 
-def write_labels(path: Path, entries: Iterable[Entry], held_out: Sequence[Entry]) -> None:
+def write_labels(path: Path, entries: Iterable[Row], held_out: Sequence[Row]) -> None:
     """The table for `xrai.preprocess --labels`; validation images are carved from those of
     training.
     """
@@ -182,8 +183,8 @@ class Bench:
         self._address, self._source = source, open_source(source)
         self._originals = open_source(originals) if originals else None
         self._cache, self._processes = cache, processes
-        paths = (file.path for file in self._source.files())
-        self._entries = lay_out(paths, source=self._source.name).entries
+        paths = self._source.files().paths
+        self._entries = lay_out(paths, source=self._source.name).rows
 
     def scores_of(self, recipe: str, training: str, seed: int) -> Scored:
         """From the cache; else trained and scored, which takes as long as that takes."""
@@ -216,7 +217,7 @@ class Bench:
         return Scored(recipe, training, seed, seconds, looks)
 
     def _score(
-        self, run: Path, dataset: Path, held_out: Sequence[Entry]
+        self, run: Path, dataset: Path, held_out: Sequence[Row]
     ) -> Iterator[tuple[str, Scores]]:
         store = open_store(str(run))
         model = load_model(store)
@@ -224,7 +225,7 @@ class Bench:
         yield AS_THEY_ARE, score(model, self._source, held_out)
         yield COARSE, score(model, self._source, held_out, change=make_coarse)
         if self._originals is not None:
-            full_size = {file.path for file in self._originals.files()}
+            full_size = {*self._originals.files().paths}
             found = [entry for entry in held_out if entry.path in full_size]
             yield ORIGINALS, score(model, self._originals, found)
         for look, height in FRAMINGS.items():
@@ -281,12 +282,12 @@ def validation_scores(
         yield look, Scores(wanted, logits[:, :, 0].ravel(), np.zeros(len(wanted), dtype=np.bool_))
 
 
-Change = Callable[[Image.Image, Entry], Image.Image]  # of an image before it is decoded
+Change = Callable[[Image.Image, Row], Image.Image]  # of an image before it is decoded
 
 
 @torch.inference_mode()
 def score(
-    model: TrainedModel, source: Source, entries: Sequence[Entry], *, change: Change | None = None
+    model: TrainedModel, source: Source, entries: Sequence[Row], *, change: Change | None = None
 ) -> Scores:
     """The scores of images, changed by `change`."""
     logits, reviews = [], []
@@ -302,7 +303,7 @@ def score(
 
 
 def read(
-    model: TrainedModel, source: Source, entry: Entry, *, change: Change | None
+    model: TrainedModel, source: Source, entry: Row, *, change: Change | None
 ) -> NDArray[np.uint8]:
     """An image as the model sees it, (H, W)."""
     data = source.read(entry.path)
@@ -312,7 +313,7 @@ def read(
     return decode(data, size=model.image_size, fit=model.fit, max_pixels=model.images.max_pixels)
 
 
-def make_coarse(image: Image.Image, entry: Entry) -> Image.Image:
+def make_coarse(image: Image.Image, entry: Row) -> Image.Image:
     """Half as many pixels a side, stored as JPEG of quality 25."""
     file = BytesIO()
     half = (image.width // 2, image.height // 2)
@@ -323,7 +324,7 @@ def make_coarse(image: Image.Image, entry: Entry) -> Image.Image:
 def stretch_normals(height: float) -> Change:
     """The middle share `height` of a normal image, stretched to the shape that it had."""
 
-    def change(image: Image.Image, entry: Entry) -> Image.Image:
+    def change(image: Image.Image, entry: Row) -> Image.Image:
         if entry.label == 1:
             return image
         margin = image.height * (1 - height) / 2

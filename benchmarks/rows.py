@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from benchmarks.harness import Contender, Figure, Report, Run, run_in_turn, summarise, values_of
-from xrai.ingest.sources import Source, SourceFile
+from xrai.ingest.listed import Files
+from xrai.ingest.sources import Source
 from xrai.phantom import plan as plan_phantoms
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class Named(Source):
     def __init__(self, num: int) -> None:
         self._num = num
 
-    def files(self) -> list[SourceFile]:
+    def files(self) -> Files:
         phantoms = list(itertools.islice(plan_phantoms(0), _NUM_DRAWN))
-        return sorted(
-            SourceFile(_path(number, phantoms[number // IMAGES_A_PATIENT % _NUM_DRAWN]), 8192)
+        return Files.of(
+            (_path(number, phantoms[number // IMAGES_A_PATIENT % _NUM_DRAWN]), 8192)
             for number in range(self._num)
         )
 

@@ -54,7 +54,7 @@ def main() -> None:
     flags = parser.parse_args()
     began = time.perf_counter()
     source = open_source(flags.source)
-    entries = lay_out((file.path for file in source.files()), source=flags.source).entries
+    entries = lay_out(source.files().paths, source=flags.source).rows
     labels = np.array([entry.label for entry in entries])
     patients = np.array([entry.patient for entry in entries])
     images: dict[str, NDArray[np.uint8]] = {}  # each (N, size, size)

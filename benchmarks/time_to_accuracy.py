@@ -88,7 +88,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         source = open_source(flags.source)
-        entries = lay_out((file.path for file in source.files()), source=source.name).entries
+        entries = lay_out(source.files().paths, source=source.name).rows
         held_out = hold_out(entries, TRAINING)
         labels = Path(folder) / "labels.csv"
         write_labels(labels, entries, held_out)
@@ -166,7 +166,7 @@ def measure_run(
     summary = open_store(str(scratch / "run")).read("summary.json")
     model = load_model(open_store(str(scratch / "run")))
     opened = open_source(source)
-    entries = lay_out((file.path for file in opened.files()), source=source).entries
+    entries = lay_out(opened.files().paths, source=source).rows
     held_out = hold_out(entries, TRAINING)
     plain = score(model, opened, held_out)
     shifted = score(model, opened, held_out, change=stretch_normals(FRAMINGS[SHIFT]))

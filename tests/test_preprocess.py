@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -271,10 +272,11 @@ def test_the_objects_are_the_same_for_any_order_of_listing(
     source = write_files(tmp_path / "chest", source_files())
     make(run, source, tmp_path / "one")
     scan = os.scandir
-    listed = {
-        "scandir": lambda path: sorted(scan(path), key=lambda entry: entry.name, reverse=True)
-    }
-    monkeypatch.setattr(sources, "os", SimpleNamespace(**{**vars(os), **listed}))
+
+    def backwards(path: str) -> AbstractContextManager[list[os.DirEntry[str]]]:
+        return nullcontext(sorted(scan(path), key=lambda entry: entry.name, reverse=True))
+
+    monkeypatch.setattr(sources, "os", SimpleNamespace(**{**vars(os), "scandir": backwards}))
     make(run, source, tmp_path / "two")
     monkeypatch.undo()
     assert all_files(tmp_path / "one") == all_files(tmp_path / "two")

@@ -82,7 +82,7 @@ def test_images_differ_belong_to_their_patient_and_do_not_depend_on_how_many_are
     assert len(more) == len(set(more.values())) == 9
     assert few.items() <= more.items()
     assert {Image.open(io.BytesIO(data)).size for data in more.values()} == {(SIDE, SIDE)}
-    assert len({entry.patient for entry in lay_out(more, source="more").entries}) == 3
+    assert len({entry.patient for entry in lay_out(more, source="more").rows}) == 3
 
 
 def test_a_variation_carries_the_name_of_its_patient() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +12,18 @@ from PIL import Image
 
 from benchmarks import recipe
 from benchmarks.recipe import AS_THEY_ARE, AUGMENTED, COARSE, RULES, VALIDATION, Scored, Scores
-from xrai.ingest.layout import Entry, lay_out
+from xrai.dataset.manifest import Row
+from xrai.ingest.layout import lay_out
 
 
-def some_entries() -> tuple[Entry, ...]:
+def some_entries() -> Sequence[Row]:
     """Forty patients of each stream, numbered from 100, the even ones with two images."""
     numbers = [(patient, image) for patient in range(100, 140) for image in range(2 - patient % 2)]
     names = [f"NORMAL/IM-{p:04}-{i:04}.jpeg" for p, i in numbers]
     names += [f"NORMAL/NORMAL2-IM-{p:04}-{i:04}.jpeg" for p, i in numbers]
     for germ in ("bacteria", "virus"):
         names += [f"PNEUMONIA/person{p}_{germ}_{i}.jpeg" for p, i in numbers]
-    return lay_out(names, source="here").entries
+    return lay_out(names, source="here").rows
 
 
 @pytest.mark.parametrize("training", [*recipe.STREAMS, *recipe.BLOCKS, *recipe.FOLDS])

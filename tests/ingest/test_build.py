@@ -209,7 +209,7 @@ def test_machines_side_by_side_read_the_source_about_once_between_them(
         machine.start()
     for machine in machines:
         machine.join()
-    assert set(read) == {entry.path for entry in job.listing.layout.entries}
+    assert set(read) == {entry.path for entry in job.listing.layout.rows}
     assert len(read) <= 1.5 * 45
 
 

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xrai.config import Labels
+from xrai.dataset.manifest import Row
 from xrai.errors import SourceError
 from xrai.ingest import records
 from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
-from xrai.ingest.layout import Entry, Layout, is_file_patient
+from xrai.ingest.layout import Layout, is_file_patient
 from xrai.ingest.patients import PatientKey
 from xrai.labels import Label, LabelSpec
 from xrai.store import open_store
@@ -24,10 +25,8 @@ GOOD = (
 )
 
 
-def entries(text: str, *, paths: Sequence[str] = PATHS) -> tuple[Entry, ...]:
-    return lay_out_by_labels(
-        paths, parse_labels(text, name="t.csv"), source="films", key=KEY
-    ).entries
+def entries(text: str, *, paths: Sequence[str] = PATHS) -> Sequence[Row]:
+    return lay_out_by_labels(paths, parse_labels(text, name="t.csv"), source="films", key=KEY).rows
 
 
 def refusal(text: str) -> str:
@@ -46,18 +45,14 @@ def test_a_table_gives_label_split_patient_subtype_and_group() -> None:
         "a.dcm,NORMAL,p1,train,,north\nb.dcm,pneumonia,p1,TRAIN,virus,south\nc.dcm,Pneumonia,p2,test,Bacterial,north\n"
     )
     layout = lay_out_by_labels(PATHS, parse_labels(text, name="t.csv"), source="films", key=KEY)
-    assert [(e.path, e.label, e.split, e.subtype) for e in layout.entries] == [
+    assert [(e.path, e.label, e.split, e.subtype) for e in layout.rows] == [
         ("a.dcm", 0, "train", ""),
         ("b.dcm", 1, "train", "viral"),
         ("c.dcm", 1, "test", "bacterial"),
     ]
-    assert [entry.patient.partition(":")[0] for entry in layout.entries] == [
-        "north",
-        "south",
-        "north",
-    ]
+    assert [entry.patient.partition(":")[0] for entry in layout.rows] == ["north", "south", "north"]
     assert (
-        len({entry.patient for entry in layout.entries}) == 3
+        len({entry.patient for entry in layout.rows}) == 3
     )  # p1 of north and p1 of south are two people
     assert layout.not_data == {"not named by t.csv": 2}
 
@@ -130,7 +125,7 @@ def refused(text: str, **keys: Any) -> str:
 def test_labels_of_any_name_are_classes_with_the_negative_one_first() -> None:
     layout = laid_out("path,label\na.dcm,TB\nb.dcm,Covid\nc.dcm,Healthy\nd/e.png,tb\n")
     assert layout.labels == LabelSpec("multiclass", ("Healthy", "Covid", "TB"))
-    assert [(entry.path, entry.label) for entry in layout.entries] == [
+    assert [(entry.path, entry.label) for entry in layout.rows] == [
         ("a.dcm", 2),
         ("b.dcm", 1),
         ("c.dcm", 0),
@@ -154,7 +149,7 @@ def test_names_say_the_classes_and_their_order() -> None:
     text = "path,label\na.dcm,tb\nb.dcm,Covid\n"
     layout = laid_out(text, names="Healthy|Covid|TB")
     assert layout.labels == LabelSpec("multiclass", ("Healthy", "Covid", "TB"))
-    assert [entry.label for entry in layout.entries] == [2, 1]
+    assert [entry.label for entry in layout.rows] == [2, 1]
     assert "line 3: unknown label 'Covid', allowed are TB, Cofid; did you mean Cofid?" in refused(
         text, names="TB|Cofid"
     )
@@ -206,7 +201,7 @@ def test_subtypes_become_classes_of_their_own() -> None:
     text = "path,label,subtype\na.dcm,NORMAL,\nb.dcm,PNEUMONIA,virus\nc.dcm,PNEUMONIA,{}\n"
     layout = laid_out(text.format("bacterial"), target="subtype")
     assert layout.labels == LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
-    assert [(entry.label, entry.subtype) for entry in layout.entries] == [(0, ""), (2, ""), (1, "")]
+    assert [(entry.label, entry.subtype) for entry in layout.rows] == [(0, ""), (2, ""), (1, "")]
     assert "1 PNEUMONIA image of t.csv without one, such as c.dcm" in refused(
         text.format(""), target="subtype"
     )
@@ -225,7 +220,7 @@ def test_columns_of_1_0_and_empty_are_findings(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO"):
         layout = laid_out(COLUMNS)
     assert layout.labels == LabelSpec("multilabel", ("Edema", "Effusion"))
-    assert [entry.label for entry in layout.entries] == [(1, 0), (-1, -1), (0, 1)]
+    assert [entry.label for entry in layout.rows] == [(1, 0), (-1, -1), (0, 1)]
     assert layout.notes == (
         "the findings are 'Edema' (1 image, unknown in 1), 'Effusion' (1 image, unknown in 1): if "
         "one is not meant, name those to use by --labels.names='A|B|…'",
@@ -238,7 +233,7 @@ def test_columns_of_1_0_and_empty_are_findings(caplog: pytest.LogCaptureFixture)
 
 def test_the_policy_says_what_uncertain_and_blank_findings_count_as() -> None:
     def labels(**keys: Any) -> list[Label]:
-        return [entry.label for entry in laid_out(COLUMNS, **keys).entries]
+        return [entry.label for entry in laid_out(COLUMNS, **keys).rows]
 
     assert labels(uncertain="positive") == [(1, 0), (-1, 1), (0, 1)]
     assert labels(uncertain="negative", blank="negative") == [(1, 0), (0, 0), (0, 1)]
@@ -250,7 +245,7 @@ def test_no_finding_makes_what_is_empty_absent_but_for_devices() -> None:
         "path,Edema,Effusion,Support Devices,No Finding\n"
         "a.dcm,,,1,1\nb.dcm,,-1,,1\nc.dcm,1,,,0\nd/e.png,,,,\n"
     )
-    found = [entry.label for entry in laid_out(text).entries]
+    found = [entry.label for entry in laid_out(text).rows]
     assert found == [(0, 0, 1), (0, -1, -1), (1, -1, -1), (-1, -1, -1)]
 
 
@@ -259,7 +254,7 @@ def test_yes_and_true_are_values_and_a_column_of_scores_is_told() -> None:
     assert "line 3: C is '0.7', allowed are 1, yes or true" in refused(text)
     text = text.replace(",0\n", ",0.1\n")
     layout = laid_out(text)
-    assert [entry.label for entry in layout.entries] == [(1, 1), (0, 0), (-1, -1)]
+    assert [entry.label for entry in layout.rows] == [(1, 1), (0, 0), (-1, -1)]
     assert layout.notes[0].startswith(
         "t.csv: the column 'C' is not used as a finding: line 2 has '0.1', allowed are 1, yes"
     )
@@ -268,7 +263,7 @@ def test_yes_and_true_are_values_and_a_column_of_scores_is_told() -> None:
 
 def test_an_empty_cell_of_names_is_what_blank_says() -> None:
     text = "path,findings\na.dcm,Edema|Effusion\nb.dcm,\n"
-    labels = [laid_out(text, blank=blank).entries[1].label for blank in ("unknown", "negative")]
+    labels = [laid_out(text, blank=blank).rows[1].label for blank in ("unknown", "negative")]
     assert labels == [(-1, -1), (0, 0)]
     assert "or say by --labels.blank what an empty cell means" in refused(text)
 
@@ -277,12 +272,8 @@ def test_one_column_of_names_is_findings_too() -> None:
     text = "path,findings\na.dcm,Edema|Effusion?\nb.dcm,No Finding\nc.dcm, effusion \n"
     layout = laid_out(text)
     assert layout.labels == LabelSpec("multilabel", ("Edema", "Effusion"))
-    assert [entry.label for entry in layout.entries] == [(1, -1), (0, 0), (0, 1)]
-    assert [entry.label for entry in laid_out(text, names="Effusion").entries] == [
-        (-1,),
-        (0,),
-        (1,),
-    ]
+    assert [entry.label for entry in layout.rows] == [(1, -1), (0, 0), (0, 1)]
+    assert [entry.label for entry in laid_out(text, names="Effusion").rows] == [(-1,), (0,), (1,)]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +446,7 @@ TREE = ("x/NORMAL/1.png", "x/NORMAL/2 b.png", "x/PNEUMONIA/1.png", "x/PNEUMONIA/
 def resolved(*paths: str, source: str = "films") -> tuple[list[str], tuple[str, ...]]:
     text = "path;label\n" + "".join(f"{path};NORMAL\n" for path in paths)
     layout = lay_out_by_labels(TREE, parse_labels(text, name="t.csv"), source=source, key=KEY)
-    return [entry.path for entry in layout.entries], layout.notes
+    return [entry.path for entry in layout.rows], layout.notes
 
 
 @pytest.mark.parametrize(

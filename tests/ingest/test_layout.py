@@ -21,7 +21,7 @@ def both(*insides: str) -> Layout:
 
 
 def found(*paths: str) -> list[tuple[str, str, Label]]:
-    return [(entry.path, entry.split, entry.label) for entry in lay_out(paths, source="S").entries]
+    return [(entry.path, entry.split, entry.label) for entry in lay_out(paths, source="S").rows]
 
 
 @pytest.mark.parametrize("above", ["", "chest_xray/", "a/b/"])
@@ -36,7 +36,7 @@ def test_split_and_class_folders_are_found_below_any_folder(
         for k in (0, 1)
     ]
     layout = lay_out(paths, source="S")
-    assert [(entry.split, entry.label) for entry in layout.entries] == [
+    assert [(entry.split, entry.label) for entry in layout.rows] == [
         (path.split("/")[-3], int("PNEU" in path)) for path in sorted(paths)
     ]
 
@@ -66,7 +66,7 @@ def test_the_public_archives_second_copy_of_the_tree_is_passed_over_and_counted(
         "chest_xray/train/NORMAL/Thumbs.db",
     ]
     layout = lay_out(paths + junk, source="S")
-    assert [entry.path for entry in layout.entries] == sorted(f"chest_xray/{path}" for path in tree)
+    assert [entry.path for entry in layout.rows] == sorted(f"chest_xray/{path}" for path in tree)
     assert layout.not_data == {
         "in a second copy of the tree": 8,
         "in __MACOSX": 1,
@@ -78,7 +78,7 @@ def test_the_public_archives_second_copy_of_the_tree_is_passed_over_and_counted(
 
 def test_a_file_beside_the_tree_is_not_data_and_is_counted() -> None:
     layout = lay_out(["README.txt", "train/NORMAL/a.png", "train/PNEUMONIA/b.png"], source="S")
-    assert len(layout.entries) == 2
+    assert len(layout.rows) == 2
     assert layout.not_data == {"outside of the class folders": 1}
 
 
@@ -97,7 +97,7 @@ def test_split_folders_have_other_names_and_may_be_inside_the_class_folders(
     layout = lay_out(tree(*(f"chest/{folder}" for folder in folders)), source="S")
     assert layout.notes == ()
     words = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-    for entry in layout.entries:
+    for entry in layout.rows:
         folder = entry.path.lower().split("/")[1 if order.startswith("{s") else 2]
         assert entry.split == words.get(folder, folder)
 
@@ -110,7 +110,7 @@ def test_a_folder_above_that_is_called_like_a_split_is_none() -> None:
 def test_masks_and_thumbnails_beside_images_are_left_out_with_a_word(name: str) -> None:
     for beside in ("", "/images"):
         layout = both(beside, f"/{name}")
-        assert {entry.path.rpartition("/")[0] for entry in layout.entries} == {
+        assert {entry.path.rpartition("/")[0] for entry in layout.rows} == {
             f"NORMAL{beside}",
             f"PNEUMONIA{beside}",
         }
@@ -124,13 +124,13 @@ def test_a_mask_that_is_named_after_an_image_beside_it_is_left_out() -> None:
     films = ["NORMAL/a (1).png", "NORMAL/b.png", "PNEUMONIA/c.jpg", "PNEUMONIA/unmasked.png"]
     masks = ["NORMAL/a (1)_mask.png", "NORMAL/b-left_mask_2.png", "PNEUMONIA/c.thumb.jpg"]
     layout = lay_out(films + masks, source="S")
-    assert [entry.path for entry in layout.entries] == films
+    assert [entry.path for entry in layout.rows] == films
     assert layout.notes[0].startswith("3 files are left out")
 
 
 def test_where_there_are_only_masks_they_are_the_images() -> None:
     layout = both("/segmented")
-    assert len(layout.entries) == 6
+    assert len(layout.rows) == 6
     assert layout.notes == ()
 
 
@@ -146,7 +146,7 @@ def test_several_folders_alike_inside_the_class_folders_are_named(
     insides: tuple[str, ...], words: str
 ) -> None:
     layout = both(*insides)
-    assert len(layout.entries) == 6 * len(insides)
+    assert len(layout.rows) == 6 * len(insides)
     (note,) = layout.notes
     assert words in note and "--labels" in note
 
@@ -164,7 +164,7 @@ def test_several_folders_alike_inside_the_class_folders_are_named(
 )
 def test_folders_of_patients_and_the_like_need_no_word(folders: tuple[str, ...]) -> None:
     layout = lay_out(tree(*folders), source="S")
-    assert len(layout.entries) == 3 * len(folders)
+    assert len(layout.rows) == 3 * len(folders)
     assert layout.notes == () and layout.not_data == {}
 
 
@@ -230,11 +230,11 @@ def test_class_folders_have_any_names(above: str, order: str) -> None:
         "multiclass", ("Normal", "COVID", "Lung_Opacity", "Viral Pneumonia")
     )
     places = {name: k for k, name in enumerate(layout.labels.classes)}
-    for entry in layout.entries:
+    for entry in layout.rows:
         name = next(part for part in entry.path.split("/") if part in places)
         assert entry.label == places[name]
         assert entry.split == ("test" if "/test/" in f"/{entry.path}" else "train")
-    assert [entry.path for entry in layout.entries] == sorted(tree(*folders))
+    assert [entry.path for entry in layout.rows] == sorted(tree(*folders))
     assert layout.notes[0].startswith("the classes are 'Normal' (")
 
 
@@ -245,7 +245,7 @@ def test_without_known_names_the_first_folders_beside_each_other_are_the_classes
         source="S",
     )
     assert layout.labels.classes == ("No_findings", "COVID")
-    assert len(layout.entries) == 6
+    assert len(layout.rows) == 6
     assert layout.not_data == {
         "masks, thumbnails or the like": 3,
         "outside of the class folders": 1,
@@ -262,7 +262,7 @@ def test_a_folder_of_texts_is_no_class() -> None:
 def test_the_classes_of_splits_are_the_same_in_any_case() -> None:
     layout = lay_out(tree("train/Tb", "train/Healthy", "test/TB", "test/Healthy"), source="S")
     assert layout.labels.classes == ("Healthy", "TB")
-    assert len(layout.entries) == 12
+    assert len(layout.rows) == 12
 
 
 def test_the_usual_two_are_these_also_where_one_is_missing() -> None:
@@ -312,7 +312,7 @@ def test_a_class_of_hardly_an_image_is_refused_and_taken_where_it_is_named() -> 
     with pytest.raises(SourceError, match="'todo' would be a class of 3 images beside one of 900"):
         lay_out(paths, source="S")
     config = Labels(names="NORMAL|PNEUMONIA|todo")
-    assert len(lay_out(paths, source="S", config=config).entries) == 1803
+    assert len(lay_out(paths, source="S", config=config).rows) == 1803
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_subtypes_of_public_names_become_three_classes() -> None:
     paths = [f"train/{label}/{name}" for label, name in public_names(4, 8)]
     layout = lay_out(paths, source="S", config=Labels(target="subtype"))
     assert layout.labels == LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
-    for entry in layout.entries:
+    for entry in layout.rows:
         assert entry.label == (1 if "bacteria" in entry.path else 2 if "virus" in entry.path else 0)
     with pytest.raises(SourceError, match="1 PNEUMONIA image of S without one, such as train/PN"):
         lay_out([*paths, "train/PNEUMONIA/a.png"], source="S", config=Labels(target="subtype"))
@@ -389,8 +389,8 @@ def test_the_same_number_in_two_streams_is_two_people() -> None:
 
 
 def test_a_file_whose_name_says_nothing_is_a_patient_of_its_own_wherever_the_tree_stands() -> None:
-    here = lay_out(["train/NORMAL/a.png", "train/PNEUMONIA/a.png"], source="S").entries
-    there = lay_out(["x/y/train/NORMAL/a.png", "x/y/train/PNEUMONIA/a.png"], source="S").entries
+    here = lay_out(["train/NORMAL/a.png", "train/PNEUMONIA/a.png"], source="S").rows
+    there = lay_out(["x/y/train/NORMAL/a.png", "x/y/train/PNEUMONIA/a.png"], source="S").rows
     assert [entry.patient for entry in here] == [entry.patient for entry in there]
     assert len({entry.patient for entry in here}) == 2
 
@@ -398,5 +398,5 @@ def test_a_file_whose_name_says_nothing_is_a_patient_of_its_own_wherever_the_tre
 def test_a_normal_image_has_no_subtype_whatever_its_name_says() -> None:
     (entry, _) = lay_out(
         ["train/NORMAL/person1_virus_7.jpeg", "train/PNEUMONIA/b.png"], source="S"
-    ).entries
+    ).rows
     assert entry.subtype == ""

@@ -106,7 +106,7 @@ def listed(source: Path, labels: str = "", **keys: Any) -> Layout:
 
 def told(layout: Layout) -> dict[str, tuple[str, Label]]:
     """File name -> split and label."""
-    return {entry.path.rpartition("/")[2]: (entry.split, entry.label) for entry in layout.entries}
+    return {entry.path.rpartition("/")[2]: (entry.split, entry.label) for entry in layout.rows}
 
 
 def refused(source: Path, labels: str = "", **keys: Any) -> str:
@@ -140,8 +140,8 @@ def test_nih_gives_findings_patients_and_the_official_test(write: Callable[..., 
         "00000002_000.png": ("train", (0, 0, 0)),
         "00000003_000.png": ("test", (0, 1, 1)),
     }
-    assert len({entry.patient for entry in layout.entries}) == 3
-    assert all(entry.patient.startswith("patient:") for entry in layout.entries)
+    assert len({entry.patient for entry in layout.rows}) == 3
+    assert all(entry.patient.startswith("patient:") for entry in layout.rows)
     assert layout.not_data == {"not named by Data_Entry_2017.csv": 3}
 
 
@@ -149,14 +149,14 @@ def test_nih_keys_choose_findings_and_views(write: Callable[..., Path]) -> None:
     source = write(nih_files())
     assert told(listed(source, layout="nih", names="Emphysema"))["00000003_000.png"][1] == (1,)
     layout = listed(source, layout="nih", views="pa")
-    assert "00000001_001.png" not in told(layout) and len(layout.entries) == 3
+    assert "00000001_001.png" not in told(layout) and len(layout.rows) == 3
     assert layout.not_data["of views that Data_Entry_2017.csv names and labels.views leaves out"]
 
 
 def test_nih_without_its_lists_is_carved_by_patient(write: Callable[..., Path]) -> None:
     files = {path: text for path, text in nih_files().items() if not path.endswith("list.txt")}
     layout = listed(write(files), layout="nih")
-    assert {entry.split for entry in layout.entries} == {"train"}
+    assert {entry.split for entry in layout.rows} == {"train"}
     assert layout.notes[0].startswith("there is no train_val_list.txt and no test_list.txt")
 
 
@@ -169,7 +169,7 @@ def test_an_nih_image_in_both_lists_or_missing_is_refused(write: Callable[..., P
     words = "line 4: there is no file '00000002_000.png' in source"
     assert words in refused(source, layout="nih")
     layout = listed(source, layout="nih", missing="skip")
-    assert len(layout.entries) == 3
+    assert len(layout.rows) == 3
     assert any(
         note.startswith("1 file that Data_Entry_2017.csv names and") for note in layout.notes
     )
@@ -184,7 +184,7 @@ def chexpert_files() -> dict[str, str | None]:
 
 
 def labels_of(layout: Layout) -> list[Label]:
-    return [entry.label for entry in layout.entries]
+    return [entry.label for entry in layout.rows]
 
 
 def test_chexpert_gives_frontal_views_and_both_tables(write: Callable[..., Path]) -> None:
@@ -193,12 +193,12 @@ def test_chexpert_gives_frontal_views_and_both_tables(write: Callable[..., Path]
         *("Enlarged Cardiomediastinum", "Cardiomegaly", "Edema"),
         "Support Devices",
     )
-    assert [entry.path for entry in layout.entries] == [
+    assert [entry.path for entry in layout.rows] == [
         path for path in CHEXPERT if "lateral" not in path
     ]
-    assert [entry.split for entry in layout.entries] == ["train", "train", "train", "val"]
+    assert [entry.split for entry in layout.rows] == ["train", "train", "train", "val"]
     assert labels_of(layout) == [(0, 0, 0, 1), (-1, 1, -1, 0), (1, 0, 1, 0), (1, 1, 0, 0)]
-    assert len({entry.patient for entry in layout.entries}) == 4
+    assert len({entry.patient for entry in layout.rows}) == 4
     assert layout.not_data == {
         "not named by train.csv and valid.csv": 2,
         "of views that train.csv and valid.csv names and labels.views leaves out": 1,
@@ -224,9 +224,9 @@ def test_chexpert_is_found_wherever_its_folder_stands(
     write: Callable[..., Path], above: str
 ) -> None:
     source = write({above + path: text for path, text in chexpert_files().items()})
-    assert len(listed(source, layout="chexpert").entries) == 4
+    assert len(listed(source, layout="chexpert").rows) == 4
     only = listed(source, str(source / f"{above}train.csv"), layout="chexpert")
-    assert {entry.split for entry in only.entries} == {"train"}
+    assert {entry.split for entry in only.rows} == {"train"}
 
 
 # ----------------------------------------------------------------------------------------- RSNA
@@ -249,7 +249,7 @@ def test_rsna_takes_the_rows_of_an_image_as_one(write: Callable[..., Path]) -> N
         "00313ee0-9eaa.dcm": ("train", 0),
         "00436515-870c.dcm": ("train", 1),
     }
-    assert len({entry.patient for entry in layout.entries}) == 3
+    assert len({entry.patient for entry in layout.rows}) == 3
 
 
 def test_rsnas_three_classes_are_those_of_the_second_table(write: Callable[..., Path]) -> None:
@@ -335,7 +335,7 @@ def test_vindr_of_children_has_one_reader_and_numbered_images(write: Callable[..
         layout="vindr",
     )
     assert layout.labels.classes == ("Bronchitis", "Brocho-pneumonia", "Other disease")
-    assert {entry.path: entry.label for entry in layout.entries} == {
+    assert {entry.path: entry.label for entry in layout.rows} == {
         "Train/000000.jpg": (1, 0, 0),
         "Train/000001.jpg": (0, 1, 1),
         "Train/000002.jpg": (0, 0, 0),
@@ -364,14 +364,14 @@ def covidx_files(train: str = COVIDX_TRAIN) -> dict[str, str | None]:
 def test_covidx_lists_give_classes_splits_and_patients(write: Callable[..., Path]) -> None:
     layout = listed(write(covidx_files()), layout="covidx")
     assert layout.labels == LabelSpec("binary", ("negative", "positive"))
-    assert {entry.path: (entry.split, entry.label) for entry in layout.entries} == {
+    assert {entry.path: (entry.split, entry.label) for entry in layout.rows} == {
         "test/MIDRC-RICORD-1C-419639-003251-46647-0.png": ("test", 1),
         "test/c1.png": ("test", 0),
         "train/01ae2cd3.png": ("train", 0),
         "train/1-s2.0-S0929664620300449-gr2_lrg-a.jpg": ("train", 1),
         "train/COVID (3).jpeg": ("train", 1),
     }
-    groups = {entry.patient.partition(":")[0] for entry in layout.entries}
+    groups = {entry.patient.partition(":")[0] for entry in layout.rows}
     assert groups == {"cohen", "actmed", "rsna", "ricord"}
 
 

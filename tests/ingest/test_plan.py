@@ -14,9 +14,10 @@ from xrai.config import Config, Images, Shards, Splits
 from xrai.errors import ImageError, SourceError
 from xrai.ingest import hashing
 from xrai.ingest.hashing import hash_files, hash_source
+from xrai.ingest.listed import Files
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan
-from xrai.ingest.sources import Source, SourceFile
+from xrai.ingest.sources import Source
 
 CONFIG = Config(
     images=Images(size=16),
@@ -33,8 +34,8 @@ class Held(Source):
     def __init__(self, files: dict[str, bytes]) -> None:
         self._files = files
 
-    def files(self) -> list[SourceFile]:
-        return [SourceFile(path, len(data)) for path, data in self._files.items()]
+    def files(self) -> Files:
+        return Files.of((path, len(data)) for path, data in self._files.items())
 
     def read(self, path: str) -> bytes:
         if path.endswith("unreadable.png"):

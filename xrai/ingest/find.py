@@ -88,11 +88,11 @@ def _glob(pattern: str) -> Iterator[str]:
     tops = glob.glob("".join(f"{part}/" for part in parts[:first])) if first else [""]  # noqa: PTH207
     takes_hidden = any(part.startswith(".") for part in parts[first:])
     for top in tops:
-        for file in FolderSource(Path(top)).files():
-            inside = file.path.split("/")
+        for path in FolderSource(Path(top)).files().paths:
+            inside = path.split("/")
             is_hidden = any(part.startswith(".") for part in inside)
             if (takes_hidden or not is_hidden) and _matches(inside, parts[first:]):
-                yield top + file.path
+                yield top + path
 
 
 def _find_on_disk(path: str, *, is_match: bool = False) -> list[File]:
@@ -142,8 +142,8 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 def _all_of(source: Source, path: str) -> list[File]:
     top = path.rstrip("/")
     return [
-        _file(source, file.path, f"{top}/{file.path}", is_hidden="/." in f"/{file.path}")
-        for file in source.files()
+        _file(source, inside, f"{top}/{inside}", is_hidden="/." in f"/{inside}")
+        for inside in source.files().paths
     ]
 
 

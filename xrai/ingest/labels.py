@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from xrai.config import Labels
+from xrai.dataset.manifest import Row
+from xrai.dataset.rows import Rows
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 from xrai.ingest import findings
@@ -31,7 +33,7 @@ from xrai.ingest.classes import (
     split_names,
 )
 from xrai.ingest.folders import SPLIT_NAMES
-from xrai.ingest.layout import SUBTYPES, Entry, Layout, by_target, file_patient
+from xrai.ingest.layout import SUBTYPES, Layout, by_target, file_patient, refuse_faulty
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
 from xrai.labels import Label, LabelSpec, folded
@@ -191,11 +193,11 @@ def lay_out_by_labels(
     if told and not is_chosen:
         hint = NAME_FINDINGS if table.findings else NAME_CLASSES
         notes, told = (*notes, f"{told}: {hint}"), ""
+    refuse_faulty(spec, source=source)
     places = places_of(spec)
-    entries = tuple(
-        sorted((_entry(label, places, key) for label in labels), key=lambda entry: entry.path)
-    )
-    num_others = len(held) - len(entries)
+    ordered = sorted(labels, key=lambda label: label.cells["path"])
+    rows = Rows.of((_row(label, places, key) for label in ordered), spec)
+    num_others = len(held) - len(rows)
     num_unused = min(table.num_unused, num_others)
     counts = {
         f"not named by {table.name}": num_others - num_unused,
@@ -203,7 +205,7 @@ def lay_out_by_labels(
     }
     not_data = {words: count for words, count in counts.items() if count}
     facts = (told,) if told else ()
-    layout = Layout(entries, not_data, (*table.notes, *notes), spec, facts)
+    layout = Layout(rows, not_data, (*table.notes, *notes), spec, facts)
     return layout if table.has_target else by_target(layout, config, source=table.name)
 
 
@@ -463,19 +465,20 @@ def _refuse_lines(faults: Sequence[tuple[int, str]], *, name: str) -> None:
     refuse([(f"line {line}", words) for line, words in faults], name=name)
 
 
-def _entry(row: LabelRow, places: Mapping[str, int], key: PatientKey) -> Entry:
+def _row(row: LabelRow, places: Mapping[str, int], key: PatientKey) -> Row:
     cells = row.cells
     subtype, group = cells.get("subtype", "").lower(), cells.get("group", "")
     patient = file_patient(cells["path"], group=group)
     if identifier := cells.get("patient"):
         patient = key.hash(identifier, group=group or "patient")
     label: Label = row.findings or places[folded(cells["label"])]
-    return Entry(
+    return Row(
         path=cells["path"],
-        split=_split_of(cells) or "train",
+        sha256="",
         label=label,
         patient=patient,
         subtype=SUBTYPES.get(subtype, subtype),
+        split=_split_of(cells) or "train",
     )
 
 

@@ -101,18 +101,15 @@ def list_source(
     not fit it.
     """
     files, key = source.files(), key or PatientKey()
-    paths = (file.path for file in files)
     if table is None:
-        layout = lay_out(paths, source=source.name, config=config)
+        layout = lay_out(files.paths, source=source.name, config=config)
     else:
-        layout = lay_out_by_labels(paths, table, source=source.name, key=key, config=config)
-    if fault := layout.labels.fault():
-        raise SourceError(f"the classes of source {source.name} {fault}")
+        layout = lay_out_by_labels(files.paths, table, source=source.name, key=key, config=config)
     if layout.rows.splits.are("train").any():  # else it is only for evaluation
         refuse_missing_class(layout.rows.labels, layout.labels, where=f"source {source.name}")
     if words := layout.describe_not_data():
         _logger.info("%s", words)
-    listed = (f"{file.path}\0{file.size_bytes}\n" for file in files)
+    listed = (f"{path}\0{size_bytes}\n" for path, size_bytes in files.pairs())
     meaning = json.dumps(head_of(layout.labels))
     said = [] if table is None else _in_list(map(_said_of, layout.rows))
     sha256 = _hash_of_texts(chain(listed, [meaning], said))

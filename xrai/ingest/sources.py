@@ -17,9 +17,9 @@ import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Final
 
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooLargeError
+from xrai.ingest.listed import Files
 from xrai.labels import CLASSES, folded
 from xrai.log import counted, get_logger
 from xrai.store import Store, check_key, folder_of, masked, open_store
@@ -47,14 +48,6 @@ _DAMAGE = (
 _logger = get_logger(__name__)
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class SourceFile:
-    """One file of a source. `path` is relative, with forward slashes."""
-
-    path: str
-    size_bytes: int
-
-
 class Source(ABC):
     """A place that raw images are read from. Picklable; safe to read from several threads."""
 
@@ -66,7 +59,7 @@ class Source(ABC):
         return False
 
     @abstractmethod
-    def files(self) -> list[SourceFile]:
+    def files(self) -> Files:
         """All files, data or not, sorted by path. Raises `SourceError`."""
 
     @abstractmethod
@@ -132,26 +125,24 @@ class FolderSource(Source):
         path = store.local_path("any")
         return path is not None and path.parent.resolve().is_relative_to(self._folder.resolve())
 
-    def files(self) -> list[SourceFile]:
-        found: list[SourceFile] = []
-        seen: set[tuple[int, int]] = set()
+    def files(self) -> Files:
+        return Files.of(self._found())
+
+    def _found(self) -> Iterator[tuple[str, int]]:
+        """Paths and sizes; a name is an object only until it is taken."""
+        seen: dict[int, set[int]] = defaultdict(set)  # numbers of folders, by device
         again: list[str] = []
-        pending = [(False, "")]  # folders; links come last, so that no order of listing matters
-        while pending:
-            _, prefix = heapq.heappop(pending)
+        pending, links = [""], list[str]()  # folders
+        while pending or links:
+            prefix = heapq.heappop(pending or links)  # so that no order of listing matters
             folder = f"{self._folder}/{prefix}"
-            try:
+            with _explaining(folder):
                 status = os.stat(folder)  # noqa: PTH116, a Path takes quadratic time
-                entries = list(os.scandir(folder))
-            except OSError as error:
-                raise SourceError(
-                    f"source folder {folder} cannot be listed: {error.strerror}"
-                ) from error
-            if (identity := (status.st_dev, status.st_ino)) in seen:
+            if status.st_ino in seen[status.st_dev]:
                 again.append(prefix)
                 continue
-            seen.add(identity)
-            for entry in entries:
+            seen[status.st_dev].add(status.st_ino)
+            for entry in _entries(folder):
                 path = prefix + entry.name
                 try:
                     entry.name.encode()
@@ -161,16 +152,15 @@ class FolderSource(Source):
                         f"the name of {entry.path!r} is not UTF-8; rename it"
                     ) from None
                 except OSError:  # a broken link, say: reading it will tell
-                    found.append(SourceFile(path, 0))
+                    yield path, 0
                     continue
                 if stat.S_ISDIR(status.st_mode):
-                    heapq.heappush(pending, (entry.is_symlink(), f"{path}/"))
+                    heapq.heappush(links if entry.is_symlink() else pending, f"{path}/")
                 else:
-                    found.append(SourceFile(path, status.st_size))
+                    yield path, status.st_size
         if again:
             text = "%s: %d links to folders that are listed already are skipped, such as %r"
             _logger.warning(text, self.name, len(again), again[0])
-        return sorted(found)
 
     def read(self, path: str) -> bytes:
         # `open` would take longer than the reading itself. A pipe is not waited for, and a terminal
@@ -197,6 +187,20 @@ class FolderSource(Source):
             raise ImageError(f"cannot be read ({error.strerror})") from error
 
 
+@contextmanager
+def _explaining(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"source folder {folder} cannot be listed: {error.strerror}") from error
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """What a folder holds, one by one: a list of millions would take 200 bytes each."""
+    with _explaining(folder), os.scandir(folder) as entries:
+        yield from entries
+
+
 def _check_size(size_bytes: int) -> None:
     if size_bytes > MAX_FILE_BYTES:
         raise ImageError(
@@ -218,9 +222,9 @@ class ZipSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None, "_members": {}}
 
-    def files(self) -> list[SourceFile]:
+    def files(self) -> Files:
         self._open()
-        return sorted(SourceFile(path, member.file_size) for path, member in self._members.items())
+        return Files.of((path, member.file_size) for path, member in self._members.items())
 
     def read(self, path: str) -> bytes:
         archive = self._open()
@@ -288,22 +292,22 @@ class NpzSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": {}}
 
-    def files(self) -> list[SourceFile]:
-        found = []
+    def files(self) -> Files:
+        files = Files.of(self._found())
+        if not files:
+            raise SourceError(
+                f"{self._path} holds no images: MedMNIST files have arrays such as train_images"
+            )
+        return files
+
+    def _found(self) -> Iterator[tuple[str, int]]:
         for split in SPLITS:
             if f"{split}_images" not in self._load():
                 continue
             images, labels = self._pair(split)
             size_bytes = int(np.prod(images.shape[1:]))
-            found += [
-                SourceFile(f"{split}/{self._classes[label]}/{k:06d}", size_bytes)
-                for k, label in enumerate(labels.tolist())
-            ]
-        if not found:
-            raise SourceError(
-                f"{self._path} holds no images: MedMNIST files have arrays such as train_images"
-            )
-        return sorted(found)
+            for k, label in enumerate(labels.tolist()):
+                yield f"{split}/{self._classes[label]}/{k:06d}", size_bytes
 
     def read(self, path: str) -> NDArray[np.uint8]:
         split, _, number = path.split("/")
@@ -359,9 +363,11 @@ class StoreSource(Source):
     def holds(self, store: Store) -> bool:
         return f"{store.uri}/".startswith(f"{self._store.uri}/")
 
-    def files(self) -> list[SourceFile]:
-        entries = list(self._store.list())
-        for entry in entries:
+    def files(self) -> Files:
+        return Files.of(self._found())
+
+    def _found(self) -> Iterator[tuple[str, int]]:
+        for entry in self._store.list():
             try:
                 check_key(entry.key)
             except StoreError:
@@ -369,7 +375,7 @@ class StoreSource(Source):
                     f"{self.name} holds an object of the unsafe name {entry.key!r} ('..' or '//'); "
                     "rename it"
                 ) from None
-        return sorted(SourceFile(entry.key, entry.size_bytes) for entry in entries)
+            yield entry.key, entry.size_bytes
 
     def read(self, path: str) -> bytes:
         try:

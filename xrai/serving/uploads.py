@@ -156,14 +156,14 @@ def _taken_apart(uploads: Sequence[tuple[str, bytes]]) -> list[File]:
 def _files_of_zip(name: str, data: bytes) -> list[File]:
     source = ZipSource(name, io.BytesIO(data))
     try:
-        members = source.files()
+        members = source.files().paths
     except SourceError as error:
         reason = f"cannot be taken apart: {printable(str(error))}"
         return [File(printable(name), functools.partial(_refuse, reason))]
     shown = [
-        member.path
-        for member in members
-        if not any(part.startswith((".", "__MACOSX")) for part in member.path.split("/"))
+        path
+        for path in members
+        if not any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
     ]
     if not shown:
         return [File(printable(name), _refuse_empty)]

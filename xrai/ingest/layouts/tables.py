@@ -138,8 +138,8 @@ class Tables:
         return TableFile(name, decode(data, name=name))
 
     @cached_property
-    def _paths(self) -> list[str]:
-        return [file.path for file in self._place.files()] if self._place else []
+    def _paths(self) -> Sequence[str]:
+        return self._place.files().paths if self._place else ()
 
     def _read(self, path: str) -> TableFile:
         assert self._place is not None
