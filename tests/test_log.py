@@ -110,6 +110,36 @@ def test_without_a_name_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("done", "step_s", "line"),
+    [
+        (0, 2.5, "epoch: 4/64 steps in 10.0 s, 0.40 steps/s, 150 s left"),
+        (51, 2.5, "epoch: 55/64 steps in 10.0 s, 0.40 steps/s, 22 s left"),
+        (0, 0.5, "epoch: 20/64 steps in 10.0 s, 2.0 steps/s, 22 s left"),
+        (4, 0.25, "epoch: 44/64 steps in 10.0 s, 4.0 steps/s, 5 s left"),
+    ],
+)
+def test_progress_goes_on_where_an_earlier_process_ended(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    done: int,
+    step_s: float,
+    line: str,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    log.setup_logging()
+    with (
+        caplog.at_level("INFO", "xrai.progress"),
+        log.progress("epoch", total=64, unit="steps", closing_line=False, done=done) as bar,
+    ):
+        while not caplog.messages:
+            now += step_s
+            bar.update()
+    assert caplog.messages == [line]
+
+
 def test_text_from_outside_cannot_control_a_terminal() -> None:
     assert log.printable("a\x1b[31mb\nc\u202ed é") == "a\ufffd[31mb\ufffdc\ufffdd é"
 

@@ -180,9 +180,9 @@ class Progress(Protocol):
 class _Lines:
     """Progress as log lines, at most one every ten seconds and one at the end."""
 
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, done: int) -> None:
         self._description, self._total, self._unit = description, total, unit
-        self._done, self._start = 0, time.monotonic()
+        self._done, self._done_before, self._start = done, done, time.monotonic()
         self._last = self._start
 
     def update(self, amount: int = 1) -> None:
@@ -194,13 +194,14 @@ class _Lines:
 
     def log(self) -> None:
         elapsed_s = max(time.monotonic() - self._start, 1e-9)
-        rate = self._done / elapsed_s
+        rate = (self._done - self._done_before) / elapsed_s
         total = "" if self._total is None else f"/{self._total}"
         left = ""
-        if self._total is not None and 0 < self._done < self._total:
+        if self._total is not None and rate and self._done < self._total:
             left = f", {(self._total - self._done) / rate:.0f} s left"
         done = f"{self._description}: {self._done}{total} {self._unit}"
-        speed = f"{elapsed_s:.1f} s, {rate:.0f} {self._unit}/s"
+        digits = 0 if rate >= 10 else 1 if rate >= 1 else 2
+        speed = f"{elapsed_s:.1f} s, {rate:.{digits}f} {self._unit}/s"
         get_logger("xrai.progress").info("%s in %s%s", done, speed, left)
 
 
@@ -233,23 +234,29 @@ def place_of(error: BaseException) -> str:
 
 @contextmanager
 def progress(
-    description: str, *, total: int | None, unit: str, closing_line: bool = True
+    description: str, *, total: int | None, unit: str, closing_line: bool = True, done: int = 0
 ) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal, log lines elsewhere.
 
-    `total` is the number of units of work, None where it is unknown. Without `closing_line`, work
-    of less than ten seconds logs nothing.
+    `total` is the number of units of work, None where it is unknown, and `done` how many of them
+    were done by an earlier process. Without `closing_line`, work of less than ten seconds logs
+    nothing.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         unit = f" {unit}"
         with tqdm(
-            total=total, desc=description, unit=unit, dynamic_ncols=True, leave=closing_line
+            total=total,
+            desc=description,
+            unit=unit,
+            dynamic_ncols=True,
+            leave=closing_line,
+            initial=done,
         ) as bar:
             yield _Beating(bar)
         return
-    lines = _Lines(description, total, unit)
+    lines = _Lines(description, total, unit, done)
     yield _Beating(lines)
     if closing_line:
         lines.log()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size
 from xrai.learning.network import Network
 from xrai.learning.optim import image_losses, make_objective
 from xrai.learning.predictor import build_model
+from xrai.log import progress
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
 TINY = dataclasses.replace(  # where fp16 takes long
@@ -149,6 +151,18 @@ def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: P
             np.array_equal(ours.val.logits, theirs.val.logits) and ours.val_loss == theirs.val_loss
         )
         assert np.array_equal(ours.shifted.logits, theirs.shifted.logits)
+
+
+def test_a_resumed_epoch_shows_the_steps_that_were_done_before(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_discs(SMALL, ranks=alone, folder=tmp_path, stop_after=2)
+    shown = mock.Mock(wraps=progress)
+    monkeypatch.setattr("xrai.learning.loop.progress", shown)
+    second = train_discs(SMALL, ranks=alone, folder=tmp_path)
+    num_steps = (len(first.losses) + len(second.losses)) // 2  # of an epoch
+    assert num_steps > 2
+    assert [call.kwargs["done"] for call in shown.call_args_list] == [2, 0]
 
 
 def test_a_finished_run_does_nothing_more(alone: Ranks, tmp_path: Path) -> None:

@@ -112,8 +112,13 @@ def fit(model: Network, setup: Setup) -> Progress:
     while not (reason := _end_reason(config.train, done)):
         clock, stop = Clock(ranks.device), _GO_ON
         model.train()
-        name = f"epoch {done.epoch + 1}/{config.train.epochs}"
-        with progress(name, total=setup.train.num_batches, unit="steps", closing_line=False) as bar:
+        with progress(
+            f"epoch {done.epoch + 1}/{config.train.epochs}",
+            total=setup.train.num_batches,
+            unit="steps",
+            closing_line=False,
+            done=done.batch,
+        ) as bar:
             batches = clock.waits(setup.train.epoch(done.epoch, start=done.batch))
             for batch in to_device(batches, ranks.device, timed=clock.transfers):
                 clock.num_batches += 1
