@@ -89,8 +89,8 @@ def main() -> None:
     runs = run_in_turn(contenders, rounds=flags.rounds, timeout_s=flags.timeout_s)
     figures = [
         Figure(f"{stage}_{kind}_mib", f"{stage}: {kind}, MiB", "lower")
-        for stage in STAGES
-        for kind in ("held", "peak")
+        for kind in ("peak", "held")
+        for stage in reversed(STAGES)  # the first one is drawn
     ]
     figures += [Figure(f"{stage}_cpu_s", f"{stage}: s", "lower", 1) for stage in STAGES]
     report.add_table("rows", "Rows without pixels, one process", runs, figures=figures)
