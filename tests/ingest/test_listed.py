@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from benchmarks.rows import MAX_BYTES_AN_IMAGE
 from xrai.dataset import rows
 from xrai.dataset.rows import Texts
-from xrai.ingest import listed
+from xrai.ingest import label_rows, listed
+from xrai.ingest.labels import lay_out_by_labels, parse_labels
 from xrai.ingest.layout import lay_out
 from xrai.ingest.listed import Files, SourceFile, TextIndex
+from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import list_source
 from xrai.ingest.sources import FolderSource
 
@@ -45,6 +47,7 @@ def growth(monkeypatch: pytest.MonkeyPatch) -> Growth:
     monkeypatch.setattr(listed, "_AT_A_TIME", 4)
     monkeypatch.setattr(rows, "_AT_A_TIME", 16)
     monkeypatch.setattr(rows, "_MAX_RECENT", 16)
+    monkeypatch.setattr(label_rows, "_AT_A_TIME", 16)
 
     def measured(work: Callable[[int], object]) -> float:
         peaks = []
@@ -95,6 +98,48 @@ def test_a_layout_takes_few_bytes_a_file(named: Callable[[int], str], growth: Gr
     def work(size: int) -> None:
         files = Files.of((named(number), 1) for number in range(size))
         assert lay_out(files.paths, source="S").rows
+
+    assert growth(work) < MAX_BYTES_AN_IMAGE
+
+
+def label(number: int) -> str:
+    return ("NORMAL", "PNEUMONIA")[number % 2]
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        pytest.param("path,label", lambda n: f"{name(n)},{label(n)}", id="labels"),
+        pytest.param(
+            "path,label",
+            lambda n: f"/x/{name(n)},{label(n)}",
+            id="another machine's",
+            marks=pytest.mark.ci,
+        ),
+        pytest.param(
+            "path,label,patient,split,subtype,group",
+            lambda n: f"{name(n)},{label(n)},{n // 4},{('train', 'val')[n // 4 % 2]},,north",
+            id="all columns",
+            marks=pytest.mark.ci,
+        ),
+        pytest.param(
+            "path,Edema,Mass", lambda n: f"{name(n)},{n % 2},{n // 2 % 2 or ''}", id="findings"
+        ),
+        pytest.param(
+            "path,findings", lambda n: f"{name(n)},{('Edema', 'Edema|Mass?')[n % 2]}", id="names"
+        ),
+    ],
+)
+def test_a_table_takes_few_bytes_a_row(
+    header: str, line: Callable[[int], str], growth: Growth
+) -> None:
+    def work(size: int) -> None:
+        lines = "".join(f"{line(number)}\n" for number in range(size))
+        table = parse_labels(f"{header}\n{lines}", name="t.csv")
+        del lines
+        files = Files.of((name(number), 1) for number in range(size))
+        layout = lay_out_by_labels(files.paths, table, source="S", key=PatientKey())
+        assert len(layout.rows) == size
 
     assert growth(work) < MAX_BYTES_AN_IMAGE
 

@@ -398,8 +398,8 @@ class RowsBuilder:
         self._paths, self._last, self._is_sorted = TextsBuilder(), "", True
         self._sha256, self._is_hashed = bytearray(), bytearray()
         self._patients = PatientsBuilder()
-        self._subtypes, self._splits = _NamesBuilder(), _NamesBuilder()
-        self._shards, self._places = _NamesBuilder(), array("i")  # kept once there is a shard
+        self._subtypes, self._splits = NamesBuilder(), NamesBuilder()
+        self._shards, self._places = NamesBuilder(), array("i")  # kept once there is a shard
         self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -476,7 +476,9 @@ def _has_findings(labels: LabelSpec) -> bool:
     return labels.task == "multilabel"
 
 
-class _NamesBuilder:
+class NamesBuilder:
+    """Makes `Names` of one row's name after the other."""
+
     def __init__(self) -> None:
         self._codes, self._values = array("i"), dict[str, int]()
 

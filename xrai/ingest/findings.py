@@ -1,6 +1,7 @@
 """Findings as tables state them: a column each, of 1, 0, empty or -1; or names joined by `|`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -57,16 +58,27 @@ def policy_of(config: Labels, *, blank: str = "unknown") -> Policy:
     )
 
 
+def mostly_findings(records: Iterable[Sequence[str]], num_columns: int) -> frozenset[int]:
+    """The columns of whose filled cells at least half are findings."""
+    num_filled, num_values = [0] * num_columns, [0] * num_columns
+    for cells in records:
+        for k, cell in enumerate(cells[:num_columns]):
+            if cell := cell.strip():
+                num_filled[k] += 1
+                num_values[k] += cell.casefold() in _VALUES
+    return frozenset(k for k, num in enumerate(num_filled) if num and 2 * num_values[k] >= num)
+
+
 def find_columns(
     header: Sequence[str],
-    records: Sequence[Sequence[str]],
+    mostly: Collection[int],
     config: Labels,
     *,
     name: str,
     known: Iterable[str] = (),
 ) -> dict[str, int]:
     """Finding -> its column. These are the ones that `labels.names` lists, else all others than
-    `known` of whose filled cells at least half are findings; a mistake in a cell hides none.
+    `known` that are `mostly_findings`; a mistake in a cell hides none.
 
     A column "No finding" adds nothing to the others, and does not count as a finding. Raises
     `SourceError` for a name that is no column, or two columns of one name.
@@ -91,9 +103,7 @@ def find_columns(
         others = {
             k: cell
             for k, cell in others.items()
-            if not is_negative_word(cell)
-            and folded(cell) not in _OTHERS
-            and _is_mostly_findings(records, k)
+            if not is_negative_word(cell) and folded(cell) not in _OTHERS and k in mostly
         }
         found = {cell: k for k, cell in others.items()}
     refuse_twice(list(others.values()), where=f"the first line of {name}")
@@ -103,28 +113,34 @@ def find_columns(
 
 
 def find_negative_columns(
-    header: Sequence[str], records: Sequence[Sequence[str]], columns: Mapping[str, int]
+    header: Sequence[str], mostly: Collection[int], columns: Mapping[str, int]
 ) -> dict[str, int]:
     """Columns such as "No finding", of 1 and 0, that are not among the findings' `columns`."""
     return {
         cell.strip(): k
         for k, cell in enumerate(header)
-        if k not in columns.values() and is_negative_word(cell) and _is_mostly_findings(records, k)
+        if k not in columns.values() and is_negative_word(cell) and k in mostly
     }
 
 
 def explain_unused(
-    header: Sequence[str], records: Sequence[tuple[int, Sequence[str]]], used: Iterable[int]
+    header: Sequence[str], records: Iterable[tuple[int, Sequence[str]]], used: Iterable[int]
 ) -> Iterator[str]:
     """A sentence on each column that may be meant as a finding and is not `used` as one; the
     records have their lines.
     """
-    for k in sorted({*range(len(header))}.difference(used)):
-        filled = [(line, cell) for line, cells in records if (cell := cells[k].strip())]
-        num_alike = sum(_is_like_a_value(cell) for _, cell in filled)
-        bad = [each for each in filled if each[1].casefold() not in _VALUES]
-        if bad and 4 * num_alike >= 3 * len(filled) and folded(header[k]) not in _OTHERS:
-            line, cell = bad[0]
+    unused = sorted({*range(len(header))}.difference(used))
+    num_filled, num_alike, bad = Counter[int](), Counter[int](), dict[int, tuple[int, str]]()
+    for line, cells in records if unused else ():
+        for k in unused:
+            if cell := cells[k].strip():
+                num_filled[k] += 1
+                num_alike[k] += _is_like_a_value(cell)
+                if k not in bad and cell.casefold() not in _VALUES:
+                    bad[k] = line, cell
+    for k in unused:
+        if k in bad and 4 * num_alike[k] >= 3 * num_filled[k] and folded(header[k]) not in _OTHERS:
+            line, cell = bad[k]
             yield (
                 f"the column {shown(header[k].strip())} is not used as a finding: line {line} has "
                 f"{shown(cell)}, allowed are {_ALLOWED}"
@@ -197,13 +213,6 @@ def to_values(
         if (place := places.get(folded(name))) is not None:
             values[place] = policy.uncertain if value == UNKNOWN else value
     return tuple(values)
-
-
-def _is_mostly_findings(records: Sequence[Sequence[str]], k: int) -> bool:
-    cells = [record[k].strip() for record in records if k < len(record)]
-    filled = [cell for cell in cells if cell]
-    num_values = sum(cell.casefold() in _VALUES for cell in filled)
-    return bool(filled) and 2 * num_values >= len(filled)
 
 
 def _is_like_a_value(cell: str) -> bool:

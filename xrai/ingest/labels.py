@@ -6,16 +6,20 @@ in every row or in none (except `subtype`). Every mistake in the table is found 
 line before any image is read. Patients are kept as keyed hashes, since tables may hold their names.
 """
 
+import functools
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from xrai.config import Labels
-from xrai.dataset.manifest import Row
-from xrai.dataset.rows import Rows
+from xrai.dataset.rows import Names, NamesBuilder, PatientsBuilder, Rows, Texts
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 from xrai.ingest import findings
@@ -33,10 +37,12 @@ from xrai.ingest.classes import (
     split_names,
 )
 from xrai.ingest.folders import SPLIT_NAMES
+from xrai.ingest.label_rows import LabelRow, LabelRows, LabelRowsBuilder, column_of, in_order
 from xrai.ingest.layout import SUBTYPES, Layout, by_target, file_patient, refuse_faulty
+from xrai.ingest.listed import TextIndex
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
-from xrai.labels import Label, LabelSpec, folded
+from xrai.labels import LabelSpec, folded
 from xrai.log import counted, get_logger
 
 OPTIONAL: Final[Sequence[str]] = ("patient", "split", "subtype", "group")
@@ -50,27 +56,12 @@ _DEFAULTS = Labels()
 _logger = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LabelRow:
-    """One row of a table."""
-
-    line: int
-    cells: Mapping[str, str]  # of the known columns that the table has, as they are written there
-    findings: tuple[int, ...] = ()  # in the order of the table's; equal ones share one tuple
-    table: str = ""  # its name, where rows of several tables stand together
-
-    @property
-    def place(self) -> str:
-        """For people: "line 7"."""
-        return f"{self.table}, line {self.line}" if self.table else f"line {self.line}"
-
-
 @dataclass(frozen=True)
 class LabelTable:
     """The whole table; not yet compared with a source."""
 
     name: str  # for people
-    labels: tuple[LabelRow, ...]
+    labels: Sequence[LabelRow]
     findings: tuple[str, ...] = ()  # empty: its rows have a cell `label`, a class
     num_unused: int = 0  # images that it names and leaves out, such as lateral ones
     notes: tuple[str, ...] = ()  # what people should know, a sentence each
@@ -106,45 +97,100 @@ def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTa
         raise SourceError(f"{name} has two columns {twice[0]!r}; leave one")
     if "label" in known and findings.COLUMN in known:
         raise SourceError(f"{name} has the columns label and findings; leave one")
-    records = list(rows)
-    faults = [
-        (line, f"has {len(record)} cells, the first line {len(header)}")
-        for line, record in records
-        if len(record) != len(header)
-    ]
-    _refuse_lines(faults, name=name)
+    records = _Records(text, name)
+    records.check(header)
     found: dict[str, int] = {}
+    negative: dict[str, int] = {}
     if "label" not in known and findings.COLUMN not in known:
-        cells = [record for _, record in records]
-        found = findings.find_columns(header, cells, config, name=name, known=known)
+        mostly = findings.mostly_findings((cells for _, cells in records), len(header))
+        found = findings.find_columns(header, mostly, config, name=name, known=known)
         if not found:
             first = next(line for line in text.splitlines() if "path" in line.lower())
             raise SourceError(
                 explain_header(name, first, columns, required=("path", "label"), optional=OPTIONAL)
             )
-    negative: dict[str, int] = {}
-    if found:
-        negative = findings.find_negative_columns(header, [cells for _, cells in records], found)
+        negative = findings.find_negative_columns(header, mostly, found)
     used = {*known.values(), *found.values(), *negative.values()}
     if unused := [shown(cell.strip()) for k, cell in enumerate(header) if k not in used]:
         words = counted(len(unused), "column", "are").removeprefix("1 ")
         _logger.info("%s: %s not used: %s", name, words, ", ".join(unused))
-    if not records:
+    labels = _read(records, known, (found, negative), config)
+    if not labels:
         raise SourceError(f"{name} has no rows below its first line")
-    cells_of = {
-        line: {
-            column: record[k] if column == "path" else record[k].strip()
-            for column, k in known.items()
-        }
-        for line, record in records
-    }
     if found:
         notes = () if config.names else findings.explain_unused(header, records, used)
-        table = _with_columns(records, cells_of, (found, negative), config, name=name)
-        return replace(table, notes=tuple(f"{name}: {note}" for note in notes))
+        told = tuple(f"{name}: {note}" for note in notes)
+        return LabelTable(name, labels, tuple(found), notes=told)
     if findings.COLUMN in known:
-        return _with_names(cells_of, config, name=name)
-    return LabelTable(name, tuple(LabelRow(line, cells) for line, cells in cells_of.items()))
+        return _with_names(labels, config, name=name)
+    return LabelTable(name, labels)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The rows of a table below its header, with their lines: read anew each time, not held."""
+
+    text: str
+    name: str
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        return islice(read_records(self.text, name=self.name, required=("path",)), 1, None)
+
+    def check(self, header: Sequence[str]) -> None:
+        """Raise `SourceError` that names the lines with more or fewer cells than the header."""
+        faults = [
+            (line, f"has {len(cells)} cells, the first line {len(header)}")
+            for line, cells in self
+            if len(cells) != len(header)
+        ]
+        _refuse_lines(faults, name=self.name)
+
+
+def _spec_of(
+    labels: Sequence[LabelRow], table: LabelTable, config: Labels
+) -> tuple[LabelSpec, str, str]:
+    """What the labels are, in words, too; and what to do about it, empty where it was chosen."""
+    if table.findings:
+        spec = LabelSpec("multilabel", table.findings)
+        values = (
+            labels.findings
+            if isinstance(labels, LabelRows)
+            else spec.array([label.findings for label in labels])
+        )
+        is_chosen = bool(config.names or config.layout)
+        return spec, explain_findings(spec, values), "" if is_chosen else NAME_FINDINGS
+    found = _found_classes(labels, table)
+    own = replace(config, names=config.names or "|".join(table.classes))
+    spec = make_spec(found, own, where=table.name)
+    told = "" if spec.is_public else explain_classes(found, spec)
+    return spec, told, "" if own.names else NAME_CLASSES
+
+
+def _read(
+    records: _Records,
+    known: Mapping[str, int],
+    columns: tuple[Mapping[str, int], Mapping[str, int]],
+    config: Labels,
+) -> LabelRows:
+    """The rows in columns. `columns` are those of findings, and those of "No finding". Raises
+    `SourceError` naming lines.
+    """
+    found, negative = columns
+    policy = findings.policy_of(config)
+    builder = LabelRowsBuilder(known, num_findings=len(found))
+    faults = []
+    for line, record in records:
+        values: tuple[int, ...] = ()
+        if found:
+            values, fault = findings.values_of(record, found, policy, negative)
+            if fault:
+                faults.append((line, fault))
+                continue
+        cells = {column: record[k].strip() for column, k in known.items()}
+        cells["path"] = record[known["path"]]
+        builder.append(line, cells, values)
+    _refuse_lines(faults, name=records.name)
+    return builder.finish()
 
 
 def lay_out_by_labels(
@@ -163,41 +209,22 @@ def lay_out_by_labels(
     several files or is outside of the source, a label that is unknown or doubtful (`make_spec`), an
     unknown split or subtype, a patient in two splits, or an empty cell.
     """
-    held = set(paths)
+    files = paths if isinstance(paths, Texts) else Texts.of(sorted({*paths}))
     notes: tuple[str, ...] = ()
     if table.tail_parts:
-        labels = _match_tails(table, held)
+        matched = _match_tails(table, files)
     else:
-        labels, notes = _match(table, held, source=source)
+        matched, notes = _match(table, files, source=source)
     if config.missing == "skip":
-        labels, skipped = _without_missing(labels, held, table=table, source=source)
+        matched, skipped = _without_missing(matched, table=table, source=source)
         notes = (*notes, *skipped)
-    filled = {column for column in OPTIONAL if any(label.cells.get(column) for label in labels)}
-    faults = [
-        (number, label.place, words)
-        for number, label in enumerate(labels)
-        for words in _faults(label.cells, filled, held, source=source, config=config)
-    ]
-    faults = sorted([*faults, *_repeated(labels)], key=lambda fault: fault[0])
-    refuse([(place, words) for _, place, words in faults], name=table.name)
-    if table.findings:
-        spec = LabelSpec("multilabel", table.findings)
-        told = explain_findings(spec, spec.array([label.findings for label in labels]))
-        is_chosen = bool(config.names or config.layout)
-    else:
-        found = _found_classes(labels, table)
-        own = replace(config, names=config.names or "|".join(table.classes))
-        spec = make_spec(found, own, where=table.name)
-        told = "" if spec.is_public else explain_classes(found, spec)
-        is_chosen = bool(own.names)
-    if told and not is_chosen:
-        hint = NAME_FINDINGS if table.findings else NAME_CLASSES
+    _refuse_faulty_rows(matched, table=table, source=source, config=config)
+    spec, told, hint = _spec_of(matched.labels, table, config)
+    if told and hint:
         notes, told = (*notes, f"{told}: {hint}"), ""
     refuse_faulty(spec, source=source)
-    places = places_of(spec)
-    ordered = sorted(labels, key=lambda label: label.cells["path"])
-    rows = Rows.of((_row(label, places, key) for label in ordered), spec)
-    num_others = len(held) - len(rows)
+    rows = _rows(matched, spec, key)
+    num_others = len(files) - len(rows)
     num_unused = min(table.num_unused, num_others)
     counts = {
         f"not named by {table.name}": num_others - num_unused,
@@ -209,51 +236,41 @@ def lay_out_by_labels(
     return layout if table.has_target else by_target(layout, config, source=table.name)
 
 
-def _with_columns(
-    records: Sequence[tuple[int, Sequence[str]]],
-    cells_of: Mapping[int, Mapping[str, str]],
-    columns: tuple[Mapping[str, int], Mapping[str, int]],
-    config: Labels,
-    *,
-    name: str,
-) -> LabelTable:
-    """A table with a column for each finding; `columns` are theirs, and those of "No finding".
-    Raises `SourceError` naming lines.
-    """
-    policy = findings.policy_of(config)
-    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-    faults, labels = [], []
-    for line, record in records:
-        values, fault = findings.values_of(record, columns[0], policy, columns[1])
-        if fault:
-            faults.append((line, fault))
-        labels.append(LabelRow(line, cells_of[line], shared.setdefault(values, values)))
-    _refuse_lines(faults, name=name)
-    return LabelTable(name, tuple(labels), tuple(columns[0]))
-
-
-def _with_names(
-    cells_of: Mapping[int, Mapping[str, str]], config: Labels, *, name: str
-) -> LabelTable:
+def _with_names(labels: LabelRows, config: Labels, *, name: str) -> LabelTable:
     """A table with one column of names joined by `|`. Raises `SourceError` naming lines."""
     policy = findings.policy_of(config)
-    stated: dict[int, dict[str, int]] = {}
+    column = labels.cells[findings.COLUMN]
+    assert isinstance(column, Names)
+    _, first_rows = np.unique(column.codes, return_index=True)  # the values are in their order
+    stated: list[dict[str, int]] = []  # by value
     first: dict[str, tuple[str, int]] = {}  # folded finding -> as first written, line
-    counts: Counter[str] = Counter()
-    faults = []
-    for line, cells in cells_of.items():
-        cell = cells[findings.COLUMN]
+    faults: list[tuple[int, str]] = []
+    for code, cell in enumerate(column.values):
         if not cell and config.blank != "auto":
-            stated[line] = {}
+            stated.append({})
             continue
-        stated[line], fault = findings.split_cell(cell)
+        said, fault = findings.split_cell(cell)
+        stated.append(said)
         if fault:
             hint = "" if cell else ", or say by --labels.blank what an empty cell means"
-            faults.append((line, fault + hint))
-        for each in stated[line]:
-            first.setdefault(folded(each), (each, line))
-            counts[folded(each)] += 1
-    _refuse_lines(faults, name=name)
+            lines = labels.lines[column.codes == code].tolist()
+            faults += [(line, fault + hint) for line in lines]
+        for each in said:
+            first.setdefault(folded(each), (each, int(labels.lines[first_rows[code]])))
+    _refuse_lines(sorted(faults), name=name)
+    names = _names_of(first, config, name=name)
+    places = {folded(each): place for place, each in enumerate(names)}
+    values = np.array([findings.to_values(said, places, policy) for said in stated], np.int8)
+    values[[not cell for cell in column.values]] = policy.blank
+    return LabelTable(name, labels.with_findings(values[column.codes]), names)
+
+
+def _names_of(
+    first: Mapping[str, tuple[str, int]], config: Labels, *, name: str
+) -> tuple[str, ...]:
+    """The findings of a table: those of `labels.names`, else the `first` ones (folded -> as first
+    written, line). Raises `SourceError`.
+    """
     names = split_names(config.names)
     if not names:
         names = tuple(each for _, (each, _) in sorted(first.items()))
@@ -267,23 +284,43 @@ def _with_names(
             )
     if not names:
         raise SourceError(f"{name} states no finding in its column findings")
-    places = {folded(each): place for place, each in enumerate(names)}
-    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-    labels = []
-    for line, said in stated.items():
-        values = findings.to_values(said, places, policy)
-        if not cells_of[line][findings.COLUMN]:
-            values = (policy.blank,) * len(names)
-        labels.append(LabelRow(line, cells_of[line], shared.setdefault(values, values)))
-    return LabelTable(name, tuple(labels), names)
+    return names
+
+
+@dataclass(frozen=True, eq=False)
+class _Matched:
+    """A table's rows and the files that they mean. Iterating gives rows, the path and its place."""
+
+    labels: Sequence[LabelRow]
+    files: Texts
+    places: NDArray[np.int32]  # (N,), in `files`; -1 where there is no such file
+
+    def __iter__(self) -> Iterator[tuple[LabelRow, str, int]]:
+        for label, place in zip(self.labels, self.places.data, strict=True):
+            yield label, label.cells["path"] if place < 0 else self.files[place], place
+
+    def take(self, where: NDArray[np.bool_]) -> "_Matched":
+        """The rows of a mask."""
+        numbers = np.flatnonzero(where)
+        labels = self.labels
+        if isinstance(labels, LabelRows):
+            labels = labels.take(numbers)
+        else:
+            labels = [labels[number] for number in numbers.tolist()]
+        return _Matched(labels, self.files, self.places[numbers])
 
 
 def _found_classes(labels: Sequence[LabelRow], table: LabelTable) -> list[Found]:
+    firsts: dict[str, int] = {}  # rows
+    num_rows: Counter[str] = Counter()
+    for number, name in enumerate(column_of(labels, "label")):
+        num_rows[name] += 1
+        firsts.setdefault(name, number)
     counts: Counter[str] = Counter()
     first: dict[str, LabelRow] = {}
-    for label in labels:
-        counts[own := folded(label.cells["label"])] += 1
-        first.setdefault(own, label)
+    for name, number in firsts.items():
+        counts[own := folded(name)] += num_rows[name]
+        first.setdefault(own, labels[number])
     return [
         Found(
             label.cells["label"],
@@ -294,88 +331,92 @@ def _found_classes(labels: Sequence[LabelRow], table: LabelTable) -> list[Found]
     ]
 
 
-def _match(
-    table: LabelTable, held: Collection[str], *, source: str
-) -> tuple[Sequence[LabelRow], tuple[str, ...]]:
-    """The table's rows with the paths of the files that they mean, and a note.
+def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, tuple[str, ...]]:
+    """The table's rows with the files that they mean, and a note.
 
     A path that begins at a root, or with the source's name, is tried without its first folders,
     the same ones in all rows. Any other that is no file is the end of the path of one file. The
     case of letters, and how accents are composed, does not matter there.
     """
-    labels = table.labels
-    texts = {label.cells["path"] for label in labels}.difference(held)
-    files: dict[str, list[str]] = defaultdict(list)
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for path in held if texts else ():
-        files[_folded(path)].append(path)
-        by_name[_folded(path.rpartition("/")[2])].append(path)
+    exact = TextIndex(files)
+    texts = column_of(table.labels, "path")
+    places = np.fromiter((next(exact.places(t), -1) for t in texts), np.int32, len(table.labels))
+    del exact
+    if (places >= 0).all():
+        return _Matched(table.labels, files, places), ()
+    whole = TextIndex(files, _folded)
+    by_name = TextIndex(files, lambda path: _folded(path.rpartition("/")[2]))
     own_name = _folded(source.rpartition("/")[2].removesuffix(".zip"))
-    found: dict[str, str] = {}
     faults: list[tuple[str, str]] = []
     prefix: list[str] | None = None
     num_ends = 0
-    for label in labels:
+    for number in np.flatnonzero(places < 0):
+        label = table.labels[int(number)]
         text = label.cells["path"]
         parts = [
             part for part in re.split(r"[/\\]", _folded(text.strip())) if part not in ("", ".")
         ]
-        if text not in texts or text in found or not parts or ".." in parts:
+        if not parts or ".." in parts:
             continue
         has_root = _FROM_ROOT.match(text.strip()) is not None
-        if has_root or (parts[0] == own_name and "/".join(parts) not in files):
+        if has_root or (parts[0] == own_name and "/".join(parts) not in whole):
             cuts = range(len(parts)) if prefix is None else [len(prefix)]
             rests = ((cut, "/".join(parts[cut:])) for cut in cuts)
-            cut, path = next(((cut, rest) for cut, rest in rests if rest in files), (0, ""))
-            fitting = files[path] if path and prefix in (None, parts[:cut]) else []
+            cut, path = next(((cut, rest) for cut, rest in rests if rest in whole), (0, ""))
+            fitting = [*whole.places(path)] if path and prefix in (None, parts[:cut]) else []
             prefix = parts[:cut] if fitting else prefix
         else:
             end = "/".join(parts)
-            named = by_name[parts[-1]]
-            fitting = files.get(end) or [p for p in named if _folded(p).endswith(f"/{end}")]
-            num_ends += end not in files
+            fitting = [*whole.places(end)]
+            num_ends += not fitting
+            fitting = fitting or [
+                place
+                for place in by_name.places(parts[-1])
+                if _folded(files[place]).endswith(f"/{end}")
+            ]
         if len(fitting) == 1:
-            found[text] = fitting[0]
+            places[number] = fitting[0]
         elif fitting:
-            two = ", ".join(map(shown, sorted(fitting)[:2]))
-            faults.append((label.place, f"{len(fitting)} files fit path {shown(text)}: {two}"))
+            faults.append((label.place, _explain_several(text, fitting, files)))
     refuse(faults, name=table.name)
     if num_ends:
         words = counted(num_ends, "path", "are")
         _logger.info("%s: %s matched by the end", table.name, words)
     note = f"the paths of {table.name} begin with {'/'.join(prefix or ())}/, taken as the source"
-    if found:
-        paths = ((label, found.get(path := label.cells["path"], path)) for label in labels)
-        labels = tuple(replace(row, cells={**row.cells, "path": path}) for row, path in paths)
-    return labels, (note,) if prefix is not None else ()
+    return _Matched(table.labels, files, places), (note,) if prefix is not None else ()
 
 
-def _match_tails(table: LabelTable, held: Collection[str]) -> Sequence[LabelRow]:
-    """The rows of a layout's table with the paths of the files that they mean: those whose paths
-    end alike, with any suffix, and of several the one in a folder of the row's split.
+def _explain_several(text: str, fitting: Sequence[int], files: Texts) -> str:
+    two = ", ".join(shown(files[place]) for place in fitting[:2])
+    return f"{len(fitting)} files fit path {shown(text)}: {two}"
+
+
+def _match_tails(table: LabelTable, files: Texts) -> _Matched:
+    """The rows of a layout's table with the files that they mean: those whose paths end alike, with
+    any suffix, and of several the one in a folder of the row's split.
     """
-    files: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(held):
-        tail = _tail(path, table.tail_parts)
-        files[tail].append(path)
-        files[tail.rpartition(".")[0]].append(path)
+    whole = TextIndex(files, lambda path: _tail(path, table.tail_parts))
+    stems = TextIndex(files, lambda path: _tail(path, table.tail_parts).rpartition(".")[0])
     faults: list[tuple[str, str]] = []
-    labels = []
-    for label in table.labels:
+    places = np.full(len(table.labels), -1, np.int32)
+    for number, label in enumerate(table.labels):
         text = label.cells["path"]
         tail = _tail(text, table.tail_parts)
-        fitting = files.get(tail) or files.get(tail.rpartition(".")[0]) or []
+        fitting = sorted({*whole.places(tail), *stems.places(tail)}) or sorted(
+            {*whole.places(stem := tail.rpartition(".")[0]), *stems.places(stem)}
+        )
         if len(fitting) > 1:
             split = _split_of(label.cells)
-            inside = [path for path in fitting if split in map(_split_named, path.split("/"))]
+            inside = [
+                place for place in fitting if split in map(_split_named, files[place].split("/"))
+            ]
             fitting = inside or fitting
         if len(fitting) > 1:
-            two = ", ".join(map(shown, fitting[:2]))
-            faults.append((label.place, f"{len(fitting)} files fit path {shown(text)}: {two}"))
-        path = fitting[0] if fitting else text
-        labels.append(replace(label, cells={**label.cells, "path": path}))
+            faults.append((label.place, _explain_several(text, fitting, files)))
+        if fitting:
+            places[number] = fitting[0]
     refuse(faults, name=table.name)
-    return labels
+    return _Matched(table.labels, files, places)
 
 
 def _tail(path: str, num_parts: int) -> str:
@@ -383,17 +424,17 @@ def _tail(path: str, num_parts: int) -> str:
 
 
 def _without_missing(
-    labels: Sequence[LabelRow], held: Collection[str], *, table: LabelTable, source: str
-) -> tuple[Sequence[LabelRow], Sequence[str]]:
+    matched: _Matched, *, table: LabelTable, source: str
+) -> tuple[_Matched, Sequence[str]]:
     """The rows whose files are there, and a note. Raises `SourceError` where none is."""
-    kept = [label for label in labels if label.cells["path"] in held]
-    num_missing = len(labels) - len(kept)
-    if not kept:
+    is_there = matched.places >= 0
+    num_missing = len(is_there) - int(is_there.sum())
+    if not is_there.any():
         words = f"{counted(num_missing, 'file')} that {table.name} names, none of which"
         raise SourceError(f"{words} is in {source}")
     if not num_missing:
-        return labels, ()
-    return kept, [
+        return matched, ()
+    return matched.take(is_there), [
         f"{counted(num_missing, 'file')} that {table.name} names and {source} lacks: skipped, as "
         "labels.missing says"
     ]
@@ -403,11 +444,28 @@ def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", path).casefold()
 
 
+def _refuse_faulty_rows(
+    matched: _Matched, *, table: LabelTable, source: str, config: Labels
+) -> None:
+    """Raise `SourceError` naming the lines with mistakes."""
+    filled = {column for column in OPTIONAL if any(column_of(matched.labels, column))}
+    check = functools.partial(_faults, filled=filled, source=source, config=config)
+    faults = [
+        (number, label.place, words)
+        for number, (label, path, place) in enumerate(matched)
+        for words in check({**label.cells, "path": path}, is_there=place >= 0)
+    ]
+    faults += _repeated(matched)
+    faults += _in_two_splits(matched.labels)
+    faults.sort(key=lambda fault: fault[0])
+    refuse([(place, words) for _, place, words in faults], name=table.name)
+
+
 def _faults(
     cells: Mapping[str, str],
-    filled: Collection[str],
-    held: Collection[str],
     *,
+    is_there: bool,
+    filled: Collection[str],
     source: str,
     config: Labels,
 ) -> Iterator[str]:
@@ -418,7 +476,7 @@ def _faults(
             must_be_filled = column in cells
         if must_be_filled and not cells[column].strip():
             yield f"{column} is empty"
-    if path.strip() and path not in held:
+    if path.strip() and not is_there:
         if path.startswith(("/", "\\")) or ":" in path or ".." in re.split(r"[/\\]", path):
             yield f"path {shown(path)} leaves the source"
         else:
@@ -438,48 +496,82 @@ def _faults(
             yield f"{column} {shown(cells[column])} is not {allowed}"
 
 
-def _repeated(labels: Sequence[LabelRow]) -> Iterator[tuple[int, str, str]]:
-    """Paths that appear twice, and patients in two splits; a patient is not named."""
-    first: dict[str, LabelRow] = {}
-    places: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for number, label in enumerate(labels):
-        path = label.cells["path"]
-        other = first.setdefault(path, label)
-        if other is not label:
+def _repeated(matched: _Matched) -> Iterator[tuple[int, str, str]]:
+    """Paths that appear twice."""
+    labels, first = matched.labels, np.full(len(matched.files), -1, np.int32)  # rows
+    missing: dict[str, int] = {}
+    for number, place in enumerate(matched.places.data):
+        if place < 0:
+            before = missing.setdefault(labels[number].cells["path"], number)
+        elif (before := int(first[place])) < 0:
+            first[place] = before = number
+        if before != number:
+            label, other = labels[number], labels[before]
             own, others = (
                 (folded(each.cells.get("label", "")), each.findings) for each in (label, other)
             )
             differs = "" if own == others else ", with another label"
+            path = label.cells["path"] if place < 0 else matched.files[place]
             yield number, label.place, f"path {shown(path)} is in {other.place}, too{differs}"
-        patient, split = label.cells.get("patient", ""), _split_of(label.cells)
-        if patient and split:
-            splits = places[label.cells.get("group", ""), patient]
-            if split not in splits and splits:
-                known, place = next(iter(splits.items()))
-                words = f"a patient in {split} who is in {known} in {place}"
-                yield number, label.place, words
-            splits.setdefault(split, label.place)
+
+
+def _in_two_splits(labels: Sequence[LabelRow]) -> Iterator[tuple[int, str, str]]:
+    """Patients in two splits; they are not named."""
+    numbers = {split: number for number, split in enumerate(("", *SPLITS))}
+    hashes = np.zeros(len(labels), np.int64)
+    splits = np.zeros(len(labels), np.int8)
+    columns = (column_of(labels, column) for column in ("group", "patient", "split"))
+    for number, (group, patient, text) in enumerate(zip(*columns, strict=True)):
+        if patient and (split := _split_named(text)):
+            hashes[number], splits[number] = hash((group, patient)), numbers[split]
+    order = np.flatnonzero(splits)
+    order = order[np.argsort(hashes[order], kind="stable")]
+    is_other = splits[order[1:]] != splits[order[:-1]]
+    doubtful = hashes[order[1:]][is_other & (hashes[order[1:]] == hashes[order[:-1]])]
+    if not len(doubtful):
+        return
+    places: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for number in np.flatnonzero(np.isin(hashes, doubtful) & (splits > 0)).tolist():
+        label = labels[number]
+        split, own = _split_of(label.cells), places[_patient_of(label)]
+        if split not in own and own:
+            known, place = next(iter(own.items()))
+            yield number, label.place, f"a patient in {split} who is in {known} in {place}"
+        own.setdefault(split, label.place)
+
+
+def _patient_of(row: LabelRow) -> tuple[str, str]:
+    return row.cells.get("group", ""), row.cells["patient"]
 
 
 def _refuse_lines(faults: Sequence[tuple[int, str]], *, name: str) -> None:
     refuse([(f"line {line}", words) for line, words in faults], name=name)
 
 
-def _row(row: LabelRow, places: Mapping[str, int], key: PatientKey) -> Row:
-    cells = row.cells
-    subtype, group = cells.get("subtype", "").lower(), cells.get("group", "")
-    patient = file_patient(cells["path"], group=group)
-    if identifier := cells.get("patient"):
-        patient = key.hash(identifier, group=group or "patient")
-    label: Label = row.findings or places[folded(cells["label"])]
-    return Row(
-        path=cells["path"],
-        sha256="",
-        label=label,
-        patient=patient,
-        subtype=SUBTYPES.get(subtype, subtype),
-        split=_split_of(cells) or "train",
-    )
+def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey) -> Rows:
+    """The rows of a data set, sorted by path."""
+    classes = places_of(spec)
+    order = np.argsort(matched.places, kind="stable")
+    places = matched.places[order]
+    files = matched.files if len(order) == len(matched.files) else matched.files.take(places)
+    values = spec.empty(len(order))
+    patients, subtypes, splits = PatientsBuilder(), NamesBuilder(), NamesBuilder()
+    ordered = in_order(matched.labels, order)
+    for number, (path, row) in enumerate(zip(files, ordered, strict=True)):
+        values[number] = row.findings or classes[folded(row.cells["label"])]
+        patients.append(path, _patient_key(row, path, key))
+        subtype = row.cells.get("subtype", "").lower()
+        subtypes.append(SUBTYPES.get(subtype, subtype))
+        splits.append(_split_of(row.cells) or "train")
+    known = patients.finish(files, is_sorted=True)
+    return Rows.unread(files, values, known, subtypes.finish(), splits.finish())
+
+
+def _patient_key(row: LabelRow, path: str, key: PatientKey) -> str:
+    group = row.cells.get("group", "")
+    if identifier := row.cells.get("patient"):
+        return key.hash(identifier, group=group or "patient")
+    return file_patient(path, group=group)
 
 
 def _split_of(cells: Mapping[str, str]) -> str:

@@ -11,7 +11,8 @@ from typing import Final
 from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest.classes import nearest_name
-from xrai.ingest.labels import LabelRow, LabelTable
+from xrai.ingest.label_rows import LabelRow
+from xrai.ingest.labels import LabelTable
 from xrai.ingest.layouts.tables import TableFile, Tables, merge
 from xrai.ingest.records import Fault, refuse, shown
 from xrai.labels import folded

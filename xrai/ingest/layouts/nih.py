@@ -9,7 +9,8 @@ from typing import Final
 from xrai.config import Labels
 from xrai.ingest import findings
 from xrai.ingest.classes import nearest_name, split_names
-from xrai.ingest.labels import LabelRow, LabelTable
+from xrai.ingest.label_rows import LabelRow
+from xrai.ingest.labels import LabelTable
 from xrai.ingest.layouts.tables import Record, TableFile, Tables, merge
 from xrai.ingest.records import Fault, refuse, shown
 from xrai.labels import folded

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from xrai.errors import ImageError, NotFoundError, SourceError
-from xrai.ingest.labels import LabelRow
+from xrai.ingest.label_rows import LabelRow
 from xrai.ingest.records import (
     MAX_BYTES,
     Fault,

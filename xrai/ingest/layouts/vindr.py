@@ -14,7 +14,8 @@ from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest import findings
 from xrai.ingest.classes import nearest_name
-from xrai.ingest.labels import LabelRow, LabelTable
+from xrai.ingest.label_rows import LabelRow
+from xrai.ingest.labels import LabelTable
 from xrai.ingest.layouts.tables import Record, TableFile, Tables
 from xrai.ingest.records import Fault, refuse, shown
 from xrai.labels import UNKNOWN, folded
@@ -32,10 +33,11 @@ def read(tables: Tables, config: Labels) -> LabelTable:
     names: tuple[str, ...] = ()
     for split, table in files.items():
         records = list(table.records(_IMAGE))
-        cells = [record.cells for record in records]
+        cells = (record.cells for record in records)
+        mostly = findings.mostly_findings(cells, len(table.header))
         wanted = replace(config, names="") if names else config  # names may differ: `_by_name`
         columns = findings.find_columns(
-            table.header, cells, wanted, name=table.name, known=(_IMAGE, _READER)
+            table.header, mostly, wanted, name=table.name, known=(_IMAGE, _READER)
         )
         columns = _by_name(columns, names, table=table, is_all=not config.names)
         names = names or tuple(columns)
