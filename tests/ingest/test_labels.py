@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from xrai.config import Labels
 from xrai.dataset.manifest import Row
 from xrai.errors import SourceError
+from xrai.ingest import labels as labels_module
 from xrai.ingest import records
 from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
@@ -206,6 +207,8 @@ def test_subtypes_become_classes_of_their_own() -> None:
         text.format(""), target="subtype"
     )
     assert "are of one subtype, 'viral'" in refused(text.format("virus"), target="subtype")
+    words = "the classes of t.csv name one class twice: 'NORMAL' and 'NORMAL'"
+    assert words in refused(text.format("normal"), target="subtype")
 
 
 # ---------------------------------------------------------------------------------------- findings
@@ -495,6 +498,24 @@ def test_files_that_differ_in_case_alone_are_told_apart_and_accents_may_be_compo
     assert {entry.path: entry.label for entry in found} == {"a.png": 1, "A.png": 0, paths[2]: 0}
     with pytest.raises(SourceError, match=r"line 2: 2 files fit path 'A\.PNG': 'A\.png', 'a\.png'"):
         entries("path,label\nA.PNG,NORMAL\n", paths=paths)
+
+
+def test_ends_of_paths_are_found_in_linear_time_where_all_files_have_one_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[str] = []  # each path or cell, as often as its letters are folded
+    fold = labels_module._folded
+
+    def counted(text: str) -> str:
+        looked_at.append(text)
+        return fold(text)
+
+    monkeypatch.setattr(labels_module, "_folded", counted)
+    names = [f"p{k}/study1/view1.png" for k in range(100)]
+    text = "path,label\n" + "".join(f"{name},NORMAL\n" for name in names)
+    found = entries(text, paths=[f"train/{name}" for name in names])
+    assert sorted(entry.path for entry in found) == sorted(f"train/{name}" for name in names)
+    assert len(looked_at) < 10 * len(names)
 
 
 def test_a_name_that_several_files_have_is_refused_with_two_of_them() -> None:

@@ -345,7 +345,7 @@ def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, t
     if (places >= 0).all():
         return _Matched(table.labels, files, places), ()
     whole = TextIndex(files, _folded)
-    by_name = TextIndex(files, lambda path: _folded(path.rpartition("/")[2]))
+    by_end = functools.cache(lambda num: TextIndex(files, functools.partial(_end, num_parts=num)))
     own_name = _folded(source.rpartition("/")[2].removesuffix(".zip"))
     faults: list[tuple[str, str]] = []
     prefix: list[str] | None = None
@@ -369,11 +369,7 @@ def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, t
             end = "/".join(parts)
             fitting = [*whole.places(end)]
             num_ends += not fitting
-            fitting = fitting or [
-                place
-                for place in by_name.places(parts[-1])
-                if _folded(files[place]).endswith(f"/{end}")
-            ]
+            fitting = fitting or [*by_end(len(parts)).places(end)]
         if len(fitting) == 1:
             places[number] = fitting[0]
         elif fitting:
@@ -384,6 +380,10 @@ def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, t
         _logger.info("%s: %s matched by the end", table.name, words)
     note = f"the paths of {table.name} begin with {'/'.join(prefix or ())}/, taken as the source"
     return _Matched(table.labels, files, places), (note,) if prefix is not None else ()
+
+
+def _end(path: str, num_parts: int) -> str:
+    return "/".join(_folded(path).split("/")[-num_parts:])
 
 
 def _explain_several(text: str, fitting: Sequence[int], files: Texts) -> str:

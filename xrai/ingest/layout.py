@@ -149,7 +149,7 @@ def by_target(layout: Layout, config: Labels, *, source: str) -> Layout:
 def refuse_faulty(spec: LabelSpec, *, source: str) -> None:
     """Raise `SourceError` for classes that no data set can have."""
     if fault := spec.fault():
-        raise SourceError(f"the classes of source {source} {fault}")
+        raise SourceError(f"the classes of {source} {fault}")
 
 
 def parse_name(name: str) -> tuple[str, str]:
