@@ -168,12 +168,7 @@ def read_rows(lines: Iterable[bytes], labels: LabelSpec, *, where: str) -> Manif
                 f"{row.path} has the label {row.label!r}, which its data set does not know"
             )
             continue
-        try:
-            builder.append(row)
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise CorruptError(
-                f"{where}, line {num_rows}, is not a row of a manifest: {error}"
-            ) from error
+        builder.append(row)
     return Manifest(builder.finish(), num_rows, num_written, tuple(faults))
 
 
