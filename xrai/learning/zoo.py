@@ -335,9 +335,10 @@ class _SyncedNormalize(torch.autograd.Function):
         num = sums[-1:]
         mean, square = (sums[:-1] / num).chunk(2)
         mean, variance = mean.to(kind), (square - mean.square()).clamp_min(0).to(kind)
-        normal = maps.clone()
         if len(maps):
             normal = functional.batch_norm(maps, mean, variance, weight, bias, eps=eps)
+        else:
+            normal = maps.clone()
         ctx.save_for_backward(maps, weight, mean, variance, num)
         ctx.eps = eps
         num = num.to(kind)
@@ -347,19 +348,19 @@ class _SyncedNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         maps, weight, mean, variance, num = ctx.saved_tensors
-        gradient, of_weight, of_bias = gradients[0], torch.zeros_like(mean), torch.zeros_like(mean)
+        of_weight, of_bias = torch.zeros_like(mean), torch.zeros_like(mean)
         if len(maps):
-            gradient, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                *(gradient, maps, weight, mean, variance, None, None, False, ctx.eps),
-                [True, True, True],
+            _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                *(gradients[0], maps, weight, mean, variance, None, None, False, ctx.eps),
+                [False, True, True],  # that of the maps is below, in fewer passes
             )
         total, times_normal = (summed(torch.cat([of_bias, of_weight])) / num).chunk(2)
         inverse = torch.rsqrt(variance + ctx.eps)
         scale = inverse if weight is None else inverse * weight
         slope = -scale * inverse * times_normal
         shift = -scale * total - slope * mean
-        slope, shift = (each.to(maps.dtype)[:, None, None] for each in (slope, shift))
-        gradient = torch.addcmul(gradient, maps, slope).add_(shift)
+        scale, slope, shift = (each.to(maps.dtype)[:, None, None] for each in (scale, slope, shift))
+        gradient = torch.addcmul(shift, maps, slope).addcmul_(gradients[0], scale)
         own = (None, None) if weight is None else (of_weight, of_bias)
         return gradient, *own, None
 
