@@ -8,15 +8,16 @@ processes, AdamW, bfloat16 where the processor has it, and all cores of the mach
 the time from opening the files or shards to the end of the epoch's last step; starting up, writing
 shards once before, validation and results are not in it. Imports are done before the clock starts.
 
-    xrai         `xrai train`, one process for each core; its data set as `xrai preprocess` wrote it
-    the others   as `benchmarks.trainers` says. The numbers of processes, threads and workers of the
-                 loader are those with which each was fastest on `--trial_images` images just before
+    xrai         `xrai train`; its data set as `xrai preprocess` wrote it
+    the others   as `benchmarks.trainers` says
 
-Two tables. In the first one everybody augments in its own way: xrai each image by an affine
-resampling, gamma, contrast, blur and noise, the others as their documentation does, which is a crop
-or rotation and a flip. In the second one nobody augments. Batch statistics are of all processes in
-xrai unless its name says otherwise, and of each process in the others, which have no
-synchronization on CPUs.
+The numbers of processes, threads and workers of the loader are those with which each was fastest on
+`--trial_images` images just before.
+
+Two reports. For the first one nobody augments. For the second one everybody does in its own way:
+xrai each image by an affine resampling, gamma, contrast, blur and noise, the others as their
+documentation does, which is a crop or rotation and a flip. Batch statistics are of all processes in
+xrai, and of each process in the others, which have no synchronization on CPUs.
 """
 
 import argparse
@@ -63,7 +64,7 @@ FIGURES = (
     Figure("loss", "mean loss", "lower", 2),
     Figure("peak_memory_mib", "peak memory, MiB", "lower"),
 )
-PARTS = {"augmented": "each with its own augmentation", "plain": "without augmentation"}
+PARTS = {"plain": "without augmentation", "augmented": "each with its own augmentation"}
 NAMES = {
     "lightning": "Lightning with litData",
     "monai": "MONAI, CacheDataset",
@@ -76,7 +77,7 @@ CHANGES = {
     "timm": "random resized crop, flip and color jitter of each image",
     "torchvision": "random resized crop and flip of each image",
 }
-OURS, LOCAL = "xrai", "xrai, batch statistics of each process"
+OURS = "xrai"
 TRAINING = (
     *("--model.name=timm/resnet18", "--train.epochs=1", "--train.global_batch_size=64"),
     *("--evaluate.shift_draws=1", "--evaluate.num_bootstrap=10"),  # results are not measured
@@ -110,15 +111,22 @@ def main() -> None:
         whole, few = folder / "whole", folder / "few"
         num_images = prepare(Path(source), whole, num_images=flags.images)
         prepare(Path(source), few, num_images=flags.trial_images)
-        settings = {"images": f"{num_images} of {described}", "size": SIDE, "batch_size": 64}
-        trying = {"rounds": flags.rounds, "trial_images": flags.trial_images}
-        report = Report("epoch", settings={**settings, **trying, "trials": flags.trials})
+        settings = {
+            "images": f"{num_images} of {described}",
+            "size": SIDE,
+            "batch_size": 64,
+            "rounds": flags.rounds,
+            "trial_images": flags.trial_images,
+            "trials": flags.trials,
+        }
         for part in flags.parts:
             modes = {
-                peer: find_fastest(peer, few, part, trials=flags.trials) for peer in flags.peers
+                name: find_fastest(name, few, part, trials=flags.trials)
+                for name in (OURS, *flags.peers)
             }
+            report = Report(f"epoch_{part}", settings=settings)
             measure_part(report, whole, part, modes, rounds=flags.rounds)
-        report.save()
+            report.save()
 
 
 # ---------------------------------------------------------------------------------------- preparing
@@ -162,48 +170,42 @@ def read_grey(path: str) -> tuple[NDArray[np.uint8], int]:
 # ---------------------------------------------------------------------------------------- comparing
 
 
-def find_fastest(peer: str, folder: Path, part: str, *, trials: int) -> Mode:
-    """The processes and workers with which a peer was fastest on the trial's images."""
-    modes = {describe_mode(mode): mode for mode in MODES if mode[0] <= num_cores()}
+def find_fastest(trainer: str, folder: Path, part: str, *, trials: int) -> Mode:
+    """The processes and workers with which xrai or a peer was fastest on the trial's images."""
+    able = [mode for mode in MODES if mode[0] <= num_cores()]
+    if trainer == OURS:  # its loader has threads, not workers
+        able = [mode for mode in able if mode[1] == 0]
+    modes = {describe_mode(trainer, mode): mode for mode in able}
     contenders = [
-        peer_contender(peer, job_of(folder, part, mode), name=name) for name, mode in modes.items()
+        make_contender(trainer, folder, part, mode, name=name) for name, mode in modes.items()
     ]
-    say(f"trying {peer}, {PARTS[part]}")
+    say(f"trying {trainer}, {PARTS[part]}")
     runs = run_in_turn(contenders, rounds=trials, timeout_s=TIMEOUT_S, sample_s=SAMPLE_S)
     names = [name for name in modes if values_of(runs, name, RATE.key)]
     if not names:
-        raise SystemExit(f"{peer} failed in every set-up: {runs[-1].failure}")
+        raise SystemExit(f"{trainer} failed in every set-up: {runs[-1].failure}")
     return modes[best_of(runs, names, RATE)]
 
 
-def job_of(folder: Path, part: str, mode: Mode) -> Job:
-    """What a peer trains on in a folder that `prepare` filled."""
-    files, chunks = str(folder / "files"), str(folder / "litdata")
-    return Job(files, chunks, *mode, augmented=part == "augmented")
-
-
-def describe_mode(mode: Mode) -> str:
-    """How a peer shares the cores, in words."""
+def describe_mode(trainer: str, mode: Mode) -> str:
+    """How a trainer shares the cores, in words."""
     processes, workers = mode
-    threads = max(1, num_cores() // processes)
-    return f"processes {processes}, threads of each {threads}, loader workers of each {workers}"
+    text = f"processes {processes}, threads of each {max(1, num_cores() // processes)}"
+    return text if trainer == OURS else f"{text}, loader workers of each {workers}"
 
 
-def peer_contender(peer: str, job: Job, *, name: str, note: str = "") -> Contender:
-    """A peer with a job."""
-    arguments = {"peer": peer, "job": asdict(job)}
+def make_contender(
+    trainer: str, folder: Path, part: str, mode: Mode, *, name: str, note: str = ""
+) -> Contender:
+    """xrai or a peer, with what it trains on in a folder that `prepare` filled."""
+    augmented = part == "augmented"
+    if trainer == OURS:
+        flags = [] if augmented else augmentation_off()
+        own = {"dataset": str(folder / "xrai"), "flags": flags, "processes": mode[0]}
+        return Contender(name, "benchmarks.epoch:measure_xrai", own, note)
+    job = Job(str(folder / "files"), str(folder / "litdata"), *mode, augmented=augmented)
+    arguments = {"peer": trainer, "job": asdict(job)}
     return Contender(name, "benchmarks.epoch:measure_peer", arguments, note)
-
-
-def xrai_contenders(folder: Path, part: str) -> list[Contender]:
-    """xrai with batch statistics of all processes, which is its default, and of each one."""
-    off = [] if part == "augmented" else augmentation_off()
-    found = []
-    for name, more in ((OURS, []), (LOCAL, ["--model.batch_norm=local"])):
-        arguments = {"dataset": str(folder / "xrai"), "flags": [*off, *more]}
-        note = " ".join(["xrai train", f"--nproc_per_node={num_cores()}", *TRAINING[:1], *more])
-        found.append(Contender(name, "benchmarks.epoch:measure_xrai", arguments, f"`{note}`"))
-    return found
 
 
 def augmentation_off() -> list[str]:
@@ -217,14 +219,16 @@ def measure_part(
     report: Report, folder: Path, part: str, modes: Mapping[str, Mode], *, rounds: int
 ) -> None:
     """Measure all in turn, and add a table and the demand to be ahead of each peer."""
-    contenders = xrai_contenders(folder, part)
-    for peer, mode in modes.items():
-        note = describe_mode(mode) + (f", {CHANGES[peer]}" if part == "augmented" else "")
-        job = job_of(folder, part, mode)
-        contenders.append(peer_contender(peer, job, name=NAMES[peer], note=note))
+    contenders = []
+    for trainer, mode in modes.items():
+        note = describe_mode(trainer, mode)
+        if part == "augmented" and trainer in CHANGES:
+            note += f", {CHANGES[trainer]}"
+        name = NAMES.get(trainer, trainer)
+        contenders.append(make_contender(trainer, folder, part, mode, name=name, note=note))
     runs = run_in_turn(contenders, rounds=rounds, timeout_s=TIMEOUT_S, sample_s=SAMPLE_S)
     report.add_table(part, f"One epoch, {PARTS[part]}", runs, ours=OURS, figures=FIGURES)
-    demand_each(report, part, runs, [NAMES[peer] for peer in modes])
+    demand_each(report, part, runs, [NAMES[trainer] for trainer in modes if trainer in NAMES])
 
 
 def demand_each(report: Report, part: str, runs: Sequence[Run], names: Sequence[str]) -> None:
@@ -240,7 +244,9 @@ def demand_each(report: Report, part: str, runs: Sequence[Run], names: Sequence[
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def measure_xrai(*, scratch: Path, dataset: str, flags: list[str]) -> dict[str, float]:
+def measure_xrai(
+    *, scratch: Path, dataset: str, flags: list[str], processes: int
+) -> dict[str, float]:
     """An epoch of the command, which is ended then, and the time that opening its data set takes,
     measured apart.
     """
@@ -250,7 +256,7 @@ def measure_xrai(*, scratch: Path, dataset: str, flags: list[str]) -> dict[str, 
     loader = Loader(dataset, split="train", batch_size=64, shuffle=True)
     opened_s = time.perf_counter() - began
     command = (
-        *(sys.executable, "-m", "xrai", "train", f"--nproc_per_node={num_cores()}"),
+        *(sys.executable, "-m", "xrai", "train", f"--nproc_per_node={processes}"),
         *("--dataset", dataset, "--artifacts", str(scratch), "--run_id", "run"),
         *(*TRAINING, *flags),
     )

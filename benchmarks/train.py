@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -55,7 +55,7 @@ from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import EpochResult, Precision, Setup, fit
 from xrai.learning.network import ResNet
 from xrai.learning.predictor import build_model
-from xrai.train import label_counts
+from xrai.train import keep_freed_memory, label_counts
 
 RATE = Figure("images_per_s", "images/s")
 NUM_PHANTOMS = 3000
@@ -78,6 +78,7 @@ SCALES = {
     "10M": Scale("10.1 M parameters, 128 pixels", Model("resnet18", 61), 128, (32,), 1280),
 }
 LOOP = "loop"  # the part without ranks
+REPORTS = {"train": (LOOP, "0.3M"), "train_large": ("3M", "10M")}  # parts of each
 
 
 def main() -> None:
@@ -85,30 +86,39 @@ def main() -> None:
     flags = read_flags()
     if flags.as_rank:
         return train_rank(RankJob(**json.loads(flags.as_rank)))
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        source, _ = source_or_phantoms(
+            flags.source, Path(folder) / "source", num_phantoms=flags.images or NUM_PHANTOMS
+        )
+        make = partial(make_dataset, Path(source), Path(folder))
+        for name, allowed in REPORTS.items():
+            if parts := [part for part in allowed if part in flags.parts]:
+                measure_parts(name, parts, make, flags)
+
+
+def measure_parts(
+    name: str, parts: Sequence[str], make: Callable[..., str], flags: argparse.Namespace
+) -> None:
+    """One report of parts with the same images; `make` makes their data set."""
+    scale = SCALES["0.3M" if parts[0] == LOOP else parts[0]]
+    num_images, size = flags.images or scale.num_images, scale.size or flags.size
     report = Report(
-        "train",
+        name,
         settings={
-            "images": f"{flags.images or 'all'} of {Path(flags.source).name or 'phantoms'}",
-            "size": flags.size,
+            "images": f"{num_images or 'all'} of {Path(flags.source).name or 'phantoms'}",
+            "size": size,
             "batch_size": Config().train.global_batch_size,
             "rounds": flags.rounds,
             "epochs_of_each_kind_in_a_round": flags.turns,
             "threads": flags.threads,
         },
     )
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        source, _ = source_or_phantoms(
-            flags.source, Path(folder) / "source", num_phantoms=flags.images or NUM_PHANTOMS
-        )
-        make = partial(make_dataset, Path(source), Path(folder))
-        if LOOP in flags.parts:
-            dataset = make(num_images=flags.images, size=flags.size)
+    dataset = make(num_images=num_images, size=size)
+    for part in parts:
+        if part == LOOP:
             measure_loop(report, dataset, flags)
-        for name in (part for part in SCALES if part in flags.parts):
-            scale = SCALES[name]
-            size = scale.size or flags.size
-            dataset = make(num_images=flags.images or scale.num_images, size=size)
-            measure_scale(report, name, dataset, flags)
+        else:
+            measure_scale(report, part, dataset, flags)
     report.save()
 
 
@@ -453,6 +463,7 @@ class Epochs:
 
 def train_rank(job: RankJob) -> None:
     """One rank, or one process by itself; rank 0 tells the rate. The first epoch is warm-up."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     with join(timeout_s=60) as own:
         ranks = NotingRanks(**vars(own)) if job.notes else own

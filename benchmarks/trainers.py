@@ -23,6 +23,7 @@ opened, and stops after the last step. How each peer is set up:
 The peers are imported inside the functions: none of them is needed to import this module.
 """
 
+import gc
 import json
 import os
 import sys
@@ -93,6 +94,7 @@ def main(name: str, job_text: str, told: str) -> None:
         }
         Path(told).write_text(json.dumps(figures))
     if dist.is_initialized():
+        gc.collect()  # frees DistributedDataParallel, which must go before its process group
         dist.destroy_process_group()
 
 
