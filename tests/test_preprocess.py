@@ -385,6 +385,10 @@ def test_16_bit_colour_and_turned_files_go_in_beside_plain_ones(
 # -------------------------------------------------------------------------------------------- DICOM
 
 
+# With a drawn key, now and then no patient is in the test split
+FIXED_KEY = b"the splits follow from it, so it is the same each time"
+
+
 def dicom_source(num_patients: int = 24) -> dict[str, bytes]:
     """DICOM files under every kind of name, two of each patient, who is known by the header
     alone.
@@ -403,8 +407,8 @@ def test_a_folder_of_dicom_files_becomes_a_data_set_that_names_no_patient(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:
     source, dataset = write_files(tmp_path / "films", dicom_source()), tmp_path / "dataset"
-    key = tmp_path / "patient.key"  # with a drawn one, now and then no patient is in the test split
-    key.write_bytes(b"the splits follow from it, so it is the same each time")
+    key = tmp_path / "patient.key"
+    key.write_bytes(FIXED_KEY)
     options = [f"--dataset={dataset}", f"--patient_key={key}", *SMALL]
     done = run(f"--source={source}", *options, workers=2)
     assert done.status == 0, done.err
@@ -507,6 +511,7 @@ def test_jobs_with_one_key_agree_and_one_with_another_is_refused_in_one_line(
     labels = [patients_table(tmp_path / "t.csv")] if kind == "table" else []
     arguments = [f"--source={source}", *SMALL, *labels]
     own, other = (f"--patient_key={tmp_path / name}" for name in ("own.key", "other.key"))
+    (tmp_path / "own.key").write_bytes(FIXED_KEY)
     assert run(*arguments, f"--dataset={tmp_path / 'whole'}", own).status == 0
     parts = [*arguments, f"--dataset={tmp_path / 'parts'}"]
     assert run(*parts, own, "--partition=0/3").status == 0
@@ -554,6 +559,7 @@ def test_a_data_set_of_keyed_patients_is_repaired_with_the_key(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     source, dataset = write_files(tmp_path / "films", dicom_source()), tmp_path / "dataset"
+    (tmp_path / "key").write_bytes(FIXED_KEY)
     make(run, source, dataset, f"--patient_key={tmp_path / 'key'}")
     before = all_files(dataset)
     (dataset / "manifest.jsonl").unlink()
