@@ -156,9 +156,8 @@ def _run(
             return Run(contender.name, number, {}, f"no end within {timeout_s:g} s", contender.note)
         if status != 0 or not told.exists():
             last = words.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
-            return Run(
-                contender.name, number, {}, f"exit status {status}: {last[0][:300]}", contender.note
-            )
+            said = last[0].replace(f"{ROOT}/", "")[:300]  # a report names no folder of its machine
+            return Run(contender.name, number, {}, f"exit status {status}: {said}", contender.note)
         figures = json.loads(told.read_text())
         outside = {"wall_s": wall_s, "cpu_s": usage, "peak_memory_mib": memory.peak_mib}
         return Run(contender.name, number, {**outside, **figures}, note=contender.note)
@@ -394,7 +393,7 @@ def format_table(table: Mapping[str, Any]) -> list[str]:
         if has_ratio:
             cells.append(_format(row.get("ours_over_it"), 2))
         if row["failures"]:
-            cells[0] += f" (failed {len(row['failures'])} times)"
+            cells[0] += f" (runs that failed: {len(row['failures'])})"
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 
 from tests.training import Finished
-from xrai.dataset.shards import DatasetIndex, compute_fingerprint
+from xrai.dataset.shards import DatasetIndex, compute_fingerprint, read_index
 from xrai.dataset.shards import _hash_json as hash_json
 from xrai.errors import ConfigError, CorruptError, RunError, XraiError
 from xrai.evaluate import read_facts
 from xrai.learning.checkpoint import CheckpointFolder
+from xrai.measuring import describe_dataset
 from xrai.results.folder import RunFolder
 from xrai.results.history import parse_history
 from xrai.results.summary import read_summary, result_lines
@@ -110,6 +112,18 @@ def test_a_forged_index_is_refused_though_its_hash_is_right(
     text = json.dumps(values | {"index_sha256": hash_json(values)})
     with pytest.raises(CorruptError, match=words):
         DatasetIndex.from_json(text, where="index")
+
+
+def test_a_manifest_of_other_types_is_refused_by_its_line(
+    finished: Finished, tmp_path: Path
+) -> None:
+    index = read_index(open_store(str(finished.dataset)))
+    first, *others = (finished.dataset / "manifest.jsonl").read_text().splitlines()
+    forged = json.dumps(json.loads(first) | {"patient": {}})
+    (tmp_path / "manifest.jsonl").write_text("\n".join([*others, forged]))
+    words = f"{tmp_path}/manifest.jsonl: line {1 + len(others)} is not a row of a manifest: "
+    with pytest.raises(CorruptError, match=re.escape(words + "patient is {}")):
+        describe_dataset(str(tmp_path), index)
 
 
 def test_config_and_environment_of_other_types_are_refused(

@@ -127,9 +127,9 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
     groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
     # a hash for each image: names would take ten times the memory
     patients = {split: array("q") for split in index.splits}
-    store = open_store(dataset)
-    with store.as_file(index.place + MANIFEST_KEY) as path, path.open("rb") as lines:
-        for row in parse_manifest(lines, where=store.uri):
+    store, key = open_store(dataset), index.place + MANIFEST_KEY
+    with store.as_file(key) as path, path.open("rb") as lines:
+        for row in parse_manifest(lines, where=f"{store.uri}/{key}"):
             if row.reason:
                 excluded[row.reason] += 1
             elif row.split in patients:

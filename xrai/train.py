@@ -296,7 +296,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never: a step may free more than the largest, 2 GiB
+        mallopt(_M_TRIM_THRESHOLD, -1)  # no limit: the largest, 2 GiB, is less than a step frees
 
 
 def refuse_lone_tasks(place: Place) -> None:

@@ -44,7 +44,7 @@ def test_a_recipe_that_fails_is_a_part_that_failed(
     monkeypatch.setattr(gpu, "run_in_turn", lambda *_, **__: [Run(gpu.RECIPE, 0, {}, "no room")])
     (run,) = gpu.report_recipe(report, str(tmp_path), tiny=True)
     assert run.failure == "no room" and report.demands == []
-    assert "failed 1 times" in capsys.readouterr().out
+    assert "runs that failed: 1" in capsys.readouterr().out
 
 
 def test_tests_that_pass_are_counted_apart_from_the_others(

@@ -32,7 +32,7 @@ def test_a_row_becomes_the_mapping_that_dataclasses_would_give() -> None:
 
 
 def test_a_damaged_manifest_is_refused_by_line() -> None:
-    with pytest.raises(CorruptError, match=r"manifest\.jsonl, line 3, is not a row"):
+    with pytest.raises(CorruptError, match=r"manifest\.jsonl: line 3 is not a row"):
         read_manifest(b"".join(manifest_lines(ROWS)) + b"\xff\n", where="manifest.jsonl")
 
 
@@ -59,7 +59,7 @@ def test_a_value_that_is_none_of_a_row_is_named(change: dict[str, object], words
     line = json.dumps({**ROWS[0].to_mapping(), **change}).encode()
     with pytest.raises(CorruptError) as raised:
         read_manifest(line, where="m")
-    assert str(raised.value) == f"m, line 1, is not a row of a manifest: {words}"
+    assert str(raised.value) == f"m: line 1 is not a row of a manifest: {words}"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_value_that_is_none_of_a_row_is_named(change: dict[str, object], words
     ],
 )
 def test_a_line_that_is_no_row_is_refused(line: bytes, words: str) -> None:
-    with pytest.raises(CorruptError, match=f"m, line 1, is not a row of a manifest: {words}"):
+    with pytest.raises(CorruptError, match=f"m: line 1 is not a row of a manifest: {words}"):
         read_manifest(line, where="m")
 
 

@@ -55,7 +55,7 @@ class Node:
     """A server in a container, and its addresses."""
 
     container: str
-    outbox: str  # the folder there
+    outbox: str  # the folder there, from the working directory
     http: str  # host:port
     dicom: tuple[str, int]
 
@@ -161,7 +161,7 @@ def compose(trained: str, s3: Stack, archive: Archive) -> Iterator[Ward]:
         container = s3.compose(DICOM, "ps", "--quiet", "serve", **settings).stdout.strip()
         host, _, number = port("11112").partition(":")
         assert host == "127.0.0.1"
-        return Node(container, "/work/outbox", port("8077"), (host, int(number)))
+        return Node(container, "outbox", port("8077"), (host, int(number)))
 
     def stop(node: Node) -> int:
         s3.compose(DICOM, "stop", "serve", **settings)

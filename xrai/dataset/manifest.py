@@ -67,9 +67,8 @@ def parse_manifest(lines: Iterable[bytes], *, where: str) -> Iterator[Row]:
         try:
             values = _values_of(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise CorruptError(
-                f"{where}, line {number}, is not a row of a manifest: {error}"
-            ) from error
+            words = f"line {number} is not a row of a manifest: {error}"
+            raise CorruptError(f"{where}: {words}") from error
         if isinstance(values["label"], list):
             label = tuple(values["label"])
             values["label"] = known.setdefault(label, label)

@@ -71,7 +71,7 @@ def find_faults(store: Store, index: DatasetIndex) -> list[Fault]:
         with store.as_file(key) as path, path.open("rb") as lines:
             manifest = read_rows(lines, index.labels, where=key)
     except CorruptError as error:
-        return [*faults, Fault(key, str(error))]
+        return [*faults, Fault(key, str(error).removeprefix(f"{key}: "))]
     faults += [Fault(key, words) for words in _check_manifest(index, manifest)]
     return [*faults, *_check_shards(store, index, manifest.rows, skip=bad)]
 

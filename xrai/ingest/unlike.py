@@ -83,9 +83,9 @@ def refuse_shared(unlike: Unlike, store: Store, index: DatasetIndex) -> None:
     """Raise `UserError` where a file of `unlike` is also an image of the data set in `store`:
     training would treat it both as an image to classify and as one for review.
     """
-    given = set(unlike.hashes)
-    with store.as_file(index.place + MANIFEST_KEY) as path, path.open("rb") as lines:
-        rows = parse_manifest(lines, where=store.uri)
+    given, key = set(unlike.hashes), index.place + MANIFEST_KEY
+    with store.as_file(key) as path, path.open("rb") as lines:
+        rows = parse_manifest(lines, where=f"{store.uri}/{key}")
         shared = [row.path for row in rows if row.shard is not None and row.sha256 in given]
     if shared:
         raise UserError(
