@@ -346,15 +346,17 @@ def _fitted(
 
     Raises `ImageError` where all is of one grey level.
     """
+    levels = np.asarray(fitted)
     if fitted.mode == "F":
-        fitted = Image.fromarray(np.rint(np.asarray(fitted)).clip(0, 255).astype(np.uint8))
-    darkest, brightest = fitted.getextrema()
-    if darkest == brightest:
+        levels = np.rint(levels).clip(0, 255).astype(np.uint8)
+    if levels.min() == levels.max():
         raise ImageError(FLAT)
     if turn is not None:
-        fitted = fitted.transpose(turn)
-    if size and fitted.size != (size, size):
-        square = Image.new("L", (size, size))
-        square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
-        fitted = square
-    return np.asarray(fitted)
+        levels = np.asarray(Image.fromarray(levels).transpose(turn))
+    if not size or levels.shape == (size, size):
+        return levels
+    height, width = levels.shape
+    left, top = (size - width) // 2, (size - height) // 2
+    square = np.zeros((size, size), np.uint8)
+    square[top : top + height, left : left + width] = levels
+    return square
