@@ -21,7 +21,7 @@ from PIL import Image
 from pynetdicom import evt
 from pynetdicom.pdu import P_DATA_TF
 
-from tests.serving.dicoms import DEVICE, ROW, Archive, read, source_of
+from tests.serving.dicoms import DEVICE, PATIENT, ROW, Archive, read, source_of
 from xrai.errors import ConfigError, InUseError
 from xrai.serving.dicom import _pacs_tls
 from xrai.serving.dicom_result import Result, Source, write_capture, write_report
@@ -221,6 +221,89 @@ def test_a_result_over_which_the_archive_breaks_down_does_not_hold_up_others(
         while len(outbox.pending()) > 1:
             time.sleep(0.01)
         assert picky.stored == good
+
+
+def wait_until_given_up(outbox: Outbox, uid: str) -> str:
+    """Why a result was given up."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (outbox.folder / "given-up" / f"{uid}.dcm").exists():
+        assert time.monotonic() < deadline, "the result was not given up"
+        time.sleep(0.01)
+    return (outbox.folder / "given-up" / f"{uid}.txt").read_text()
+
+
+def test_a_file_cut_off_after_its_file_meta_is_given_up_and_holds_up_no_other(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, *good = [put(outbox, number) for number in range(4)]
+    path = outbox.folder / "pending" / f"{bad}.dcm"
+    data = path.read_bytes()
+    path.write_bytes(data[: 144 + int.from_bytes(data[140:144], "little")])  # (0002,0000)
+    os.utime(path, (1, time.time() - 60))  # still the first in line
+    with (
+        Archive().running() as archive,
+        delivery(outbox, DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")),
+    ):
+        assert "not a complete DICOM object" in wait_until_given_up(outbox, bad)
+        wait_until_empty(outbox)
+        assert uids(archive) == good
+    assert f"{bad}.dcm" in caplog.text and "not a complete DICOM object" in caplog.text
+
+
+def wait_until_one_fails(outbox: Outbox, sending: Delivery) -> None:
+    """Until one result has failed time and again, and no other waits."""
+    deadline = time.monotonic() + DEADLINE_S
+    while len(outbox.pending()) > 1 or sending.state().num_failures < 6:
+        assert time.monotonic() < deadline, sending.state()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
+def test_a_file_that_cannot_be_read_is_given_up_when_it_is_old_and_holds_up_no_other(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    unreadable = outbox.folder / "pending" / "1.1.dcm"
+    unreadable.mkdir()  # rights do not stop root
+    os.utime(unreadable, (1, 1))
+    good = [put(outbox, number) for number in range(3)]
+    week_s = 7 * 24 * 3600.0
+    with Archive().running() as archive, web(200, STORED) as server:
+        dimse = DimsePacs("127.0.0.1", archive.port, "ARCHIVE", "XRAI")
+        pacs = WebPacs(server.address) if way == "STOW-RS" else dimse
+        with delivery(
+            outbox, pacs, Waits(first_s=0.001, longest_s=0.01, max_age_s=1e12)
+        ) as sending:
+            wait_until_one_fails(outbox, sending)
+            assert sending.state().num_given_up == 0
+            assert "Is a directory" in sending.state().trouble
+        assert len(server.bodies if way == "STOW-RS" else uids(archive)) == len(good)
+        with delivery(outbox, pacs, Waits(max_age_s=week_s)):
+            assert "Is a directory" in wait_until_given_up(outbox, "1.1")
+    assert "1.1.dcm" in caplog.text
+
+
+class Clumsy(Picky):
+    """A way to an archive that has a mistake over some objects."""
+
+    def store(self, file: Path) -> None:
+        if file.stem in self.bad:
+            raise UnboundLocalError(PATIENT)
+        super().store(file)
+
+
+def test_a_result_that_nobody_foresaw_waits_alone_and_its_error_is_logged_by_its_place(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, *good = [put(outbox, number) for number in range(4)]
+    clumsy = Clumsy({bad})
+    with delivery(outbox, clumsy, Waits(first_s=0.001, longest_s=0.01)) as sending:
+        wait_until_one_fails(outbox, sending)
+        assert clumsy.stored == good
+    os.utime(outbox.folder / "pending" / f"{bad}.dcm", (1, 1))
+    with delivery(outbox, clumsy):
+        assert "UnboundLocalError in test_outbox.py" in wait_until_given_up(outbox, bad)
+    assert f"{bad}.dcm" in caplog.text and PATIENT not in caplog.text
+    assert caplog.text.count("could not send") == 2  # once a start, not at each attempt
 
 
 def test_a_full_outbox_and_a_second_process_are_refused(tmp_path: Path) -> None:

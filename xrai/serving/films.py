@@ -22,7 +22,9 @@ MAX_NAME: Final = 200  # characters of a film's name that are kept
 
 
 class FullError(XraiError):
-    """The worklist has no room for a film. The message says when it will have."""
+    """A film cannot be taken now: the list or the outbox is full, or the server is stopping. The
+    message says which.
+    """
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ film and models, so an object that is sent again is the same one.
 
     outbox/pending/UID.dcm    waits to be sent
     outbox/sent/UID           empty; marks what was sent, so that no result is sent twice
-    outbox/given-up/UID.dcm   refused time and again, or too old; UID.txt says why. To try again,
-                              move it back to pending/
+    outbox/given-up/UID.dcm   refused or damaged, time and again, or too old; UID.txt says why. To
+                              try again, move it back to pending/
 
 What is in sent/ and given-up/ is deleted after 30 days.
 
@@ -28,7 +28,7 @@ from typing import Final
 
 from xrai.errors import InUseError, UserError
 from xrai.files import is_temporary, write_atomically
-from xrai.log import get_logger
+from xrai.log import get_logger, place_of
 from xrai.serving.films import FullError
 from xrai.serving.pacs import AwayError, Pacs, RefusedError, Session
 
@@ -151,7 +151,8 @@ class Outbox:
         target = self.folder / _GIVEN_UP / file.name
         write_atomically(target.with_suffix(".txt"), f"{reason}\n".encode(), mode=0o600)
         size = file.stat().st_size
-        os.utime(file)  # it is kept from now on
+        with suppress(PermissionError):  # another user's, kept from when it was put
+            os.utime(file)  # it is kept from now on
         file.replace(target)
         with self._lock:
             self._num_bytes -= size
@@ -187,7 +188,7 @@ class _Tries:
 
 @dataclass(frozen=True)
 class Delivered:
-    """The state of a delivery, for /readyz and metrics."""
+    """The state of a delivery, for metrics."""
 
     num_pending: int
     num_given_up: int
@@ -301,25 +302,42 @@ class Delivery:
                 _logger.warning("deleted %d results, given up 30 days ago", num_results)
 
     def _send(self, session: Session, path: Path) -> bool:
-        """Send one file; False where the connection is of no more use."""
-        tries = self._tries_of(path)
+        """Send one file; False where the connection is of no more use.
+
+        Whatever goes wrong with a file, it alone waits longer each time.
+        """
         try:
             session.store(path)
-        except (RefusedError, AwayError) as error:
-            is_refused = isinstance(error, RefusedError)
-            self._fails(str(error), is_away=not is_refused)
-            tries.failures += 1
-            tries.refusals += is_refused
-            tries.due = time.monotonic() + self._waits.after(tries.failures)
-            if tries.refusals >= self._waits.max_refusals:
-                self._give_up(path, str(error))
-            else:
-                self._give_up_if_old(path, str(error))
-            return is_refused
-        self._num_sent += 1
-        self._recovers()
-        self._outbox.was_sent(path)
+            self._num_sent += 1
+            self._recovers()
+            self._outbox.was_sent(path)
+        except AwayError as error:
+            self._delay(path, str(error), is_away=True)
+            return False
+        except RefusedError as error:
+            self._delay(path, str(error), is_refused=True)
+        except OSError as error:
+            self._delay(path, f"its file cannot be read or marked as sent ({error.strerror})")
+        except Exception as error:  # such as of pynetdicom, which no file is known to cause
+            self._delay(path, f"sending it failed inside xrai ({place_of(error)})")
+            return False
         return True
+
+    def _delay(
+        self, path: Path, reason: str, *, is_away: bool = False, is_refused: bool = False
+    ) -> None:
+        """Note that a file failed: it waits for its next attempt, or is given up."""
+        tries = self._tries_of(path)
+        tries.failures += 1
+        tries.refusals += is_refused
+        tries.due = time.monotonic() + self._waits.after(tries.failures)
+        self._fails(reason, is_away=is_away)
+        if tries.failures == 1 and not is_away:
+            _logger.warning("could not send %s: %s", path.name, reason)
+        if tries.refusals >= self._waits.max_refusals:
+            self._give_up(path, reason)
+        else:
+            self._give_up_if_old(path, reason)
 
     def _tries_of(self, path: Path) -> _Tries:
         return self._tries.setdefault(path.name, _Tries())
@@ -331,7 +349,7 @@ class Delivery:
 
     def _give_up(self, path: Path, reason: str) -> None:
         self._outbox.give_up(path, reason)
-        _logger.warning("gave up a result after all attempts: %s", reason)
+        _logger.warning("gave up %s after all attempts: %s", path.name, reason)
 
     def _fails(self, reason: str, *, is_away: bool = True) -> None:
         self._num_failures += 1

@@ -1,14 +1,17 @@
 """Send objects to an archive (PACS), by C-STORE or by STOW-RS. `xrai.serving.outbox` calls it."""
 
+import io
 import json
 import re
 import ssl
+import struct
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
@@ -21,6 +24,9 @@ from xrai.errors import ConfigError, XraiError
 from xrai.serving.dimse import associate, close_socket, cut, entity
 from xrai.serving.guard import is_loopback
 
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
 _TIMEOUT_S = 30.0
 _TRY_LATER = frozenset({401, 403, 404, 408, 425, 429})  # fixed by whoever runs either end
 _OUT_OF_RESOURCES = 0xA7  # high byte of a status
@@ -30,6 +36,12 @@ _FAILED, _STORED, _REASON = "00081198", "00081199", "00081197"  # of a STOW-RS r
 _TAG = re.compile("[0-9A-Fa-f]{8}")
 _MAX_ANSWER_BYTES = 1 << 20
 _DICOM = "application/dicom"
+_NOT_WHOLE = "the file is not a complete DICOM object"
+# What pydicom raises on files that are cut short or damaged
+_DAMAGE = (
+    *(InvalidDicomError, ArithmeticError, AttributeError, EOFError, LookupError),
+    *(NotImplementedError, TypeError, ValueError, struct.error, zlib.error),
+)
 
 
 class AwayError(XraiError):
@@ -37,14 +49,17 @@ class AwayError(XraiError):
 
 
 class RefusedError(XraiError):
-    """The archive has refused one object."""
+    """The archive has refused one object, or its file is no object that could be sent."""
 
 
 class Session(Protocol):
     """An open connection to an archive."""
 
     def store(self, file: Path) -> None:
-        """Send one DICOM file. Raises `RefusedError` or `AwayError`."""
+        """Send one DICOM file.
+
+        Raises `RefusedError` or `AwayError`, and `OSError` where the file cannot be read.
+        """
 
     def cut(self) -> None:
         """From another thread: let `store` fail now, where it waits for the archive."""
@@ -150,15 +165,16 @@ class _Association:
         self._name, self._association = name, association
 
     def store(self, file: Path) -> None:
-        """Send one DICOM file. Raises `RefusedError` or `AwayError`."""
+        """Send one DICOM file, as `Session.store` says."""
         if not self._association.is_established:
             raise AwayError(f"{self._name} has ended the association")
+        dataset = _read(file)
         try:
-            answer = self._association.send_c_store(file)
+            answer = self._association.send_c_store(dataset)
         except ValueError:
             raise RefusedError(f"{self._name} takes no objects of this kind") from None
-        except (InvalidDicomError, AttributeError, KeyError):
-            raise RefusedError("the file is not a complete DICOM object") from None
+        except (AttributeError, LookupError, TypeError):
+            raise RefusedError(_NOT_WHOLE) from None
         except (RuntimeError, OSError):
             raise AwayError(f"{self._name} has ended the association") from None
         if "Status" not in answer:
@@ -172,6 +188,23 @@ class _Association:
     def cut(self) -> None:
         """From another thread: let `store` fail now, where it waits for the archive."""
         cut(self._association)
+
+
+def _read(file: Path) -> "Dataset":
+    """The object in a file, whose values are still as they are stored.
+
+    Raises `OSError` where it cannot be read, `RefusedError` where it holds no object.
+    """
+    from pydicom import dcmread
+
+    data = file.read_bytes()
+    try:
+        dataset = dcmread(io.BytesIO(data))
+    except _DAMAGE:
+        raise RefusedError(_NOT_WHOLE) from None
+    if not dataset:  # cut short after its file meta: pynetdicom 3.0.4 raises UnboundLocalError
+        raise RefusedError(_NOT_WHOLE)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -211,7 +244,7 @@ class _WebSession:
         self._address, self._timeout_s, self._client = pacs.address, pacs.timeout_s, client
 
     def store(self, file: Path) -> None:
-        """Send one DICOM file. Raises `RefusedError` or `AwayError`."""
+        """Send one DICOM file, as `Session.store` says."""
         boundary = f"xrai-{file.stem}"  # ends in the file's UID, and occurs in no file
         head = f"--{boundary}\r\nContent-Type: {_DICOM}\r\n\r\n"
         body = head.encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
