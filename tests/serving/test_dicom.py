@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -193,6 +194,17 @@ def test_a_film_of_another_part_is_refused_by_the_node_and_scored_where_a_person
         (row,) = client.post("/v1/films", content=data, headers=headers).json()["films"]
     assert row["decision"] == expected.decision
     assert row["probabilities"] == pytest.approx(dict(expected.probabilities), abs=1e-5)
+
+
+def test_a_repeated_film_is_found_without_ranking_the_list(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(run)
+    (film,) = phantoms(1)
+    monkeypatch.setattr(service.worklist, "films", mock.Mock(side_effect=AssertionError))
+    with dicom_side(service) as (_, port):
+        assert [send(port, film)[0] for _ in range(2)] == [0, 0]
+    assert len(service.worklist) == 1
 
 
 def test_a_full_list_asks_the_sender_to_try_again(run: Path) -> None:

@@ -26,7 +26,9 @@ from tests.models import phantoms, save_random_run, save_run
 from tests.serving.conftest import LIMITS, add_summary, make_client, make_service
 from xrai.ingest.images import decode_whole
 from xrai.labels import LabelSpec
-from xrai.serving.films import FullError, Worklist
+from xrai.pipeline import Prediction
+from xrai.serving import http
+from xrai.serving.films import Film, FullError, Worklist
 from xrai.serving.http import NOTE, Limits, card_json
 from xrai.serving.models import OutputCard, load_models
 from xrai.serving.service import Answers, Service
@@ -311,6 +313,43 @@ def test_a_full_list_says_when_films_leave_it(lifetime_s: float, words: str) -> 
         worklist.reserve(1).__enter__()
 
 
+def test_films_are_ranked_and_written_once_however_often_the_list_is_asked_for(
+    run: Path, films: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_client(make_service(run)) as client:
+        for number, data in enumerate(films[:3]):
+            post(client, (f"{number}.png", data))
+        first = client.get("/v1/films")
+        with monkeypatch.context() as patched:
+            work = mock.Mock()
+            patched.setattr(Prediction, "highest", work)
+            patched.setattr(http, "film_json", work)
+            assert client.get("/v1/films").content == first.content
+            assert not work.called
+        for film in first.json()["films"]:
+            said = client.get(f"/v1/films/{film['id']}").json()
+            assert {name: said[name] for name in film} == film
+            assert client.delete(f"/v1/films/{film['id']}").status_code == 204
+        assert client.get("/v1/films").json()["films"] == []
+
+
+def test_the_list_is_ranked_while_others_may_change_it(
+    run: Path, films: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, is_locked = make_service(run), list[bool]()
+
+    def urgency(film: Film) -> object:
+        is_locked.append(service.worklist._lock.locked())
+        return film.received
+
+    with make_client(service) as client:
+        post(client, ("a.png", films[0]))
+        post(client, ("b.png", films[1]))
+        monkeypatch.setattr(Film, "urgency", property(urgency))
+        assert len(service.worklist.films()) == 2
+    assert is_locked == [False, False]
+
+
 def test_films_leave_memory_after_their_time(run: Path, films: list[bytes]) -> None:
     service = make_service(run, lifetime_s=60)
     now = [1.0e9]
@@ -324,6 +363,7 @@ def test_films_leave_memory_after_their_time(run: Path, films: list[bytes]) -> N
         assert service.worklist.num_bytes == len(films[0]) + len(films[1])
         assert client.delete(f"/v1/films/{other['id']}").status_code == 204
         assert service.worklist.num_bytes == len(films[0])
+        assert client.get("/v1/films").json()["films"] == [film]
         now[0] += 2
         assert client.get(f"/v1/films/{film['id']}").status_code == 404
         assert service.worklist.num_bytes == 0 and client.get("/v1/films").json()["films"] == []

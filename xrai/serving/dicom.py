@@ -174,8 +174,8 @@ class DicomSide:
     def _listed(self, data: bytes, source: Source) -> Film | None:
         """The listed film, if a sender repeats it and the models are the same; else None."""
         now = self._service.models.pipeline
-        for film in self._service.worklist.films():
-            if film.name == source.sop_instance_uid and film.data == data and film.pipeline is now:
+        for film in self._service.worklist.named(source.sop_instance_uid):
+            if film.data == data and film.pipeline is now:
                 return film
         return None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Final, Literal
 
 from xrai.errors import XraiError
@@ -27,7 +28,7 @@ class FullError(XraiError):
     """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is its own, and a key of weak dictionaries
 class Film:
     """A film that was scored. Holds what may identify a patient: never logged."""
 
@@ -48,7 +49,7 @@ class Film:
         """Whether the film is left to a person, for whatever reason."""
         return self.row.decision == REVIEW
 
-    @property
+    @cached_property
     def is_positive(self) -> bool:
         """Whether anything but the absence of findings is called."""
         task = self.pipeline.model.labels.task
@@ -56,22 +57,23 @@ class Film:
             return self.pipeline.outputs[0].name in self.row.calls
         return any(not is_negative_word(name) for name in self.row.calls)
 
-    @property
+    @cached_property
     def score_of(self) -> str | None:
         """The class or finding whose probability ranks the film in the list: the most probable one
         that is not negative. None where there is none, or the film cannot be read.
         """
-        names = self.row.highest()
-        if self.pipeline.model.labels.task != "binary":  # its one name is the positive class
-            names = [name for name in names if not is_negative_word(name)]
-        return names[0] if names else None
+        is_binary = (
+            self.pipeline.model.labels.task == "binary"
+        )  # its one name is the positive class
+        names = (name for name in self.row.highest() if is_binary or not is_negative_word(name))
+        return next(names, None)
 
     @property
     def score(self) -> float | None:
         """How probable `score_of` is."""
         return None if self.score_of is None else self.row.probabilities[self.score_of]
 
-    @property
+    @cached_property
     def urgency(self) -> tuple[bool, float, datetime]:
         """The sort key of the list: films for review first, then the highest score, then the
         longest wait. Films that cannot be read come before all that have a score.
@@ -142,7 +144,15 @@ class Worklist:
         """All films, the most urgent first."""
         with self._lock:
             self._expire()
-            return sorted(self._films.values(), key=lambda film: film.urgency)
+            films = list(self._films.values())
+        return sorted(films, key=lambda film: film.urgency)
+
+    def named(self, name: str) -> list[Film]:
+        """The films that came with a name, in the order in which they came."""
+        with self._lock:
+            self._expire()
+            films = list(self._films.values())
+        return [film for film in films if film.name == name[-MAX_NAME:]]
 
     def get(self, film_id: str) -> Film | None:
         """A film by its id; None if it is unknown or has expired."""

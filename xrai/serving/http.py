@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import yaml
 from starlette.applications import Starlette
@@ -89,6 +90,7 @@ class _Routes:
         self._room = Room(limits.max_bytes_under_way, limits.max_body_bytes)
         self._clients: Counter[str] = Counter()  # requests with films that are under way
         self._num_queued = 0  # films that wait for others of the same request
+        self._texts: WeakKeyDictionary[Film, str] = WeakKeyDictionary()  # listed films as JSON
         self._answers = Answers()
         self._reloading = asyncio.Lock()
 
@@ -187,10 +189,16 @@ class _Routes:
         tag = f'"{self._service.worklist.version}-{num_waiting}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"ETag": tag})
-        films = [film_json(film) for film in self._service.worklist.films()]
-        response = _json({"films": films, "num_waiting": num_waiting})
-        response.headers["ETag"] = tag
-        return response
+        films = ",".join(map(self._text_of, self._service.worklist.films()))
+        head = _text({"schema_version": SCHEMA_VERSION, "note": NOTE, "num_waiting": num_waiting})
+        text = f'{head[:-1]},"films":[{films}]}}'
+        return Response(text, media_type="application/json", headers={"ETag": tag})
+
+    def _text_of(self, film: Film) -> str:
+        """A film as JSON, written once: with 5,000 films that takes half a second."""
+        if (text := self._texts.get(film)) is None:
+            text = self._texts[film] = _text(film_json(film))
+        return text
 
     async def list_as_csv(self, request: Request) -> Response:
         """The list as a table."""
@@ -380,6 +388,11 @@ def _openapi() -> dict[str, object]:
     text = importlib.resources.files("xrai.serving").joinpath("openapi.yaml").read_text("utf-8")
     found: dict[str, object] = yaml.safe_load(text)
     return found | {"info": {**found["info"], "version": __version__}}  # type: ignore[dict-item]
+
+
+def _text(content: dict[str, object]) -> str:
+    """As `JSONResponse` writes it."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _json(content: dict[str, object], status: int = 200) -> JSONResponse:
