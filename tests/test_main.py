@@ -128,7 +128,8 @@ def test_options_of_torchrun_are_told_from_those_of_training_wherever_they_stand
         "--shutdown-timeout=60",
     ]
     assert launched(*own[:2], *options, *own[2:]) == [*options, "-m", "xrai.train", *own]
-    assert checks == [[sys.executable, "-m", "xrai.train", "--check_ranks=8", "--check", *own]]
+    ranks = ["--check_ranks=8", "--check_local_ranks=4"]
+    assert checks == [[sys.executable, "-m", "xrai.train", *ranks, "--check", *own]]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,8 @@ def test_variables_of_torchrun_are_read_as_its_options_are_which_win(
     started = [sys.executable, "-m", "xrai.rendezvous", "node0:29401", "1800"]
     assert caught.value.args[0] == [*started, "--nproc_per_node=2", "-m", "xrai.train"]
     assert "--check_ranks=6" in checks[0]
-    assert program.launch(["--check"]) == ["--check_ranks=24", "--check"]
+    both = ["--check_ranks=24", "--check_local_ranks=8"]
+    assert program.launch(["--check"]) == [*both, "--check"]
 
 
 def test_a_training_on_one_machine_waits_for_no_endpoint(
@@ -229,9 +231,12 @@ def test_variables_of_torchrun_start_it_too(
 
 def test_a_check_counts_the_ranks_that_torchrun_would_start(checks: list[list[str]]) -> None:
     options = ["--nnodes=3", "--nproc-per-node=4", "--check", "--config=c"]
-    assert program.launch(options) == ["--check_ranks=12", "--check", "--config=c"]
+    both = ["--check_ranks=12", "--check_local_ranks=4"]
+    assert program.launch(options) == [*both, "--check", "--config=c"]
     for unknown in ("--nnodes=1:4", "--nproc_per_node=gpu"):
         assert program.launch([unknown, "--check"]) == ["--check"]
+    options = ["--nnodes=1:4", "--nproc_per_node=2", "--check"]
+    assert program.launch(options) == ["--check_local_ranks=2", "--check"]
     assert not checks
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
 from xrai.errors import DatasetError, UserError
 from xrai.labels import Task
-from xrai.learning.distributed import Place
+from xrai.learning.distributed import Place, Ranks
 from xrai.learning.predictor import build_model, load_model
 from xrai.phantom import make_phantoms
 from xrai.results.calibration import calibrated
@@ -296,6 +297,23 @@ def test_a_check_counts_the_ranks_of_the_training(
     status, lines = call(*common, "--check_ranks=3", capsys=capsys)
     assert status == 2 and "train.global_batch_size = 16 cannot be shared by 3 ranks" in lines[0]
     assert call(*common, "--check_ranks=4", capsys=capsys)[0] == 0
+
+
+def test_a_check_refuses_more_processes_than_gpus(
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", *SMALL, "--check"]
+    many, alone = "--check_local_ranks=3", Ranks(0, 1, 0, 1, torch.device("cpu"))
+    assert call(*common, many, capsys=capsys)[0] == 0  # no GPU, no limit
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train, "join", lambda *, timeout_s: nullcontext(alone))
+    status, lines = call(*common, many, capsys=capsys)
+    assert status == 2 and "3 processes on this machine but 2 CUDA devices" in lines[0]
+    assert call(*common, "--check_local_ranks=2", capsys=capsys)[0] == 0
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

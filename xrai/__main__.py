@@ -114,11 +114,16 @@ def launch(arguments: list[str]) -> list[str]:
 
 
 def _check_ranks(named: dict[str, str]) -> list[str]:
-    """The flag that says how many ranks torchrun would start, where its options give numbers."""
-    numbers = [named.get("nnodes", "1"), named.get("nproc_per_node", "1")]
-    if not all(text.isdecimal() for text in numbers) or numbers == ["1", "1"]:
+    """The flags that say how many ranks torchrun would start, in all and on this machine, where its
+    options give numbers.
+    """
+    nodes, local = named.get("nnodes", "1"), named.get("nproc_per_node", "1")
+    if not local.isdecimal():
         return []
-    return [f"--check_ranks={int(numbers[0]) * int(numbers[1])}"]
+    flags = [f"--check_local_ranks={int(local)}"] if local != "1" else []
+    if nodes.isdecimal() and (nodes, local) != ("1", "1"):
+        flags.insert(0, f"--check_ranks={int(nodes) * int(local)}")
+    return flags
 
 
 def _join_timeout(named: dict[str, str]) -> str:

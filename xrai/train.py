@@ -33,7 +33,14 @@ from xrai.files import cache_folder, num_cores
 from xrai.labels import LabelSpec
 from xrai.learning import loop
 from xrai.learning.checkpoint import load_weights
-from xrai.learning.distributed import Place, Ranks, join, own_place, record_failures
+from xrai.learning.distributed import (
+    Place,
+    Ranks,
+    join,
+    own_place,
+    record_failures,
+    refuse_missing_devices,
+)
 from xrai.learning.network import Network
 from xrai.learning.optim import Counts
 from xrai.learning.predictor import Trained, build_model, predict_split
@@ -76,6 +83,7 @@ FLAGS = (
         "with --check: processes of the training, on all machines; 0: one",
         type=int,
     ),
+    Flag("check_local_ranks", 0, "with --check: those of them on this machine; 0: one", type=int),
 )
 _FLUSH_TIMEOUT_S = 20.0  # for the last uploads of a run that was asked to stop
 _GRACE_S = 60.0  # between torchrun's end and that of a rank which cannot stop by itself
@@ -317,6 +325,8 @@ def check_places(
     """Raise `UserError` where the machine, data set or place for results is not usable."""
     if config.train.compile:
         require_compiler(ranks.device)
+    if flags["check"]:
+        refuse_missing_devices(flags["check_local_ranks"])
     ranks.on_main(lambda: check_dataset(flags["dataset"], index, with_rows=flags["check"]))
     ranks.on_main(lambda: RunFolder.check_writable(flags["artifacts"]))
     if flags["check"]:

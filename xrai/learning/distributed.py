@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from xrai.errors import TrainingError, UserError, XraiError
 from xrai.files import explaining_disk
-from xrai.log import get_logger
+from xrai.log import counted, get_logger
 
 T = TypeVar("T")
 
@@ -380,6 +380,16 @@ def explain_torchrun(error: BaseException, *, host: str) -> str:
     )
 
 
+def refuse_missing_devices(num_processes: int) -> None:
+    """Raise `UserError` where so many processes of a machine would share its CUDA devices."""
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < num_devices < num_processes:
+        raise UserError(
+            f"{num_processes} processes on this machine but {counted(num_devices, 'CUDA device')}: "
+            "give torchrun --nproc_per_node at most the number of devices"
+        )
+
+
 @contextmanager
 def join(*, timeout_s: float, share_device: bool = False) -> Iterator[Ranks]:
     """Join the job that torchrun started (or be one process), and leave it at the end.
@@ -394,12 +404,8 @@ def join(*, timeout_s: float, share_device: bool = False) -> Iterator[Ranks]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = 0 if share_device else place.local_rank
-        if place.local_world_size > torch.cuda.device_count() and not share_device:
-            raise UserError(
-                f"{place.local_world_size} processes on this machine but "
-                f"{torch.cuda.device_count()} CUDA devices: give torchrun --nproc_per_node at most "
-                "the number of devices"
-            )
+        if not share_device:
+            refuse_missing_devices(place.local_world_size)
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     if world_size == 1 and not place.is_torchrun:
