@@ -56,7 +56,7 @@ OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phanto
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
     *("from-env-file", "from-file", "task", "volumes", "cascade", "delete-emptydir-data"),
     *("for", "timeout"),
-    *("nnodes", "rdzv_id"),
+    *("nnodes", "rdzv_id", "ntasks-per-node", "full-size", "no-deps"),
 }
 
 
@@ -117,7 +117,7 @@ def test_every_flag_and_key_exists(page: Path) -> None:
     sections = "|".join({key.partition(".")[0] for key in keys})
     in_code = set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", text))
     others = {"model.pt", "model.onnx", "train.py", "evaluate.py", "loader.index", "loader.labels"}
-    others |= {"labels.py", "train.csv"}
+    others |= {"labels.csv", "labels.py", "train.csv"}
     assert in_code <= keys | others, in_code - keys - others
 
 
@@ -152,6 +152,16 @@ def test_each_row_of_the_table_of_results_is_a_file_that_some_module_writes() ->
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "xrai").rglob("*.py"))
     for name in names:
         assert name.strip("/").rpartition("/")[2] in source, name
+
+
+def test_the_tops_of_the_compose_files_name_every_variable_that_they_use() -> None:
+    files = [ROOT / "compose.yaml", *sorted((ROOT / "docker").glob("compose.*.yaml"))]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    tops = "".join(re.split(r"(?m)^(?!#)", text, maxsplit=1)[0] for text in texts)
+    used = {name for text in texts for name in re.findall(r"\$\{(XRAI_\w+)", text)}
+    assert len(used) >= 20
+    missing = used - set(re.findall(r"XRAI_\w+", tops))
+    assert not missing
 
 
 def test_every_test_file_that_a_decision_names_exists() -> None:
