@@ -28,6 +28,7 @@ PAGES = {  # file of the repository -> page of the site
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
 }
+_TARGETS = {**PAGES, "xrai/config.py": "configuration.md"}  # of links
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 _CONFIGURATION = """# Configuration
@@ -75,7 +76,7 @@ def on_page_markdown(markdown: str, *, page: "Page", **_: Any) -> str:
     def rewrite(match: re.Match[str]) -> str:
         text, target, anchor = match.group(1), match.group(2), match.group(3) or ""
         path = normpath(join(dirname(source), target))
-        place = PAGES.get(path) or (path.startswith("docs/") and path.removeprefix("docs/"))
+        place = _TARGETS.get(path) or (path.startswith("docs/") and path.removeprefix("docs/"))
         if not place:  # only in the repository
             return text if text.startswith("`") else f"`{text}`"
         return f"[{text}]({relpath(place, dirname(uri) or '.')}{anchor})"

@@ -108,6 +108,7 @@ def test_links_to_the_repository_become_links_to_pages_or_plain_text(hooks: Modu
 
     assert on("[b](../../benchmarks/README.md#x)") == "[b](../benchmarks.md#x)"
     assert on("[scale](../scale.md)") == "[scale](../scale.md)"
-    assert on("[code](../../xrai/config.py)") == "`code`"
+    assert on("[keys](../../xrai/config.py)") == "[keys](../configuration.md)"
+    assert on("[code](../../xrai/train.py)") == "`code`"
     assert on("[web](https://example.org/a.md)") == "[web](https://example.org/a.md)"
     assert on("![picture](../../docs/x.png)") == "![picture](../../docs/x.png)"
