@@ -201,6 +201,22 @@ def test_synchronized_statistics_on_one_rank_are_those_of_torch() -> None:
     torch.testing.assert_close(synced.eval()(images), local.eval()(images))
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("1d", (6, 5)), ("1d", (6, 5, 3)), ("2d", (6, 5, 3, 4))]
+)
+def test_synchronized_statistics_take_values_of_any_number_of_dimensions(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    norm = getattr(nn, f"BatchNorm{kind}")(shape[1]).double()
+    values, wanted = torch.rand(shape).double(), torch.rand(shape).double()
+    gradients = []
+    for module in (norm, SyncedNorm(norm)):
+        own = values.clone().requires_grad_()
+        (module(own) - wanted).square().sum().backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_dropped_paths_depend_on_the_image_alone() -> None:
     network = build_model(Model("timm/convnextv2_atto", drop_path=0.5), 1, image_size=32).train()
     assert network.num_draws == sum(isinstance(each, DropPath) for each in network.modules()) > 3

@@ -313,7 +313,7 @@ class SyncedNorm(nn.BatchNorm2d):
 
 
 class _SyncedNormalize(torch.autograd.Function):
-    """Maps (B, C, H, W) normalized over all ranks, with the mean (C,), the variance (C,), which is
+    """Maps (B, C, …) normalized over all ranks, with the mean (C,), the variance (C,), which is
     the biased one, and the number of values of a channel.
 
     With s the deviation's inverse, x' the normalized maps and n that number, the gradient is
@@ -359,7 +359,10 @@ class _SyncedNormalize(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         slope = -scale * inverse * times_normal
         shift = -scale * total - slope * mean
-        scale, slope, shift = (each.to(maps.dtype)[:, None, None] for each in (scale, slope, shift))
+        of_channels = [1, -1, *[1] * (maps.ndim - 2)]
+        scale, slope, shift = (
+            each.to(maps.dtype).view(of_channels) for each in (scale, slope, shift)
+        )
         gradient = torch.addcmul(shift, maps, slope).addcmul_(gradients[0], scale)
         own = (None, None) if weight is None else (of_weight, of_bias)
         return gradient, *own, None
