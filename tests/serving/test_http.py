@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,14 +23,16 @@ from starlette.testclient import TestClient
 import xrai
 from tests.dataset.pictures import dicom_file
 from tests.models import phantoms, save_random_run, save_run
+from tests.results.many import make_many
 from tests.serving.conftest import LIMITS, add_summary, make_client, make_service
 from xrai.ingest.images import decode_whole
-from xrai.labels import LabelSpec
+from xrai.labels import LabelSpec, Task
 from xrai.pipeline import Prediction
+from xrai.results.summary import main_results
 from xrai.serving import http
 from xrai.serving.films import Film, FullError, Worklist
 from xrai.serving.http import NOTE, Limits, card_json
-from xrai.serving.models import OutputCard, load_models
+from xrai.serving.models import OutputCard, _measured, load_models
 from xrai.serving.service import Answers, Service
 
 TOKEN = "0123456789abcdef"
@@ -535,6 +537,19 @@ def test_a_film_is_listed_by_its_most_probable_disease(
         assert found[film["score_of"]] == film["score"] == max(found.values())
     ranks = [(film["decision"] != "review", -film["score"]) for film in listed]
     assert ranks == sorted(ranks) and len(ranks) == 6
+
+
+@pytest.mark.parametrize(("task", "num"), [("multilabel", 2), ("multiclass", 3)])
+def test_a_prevalence_is_that_of_the_images_whose_label_is_known(task: Task, num: int) -> None:
+    scores, results = make_many(task, num)
+    main, output = main_results(results), results.outputs[0].output
+    labels = scores.labels[:, 0]
+    share = np.mean(labels[labels != -1])
+    assert (labels == -1).any() == (task == "multilabel")
+    assert _measured(output, main, 0).prevalence == pytest.approx(share)
+    outputs = tuple(replace(each, num_negative=None) for each in main.outputs)
+    earlier = _measured(output, replace(main, outputs=outputs), 0).prevalence
+    assert earlier is None if task == "multilabel" else earlier == pytest.approx(share)
 
 
 def test_the_card_of_a_run_has_the_figures_of_its_summary(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class OutputSummary:
     intervals: Mapping[str, tuple[Number, Number]]
     threshold: Number
     temperature: float
+    num_negative: int | None = None  # earlier versions wrote none; unknown labels are in neither
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _output_summary(found: OutputResults) -> OutputSummary:
         intervals={name: (metrics[name].low, metrics[name].high) for name in names},
         threshold=found.output.threshold,
         temperature=found.output.temperature,
+        num_negative=found.whole.counts.num_negative,
     )
 
 

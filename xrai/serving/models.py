@@ -111,8 +111,10 @@ def load_models(runs: Sequence[str], *, prior: Wanted | None = None) -> Models:
 
 def _measured(output: Output, main: MainResults, number: int) -> OutputCard:
     found = main.outputs[number] if main.outputs else main
-    counts = main.counts
-    num_positive = main.outputs[number].num_positive if main.outputs else counts.num_positive
+    counts = main.outputs[number] if main.outputs else main.counts
+    num_known = None if counts.num_negative is None else counts.num_positive + counts.num_negative
+    if num_known is None and main.task == "multiclass":
+        num_known = main.num_images
     return OutputCard(
         output.name,
         output.threshold,
@@ -120,5 +122,5 @@ def _measured(output: Output, main: MainResults, number: int) -> OutputCard:
         specificity=found.specificity,
         auroc=found.auroc,
         intervals={name: ends for name, ends in found.intervals.items() if name != "accuracy"},
-        prevalence=num_positive / main.num_images if main.num_images else None,
+        prevalence=counts.num_positive / num_known if num_known else None,
     )
