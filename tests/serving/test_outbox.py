@@ -722,6 +722,7 @@ def flags_of(authority: Path, *, ca: bool = True, own: bool = False) -> dict[str
         "pacs_ca": str(authority / "ca.pem") if ca else "",
         "dicom_cert": str(authority / "client.pem") if own else "",
         "dicom_key": str(authority / "client.key") if own else "",
+        "pacs": "",
     }
 
 
@@ -772,6 +773,20 @@ def test_an_archive_that_asks_for_a_certificate_gets_that_of_the_node(
                 if own:
                     wait_until_empty(outbox)
     assert uids(archive) == [sent]
+
+
+def test_an_archive_of_a_public_authority_gets_the_certificate_of_the_node(
+    outbox: Outbox, authority: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(outbox, 1)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority / "ca.pem"))  # as the system's authorities
+    with web(200, STORED, tls=server_tls(authority, asks_for_certificate=True)) as server:
+        address = f"https://localhost:{server.server_address[1]}"
+        own = {**flags_of(authority, ca=False, own=True), "pacs_tls": False, "pacs": address}
+        pacs = find_pacs(address, calling="XRAI", tls=_pacs_tls(own), token="")
+        with delivery(outbox, pacs):
+            wait_until_empty(outbox)
+    assert [head["path"] for head in server.heads] == ["/studies"]
 
 
 # --------------------------------------------------------------------------------------- addresses

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -116,7 +117,8 @@ def _node_options(flags: Mapping[str, Any]) -> NodeOptions:
 
 def _pacs_tls(flags: Mapping[str, Any]) -> ssl.SSLContext | None:
     """The TLS context for the archive, with the node's own certificate where it has one."""
-    if not flags["pacs_tls"] and not flags["pacs_ca"]:
+    shows_own = flags["dicom_cert"] and urlsplit(flags["pacs"]).scheme == "https"
+    if not (flags["pacs_tls"] or flags["pacs_ca"] or shows_own):
         return None
     try:
         context = ssl.create_default_context(cafile=flags["pacs_ca"] or None)
