@@ -252,6 +252,17 @@ def test_rsna_takes_the_rows_of_an_image_as_one(write: Callable[..., Path]) -> N
     assert len({entry.patient for entry in layout.rows}) == 3
 
 
+@pytest.mark.parametrize("stray", [".DS_Store", "stage_2_train_images/.DS_Store", "LICENSE"])
+def test_a_file_without_suffix_is_no_image_that_is_missing(
+    write: Callable[..., Path], stray: str
+) -> None:
+    files = rsna_files() | dict.fromkeys([stray])
+    del files["stage_2_train_images/00436515-870c.dcm"]
+    layout = listed(write(files), layout="rsna", missing="skip")
+    assert sorted(told(layout)) == ["0004cfab-14fd.dcm", "00313ee0-9eaa.dcm"]
+    assert "there is no file '00436515-870c'" in refused(write(files), layout="rsna")
+
+
 def test_rsnas_three_classes_are_those_of_the_second_table(write: Callable[..., Path]) -> None:
     source = write(rsna_files())
     for labels in ("", str(source), str(source / "stage_2_train_labels.csv")):

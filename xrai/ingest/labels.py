@@ -396,15 +396,15 @@ def _match_tails(table: LabelTable, files: Texts) -> _Matched:
     any suffix, and of several the one in a folder of the row's split.
     """
     whole = TextIndex(files, lambda path: _tail(path, table.tail_parts))
-    stems = TextIndex(files, lambda path: _tail(path, table.tail_parts).rpartition(".")[0])
+    stems = TextIndex(files, lambda path: _stem(_tail(path, table.tail_parts)))
     faults: list[tuple[str, str]] = []
     places = np.full(len(table.labels), -1, np.int32)
     for number, label in enumerate(table.labels):
         text = label.cells["path"]
         tail = _tail(text, table.tail_parts)
-        fitting = sorted({*whole.places(tail), *stems.places(tail)}) or sorted(
-            {*whole.places(stem := tail.rpartition(".")[0]), *stems.places(stem)}
-        )
+        fitting = sorted({*whole.places(tail), *stems.places(tail)})
+        if not fitting and (stem := _stem(tail)):
+            fitting = sorted({*whole.places(stem), *stems.places(stem)})
         if len(fitting) > 1:
             split = _split_of(label.cells)
             inside = [
@@ -421,6 +421,12 @@ def _match_tails(table: LabelTable, files: Texts) -> _Matched:
 
 def _tail(path: str, num_parts: int) -> str:
     return "/".join(re.split(r"[/\\]", _folded(path))[-num_parts:])
+
+
+def _stem(tail: str) -> str:
+    """A tail without its suffix; "" for one that has none or nothing else, such as `.DS_Store`."""
+    stem, _, suffix = tail.rpartition(".")
+    return "" if "/" in suffix or stem.endswith("/") else stem
 
 
 def _without_missing(
