@@ -348,6 +348,17 @@ def test_names_say_what_the_labels_of_a_medmnist_file_mean(tmp_path: Path) -> No
         open_source(path, ["A/B", "C"])
 
 
+@pytest.mark.parametrize("labels", [np.array([[0], [5]]), np.zeros((2, 14)), None])
+def test_a_medmnist_file_of_any_labels_lists_its_images_where_none_are_needed(
+    tmp_path: Path, labels: np.ndarray | None
+) -> None:
+    images = np.arange(32, dtype=np.uint8).reshape(2, 4, 4)
+    arrays = {"test_images": images} | ({} if labels is None else {"test_labels": labels})
+    source = open_source(npz(tmp_path / "m.npz", **arrays), needs_labels=False)
+    assert [file.path for file in source.files()] == ["test/000000", "test/000001"]
+    np.testing.assert_array_equal(source.read("test/000001"), images[1])
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -106,7 +106,7 @@ def _find_on_disk(path: str, *, is_match: bool = False) -> list[File]:
         mode = 0  # a broken link, say, whose row then says so
     is_file = stat.S_ISREG(mode)
     if stat.S_ISDIR(mode) or (is_file and place.suffix.lower() in (".zip", ".npz")):
-        return _all_of(open_source(path), path)
+        return _all_of(open_source(path, needs_labels=False), path)
     if not is_file and not is_match:
         raise UserError(f"{path} is neither a file nor a folder; {_KINDS}")
     return [_file(FolderSource(place.parent), place.name, path)]

@@ -67,10 +67,10 @@ class Source(ABC):
         """A file's bytes, or an image (H, W). Raises `ImageError` if this file cannot be read."""
 
 
-def open_source(uri: str, names: Sequence[str] = ()) -> Source:
+def open_source(uri: str, names: Sequence[str] = (), *, needs_labels: bool = True) -> Source:
     """The source at an address; `names` are those of its classes where it has numbers alone (.npz),
-    NORMAL and PNEUMONIA if there are none. Raises `SourceError` if there is no source, or its kind
-    is unknown.
+    NORMAL and PNEUMONIA if there are none. Without `needs_labels`, such numbers may mean anything
+    else. Raises `SourceError` if there is no source, or its kind is unknown.
     """
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
@@ -101,7 +101,7 @@ def open_source(uri: str, names: Sequence[str] = ()) -> Source:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
         raise SourceError(f"source {uri} is a pipe, a socket or a device; --source takes {_KINDS}")
     if path.suffix.lower() == ".npz":
-        return NpzSource(path, names)
+        return NpzSource(path, names, needs_labels=needs_labels)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         return ZipSource(path)
     raise SourceError(f"source {uri} is a file of no known kind; --source takes {_KINDS}")
@@ -275,11 +275,13 @@ class ZipSource(Source):
 class NpzSource(Source):
     """A MedMNIST file: `train_images` (N, H, W) uint8, `train_labels` (N, 1), likewise val, test.
 
-    Its images appear as `train/PNEUMONIA/000007`. Each process that reads holds all of them.
+    Its images appear as `train/PNEUMONIA/000007`, and as `train/000007` where its labels mean
+    something else and are not needed. Each process that reads holds all of them.
     """
 
-    def __init__(self, path: Path, names: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, names: Sequence[str] = (), *, needs_labels: bool = True) -> None:
         """`names` are what the labels 0, 1, … mean. Raises `SourceError` for one with a slash."""
+        self._needs_labels = needs_labels
         is_usual = {*map(folded, names)} <= {*map(folded, CLASSES)}
         self._classes = CLASSES if is_usual else tuple(names)
         self._path = path
@@ -304,18 +306,18 @@ class NpzSource(Source):
         for split in SPLITS:
             if f"{split}_images" not in self._load():
                 continue
-            images, labels = self._pair(split)
+            images, folders = self._pair(split)
             size_bytes = int(np.prod(images.shape[1:]))
-            for k, label in enumerate(labels.tolist()):
-                yield f"{split}/{self._classes[label]}/{k:06d}", size_bytes
+            for k, folder in enumerate(folders):
+                yield f"{folder}/{k:06d}", size_bytes
 
     def read(self, path: str) -> NDArray[np.uint8]:
-        split, _, number = path.split("/")
+        split, *_, number = path.split("/")
         image: NDArray[np.uint8] = self._load()[f"{split}_images"][int(number)]
         return image  # (H, W)
 
-    def _pair(self, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Images (N, H, W) and labels (N,) of one split. Raises `SourceError`."""
+    def _pair(self, split: str) -> tuple[NDArray[np.uint8], list[str]]:
+        """Images (N, H, W) of one split, and the folder of each. Raises `SourceError`."""
         arrays = self._load()
         images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels", np.empty(0))
         if images.ndim != 3 or images.dtype != np.uint8:
@@ -324,13 +326,16 @@ class NpzSource(Source):
                 "grey images of (N, H, W) uint8 are needed, as in PneumoniaMNIST"
             )
         has_shape = labels.shape in ((len(images),), (len(images), 1))
-        if not has_shape or not np.isin(labels, range(len(self._classes))).all():
+        if has_shape and np.isin(labels, range(len(self._classes))).all():
+            numbers = labels.reshape(-1).astype(np.int64).tolist()
+            return images, [f"{split}/{self._classes[number]}" for number in numbers]
+        if self._needs_labels:
             allowed = " or ".join(f"{k} ({name})" for k, name in enumerate(self._classes))
             raise SourceError(
                 f"{split}_labels in {self._path} is not one label of {allowed} for each of "
                 f"{counted(len(images), 'image')}; --labels.names='A|B|…' names other classes"
             )
-        return images, labels.reshape(-1).astype(np.int64)
+        return images, [split] * len(images)
 
     def _load(self) -> dict[str, NDArray[Any]]:
         if not self._arrays:
