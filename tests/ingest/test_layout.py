@@ -102,6 +102,16 @@ def test_split_folders_have_other_names_and_may_be_inside_the_class_folders(
         assert entry.split == words.get(folder, folder)
 
 
+@pytest.mark.parametrize("labels", [("NORMAL", "PNEUMONIA"), ("normal", "covid")])
+@pytest.mark.parametrize("stray", ["train/val", "test/train"])
+def test_a_split_folder_inside_another_is_outside_of_the_classes(
+    labels: tuple[str, ...], stray: str
+) -> None:
+    layout = lay_out([*tree(*(f"{label}/train" for label in labels)), f"{stray}/c.png"], source="S")
+    assert {entry.split for entry in layout.rows} == {"train"}
+    assert layout.not_data == {"outside of the class folders": 1}
+
+
 def test_a_folder_above_that_is_called_like_a_split_is_none() -> None:
     assert found("Testing/train/NORMAL/a.png")[0][1] == "train"
 

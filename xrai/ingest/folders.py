@@ -100,7 +100,7 @@ class ClassFolders:
         for k, name in enumerate(parts):
             if not _is_split(name):
                 continue
-            if self._is_above and k:
+            if self._is_above and k and not _is_split(parts[k - 1]):
                 yield parts, k, k - 1
             if not self._is_above and k + 1 < len(parts) and not _is_split(parts[k + 1]):
                 yield parts, k, k + 1
@@ -111,10 +111,11 @@ class ClassFolders:
         for parts in self._folders:
             for k, name in enumerate(parts):
                 if _is_split(name):
+                    above = parts[k - 1] if k else ""
                     below = parts[k + 1] if k + 1 < len(parts) else ""
-                    is_above |= k > 0 and folded(parts[k - 1]) in _USUAL
-                    has_above |= k > 0 and not below
-                    has_below |= bool(below) and not DERIVED.search(below)
+                    is_above |= folded(above) in _USUAL
+                    has_above |= bool(above) and not below and not _is_split(above)
+                    has_below |= bool(below) and not (DERIVED.search(below) or _is_split(below))
         return is_above or (has_above and not has_below)
 
     def _find_parents(self) -> frozenset[Sequence[str]]:
