@@ -22,7 +22,7 @@ class Row:
     label: Label  # a list in JSON; rows with the same findings share one tuple
     # Group first: "IM:0115", "bacteria:1000", "dicom:" and a hash; "file:…" where nothing says who
     patient: str
-    subtype: str  # "bacterial", "viral" or ""
+    subtype: str  # such as "viral"; "" where nothing is said
     split: str  # "" where the file was excluded before it had one
     shard: str | None = None  # name of the shard that holds it, None if excluded
     row: int | None = None  # position in that shard

@@ -65,7 +65,7 @@ class Columns:
     labels: Labels  # positions in `DatasetIndex.classes`, or (N, C) findings
     source: Sequence[str]  # paths of the source files
     patient: Sequence[str]  # keys of the patients
-    subtype: Sequence[str]  # "bacterial", "viral" or ""
+    subtype: Sequence[str]  # such as "viral"; "" where nothing is said
     sha256: Sequence[str]  # hex digests of the source files
     width: Sequence[int]  # of the source image, upright, pixels
     height: Sequence[int]
