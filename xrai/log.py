@@ -16,17 +16,16 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from xrai.errors import ConfigError
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _LINE_EVERY_S = 10.0
 _BEAT_EVERY_S = 1.0
-_warnings_lock = threading.Lock()
 
 
 def setup_logging(*, rank: int = 0) -> None:
@@ -216,13 +215,51 @@ class _Beating:
         self._shown.update(amount)
 
 
-@contextmanager
-def own_warnings() -> Iterator[None]:
-    """`warnings.catch_warnings`, by one thread at a time: it replaces the filters for all of them,
-    and of two threads at once the one that ends last would keep those of the other.
+class _Ignored(threading.local):
+    """In place of the pattern of a filter of warnings: `match` is that of a pattern of each thread.
+
+    It is no function of ours, because CPython must run no Python code while it looks through the
+    filters: another thread may then replace their list, which it has only borrowed.
     """
-    with _warnings_lock, warnings.catch_warnings():
+
+    match: Callable[[str], re.Match[str] | None] = re.compile(r"(?!)").match  # matches nothing
+
+
+_ignored = _Ignored()
+_ignored_filter = ("ignore", None, Warning, _ignored, 0)
+_filters_lock = threading.Lock()
+
+
+@contextmanager
+def ignore_warnings(modules: str = "") -> Iterator[None]:
+    """Ignore warnings of modules whose names match a pattern, in this thread and no other.
+
+    `warnings.catch_warnings` would replace the filters of all threads, so that only one at a time
+    could be in such a block. Instead one filter, which outside of such blocks ignores nothing,
+    stays before those of the program.
+    """
+    if getattr(sys.flags, "context_aware_warnings", 0):  # Python 3.14: they are each thread's own
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=modules)
+            yield
+        return
+    before, _ignored.match = _ignored.match, re.compile(modules).match
+    try:
+        _put_first(cast(list[Any], warnings.filters))
         yield
+    finally:
+        _ignored.match = before
+
+
+def _put_first(filters: list[Any]) -> None:
+    """Put our filter before all others, at no moment without it."""
+    if filters and filters[0] is _ignored_filter:
+        return
+    with _filters_lock:
+        filters.insert(0, _ignored_filter)
+        for place in reversed(range(1, len(filters))):
+            if filters[place] is _ignored_filter:
+                del filters[place]
 
 
 def place_of(error: BaseException) -> str:

@@ -30,6 +30,7 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed (the e
 JPEG_TOLERANCE = (
     2.0  # mean absolute difference of a film as DICOM and as JPEG of quality 90, grey levels
 )
+DEADLINE_S = 20.0  # only a hang reaches it
 PNG_TOLERANCE = 1  # largest difference of a film as DICOM and as PNG of 8 bits, grey levels
 
 
@@ -863,25 +864,72 @@ def pydicom_state() -> tuple[object, ...]:
     )
 
 
-def test_reading_leaves_the_warnings_filters_and_the_logger_of_the_program_as_they_were() -> None:
+def test_reading_adds_one_filter_and_leaves_those_of_the_program_as_they_were() -> None:
     data = dicom_file(SMALL, WindowCenter=1000, WindowWidth=500).replace(b"1000", b"Zanz")
+    own = list(warnings.filters)
+    refusal(data)
+    assert [each for each in warnings.filters if each in own] == own
     before = pydicom_state()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda k: refusal(data) if k % 2 else decoded(dicom_file(SMALL)), range(64)))
     assert pydicom_state() == before
 
 
+def tell(words: str) -> None:
+    """Warn and log as pydicom does."""
+    warnings.warn_explicit(words, UserWarning, "values.py", 1, module="pydicom.values")
+    logging.getLogger("pydicom").warning(words)
+
+
 def test_another_thread_hears_pydicom_while_a_file_is_read(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with dicom.quiet():
-        logging.getLogger("pydicom").warning("from the thread that reads")
-        other = threading.Thread(
-            target=logging.getLogger("pydicom").warning, args=("from another",)
-        )
-        other.start()
-        other.join()
-    assert caplog.messages == ["from another"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with dicom.quiet():
+            with dicom.quiet():
+                tell("from the thread that reads")
+            tell("from the thread that reads")
+            other = threading.Thread(target=tell, args=("from another",))
+            other.start()
+            other.join()
+        tell("after it")
+    assert caplog.messages == ["from another", "after it"]
+    assert [str(warning.message) for warning in told] == caplog.messages
+
+
+def test_filters_that_the_program_adds_later_do_not_let_pydicom_be_heard() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        for action in ("always", "default", "always", "default"):
+            warnings.simplefilter(action)
+            with dicom.quiet():
+                tell("from the thread that reads")
+        assert not told
+        assert sum(each[3] is warnings.filters[0][3] for each in warnings.filters) == 1
+
+
+def test_a_file_that_takes_long_to_unpack_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unpack, is_held, is_over = dicom._unpack, threading.Event(), threading.Event()
+
+    def held(data: bytes, dataset: Any) -> NDArray[Any]:
+        if not is_held.is_set():  # the first file
+            is_held.set()
+            assert is_over.wait(DEADLINE_S)
+        return unpack(data, dataset)
+
+    monkeypatch.setattr(dicom, "_unpack", held)
+    data = dicom_file(SMALL)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(decoded, data)
+        try:
+            assert is_held.wait(DEADLINE_S)
+            second = pool.submit(decoded, data).result(DEADLINE_S / 2)
+            assert not first.done()
+        finally:
+            is_over.set()
+        np.testing.assert_array_equal(first.result(), second)
 
 
 def test_images_knows_dicom_by_its_contents_whatever_else_it_looks_like() -> None:

@@ -24,7 +24,6 @@ import struct
 import subprocess
 import sys
 import threading
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +38,7 @@ from numpy.typing import NDArray
 
 from xrai.errors import ImageError, OtherImageError, SourceError
 from xrai.ingest.greys import FLAT, distinct_values, grey_range, num_levels
-from xrai.log import own_warnings
+from xrai.log import ignore_warnings
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -328,24 +327,33 @@ def _reading(part: str = "its header") -> Iterator[None]:
         raise ImageError(f"is DICOM that is cut short or damaged ({part})") from None
 
 
+class _Quiet(threading.local):
+    """A filter of pydicom's logger that drops what threads log while they are quiet."""
+
+    is_on = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record of the thread that asks is kept."""
+        return not self.is_on
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress pydicom's warnings and log records of this thread: they quote header text.
 
-    The process's warnings filters and pydicom's logger are afterwards as they were.
+    Other threads hear pydicom as ever, and may be quiet at the same time. Two filters, of warnings
+    and of pydicom's logger, stay in the process; outside of such blocks they drop nothing.
     """
-    logger, thread = logging.getLogger("pydicom"), threading.get_ident()
-
-    def is_of_another_thread(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    with own_warnings():
-        warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-        logger.addFilter(is_of_another_thread)
-        try:
+    logging.getLogger("pydicom").addFilter(_quiet)
+    before, _quiet.is_on = _quiet.is_on, True
+    try:
+        with ignore_warnings(r"pydicom(\.|$)"):
             yield
-        finally:
-            logger.removeFilter(is_of_another_thread)
+    finally:
+        _quiet.is_on = before
 
 
 def _read(data: bytes, tags: Sequence[str], *, stop_before_pixels: bool = False) -> "Dataset":

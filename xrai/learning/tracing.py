@@ -7,7 +7,6 @@ deprecated, but so far nothing else does this without a compiler: a program of `
 in Python.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Final
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from xrai.learning.network import Network
 from xrai.learning.typicality import Typicality
-from xrai.log import own_warnings
+from xrai.log import ignore_warnings
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # as `Typicality.atypicality` with its network
 
@@ -28,8 +27,8 @@ def trace(network: Network, typicality: Typicality, images: Tensor) -> Look | No
     gives other results for parts of these images (B, 1, H, W), B >= 7, in [0, 1].
     """
     whole = _Whole(network, typicality).eval()
-    with torch.inference_mode(), own_warnings():
-        warnings.simplefilter("ignore")  # of deprecation, and of shapes, which are tried below
+    # Warnings of deprecation, and of shapes, which are tried below
+    with torch.inference_mode(), ignore_warnings():
         try:
             traced: Look = torch.jit.trace(whole, images[:3], check_trace=False)
             is_same = all(
