@@ -477,6 +477,36 @@ def test_the_bar_of_a_row_is_the_probability_that_the_list_is_sorted_by(
             )
 
 
+def test_films_of_another_run_are_shown_although_its_card_failed_once(ward: Ward) -> None:
+    cards: list[Route] = []
+
+    def card(route: Route) -> None:
+        cards.append(route)
+        if len(cards) == 2:
+            route.fulfill(status=503, json={"detail": "the server is stopping"})
+        else:
+            route.continue_()
+
+    def by_another(route: Route) -> None:
+        if "if-none-match" in route.request.headers:
+            route.continue_()
+            return
+        answer = route.fetch()
+        said = answer.json()
+        for film in said["films"]:
+            film["model"] = "another"
+        route.fulfill(response=answer, json=said)
+
+    ward.send("a.png", films(1)[0][1])
+    ward.page.route("**/v1/model", card)
+    ward.page.route("**/v1/films", by_another)
+    ward.page.goto(ward.url)
+    expect(ward.page.locator("#offline")).to_be_visible()
+    expect(ward.page.locator(".row")).to_have_count(1)
+    expect(ward.page.locator("#offline")).to_be_hidden()
+    assert len(cards) == 3
+
+
 def test_films_that_wait_are_counted_until_they_are_listed(ward: Ward, server: str) -> None:
     page, waits = ward.page, [2, 2, 0]
 

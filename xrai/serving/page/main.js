@@ -27,6 +27,7 @@ class Ward {
   constructor(model) {
     this.runs = new Set(); // the runs that scored a film of the list
     this.answered = 0; // when the list last arrived, as Date.now gives it
+    this.unshown = null; // a list that arrived, but not the model that scored its films
     this.open = null; // the film shown next to the list
     const { film, ...filters } = readAddress();
     this.wanted = film; // the film in the address, until the list has arrived
@@ -73,12 +74,14 @@ class Ward {
     this.isAsking = true;
     this.isAskedAgain = false;
     try {
-      const found = await fetchFilms();
-      find("offline").hidden = true;
+      const found = (await fetchFilms()) ?? this.unshown;
+      this.unshown = found;
       if (found) {
         await this.followModel(found.films);
         this.showFilms(found);
+        this.unshown = null;
       }
+      find("offline").hidden = true;
     } catch (error) {
       find("offline").textContent = error.isLogin ? say("login_ended") : say("offline");
       find("offline").hidden = false;
@@ -93,8 +96,8 @@ class Ward {
   async followModel(films) {
     const runs = new Set(films.map((film) => film.model));
     const isNew = [...runs].some((run) => run !== this.model.run && !this.runs.has(run));
-    this.runs = runs;
     if (isNew) this.use(await fetchModel());
+    this.runs = runs;
   }
 
   showFilms({ films, numWaiting }) {
