@@ -87,6 +87,25 @@ def test_the_thread_that_scores_is_not_woken_by_each_film_that_queues(
         assert wake.call_count <= 4  # for the first film, and for the last
 
 
+def test_work_that_nobody_waits_for_any_more_ends_no_thread(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_reader(run, monkeypatch, max_wait_s=0.05) as (scorer, _):
+        begin, pipeline = threading.Event(), scorer.pipeline
+        first: Future[bool] = Future()
+        scorer._put(scoring.Task(pipeline, first, work=lambda: begin.wait(WAIT_S)))
+        scorer.in_background(begin.wait, WAIT_S)
+        buffer, name = io.BytesIO(), pipeline.outputs[0].name
+        Image.linear_gradient("L").save(buffer, "PNG")
+        film = buffer.getvalue()
+        assert scorer.explain(pipeline, film, name).cancel()
+        assert scorer.in_background(int).cancel()
+        begin.set()
+        assert first.result(WAIT_S)
+        assert scorer.explain(pipeline, film, name).result(WAIT_S).ndim == 2
+        assert scorer.in_background(int).result(WAIT_S) == 0
+
+
 def test_a_film_does_not_wait_long_for_those_that_queue(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,6 +371,9 @@ def as_shown(data: "bytes | NDArray[np.uint8]") -> tuple[Window | None, tuple[in
 
 
 def _fulfil(future: "Future[Any]", work: Callable[[], Any]) -> None:
+    """Do the work of a future, unless whoever waited for it has left."""
+    if not future.running() and not future.set_running_or_notify_cancel():
+        return
     try:
         result = work()
     except BaseException as error:
