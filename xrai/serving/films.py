@@ -62,9 +62,8 @@ class Film:
         """The class or finding whose probability ranks the film in the list: the most probable one
         that is not negative. None where there is none, or the film cannot be read.
         """
-        is_binary = (
-            self.pipeline.model.labels.task == "binary"
-        )  # its one name is the positive class
+        # The one name of two classes is the positive one
+        is_binary = self.pipeline.model.labels.task == "binary"
         names = (name for name in self.row.highest() if is_binary or not is_negative_word(name))
         return next(names, None)
 
