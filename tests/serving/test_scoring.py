@@ -2,6 +2,8 @@
 
 import io
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -85,6 +87,25 @@ def test_the_thread_that_scores_is_not_woken_by_each_film_that_queues(
         begin.set()
         assert all(each.result(WAIT_S).row.is_readable for each in found)
         assert wake.call_count <= 4  # for the first film, and for the last
+
+
+def test_threads_that_wait_hold_no_film(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = phantoms(1)[0][0]
+
+    class Reading:
+        def __call__(self) -> Any:
+            return film
+
+    reading = Reading()
+    with one_reader(run, monkeypatch, max_wait_s=0.0) as (scorer, _):
+        future = scorer.score(File("a", reading))
+        assert future.result(WAIT_S).row.is_readable
+        held: list[Callable[[], object]] = [weakref.ref(reading), weakref.ref(future)]
+        del reading, future
+        end = time.monotonic() + WAIT_S
+        while any(each() is not None for each in held) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [each() for each in held] == [None, None]
 
 
 def test_work_that_nobody_waits_for_any_more_ends_no_thread(

@@ -198,6 +198,7 @@ class Scorer:
         """On a reading thread: one job after the other."""
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # a thread that waits holds no film
 
     def _use_threads(self, pipeline: Pipeline) -> None:
         def work() -> None:  # on the thread that scores: torch keeps the number for each thread
@@ -246,8 +247,9 @@ class Scorer:
         while tasks := self._next():
             if (work := tasks[0].work) is not None:
                 _fulfil(tasks[0].future, work)
-                continue
-            self._score_batch(tasks)
+            else:
+                self._score_batch(tasks)
+            del tasks, work  # a thread that waits holds no film
 
     def _help(self) -> None:
         """On a further thread that scores: take full batches, while the first one is busy."""
@@ -260,6 +262,7 @@ class Scorer:
                     return
                 batch = self._take()
             self._score_batch(batch)
+            del batch  # a thread that waits holds no film
 
     def _score_batch(self, tasks: list[Task]) -> None:
         began = time.monotonic()
