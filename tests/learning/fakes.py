@@ -5,6 +5,7 @@ loader's rules.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,21 @@ def train_discs(
     torch.manual_seed(config.train.seed)
     network = build_model(config.model, SPECS[task].num_outputs, image_size=32)
     sums: list[torch.Tensor] = []
+    ends = [0]  # of steps, in these sums
     results: list[loop.EpochResult] = []
-    original = optim.image_losses
+    original, original_step = optim.image_losses, optim.step
 
     def recorded(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
         losses = original(logits, *arguments, **keywords)
         if losses.requires_grad:
             sums.append(losses.detach().double().sum())
         return losses
+
+    def stepped(
+        optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, is_bad: torch.Tensor
+    ) -> None:
+        original_step(optimizer, scaler, is_bad)
+        ends.append(len(sums))
 
     def after_epoch(result: loop.EpochResult) -> float:
         results.append(result)
@@ -186,7 +194,7 @@ def train_discs(
         return stop_after is not None and len(sums) >= stop_after * config.train.accumulation_steps
 
     stopped = False
-    optim.image_losses = recorded
+    optim.image_losses, optim.step = recorded, stepped
     try:
         setup = loop.Setup(
             config,
@@ -207,13 +215,9 @@ def train_discs(
     except StoppedError:
         stopped = True
     finally:
-        optim.image_losses = original
-    parts = config.train.accumulation_steps
-    per_step = (
-        torch.stack(sums).reshape(-1, parts).sum(dim=1)
-        if sums
-        else torch.empty(0, dtype=torch.float64)
-    ).cpu()
+        optim.image_losses, optim.step = original, original_step
+    of_steps = [torch.stack(sums[begin:end]).sum() for begin, end in pairwise(ends)]
+    per_step = torch.stack(of_steps).cpu() if of_steps else torch.empty(0, dtype=torch.float64)
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     is_large = sum(tensor.numel() for tensor in state.values()) > 1_000_000
     weights = {

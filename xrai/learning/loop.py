@@ -301,7 +301,8 @@ def train_step(training: Training, batch: DeviceBatch, clock: "Clock") -> int:
     losses: list[Tensor] = []
     logits: list[Tensor] = []
     stop_of_all: Callable[[], int] = int  # int() is _GO_ON; the last part replaces it
-    num_parts = config.train.accumulation_steps  # on every rank; a part may be empty
+    # As many on every rank, and none is empty: batch statistics of no image are not defined
+    num_parts = min(config.train.accumulation_steps, max(1, batch.num_global // ranks.world_size))
     cuts = [len(batch.rows) * part // num_parts for part in range(num_parts + 1)]
     for part, (low, high) in enumerate(pairwise(cuts), start=1):
         with clock.transfers():
