@@ -22,10 +22,13 @@ from xrai.learning.distributed import Ranks
 from xrai.learning.network import Network
 from xrai.learning.predictor import build_model, predict_split
 from xrai.learning.typicality import (
+    _NUM_FITTED,
+    _NUM_SPOILED,
     SHIFT_SEED,
     SPOILED,
     VARIATION,
     Typicality,
+    _strides,
     count_review,
     describe,
     fit_typicality,
@@ -375,3 +378,12 @@ def test_each_direction_finds_the_images_that_it_was_fitted_for(
         )
         # not by the scale: it is that of the farthest of 40 images, another on another processor
         assert spoiled.median() > plain.quantile(0.9)
+
+
+@pytest.mark.parametrize("num_images", [100, 5_216, 8_192, 9_000, 86_524, 1_000_000])
+def test_of_any_number_of_images_enough_are_fitted_and_spoiled(num_images: int) -> None:
+    stride, spoiled_every = _strides(num_images)
+    num_fitted = len(range(0, num_images, stride))
+    num_spoiled = len(range(0, num_fitted, spoiled_every))
+    assert min(num_images, _NUM_FITTED // 2) <= num_fitted <= _NUM_FITTED
+    assert min(num_images, _NUM_SPOILED // 2) <= num_spoiled <= _NUM_SPOILED

@@ -339,12 +339,13 @@ class _Fit:
         """
         sums = _Sums(sum(self.sizes), self._ranks.device)
         sample: list[Pixels] = []
-        for pixels, numbers in _every(-(-train.num_images // _NUM_FITTED), train):
+        stride, spoiled_every = _strides(train.num_images)
+        for pixels, numbers in _every(stride, train):
             images, rows = self._to_device(pixels, numbers)
             augmented = augment(images, rows, seed=SHIFT_SEED, epoch=0, strength=VARIATION)
             for seen in (images, augmented):
                 sums.add(torch.cat(self._describe(seen), dim=1))
-            chosen = numbers % -(-train.num_images // _NUM_SPOILED) == 0
+            chosen = numbers // stride % spoiled_every == 0
             sample.append((pixels[chosen], numbers[chosen]))
         return *sums.reduce(self._ranks), sample
 
@@ -438,6 +439,12 @@ def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
     raised = covariance + torch.diag(covariance.diagonal().clamp_min(0) * shrinkage + 1e-8)
     whitening: Tensor = torch.linalg.inv(torch.linalg.cholesky(raised)).T.contiguous()
     return whitening
+
+
+def _strides(num_images: int) -> tuple[int, int]:
+    """Of training images, each how-manieth is fitted; and of these, each how-manieth is spoiled."""
+    stride = math.ceil(num_images / _NUM_FITTED)
+    return stride, math.ceil(math.ceil(num_images / stride) / _NUM_SPOILED)
 
 
 def _every(stride: int, loader: Loader) -> Iterator[Pixels]:
