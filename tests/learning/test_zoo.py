@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,31 @@ def test_only_the_head_learns_in_frozen_epochs() -> None:
         after = train_discs(config, ranks=ranks, num_images=64, num_val=9).weights
     moved = {name for name, of in before.items() if after[name] != of.double().flatten().tolist()}
     assert moved == {"head.weight", "head.bias"}
+
+
+def test_a_last_batch_of_fewer_images_than_parts_leaves_statistics_finite() -> None:
+    config = Config(
+        model=Model("timm/resnet18", batch_norm="sync"),
+        train=Train(epochs=1, global_batch_size=16, accumulation_steps=4, precision="off"),
+    )
+    with join(timeout_s=10) as ranks:
+        found = train_discs(config, ranks=ranks, num_images=34, num_val=9)
+    assert len(found.losses) == 3
+    assert all(math.isfinite(result.val_loss) for result in found.results)
+
+
+@pytest.mark.parametrize("name", ["ghostnet_100", "resnet18"])
+def test_networks_draw_no_dropout_of_their_own(name: str) -> None:
+    network = build_model(Model(f"timm/{name}"), 1, image_size=32).train()
+    before = torch.get_rng_state()
+    network(torch.rand(2, 1, 32, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_patches_that_overlap_need_not_divide_an_image(size: int) -> None:
+    network = build_model(Model("timm/pvt_v2_b0"), 1, image_size=size).eval()
+    assert network(torch.rand(2, 1, size, size)).shape == (2, 1)
 
 
 def test_depthwise_convolutions_run_in_fp32_under_bf16_on_a_cpu() -> None:

@@ -59,6 +59,11 @@ class TimmNetwork(Network):
         if batch_norm(config) == "sync":
             _replace(model, _is_batch_norm, lambda norm, place: SyncedNorm(norm))
         for module in model.modules():
+            # Its draws would depend on the rank, and on where a run was stopped
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+            if hasattr(module, "drop_rate"):
+                module.drop_rate = 0.0  # type: ignore[assignment]
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 kind = type(module)
                 module.__class__ = type(kind.__name__, (_Depthwise, kind), {})
@@ -151,9 +156,11 @@ def build(config: Model, *, num_outputs: int, image_size: int) -> TimmNetwork:
     if isinstance(head, nn.Linear):  # timm draws an EfficientNet's as wide as 1 / sqrt(num_outputs)
         nn.init.normal_(head.weight, std=_HEAD_DEVIATION)
         nn.init.zeros_(head.bias)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    embedding = getattr(model, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None)
+    stride = getattr(getattr(embedding, "proj", None), "stride", patch)
     try:
-        if isinstance(patch, tuple) and image_size % patch[0]:
+        if isinstance(patch, tuple) and patch == stride and image_size % patch[0]:
             raise ValueError(f"its patches of {patch[0]} pixels do not divide them")
         network = TimmNetwork(model, config, image_size=image_size).eval()
         with torch.no_grad():
