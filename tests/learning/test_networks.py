@@ -96,6 +96,11 @@ def in_words(config: Model) -> str:
     return config.name.removeprefix("timm/")
 
 
+def test_a_registered_network_has_a_layer_for_each_of_its_parts() -> None:
+    layers = build_model(Model("plain"), 1, image_size=32).parameter_layers()
+    assert [layers[f"module.{part}.weight"] for part in ("first", "second", "head")] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("model", NETWORKS, ids=in_words)
 def test_a_network_trains_and_goes_on_bit_for_bit(
     model: Model, ranks: Ranks, tmp_path: Path

@@ -65,14 +65,19 @@ class Network(nn.Module):
 
     def parameter_layers(self) -> dict[str, int]:
         """The layer of each parameter by its name, from 0 at the input to the head's."""
-        layers: dict[str, int] = {}
-        parts: dict[str, int] = {}
-        for name, _ in self.named_parameters():
-            first, _, rest = name.partition(".")
-            number = rest.partition(".")[0]
-            part = f"{first}.{number}" if number.isdecimal() else first
-            layers[name] = parts.setdefault(part, len(parts))
-        return layers
+        return _number_layers(self)
+
+
+def _number_layers(module: nn.Module) -> dict[str, int]:
+    """A layer for each child, and for each of the children of a numbered list."""
+    layers: dict[str, int] = {}
+    parts: dict[str, int] = {}
+    for name, _ in module.named_parameters():
+        first, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        part = f"{first}.{number}" if number.isdecimal() else first
+        layers[name] = parts.setdefault(part, len(parts))
+    return layers
 
 
 class Standardize(nn.Module):
@@ -238,6 +243,9 @@ class Registered(Network):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         return list(self.module.stages(images))  # type: ignore[operator]
+
+    def parameter_layers(self) -> dict[str, int]:
+        return {f"module.{name}": layer for name, layer in _number_layers(self.module).items()}
 
 
 def build_registered(name: str, *, num_outputs: int, image_size: int) -> Network:
