@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -29,8 +30,8 @@ from xrai import evaluate, preprocess, run, train
 from xrai.config import Config, Model
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
-from xrai.errors import DatasetError, UserError
-from xrai.labels import Task
+from xrai.errors import DatasetError, RunError, UserError
+from xrai.labels import LabelSpec, Task
 from xrai.learning.distributed import Place, Ranks
 from xrai.learning.predictor import build_model, load_model
 from xrai.phantom import make_phantoms
@@ -390,6 +391,15 @@ def test_a_class_or_finding_that_cannot_be_learned_or_measured_is_one_clear_line
     train.refuse_one_sided(replace(made, splits={"train": (good,), "val": (good,)}))
 
 
+@pytest.mark.parametrize(("split", "words"), [("train", "training"), ("val", "validation")])
+def test_two_classes_are_needed_in_train_and_val(split: str, words: str, dataset: Path) -> None:
+    index = read_index(open_store(str(dataset)))
+    train.refuse_one_sided(index)
+    bare = ShardInfo("x", 30, 9, "0" * 64, (0, 30))
+    with pytest.raises(DatasetError, match=f"the {words} split has .*: both classes are needed"):
+        train.refuse_one_sided(replace(index, splits={**index.splits, split: (bare,)}))
+
+
 def test_a_run_of_another_data_set_is_not_gone_on_with(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -686,6 +696,16 @@ def test_another_number_of_epochs_is_taken_and_the_earlier_config_kept(
     (kept,) = folder.glob("config-until-step-*.yaml")
     assert kept.read_bytes() == before and "epochs: 3" in (folder / "config.yaml").read_text()
     assert len((folder / "history.csv").read_text().splitlines()) == 4
+
+
+def test_first_weights_of_a_deeper_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_model(Model(width=8), 1)
+    deeper = {**network.state_dict(), "stage9.weight": torch.zeros(1)}
+    spec = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+    run = SimpleNamespace(network=SimpleNamespace(state_dict=lambda: deeper), labels=spec)
+    monkeypatch.setattr("xrai.pipeline.open_run", lambda address: run)
+    with pytest.raises(RunError, match=r"holds another network: stage9\.weight does not fit"):
+        train.first_weights("runs/deep", Config(model=Model(width=8)), network, spec)
 
 
 def test_first_weights_come_from_a_finished_run_of_the_same_network_alone(

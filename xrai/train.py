@@ -413,18 +413,15 @@ def fit_to_dataset(
 
 
 def refuse_one_sided(index: DatasetIndex) -> None:
-    """Raise `DatasetError` for a class or finding that cannot be learned or, where there are
-    several outputs, measured.
-    """
-    task = index.labels.task
-    if task == "binary":
-        if min(index.num_images_per_class("train").values()) == 0:
-            raise DatasetError(
-                f"the training split has {index.num_images_per_class('train')}: both classes are "
-                "needed"
-            )
-        return
+    """Raise `DatasetError` for a class or finding that cannot be learned or measured."""
     for split, words in (("train", "training"), ("val", "validation")):
+        if index.labels.task == "binary":
+            if min(index.num_images_per_class(split).values()) == 0:
+                raise DatasetError(
+                    f"the {words} split has {index.num_images_per_class(split)}: both classes are "
+                    "needed"
+                )
+            continue
         known = index.num_known_per_class(split)
         for name, num in index.num_images_per_class(split).items():
             if not 0 < num < known[name]:
@@ -483,8 +480,8 @@ def first_weights(
             "--init_from %s was trained on %s: its head is left out", address, model.labels
         )
         weights |= {name: own[name] for name in head}
-    for name, tensor in own.items():
-        if name not in weights or weights[name].shape != tensor.shape:
+    for name in {**own, **weights}:
+        if not (name in own and name in weights and weights[name].shape == own[name].shape):
             raise RunError(
                 f"--init_from {address} holds another network: {name} does not fit model.name = "
                 f"{config.model.name}, model.width = {config.model.width}"
