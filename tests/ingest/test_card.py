@@ -92,6 +92,12 @@ def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
     assert "| train/NORMAL/bad.png | is empty \\(0 bytes\\) |" in text
 
 
+def test_subtypes_of_other_classes_are_no_pneumonia() -> None:
+    text = card(classes=("normal", "tuberculosis"))
+    assert "Subtypes that file names or labels state: 2 viral." in text
+    assert "Kinds of pneumonia" not in text
+
+
 def test_a_card_without_bad_files_says_so() -> None:
     assert card(ROWS[:-1]).rstrip().endswith("## Excluded files\n\nNone.")
 

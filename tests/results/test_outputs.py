@@ -1,5 +1,6 @@
 """Several classes or findings: metrics against scikit-learn, and what all outputs say together."""
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn import metrics as scikit
 from sklearn.preprocessing import label_binarize
 
+from tests.results.many import make_many
 from tests.results.small import make_classes, make_findings
 from xrai.labels import LabelSpec
 from xrai.results.calibration import calibrated, fit_softmax_temperature, fit_temperature, softmax
@@ -192,6 +194,17 @@ def test_a_finding_that_is_never_present_is_left_out_of_means_and_says_why() -> 
     none = measure(make_classes([], np.zeros((0, 3))), num_bootstrap=20)
     assert none.macro["accuracy"].reason == "there are no images"
     assert none.confusion == ((0, 0, 0),) * 3
+
+
+def test_images_of_unknown_labels_alone_are_counted_where_they_are_in_review() -> None:
+    scores, _ = make_many("multilabel", 2)
+    labels = scores.labels.copy()
+    labels[-60:] = -1
+    unknown = dataclasses.replace(scores, labels=labels)
+    found = measure(unknown, num_bootstrap=10).abstention
+    assert unknown.in_review[-60:].any()
+    assert found.num_review == unknown.in_review.sum()
+    assert found.share_review == pytest.approx(unknown.in_review.mean())
 
 
 def test_one_patient_has_no_interval() -> None:

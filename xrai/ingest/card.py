@@ -212,7 +212,8 @@ def _splits(contents: Contents, used: NDArray[np.bool_]) -> list[str]:
     }
     if subtypes:
         named = ", ".join(f"{count} {name}" for name, count in sorted(subtypes.items()))
-        lines += ["", f"Kinds of pneumonia that file names or labels state: {named}."]
+        noun = "Kinds of pneumonia" if index.labels.is_public else "Subtypes"
+        lines += ["", f"{noun} that file names or labels state: {named}."]
     if is_wide:
         lines += ["", *_shares_by_split(index)]
     if index.task == "multilabel":

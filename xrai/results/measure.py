@@ -307,11 +307,17 @@ def _abstention_of_all(scores: Scores, kept: Mapping[str, Estimate]) -> types.Ab
     right, known = is_right.sum(axis=1), is_known.sum(axis=1)
     if scores.task == "multiclass":
         right, known = is_right.all(axis=1), np.ones(len(rows))
-    return _abstention(
+    found = _abstention(
         scores,
         _Calls(rows, right.astype(np.float64), known.astype(np.float64), certainty),
         {output.name: labels[:, column] == 1 for column, output in enumerate(scores.outputs)},
         kept,
+    )
+    if found.num_review is None or len(rows) == len(scores.labels):
+        return found
+    in_review = scores.in_review  # images whose labels are all unknown are in review, too
+    return dataclasses.replace(
+        found, num_review=int(in_review.sum()), share_review=float(in_review.mean()), reason=""
     )
 
 
