@@ -279,8 +279,8 @@ def test_a_last_batch_of_fewer_images_than_parts_leaves_statistics_finite() -> N
 @pytest.mark.parametrize("name", ["ghostnet_100", "resnet18"])
 def test_networks_draw_no_dropout_of_their_own(name: str) -> None:
     network = build_model(Model(f"timm/{name}"), 1, image_size=32).train()
-    before = torch.get_rng_state()
-    network(torch.rand(2, 1, 32, 32))
+    images, before = torch.rand(2, 1, 32, 32), torch.get_rng_state()
+    network(images)
     assert torch.equal(torch.get_rng_state(), before)
 
 
