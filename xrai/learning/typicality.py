@@ -442,7 +442,7 @@ def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
 
 
 def _strides(num_images: int) -> tuple[int, int]:
-    """Of training images, each how-manieth is fitted; and of these, each how-manieth is spoiled."""
+    """(n, m): every n-th training image is fitted, and every m-th of these is spoiled."""
     stride = math.ceil(num_images / _NUM_FITTED)
     return stride, math.ceil(math.ceil(num_images / stride) / _NUM_SPOILED)
 

@@ -59,7 +59,7 @@ class TimmNetwork(Network):
         if batch_norm(config) == "sync":
             _replace(model, _is_batch_norm, lambda norm, place: SyncedNorm(norm))
         for module in model.modules():
-            # Its draws would depend on the rank, and on where a run was stopped
+            # No dropout: its draws would depend on the rank, and on where a run was stopped
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
             if hasattr(module, "drop_rate"):
