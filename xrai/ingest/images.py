@@ -189,6 +189,8 @@ def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
     try:
         if data.startswith(b"\xff\xd8\xff"):
             image: ImageFile.ImageFile = JpegImageFile(io.BytesIO(data))
+            # Else the decoder gets 64 KiB at a time, and takes the interpreter's lock for each
+            image.decodermaxblock = len(data)
         elif data.startswith(b"\x89PNG\r\n\x1a\n"):
             image = PngImageFile(io.BytesIO(data))
         else:
