@@ -2,9 +2,9 @@
 
 A film that comes alone is scored at once. Films that come while others are being scored form the
 next batch, which waits briefly while more films queue to be read: one batch of eight takes half the
-time of four pairs. Where a network keeps that thread so busy that a full batch waits, further
-threads score such batches. A batch that fails is scored again film by film, so that one film's
-failure does not affect the others.
+time of four pairs. Unless the network is small, further threads score the films that come while it
+is busy. A batch that fails is scored again film by film, so that one film's failure does not affect
+the others.
 """
 
 import functools
@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -97,7 +96,7 @@ class Scorer:
             reader.start()
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
-        self._has_full_batch = threading.Condition(lock)
+        self._help_is_wanted = threading.Condition(lock)
         self._tasks: deque[Task] = deque()
         self._num_waiting = 0
         self._num_unread = 0  # films that no thread reads yet
@@ -109,6 +108,7 @@ class Scorer:
             for number in range(1, num_cores())
         ]
         self._is_helped = False  # whether they score, too
+        self._is_busy = False  # the first thread; otherwise it takes the next film
         for thread in (self._thread, *self._helpers):
             thread.start()
         self._use_threads(pipeline)
@@ -190,7 +190,7 @@ class Scorer:
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
-            self._has_full_batch.notify_all()
+            self._help_is_wanted.notify_all()
         for thread in (self._thread, *self._helpers):
             thread.join()
 
@@ -218,8 +218,8 @@ class Scorer:
             self._tasks.append(task)
             if len(self._tasks) == 1 or self._wait_s() == 0:
                 self._changed.notify_all()
-            if self._is_full():
-                self._has_full_batch.notify()
+            if self._wants_help():
+                self._help_is_wanted.notify()
 
     def _read(self, task: Task, file: File) -> None:
         """On a reading thread: decode a film, and hand it on."""
@@ -252,12 +252,12 @@ class Scorer:
             del tasks, work  # a thread that waits holds no film
 
     def _help(self) -> None:
-        """On a further thread that scores: take full batches, while the first one is busy."""
+        """On a further thread that scores: take what waits while the first one is busy."""
         torch.set_num_threads(1)
         while True:
             with self._changed:
-                while not (self._is_over or self._is_full()):
-                    self._has_full_batch.wait()
+                while not (self._is_over or self._wants_help()):
+                    self._help_is_wanted.wait()
                 if self._is_over:  # the first thread scores what is left
                     return
                 batch = self._take()
@@ -281,8 +281,10 @@ class Scorer:
     def _next(self) -> list[Task]:
         """The next batch of films for one pipeline, or a single other task; empty at the end."""
         with self._changed:
+            self._is_busy = False
             while (wait_s := self._wait_s()) != 0:
                 self._changed.wait(wait_s)
+            self._is_busy = True
             return self._take() if self._tasks else []
 
     def _take(self) -> list[Task]:
@@ -291,14 +293,12 @@ class Scorer:
             batch.append(self._tasks.popleft())
         return batch
 
-    def _is_full(self) -> bool:
-        """Whether a full batch waits that a further thread may score."""
-        if not self._is_helped or len(self._tasks) < _FULL_BATCH:
+    def _wants_help(self) -> bool:
+        """Whether films wait that a further thread may score."""
+        if not (self._is_helped and self._is_busy and self._tasks):
             return False
         first = self._tasks[0]
-        return first.pipeline.is_parallel and all(
-            _go_together(first, task) for task in islice(self._tasks, _FULL_BATCH)
-        )
+        return first.work is None and first.pipeline.is_parallel
 
     def _wait_s(self) -> float | None:
         """Seconds to wait for a fuller batch; None: until a task comes, 0: go on."""
