@@ -134,20 +134,14 @@ def main() -> None:
     report.save()
 
 
-def train_one(place: Path) -> Path:
-    """A run of two epochs on phantoms."""
-    module("xrai.phantom", "--num-images", "400", "--out", place / "phantoms")
-    module("xrai.preprocess", "--source", place / "phantoms", "--dataset", place / "dataset")
-    module(
-        "xrai.train",
-        "--dataset",
-        place / "dataset",
-        "--artifacts",
-        place,
-        "--run_id",
-        "run",
-        "--train.epochs=2",
-    )
+def train_one(place: Path, config: str = "") -> Path:
+    """A run of two epochs on phantoms, with the defaults or a configuration that xrai brings."""
+    options = ("--config", config) if config else ()
+    source, dataset = place / "phantoms", place / "dataset"
+    module("xrai.phantom", "--num-images", "400", "--out", source)
+    module("xrai.preprocess", "--source", source, "--dataset", dataset, *options)
+    kept = ("--dataset", dataset, "--artifacts", place, "--run_id", "run")
+    module("xrai.train", *kept, "--train.epochs=2", *options)
     return place / "run"
 
 

@@ -1,19 +1,23 @@
 """What `xrai serve` costs beside `pipeline.predict`: latency, throughput, memory, and a long load.
 
-    python -m benchmarks.serving  # a network trained for two epochs on phantoms: speed is the same
+    python -m benchmarks.serving  # networks trained briefly on phantoms: speed is the same
     python -m benchmarks.serving --run submit/ID --source DIR --minutes 60
     python -m benchmarks.serving --parts load --minutes 5
 
 The server, its clients (`benchmarks.sending`) and what it is compared with run on the same cores.
+Two networks are served: that of the reference recipe, and the small one of the defaults, beside
+which all that a server does for a film weighs most.
 
     throughput  films a second: `xrai.load(run).predict` on files, and the same files sent to a
                 server by `--clients` connections, a film a request, and 16 films a request
     latency     one film a request while the server is half busy: films come at random times
                 (Poisson), half as many as the server takes from `--clients` connections. Each
                 film's time is counted from when it was due, also where no connection is free, and
-                compared with its own scoring time: that of `predict` with this one file, the median
-                of three passes over all files. What the machine adds by itself is seen from
-                `predict` alone: each time that it took, over the median of the same file
+                compared with its own scoring time: that of `predict` with this one file, alone on
+                the machine, at such random times, the median of three passes over all files. (One
+                file right after the other, caches are warm and a file takes less: given, too.) What
+                the machine adds by itself is seen from each time that `predict` took over the
+                median of the same file
     drop        films that are sent at once, as the page sends a folder: how much more memory the
                 server takes
     load        `--minutes` of films, damaged films, reads and deletions, and clients that leave in
@@ -27,6 +31,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import math
 import random
 import re
 import signal
@@ -61,11 +66,13 @@ from benchmarks.harness import (
 )
 from benchmarks.predict import train_one
 from benchmarks.sending import request_of, request_of_several, send_all, send_at_random
+from xrai.pipeline import Pipeline
 
 PARTS = ("throughput", "latency", "drop", "load")
 PREDICT, SERVE, SERVE_SEVERAL = "predict", "serve", "serve, 16 films a request"
 RATE = Figure("images_per_s", "images/s")
 SCORING = Figure("scoring_ms", "predict, one file, median, ms", "lower", 1)
+IN_ROW = Figure("in_row_ms", "predict, one file right after the other, median, ms", "lower", 1)
 TIMES = Figure("times", "99th percentile of latency over a film's own scoring time", "lower", 2)
 ALONE = Figure("alone_times", "99th percentile of predict alone, over the same", "lower", 2)
 MEDIAN = Figure("median_ms", "median, ms", "lower", 1)
@@ -95,7 +102,7 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         place = Path(folder)
-        run = flags.run or str(train_one(place))
+        runs = {"": flags.run} if flags.run else train_both(place)
         settings = {
             "films": flags.films,
             "clients": flags.clients,
@@ -114,12 +121,24 @@ def main() -> None:
             listed = place / f"{name}.txt"
             random.Random(0).shuffle(paths)  # large and small ones come together in a folder
             listed.write_text("\n".join(paths))
-            arguments = {"run": run, "listed": str(listed), "num_films": flags.films}
-            arguments["clients"] = flags.clients
-            compare(report, name, what, arguments, flags)
+            arguments = {"listed": str(listed), "num_films": flags.films, "clients": flags.clients}
+            for network, run in runs.items():
+                words = f"{what}, {network}" if network else what
+                key = f"{name}_{network.replace(' ', '_')}" if network else name
+                compare(report, key, words, {**arguments, "run": run}, flags)
+        arguments["run"] = next(iter(runs.values()))
         if "load" in flags.parts:
             bear(report, {**arguments, "minutes": flags.minutes})
     report.save()
+
+
+def train_both(place: Path) -> dict[str, str]:
+    """Short runs, by what their networks are called in the tables."""
+    found = {}
+    for name, config in (("reference recipe", "pneumonia"), ("small network", "")):
+        folder = place / name.replace(" ", "_")
+        found[name] = str(train_one(folder, config))
+    return found
 
 
 def compare(
@@ -147,7 +166,7 @@ def compare(
     if "latency" in flags.parts:
         contender = Contender(SERVE, f"{module}:measure_latency", arguments)
         runs = run_in_turn([contender], rounds=flags.rounds)
-        figures = [TIMES, ALONE, P99, MEDIAN, SCORING, RATE]
+        figures = [TIMES, ALONE, P99, MEDIAN, SCORING, IN_ROW, RATE]
         report.add_table(f"{name}_latency", f"One film, half load, {title}", runs, figures=figures)
         times = values_of(runs, SERVE, TIMES.key)
         measured = statistics.median(times.values())
@@ -300,15 +319,18 @@ def measure_latency(
     *, scratch: Path, run: str, listed: str, num_films: int, clients: int
 ) -> dict[str, float]:
     """One film a request while the server is half busy."""
-    passes = time_each(run, Path(listed).read_text().split("\n"))
-    scoring = [statistics.median(each) for each in passes]
-    alone = [t / own for each, own in zip(passes, scoring, strict=True) for t in each]
+    paths = Path(listed).read_text().split("\n")
     requests = [request_of(film) for film in read_films(listed)]
     with Server(run) as server:
         send_all(server.port, requests, 64, clients=clients)
         rate = num_films / send_all(server.port, requests, num_films, clients=clients)
         forget_all(server)
         taken = send_at_random(server.port, requests, num_films, clients=clients, per_s=rate / 2)
+    pipeline = xrai.load(run)
+    in_row = [statistics.median(each) for each in time_each(pipeline, paths)]
+    passes = time_each(pipeline, paths, per_s=rate / 2)
+    scoring = [statistics.median(each) for each in passes]
+    alone = [t / own for each, own in zip(passes, scoring, strict=True) for t in each]
     times = [each / scoring[number % len(scoring)] for number, each in enumerate(taken)]
     return {
         TIMES.key: statistics.quantiles(times, n=100)[98],
@@ -316,22 +338,28 @@ def measure_latency(
         P99.key: 1000 * statistics.quantiles(taken, n=100)[98],
         MEDIAN.key: 1000 * statistics.median(taken),
         SCORING.key: 1000 * statistics.median(scoring),
+        IN_ROW.key: 1000 * statistics.median(in_row),
         RATE.key: rate / 2,
     }
 
 
-def time_each(run: str, paths: Sequence[str]) -> list[tuple[float, ...]]:
-    """The seconds of `predict` with each file alone, in three passes over all of them: a spell in
-    which the machine is slow meets a file once at most.
+def time_each(
+    pipeline: Pipeline, paths: Sequence[str], *, per_s: float = math.inf
+) -> list[tuple[float, ...]]:
+    """The seconds of `predict` with each file alone, at random times, so many a second, or right
+    after the other; in three passes over all of them, so that a spell in which the machine is slow
+    meets a file once at most.
     """
-    pipeline = xrai.load(run)
+    chance = random.Random(0)
 
     def time_one(path: str) -> float:
+        if per_s < math.inf:
+            time.sleep(chance.expovariate(per_s))
         began = time.perf_counter()
         pipeline.predict(path)
         return time.perf_counter() - began
 
-    for path in paths[:10]:
+    for path in paths[:64]:
         time_one(path)
     return list(zip(*([time_one(path) for path in paths] for _ in range(3)), strict=True))
 
