@@ -388,6 +388,29 @@ def test_patients_and_subtypes_are_read_from_public_names(
     assert parse_name(name) == (patient, subtype)
 
 
+@pytest.mark.parametrize(
+    ("second", "is_numbered"),
+    [
+        ("train/NORMAL/b/IM-0001-0001.jpeg", True),
+        ("train/PNEUMONIA/IM-0001-0001.jpeg", True),
+        ("test/NORMAL/a/IM-0001-0001.jpeg", False),  # of one patient, whom no name can divide
+        ("train/NORMAL/b/IM-0001-0002.jpeg", False),
+        ("train/NORMAL/b/NORMAL2-IM-0001-0001.jpeg", False),
+    ],
+)
+def test_names_that_are_in_two_folders_number_images_and_not_patients(
+    second: str, is_numbered: bool
+) -> None:
+    first, other = "train/NORMAL/a/IM-0001-0001.jpeg", "train/PNEUMONIA/person1_virus_1.jpeg"
+    layout = lay_out([first, second, other], source="S")
+    patients = {row.path: row.patient for row in layout.rows}
+    assert patients[other] == "virus:1"
+    assert patients[first] == (
+        "file:train/NORMAL/a/IM-0001-0001.jpeg" if is_numbered else "IM:0001"
+    )
+    assert any("number images, not patients" in note for note in layout.notes) == is_numbered
+
+
 def test_the_same_number_in_two_streams_is_two_people() -> None:
     names = [
         "person78_bacteria_1.png",

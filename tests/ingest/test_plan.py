@@ -5,11 +5,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.dataset.pictures import picture_file, source_files, write_files
+from tests.dataset.pictures import dicom_file, picture_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
 from xrai.errors import ImageError, SourceError
 from xrai.ingest import hashing
@@ -135,6 +136,26 @@ def test_files_that_are_large_or_waited_for_are_hashed_by_several_threads_all_in
     ]
     assert sum(counted) == 100
     assert (len(threads - {threading.get_ident()}) > 1) == several
+
+
+def test_a_dicom_header_names_the_patient_before_the_file_name_does_but_not_before_a_table(
+    tmp_path: Path,
+) -> None:
+    samples = np.arange(256, dtype="<u2").reshape(16, 16)
+    files = {
+        f"train/{label}/IM-{film:04}-0001.dcm": dicom_file(samples + film, PatientID=f"P{film % 2}")
+        for film, label in enumerate(["NORMAL", "NORMAL", "PNEUMONIA", "PNEUMONIA"])
+    }
+    files["train/NORMAL/IM-0009-0001.dcm"] = dicom_file(samples, leave_out=("PatientID",))
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    rows = [*list_source(Held(files)).layout.rows]
+    assert [row.patient for row in rows] == ["IM:0000", "IM:0001", "IM:0009", "IM:0002", "IM:0003"]
+    key = PatientKey(str(tmp_path / "key"))
+    even, odd = (key.hash(name, group="dicom") for name in ("P0", "P1"))
+    rows.append(replace(rows[0], patient="clinic:0123456789abcdef"))
+    found = hash_files(Held(files), rows, key=key, on_done=lambda num: None)
+    patients = [patient for _, _, patient in found]
+    assert patients == [even, odd, "IM:0009", even, odd, "clinic:0123456789abcdef"]
 
 
 def test_too_many_of_them_are_refused_naming_some() -> None:

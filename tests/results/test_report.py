@@ -287,7 +287,8 @@ def test_the_public_data_set_is_described_where_its_names_are_found_and_else_not
     groups = {"train": {"IM": 3, "NORMAL2": 4, "bacteria": 5, "virus": 6}}
     public = render(tmp_path, groups=groups, num_patients={"train": 17})
     assert "Guangzhou" in public and "CC BY 4.0" in public and "bacteria 5" in public
-    assert "Guangzhou" not in render(tmp_path, groups={"train": {"IM": 3, "clinic": 1}})
+    for other in ({"IM": 3, "clinic": 1}, {"IM": 3}, {"virus": 3, "clinic": 1}):
+        assert "Guangzhou" not in render(tmp_path, groups={"train": other})
     assert "Guangzhou" not in render(tmp_path)
     assert "Guangzhou" not in render(tmp_path, groups=groups, is_phantom=True)
 

@@ -1,6 +1,7 @@
 """From paths to data files: the layout of folders, and the file names of the public data set."""
 
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -40,6 +41,12 @@ _PUBLIC_NAME = re.compile(
     r"\.\w+"
 )
 _OWN = "file:"  # in the key of a patient known only by one file
+_NUMBER = "IM:"  # of keys from names that other programs give, too
+_NUMBERED = (
+    "names such as IM-0001-0001 are in several folders, so they number images, not patients: files "
+    "that name no patient in a DICOM header count as one patient each; if patients have several "
+    "images, name them in a table (--labels FILE.csv with a column patient)"
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,11 @@ def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) ->
         notes += [f"{each}: {NAME_CLASSES}" for each in told]
     notes += note_folders(images)
     facts = told if config.names else ()
-    layout = Layout(_rows(images, spec), not_data, tuple(notes), spec, facts)
+    is_numbered = _is_numbered(images)
+    if is_numbered:
+        notes.append(_NUMBERED)
+    rows = _rows(images, spec, is_numbered=is_numbered)
+    layout = Layout(rows, not_data, tuple(notes), spec, facts)
     return by_target(layout, config, source=source)
 
 
@@ -176,14 +187,29 @@ def is_file_patient(patient: str) -> bool:
     return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
 
 
-def _rows(files: Placed, spec: LabelSpec) -> Rows:
-    """What the folders and names of images say."""
+def _is_numbered(files: Placed) -> bool:
+    """Whether a name such as IM-0001-0001.jpeg is in two folders of a split. Such names then number
+    the images of an export, not patients.
+    """
+    found = array("q")  # a hash of each such name
+    for path, number in files:
+        name = path.rpartition("/")[2]
+        if name.startswith("IM-") and parse_name(name)[0]:
+            found.append(hash((files.folders[number].split, name)))
+    hashes = np.sort(np.frombuffer(found, np.int64))
+    return bool((hashes[1:] == hashes[:-1]).any())
+
+
+def _rows(files: Placed, spec: LabelSpec, *, is_numbered: bool) -> Rows:
+    """What the folders and names of images say; see `_is_numbered`."""
     places, folders = places_of(spec), files.folders
     labels = np.array([places[folded(folder.class_folder)] for folder in folders], np.uint8)
     has_subtypes = [folder.class_folder.upper() == CLASSES[1] for folder in folders]
     patients, subtypes = PatientsBuilder(), bytearray()
     for path, number in files:
         patient, subtype = parse_name(path.rpartition("/")[2])
+        if is_numbered and patient.startswith(_NUMBER):
+            patient = ""
         own = folders[number].above
         patients.append(path, patient or file_patient(path.removeprefix(own)))
         subtypes.append(_SUBTYPES.index(subtype if has_subtypes[number] else ""))

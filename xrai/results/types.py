@@ -16,7 +16,8 @@ import numpy.typing as npt
 from xrai.labels import LabelSpec, Task
 from xrai.results.calibration import Floats, Ints, calibrated, log_odds, move_share, softmax
 
-_PUBLIC_GROUPS = frozenset({"IM", "NORMAL2", "bacteria", "virus"})  # in the public set's file names
+# In the public set's file names, of normal images and of pneumonias
+_PUBLIC_GROUPS = frozenset({"IM", "NORMAL2"}), frozenset({"bacteria", "virus"})
 
 
 @dataclass(frozen=True)
@@ -468,9 +469,12 @@ class DatasetFacts:
 
     @property
     def is_public(self) -> bool:
-        """Whether all patient keys are those of the public data set."""
+        """Whether all patient keys are those of the public data set, of normal images and of
+        pneumonias.
+        """
         names = {name for groups in self.groups.values() for name in groups}
-        return bool(names) and names <= _PUBLIC_GROUPS
+        normal, pneumonia = _PUBLIC_GROUPS
+        return bool(names & normal and names & pneumonia) and names <= normal | pneumonia
 
 
 @dataclass(frozen=True)
