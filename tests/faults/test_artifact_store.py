@@ -119,7 +119,7 @@ def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = 200)
 def stored_step(store: Store) -> int:
     """The step of the newest checkpoint in a run's place, 0 where there is none."""
     marks = (
-        re.fullmatch(r"checkpoints/step-(\d+)\.json", found.key)
+        re.fullmatch(r"checkpoints/step-(\d+)(?:_2)?\.json", found.key)
         for found in store.list("checkpoints/step-")
     )
     return max((int(mark[1]) for mark in marks if mark), default=0)

@@ -102,6 +102,37 @@ def test_files_are_announced_with_the_commit_mark_after_the_weights_and_latest_l
     assert latest["file"] == "checkpoints/step-000000004.pt" and latest["step"] == 4
 
 
+@pytest.mark.parametrize("name", ["write_state", "write_atomically"])
+def test_a_kill_between_two_saves_of_one_step_leaves_a_readable_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(tmp_path)
+    folder.save(state_of(5), step=5, epoch=0, score=None)
+    write = getattr(checkpoint, name)
+
+    def killed(*arguments: Any) -> None:
+        if name == "write_state":
+            write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save(state_of(5), step=5, epoch=1, score=0.5)
+    reopened = open_folder(tmp_path)
+    found = reopened.newest()
+    assert found is not None and (found[0].epoch, found[0].score) == (0, None)
+    reopened.remove_unmarked()
+    recorder = Recorder()
+    again = open_folder(tmp_path, recorder)
+    assert again.newest() is not None
+    again.save(state_of(5), step=5, epoch=1, score=0.5)
+    assert recorder.published[0] == "checkpoints/step-000000005_2.pt"
+    assert recorder.removed == [f"checkpoints/step-000000005.{kind}" for kind in ("json", "pt")]
+    last = open_folder(tmp_path).newest()
+    assert last is not None and (last[0].epoch, last[0].score) == (1, 0.5)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
 def test_a_checkpoint_cut_short_is_skipped_with_a_warning_for_the_one_before(
     tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture

@@ -153,6 +153,19 @@ def test_a_run_stopped_many_times_tells_the_same_story(alone: Ranks, tmp_path: P
         assert np.array_equal(ours.shifted.logits, theirs.shifted.logits)
 
 
+def test_an_epoch_resumed_after_its_last_step_tells_what_that_step_was(
+    alone: Ranks, tmp_path: Path
+) -> None:
+    whole = train_discs(changed(SMALL, train={"epochs": 1}), ranks=alone)
+    num_steps = len(whole.losses)
+    config = changed(SMALL, train={"epochs": 1}, checkpoint={"every": num_steps})
+    train_discs(config, ranks=alone, folder=tmp_path, stop_after=num_steps)
+    (result,) = train_discs(config, ranks=alone, folder=tmp_path).results
+    (expected,) = whole.results
+    assert result.lr == expected.lr > 0 and result.grad_norm == expected.grad_norm > 0
+    assert result.train_loss == expected.train_loss and math.isnan(result.images_per_s)
+
+
 def test_a_resumed_epoch_shows_the_steps_that_were_done_before(
     alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,10 @@
 
 A checkpoint is two files: `step-000001234.pt` (tensors and plain values, read with
 weights_only=True) and its commit mark `step-000001234.json`, written after it, with its hash, size
-and score. `latest.json` repeats the newest mark and is written last. Random state needs no saving:
-order, augmentation and dropped paths are functions of (seed, epoch, image), so the position in the
-epoch is the whole random state.
+and score. A second checkpoint of the same step is `step-000001234_2`, so that a file is never
+replaced under its mark. `latest.json` repeats the newest mark and is written last. Random state
+needs no saving: order, augmentation and dropped paths are functions of (seed, epoch, image), so the
+position in the epoch is the whole random state.
 """
 
 import json
@@ -30,7 +31,7 @@ from xrai.tables import from_plain, load_json
 
 FOLDER = "checkpoints"
 _LATEST = f"{FOLDER}/latest.json"
-_FILE = re.compile(rf"{FOLDER}/step-\d{{9,}}\.pt")
+_FILE = re.compile(rf"{FOLDER}/step-(\d{{9,}})(_2)?\.pt")
 SCHEMA_VERSION = 1
 NUM_TRANSFERS = 3  # attempts to fetch a file from a bucket undamaged
 # What zipfile and torch raise on bytes that are not a file of weights
@@ -90,7 +91,10 @@ class CheckpointFolder:
 
     def save(self, state: dict[str, Any], *, step: int, epoch: int, score: float | None) -> None:
         """Write a checkpoint and its mark, each whole or not at all, and drop outdated ones."""
+        earlier = [entry for entry in self._entries if entry.step == step]
         name = f"{FOLDER}/step-{step:09d}.pt"
+        if name in [entry.file for entry in earlier]:
+            name = name.removesuffix(".pt") + "_2.pt"
         path = self._folder / name
         write_state(path, state)
         score = score if score is None or math.isfinite(score) else None
@@ -101,7 +105,10 @@ class CheckpointFolder:
         for mark in marks:
             write_atomically(self._folder / mark, _mark_text(entry))
         self._publish([name, *marks])
-        self._entries = [*(other for other in self._entries if other.step != step), entry]
+        for other in earlier:
+            self._entries.remove(other)
+            self._delete(other)
+        self._entries.append(entry)
         self._prune()
 
     def latest(self) -> Entry | None:
@@ -175,7 +182,8 @@ class CheckpointFolder:
                 is_stored = key in stored
                 content = self._store.read(key) if is_stored else (self._folder / key).read_bytes()
                 entry: Entry = from_plain(Entry, load_json(content))
-                if {_mark_name(entry), entry.file.removesuffix(".pt") + ".json"} != {key}:
+                place = _FILE.fullmatch(entry.file)
+                if _mark_name(entry) != key or place is None or int(place[1]) != entry.step:
                     raise ValueError(f"it belongs to {entry.file!r}")
                 self._entries.append(entry)
             except ValueError as error:
@@ -298,4 +306,4 @@ def _mark_text(entry: Entry) -> bytes:
 
 
 def _mark_name(entry: Entry) -> str:
-    return f"{FOLDER}/step-{entry.step:09d}.json"
+    return entry.file.removesuffix(".pt") + ".json"

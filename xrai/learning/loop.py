@@ -95,6 +95,8 @@ class Progress:
     num_known: int = 0
     num_seen: int = 0  # images
     train_s: float = 0.0  # over all epochs
+    lr: float = 0.0  # of the last step
+    grad_norm: float = math.nan  # of the last step, as `Training.settle` found it
 
 
 def fit(model: Network, setup: Setup) -> Progress:
@@ -164,12 +166,11 @@ class Training:
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.guard = Guard(ranks, precision=self.precision.name, dtype=self.precision.weights)
         self.done = done = Progress()
-        self.lr, self.grad_norm = 0.0, math.nan  # of the last step; the norm as settled
         if setup.resumed is not None:
             self._restore(setup.resumed)
             done = self.done
         # On the device: the norm of the last step's gradient, and what `Progress` sums up
-        self._norm = torch.full_like(self.guard.factor, math.nan)
+        self._norm = torch.full_like(self.guard.factor, done.grad_norm)
         sums = [done.loss_sum, done.num_correct, done.num_known]
         self._sums = torch.tensor(sums, dtype=torch.float64, device=ranks.device)
         self._wrap()
@@ -213,7 +214,7 @@ class Training:
         Raises `TrainingError` naming the images of a step that the guard refused.
         """
         done, small = self.done, torch.stack([self.guard.factor, self._norm]).double()
-        factor, self.grad_norm, *sums = torch.cat([small, self._sums]).tolist()
+        factor, done.grad_norm, *sums = torch.cat([small, self._sums]).tolist()
         if math.isnan(factor):
             self.guard.refuse(self.setup.name_of)
         self.guard.forget()
@@ -293,9 +294,9 @@ def train_step(training: Training, batch: DeviceBatch, clock: "Clock") -> int:
     config, ranks, done = training.setup.config, training.setup.ranks, training.done
     precision, optimizer = training.precision, training.optimizer
     num_steps = training.num_steps
-    training.lr = optim.learning_rate(done.step, num_steps=num_steps, config=config.optim)
+    done.lr = optim.learning_rate(done.step, num_steps=num_steps, config=config.optim)
     for group in optimizer.param_groups:
-        group["lr"] = training.lr * group["scale"]
+        group["lr"] = done.lr * group["scale"]
 
     # Gradients of the mean loss over the global batch, in parts to save memory
     losses: list[Tensor] = []
@@ -354,6 +355,7 @@ def end_epoch(training: Training, clock: "Clock") -> None:
     epoch_s = clock.elapsed_s()
     sums = ranks.sum(torch.tensor(own_sums(done), dtype=torch.float64))
     loss_sum, num_correct, num_known, num_seen = sums.tolist()
+    num_images = clock.num_batches * config.train.global_batch_size
     predict = partial(predict_split, training.average, setup.val, ranks=ranks)
     val = predict()
     shifted = predict(shift=config.augment, draws=config.evaluate.shift_draws)
@@ -371,9 +373,10 @@ def end_epoch(training: Training, clock: "Clock") -> None:
             val_loss=float(val_losses.mean()),
             val=val,
             shifted=shifted,
-            lr=training.lr,
-            grad_norm=training.grad_norm,
-            images_per_s=clock.num_batches * config.train.global_batch_size / epoch_s,
+            lr=done.lr,
+            grad_norm=done.grad_norm,
+            # not known where an earlier process did all of its steps
+            images_per_s=num_images / epoch_s if num_images else math.nan,
             data_wait_share=clock.wait_s / epoch_s,
             seconds={**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s},
             peak_memory_mib=clock.peak_memory_mib(),
