@@ -2,9 +2,11 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,12 +20,12 @@ from xrai.config import Checkpoint, Config, Model, Optim, Train
 from xrai.errors import ConfigError, CorruptError, TrainingError, UserError
 from xrai.files import sha256_of
 from xrai.labels import UNKNOWN, Task
-from xrai.learning import optim
+from xrai.learning import loop, optim
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.loop import explaining_memory, profile_steps, rank_batch_size, resolve_precision
 from xrai.learning.network import Network
 from xrai.learning.optim import image_losses, make_objective
-from xrai.learning.predictor import build_model
+from xrai.learning.predictor import build_model, predict_split
 from xrai.log import progress
 
 SMALL = Config(train=Train(epochs=2, global_batch_size=32, precision="off", threads=1))
@@ -242,6 +244,39 @@ def test_limits_in_steps_and_minutes_stop_and_still_measure(alone: Ranks) -> Non
     assert len(by_steps.losses) == 7 and [result.step for result in by_steps.results] == [5, 7]
     by_minutes = train_discs(changed(SMALL, train={"max_minutes": 1e-6}), ranks=alone)
     assert len(by_minutes.losses) == 1 and len(by_minutes.results) == 1
+
+
+def test_minutes_that_pass_in_the_validation_start_no_further_epoch(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed_s = 0.0
+
+    def wait(*arguments: Any, **options: Any) -> Any:
+        nonlocal passed_s
+        passed_s += 3600
+        return predict_split(*arguments, **options)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(loop, "predict_split", wait)
+    config = changed(SMALL, train={"max_minutes": 30})
+    first = train_discs(config, ranks=alone, folder=tmp_path)
+    assert len(first.losses) == 5 and len(first.results) == 1  # an epoch has 5 steps
+    again = train_discs(config, ranks=alone, folder=tmp_path)
+    assert (again.losses, again.results) == ([], [])
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 2}, {"max_steps": 3}, {"max_minutes": 1e-6}])
+@pytest.mark.parametrize("num_before", [3, 8])
+def test_an_epoch_resumed_beyond_a_limit_is_validated_as_it_is(
+    alone: Ranks, tmp_path: Path, limits: dict[str, Any], num_before: int
+) -> None:
+    train_discs(SMALL, ranks=alone, folder=tmp_path, stop_after=num_before)
+    config = changed(SMALL, train=limits)
+    ended = train_discs(config, ranks=alone, folder=tmp_path)
+    assert ended.losses == [] and [result.step for result in ended.results] == [num_before]
+    again = train_discs(config, ranks=alone, folder=tmp_path)
+    assert (again.losses, again.results) == ([], [])
 
 
 def test_patience_stops_after_epochs_without_a_better_score(alone: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""The training loop, in full view: `fit`, `train_step`, `end_epoch`.
+"""The training loop, in full view: `fit`, `train_epoch`, `train_step`, `end_epoch`.
 
 `fit` trains a network over all ranks and leaves the averaged weights of its best epoch in the
 checkpoints. How an epoch's results are scored and shown is up to `Setup.after_epoch`, which the
@@ -36,6 +36,7 @@ from xrai.learning.predictor import Predictions, predict_split
 from xrai.log import get_logger, progress
 
 _GO_ON, _STOP_LIMIT, _STOP_ASKED = 0, 1, 2  # the largest of all ranks' values counts
+_AT_LIMIT = "a limit of the train section is reached"
 _logger = get_logger(__name__)
 
 
@@ -112,41 +113,59 @@ def fit(model: Network, setup: Setup) -> Progress:
     profiler = Profiler(config.train.profile, setup.profile_path)
     first_step = done.step
     while not (reason := _end_reason(config.train, done)):
-        clock, stop = Clock(ranks.device), _GO_ON
-        model.train()
-        with progress(
-            f"epoch {done.epoch + 1}/{config.train.epochs}",
-            total=setup.train.num_batches,
-            unit="steps",
-            closing_line=False,
-            done=done.batch,
-        ) as bar:
-            batches = clock.waits(setup.train.epoch(done.epoch, start=done.batch))
-            for batch in to_device(batches, ranks.device, timed=clock.transfers):
-                clock.num_batches += 1
-                profiler.before_step(done.step + 1)
-                stop = train_step(training, batch, clock)
-                profiler.after_step(done.step)
-                if done.step == first_step + 1:
-                    ranks.set_timeout(config.train.step_timeout_s)
-                bar.update()
-                if stop == _STOP_ASKED:
-                    training.save(None)
-                    raise _stopped(done, setup.train.num_batches)
-                if stop:
-                    break
-                if done.step % config.train.log_every == 0:
-                    training.settle()
-                if config.checkpoint.every and done.step % config.checkpoint.every == 0:
-                    training.save(None)
+        stop = ranks.largest(training.limit(done.step))
+        if stop and done.batch == 0:
+            reason = _AT_LIMIT
+            break
+        clock = Clock(ranks.device)
+        if not stop:
+            stop = train_epoch(training, clock, profiler, first_step=first_step)
         end_epoch(training, clock)
         if ranks.largest(int(setup.asked_to_stop())):
             raise _stopped(done, setup.train.num_batches)
         if stop:
-            reason = "a limit of the train section is reached"
+            reason = _AT_LIMIT
             break
     _logger.info("training ends after epoch %d, step %d: %s", done.epoch, done.step, reason)
     return done
+
+
+def train_epoch(
+    training: "Training", clock: "Clock", profiler: "Profiler", *, first_step: int
+) -> int:
+    """The steps of an epoch that are not done yet; returns `_STOP_LIMIT` where a limit ended it.
+
+    `first_step` is the number of steps done before this process. Raises `StoppedError`, see `fit`.
+    """
+    setup, done = training.setup, training.done
+    config, ranks = setup.config, setup.ranks
+    training.model.train()
+    with progress(
+        f"epoch {done.epoch + 1}/{config.train.epochs}",
+        total=setup.train.num_batches,
+        unit="steps",
+        closing_line=False,
+        done=done.batch,
+    ) as bar:
+        batches = clock.waits(setup.train.epoch(done.epoch, start=done.batch))
+        for batch in to_device(batches, ranks.device, timed=clock.transfers):
+            clock.num_batches += 1
+            profiler.before_step(done.step + 1)
+            stop = train_step(training, batch, clock)
+            profiler.after_step(done.step)
+            if done.step == first_step + 1:
+                ranks.set_timeout(config.train.step_timeout_s)
+            bar.update()
+            if stop == _STOP_ASKED:
+                training.save(None)
+                raise _stopped(done, setup.train.num_batches)
+            if stop:
+                return stop
+            if done.step % config.train.log_every == 0:
+                training.settle()
+            if config.checkpoint.every and done.step % config.checkpoint.every == 0:
+                training.save(None)
+    return _GO_ON
 
 
 class Training:
@@ -191,13 +210,14 @@ class Training:
 
     def stop_reason(self) -> int:
         """Why this rank would stop after the step under way."""
+        return _STOP_ASKED if self.setup.asked_to_stop() else self.limit(self.done.step + 1)
+
+    def limit(self, step: int) -> int:
+        """`_STOP_LIMIT` where this rank would train no further than `step`, which is at least 1."""
         config = self.setup.config.train
-        if self.setup.asked_to_stop():
-            return _STOP_ASKED
         elapsed_s = time.monotonic() - self._started
-        if config.max_minutes and elapsed_s >= config.max_minutes * 60:
-            return _STOP_LIMIT
-        return _STOP_LIMIT if config.max_steps and self.done.step + 1 >= config.max_steps else 0
+        is_late = 0 < config.max_minutes * 60 <= elapsed_s
+        return _STOP_LIMIT if step and (is_late or 0 < config.max_steps <= step) else _GO_ON
 
     def judge(self, batch: DeviceBatch, losses: Tensor, logits: Tensor, norm: Tensor) -> Tensor:
         """Sum up a step and have the guard judge it, on the device; returns whether to skip it."""
@@ -527,13 +547,12 @@ def explaining_memory(config: Train, *, world_size: int) -> Iterator[None]:
 
 
 def _end_reason(config: Train, done: Progress) -> str:
-    """Why there is no further epoch; empty if there is one."""
+    """Why there is no further epoch, apart from limits; empty if there is one."""
     if done.epoch >= config.epochs:
         return f"all {config.epochs} epochs are done"
     if 0 < config.patience <= done.epochs_without_better:
         return f"no better validation score for {done.epochs_without_better} epochs"
-    is_over = config.max_steps and done.step >= config.max_steps
-    return "train.max_steps is reached" if is_over else ""
+    return ""
 
 
 def _stopped(done: Progress, num_batches: int) -> StoppedError:
