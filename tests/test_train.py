@@ -31,6 +31,7 @@ from xrai.config import Config, Model
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
 from xrai.errors import DatasetError, RunError, UserError
+from xrai.files import sha256_of
 from xrai.labels import LabelSpec, Task
 from xrai.learning.distributed import Place, Ranks
 from xrai.learning.predictor import build_model, load_model
@@ -696,6 +697,32 @@ def test_another_number_of_epochs_is_taken_and_the_earlier_config_kept(
     (kept,) = folder.glob("config-until-step-*.yaml")
     assert kept.read_bytes() == before and "epochs: 3" in (folder / "config.yaml").read_text()
     assert len((folder / "history.csv").read_text().splitlines()) == 4
+
+
+def test_the_duration_of_a_resumed_run_includes_what_was_trained_before(
+    finished: Finished,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leave_figures_empty(monkeypatch.setattr)
+    folder = tmp_path / "whole"
+    shutil.copytree(finished.folder, folder)
+    (folder / "summary.json").unlink()  # as if it had been killed before its end
+    newest = max((folder / "checkpoints").glob("step-*.pt"))
+    state = torch.load(newest, weights_only=True)
+    assert 0 < state["progress"]["train_s"] < 5000
+    state["progress"]["train_s"] = 5000.0
+    torch.save(state, newest)
+    mark = newest.with_suffix(".json")
+    facts = {"size_bytes": newest.stat().st_size, "sha256": sha256_of(newest)}
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | facts))
+    common = [f"--dataset={dataset}", f"--artifacts={tmp_path}", "--run_id=whole", *SMALL]
+    status, _ = call(*common, capsys=capsys)
+    assert status == 0
+    assert json.loads((folder / "summary.json").read_text())["duration_s"] > 5000
+    assert "2 epochs in 1 h 2" in (folder / "report.html").read_text()
 
 
 def test_first_weights_of_a_deeper_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

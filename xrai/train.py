@@ -168,7 +168,9 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             asked_to_stop=asked_to_stop,
             profile_path=job.run.path / "profile.json" if job else None,
         )
-        loop.fit(network, setup)
+        setup_s = time.monotonic() - began
+        done = loop.fit(network, setup)
+        began = time.monotonic() - setup_s - done.train_s  # as if one process had trained it all
         best = on_job(lambda job: job.best())
         trained = score(best, config, loaders, ranks=ranks, unlike=unlike)
         # All ranks stay to the end: if rank 0 were lost after they had left, torchrun could not

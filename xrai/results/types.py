@@ -508,6 +508,6 @@ class Training:
     epochs: int
     best_epoch: int
     fingerprint: str
-    duration_s: float
+    duration_s: float  # to the report; of a resumed run, without steps that were lost
     trained_on: TrainedOn
     unlike: UnlikeImages | None = None
