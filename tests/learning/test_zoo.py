@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from tests.distributed.ranks import run_ranks
 from tests.learning.fakes import train_discs
-from xrai.config import Config, Model, Optim, Train
+from xrai.config import Config, Images, Model, Optim, Train
 from xrai.errors import ConfigError, CorruptError, UserError
 from xrai.files import sha256_of
 from xrai.learning import optim
@@ -27,6 +28,7 @@ from xrai.learning.distributed import join
 from xrai.learning.predictor import build_model
 from xrai.learning.weights import initial_weights
 from xrai.learning.zoo import DropPath, SyncedNorm
+from xrai.train import refuse_idle_rank
 
 EFFICIENTNET = Model("timm/tf_efficientnet_lite0")
 DENSENET = Model("timm/densenet121", input="xrv")
@@ -274,6 +276,25 @@ def test_a_last_batch_of_fewer_images_than_parts_leaves_statistics_finite() -> N
         found = train_discs(config, ranks=ranks, num_images=34, num_val=9)
     assert len(found.losses) == 3
     assert all(math.isfinite(result.val_loss) for result in found.results)
+
+
+@pytest.mark.parametrize(
+    ("name", "fails"),
+    [("swin_tiny_patch4_window7_224", True), ("mobilevit_xxs", True), ("resnet18", False)],
+)
+def test_a_rank_without_images_is_refused_for_networks_that_need_some(
+    name: str, fails: bool
+) -> None:
+    config = Config(
+        model=Model(f"timm/{name}"), images=Images(size=64), train=Train(global_batch_size=16)
+    )
+    network = build_model(config.model, 1, image_size=64)
+    for num_images, num_ranks in ((33, 1), (34, 2), (32, 4)):
+        refuse_idle_rank(network, config, num_images=num_images, num_ranks=num_ranks)
+    words = f"has 1 image for 2 processes, and model.name = timm/{name} cannot"
+    with pytest.raises(UserError, match=words) if fails else nullcontext():
+        refuse_idle_rank(network, config, num_images=33, num_ranks=2)
+        assert network.training
 
 
 @pytest.mark.parametrize("name", ["ghostnet_100", "resnet18"])
