@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from tests.training import SMALL, Finished, call_main, make_dataset, run_module
 from tests.undrawn import leave_figures_empty
 from tests.zygote import RANK
 from xrai import evaluate, preprocess, run, train
-from xrai.config import Config, Model
+from xrai.config import Config, Model, Train
 from xrai.dataset.loader import Loader
 from xrai.dataset.shards import DatasetIndex, ShardInfo, read_index
 from xrai.errors import DatasetError, RunError, UserError
@@ -37,6 +37,7 @@ from xrai.learning.distributed import Place, Ranks
 from xrai.learning.predictor import build_model, load_model
 from xrai.phantom import make_phantoms
 from xrai.results.calibration import calibrated
+from xrai.results.folder import RunFolder
 from xrai.store import open_store, take_lease
 
 RANK_0_ONLY = {"matplotlib", "sklearn", "tensorboard", "jinja2"}
@@ -697,6 +698,34 @@ def test_another_number_of_epochs_is_taken_and_the_earlier_config_kept(
     (kept,) = folder.glob("config-until-step-*.yaml")
     assert kept.read_bytes() == before and "epochs: 3" in (folder / "config.yaml").read_text()
     assert len((folder / "history.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "is_free"),
+    [
+        (Model("resnet18"), True),
+        (Model("timm/resnet18", batch_norm="frozen"), True),
+        (Model("timm/resnet18", weights="pretrained"), True),
+        (Model("timm/resnet18"), False),
+        (Model("timm/resnet18", batch_norm="local"), False),
+        (Model("of_a_package"), False),
+    ],
+)
+def test_parts_of_a_batch_may_change_where_no_batch_statistics_depend_on_them(
+    model: Model, is_free: bool, tmp_path: Path
+) -> None:
+    folder = RunFolder(str(tmp_path), "r1")
+    folder.open()
+    folder.write_text("config.yaml", Config(model=model).to_yaml())
+    labels = LabelSpec("binary", ("NORMAL", "PNEUMONIA"))
+    loaders: Any = {"train": SimpleNamespace(index=SimpleNamespace(labels=labels))}
+    ranks: Any = None
+    config = Config(model=model, train=Train(accumulation_steps=4))
+    job = run.Job(config, "data", folder, loaders, ranks=ranks)
+    words = r"began with another config \(train\.accumulation_steps = 4, was 1\)"
+    with nullcontext() if is_free else pytest.raises(RunError, match=words):
+        assert not job.check(resume="auto")
+    assert not job.check(resume="changed")
 
 
 def test_the_duration_of_a_resumed_run_includes_what_was_trained_before(

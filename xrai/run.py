@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xrai.config import Config, load_yaml
+from xrai.config import OWN_NETWORKS, TIMM, Config, Model, load_yaml
 from xrai.dataset.loader import Loader, open_split
 from xrai.dataset.shards import DatasetIndex
 from xrai.errors import RunError
@@ -22,6 +22,7 @@ from xrai.learning.checkpoint import CheckpointFolder, refuse_other_run
 from xrai.learning.distributed import Ranks
 from xrai.learning.loop import EpochResult, resolve_precision
 from xrai.learning.predictor import MODEL_FILE, Trained, TrainedModel, save_model
+from xrai.learning.zoo import batch_norm
 from xrai.log import get_logger
 from xrai.results import types
 from xrai.results.calibration import (
@@ -45,7 +46,7 @@ _CONFIG = "config.yaml"
 # Keys and sections that change how a training is carried out but not its result
 _FREE = frozenset(
     {"cache", "checkpoint", "labels", "loader", "shards", "splits", "evaluate.batch_size"}
-    | {"train.accumulation_steps", "train.compile", "train.profile", "train.threads"}
+    | {"train.compile", "train.profile", "train.threads"}
     | {"train.log_every", "train.timeout_s", "train.step_timeout_s"}
 )
 _ADDED = {"review": ""}  # sections that earlier versions lack: the value that their runs had
@@ -218,13 +219,14 @@ class Job:
         if self.run.store.size(_CONFIG) is None:
             return []
         where = f"{self.run.address}/{_CONFIG}"
+        free = _free_keys(self.config.model)
         try:
             earlier = load_yaml(self.run.store.read(_CONFIG), where=where)
             return [
                 f"{section}.{key} = {value!r}, was {was!r}"
                 for section, keys in self.config.to_mapping().items()
                 for key, value in keys.items()
-                if not _FREE & {section, f"{section}.{key}"}
+                if not free & {section, f"{section}.{key}"}
                 and (was := earlier.get(section, {}).get(key, _ADDED.get(section, value))) != value
             ]
         except AttributeError as error:
@@ -431,6 +433,13 @@ class Job:
         starts = range(0, loader.num_images, _ROWS_AT_ONCE)
         parts = (loader.columns("source", start=at, stop=at + _ROWS_AT_ONCE) for at in starts)
         return types.are_phantoms(source for part in parts for source in part["source"])
+
+
+def _free_keys(model: Model) -> frozenset[str]:
+    """`_FREE`, with the parts of a batch where no batch statistics can depend on them."""
+    is_timm = model.name.startswith(TIMM)
+    is_free = model.name in OWN_NETWORKS or (is_timm and batch_norm(model) == "frozen")
+    return _FREE | {"train.accumulation_steps"} if is_free else _FREE
 
 
 def _describe_unlike(trained: Trained) -> types.UnlikeImages | None:

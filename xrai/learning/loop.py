@@ -542,7 +542,8 @@ def explaining_memory(config: Train, *, world_size: int) -> Iterator[None]:
         raise TrainingError(
             f"out of memory on the device with {share // config.accumulation_steps} images at a "
             f"time: try --train.accumulation_steps={parts} ({max(1, share // parts)} at a time, "
-            "the same result), or a smaller train.global_batch_size, model.width or images.size"
+            "the same result but for batch statistics), or a smaller train.global_batch_size, "
+            "model.width or images.size"
         ) from error
 
 
