@@ -2,19 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.results.many import KINDS, make_many
 from tests.results.small import make_scores
 from xrai.labels import Task
 from xrai.results import plots, sheets, style
+from xrai.results.calibration import calibrated
 from xrai.results.history import EpochRow
 from xrai.results.measure import measure
+from xrai.results.metrics import calibration_bins
 from xrai.results.types import Scores, SplitResults
 
 _FIRST = {"train_loss": 0.7, "val_loss": 0.6, "train_accuracy": 0.6, "val_accuracy": 0.7}
@@ -115,6 +119,17 @@ def test_the_reliability_plot_shows_the_scores_before_calibration_where_it_chang
     assert same.read_bytes() != other.read_bytes()
     assert has_colour(other, "#848e9e")  # TRAIN, let through a little
     assert not has_colour(same, "#848e9e")
+
+
+def test_the_reliability_plot_shows_both_temperatures_at_the_prior() -> None:
+    labels, figure = np.array([0, 0, 1, 1] * 9), Figure()
+    scores, _ = measured(labels, [0.3, 0.6, 0.4, 0.7] * 9, temperature=2.0)
+    moved = scores.outputs[0].move(0.1, -2.0, "given")
+    scores = replace(scores, outputs=(moved,))
+    plots._draw_calibration(figure, scores.labelled(), measure(scores, num_bootstrap=10).main)
+    (thin,) = (line for line in figure.axes[0].lines if line.get_label() == "temperature 1")
+    bins = calibration_bins(labels, calibrated(scores.logits[:, 0] - 2.0))
+    assert thin.get_xdata() == pytest.approx([each.mean_score for each in bins if each.num_images])
 
 
 def test_the_abstention_plot_marks_what_goes_to_a_person(

@@ -1,6 +1,7 @@
 """Scores for other shares of classes: Bayes by hand, shares that are known and found again."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from xrai.results.prior import (
     read_prior,
     shares_of,
 )
-from xrai.results.types import Output, call_logits, outputs_of, score_logits
+from xrai.results.types import Output, Scores, call_logits, outputs_of, score_logits
 
 BINARY = outputs_of(LabelSpec("binary", ("NORMAL", "PNEUMONIA")), [2.0], [0.4], "that of the run")
 CLASSES = outputs_of(LabelSpec("multiclass", ("A", "B", "C")), [1.5], [], "")
@@ -39,6 +40,24 @@ def simulate(
     # two Gaussians of variance v whose means differ by v: their log likelihood ratio is x itself
     ratio = generator.normal((labels - 0.5) * 4, 2.0)
     return labels, calibrated(ratio + math.log(own / (1 - own)))
+
+
+@pytest.mark.parametrize("outputs", [BINARY, CLASSES, FINDINGS])
+def test_scores_at_temperature_1_are_moved_to_the_prior_too(outputs: tuple[Output, ...]) -> None:
+    num = len(outputs)
+    shares = {output.name: 1 / max(num, 2) for output in outputs}
+    moved = move_outputs(outputs, OWN[num], Prior(shares, "given"))
+    logits = np.random.default_rng(0).normal(size=(8, num))
+    names, none = tuple(output.name for output in outputs), [""] * 8
+    scores = Scores(
+        *("test", outputs[0].task, names, moved, np.zeros((8, num), dtype=np.int8), logits),
+        patients=none,
+        sources=none,
+        subtypes=none,
+    )
+    plain = [replace(output, temperature=1.0) for output in outputs]
+    expected = score_logits(move_outputs(plain, OWN[num], Prior(shares, "given")), logits)
+    assert scores.uncalibrated == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -213,15 +213,15 @@ def _draw_confusion(figure: Figure, found: Labelled, main: OutputResults) -> Non
 def _draw_calibration(figure: Figure, found: Labelled, main: OutputResults) -> None:
     """The reliability plot: observed share of positive images against mean score, by bin.
 
-    If the temperature is not 1, a thin line shows the scores before calibration.
+    If the temperature is not 1, a thin line shows the scores at temperature 1.
     """
     output, metrics = main.output, main.whole.metrics
     bins = calibration_bins(found.labels, found.scores)
-    before = calibration_bins(found.labels, calibrated(found.logits))
+    before = calibration_bins(found.labels, calibrated(found.logits + output.offset))
     thin: _Look = {"color": style.TRAIN, "linewidth": 1.1, "markersize": 3.5, "alpha": 0.85}
     thick: _Look = {"color": CURVE, "linewidth": 1.4, "markersize": 6, "markeredgecolor": PAPER}
     lines = [
-        ("before calibration", before, {**thin, "zorder": 1.5}),
+        ("temperature 1", before, {**thin, "zorder": 1.5}),
         (f"temperature {output.temperature:.2f}", bins, thick),
     ]
     axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))

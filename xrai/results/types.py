@@ -198,8 +198,8 @@ class Scores:
 
     @cached_property
     def uncalibrated(self) -> Floats:
-        """Scores at temperature 1, (N, C)."""
-        plain = [replace(output.unmoved, temperature=1.0) for output in self.outputs]
+        """Scores at temperature 1, (N, C), moved to the same prior as `probabilities`."""
+        plain = [replace(output, temperature=1.0) for output in self.outputs]
         return score_logits(plain, self.logits)
 
     @cached_property
