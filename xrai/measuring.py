@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from xrai.config import Config
 from xrai.dataset.loader import Loader
 from xrai.dataset.manifest import parse_manifest
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
@@ -147,4 +148,6 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
         groups={split: dict(each) for split, each in groups.items()},
         num_images={split: index.num_images(split) for split in index.splits},
         num_unknown={split: _unknown(index, split) for split in index.splits},
+        task=index.task,
+        reading=Config().shaped_by(index.config).labels,
     )

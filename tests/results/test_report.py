@@ -19,6 +19,7 @@ import pytest
 import xrai
 from tests.results.small import make_scores, measure_split
 from xrai.config import Config
+from xrai.config import Labels as LabelReading
 from xrai.results import plots, sheets
 from xrai.results.baselines import Looks, measure_baselines
 from xrai.results.environment import describe_environment
@@ -480,3 +481,46 @@ def test_a_script_or_an_image_that_is_not_the_pages_own_is_refused_by_the_browse
     assert "<title>taken" not in document
     assert sum("Content Security Policy" in line for line in console) == 2, console
     assert shown_by(document)["threshold"] == "0.800"
+
+
+@pytest.mark.parametrize(
+    ("reading", "told"),
+    [
+        (
+            LabelReading(layout="chexpert", uncertain="positive"),
+            ("an empty finding counts as absent;", "an uncertain finding counts as present"),
+        ),
+        (
+            LabelReading(layout="chexpert", blank="unknown"),
+            ("an empty finding counts as unknown;",),
+        ),
+        (
+            LabelReading(uncertain="negative"),
+            (
+                "counts as unknown, or as absent where &#39;No finding&#39; is stated;",
+                "a finding that a list of names leaves out counts as absent",
+                "an uncertain finding counts as absent",
+            ),
+        ),
+        (LabelReading(layout="vindr"), ("present if more than half of its readers say so",)),
+        (
+            LabelReading(missing="skip"),
+            ("images that a table names and the source lacks are left",),
+        ),
+    ],
+)
+def test_the_page_says_what_empty_and_uncertain_findings_count_as(
+    tmp_path: Path, reading: LabelReading, told: tuple[str, ...]
+) -> None:
+    page = render(tmp_path, task="multilabel", reading=reading)
+    for words in (*told, "unknown findings cost no loss and count in no metric"):
+        assert words in page, words
+    for words in ("no label is imputed", "labels as they are"):
+        assert words not in page
+
+
+def test_the_page_says_that_labels_of_classes_are_as_they_are(tmp_path: Path) -> None:
+    page = render(tmp_path)
+    assert "with a reason; no label is imputed" in page and "labels as they are" in page
+    page = render(tmp_path, reading=LabelReading(target="subtype"))
+    assert "subtypes are classes (labels.target = subtype)" in page

@@ -37,6 +37,20 @@ _METHODS = {
 }
 
 
+# Of findings that say neither yes nor no, by the word of the config
+_COUNTED = {
+    "unknown": "counts as unknown",
+    "negative": "counts as absent",
+    "positive": "counts as present",
+}
+_READERS = {
+    "majority": "a finding is present if more than half of its readers say so",
+    "any": "a finding is present if any of its readers says so",
+    "all": "a finding is present if all of its readers say so",
+    "agree": "a finding is unknown where its readers differ",
+}
+
+
 @dataclass(frozen=True)
 class Page:
     """What a page is about."""
@@ -130,6 +144,8 @@ def render_report(page: Page, folder: Path) -> str:
         metrics=ALL_METRICS,
         headlines=HEADLINES,
         style=style,
+        told_missing=_tell_missing(page.dataset),
+        told_reference=_tell_reference(page.dataset),
         version=xrai.__version__,
     )
 
@@ -148,6 +164,37 @@ def _heading(results: SplitResults) -> str:
 def _sentence(text: str) -> str:
     """The text with a capital, unless it begins with a name such as mTB, which keeps its case."""
     return text[:1].upper() + text[1:] if text.partition(" ")[0].islower() else text
+
+
+def _tell_missing(dataset: DatasetFacts) -> str:
+    """What was done where a label is missing, for reviewers."""
+    reading = dataset.reading
+    told = ["a file that cannot be read is excluded with a reason"]
+    if reading.missing == "skip":
+        told.append("images that a table names and the source lacks are left out")
+    if dataset.task != "multilabel":
+        return "; ".join([*told, "no label is imputed"])
+    blank = reading.blank
+    if blank == "auto":
+        blank = "negative" if reading.layout == "chexpert" else "unknown"
+    if reading.layout != "nih":  # its findings are names alone
+        empty = f"an empty finding {_COUNTED[blank]}"
+        if not reading.layout and blank == "unknown":
+            empty += ", or as absent where 'No finding' is stated"
+        told.append(empty)
+    if reading.layout in ("", "nih"):
+        told.append("a finding that a list of names leaves out counts as absent")
+    return "; ".join([*told, "unknown findings cost no loss and count in no metric"])
+
+
+def _tell_reference(dataset: DatasetFacts) -> str:
+    """How labels were made of what the source states, for reviewers."""
+    reading = dataset.reading
+    if dataset.task != "multilabel":
+        subtype = "; subtypes are classes (labels.target = subtype)"
+        return f"the source's labels{subtype if reading.target == 'subtype' else ' as they are'}"
+    told = f"the source's labels; an uncertain finding {_COUNTED[reading.uncertain]}"
+    return told + (f"; {_READERS[reading.readers]}" if reading.layout == "vindr" else "")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
+from xrai.config import Labels as LabelReading
 from xrai.labels import LabelSpec, Task
 from xrai.results.calibration import Floats, Ints, calibrated, log_odds, move_share, softmax
 
@@ -466,6 +467,8 @@ class DatasetFacts:
     num_images: Mapping[str, int] = field(default_factory=dict)  # by split
     # of findings: split -> finding -> number of images where it is unknown
     num_unknown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    task: Task = "binary"  # of the data set
+    reading: LabelReading = field(default_factory=LabelReading)
 
     @property
     def is_public(self) -> bool:
