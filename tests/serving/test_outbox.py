@@ -702,6 +702,20 @@ def test_stow_servers_that_speak_no_http_or_hang_are_tried_again(
     assert len(outbox.pending()) == 1
 
 
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"])
+def test_stopping_ends_a_stow_request_that_is_never_answered(outbox: Outbox, said: bytes) -> None:
+    put(outbox, 1)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        pacs = WebPacs(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout_s=600.0)
+        sending = Delivery(outbox, pacs, QUICK)
+        sending.start()
+        with listening.accept()[0] as connection:
+            assert connection.recv(1 << 16)
+            connection.sendall(said)
+            assert sending.stop(timeout_s=2.0)
+    assert len(outbox.pending()) == 1
+
+
 # --------------------------------------------------------------------------------------------- TLS
 
 

@@ -190,10 +190,11 @@ def cut(association: Association) -> None:
     """End a connection at once, from any thread: what waits for the peer fails."""
     held = association.dul.socket
     if held is not None and held.socket is not None:
-        _shut(held.socket)
+        shut(held.socket)
 
 
-def _shut(connection: socket.socket) -> None:
+def shut(connection: socket.socket) -> None:
+    """End a connection from any thread: what waits for the peer fails."""
     with suppress(OSError):  # is closed already
         # not SSLSocket.shutdown, which drops the TLS state that another thread is using
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
@@ -259,7 +260,7 @@ class GuardedServer(ThreadedAssociationServer):
                 return connection, address
             del self._silent[oldest]
         self.refuse("too_many")
-        _shut(oldest)
+        shut(oldest)
         return connection, address
 
     def has_spoken(self, connection: socket.socket) -> bool:
@@ -274,7 +275,7 @@ class GuardedServer(ThreadedAssociationServer):
         with self._lock:
             silent, self._silent = list(self._silent), {}
         for connection in silent:
-            _shut(connection)
+            shut(connection)
         associations = self.active_associations
         for association in associations:
             if association.is_established:

@@ -3,11 +3,12 @@
 import io
 import json
 import re
+import socket
 import ssl
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pynetdicom.association import Association
 
 from xrai import __version__
 from xrai.errors import ConfigError, XraiError
-from xrai.serving.dimse import associate, close_socket, cut, entity
+from xrai.serving.dimse import associate, close_socket, cut, entity, shut
 from xrai.serving.guard import is_loopback
 
 if TYPE_CHECKING:
@@ -242,6 +243,10 @@ class _WebSession:
 
     def __init__(self, pacs: WebPacs, client: urllib3.PoolManager) -> None:
         self._address, self._timeout_s, self._client = pacs.address, pacs.timeout_s, client
+        self._socket: socket.socket | None = None  # of the newest connection
+        pool = client.connection_from_url(pacs.address)
+        self._make: Callable[..., Any] = pool.ConnectionCls
+        pool.ConnectionCls = self._connection  # type: ignore[assignment]
 
     def store(self, file: Path) -> None:
         """Send one DICOM file, as `Session.store` says."""
@@ -264,7 +269,21 @@ class _WebSession:
         self._judge(status, said)
 
     def cut(self) -> None:
-        """Does nothing: urllib3 cannot close a connection in use, which ends with the process."""
+        """From another thread: let `store` fail now, where it waits for the archive."""
+        if self._socket is not None:
+            shut(self._socket)
+
+    def _connection(self, *arguments: Any, **options: Any) -> Any:
+        """A connection of urllib3, which itself gives no access to the socket of one in use."""
+        made = self._make(*arguments, **options)
+        connect = made.connect
+
+        def connect_and_note() -> None:
+            connect()
+            self._socket = made.sock
+
+        made.connect = connect_and_note
+        return made
 
     def _read(self, answer: urllib3.BaseHTTPResponse) -> bytes:
         """The body of an answer, within limits of size and time."""
