@@ -188,8 +188,6 @@ def test_a_name_that_is_not_utf_8_is_a_key_of_a_folder_alone(tmp_path: Path) -> 
     assert [found.key for found in store.list()] == ["film\udcff"]
     with pytest.raises(StoreError, match="keys in a bucket are UTF-8"):
         open_store("s3://bucket/prefix").read("film\udcff")
-    with pytest.raises(StoreError, match="keys in a bucket are UTF-8"):
-        open_store("s3://bucket/\udcff").read("film")
 
 
 @given(st.text(alphabet="ab./", max_size=12))
@@ -586,3 +584,9 @@ def test_an_object_is_read_as_a_file_in_place_or_as_a_copy_that_vanishes(tmp_pat
     for kind in (store, remote):
         with pytest.raises(NotFoundError, match=r"there is no .*missing"), kind.as_file("missing"):
             pass
+
+
+@pytest.mark.parametrize("address", ["bad\udcff/a", "file:///bad\udcff", "s3://bucket/bad\udcff"])
+def test_an_address_that_is_not_utf_8_is_refused(address: str) -> None:
+    with pytest.raises(StoreAccessError, match="is not UTF-8; rename it"):
+        open_store(address)

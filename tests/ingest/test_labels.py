@@ -588,3 +588,8 @@ def test_a_file_that_is_not_there_is_refused_by_name(
         == len(read_labels(f"file://{tmp_path}/labels.csv").labels)
         == 3
     )
+
+
+def test_a_table_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"^the name .* of --labels is not UTF-8; rename it$"):
+        read_labels(f"{tmp_path}/bad\udcff.csv")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import urllib3
 from botocore.response import StreamingBody
 
 from tests.dataset.pictures import branch, deep_folders, source_files, write_files, write_zip
@@ -156,6 +157,43 @@ def test_a_pipe_as_the_source_is_refused_and_not_waited_for(tmp_path: Path, name
     os.mkfifo(tmp_path / name)
     with pytest.raises(SourceError, match="is a pipe, a socket or a device; --source takes"):
         open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("address", ["{}", "{}.zip", "s3://bucket/{}"])
+def test_a_source_whose_address_is_not_utf_8_is_refused_in_one_sentence(
+    tmp_path: Path, address: str
+) -> None:
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff") if "s3" not in address else "bad\udcff"
+    write_files(Path(bad), FILES) if address == "{}" else None
+    with pytest.raises(SourceError, match=r"^source .* is not UTF-8; rename it$"):
+        open_source(address.format(bad))
+
+
+def test_the_name_of_a_folder_that_a_link_leads_to_can_be_written(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff"))
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    assert open_source(str(tmp_path / "link")).name == "bad\ufffd"
+
+
+def test_a_member_of_a_zip_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("zz\u00e9.png", b"x")
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xed\xb3"))
+    with pytest.raises(SourceError, match="cannot be read as a zip archive"):
+        open_source(str(path)).files()
+
+
+def test_a_key_of_a_bucket_that_is_not_utf_8_has_a_name_that_can_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with moto_server() as url, new_bucket(url) as bucket:
+        use_endpoint(monkeypatch, url)
+        urllib3.request("PUT", f"{url}/{bucket}/x/bad%ED%B3%BF.png", body=b"x")
+        source = open_source(f"s3://{bucket}/x")
+        (file,) = source.files()
+        assert file.path.encode() and source.read(file.path) == b"x"  # as this server has it
 
 
 def test_a_name_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:

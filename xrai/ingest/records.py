@@ -29,6 +29,10 @@ def read_text(uri: str, *, wanted: str) -> tuple[str, str]:
     if not name:
         raise SourceError(f"--labels {uri!r} is not a file; it takes {wanted}")
     try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"the name {name!r} of --labels is not UTF-8; rename it") from None
+    try:
         store = open_store(folder or ("/" if uri.startswith("/") else "."))
         data = store.read(name, max_bytes=MAX_BYTES)
     except TooLargeError as error:

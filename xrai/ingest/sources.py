@@ -30,7 +30,7 @@ from xrai.dataset.shards import SPLITS
 from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooLargeError
 from xrai.ingest.listed import Files
 from xrai.labels import CLASSES, folded
-from xrai.log import counted, get_logger
+from xrai.log import counted, get_logger, printable
 from xrai.store import Store, check_key, folder_of, masked, open_store
 
 MAX_FILE_BYTES: Final = 1 << 28  # no X-ray is larger: 100 million pixels of 16 bits are 2e8 bytes
@@ -74,6 +74,10 @@ def open_source(uri: str, names: Sequence[str] = (), *, needs_labels: bool = Tru
     """
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
+    try:
+        uri.encode()
+    except UnicodeEncodeError:  # its name goes into reports
+        raise SourceError(f"source {masked(uri)!r} is not UTF-8; rename it") from None
     scheme = uri.partition("://")[0].lower() if "://" in uri else ""
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
@@ -119,7 +123,7 @@ class FolderSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.name = folder.resolve().name
+        self.name = printable(folder.resolve().name)  # a link may lead to one that is not UTF-8
 
     def holds(self, store: Store) -> bool:
         path = store.local_path("any")

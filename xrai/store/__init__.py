@@ -60,6 +60,10 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     be answered) of the last 256 KiB that arrived. Defaults: XRAI_S3_TIMEOUT_S and XRAI_S3_RETRY_S,
     else 20 and 120 s. Raises `StoreAccessError` for any other address.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:  # it goes into summaries, reports and requests
+        raise StoreAccessError(f"the address {masked(uri)!r} is not UTF-8; rename it") from None
     scheme, _, rest = uri.partition("://") if "://" in uri else ("", "", uri)
     scheme = scheme.lower()
     if scheme == "s3":
