@@ -314,6 +314,39 @@ def test_associations_that_are_never_used_are_refused_or_end() -> None:
             each.close()
 
 
+def test_an_idle_association_gives_its_place_to_another_but_not_one_in_use() -> None:
+    handling, released = threading.Event(), threading.Event()
+
+    def take(data: bytes, source: Source) -> None:
+        handling.set()
+        assert released.wait(DEADLINE_S)
+
+    limits = Limits(num_associations=2, idle_timeout_s=600.0, kept_idle_s=0.0)
+    with node_of(take, limits=limits) as (node, port), association(port) as busy:
+        answers: list[int] = []
+        sending = threading.Thread(
+            target=lambda: answers.append(busy.send_c_store(read(film())).Status)
+        )
+        sending.start()
+        assert handling.wait(DEADLINE_S)
+        with association(port) as idle:
+            assert idle.is_established
+            with association(port) as other:
+                wait_for(lambda: not idle.is_established)
+                assert other.send_c_echo().Status == 0
+        released.set()
+        sending.join(DEADLINE_S)
+        assert answers == [0]
+        assert node.state().refused == {"idle": 1}
+
+
+def test_an_association_that_was_used_a_moment_ago_keeps_its_place() -> None:
+    with node_of(limits=Limits(num_associations=1, kept_idle_s=600.0)) as (node, port):
+        with association(port) as first, association(port) as second:
+            assert second.is_rejected and first.send_c_echo().Status == 0
+        assert node.state().refused == {"too_many": 1}
+
+
 def test_stopping_does_not_wait_for_peers_that_hang() -> None:
     with node_of() as (node, port):
         request = request_of_an_association(port)

@@ -6,6 +6,7 @@ while others wait. `GuardedServer` limits all of that, and `associate` what an a
 """
 
 import logging
+import math
 import socket
 import ssl
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
+from weakref import WeakKeyDictionary
 
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
@@ -43,6 +45,7 @@ class Limits:
     idle_timeout_s: float = 60.0
     pdu_timeout_s: float = 30.0  # from the first to the last byte of a PDU
     object_timeout_s: float = 300.0  # from the first to the last byte of an object
+    kept_idle_s: float = 5.0  # an association idle for longer gives way where there are too many
 
 
 def silence() -> None:
@@ -77,6 +80,7 @@ class Guard:
         self._socket, self._limits, self._refuse = sock, limits, refuse
         self._num_bytes, self._since = 0, 0.0  # of the message under way, and when it began
         self._num_queued, self._has_ended = 0, False
+        self._num_unanswered, self._idle_since = 0, math.inf
 
     def recv(self, nr_bytes: int) -> bytearray:
         """Receive `nr_bytes` bytes, or fewer where the peer has closed the connection."""
@@ -110,7 +114,26 @@ class Guard:
     def message_ends(self, event: evt.Event) -> None:
         """Begin a new count after a whole message; note how many wait to be handled."""
         self._num_bytes = 0
+        self._num_unanswered += 1
         self._num_queued = event.assoc.dimse.msg_queue.qsize()
+
+    def established(self, event: evt.Event) -> None:
+        """Begin to count anew after the request of the association, which is idle now."""
+        self._num_bytes, self._idle_since = 0, time.monotonic()
+
+    def answered(self, event: evt.Event) -> None:
+        """Note that an answer is sent."""
+        self._num_unanswered -= 1
+        self._idle_since = time.monotonic()
+
+    @property
+    def idle_since(self) -> float:
+        """When the association became idle; infinite while a message arrives or is handled."""
+        return math.inf if self._num_bytes or self._num_unanswered else self._idle_since
+
+    def leave(self) -> None:
+        """Count as busy from now on, since the association ends."""
+        self._num_unanswered += 1
 
     def _end(self, reason: str) -> NoReturn:
         if not self._has_ended:  # what else the peer sends is read until it closes the connection
@@ -130,19 +153,23 @@ class _Handler(RequestHandler):
         guard = Guard(self.request, self.server.limits, self.server.refuse)
         association.dul.socket.recv = guard.recv  # type: ignore[method-assign]
         association.bind(evt.EVT_DIMSE_RECV, guard.message_ends)
+        association.bind(evt.EVT_ESTABLISHED, guard.established)
+        association.bind(evt.EVT_DIMSE_SENT, guard.answered)
+        self.server.guards[association] = guard
         association.dul._run_loop_delay = _SILENT_DELAY_S
         association.bind(evt.EVT_REQUESTED, self._requested)
         association.bind(evt.EVT_CONN_CLOSE, self._closed)
         return association
 
     def _requested(self, event: evt.Event) -> None:
-        """Reject an association where there are too many. pynetdicom's own limit would count
-        connections that have asked for nothing yet.
+        """Reject an association where there are too many and none gives way. pynetdicom's own limit
+        would count connections that have asked for nothing yet.
         """
         self.server.has_spoken(self.request)
         event.assoc.dul._run_loop_delay = _DELAY_S
         established = sum(each.is_established for each in self.server.active_associations)
-        if established >= self.server.limits.num_associations:
+        is_full = established >= self.server.limits.num_associations
+        if is_full and not self.server.make_room():
             self.server.refuse("too_many")
             event.assoc.acse.send_reject(*_LOCAL_LIMIT)
             event.assoc.kill()
@@ -233,6 +260,7 @@ class GuardedServer(ThreadedAssociationServer):
         self.limits, self.refuse = limits, refuse
         self._lock = threading.Lock()
         self._silent: dict[socket.socket, None] = {}  # the oldest first
+        self.guards: WeakKeyDictionary[Association, Guard] = WeakKeyDictionary()
         super().__init__(
             own, address, own.ae_title, own.supported_contexts, tls, handlers, _Handler
         )
@@ -269,6 +297,23 @@ class GuardedServer(ThreadedAssociationServer):
         """
         with self._lock:
             return connection in self._silent and self._silent.pop(connection) is None
+
+    def make_room(self) -> bool:
+        """End the association that has been idle for the longest; False if all are in use, or were
+        a moment ago.
+        """
+        latest = time.monotonic() - self.limits.kept_idle_s
+        with self._lock:
+            open_now = [each for each in self.active_associations if each.is_established]
+            if not open_now:
+                return True
+            oldest = min(open_now, key=lambda each: self.guards[each].idle_since)
+            if self.guards[oldest].idle_since > latest:
+                return False
+            self.guards[oldest].leave()
+        self.refuse("idle")
+        oldest.abort(block=False)
+        return True
 
     def end(self, *, timeout_s: float) -> None:
         """Abort all associations, and end the connections of peers that do not react in time."""
