@@ -260,10 +260,19 @@ def test_a_carved_split_without_one_class_is_noted() -> None:
     rows = [row(f"{k}.png") for k in range(100)]
     train_only = next(k for k in range(1000) if 0.2 < carve_share(f"one:{k}") < 0.8)
     rows.append(row("p.png", label=1, patient=f"one:{train_only}"))
-    assert (
-        "val was carved from train and holds no PNEUMONIA images"
-        in assign_splits(rows, BINARY, CARVE).notes
+    assert any(
+        note.startswith(
+            "val was carved from train and holds no PNEUMONIA images: xrai train will refuse this "
+            "data set"
+        )
+        for note in assign_splits(rows, BINARY, CARVE).notes
     )
+
+
+def test_a_given_val_without_one_class_is_noted_as_training_refuses_it() -> None:
+    given = [row(f"{k}.png", label=1, split="val") for k in range(40)]
+    (note,) = (n for n in assign_splits([*many(40), *given], BINARY, CARVE).notes if "val" in n)
+    assert note.startswith("val holds no NORMAL images: xrai train will refuse this data set")
 
 
 def test_a_given_test_without_one_class_is_noted() -> None:

@@ -99,7 +99,13 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
         if lacks[split] and split in {*given, *carved}:
             missing = " and no ".join(lack.words("images") for lack in lacks[split])
             origin = "was carved from train and " if split in carved else ""
-            notes.append(f"{split} {origin}holds no {missing}")
+            note = f"{split} {origin}holds no {missing}"
+            if split == "val":
+                note += (
+                    ": xrai train will refuse this data set, since validation needs images of both "
+                    "classes; add images of more patients, or divide them in another way"
+                )
+            notes.append(note)
     balance, is_far = _tell_balance(rows, carved, labels)
     notes += balance if is_far else []
     facts = () if is_far else tuple(balance)
