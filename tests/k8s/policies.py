@@ -383,12 +383,12 @@ def checked_before(documents: list[Document]) -> list[str]:
         if others != [["train", "--check", *counts, *config, "--train.threads=$(NUM_THREADS)"]]:
             broken.append(f"{workload.name} does not check what it will do")
         devices = {
-            container["name"]: "nvidia.com/gpu" in container["resources"]["limits"]
+            container["name"]: container["resources"]["limits"].get("nvidia.com/gpu")
             for container in workload.containers
             if container["args"][0] != "wait"
         }
         if len(set(devices.values())) > 1:
-            broken.append(f"{workload.name} checks another device than it trains on")
+            broken.append(f"{workload.name} checks on other GPUs than it trains on")
     return broken
 
 

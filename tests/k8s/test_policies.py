@@ -163,6 +163,12 @@ BREAKS: list[tuple[Rule, str, str, Any]] = [
         f"{POD} initContainers preflight resources limits nvidia.com/gpu",
         GONE,
     ),
+    (
+        policies.checked_before,
+        TRAIN,
+        f"{POD} initContainers preflight resources limits nvidia.com/gpu",
+        2,
+    ),
     (policies.cores_suffice, "ConfigMap xrai", "data NUM_THREADS", "5"),
     (policies.cores_suffice, "ConfigMap xrai", "data NUM_PROCESSES", "2"),
     (policies.cores_suffice, PREPROCESS, f"{POD} containers preprocess args 2", GONE),
