@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_an_older_python_is_refused(clone: Path, tmp_path: Path, script: str) ->
         f"install: PYTHON={python} is Python 3.10; xrai needs 3.11 or newer"
     ]
     assert not (clone / ".venv").exists()
+
+
+def test_the_environment_that_a_link_leads_to_is_not_emptied(clone: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "bin").mkdir(parents=True)
+    (clone / ".venv").symlink_to(other)
+    done = run([clone / "scripts/install", "--dev"], cwd=tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 2 and "is a link" in done.stderr
+    assert (other / "bin").is_dir()
 
 
 def test_a_python_without_venv_is_refused_with_the_package_to_install(
