@@ -533,6 +533,26 @@ def test_a_server_without_conditional_writes_is_asked_first(
     assert store.read("mark") == b"1"
 
 
+def test_a_mark_that_is_deleted_after_its_refusal_is_still_a_refusal(
+    moto_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(moto_uri)
+    assert isinstance(store, S3Store)
+    client = store._client()
+    put_object = client.put_object
+
+    def refuse_and_delete(**request: Any) -> Any:
+        try:
+            return put_object(**request)
+        finally:
+            client.delete_object(Bucket=request["Bucket"], Key=request["Key"])
+
+    store.write("mark", b"1")
+    monkeypatch.setattr(client, "put_object", refuse_and_delete)
+    with pytest.raises(AlreadyExistsError, match="mark exists already"):
+        store.write("mark", b"2", only_if_absent=True)
+
+
 def test_a_listing_of_many_pages_is_whole(moto_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(moto_uri)
     assert isinstance(store, S3Store)

@@ -130,8 +130,10 @@ class S3Store(Store):
         except AlreadyExistsError:
             # The answer to our own first try may have been lost, and the second try refused
             # because of it.
-            if self.read(key) != data:
-                raise
+            with suppress(NotFoundError):  # it was another's, and has been deleted since
+                if self.read(key) == data:
+                    return
+            raise
         except UnknownRequestError:  # no conditional writes: check first, the window is small
             if self.size(key) is not None:
                 raise AlreadyExistsError(f"{self._where(key)} exists already") from None
