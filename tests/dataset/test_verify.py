@@ -1,14 +1,18 @@
+import hashlib
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import pytest
 
+from tests.dataset.remote import RemoteFolder
 from tests.dataset.small import write_dataset
 from xrai.dataset import verify
 from xrai.dataset.manifest import Row
 from xrai.dataset.rows import Rows
-from xrai.dataset.shards import DatasetIndex, ShardInfo, open_shard
-from xrai.store import open_store
+from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex, ObjectInfo, ShardInfo, open_shard
+from xrai.store import FolderStore, open_store
 
 
 @pytest.fixture
@@ -57,3 +61,25 @@ def test_a_column_that_cannot_be_read_is_a_fault_and_no_crash(
         del file[column]
     (words,) = faults(shard)
     assert "cannot be read as a shard" in words and column in words
+
+
+@pytest.mark.parametrize("kind", [FolderStore, RemoteFolder])
+def test_the_quick_check_holds_no_manifest_in_memory(
+    tmp_path: Path, kind: type[FolderStore]
+) -> None:
+    index = write_dataset(tmp_path / "set", {"train": [6]})
+    data = bytes(8 << 20)
+    (tmp_path / "set" / MANIFEST_KEY).write_bytes(data)
+    info = ObjectInfo(MANIFEST_KEY, len(data), hashlib.sha256(data).hexdigest())
+    index = replace(index, objects=(info,))
+    store = kind(tmp_path / "set")
+    tracemalloc.start()
+    try:
+        faults = verify.find_faults_soon(store, index, with_rows=False)
+        assert tracemalloc.get_traced_memory()[1] < len(data) / 2
+    finally:
+        tracemalloc.stop()
+    assert MANIFEST_KEY not in {fault.key for fault in faults}
+    wrong = replace(index, objects=(replace(info, sha256="0" * 64),))
+    damaged = verify.Fault(MANIFEST_KEY, "is damaged: its bytes are not those that were written")
+    assert damaged in verify.find_faults_soon(store, wrong, with_rows=False)

@@ -5,12 +5,10 @@ shards with the manifest, the manifest with the counts and the rules of splittin
 fingerprint.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +29,7 @@ from xrai.dataset.shards import (
     open_shard,
 )
 from xrai.errors import CorruptError
+from xrai.files import explaining, sha256_of
 from xrai.labels import LabelSpec
 from xrai.log import progress
 from xrai.store import Store
@@ -94,12 +93,13 @@ def find_faults_soon(store: Store, index: DatasetIndex, *, with_rows: bool) -> l
     if key not in stated:
         faults.append(Fault(key, f"is not listed in {INDEX_KEY}"))
     elif key not in {fault.key for fault in faults}:
-        data = store.read(key)
-        if hashlib.sha256(data).hexdigest() != stated[key]:
-            faults.append(Fault(key, "is damaged: its bytes are not those that were written"))
-        elif with_rows:
-            manifest = read_rows(BytesIO(data), index.labels, where=key)
-            faults += [Fault(key, words) for words in _check_manifest(index, manifest)]
+        with store.as_file(key) as path, explaining("read", f"{store.uri}/{key}"):
+            if sha256_of(path) != stated[key]:
+                faults.append(Fault(key, "is damaged: its bytes are not those that were written"))
+            elif with_rows:
+                with path.open("rb") as lines:
+                    manifest = read_rows(lines, index.labels, where=key)
+                faults += [Fault(key, words) for words in _check_manifest(index, manifest)]
     return faults
 
 
