@@ -5,13 +5,21 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from xrai import files
 from xrai.errors import StoreAccessError, StoreError, UserError
-from xrai.files import explaining, explaining_disk, num_cores, read_once, replacing
+from xrai.files import (
+    explaining,
+    explaining_disk,
+    num_cores,
+    read_once,
+    replacing,
+    write_atomically,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +104,30 @@ def test_a_file_that_could_not_be_written_is_named_by_its_error(tmp_path: Path) 
     with pytest.raises(OSError, match="No space") as caught, replacing(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(path) and list(tmp_path.iterdir()) == []
+
+
+def test_many_files_in_a_folder_do_not_list_it_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[Path] = []
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        listed.append(folder)
+        return iter([])
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(Path, "glob", lambda folder, _: iterdir(folder))
+    for number in range(20):
+        write_atomically(tmp_path / f"{number}.png", b"pixels")
+    assert listed == [tmp_path]
+
+
+def test_a_stale_file_that_cannot_be_removed_does_not_prevent_a_write(tmp_path: Path) -> None:
+    stale = tmp_path / ".other.png.0123456789ab.tmp"
+    stale.mkdir()  # no file, so that even root cannot unlink it
+    os.utime(stale, (0, 0))
+    write_atomically(tmp_path / "image.png", b"pixels")
+    assert (tmp_path / "image.png").read_bytes() == b"pixels"
 
 
 @pytest.mark.parametrize(

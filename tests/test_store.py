@@ -38,7 +38,7 @@ from xrai.errors import (
     UserError,
     WrongEndpointError,
 )
-from xrai.files import sha256_of
+from xrai.files import _remove_stale_temporaries, sha256_of
 from xrai.store import S3Store, Store, StoredObject, answers, check_key, open_store, s3
 
 pytestmark = pytest.mark.timeout(60)
@@ -303,6 +303,7 @@ open_store(sys.argv[1]).write("a/key", b"x" * 1_000_000)
     store.write("a/key", b"again")
     assert left.exists()  # it might be another writer's, at work
     os.utime(left, (time.time() - 2 * 86400,) * 2)
+    _remove_stale_temporaries.cache_clear()  # as in another process
     store.write("a/key", b"again")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["key"]
 

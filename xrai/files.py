@@ -6,7 +6,6 @@ All packages write through `replacing` or `write_atomically`, so a reader never 
 import errno
 import fcntl
 import functools
-import glob
 import hashlib
 import io
 import os
@@ -45,7 +44,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 def replacing(path: Path, *, only_if_absent: bool = False, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` if the block succeeds and vanishes if it fails.
 
-    Parent folders are created. `mode` is its permissions, less the umask. With `only_if_absent`,
+    Parent folders are created. The first write into a folder removes what killed writers left
+    there a day ago or more. `mode` is its permissions, less the umask. With `only_if_absent`,
     raises `FileExistsError` instead of replacing. Raises `OSError` as the operating system does;
     see `explaining`.
     """
@@ -53,7 +53,7 @@ def replacing(path: Path, *, only_if_absent: bool = False, mode: int = 0o666) ->
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(path.parent)) from error
-    _remove_stale_temporaries(path)
+    _remove_stale_temporaries(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -284,9 +284,11 @@ def _link(temporary: Path, path: Path) -> bool:
     return True
 
 
-def _remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed writers of the same file left a day ago or more."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError):  # another writer may finish with it right now
-            if is_temporary(left.name) and left.stat().st_mtime < time.time() - _STALE_S:
-                left.unlink()
+@functools.lru_cache(1024)  # to list a folder for each file in it would take quadratic time
+def _remove_stale_temporaries(folder: Path) -> None:
+    """Remove what killed writers left in a folder a day ago or more; best effort."""
+    with suppress(OSError):  # it may be written, not listed
+        for left in folder.iterdir():
+            with suppress(OSError):  # another user's, or its writer finishes right now
+                if is_temporary(left.name) and left.stat().st_mtime < time.time() - _STALE_S:
+                    left.unlink()

@@ -168,8 +168,8 @@ class _Folder:
 def _draw_files(phantoms: tuple[Phantom, ...], *, folder: _Folder) -> int:
     for phantom in phantoms:
         image = draw_phantom(folder.seed, phantom, full_size=folder.full_size)
-        # not `write_atomically`: it syncs each file and looks through its folder, and README.txt,
-        # written last, says that all are there
+        # not `write_atomically`, which syncs each file: README.txt, written last, says that all are
+        # there
         path = folder.out / folder.path(phantom)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_bytes(encode(folder.seed, phantom, image, image_format=folder.image_format))
