@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from xrai.errors import InUseError, NotFoundError, StoreError
-from xrai.store import LEASE_KEY, Lease, Store, lease, open_store, take_lease
+from xrai.store import LEASE_KEY, FolderStore, Lease, Store, lease, open_store, take_lease
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -147,6 +147,57 @@ def test_a_holder_that_was_taken_over_learns_it_and_leaves_the_lease(
         with pytest.raises(InUseError, match="node-7"):
             held.confirm()
     assert holder_of(store).owner == "another"
+
+
+class HangingFolder(FolderStore):
+    """Its writes take longer than a lease needs to go stale while `is_hanging` is set; meanwhile
+    `taker` takes the lease over, if there is one, and renews it as soon as it is deleted.
+    """
+
+    def __init__(self, folder: Path, taker: lease.Holder | None) -> None:
+        super().__init__(folder)
+        self.is_hanging, self.has_written = threading.Event(), threading.Event()
+        self._taker = taker
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        if not self.is_hanging.is_set():
+            return super().write(key, data, only_if_absent=only_if_absent)
+        self.is_hanging.clear()
+        time.sleep(lease.STALE_S)
+        self._take_over()
+        super().write(key, data, only_if_absent=only_if_absent)
+        self.has_written.set()
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        if self._taker is not None:
+            leave_lease(self, self._taker)
+
+
+def test_a_renewal_that_hangs_does_not_win_over_who_took_the_stale_lease(
+    tmp_path: Path, is_quick: None
+) -> None:
+    store = HangingFolder(tmp_path, replace(elsewhere(), owner="another"))
+    with take_lease(store) as held:
+        store.is_hanging.set()
+        assert store.has_written.wait(30)
+        with pytest.raises(InUseError, match="node-7"):
+            held.confirm()
+    assert holder_of(store).owner == "another"
+
+
+def test_a_renewal_that_hangs_costs_no_lease_that_nobody_took(
+    tmp_path: Path, is_quick: None
+) -> None:
+    store = HangingFolder(tmp_path, None)
+    with take_lease(store) as held:
+        store.is_hanging.set()
+        assert store.has_written.wait(30)
+        held.confirm()
+        assert holder_of(store).process == os.getpid()
 
 
 def test_a_killed_writer_of_this_machine_is_followed_at_once(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ LEASE_KEY: Final = ".lease.json"
 RENEW_S = 5.0
 STALE_S = 30.0
 SETTLE_S = 1.0  # between taking a lease over and being sure that nobody else did
-_NUM_ROUNDS = 5  # attempts at a lease that exists but cannot be read, such as a folder
+_NUM_ROUNDS = 5  # attempts at a lease that exists but cannot be read, such as a dangling link
 
 _logger = get_logger(__name__)
 
@@ -105,17 +105,26 @@ class Lease:
 
     def _renew(self) -> None:
         with self._lock:
-            found = _read(self._store, self._key)
-            if found is not None and found.owner != self._holder.owner:
-                self._other = found
-                return
-            renewals = self._holder.renewals + 1
-            renewed = replace(Holder(), owner=self._holder.owner, renewals=renewals)
-            try:
-                _write(self._store, self._key, renewed, only_if_absent=found is None)
-            except AlreadyExistsError:
-                return  # the next renewal sees whose it is
-            self._holder, self._renewed = renewed, time.monotonic()
+            while True:
+                began = time.monotonic()
+                found = _read(self._store, self._key)
+                if found is not None and found.owner != self._holder.owner:
+                    self._other = found
+                    return
+                renewals = self._holder.renewals + 1
+                renewed = replace(Holder(), owner=self._holder.owner, renewals=renewals)
+                try:
+                    _write(self._store, self._key, renewed, only_if_absent=found is None)
+                except AlreadyExistsError:
+                    return  # the next renewal sees whose it is
+                self._holder = renewed
+                if found is None or time.monotonic() - self._renewed < STALE_S:
+                    self._renewed = began
+                    return
+                # Another process may have taken over before this write, which then replaced its
+                # lease: where there is none, its next renewal makes it anew
+                self._store.delete(self._key)
+                self._ended.wait(RENEW_S + SETTLE_S)
 
 
 def take_lease(store: Store, key: str = LEASE_KEY) -> Lease:
