@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -336,6 +337,29 @@ def test_repair_that_cannot_give_the_same_bytes_stores_nothing(
     assert status == 1
     assert "made again is not the one" in err
     assert contents(dataset) == before
+
+
+def test_faults_that_no_source_can_repair_do_not_read_it(
+    made: tuple[Path, Path], check: Command, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "open_source", Mock(side_effect=AssertionError("it is read")))
+    shutil.copy(next(dataset.glob("train-00000*")), dataset / "val-00007-of-00009.h5")
+    before = contents(dataset)
+    status, out, err = check("--repair", f"--source={made[0]}")
+    assert status == 1 and "dataset.json does not list: delete it" in out
+    assert "one fault, as listed; none is a damaged object" in err
+    assert contents(dataset) == before
+
+
+@pytest.mark.parametrize("flag", ["source", "labels", "patient_key"])
+def test_a_flag_of_repair_without_repair_is_refused(
+    check: Command, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    status, out, err = check(f"--{flag}=data/chest_xray")
+    assert status == 2 and out == ""
+    assert f"--{flag} is for --repair" in err
+    monkeypatch.setenv(f"XRAI_{flag.upper()}", "elsewhere")  # in a container it is always set
+    assert check()[0] == 0
 
 
 def test_a_damaged_index_cannot_be_repaired_and_the_message_says_what_to_do(

@@ -32,7 +32,8 @@ from xrai.log import finish_streams, guard_streams, printable
 class Flag:
     """A flag of one command that is not a config key: an address or a switch.
 
-    `env` names an environment variable that gives the default, for containers.
+    `env` names an environment variable that gives the default, for containers. `only_with` names
+    the switch without which the flag is refused on the command line.
     """
 
     name: str
@@ -42,6 +43,11 @@ class Flag:
     type: Any = str
     nargs: str | None = None  # "+" or "*" makes it a positional list
     repeats: bool = False  # may be given again; its value is a list
+    only_with: str | None = None
+
+    def default_here(self) -> Any:
+        """The value where the flag is not given."""
+        return (self.env and os.environ.get(self.env)) or self.default
 
 
 # Of the commands that use a finished run
@@ -113,6 +119,9 @@ def parse(
     if unknown:
         _refuse(unknown[0], command, [*own, *(flag.name for flag in flags if not flag.nargs)])
     found = vars(parsed)
+    for flag in flags:
+        if flag.only_with and flag.name in found and not found[flag.only_with]:
+            raise ConfigError(f"--{flag.name} is for --{flag.only_with}: give that, too")
     values: dict[str, Any] = {}
     for file in found["config"]:  # before the flags, so that these win wherever they stand
         values |= read_file(file)
@@ -123,9 +132,8 @@ def parse(
     if found["print_config"]:
         print(config.to_yaml(), end="")
         sys.exit(0)
-    return Parsed(
-        config, {flag.name: found[flag.name] for flag in flags}, frozenset(own.keys() & values)
-    )
+    own_values = {flag.name: found.get(flag.name, flag.default_here()) for flag in flags}
+    return Parsed(config, own_values, frozenset(own.keys() & values))
 
 
 def run_command(command: Callable[[], None], *, rank: int = 0, world_size: int = 1) -> NoReturn:
@@ -204,7 +212,7 @@ def _parser(
         elif flag.type is bool:
             parser.add_argument(f"--{flag.name}", action="store_true", help=text)
         else:
-            default = (flag.env and os.environ.get(flag.env)) or flag.default
+            default = argparse.SUPPRESS if flag.only_with else flag.default_here()
             parser.add_argument(f"--{flag.name}", type=flag.type, default=default, help=text)
     for section in dict.fromkeys(name.partition(".")[0] for name in keys):
         group = parser.add_argument_group(section, (SECTIONS[section].__doc__ or "").split("\n")[0])

@@ -5,7 +5,7 @@ Checks every hash, count and split rule and the fingerprint. The exit status is 
 that the data set was made from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from xrai import config as configuration
@@ -32,11 +32,25 @@ FLAGS = (
     Flag("dataset", "data/dataset", "the data set: a folder or s3://bucket/prefix", "XRAI_DATASET"),
     Flag("repair", False, "make damaged objects anew from --source", type=bool),
     Flag(
-        "source", "data/chest_xray", "for --repair: the raw images it was made from", "XRAI_SOURCE"
+        "source",
+        "data/chest_xray",
+        "for --repair: the raw images it was made from",
+        "XRAI_SOURCE",
+        only_with="repair",
     ),
-    Flag("labels", "", "for --repair: the CSV file of labels it was made with", "XRAI_LABELS"),
     Flag(
-        "patient_key", "", "for --repair: the key of patients, as of preprocess", "XRAI_PATIENT_KEY"
+        "labels",
+        "",
+        "for --repair: the CSV file of labels it was made with",
+        "XRAI_LABELS",
+        only_with="repair",
+    ),
+    Flag(
+        "patient_key",
+        "",
+        "for --repair: the key of patients, as of preprocess",
+        "XRAI_PATIENT_KEY",
+        only_with="repair",
     ),
 )
 
@@ -48,7 +62,8 @@ def main() -> None:
     store = open_store(flags["dataset"])
     index = read_index(store)
     faults = verify(store, index)
-    if faults and flags["repair"]:
+    keys = find_repairable(index, faults)
+    if keys and flags["repair"]:
         config = configuration.from_mapping(index.config, where=f"in {store.uri}/dataset.json")
         names = () if flags["labels"] else split_names(config.labels.names)
         source = open_source(flags["source"], names)
@@ -58,7 +73,7 @@ def main() -> None:
         with take_lease(store):
             if read_index(store) != index:
                 raise DatasetError(f"{store.uri} holds another data set now: start again")
-            repair_from(store, index, faults, source=source, listing=listing, config=config)
+            repair_from(store, index, keys, source=source, listing=listing, config=config)
         faults = verify(store, index)
     if faults:
         number = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -85,28 +100,32 @@ def verify(store: Store, index: DatasetIndex) -> list[Fault]:
     return faults
 
 
+def find_repairable(index: DatasetIndex, faults: Sequence[Fault]) -> set[str]:
+    """The objects with a fault that can be made anew from the source."""
+    return {fault.key for fault in faults} & {info.name for info in index.all_objects()}
+
+
 def repair_from(
     store: Store,
     index: DatasetIndex,
-    faults: Sequence[Fault],
+    keys: Collection[str],
     *,
     source: Source,
     listing: Listing,
     config: Config,
 ) -> None:
-    """Make the objects of these faults anew, with the config that the data set states."""
+    """Make these objects anew, with the config that the data set states."""
     plan = make_plan(listing, hash_source(source, listing, None), config)
 
     report = partial(make_report, draw_sheet=draw_sheet, draw_counts=draw_class_counts)
-    keys = {fault.key for fault in faults} & {info.name for info in index.all_objects()}
     repair(store, index, keys, plan=plan, source=source, report=report, num_workers=num_cores())
     for key in sorted(keys):
         print(f"{key} is made anew", flush=True)
 
 
 def _advice(index: DatasetIndex, faults: Sequence[Fault], *, tried: bool) -> str:
-    if {info.name for info in index.all_objects()}.isdisjoint(fault.key for fault in faults):
-        return ""
+    if not find_repairable(index, faults):
+        return "; none is a damaged object, which is what --repair makes anew" if tried else ""
     if tried:
         return "; `xrai preprocess --overwrite` makes the data set anew"
     return "; --repair --source S makes damaged objects anew from the data set's raw images"
