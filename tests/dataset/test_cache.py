@@ -22,6 +22,7 @@ from functools import partial
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 from unittest.mock import Mock
 
 import numpy as np
@@ -114,6 +115,36 @@ def test_a_data_set_in_a_folder_needs_no_home_for_a_cache(
     open_and_close(ShardCache(open_store(str(tmp_path / "set")), index), index, 0)
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         open_and_close(ShardCache(bucket, index), index, 0)
+
+
+def test_what_cannot_be_locked_counts_as_in_use(
+    bucket: RemoteFolder, index: DatasetIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = index.splits["train"][0]
+    flock = fcntl.flock
+
+    def nfs_flock(file: BinaryIO, kind: int) -> None:
+        if kind & fcntl.LOCK_EX and not file.writable():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, kind)
+
+    cache = ShardCache(
+        bucket, index, folder=folder, max_bytes=info.size_bytes * 3 // 2, timeout_s=1
+    )
+    open_and_close(cache, index, 0)
+    (left,) = folder.rglob("*.h5")
+    monkeypatch.setattr(fcntl, "flock", nfs_flock)
+    open_and_close(cache, index, 1)
+    assert not left.exists() and len(list(folder.rglob("*.h5"))) == 1
+
+    def no_flock(file: BinaryIO, kind: int) -> None:
+        if Path(file.name).suffix == ".h5":
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with pytest.raises(StoreError, match=r"waited 1 s for room .* is full of shards in use"):
+        cache.open(index.splits["train"][2])
 
 
 def test_a_cache_on_a_file_system_without_locks_is_one_line(

@@ -360,14 +360,14 @@ def _evict(root: Path, most_bytes: int) -> bool:
 def _remove_unused(path: Path) -> bool:
     """Remove a shard that no process has open, or a lock with what its dead holder left."""
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # NFS locks for one alone only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(file, path):  # another file took its place, and may be in use
                 return False
             if path.suffix == ".lock":
                 _remove_leftovers(path)
             path.unlink()
-    except (BlockingIOError, FileNotFoundError):
+    except OSError:  # locked, gone, or another user's; or there are no locks
         return False
     return True
 
