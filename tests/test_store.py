@@ -411,6 +411,21 @@ def test_each_answer_of_a_server_has_its_own_error_or_is_tried_again(
     assert found is None or "s3://bucket/key" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://u:pa@ss@host/x", "http://***@host/x"),
+        ("from 'https://u:p@a' to \"u:p@b\"", "from 'https://***@a' to \"***@b\""),
+        ("no address", "no address"),
+        ("x" * 400_000, "x" * 400_000),  # quadratic time would be minutes
+        (f"{'x' * 400_000}://u:p@a", f"{'x' * 400_000}://***@a"),
+    ],
+    ids=["with an @", "two", "none", "long", "long name"],
+)
+def test_a_password_is_masked_up_to_the_last_at_sign_of_a_word(text: str, shown: str) -> None:
+    assert answers.masked(text) == shown
+
+
 def test_a_bucket_that_does_not_exist_is_named_and_no_missing_object(moto_uri: str) -> None:
     store = open_store("s3://xrai-no-such-bucket/prefix", retry_s=1)
     for call in (lambda: store.read("key"), lambda: store.size("key"), lambda: list(store.list())):

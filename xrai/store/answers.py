@@ -124,7 +124,7 @@ def _check_page(page: Any, *, token: str | None) -> None:
 
 def masked(text: str) -> str:
     """`text` without user names and passwords in URLs."""
-    return re.sub(r"""(["']?(?:\w+://)?)\S*@""", r"\1***@", text)
+    return re.sub(r"""(?<!\S)(["']?(?:\w+://)?)\S*@""", r"\1***@", text)
 
 
 def plain(error: Exception) -> str:
