@@ -28,9 +28,9 @@ from tests.dataset.pictures import (
     write_files,
     write_zip,
 )
+from tests.dataset.small import rows_of
 from xrai import preprocess, verify
 from xrai.command import run_command
-from xrai.dataset.manifest import Row, read_manifest
 from xrai.dataset.shards import DatasetIndex, open_shard, read_index
 from xrai.dataset.verify import find_faults
 from xrai.files import scratch_folder
@@ -83,10 +83,6 @@ def make(
     done = run(f"--source={source}", f"--dataset={dataset}", *SMALL, *more, workers=workers)
     assert done.status == 0, done.err
     return read_index(open_store(str(dataset)))
-
-
-def rows_of(dataset: Path) -> list[Row]:
-    return read_manifest((dataset / "manifest.jsonl").read_bytes(), where="manifest")
 
 
 def all_files(folder: Path) -> dict[str, str]:

@@ -15,9 +15,10 @@ from unittest.mock import Mock
 import pytest
 
 from tests.dataset.pictures import encoded, gradient, picture_file, source_files, write_files
+from tests.dataset.small import rows_of
 from xrai import preprocess, verify
 from xrai.command import run_command
-from xrai.dataset.manifest import Row, manifest_lines, read_manifest
+from xrai.dataset.manifest import Row, manifest_lines
 from xrai.dataset.shards import DatasetIndex, ObjectInfo, compute_fingerprint, read_index
 from xrai.dataset.verify import find_faults
 from xrai.store import open_store, take_lease
@@ -181,8 +182,7 @@ def test_an_address_without_a_data_set_is_the_users_mistake(
 def rewrite(dataset: Path, change_rows: Callable[[list[Row]], list[Row]]) -> None:
     """Change the manifest and make dataset.json agree with its new hash."""
     index = read_index(open_store(str(dataset)))
-    rows = read_manifest((dataset / "manifest.jsonl").read_bytes(), where="manifest")
-    data = b"".join(manifest_lines(change_rows(rows)))
+    data = b"".join(manifest_lines(change_rows(rows_of(dataset))))
     (dataset / "manifest.jsonl").write_bytes(data)
     info = ObjectInfo("manifest.jsonl", len(data), hashlib.sha256(data).hexdigest())
     objects = tuple(info if entry.name == info.name else entry for entry in index.objects)

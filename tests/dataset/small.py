@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xrai.dataset.shards import Columns, Counts, DatasetIndex, ShardInfo, shard_name, write_shard
+from xrai.dataset.manifest import Row, parse_manifest
+from xrai.dataset.shards import (
+    MANIFEST_KEY,
+    Columns,
+    Counts,
+    DatasetIndex,
+    ShardInfo,
+    shard_name,
+    write_shard,
+)
 from xrai.labels import Labels, LabelSpec
 
 SIZE = 16
@@ -106,3 +115,9 @@ def _write_split(
         )
         start += num_rows
     return infos
+
+
+def rows_of(dataset: Path) -> list[Row]:
+    """The rows of a data set's manifest."""
+    with (dataset / MANIFEST_KEY).open("rb") as lines:
+        return [*parse_manifest(lines, where=MANIFEST_KEY)]

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from xrai.dataset.manifest import Row, manifest_lines, read_manifest
+from xrai.dataset.manifest import Row, manifest_lines, parse_manifest
 from xrai.errors import CorruptError
 
 ROWS = [
@@ -20,9 +20,13 @@ ROWS = [
 ]
 
 
+def read(data: bytes, *, where: str = "m") -> list[Row]:
+    return [*parse_manifest(data.splitlines(), where=where)]
+
+
 def test_a_manifest_reads_back_as_it_was_written() -> None:
     data = b"".join(manifest_lines(ROWS))
-    assert read_manifest(data, where="m") == ROWS
+    assert read(data) == ROWS
     assert [json.loads(line)["path"] for line in data.splitlines()] == [row.path for row in ROWS]
 
 
@@ -33,7 +37,7 @@ def test_a_row_becomes_the_mapping_that_dataclasses_would_give() -> None:
 
 def test_a_damaged_manifest_is_refused_by_line() -> None:
     with pytest.raises(CorruptError, match=r"manifest\.jsonl: line 3 is not a row"):
-        read_manifest(b"".join(manifest_lines(ROWS)) + b"\xff\n", where="manifest.jsonl")
+        read(b"".join(manifest_lines(ROWS)) + b"\xff\n", where="manifest.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_a_damaged_manifest_is_refused_by_line() -> None:
 def test_a_value_that_is_none_of_a_row_is_named(change: dict[str, object], words: str) -> None:
     line = json.dumps({**ROWS[0].to_mapping(), **change}).encode()
     with pytest.raises(CorruptError) as raised:
-        read_manifest(line, where="m")
+        read(line)
     assert str(raised.value) == f"m: line 1 is not a row of a manifest: {words}"
 
 
@@ -74,10 +78,10 @@ def test_a_value_that_is_none_of_a_row_is_named(change: dict[str, object], words
 )
 def test_a_line_that_is_no_row_is_refused(line: bytes, words: str) -> None:
     with pytest.raises(CorruptError, match=f"m: line 1 is not a row of a manifest: {words}"):
-        read_manifest(line, where="m")
+        read(line)
 
 
 @pytest.mark.parametrize("label", [1, [0, -1, 1]])
 def test_a_label_or_findings_are_read(label: object) -> None:
-    (row,) = read_manifest(json.dumps({**ROWS[0].to_mapping(), "label": label}).encode(), where="m")
+    (row,) = read(json.dumps({**ROWS[0].to_mapping(), "label": label}).encode())
     assert row.label == (tuple(label) if isinstance(label, list) else label)

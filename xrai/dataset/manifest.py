@@ -55,13 +55,11 @@ def manifest_lines(rows: Iterable[Row]) -> Iterator[bytes]:
         yield json.dumps(row.to_mapping()).encode() + b"\n"
 
 
-def read_manifest(data: bytes, *, where: str) -> list[Row]:
-    """All rows of `manifest.jsonl`. Raises `CorruptError` that names a line that is no row."""
-    return list(parse_manifest(data.splitlines(), where=where))
-
-
 def parse_manifest(lines: Iterable[bytes], *, where: str) -> Iterator[Row]:
-    """The rows of `manifest.jsonl`, one at a time: held together they take 700 bytes each."""
+    """The rows of `manifest.jsonl`, one at a time: held together they take 700 bytes each.
+
+    Raises `CorruptError` that names a line that is no row.
+    """
     known: dict[Label, Label] = {}
     for number, line in enumerate(lines, start=1):
         try:
