@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -315,6 +316,37 @@ def test_a_failed_upload_leaves_the_object_as_it_was(tmp_path: Path) -> None:
         store.upload("key", tmp_path / "missing")
     assert store.read("key") == b"before"
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("call", ["download", "upload"])
+def test_a_source_that_fails_is_not_said_to_be_a_target_that_fails(
+    tmp_path: Path, call: str
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    store.write("key", b"data")
+    other = tmp_path / "other"
+    other.write_bytes(b"data")
+    source = {"download": tmp_path / "store" / "key", "upload": other}[call]
+    source.unlink()
+    source.symlink_to("/proc/self/mem")  # opens, and fails at the first read
+    with pytest.raises(StoreError, match=f"{source} cannot be read: Input/output error"):
+        getattr(store, call)("key" if call == "download" else "new", other)
+    assert not (tmp_path / "store" / "new").exists()
+    assert call == "upload" or other.read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("call", ["download", "upload"])
+def test_a_target_that_is_full_is_not_said_to_be_a_source_that_fails(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    store.write("key", b"data")
+    other = tmp_path / "other"
+    other.write_bytes(b"data")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    target = {"download": other, "upload": tmp_path / "store" / "key"}[call]
+    with pytest.raises(StoreError, match=f"{target} cannot be written: No space left on device"):
+        getattr(store, call)("key", other)
 
 
 def test_files_get_the_rights_that_the_user_gives_new_files(tmp_path: Path) -> None:

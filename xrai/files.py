@@ -124,13 +124,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_hashed(file: BinaryIO, write: Callable[[bytes], object]) -> str:
-    """Pass the rest of `file` to `write` in chunks; return the SHA-256 of it, in hex."""
+def copy_hashed(file: BinaryIO, write: Callable[[bytes], object], *, where: str) -> str:
+    """Pass the rest of `file` to `write` in chunks; return the SHA-256 of it, in hex.
+
+    `where` names the file for people: that it cannot be read is raised as `explaining` does, so
+    that an `OSError` is one of `write`.
+    """
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK_BYTES):
+    while True:
+        with explaining("read", where):
+            chunk = file.read(_CHUNK_BYTES)
+        if not chunk:
+            return digest.hexdigest()
         digest.update(chunk)
         write(chunk)
-    return digest.hexdigest()
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

@@ -49,14 +49,14 @@ class FolderStore(Store):
         with self._explaining("read", key):
             opened = open_regular(source)
         with opened, explaining("written", str(path)), replacing(path) as file:
-            return copy_hashed(opened, file.write)
+            return copy_hashed(opened, file.write, where=self._where(key))
 
     def upload(self, key: str, path: Path) -> str:
         target = self._path(key)
         with explaining("read", str(path)):
             opened = path.open("rb")
         with opened, self._explaining("written", key), replacing(target) as file:
-            return copy_hashed(opened, file.write)
+            return copy_hashed(opened, file.write, where=str(path))
 
     def size(self, key: str) -> int | None:
         path = self._path(key)
