@@ -5,15 +5,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, TypeVar
 
 from xrai import parent_at_start
 from xrai.errors import StoppedError
 
 _LOOK_EVERY_S = 0.5
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def start_pool(
@@ -26,6 +29,25 @@ def start_pool(
     return ProcessPoolExecutor(
         num_workers, context, initializer=_begin, initargs=(initializer, initargs)
     )
+
+
+def map_ahead(
+    pool: Executor, function: Callable[[_T], _R], tasks: Iterable[_T], *, num_ahead: int
+) -> Iterator[_R]:
+    """The results in the order of the tasks, as `pool.map`, which takes all tasks at once; at most
+    `num_ahead` of these are taken before their results are.
+    """
+    ahead: deque[Future[_R]] = deque()
+    try:
+        for task in tasks:
+            ahead.append(pool.submit(function, task))
+            if len(ahead) == num_ahead:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 def follow_parent(*, grace_s: float) -> None:

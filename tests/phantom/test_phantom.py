@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from xrai.errors import UserError
-from xrai.phantom import Phantom, anatomy, draw_phantom, encode, make_phantoms, plan
+from xrai.errors import StoreError, UserError
+from xrai.phantom import Phantom, anatomy, draw_phantom, encode, folder, make_phantoms, plan
 from xrai.phantom import draw as phantom
 
 Film = npt.NDArray[np.floating]
@@ -246,6 +248,25 @@ def test_a_folder_that_holds_anything_else_is_refused_and_kept(
         make_phantoms(tmp_path, num_images=2, seed=5, workers=1)
     assert (tmp_path / foreign).read_text() == "mine\n"
     assert before.items() <= hashes(tmp_path).items()
+
+
+def test_no_more_phantoms_are_planned_than_are_drawn_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_planned = 0
+
+    def count(seed: int) -> Iterator[Phantom]:
+        nonlocal num_planned
+        for each in plan(seed):
+            num_planned += 1
+            yield each
+
+    monkeypatch.setattr(folder, "plan", count)
+    monkeypatch.setattr(folder, "_draw_files", Mock(side_effect=OSError(28, "No space left")))
+    monkeypatch.setattr(folder, "start_pool", lambda workers, _: ThreadPoolExecutor(workers))
+    with pytest.raises(StoreError, match="No space left"):
+        make_phantoms(tmp_path, num_images=5000, workers=2)
+    assert num_planned <= 100
 
 
 def test_a_link_inside_the_folder_is_not_followed(tmp_path: Path) -> None:

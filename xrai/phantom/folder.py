@@ -27,7 +27,7 @@ from xrai.phantom.anatomy import Array, Kind, Phantom, generator, plan
 from xrai.phantom.draw import draw_phantom
 from xrai.phantom.findings import FINDINGS, draw_labels, plan_findings
 from xrai.tables import to_csv
-from xrai.workers import start_pool
+from xrai.workers import map_ahead, start_pool
 
 TASKS: tuple[Task, ...] = get_args(Task)
 SUFFIXES = {"png": ".png", "jpeg": ".jpeg", "dicom": ".dcm"}
@@ -46,6 +46,7 @@ _FINDING_COLUMNS = ("path", "patient", *FINDINGS)  # with findings
 _DICOM_BITS = (12, 12, 14, 16)
 _CHEST_MM = 350.0  # an image's width, for the spacing of pixels
 _IMAGES_A_TASK = 8
+_TASKS_AHEAD = 4  # for each worker
 _logger = get_logger(__name__)
 
 
@@ -283,7 +284,7 @@ def make_phantoms(
                 bar.update(num_done)
         else:
             with start_pool(workers, multiprocessing.get_context("spawn")) as pool:
-                for num_done in pool.map(draw, tasks):
+                for num_done in map_ahead(pool, draw, tasks, num_ahead=_TASKS_AHEAD * workers):
                     bar.update(num_done)
         if folder.has_table:
             write_atomically(out / "labels.csv", folder.table())
