@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.dataset.small import write_dataset
 from tests.training import Finished, call_main, run_module
@@ -99,6 +100,12 @@ def test_several_splits_are_measured_at_once_with_the_files_and_numbers_of_train
             "predictions.csv",
             "report.html",
         }
+        config, trained_with = (
+            yaml.safe_load((where / "config.yaml").read_text()) for where in (folder, run)
+        )
+        assert config["images"] == trained_with["images"] and "model" not in config
+        assert config["evaluate"]["num_bootstrap"] == 50
+        assert [*config["train"]] == ["threads", "timeout_s"]
         page = (folder / "report.html").read_text()
         assert "evaluation report" in page and f"On the {split} split of" in page
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from tests.faults.buckets import moto_server, new_bucket, use_endpoint
@@ -189,16 +188,7 @@ def test_json_holds_the_same_rows_with_their_overlays_and_what_classified(
         "num_unreadable": 5,
     }
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert written == [
-        "config.yaml",
-        *filter(None, overlays),
-        "predictions.csv",
-        "predictions.json",
-    ]
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    assert (
-        config["images"] | {"size": 64, "fit": "crop", "max_pixels": MAX_PIXELS} == config["images"]
-    )
+    assert written == [*filter(None, overlays), "predictions.csv", "predictions.json"]
 
 
 def test_without_out_all_rows_are_printed_and_nothing_is_written(
@@ -412,7 +402,7 @@ def test_of_two_predictions_into_one_folder_the_second_is_refused_and_nothing_mi
     run_module("xrai.predict", f"--run={run}", f"--out={expected}", str(films))
     files = {path.name: path.read_bytes() for path in expected.rglob("*") if path.is_file()}
     assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
-    assert len(files) == 6
+    assert len(files) == 5
 
 
 @pytest.mark.parametrize(
@@ -470,7 +460,7 @@ def test_a_bucket_takes_table_and_overlays_and_gives_the_images(
         out = open_store(f"s3://{bucket}/out")
         keys = [entry.key for entry in out.list()]
         content = json.loads(out.read("predictions.json"))
-    assert keys == ["config.yaml", "overlays/00001-a.png", "predictions.csv", "predictions.json"]
+    assert keys == ["overlays/00001-a.png", "predictions.csv", "predictions.json"]
     assert [row["path"] for row in content["predictions"]] == [
         f"s3://{bucket}/films/a.png",
         f"{films}/empty.jpg",

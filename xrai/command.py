@@ -22,6 +22,7 @@ from xrai.config import (
     load_yaml,
     nearest,
     read_file,
+    takes,
 )
 from xrai.errors import ConfigError, StoppedError, UserError, XraiError
 from xrai.files import explaining_disk
@@ -105,7 +106,7 @@ def parse(
     wrong type, a value out of range, or a config file that cannot be read.
     """
     keys = {spec.name: spec for spec in all_keys()}
-    own = {name: spec for name, spec in keys.items() if _takes(command, name)}
+    own = {name: spec for name, spec in keys.items() if takes(command, name)}
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
     parsed, unknown = _parser(command, description, own, flags).parse_known_intermixed_args(
@@ -174,10 +175,6 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{' '.join(message.split())}; see {self.prog} --help")
 
 
-def _takes(command: str, name: str) -> bool:
-    return name in USES[command] or name.partition(".")[0] in USES[command]
-
-
 def _value(spec: KeySpec, text: str) -> Any:
     """What a flag's text means: what it would mean in YAML."""
     if spec.type in (int, float, bool):
@@ -242,7 +239,7 @@ def _refuse(argument: str, command: str, valid: Sequence[str]) -> NoReturn:
         name in {spec.name for spec in all_keys()}
         or not any(own.startswith(f"{section}.") for own in valid)
     ):
-        takers = ", ".join(word for word in USES if _takes(word, name))
+        takers = ", ".join(word for word in USES if takes(word, name))
         raise ConfigError(
             f"xrai {command} does not take --{name}: section {section} belongs to xrai {takers}"
         )

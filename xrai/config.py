@@ -41,6 +41,11 @@ USES = {
 }
 
 
+def takes(command: str, name: str) -> bool:
+    """Whether a command takes the key `name`, section.key, as a flag."""
+    return name in USES[command] or name.partition(".")[0] in USES[command]
+
+
 def _key(default: Any, meaning: str, interval: str = "") -> Any:
     """A key; `interval` says which numbers are allowed, such as "[1, 10]" or "(0, inf)"."""
     return field(default=default, metadata={"meaning": meaning, "interval": interval})
@@ -306,9 +311,20 @@ class Config:
         """Sections of plain values, as they stand in YAML and in dataset.json."""
         return dataclasses.asdict(self)
 
-    def to_yaml(self) -> str:
-        """The resolved config as YAML, all keys, in the order of declaration."""
-        return yaml.safe_dump(self.to_mapping(), sort_keys=False)
+    def to_yaml(self, *commands: str) -> str:
+        """The resolved config as YAML, in the order of declaration: all keys, or those that one of
+        these commands takes.
+        """
+        wanted = {
+            section: {
+                key: value
+                for key, value in keys.items()
+                if not commands or any(takes(each, f"{section}.{key}") for each in commands)
+            }
+            for section, keys in self.to_mapping().items()
+        }
+        kept = {section: keys for section, keys in wanted.items() if keys}
+        return yaml.safe_dump(kept, sort_keys=False)
 
 
 SECTIONS: dict[str, type] = get_type_hints(Config)

@@ -69,7 +69,7 @@ def main() -> None:
         measuring = Measuring(run, model.network, model.labels, outputs, num_bootstrap, known)
         config = config.shaped_by(loaders[0].index.config)
         for folder, loader, predictions in zip(folders, loaders, scored, strict=True):
-            run.write_text(f"{folder}/config.yaml", config.to_yaml())
+            run.write_text(f"{folder}/config.yaml", config.to_yaml("preprocess", "evaluate"))
             prior = given or (find_prior(model, outputs, predictions) if wanted else None)
             at_prior = move_outputs(outputs, model.priors, prior) if prior else outputs
             measured = replace(measuring, outputs=at_prior)

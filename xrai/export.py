@@ -20,7 +20,6 @@ from PIL import Image
 
 from xrai import __version__
 from xrai.command import RUN, Flag, parse, run_command
-from xrai.config import Config
 from xrai.errors import UserError
 from xrai.files import temporary_folder
 from xrai.ingest.images import decode
@@ -42,6 +41,7 @@ FILES = {"onnx": export.ONNX_FILE, "torch": export.TORCH_FILE}
 # Of the random images to check with, (n, H, W)
 SHAPES = ((1, 64, 64), (3, 130, 97), (2, 60, 200), (5, 256, 256), (1, 1000, 801))
 _REPORT = "export.json"  # written last
+_EARLIER = "config.yaml"  # earlier versions wrote it
 _NUM_PHANTOMS = 6
 _SEED = 20_261_123
 _logger = get_logger("xrai.export")
@@ -50,7 +50,7 @@ _logger = get_logger("xrai.export")
 def main() -> None:
     """Read the command line, write, check and store the files, and say how well they agree."""
     parsed = parse("export", description="Write a run for other programs.", flags=FLAGS)
-    config, flags, _ = parsed
+    flags = parsed.flags
     setup_logging()
     run = parsed.run
     formats = parse_formats(flags["formats"])
@@ -58,11 +58,11 @@ def main() -> None:
     is_runs = not flags["out"]  # export/ of the run is the run's
     with own_place(
         flags["out"] or f"{run}/export",
-        is_own=lambda key: is_runs or key in (*FILES.values(), "config.yaml", _REPORT),
+        is_own=lambda key: is_runs or key in (*FILES.values(), _EARLIER, _REPORT),
         is_mark=lambda out, key: is_runs or (key == _REPORT and b'"agreement"' in out.read(key)),
     ) as out:
         facts = describe_review(open_store(run))
-        lines = write_files(pipeline, out, formats, config=config, facts=facts)
+        lines = write_files(pipeline, out, formats, facts=facts)
     print("\n".join([*lines, export.NOTE]), flush=True)
 
 
@@ -77,12 +77,7 @@ def describe_review(run: Store) -> dict[str, Any]:
 
 
 def write_files(
-    pipeline: Pipeline,
-    out: Place,
-    formats: Sequence[str],
-    *,
-    config: Config,
-    facts: Mapping[str, Any],
+    pipeline: Pipeline, out: Place, formats: Sequence[str], *, facts: Mapping[str, Any]
 ) -> list[str]:
     """Write and check the files, whose metadata also state `facts`; lines that say how well they
     agree.
@@ -107,12 +102,11 @@ def write_files(
                 f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
         out.lease.confirm()
-        for name in (_REPORT, *FILES.values()):  # perhaps of another run
+        for name in (_REPORT, _EARLIER, *FILES.values()):  # perhaps of another run
             out.store.delete(name)
         for name in agreements:
             out.lease.confirm()
             out.store.upload(name, Path(folder) / name)
-    out.write("config.yaml", config.to_yaml().encode())
     content = {**metadata, "agreement": agreements, "beside_own_path": beside}
     out.write(_REPORT, to_json(content).encode())
     lines.append(

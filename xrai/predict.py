@@ -61,6 +61,7 @@ _SHOWN = 50  # rows that are printed if files hold all of them
 _SIDE = 512  # of the image in an overlay, pixels
 _NUM_DRAWING = 32  # overlays that wait to be drawn or stored, at most
 _TABLE, _JSON = "predictions.csv", "predictions.json"
+_EARLIER = "config.yaml"  # earlier versions wrote it
 _COLUMNS_OF_TWO = ("path", "probability", "threshold", "decision", "reason", "model")
 _COLUMNS = ("path", "decision", "reason", "model")  # of more classes or of findings, with theirs
 # Before the name of a class or finding, in a column's name
@@ -82,8 +83,7 @@ def main() -> None:
     refuse_inside(flags["out"], flags["paths"])
     pipeline = load_pipeline(*runs, prior=flags["prior"] or None)
     fitted = [fit_to_run(config.images, model, given=given) for model in pipeline.models]
-    images = min(fitted, key=lambda each: each.max_pixels)
-    pipeline.max_pixels = images.max_pixels
+    pipeline.max_pixels = min(images.max_pixels for images in fitted)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
         pipeline.num_threads = config.train.threads
@@ -96,7 +96,6 @@ def main() -> None:
             out.lease.confirm()
             remove_others(out.store, set(overlays.values()))
             write_table(out, rows, pipeline, overlays=overlays)
-            out.write("config.yaml", replace(config, images=images).to_yaml().encode())
         lines = format_table(rows, pipeline.model, out=out.store, num_overlays=len(overlays))
     print("\n".join(lines), flush=True)
     if not any(row.is_readable for row in rows):
@@ -413,7 +412,7 @@ def overlay_name(number: int, path: str) -> str:
 
 def is_own(key: str) -> bool:
     """Whether a key is one that this command writes."""
-    return key in (_TABLE, _JSON, "config.yaml") or _OVERLAY.fullmatch(key) is not None
+    return key in (_TABLE, _JSON, _EARLIER) or _OVERLAY.fullmatch(key) is not None
 
 
 def is_mark(out: Store, key: str) -> bool:
@@ -435,7 +434,10 @@ def is_mark(out: Store, key: str) -> bool:
 
 
 def remove_others(out: Store, names: set[str]) -> None:
-    """Remove the overlays of an earlier table, so none is mistaken for a row of this one."""
+    """Remove the overlays of an earlier table, so none is mistaken for a row of this one, and the
+    config of an earlier version.
+    """
+    out.delete(_EARLIER)
     for entry in list(out.list("overlays/")):
         if _OVERLAY.fullmatch(entry.key) and entry.key not in names:
             out.delete(entry.key)
