@@ -79,10 +79,36 @@ def test_a_run_is_fetched_without_its_checkpoints_or_with_them(
 def test_a_file_that_is_not_what_the_summary_lists_is_refused(
     artifacts: Path, tmp_path: Path, call: Call
 ) -> None:
+    common = ["whole", f"--artifacts={artifacts}", f"--out={tmp_path / 'out'}"]
+    assert call(*common)[0] == 0
+    fetched = tmp_path / "out/whole"
+    before = (fetched / "report.html").read_bytes()
+    (fetched / "model.pt").write_bytes(b"cut off")
     with (artifacts / "whole/report.html").open("a") as file:
         file.write("<!-- another -->")
-    status, _, said = call("whole", f"--artifacts={artifacts}", f"--out={tmp_path / 'out'}")
+    (fetched / "report.html").write_bytes(before[:100])
+    status, _, said = call(*common)
     assert status == 1 and "report.html is not what summary.json lists" in said
+    assert (fetched / "report.html").read_bytes() == before[:100]
+    assert (fetched / "model.pt").read_bytes() == (artifacts / "whole/model.pt").read_bytes()
+    assert not (fetched / "summary.json").exists() and not [*fetched.rglob(".*")]
+    (artifacts / "whole/report.html").write_bytes(before)
+    assert call(*common)[0] == 0 and (fetched / "summary.json").exists()
+
+
+def test_a_model_that_arrives_damaged_is_not_kept(
+    artifacts: Path, tmp_path: Path, call: Call
+) -> None:
+    (artifacts / "whole/model.pt").write_bytes(b"another")
+    status, _, said = call("whole", f"--artifacts={artifacts}", f"--out={tmp_path / 'out'}")
+    assert status == 1 and "model.pt is not what summary.json lists" in said
+    assert not (tmp_path / "out/whole/model.pt").exists()
+
+
+def test_a_run_is_not_fetched_into_its_own_folder(artifacts: Path, call: Call) -> None:
+    status, _, said = call("whole", f"--artifacts={artifacts}", f"--out={artifacts}/../submit")
+    assert status == 2 and "is the run itself: name another folder by --out" in said
+    assert (artifacts / "whole/summary.json").exists()
 
 
 @pytest.mark.parametrize(

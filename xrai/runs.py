@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xrai.command import Flag, parse, run_command
 from xrai.errors import CorruptError, RunError, UserError
-from xrai.files import sha256_of
+from xrai.files import explaining, sha256_of
 from xrai.log import counted, get_logger, progress, setup_logging
 from xrai.results.folder import HISTORY, SUMMARY, check_run_id
 from xrai.results.history import parse_history
@@ -67,25 +67,40 @@ def describe(store: Store) -> list[str]:
 def fetch(store: Store, folder: Path, *, with_checkpoints: bool = False) -> int:
     """Copy a run's files; how many. Files that are here already, with the right hash, stay.
 
-    Raises `RunError` where there is no run, `CorruptError` if a file is not what the summary lists.
+    The summary, by which the others are checked, comes last. Raises `RunError` where there is no
+    run, `UserError` where the folder is the run's own, `CorruptError` if a file is not what the
+    summary lists; that file is not kept.
     """
     keys = [entry.key for entry in store.list() if entry.key != LEASE_KEY]
     if not keys:
         raise RunError(f"there is no run at {store.uri}; xrai runs lists those there are")
+    place = store.local_path(SUMMARY)
+    if place is not None and place.parent.resolve() == folder.resolve():
+        raise UserError(f"{folder} is the run itself: name another folder by --out")
     hashes = _hashes(store)
     wanted = [key for key in keys if with_checkpoints or not key.startswith(_CHECKPOINTS)]
+    wanted.sort(key=lambda key: key == SUMMARY)
+    with explaining("written", str(folder)):
+        (folder / SUMMARY).unlink(missing_ok=True)
     with progress("fetch", total=len(wanted), unit="files") as bar:
         for key in wanted:
             path, expected = folder / key, hashes.get(key)
             if expected is None or not path.is_file() or sha256_of(path) != expected:
-                arrived = store.download(key, path)
-                if expected is not None and arrived != expected:
-                    raise CorruptError(
-                        f"{store.uri}/{key} is not what {SUMMARY} lists: its hash is "
-                        f"{arrived[:12]}…, not {expected[:12]}…"
-                    )
+                _fetch_one(store, key, path, sha256=expected)
             bar.update()
     return len(wanted)
+
+
+def _fetch_one(store: Store, key: str, path: Path, *, sha256: str | None) -> None:
+    part = path.with_name(f".{path.name}.part")
+    arrived = store.download(key, part)
+    if sha256 is not None and arrived != sha256:
+        part.unlink()
+        raise CorruptError(
+            f"{store.uri}/{key} is not what {SUMMARY} lists: its hash is {arrived[:12]}…, not "
+            f"{sha256[:12]}…"
+        )
+    part.replace(path)
 
 
 def _summary(store: Store) -> Summary | None:
