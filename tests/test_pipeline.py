@@ -485,5 +485,5 @@ def test_a_summary_that_states_no_hash_of_the_model_is_refused(
 ) -> None:
     shutil.copytree(run.folder, tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(summary)
-    with pytest.raises(RunError, match=r"summary.json does not state the hash of model.pt"):
+    with pytest.raises(RunError, match=r"summary.json does not state the hash(es)? of"):
         xrai.load(str(tmp_path / "run"))

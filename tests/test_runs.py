@@ -105,6 +105,18 @@ def test_a_model_that_arrives_damaged_is_not_kept(
     assert not (tmp_path / "out/whole/model.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", "{}", '{"files": 3}', '{"files": {"model.pt": 3}}']
+)
+def test_a_run_whose_summary_is_damaged_is_not_fetched(
+    text: str, artifacts: Path, tmp_path: Path, call: Call
+) -> None:
+    (artifacts / "whole/summary.json").write_text(text)
+    status, _, said = call("whole", f"--artifacts={artifacts}", f"--out={tmp_path / 'out'}")
+    assert status == 2 and "does not state the hashes of the run's files: it is damaged" in said
+    assert len(said.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 def test_a_run_is_not_fetched_into_its_own_folder(artifacts: Path, call: Call) -> None:
     status, _, said = call("whole", f"--artifacts={artifacts}", f"--out={artifacts}/../submit")
     assert status == 2 and "is the run itself: name another folder by --out" in said

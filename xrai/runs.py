@@ -14,9 +14,8 @@ from xrai.log import counted, get_logger, progress, setup_logging
 from xrai.results.folder import HISTORY, SUMMARY, check_run_id
 from xrai.results.history import parse_history
 from xrai.results.metrics import format_value
-from xrai.results.summary import Summary, read_summary, result_lines
+from xrai.results.summary import Summary, read_summary, result_lines, stated_hashes
 from xrai.store import LEASE_KEY, Store, open_store
-from xrai.tables import load_json
 
 FLAGS = (
     Flag("runs", [], "IDs of runs; none: list all", nargs="*"),
@@ -77,7 +76,7 @@ def fetch(store: Store, folder: Path, *, with_checkpoints: bool = False) -> int:
     place = store.local_path(SUMMARY)
     if place is not None and place.parent.resolve() == folder.resolve():
         raise UserError(f"{folder} is the run itself: name another folder by --out")
-    hashes = _hashes(store)
+    hashes = stated_hashes(store) or {}
     wanted = [key for key in keys if with_checkpoints or not key.startswith(_CHECKPOINTS)]
     wanted.sort(key=lambda key: key == SUMMARY)
     with explaining("written", str(folder)):
@@ -107,14 +106,6 @@ def _summary(store: Store) -> Summary | None:
     if store.size(SUMMARY) is None:
         return None
     return read_summary(store.read(SUMMARY), where=f"{store.uri}/{SUMMARY}")
-
-
-def _hashes(store: Store) -> dict[str, str]:
-    """The SHA-256 of each file of a finished run, as its summary lists them; else none."""
-    if store.size(SUMMARY) is None:
-        return {}
-    files = load_json(store.read(SUMMARY)).get("files", {})
-    return {str(name): str(digest) for name, digest in files.items()}
 
 
 def _state(store: Store) -> str:

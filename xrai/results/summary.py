@@ -195,22 +195,31 @@ def read_summary(data: bytes, *, where: str) -> Summary:
         raise RunError(f"{where} is not a summary of a run: {error}") from error
 
 
+def stated_hashes(store: Store) -> dict[str, str] | None:
+    """The SHA-256 that summary.json states of each file of the run; None if the run has no summary.
+
+    Raises `RunError` if the summary cannot be read.
+    """
+    if store.size(SUMMARY) is None:
+        return None
+    try:
+        files = load_json(store.read(SUMMARY))["files"]
+        return dict(from_plain(Mapping[str, str], files, "files"))
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(
+            f"{store.uri}/{SUMMARY} does not state the hashes of the run's files: it is damaged"
+        ) from error
+
+
 def stated_hash(store: Store, name: str) -> str | None:
     """The SHA-256 that summary.json states of a file of the run; None if the run has no summary.
 
     Raises `RunError` if the summary cannot be read or does not state it.
     """
-    if store.size(SUMMARY) is None:
-        return None
-    try:
-        sha256 = load_json(store.read(SUMMARY))["files"][name]
-        if isinstance(sha256, str):
-            return sha256
-        raise TypeError(f"{sha256!r} is no hash")
-    except (ValueError, LookupError, TypeError) as error:
-        raise RunError(
-            f"{store.uri}/{SUMMARY} does not state the hash of {name}: it is damaged"
-        ) from error
+    hashes = stated_hashes(store)
+    if hashes is not None and name not in hashes:
+        raise RunError(f"{store.uri}/{SUMMARY} does not state the hash of {name}: it is damaged")
+    return None if hashes is None else hashes[name]
 
 
 def _details(results: MainResults) -> dict[str, str]:
