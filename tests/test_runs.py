@@ -49,6 +49,21 @@ def test_all_runs_are_listed_with_their_state(artifacts: Path, call: Call) -> No
     assert re.fullmatch(r"whole  finished after 2 epochs: AUROC [\d.–]+ on (test|val)", whole)
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(artifacts: Path, call: Call) -> None:
+    for name in ("damaged", "earlier", "linked"):
+        shutil.copytree(artifacts / "half", artifacts / name)
+    (artifacts / "damaged/history.csv").write_text("epoch\nmany\n")
+    (artifacts / "earlier/summary.json").write_text('{"schema_version": 0}')
+    (artifacts / "linked/history.csv").unlink()
+    (artifacts / "linked/history.csv").symlink_to("/dev/null")
+    status, said, _ = call(f"--artifacts={artifacts}")
+    states = dict(line.split("  ", 1) for line in said.splitlines())
+    assert status == 0 and [*states] == ["damaged", "earlier", "half", "linked", "whole"]
+    assert "history.csv" in states["damaged"] and "history.csv" in states["linked"]
+    assert "schema version 0, this xrai reads version 1" in states["earlier"]
+    assert states["half"] == "not finished, 2 epochs done"
+
+
 def test_the_results_of_a_run_are_shown_as_its_training_showed_them(
     finished: Finished, artifacts: Path, call: Call
 ) -> None:

@@ -8,9 +8,9 @@ where they are unless `--checkpoints` asks for them.
 from pathlib import Path
 
 from xrai.command import Flag, parse, run_command
-from xrai.errors import CorruptError, RunError, UserError
+from xrai.errors import CorruptError, RunError, StoreError, UserError
 from xrai.files import explaining, sha256_of
-from xrai.log import counted, get_logger, progress, setup_logging
+from xrai.log import counted, get_logger, printable, progress, setup_logging
 from xrai.results.folder import HISTORY, SUMMARY, check_run_id
 from xrai.results.history import parse_history
 from xrai.results.metrics import format_value
@@ -47,13 +47,16 @@ def main() -> None:
 
 
 def list_runs(artifacts: str) -> list[str]:
-    """A line for each run, sorted by ID, with its state. Raises `RunError` where there is none."""
+    """A line for each run, sorted by ID, with its state, or why that cannot be read.
+
+    Raises `RunError` where there is no run.
+    """
     store = open_store(artifacts)
     keys = {entry.key for entry in store.list() if entry.key.count("/") == 1}
     names = sorted({key.partition("/")[0] for key in keys if key.endswith("/config.yaml")})
     if not names:
         raise RunError(f"there is no run at {store.uri}: --artifacts says where runs are")
-    return [f"{name}  {_state(open_store(f'{artifacts}/{name}'))}" for name in names]
+    return [f"{name}  {_state_or_fault(open_store(f'{artifacts}/{name}'))}" for name in names]
 
 
 def describe(store: Store) -> list[str]:
@@ -106,6 +109,13 @@ def _summary(store: Store) -> Summary | None:
     if store.size(SUMMARY) is None:
         return None
     return read_summary(store.read(SUMMARY), where=f"{store.uri}/{SUMMARY}")
+
+
+def _state_or_fault(store: Store) -> str:
+    try:
+        return _state(store)
+    except (RunError, StoreError) as error:
+        return printable(" ".join(str(error).split()))
 
 
 def _state(store: Store) -> str:
