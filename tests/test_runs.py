@@ -38,7 +38,7 @@ def artifacts(finished: Finished, tmp_path: Path) -> Path:
     (tmp_path / "submit/half/summary.json").unlink()
     (tmp_path / "submit/half" / LEASE_KEY).write_text("{}")
     (tmp_path / "submit/unrelated").mkdir()
-    (tmp_path / "submit/unrelated/notes.txt").touch()
+    (tmp_path / "submit/unrelated/config.yaml").touch()
     return tmp_path / "submit"
 
 
@@ -142,6 +142,7 @@ def test_a_run_is_not_fetched_into_its_own_folder(artifacts: Path, call: Call) -
     ("arguments", "words"),
     [
         (["none"], "there is no run at"),
+        (["unrelated"], "there is no run at"),
         (["none", "--out=o"], "there is no run at"),
         (["../x"], "is not allowed"),
         (["--out=o"], "--out needs the ID of a run"),

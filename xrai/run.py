@@ -33,7 +33,7 @@ from xrai.results.calibration import (
     softmax,
 )
 from xrai.results.environment import describe_environment
-from xrai.results.folder import HISTORY, SUMMARY, RunFolder
+from xrai.results.folder import ENVIRONMENT, HISTORY, SUMMARY, RunFolder
 from xrai.results.history import TAGS, EpochRow
 from xrai.results.metrics import HEADLINES, auroc
 from xrai.results.prior import shares_of
@@ -174,7 +174,7 @@ class Job:
             earlier = self.run.store.read(_CONFIG).decode()
             self.run.write_text(f"config-until-step-{step:09d}.yaml", earlier)
         self.run.write_text(_CONFIG, self.config.to_yaml())
-        self.run.write_json("environment.json", self._environment())
+        self.run.write_json(ENVIRONMENT, self._environment())
         entry, state = found or (None, None)
         if entry is None:
             self.run.resume_at(epoch=0, step=0)

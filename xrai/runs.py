@@ -11,7 +11,7 @@ from xrai.command import Flag, parse, run_command
 from xrai.errors import CorruptError, RunError, StoreError, UserError
 from xrai.files import explaining, sha256_of
 from xrai.log import counted, get_logger, printable, progress, setup_logging
-from xrai.results.folder import HISTORY, SUMMARY, check_run_id
+from xrai.results.folder import ENVIRONMENT, HISTORY, SUMMARY, check_run_id
 from xrai.results.history import parse_history
 from xrai.results.metrics import format_value
 from xrai.results.summary import Summary, read_summary, result_lines, stated_hashes
@@ -24,6 +24,7 @@ FLAGS = (
     Flag("checkpoints", False, "copy checkpoints, too", type=bool),
 )
 _CHECKPOINTS = "checkpoints/"
+_MARK = f"/{ENVIRONMENT}"  # in the folder of a run, from its start on
 _logger = get_logger("xrai.runs")
 
 
@@ -53,7 +54,7 @@ def list_runs(artifacts: str) -> list[str]:
     """
     store = open_store(artifacts)
     keys = {entry.key for entry in store.list() if entry.key.count("/") == 1}
-    names = sorted({key.partition("/")[0] for key in keys if key.endswith("/config.yaml")})
+    names = sorted(key.removesuffix(_MARK) for key in keys if key.endswith(_MARK))
     if not names:
         raise RunError(f"there is no run at {store.uri}: --artifacts says where runs are")
     return [f"{name}  {_state_or_fault(open_store(f'{artifacts}/{name}'))}" for name in names]
@@ -128,7 +129,7 @@ def _state(store: Store) -> str:
     if store.size(HISTORY) is not None:
         rows = parse_history(store.read(HISTORY), where=f"{store.uri}/{HISTORY}")
         return f"not finished, {counted(len(rows), 'epoch')} done"
-    if store.size("config.yaml") is None:
+    if store.size(ENVIRONMENT) is None:
         raise RunError(f"there is no run at {store.uri}; xrai runs lists those there are")
     return "not finished, in its first epoch"
 

@@ -43,6 +43,7 @@ from xrai.tables import to_csv, to_json
 SUMMARY = "summary.json"
 EVENTS = "tensorboard"
 HISTORY = "history.csv"
+ENVIRONMENT = "environment.json"  # written when a training starts, and by nothing else
 
 _FETCHED_WHEN_NEEDED = ("checkpoints/",)  # large; learning fetches the one that it needs
 _FINISH_ATTEMPTS = 4
