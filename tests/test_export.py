@@ -321,7 +321,7 @@ def test_what_cannot_be_exported_is_refused_before_any_work(
 
 
 def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
-    run: Path, graph: bytes, tmp_path: Path
+    run: Path, graph: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     call("--run", run, "--out", out, "--formats=torch")
@@ -330,6 +330,9 @@ def test_the_files_of_another_run_do_not_stay_beside_those_of_this_one(
     call("--run", run, "--out", out, "--formats=torch")
     assert sorted(path.name for path in out.iterdir()) == ["export.json", "model.pt2"]
     assert (out / "model.pt2").read_bytes() == graph
+    (line,) = [text for text in caplog.messages if "removing" in text]
+    assert line.startswith(f"removing {out}/model.onnx of an earlier export")
+    assert line.endswith("--formats=onnx,torch writes both")
 
 
 @pytest.mark.parametrize("is_named", [pytest.param(False, marks=pytest.mark.ci), True])

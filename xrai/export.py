@@ -102,7 +102,11 @@ def write_files(
                 f"{agreement.num_shapes} shapes ({export.TOLERANCE:.0e} is allowed)"
             )
         out.lease.confirm()
-        for name in (_REPORT, _EARLIER, *FILES.values()):  # perhaps of another run
+        for name in FILES.values():
+            if name not in agreements and out.store.size(name) is not None:
+                where = f"{out.store.uri}/{name} of an earlier export, perhaps of another model"
+                _logger.warning("removing %s; --formats=onnx,torch writes both", where)
+        for name in (_REPORT, _EARLIER, *FILES.values()):
             out.store.delete(name)
         for name in agreements:
             out.lease.confirm()
