@@ -59,6 +59,10 @@ def test_what_was_given_is_remembered_even_where_it_equals_the_default(tmp_path:
         ),
         ("--epochs=3", "did you mean --train.epochs?"),
         ("--zzz", "unknown option --zzz of xrai train; --help lists what is allowed"),
+        ("--train.epochs=", "train.epochs = '' is not allowed: it takes a whole number"),
+        ("--train.epochs=2020-01-01", "train.epochs = '2020-01-01' is not allowed"),
+        ("--train.epochs=3.5", "train.epochs = 3.5 is not allowed"),
+        ("--train.compile=~", "train.compile = '~' is not allowed: it takes true or false"),
         (
             "--train.epochs=x",
             "train.epochs = 'x' is not allowed: it takes a whole number at least 1 and at most "
@@ -67,7 +71,7 @@ def test_what_was_given_is_remembered_even_where_it_equals_the_default(tmp_path:
         ("--train.epochs=0", "train.epochs = 0 is not allowed"),
         ("--train.epochs=100001", "train.epochs = 100001 is not allowed"),
         ("--train.epochs=1.5", "train.epochs = 1.5 is not allowed"),
-        ("--train.epochs=true", "train.epochs = True is not allowed"),
+        ("--train.epochs=true", "train.epochs = 'true' is not allowed"),
         ("--train.epoch", "did you mean --train.epochs?"),
         ("--train.precision=half", "it takes one of auto, bf16, fp16, off, fp64"),
         ("--optim.lr=0", "it takes a number above 0 and at most 100"),

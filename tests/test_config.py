@@ -43,6 +43,30 @@ def test_yaml_off_and_numbers_as_text_are_understood(tmp_path: Path) -> None:
     assert config.train.precision == "off" and config.optim.lr == 0.003
 
 
+def test_numbers_are_decimal_and_nothing_else_is_a_number(tmp_path: Path) -> None:
+    text = (
+        "train: {epochs: 1_000, seed: 0, profile: 5:20, max_minutes: 010}\n"
+        "optim: {lr: 1.5e-3, weight_decay: .5}\nlabels: {names: 010}"
+    )
+    config = read("--config", write(tmp_path / "c.yaml", text))
+    train, optim = config.train, config.optim
+    assert (train.epochs, train.seed, train.max_minutes) == (1000, 0, 10.0)
+    assert (train.profile, config.labels.names) == ("5:20", "010")
+    assert (optim.lr, optim.weight_decay) == (0.0015, 0.5)
+    assert read("--config", write(tmp_path / "d.yaml", config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epochs", "010"), ("epochs", "0x10"), ("epochs", "1:30"), ("max_minutes", "1:30.5")],
+)
+def test_octal_hexadecimal_and_base_60_are_refused(key: str, value: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", f"train: {{{key}: {value}}}")
+    for given in (f"--train.{key}={value}", f"--config={file}"):
+        with pytest.raises(ConfigError, match=f"train.{key} = '{value}'.* is not allowed"):
+            read(given)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -176,10 +176,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def _value(spec: KeySpec, text: str) -> Any:
-    """What a flag's text means: what it would mean in YAML."""
-    if spec.type in (int, float, bool):
-        with suppress(ConfigError):
-            return load_yaml(os.fsencode(text), where=spec.name)
+    """What a flag's text means: the number or truth value that it would be in YAML, else itself."""
+    kinds = {int: (int, float), float: (int, float), bool: (bool,)}.get(spec.type, ())
+    with suppress(ConfigError):
+        value = load_yaml(os.fsencode(text), where=spec.name) if kinds else text
+        if type(value) in kinds:
+            return value
     return text
 
 

@@ -8,6 +8,7 @@ config.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -490,8 +491,25 @@ _MAX_DEPTH = 20
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
+# What is read as a number: decimal alone, where YAML 1.1 reads 010 as 8 and 1:30 as 90
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*)\Z"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may not stand twice, and a few aliases cannot mean millions of nodes."""
+    """YAML with decimal numbers alone, in which a key may not stand twice, and a few aliases cannot
+    mean millions of nodes.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012, the name and type are PyYAML's
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
