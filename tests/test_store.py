@@ -224,6 +224,7 @@ def _read_in_child(store: Store) -> None:
     [
         ("/data/set/", "/data/set"),
         ("/data/./x/../set", "/data/set"),
+        ("/data/s3:/set", "/data/s3:/set"),
         ("file:///data/my%20set", "/data/my set"),
         ("s3://bucket/prefix/", "s3://bucket/prefix"),
         ("s3://bucket", "s3://bucket"),
@@ -242,7 +243,11 @@ def test_a_relative_address_is_below_the_working_folder(
 
 
 @pytest.mark.parametrize(
-    "address", ["", "s3://", "s3:///key", "s3://b ad/key", "gs://bucket/x", "file://host/x"]
+    "address",
+    [
+        *("", "s3://", "s3:///key", "s3://b ad/key", "gs://bucket/x", "file://host/x"),
+        *("s3:/bucket/x", "s3:bucket", "S3:", "file:/data", "file:data"),
+    ],
 )
 def test_what_is_no_address_is_the_users_mistake(address: str) -> None:
     with pytest.raises(UserError, match="s3://bucket/prefix"):

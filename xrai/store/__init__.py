@@ -48,6 +48,7 @@ _BUCKET = re.compile(
     r"([A-Za-z0-9][A-Za-z0-9._-]{1,62}"
     r"|arn:aws[a-z-]*:s3:[a-z0-9-]+:[0-9]{12}:accesspoint[:/][a-z0-9][a-z0-9-]{1,48}[a-z0-9])(?:/|\Z)"
 )
+_SLASHLESS = re.compile(r"(?:s3|file):", re.IGNORECASE)  # of an address without ://
 _ALLOWED = "give a folder, file:///folder or s3://bucket/prefix"
 
 
@@ -58,7 +59,8 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
     For a bucket, `timeout_s` is how long one request may take to be answered, and `retry_s` how
     long a failing one is repeated: a call ends within `retry_s + 2 timeout_s` (to connect, and to
     be answered) of the last 256 KiB that arrived. Defaults: XRAI_S3_TIMEOUT_S and XRAI_S3_RETRY_S,
-    else 20 and 120 s. Raises `StoreAccessError` for any other address.
+    else 20 and 120 s. Raises `StoreAccessError` for any other address; a folder called `s3:` is
+    `./s3:`.
     """
     try:
         uri.encode()
@@ -88,7 +90,7 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
         )
     if scheme == "file":
         return FolderStore(folder_of(uri))
-    if scheme or not uri:
+    if scheme or not uri or _SLASHLESS.match(uri):
         raise StoreAccessError(f"{masked(uri)!r} is not an address of a store; {_ALLOWED}")
     return FolderStore(Path(uri))
 
