@@ -22,8 +22,10 @@ import pytest
 from PIL import Image
 
 from xrai.errors import StoreError, UserError
+from xrai.labels import Task
 from xrai.phantom import Phantom, anatomy, draw_phantom, encode, folder, make_phantoms, plan
 from xrai.phantom import draw as phantom
+from xrai.phantom.folder import LEAST
 
 Film = npt.NDArray[np.floating]
 SEED = 11
@@ -284,7 +286,9 @@ def test_a_link_inside_the_folder_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_images": 1}, "--num-images 1: at least 2"),
+        ({"num_images": 1}, "--num-images 1: at least 2 are needed, so that each class has one"),
+        ({"num_images": 3, "task": "multiclass"}, "--num-images 3: at least 4 are needed, so that"),
+        ({"num_images": 1, "task": "multilabel"}, "--num-images 1: at least 2 are needed (default"),
         ({"seed": -3}, "--seed -3: must be 0 or more"),
         ({"workers": -1}, "--workers -1"),
         ({"image_format": "gif"}, "--format gif: must be one of png, jpeg, dicom"),
@@ -297,6 +301,14 @@ def test_a_value_out_of_range_is_refused_before_anything_is_made(
     with pytest.raises(UserError, match=re.escape(message)):
         make_phantoms(tmp_path / "out", **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_the_fewest_images_show_every_class(tmp_path: Path, task: Task) -> None:
+    make_phantoms(tmp_path, num_images=LEAST[task], task=task, workers=1)
+    folders = [*(tmp_path / "train").iterdir()]
+    assert len(folders) == (2 if task == "binary" else 3)
+    assert all(any(folder.iterdir()) for folder in folders)
 
 
 def test_a_destination_below_a_file_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xrai.command import Parser, run_command
 from xrai.log import setup_logging
-from xrai.phantom.folder import SUFFIXES, TASKS, make_phantoms
+from xrai.phantom.folder import LEAST, SUFFIXES, TASKS, make_phantoms
 
 
 def main() -> None:
@@ -19,7 +19,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder: new, empty or of phantoms")
-    add("--num-images", type=int, default=600, metavar="N", help="how many images, at least 2")
+    least = f"at least {LEAST['binary']}, of three classes {LEAST['multiclass']}"
+    add("--num-images", type=int, default=600, metavar="N", help=f"how many images, {least}")
     add(
         "--task",
         choices=TASKS,

@@ -30,6 +30,8 @@ from xrai.tables import to_csv
 from xrai.workers import map_ahead, start_pool
 
 TASKS: tuple[Task, ...] = get_args(Task)
+# Images that are needed; with fewer, a class of `plan` would have none
+LEAST: Mapping[Task, int] = {"binary": 2, "multiclass": 4, "multilabel": 2}
 SUFFIXES = {"png": ".png", "jpeg": ".jpeg", "dicom": ".dcm"}
 
 _README_TITLE = "xrai chest phantoms, version 1"
@@ -296,10 +298,10 @@ def _check(folder: _Folder, workers: int) -> None:
     """Raise `UserError` for a value out of range."""
     if folder.task not in TASKS:
         raise UserError(f"--task {folder.task}: must be one of {', '.join(TASKS)}")
-    if folder.num_images < 2:
+    if folder.num_images < (least := LEAST[folder.task]):
+        each = "" if folder.task == "multilabel" else ", so that each class has one"
         raise UserError(
-            f"--num-images {folder.num_images}: at least 2 are needed, one of each class "
-            "(default: 600)"
+            f"--num-images {folder.num_images}: at least {least} are needed{each} (default: 600)"
         )
     if min(folder.seed, workers) < 0:
         name, value = ("seed", folder.seed) if folder.seed < 0 else ("workers", workers)
