@@ -50,6 +50,13 @@ COLOURS = """() => {
   }
   return num;
 }"""
+SET_WINDOW_AND_OPEN = """() => new Promise((done) => {
+  const width = document.getElementById("window-width");
+  width.value = 100;
+  width.dispatchEvent(new Event("input"));
+  setTimeout(() => { document.querySelectorAll(".row")[1].click(); done(); }, 100);
+})"""
+AFTER_400_MS = "() => new Promise((done) => setTimeout(done, 400))"  # later timers than the page's
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
 
 
@@ -294,6 +301,23 @@ def test_a_reload_keeps_filters_film_window_zoom_heat_map_and_prevalence(ward: W
     expect(page.locator("#film")).to_be_hidden()
 
 
+def test_the_window_of_a_film_is_not_kept_for_the_next_one(ward: Ward) -> None:
+    page = filled(ward, 2, "/?review=no").page
+    open_first(ward)
+    held: list[Route] = []
+    second = page.locator(".row").nth(1)
+    address = f"**/v1/films/{second.get_attribute('data-id')}/image"
+    page.route(address, lambda route: held.append(route))
+    page.evaluate(SET_WINDOW_AND_OPEN)
+    page.evaluate(AFTER_400_MS)
+    name = page.locator("#film-name").inner_text()
+    assert name == ward.names()[1]
+    page.unroute(address)
+    page.reload()
+    expect(page.locator("#film-name")).to_have_text(name)
+    expect(page.locator("#stage-words")).to_contain_text("W 256")
+
+
 def test_a_film_that_another_sends_appears_and_a_deleted_one_goes(ward: Ward) -> None:
     page = filled(ward, 1).page
     ward.send("late.png", films(3)[2][1])
@@ -400,6 +424,34 @@ def test_the_heat_map_lies_over_the_film_only_while_it_is_on(ward: Ward) -> None
     page.keyboard.press("h")
     expect(page.locator("#stage-heat")).to_be_empty()
     assert colours() == 0
+
+
+def test_the_heat_map_of_another_finding_goes_before_the_next_one_comes(
+    ward: Ward, tmp_path: Path
+) -> None:
+    service = make_service(save_random_run(tmp_path, LabelSpec("multilabel", ("Mass", "Nodule"))))
+    with serve(service) as address:
+        page = opened(Ward(ward.page, address), "one.png", films(1)[0][1]).page
+        page.click("#outputs label:has-text('Mass')")
+        page.keyboard.press("h")
+        expect(page.locator("#stage-heat")).to_contain_text("Heat map of Mass")
+        held: list[Route] = []
+        page.route("**/heat.png?of=Nodule", lambda route: held.append(route))
+        page.click("#outputs label:has-text('Nodule')")
+        expect(page.locator("#stage-heat")).to_be_empty()
+        at(ward, 0, 0)  # after the next frame
+        assert page.evaluate(COLOURS) == 0
+        held[0].fulfill(status=500, body="{}")
+        expect(page.locator("#stage-heat")).not_to_be_empty()
+        assert page.evaluate(COLOURS) == 0
+        page.click("#outputs label:has-text('Mass')")
+        page.click("#outputs label:has-text('Nodule')")
+        page.click("#outputs label:has-text('Mass')")
+        expect(page.locator("#stage-heat")).to_contain_text("Heat map of Mass")
+        with page.expect_response("**/heat.png?of=Nodule"):
+            held[1].continue_()
+        at(ward, 0, 0)
+        expect(page.locator("#stage-heat")).to_contain_text("Heat map of Mass")
 
 
 def test_a_dicom_film_of_12_bits_opens_in_its_own_window_and_shows_what_8_bits_lose(

@@ -129,6 +129,7 @@ class Ward {
     const isNew = !this.open;
     if (this.open?.id === film.id) return;
     this.open = film;
+    clearTimeout(this.keepTimer);
     const kept = settings.view?.film === film.id ? settings.view : null;
     document.body.classList.add("is-open");
     find("film").hidden = false;
@@ -233,8 +234,9 @@ class Ward {
       find(`${id}-value`).textContent = number(value);
     }
     clearTimeout(this.keepTimer);
+    const film = this.open;
     this.keepTimer = setTimeout(() => {
-      if (this.open) keep({ view: { film: this.open.id, ...viewer.kept } });
+      if (this.open === film) keep({ view: { film: film.id, ...viewer.kept } });
     }, 200);
   }
 
@@ -304,10 +306,8 @@ class Ward {
     const name = this.reading.chosen;
     const isStill = () => this.open === film && settings.heat && this.reading.chosen === name;
     find("stage-heat").textContent = "";
-    if (!settings.heat) {
-      this.viewer.setHeat(null);
-      return;
-    }
+    this.viewer.setHeat(null);
+    if (!settings.heat) return;
     try {
       const heat = await loadHeat(film, name);
       if (!isStill()) return;
