@@ -192,6 +192,43 @@ def test_a_busy_server_is_asked_again_when_it_says_and_a_refused_file_says_why(w
     expect(ward.page.locator("#uploads")).to_be_hidden()
 
 
+@pytest.mark.parametrize("status", [401, 408])
+def test_an_upload_after_the_sessions_end_or_too_slow_is_sent_again(
+    ward: Ward, status: int
+) -> None:
+    posts: list[Route] = []
+
+    def answer(route: Route) -> None:
+        if route.request.method == "POST":
+            posts.append(route)
+        if len(posts) == 1 and route.request.method == "POST":
+            route.fulfill(status=status, headers={"Retry-After": "1"}, body="{}")
+        else:
+            route.continue_()
+
+    ward.page.route("**/v1/films", answer)
+    ward.open()
+    ward.page.set_input_files("#files", files(films(0)))
+    expect(ward.page.locator(".row")).to_have_count(1)
+    assert len(posts) == 2
+
+
+@pytest.mark.parametrize("body", ["<p>Welcome to the network", "{}"])
+def test_an_answer_of_another_server_fails_the_upload_with_a_reason(ward: Ward, body: str) -> None:
+    def answer(route: Route) -> None:
+        if route.request.method == "POST":
+            route.fulfill(status=200, body=body)
+        else:
+            route.continue_()
+
+    ward.page.route("**/v1/films", answer)
+    ward.open()
+    ward.page.set_input_files("#files", files(films(0)))
+    row = ward.page.locator("#uploads-files .failed")
+    expect(row).to_contain_text("not from an xrai server")
+    expect(row.locator("button")).to_be_visible()
+
+
 def test_at_most_three_files_are_sent_at_once(ward: Ward) -> None:
     waiting: list[Route] = []
     ward.page.route(
@@ -332,6 +369,45 @@ def test_a_film_that_another_sends_appears_and_a_deleted_one_goes(ward: Ward) ->
     expect(page.locator(".row")).to_have_count(2)
     assert "late.png" not in [film["name"] for film in ward.films()]
     expect(page.locator("#film-name")).not_to_have_text("late.png")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(500, "could not be deleted"), (401, "session has ended")]
+)
+def test_a_failed_delete_is_shown(ward: Ward, status: int, words: str) -> None:
+    page = opened(ward).page
+    page.route("**/v1/films/*", lambda route: route.fulfill(status=status, body="{}"))
+    page.click("#delete")
+    page.click("#confirm button[value=yes]")
+    expect(page.locator("#delete-failed")).to_contain_text(words)
+    expect(page.locator("#delete-failed")).to_be_visible()
+
+
+def test_a_film_that_another_deleted_counts_as_deleted(ward: Ward) -> None:
+    page = opened(ward).page
+    page.click("#delete")
+    page.request.delete(f"{ward.url}/v1/films/{ward.films()[0]['id']}")
+    page.click("#confirm button[value=yes]")
+    expect(page.locator("#empty")).to_be_visible()
+    expect(page.locator("#film")).to_be_hidden()
+    expect(page.locator("#live")).to_have_text("Film deleted")
+
+
+def test_a_film_whose_image_failed_opens_with_another_click(ward: Ward) -> None:
+    ward.send("halves.png", halves())
+    ward.open()
+    ward.page.route("**/image", lambda route: route.fulfill(status=500, body="{}"), times=1)
+    ward.page.locator(".row").click()
+    expect(ward.page.locator("#stage-message")).to_contain_text("500")
+    open_first(ward)
+
+
+def test_the_page_comes_up_although_the_first_request_for_the_model_failed(ward: Ward) -> None:
+    ward.page.route("**/v1/model", lambda route: route.fulfill(status=503, body="{}"), times=1)
+    ward.page.goto(ward.url)
+    expect(ward.page.locator("#offline")).to_be_visible()
+    expect(ward.page.locator("#empty")).to_be_visible()
+    expect(ward.page.locator("#offline")).to_be_hidden()
 
 
 def test_the_list_is_there_as_csv(ward: Ward) -> None:

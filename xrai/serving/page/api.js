@@ -3,6 +3,8 @@
 import { readPng } from "./png.js";
 import { reasonWords, say } from "./words.js";
 
+const TRY_LATER = new Set([401, 408, 429, 503]); // an upload; after 401, once signed in again
+
 // The model: {run, outputs, numImages, split, isPhantom, trainedOn}
 export async function fetchModel() {
   return toModel(await (await ask("/v1/model")).json());
@@ -23,8 +25,13 @@ export async function fetchFilms() {
 let tag = "";
 let lastText = "";
 
+// A film that is not there any more counts as deleted
 export async function deleteFilm(film) {
-  await ask(film.addresses.film, { method: "DELETE" });
+  try {
+    await ask(film.addresses.film, { method: "DELETE" });
+  } catch (error) {
+    if (!error.isGone) throw error;
+  }
 }
 
 export async function loadImage(film) {
@@ -49,8 +56,8 @@ async function ask(address, options = {}) {
   const answer = await fetch(address, { credentials: "same-origin", ...options });
   if (answer.ok || answer.status === 304) return answer;
   const error = new Error(await reasonOf(answer.status, await answer.text()));
-  error.isLogin = answer.status === 401;
-  throw error;
+  const isLogin = answer.status === 401;
+  throw Object.assign(error, { isAnswer: true, isLogin, isGone: answer.status === 404 });
 }
 
 // Sends one file. Returns {films, refused}, where `refused` has {name, reason} for each refused
@@ -73,16 +80,23 @@ export function upload(file, onProgress) {
 
 function answerOf(request) {
   const { status, responseText } = request;
-  if (status >= 200 && status < 300) {
-    const { films, refused = [] } = JSON.parse(responseText);
+  if (status >= 200 && status < 300) return filmsOf(responseText);
+  const reason = reasonOf(status, responseText);
+  if (TRY_LATER.has(status)) {
+    const seconds = Number(request.getResponseHeader("Retry-After") ?? 5);
+    return { reason, retryAfterS: Number.isFinite(seconds) ? seconds : 5 };
+  }
+  return { reason, isFinal: status >= 400 && status < 500 };
+}
+
+function filmsOf(text) {
+  try {
+    const { films, refused = [] } = JSON.parse(text);
     const inWords = refused.map(({ name, reason }) => ({ name, reason: reasonWords(reason).text }));
     return { films: films.map(toFilm), refused: inWords };
+  } catch {
+    return { reason: say("upload_unknown") }; // from a proxy, say
   }
-  const reason = reasonOf(status, responseText);
-  if (status >= 400 && status < 500 && status !== 429) return { reason, isFinal: true };
-  if (status !== 429 && status !== 503) return { reason };
-  const seconds = Number(request.getResponseHeader("Retry-After"));
-  return { reason, retryAfterS: Number.isFinite(seconds) ? seconds : 5 };
 }
 
 function reasonOf(status, text) {

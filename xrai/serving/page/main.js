@@ -29,6 +29,7 @@ class Ward {
     this.answered = 0; // when the list last arrived, as Date.now gives it
     this.unshown = null; // a list that arrived, but not the model that scored its films
     this.open = null; // the film shown next to the list
+    this.hasFailed = false; // whether its image could not be loaded
     const { film, ...filters } = readAddress();
     this.wanted = film; // the film in the address, until the list has arrived
     this.viewer = new Viewer(find("canvas"), () => this.viewChanged());
@@ -83,9 +84,7 @@ class Ward {
       }
       find("offline").hidden = true;
     } catch (error) {
-      find("offline").textContent = error.isLogin ? say("login_ended") : say("offline");
-      find("offline").hidden = false;
-      if (error.isLogin) location.reload();
+      showOffline(error);
     }
     this.isAsking = false;
     this.answered = Date.now();
@@ -127,8 +126,9 @@ class Ward {
 
   async openFilm(film, isStep) {
     const isNew = !this.open;
-    if (this.open?.id === film.id) return;
+    if (this.open?.id === film.id && !this.hasFailed) return;
     this.open = film;
+    this.hasFailed = false;
     clearTimeout(this.keepTimer);
     const kept = settings.view?.film === film.id ? settings.view : null;
     document.body.classList.add("is-open");
@@ -143,6 +143,7 @@ class Ward {
     this.viewer.close();
     find("stage-heat").textContent = "";
     find("delete").disabled = false;
+    find("delete-failed").hidden = true;
     find("image-controls").hidden = !film.hasImage;
     for (const tool of find("tools").children) tool.disabled = !film.hasImage;
     if (!film.hasImage) {
@@ -161,7 +162,9 @@ class Ward {
       const next = this.list.shown[this.list.place + 1];
       if (this.open === film && next?.hasImage) fetchAhead(next);
     } catch (error) {
-      if (this.open === film) this.showMessage(say("film_failed", { reason: error.message }));
+      if (this.open !== film) return;
+      this.hasFailed = true;
+      this.showMessage(say("film_failed", { reason: error.message }));
     }
   }
 
@@ -200,17 +203,20 @@ class Ward {
     if (!film) return;
     find("confirm-name").textContent = film.name;
     if ((await ask(find("confirm"))) !== "yes") return;
+    const { shown, place } = this.list;
+    const next = shown[place + 1] ?? shown[place - 1];
+    find("delete-failed").hidden = true;
     try {
       await deleteFilm(film);
-    } catch {
-      announce(say("offline"));
+    } catch (error) {
+      if (this.open === film) showDeleteFailed(error);
       return;
     }
     announce(say("deleted"));
-    const { shown, place } = this.list;
-    const next = shown[place + 1] ?? shown[place - 1];
-    if (next) this.list.select(next.id);
-    else this.closeFilm();
+    if (this.open === film) {
+      if (next) this.list.select(next.id);
+      else this.closeFilm();
+    }
     await this.poll();
   }
 
@@ -416,6 +422,20 @@ function setTheme(theme) {
   document.cookie = `xrai_theme=${theme}; path=/; max-age=31536000; samesite=strict`;
 }
 
+// Says that the list cannot be asked for; after the session's end, a reload leads to the login
+function showOffline(error) {
+  find("offline").textContent = error.isLogin ? say("login_ended") : say("offline");
+  find("offline").hidden = false;
+  if (error.isLogin) location.reload();
+}
+
+function showDeleteFailed(error) {
+  const reason = error.isAnswer ? error.message : say("upload_lost");
+  const words = error.isLogin ? say("login_ended") : say("delete_failed", { reason });
+  find("delete-failed").textContent = words;
+  find("delete-failed").hidden = false;
+}
+
 // What a person answers in a dialog
 function ask(dialog) {
   dialog.returnValue = "";
@@ -425,5 +445,17 @@ function ask(dialog) {
   });
 }
 
-const ward = new Ward(await fetchModel());
+// The model, asked for until the server gives it
+async function firstModel() {
+  for (;;) {
+    try {
+      return await fetchModel();
+    } catch (error) {
+      showOffline(error);
+    }
+    await new Promise((done) => setTimeout(done, POLL_MS));
+  }
+}
+
+const ward = new Ward(await firstModel());
 await ward.poll();
