@@ -36,6 +36,19 @@ DROP = """async (files) => {
     document.body.dispatchEvent(event);
   }
 }"""
+DROP_OF_A_FOLDER = """() => {
+  const file = (name, read) => ({ isFile: true, name, file: read });
+  DataTransferItem.prototype.webkitGetAsEntry = function () {
+    const given = this.getAsFile();
+    let rest = [
+      file(".DS_Store", (done) => done(new File(["?"], ".DS_Store"))),
+      file("locked.png", (_, fail) => fail(new DOMException("no", "NotReadableError"))),
+      file(given.name, (done) => done(given)),
+    ];
+    const readEntries = (done) => { const some = rest; rest = []; done(some); };
+    return { isFile: false, name: "films", createReader: () => ({ readEntries }) };
+  };
+}"""
 GREY = """([x, y]) => {
   const canvas = document.getElementById("canvas");
   const { data } = canvas.getContext("2d").getImageData(x, y, 1, 1);
@@ -140,6 +153,17 @@ def test_dropped_films_are_listed_with_review_first_and_then_by_score(ward: Ward
     assert ranks == sorted(ranks)
     assert listed[0]["name"] == "noise.png"
     assert ward.page.locator("#live").inner_text() == "6 films added"
+
+
+def test_a_dropped_folder_leaves_out_hidden_files_and_lists_what_cannot_be_read(ward: Ward) -> None:
+    ward.open()
+    ward.page.evaluate(DROP_OF_A_FOLDER)
+    given = [(name, base64.b64encode(data).decode()) for name, data in films(0)]
+    ward.page.evaluate(DROP, given)
+    expect(ward.page.locator(".row")).to_have_count(1)
+    expect(ward.page.locator("#uploads-files .failed")).to_have_count(1)
+    expect(ward.page.locator("#uploads-files .failed")).to_contain_text("locked.png")
+    expect(ward.page.locator("#uploads-files .failed")).to_contain_text("could not read it")
 
 
 def test_a_zip_gives_a_row_for_each_film_and_a_file_that_is_none_a_row_with_its_reason(

@@ -383,7 +383,8 @@ class Ward {
       if (!hasFiles(event)) return;
       event.preventDefault();
       find("drop").hidden = true;
-      this.addFiles(await droppedFiles(event.dataTransfer));
+      const { files, unread } = await droppedFiles(event.dataTransfer);
+      this.uploads.add(files, unread);
     });
   }
 

@@ -28,8 +28,14 @@ export class Uploads {
     return this.files.some((each) => each.state !== "failed");
   }
 
-  add(files) {
+  // `unread` has the names of files that could not even be read
+  add(files, unread = []) {
     if (!this.files.length) this.clear();
+    for (const name of unread) {
+      const reason = say("upload_unread");
+      this.files.push({ name, state: "failed", share: 0, reason, isFinal: true });
+      announce(`${name}: ${reason}`);
+    }
     for (const file of files) {
       const name = file.webkitRelativePath || file.name;
       this.files.push({ name, file, state: "waiting", share: 0, tries: 0 });
@@ -195,21 +201,30 @@ function stateWords(each) {
   return say("upload_sending", { percent: percent(each.share) });
 }
 
-// The files of a drop, those in folders, too
+// {files, unread} of a drop: its files, those in folders, too, but no hidden ones; and the names of
+// what the browser could not read
 export async function droppedFiles(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.());
-  if (!entries.some(Boolean)) return [...transfer.files];
-  const found = await Promise.all(entries.filter(Boolean).map(filesBelow));
-  return found.flat();
+  if (!entries.some(Boolean)) return { files: [...transfer.files], unread: [] };
+  const found = { files: [], unread: [] };
+  for (const entry of entries.filter(Boolean)) await readInto(found, entry);
+  return found;
 }
 
-async function filesBelow(entry) {
-  if (entry.isFile) return [await new Promise((done, fail) => entry.file(done, fail))];
-  const reader = entry.createReader();
-  const found = [];
-  for (;;) {
-    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
-    if (!some.length) return found;
-    for (const each of some) found.push(...(await filesBelow(each)));
+async function readInto(found, entry) {
+  if (entry.name.startsWith(".")) return;
+  try {
+    if (entry.isFile) {
+      found.files.push(await new Promise((done, fail) => entry.file(done, fail)));
+      return;
+    }
+    const reader = entry.createReader();
+    for (;;) {
+      const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+      if (!some.length) return;
+      for (const each of some) await readInto(found, each);
+    }
+  } catch {
+    found.unread.push(entry.name);
   }
 }
