@@ -677,6 +677,34 @@ def test_films_that_wait_are_counted_until_they_are_listed(ward: Ward, server: s
     expect(page.locator("#count")).to_be_hidden()
 
 
+@pytest.mark.parametrize("prior", [{}, {"A": 0.1, "B": 0.8, "C": 0.1}], ids=["none", "prior"])
+def test_the_verdict_has_the_probability_of_the_class_that_was_called(
+    ward: Ward, tmp_path: Path, prior: dict[str, float]
+) -> None:
+    service = make_service(save_random_run(tmp_path, LabelSpec("multiclass", ("A", "B", "C"))))
+
+    def moved(route: Route) -> None:
+        if "if-none-match" in route.request.headers:
+            route.continue_()
+            return
+        answer = route.fetch()
+        said = answer.json()
+        for film in said["films"]:
+            calls = {"calls": ["A"], "decision": "A", "probabilities": {"A": 0.3, "B": 0.6}}
+            film.update(calls | {"prior": prior})
+        route.fulfill(response=answer, json=said)
+
+    with serve(service) as address:
+        other = Ward(ward.page, address)
+        other.send("one.png", films(1)[0][1])
+        ward.page.route("**/v1/films", moved)
+        other.open()
+        ward.page.locator(".row").click()
+        expect(ward.page.locator("#verdict p")).to_have_text("A 30%")
+        words = "called" if prior else "the most probable class"
+        expect(ward.page.locator("#outputs label", has_text="A")).to_contain_text(words)
+
+
 @like(locale="fr-FR")
 def test_runs_that_predict_together_say_how_far_they_differ(ward: Ward, tmp_path: Path) -> None:
     runs = [str(save_run(tmp_path, run_id=name, num_steps=n)) for name, n in (("a", 25), ("b", 9))]

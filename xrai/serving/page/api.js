@@ -119,7 +119,8 @@ function toFilm(said) {
     isReview: said.decision === "review",
     hasImage: isReadable,
     isPositive: said.is_positive,
-    top: topOf(said),
+    top: topOf(said, Object.keys(said.probabilities)),
+    called: topOf(said, said.calls.filter((name) => name in said.probabilities)),
     listed: said.score_of === null ? null : outputOf(said, said.score_of), // what ranks it
     values: toValues(said.window),
     addresses: { film: address, image: `${address}/image`, thumbnail: `${address}/thumbnail.png` },
@@ -133,10 +134,11 @@ function toValues(window) {
   return { centre, width, slope, intercept, isInverse };
 }
 
-function topOf(said) {
+// The most probable one of these classes or findings
+function topOf(said, names) {
   const { probabilities } = said;
-  const names = Object.keys(probabilities).sort((a, b) => probabilities[b] - probabilities[a]);
-  return names.length ? outputOf(said, names[0]) : null;
+  const [first] = names.sort((a, b) => probabilities[b] - probabilities[a]);
+  return first === undefined ? null : outputOf(said, first);
 }
 
 // What is said of a class or finding of a film

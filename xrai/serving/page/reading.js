@@ -88,10 +88,12 @@ export class Reading {
     const { film } = this;
     const words = film.isReadable || !film.isReview ? decisionWords(film) : say("unreadable");
     find("verdict").replaceChildren(callMark(words, film));
-    const top = film.top;
-    if (!top) return;
-    const text = [`${nameWords(top.name)} ${percent(top.probability)}`];
-    if (top.threshold !== null) text.push(say("threshold_at", { value: percent(top.threshold) }));
+    const shown = film.called ?? film.top;
+    if (!shown) return;
+    const text = [`${nameWords(shown.name)} ${percent(shown.probability)}`];
+    if (shown.threshold !== null) {
+      text.push(say("threshold_at", { value: percent(shown.threshold) }));
+    }
     find("verdict").append(make("p", "", text.join(" · ")));
   }
 
@@ -128,9 +130,14 @@ export class Reading {
     line.append(make("span", "percent", percent(probability)));
     const words = [];
     if (threshold !== null) words.push(say("threshold_at", { value: percent(threshold) }));
-    if (isCalled) words.push(say(threshold === null ? "called_class" : "called"));
+    if (isCalled) words.push(say(threshold === null ? this.classWords : "called"));
     const small = make("small", "", words.join(" · "));
     return make("label", "output", input, line, meter(probability, threshold, isCalled), small);
+  }
+
+  // A prior moves probabilities, not calls: the class called may not be the most probable one
+  get classWords() {
+    return Object.keys(this.film.prior).length ? "called_at_prior" : "called_class";
   }
 
   // --------------------------------------------------------------------------- what it is worth
