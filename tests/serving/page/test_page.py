@@ -705,6 +705,59 @@ def test_the_verdict_has_the_probability_of_the_class_that_was_called(
         expect(ward.page.locator("#outputs label", has_text="A")).to_contain_text(words)
 
 
+def test_the_card_is_that_of_a_run_that_came_back(ward: Ward) -> None:
+    page, run = ward.page, {"card": ""}
+
+    def card(route: Route) -> None:
+        answer = route.fetch()
+        said = answer.json()
+        route.fulfill(response=answer, json=said | {"run": run["card"] or said["run"]})
+
+    def listed(route: Route) -> None:
+        headers = {
+            key: value for key, value in route.request.headers.items() if key != "if-none-match"
+        }
+        answer = route.fetch(headers=headers)
+        said = answer.json()
+        for film in said["films"]:
+            if film["name"] == "b.png":
+                film["model"] = "another"
+        route.fulfill(response=answer, json=said)
+
+    def expect_card(text: str) -> None:
+        page.click("#open-card")
+        expect(page.locator("#card-body")).to_contain_text(text)
+        page.keyboard.press("Escape")
+
+    ward.send("a.png", films(1)[0][1])
+    first = str(ward.films()[0]["model"])
+    page.route("**/v1/model", card)
+    page.route("**/v1/films", listed)
+    ward.open()
+    expect(page.locator(".row")).to_have_count(1)
+    run["card"] = "another"
+    ward.send("b.png", films(2)[1][1])
+    expect(page.locator(".row")).to_have_count(2)
+    expect_card("another")
+    run["card"] = ""
+    ward.send("c.png", films(3)[2][1])
+    expect(page.locator(".row")).to_have_count(3)
+    expect_card(first)
+
+
+def test_the_image_of_the_next_film_is_asked_for_once(ward: Ward) -> None:
+    page = filled(ward, 2, "/?review=no").page
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    address = f"{ward.url}/v1/films/{page.locator('.row').nth(1).get_attribute('data-id')}/image"
+    with page.expect_response(address):
+        open_first(ward)
+    page.locator(".row").nth(1).click()
+    expect(page.locator("#film-name")).to_have_text(ward.names()[1])
+    expect(page.locator("#stage-message")).to_be_hidden()
+    assert asked.count(address) == 1
+
+
 @like(locale="fr-FR")
 def test_runs_that_predict_together_say_how_far_they_differ(ward: Ward, tmp_path: Path) -> None:
     runs = [str(save_run(tmp_path, run_id=name, num_steps=n)) for name, n in (("a", 25), ("b", 9))]

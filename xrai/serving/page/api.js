@@ -35,16 +35,20 @@ export async function deleteFilm(film) {
 }
 
 export async function loadImage(film) {
-  return readPng(await (await ask(film.addresses.image)).arrayBuffer());
+  const { id, bytes } = ahead;
+  ahead = { id: "", bytes: null };
+  return readPng((id === film.id && (await bytes)) || (await fetchImage(film)));
 }
 
-// Has the browser keep the image of a film that is likely to be opened next
-export async function fetchAhead(film) {
-  try {
-    await (await fetch(film.addresses.image, { priority: "low" })).arrayBuffer();
-  } catch {
-    // it is asked for again when it is opened
-  }
+// Keeps the image of a film that is likely to be opened next: the browser may not (no-store)
+export function fetchAhead(film) {
+  const bytes = fetchImage(film, { priority: "low" }).catch(() => null);
+  ahead = { id: film.id, bytes };
+}
+let ahead = { id: "", bytes: null }; // of one film; null where that failed
+
+async function fetchImage(film, options = {}) {
+  return (await ask(film.addresses.image, options)).arrayBuffer();
 }
 
 export async function loadHeat(film, name) {

@@ -25,7 +25,6 @@ const SOONEST_MS = 1000; // between two requests for the list while films come i
 
 class Ward {
   constructor(model) {
-    this.runs = new Set(); // the runs that scored a film of the list
     this.answered = 0; // when the list last arrived, as Date.now gives it
     this.unshown = null; // a list that arrived, but not the model that scored its films
     this.open = null; // the film shown next to the list
@@ -93,10 +92,8 @@ class Ward {
 
   // The server may have loaded another run since the page was opened
   async followModel(films) {
-    const runs = new Set(films.map((film) => film.model));
-    const isNew = [...runs].some((run) => run !== this.model.run && !this.runs.has(run));
-    if (isNew) this.use(await fetchModel());
-    this.runs = runs;
+    const [newest] = [...films].sort((a, b) => Date.parse(b.received) - Date.parse(a.received));
+    if (newest && newest.model !== this.model.run) this.use(await fetchModel());
   }
 
   showFilms({ films, numWaiting }) {
