@@ -55,7 +55,7 @@ OTHER_FLAGS = {  # of torchrun, docker, kubectl, git, the scripts and the phanto
     ),
     *("print_config", "profile", "rm", "secret", "section.key", "seed", "serve", "standalone"),
     *("from-env-file", "from-file", "task", "volumes", "cascade", "delete-emptydir-data"),
-    *("for", "timeout"),
+    *("for", "timeout", "max-log-requests"),
     *("nnodes", "rdzv_id", "ntasks-per-node", "full-size", "no-deps"),
 }
 
