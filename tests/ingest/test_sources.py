@@ -159,16 +159,6 @@ def test_a_pipe_as_the_source_is_refused_and_not_waited_for(tmp_path: Path, name
         open_source(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("address", ["{}", "{}.zip", "s3://bucket/{}"])
-def test_a_source_whose_address_is_not_utf_8_is_refused_in_one_sentence(
-    tmp_path: Path, address: str
-) -> None:
-    bad = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff") if "s3" not in address else "bad\udcff"
-    write_files(Path(bad), FILES) if address == "{}" else None
-    with pytest.raises(SourceError, match=r"^source .* is not UTF-8; rename it$"):
-        open_source(address.format(bad))
-
-
 def test_the_name_of_a_folder_that_a_link_leads_to_can_be_written(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff"))
     folder.mkdir()

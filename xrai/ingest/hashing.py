@@ -12,7 +12,7 @@ from xrai.dataset.rows import HASH_BYTES, Rows, TextsBuilder
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.dicom import is_dicom, read_patient_id
-from xrai.ingest.layout import is_file_patient, parse_name
+from xrai.ingest.layout import is_file_patient, may_be_number
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing
 from xrai.ingest.sources import Source, hash_of
@@ -101,8 +101,9 @@ def hash_files(
 ) -> list[_Hashed]:
     """The hash of each file, or the reason why it cannot be read; and its patient.
 
-    Where no table gives the patient, a DICOM file does, by its PatientID. Raises `SourceError` for
-    such a file where pydicom is not installed.
+    Where neither name nor table gives the patient, or the name may be a number of the image, a
+    DICOM file does, by its PatientID. Raises `SourceError` for such a file where pydicom is not
+    installed.
     """
     sizes: list[int] = []  # bytes
 
@@ -114,8 +115,8 @@ def hash_files(
             return "", str(error), patient
         if isinstance(data, bytes):
             sizes.append(len(data))
-            if is_dicom(data):
-                patient = _patient_in(data, path, patient, key)
+            if is_dicom(data) and (is_file_patient(patient) or may_be_number(patient, path)):
+                patient = _patient_in(data, patient, key)
         return hash_of(data), "", patient
 
     pairs = [(row.path, row.patient) for row in files]
@@ -137,17 +138,10 @@ def hash_files(
     return done
 
 
-def _patient_in(data: bytes, path: str, patient: str, key: PatientKey) -> str:
-    """The key of a DICOM file's patient: `patient` where a table gave it, or the file names none.
-
-    Names as in the public set, such as IM-0001-0001.dcm, are also those of a viewer's export, where
-    they number images and not patients.
-    """
-    is_named = patient == parse_name(path.rpartition("/")[2])[0]
-    if not (is_named or is_file_patient(patient)):
-        return patient
+def _patient_in(data: bytes, patient: str, key: PatientKey) -> str:
+    """The key of a DICOM file's patient; `patient`, from its path, where the file names none."""
     identifier = read_patient_id(data)
     if not identifier:
         return patient
-    group = patient.partition(":")[0]
-    return key.hash(identifier, group="dicom" if is_named or group == "file" else group)
+    group = patient.partition(":")[0] if is_file_patient(patient) else "dicom"
+    return key.hash(identifier, group="dicom" if group == "file" else group)

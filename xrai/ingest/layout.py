@@ -43,9 +43,10 @@ _PUBLIC_NAME = re.compile(
 _OWN = "file:"  # in the key of a patient known only by one file
 _NUMBER = "IM:"  # of keys from names that other programs give, too
 _NUMBERED = (
-    "names such as IM-0001-0001 are in several folders, so they number images, not patients: files "
-    "that name no patient in a DICOM header count as one patient each; if patients have several "
-    "images, name them in a table (--labels FILE.csv with a column patient)"
+    "one name such as IM-0001-0001 is in several folders: if such names number images, as in what "
+    "DICOM viewers export, images of one patient may be in two splits; this does not concern files "
+    "with a PatientID, for others name patients in a table (--labels FILE.csv with a column "
+    "patient)"
 )
 
 
@@ -108,11 +109,9 @@ def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) ->
         notes += [f"{each}: {NAME_CLASSES}" for each in told]
     notes += note_folders(images)
     facts = told if config.names else ()
-    is_numbered = _is_numbered(images)
-    if is_numbered:
+    if _are_numbers(images):
         notes.append(_NUMBERED)
-    rows = _rows(images, spec, is_numbered=is_numbered)
-    layout = Layout(rows, not_data, tuple(notes), spec, facts)
+    layout = Layout(_rows(images, spec), not_data, tuple(notes), spec, facts)
     return by_target(layout, config, source=source)
 
 
@@ -187,10 +186,15 @@ def is_file_patient(patient: str) -> bool:
     return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
 
 
-def _is_numbered(files: Placed) -> bool:
-    """Whether a name such as IM-0001-0001.jpeg is in two folders of a split. Such names then number
-    the images of an export, not patients.
+def may_be_number(patient: str, path: str) -> bool:
+    """Whether the key is from a name such as IM-0001-0001.dcm. DICOM viewers name what they export
+    like that, too, and then number images, not patients.
     """
+    return patient.startswith(_NUMBER) and patient == parse_name(path.rpartition("/")[2])[0]
+
+
+def _are_numbers(files: Placed) -> bool:
+    """Whether a name such as IM-0001-0001.jpeg is in two folders of a split."""
     found = array("q")  # a hash of each such name
     for path, number in files:
         name = path.rpartition("/")[2]
@@ -200,16 +204,14 @@ def _is_numbered(files: Placed) -> bool:
     return bool((hashes[1:] == hashes[:-1]).any())
 
 
-def _rows(files: Placed, spec: LabelSpec, *, is_numbered: bool) -> Rows:
-    """What the folders and names of images say; see `_is_numbered`."""
+def _rows(files: Placed, spec: LabelSpec) -> Rows:
+    """What the folders and names of images say."""
     places, folders = places_of(spec), files.folders
     labels = np.array([places[folded(folder.class_folder)] for folder in folders], np.uint8)
     has_subtypes = [folder.class_folder.upper() == CLASSES[1] for folder in folders]
     patients, subtypes = PatientsBuilder(), bytearray()
     for path, number in files:
         patient, subtype = parse_name(path.rpartition("/")[2])
-        if is_numbered and patient.startswith(_NUMBER):
-            patient = ""
         own = folders[number].above
         patients.append(path, patient or file_patient(path.removeprefix(own)))
         subtypes.append(_SUBTYPES.index(subtype if has_subtypes[number] else ""))

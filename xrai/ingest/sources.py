@@ -74,10 +74,6 @@ def open_source(uri: str, names: Sequence[str] = (), *, needs_labels: bool = Tru
     """
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
-    try:
-        uri.encode()
-    except UnicodeEncodeError:  # its name goes into reports
-        raise SourceError(f"source {masked(uri)!r} is not UTF-8; rename it") from None
     scheme = uri.partition("://")[0].lower() if "://" in uri else ""
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
@@ -123,7 +119,7 @@ class FolderSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.name = printable(folder.resolve().name)  # a link may lead to one that is not UTF-8
+        self.name = printable(folder.resolve().name)  # it may not be UTF-8
 
     def holds(self, store: Store) -> bool:
         path = store.local_path("any")
@@ -219,7 +215,7 @@ class ZipSource(Source):
         """The archive at a path; with `content`, that one, and the path is its name for people."""
         self._path = path
         self._content = content
-        self.name = PurePath(path).name
+        self.name = printable(PurePath(path).name)
         self._archive: zipfile.ZipFile | None = None
         self._members: dict[str, zipfile.ZipInfo] = {}
 
@@ -289,7 +285,7 @@ class NpzSource(Source):
         is_usual = {*map(folded, names)} <= {*map(folded, CLASSES)}
         self._classes = CLASSES if is_usual else tuple(names)
         self._path = path
-        self.name = path.name
+        self.name = printable(path.name)
         for name in self._classes:
             if "/" in name:
                 raise SourceError(f"labels.names has {name!r}: classes of a .npz have no slash")
