@@ -200,6 +200,36 @@ def test_a_renewal_that_hangs_costs_no_lease_that_nobody_took(
         assert holder_of(store).process == os.getpid()
 
 
+class FailingFolder(FolderStore):
+    """Nothing can be read while `is_failing` is set."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.is_failing, self.num_deleted = threading.Event(), 0
+
+    def read(self, key: str, *, max_bytes: int = sys.maxsize) -> bytes:
+        if self.is_failing.is_set():
+            raise StoreError("there is no answer")
+        return super().read(key, max_bytes=max_bytes)
+
+    def delete(self, key: str) -> None:
+        self.num_deleted += 1
+        super().delete(key)
+
+
+def test_a_lease_that_nobody_took_during_an_outage_is_never_given_away(
+    tmp_path: Path, is_quick: None
+) -> None:
+    store = FailingFolder(tmp_path)
+    with take_lease(store) as held:
+        store.is_failing.set()
+        time.sleep(2 * lease.STALE_S)
+        store.is_failing.clear()
+        time.sleep(5 * lease.RENEW_S)
+        held.confirm()
+        assert store.num_deleted == 0
+
+
 def test_a_killed_writer_of_this_machine_is_followed_at_once(tmp_path: Path) -> None:
     address = str(tmp_path / "store")
     with subprocess.Popen(

@@ -118,7 +118,10 @@ class Lease:
                 except AlreadyExistsError:
                     return  # the next renewal sees whose it is
                 self._holder = renewed
-                if found is None or time.monotonic() - self._renewed < STALE_S:
+                now = time.monotonic()
+                # Who took over since the read has not looked yet, and gives way
+                is_seen = now - began < SETTLE_S or now - self._renewed < STALE_S
+                if found is None or is_seen:
                     self._renewed = began
                     return
                 # Another process may have taken over before this write, which then replaced its
