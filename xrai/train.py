@@ -123,13 +123,15 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     config, flags, given = parsed
     refuse_other_ranks(settings_of(config, flags), ranks=ranks)
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
-    index = (own := loaders["train"]).index
+    own = loaders["train"]
+    index = own.index
     refuse_other_ranks({"data set fingerprint": index.fingerprint}, ranks=ranks)
     num_ranks = max(1, flags["check_ranks"]) if flags["check"] else ranks.world_size
     config = fit_to_dataset(config, index, given=given, num_ranks=num_ranks)
     if flags["init_from"]:
         config = as_begun_with_weights(config)
     check_places(config, flags, index, ranks=ranks)
+    refuse_idle_rank(config, num_images=index.num_images("train"), num_ranks=num_ranks)
     plan = describe(config, index, device=ranks.device, num_ranks=num_ranks)
     if flags["check"]:
         check_run(config, flags, loaders, ranks=ranks)
@@ -145,7 +147,8 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             warn_of_unused_weights(run_id, is_finished=is_finished, is_resumed=resumed is not None)
         if is_finished:
             return
-        network = make_network(config, index, ranks=ranks)
+        torch.manual_seed(config.train.seed)
+        network = build_model(config.model, index.labels.num_outputs, image_size=config.images.size)
         if resumed is None and (flags["init_from"] or config.model.weights):
             weights = on_job(lambda job: initial_state(job, flags["init_from"], network))
             network.load_state_dict(weights)
@@ -412,32 +415,23 @@ def fit_to_dataset(
     return config.shaped_by(index.config)
 
 
-def make_network(config: Config, index: DatasetIndex, *, ranks: Ranks) -> Network:
-    """The network to train, with fresh weights. Raises `UserError`, see `refuse_idle_rank`."""
-    torch.manual_seed(config.train.seed)
-    network = build_model(config.model, index.labels.num_outputs, image_size=config.images.size)
-    num_images = index.num_images("train")
-    refuse_idle_rank(network, config, num_images=num_images, num_ranks=ranks.world_size)
-    return network
-
-
-def refuse_idle_rank(network: Network, config: Config, *, num_images: int, num_ranks: int) -> None:
+def refuse_idle_rank(config: Config, *, num_images: int, num_ranks: int) -> None:
     """Raise `UserError` where the last batch of an epoch leaves a rank without images, and the
     network fails without images, as Swin and MobileViT of timm do.
     """
     num_last = num_images % config.train.global_batch_size
     if not 0 < num_last < num_ranks:
         return
+    network = build_model(config.model, 1, image_size=config.images.size).eval()
     try:
         with torch.no_grad():
-            network.eval()(torch.zeros(0, 1, config.images.size, config.images.size))
+            network(torch.zeros(0, 1, config.images.size, config.images.size))
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
         raise UserError(
             f"the last batch of an epoch has {counted(num_last, 'image')} for {num_ranks} "
             f"processes, and model.name = {config.model.name} cannot be trained by a process "
             "without images: choose another train.global_batch_size, or fewer processes"
         ) from error
-    network.train()
 
 
 def refuse_one_sided(index: DatasetIndex) -> None:
