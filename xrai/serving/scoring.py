@@ -2,9 +2,9 @@
 
 A film that comes alone is scored at once. Films that come while others are being scored form the
 next batch, which waits briefly while more films queue to be read: one batch of eight takes half the
-time of four pairs. Unless the network is small, further threads score the films that come while it
-is busy. A batch that fails is scored again film by film, so that one film's failure does not affect
-the others.
+time of four pairs. Unless the network is small, further threads score the films that come while
+the first one is busy. A batch that fails is scored again film by film, so that one film's failure
+does not affect the others.
 """
 
 import functools

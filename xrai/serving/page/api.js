@@ -3,7 +3,8 @@
 import { readPng } from "./png.js";
 import { reasonWords, say } from "./words.js";
 
-const TRY_LATER = new Set([401, 408, 429, 503]); // an upload; after 401, once signed in again
+const TRY_LATER = new Set([429, 503]); // an upload, by itself
+const TRY_AGAIN = new Set([401, 408]); // when a person asks for it
 
 // The model: {run, outputs, numImages, split, isPhantom, trainedOn}
 export async function fetchModel() {
@@ -90,7 +91,7 @@ function answerOf(request) {
     const seconds = Number(request.getResponseHeader("Retry-After") ?? 5);
     return { reason, retryAfterS: Number.isFinite(seconds) ? seconds : 5 };
   }
-  return { reason, isFinal: status >= 400 && status < 500 };
+  return { reason, isFinal: status >= 400 && status < 500 && !TRY_AGAIN.has(status) };
 }
 
 function filmsOf(text) {
