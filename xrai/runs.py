@@ -57,7 +57,7 @@ def list_runs(artifacts: str) -> list[str]:
     names = sorted(key.removesuffix(_MARK) for key in keys if key.endswith(_MARK))
     if not names:
         raise RunError(f"there is no run at {store.uri}: --artifacts says where runs are")
-    return [f"{name}  {_state_or_fault(open_store(f'{artifacts}/{name}'))}" for name in names]
+    return [f"{printable(name)}  {_state_or_fault(f'{artifacts}/{name}')}" for name in names]
 
 
 def describe(store: Store) -> list[str]:
@@ -96,14 +96,17 @@ def fetch(store: Store, folder: Path, *, with_checkpoints: bool = False) -> int:
 
 def _fetch_one(store: Store, key: str, path: Path, *, sha256: str | None) -> None:
     part = path.with_name(f".{path.name}.part")
-    arrived = store.download(key, part)
-    if sha256 is not None and arrived != sha256:
-        part.unlink()
-        raise CorruptError(
-            f"{store.uri}/{key} is not what {SUMMARY} lists: its hash is {arrived[:12]}…, not "
-            f"{sha256[:12]}…"
-        )
-    part.replace(path)
+    try:
+        arrived = store.download(key, part)
+        if sha256 is not None and arrived != sha256:
+            raise CorruptError(
+                f"{store.uri}/{key} is not what {SUMMARY} lists: its hash is {arrived[:12]}…, not "
+                f"{sha256[:12]}…"
+            )
+        with explaining("written", str(path)):
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _summary(store: Store) -> Summary | None:
@@ -112,9 +115,9 @@ def _summary(store: Store) -> Summary | None:
     return read_summary(store.read(SUMMARY), where=f"{store.uri}/{SUMMARY}")
 
 
-def _state_or_fault(store: Store) -> str:
+def _state_or_fault(address: str) -> str:
     try:
-        return _state(store)
+        return _state(open_store(address))
     except (RunError, StoreError) as error:
         return printable(" ".join(str(error).split()))
 

@@ -55,6 +55,7 @@ def test_the_log_line_of_an_epoch_shows_what_a_person_follows() -> None:
         "epoch 3: loss 0.2500, val loss nan, val accuracy 0.5300, val AUROC 0.91"
     )
     assert "1234 images/s, 1.2% of the time waiting for data" in line
+    assert "images/s" not in row(3).line()  # an epoch whose steps an earlier process did
 
 
 def test_resuming_drops_the_rows_at_or_past_the_epoch_and_no_row_stands_twice(

@@ -213,7 +213,7 @@ class Training:
         return _STOP_ASKED if self.setup.asked_to_stop() else self.limit(self.done.step + 1)
 
     def limit(self, step: int) -> int:
-        """`_STOP_LIMIT` where this rank would train no further than `step`, which is at least 1."""
+        """`_STOP_LIMIT` where a limit ends training at `step`; one step is always trained."""
         config = self.setup.config.train
         elapsed_s = time.monotonic() - self._started
         is_late = 0 < config.max_minutes * 60 <= elapsed_s

@@ -7,16 +7,21 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from xrai.errors import RunError
 
 
-def _metric(tag: str, *, log: str = "", title: str = "", of_several: bool = False) -> float:
+def _metric(
+    tag: str, *, log: str = "", title: str = "", of_several: bool = False, may_lack: bool = False
+) -> float:
     """A field; `log` is its part of the log line, `title` a column in TensorBoard's run table.
 
-    What is `of_several` outputs has no column, and no part of the line, where it has no value.
+    What `may_lack` a value then has no part of the line. What is `of_several` outputs has no column
+    either.
     """
-    metadata = {"tag": tag, "log": log, "title": title, "of_several": of_several}
+    metadata: dict[str, Any] = {"tag": tag, "log": log, "title": title, "of_several": of_several}
+    metadata["may_lack"] = may_lack or of_several
     return field(default=math.nan, metadata=metadata)
 
 
@@ -45,7 +50,7 @@ class EpochRow:
     )
     lr: float = _metric("optim/lr")
     grad_norm: float = _metric("optim/grad_norm")
-    images_per_s: float = _metric("throughput/images_per_s", log="{:.0f} images/s")
+    images_per_s: float = _metric("throughput/images_per_s", log="{:.0f} images/s", may_lack=True)
     data_wait_share: float = _metric(
         "throughput/data_wait_share", log="{:.1%} of the time waiting for data"
     )
@@ -66,7 +71,7 @@ class EpochRow:
             column.metadata["log"].format(value, worst=worst)
             for column, value in shown
             if column.metadata.get("log")
-            and not (column.metadata["of_several"] and math.isnan(value))
+            and not (column.metadata["may_lack"] and math.isnan(value))
         ]
         return f"epoch {self.epoch}: {', '.join(parts)}"
 
