@@ -560,14 +560,19 @@ def test_a_large_object_goes_up_in_parts(
         assert proxy.count("large", "GET") == 0
 
 
+def opened(moto_uri: str) -> tuple[S3Store, Any]:
+    """A store, and the client that it uses."""
+    store = open_store(moto_uri)
+    assert isinstance(store, S3Store)
+    return store, store._client()
+
+
 def test_a_server_without_conditional_writes_is_asked_first(
     moto_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from botocore.exceptions import ClientError
 
-    store = open_store(moto_uri)
-    assert isinstance(store, S3Store)
-    client = store._client()
+    store, client = opened(moto_uri)
     real = client.put_object
 
     def put_object(**request: Any) -> Any:
@@ -589,9 +594,7 @@ def test_a_server_without_conditional_writes_is_asked_first(
 def test_a_mark_that_is_deleted_after_its_refusal_is_still_a_refusal(
     moto_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(moto_uri)
-    assert isinstance(store, S3Store)
-    client = store._client()
+    store, client = opened(moto_uri)
     put_object = client.put_object
 
     def refuse_and_delete(**request: Any) -> Any:
@@ -607,9 +610,7 @@ def test_a_mark_that_is_deleted_after_its_refusal_is_still_a_refusal(
 
 
 def test_a_listing_of_many_pages_is_whole(moto_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(moto_uri)
-    assert isinstance(store, S3Store)
-    client = store._client()
+    store, client = opened(moto_uri)
     list_page, num_pages = client.list_objects_v2, 0
 
     def list_three(**request: Any) -> Any:

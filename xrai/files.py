@@ -127,8 +127,8 @@ def sha256_of(path: Path) -> str:
 def copy_hashed(file: BinaryIO, write: Callable[[bytes], object], *, where: str) -> str:
     """Pass the rest of `file` to `write` in chunks; return the SHA-256 of it, in hex.
 
-    `where` names the file for people: that it cannot be read is raised as `explaining` does, so
-    that an `OSError` is one of `write`.
+    A failing read is raised as `explaining` does, with `where` as the file's name; a bare `OSError`
+    comes from `write`.
     """
     digest = hashlib.sha256()
     while True:

@@ -123,15 +123,13 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
     config, flags, given = parsed
     refuse_other_ranks(settings_of(config, flags), ranks=ranks)
     loaders = open_loaders(config, flags["dataset"], ranks=ranks)
-    own = loaders["train"]
-    index = own.index
+    index = loaders["train"].index
     refuse_other_ranks({"data set fingerprint": index.fingerprint}, ranks=ranks)
     num_ranks = max(1, flags["check_ranks"]) if flags["check"] else ranks.world_size
     config = fit_to_dataset(config, index, given=given, num_ranks=num_ranks)
     if flags["init_from"]:
         config = as_begun_with_weights(config)
     check_places(config, flags, index, ranks=ranks)
-    refuse_idle_rank(config, num_images=index.num_images("train"), num_ranks=num_ranks)
     plan = describe(config, index, device=ranks.device, num_ranks=num_ranks)
     if flags["check"]:
         check_run(config, flags, loaders, ranks=ranks)
@@ -147,8 +145,7 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
             warn_of_unused_weights(run_id, is_finished=is_finished, is_resumed=resumed is not None)
         if is_finished:
             return
-        torch.manual_seed(config.train.seed)
-        network = build_model(config.model, index.labels.num_outputs, image_size=config.images.size)
+        network = make_network(config, index)
         if resumed is None and (flags["init_from"] or config.model.weights):
             weights = on_job(lambda job: initial_state(job, flags["init_from"], network))
             network.load_state_dict(weights)
@@ -156,12 +153,12 @@ def train(parsed: Parsed, *, ranks: Ranks, asked_to_stop: Callable[[], bool]) ->
         setup = loop.Setup(
             config,
             ranks,
-            own,
+            loaders["train"],
             loaders["val"],
             labels=index.labels,
             counts=label_counts(index),
             val_labels=loaders["val"].labels,
-            name_of=lambda row: str(own.columns("source", start=row, stop=row + 1)["source"][0]),
+            name_of=functools.partial(source_of, loaders["train"]),
             after_epoch=job.after_epoch if job else None,
             checkpoints=job.checkpoints if job else None,
             facts=job.facts if job else {},
@@ -412,7 +409,20 @@ def fit_to_dataset(
         )
     refuse_one_sided(index)
     loop.rank_batch_size(config.train, world_size=num_ranks)
-    return config.shaped_by(index.config)
+    config = config.shaped_by(index.config)
+    refuse_idle_rank(config, num_images=num_images, num_ranks=num_ranks)
+    return config
+
+
+def make_network(config: Config, index: DatasetIndex) -> Network:
+    """The network to train, with the weights that the seed draws."""
+    torch.manual_seed(config.train.seed)
+    return build_model(config.model, index.labels.num_outputs, image_size=config.images.size)
+
+
+def source_of(loader: Loader, row: int) -> str:
+    """The path, in the source, of the image in a row of a split."""
+    return str(loader.columns("source", start=row, stop=row + 1)["source"][0])
 
 
 def refuse_idle_rank(config: Config, *, num_images: int, num_ranks: int) -> None:

@@ -34,9 +34,7 @@ def start_pool(
 def map_ahead(
     pool: Executor, function: Callable[[_T], _R], tasks: Iterable[_T], *, num_ahead: int
 ) -> Iterator[_R]:
-    """The results in the order of the tasks, as `pool.map`, which takes all tasks at once; at most
-    `num_ahead` of these are taken before their results are.
-    """
+    """Like `pool.map`, but submits at most `num_ahead` tasks ahead of the results."""
     ahead: deque[Future[_R]] = deque()
     try:
         for task in tasks:

@@ -7,6 +7,7 @@ import re
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -630,6 +631,18 @@ def test_the_bar_of_a_row_is_the_probability_that_the_list_is_sorted_by(
             )
 
 
+def answer_with(route: Route, **facts: Any) -> None:
+    """Answer with the list as the server has it, but other facts of each film."""
+    if "if-none-match" in route.request.headers:
+        route.continue_()
+        return
+    answer = route.fetch()
+    said = answer.json()
+    for film in said["films"]:
+        film.update(facts)
+    route.fulfill(response=answer, json=said)
+
+
 def test_films_of_another_run_are_shown_although_its_card_failed_once(ward: Ward) -> None:
     cards: list[Route] = []
 
@@ -640,19 +653,9 @@ def test_films_of_another_run_are_shown_although_its_card_failed_once(ward: Ward
         else:
             route.continue_()
 
-    def by_another(route: Route) -> None:
-        if "if-none-match" in route.request.headers:
-            route.continue_()
-            return
-        answer = route.fetch()
-        said = answer.json()
-        for film in said["films"]:
-            film["model"] = "another"
-        route.fulfill(response=answer, json=said)
-
     ward.send("a.png", films(1)[0][1])
     ward.page.route("**/v1/model", card)
-    ward.page.route("**/v1/films", by_another)
+    ward.page.route("**/v1/films", lambda route: answer_with(route, model="another"))
     ward.page.goto(ward.url)
     expect(ward.page.locator("#offline")).to_be_visible()
     expect(ward.page.locator(".row")).to_have_count(1)
@@ -684,21 +687,11 @@ def test_the_verdict_has_the_probability_of_the_class_that_was_called(
 ) -> None:
     service = make_service(save_random_run(tmp_path, LabelSpec("multiclass", ("A", "B", "C"))))
 
-    def moved(route: Route) -> None:
-        if "if-none-match" in route.request.headers:
-            route.continue_()
-            return
-        answer = route.fetch()
-        said = answer.json()
-        for film in said["films"]:
-            calls = {"calls": ["A"], "decision": "A", "probabilities": {"A": 0.3, "B": 0.6}}
-            film.update(calls | {"prior": prior})
-        route.fulfill(response=answer, json=said)
-
+    said = {"calls": ["A"], "decision": "A", "probabilities": {"A": 0.3, "B": 0.6}, "prior": prior}
     with serve(service) as address:
         other = Ward(ward.page, address)
         other.send("one.png", films(1)[0][1])
-        ward.page.route("**/v1/films", moved)
+        ward.page.route("**/v1/films", lambda route: answer_with(route, **said))
         other.open()
         ward.page.locator(".row").click()
         expect(ward.page.locator("#verdict p")).to_have_text("A 30%")
