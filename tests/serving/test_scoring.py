@@ -1,16 +1,16 @@
-"""How the thread that scores uses the machine."""
+"""How films share the threads of a server."""
 
 import io
+import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 import xrai
 from tests.models import phantoms, save_run
 from xrai.ingest.find import File
+from xrai.pipeline import Explained, Pipeline, Read
 from xrai.serving import scoring
 from xrai.serving.scoring import Observer, Scored, Scorer
 
@@ -36,14 +37,12 @@ class Batches(Observer):
 
 
 @contextmanager
-def one_reader(
-    run: Path, monkeypatch: pytest.MonkeyPatch, *, max_wait_s: float
+def one_thread(
+    run: Path, monkeypatch: pytest.MonkeyPatch, *, max_wait_s: float = WAIT_S
 ) -> Iterator[tuple[Scorer, Batches]]:
-    """A scorer with a single thread that reads, and its batches."""
+    """A scorer with a single thread for films, and its batches."""
     monkeypatch.setattr(scoring, "num_cores", lambda: 1)
-    monkeypatch.setattr(scoring, "_NUM_READERS", 1)
     monkeypatch.setattr(scoring, "MAX_WAIT_S", max_wait_s)
-    monkeypatch.setattr(scoring, "_WAIT_S", max_wait_s)
     batches = Batches()
     scorer = Scorer(xrai.load(str(run)), batches, num_threads=torch.get_num_threads())
     yield scorer, batches
@@ -64,29 +63,42 @@ def send(scorer: Scorer, *events: threading.Event) -> "list[Future[Scored]]":
     ]
 
 
-def test_films_that_queue_to_be_read_are_scored_together(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with one_reader(run, monkeypatch, max_wait_s=WAIT_S) as (scorer, batches):
-        begin = threading.Event()
-        found = send(scorer, *[begin] * 5)
-        begin.set()
-        assert all(each.result(WAIT_S).row.is_readable for each in found)
-    assert batches.sizes in ([5], [4, 1])  # the last one may be read meanwhile
+def is_set() -> threading.Event:
+    """An event that nobody has to wait for."""
+    event = threading.Event()
+    event.set()
+    return event
 
 
-def test_the_thread_that_scores_is_not_woken_by_each_film_that_queues(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+def png(*, size: int = 64, is_large: bool = False) -> bytes:
+    """A film as a file."""
+    buffer = io.BytesIO()
+    if is_large:  # noise, which PNG cannot make smaller
+        size = 2 * math.isqrt(scoring._LARGE_BYTES)
+        Image.effect_noise((size, size), 100).save(buffer, "PNG")
+        assert buffer.tell() > scoring._LARGE_BYTES
+    else:
+        Image.linear_gradient("L").resize((size, size)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("max_wait_s", "num_films", "expected"),
+    [(WAIT_S, 5, [5]), (WAIT_S, 20, [16, 4]), (0.0, 3, [1, 1, 1])],
+)
+def test_films_that_queue_are_scored_together_up_to_a_number_and_a_time(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_wait_s: float,
+    num_films: int,
+    expected: list[int],
 ) -> None:
-    with one_reader(run, monkeypatch, max_wait_s=WAIT_S) as (scorer, _):
-        scorer.in_background(int).result(WAIT_S)
-        wake = mock.Mock(wraps=scorer._changed.notify_all)
-        monkeypatch.setattr(scorer._changed, "notify_all", wake)
+    with one_thread(run, monkeypatch, max_wait_s=max_wait_s) as (scorer, batches):
         begin = threading.Event()
-        found = send(scorer, *[begin] * 7)
+        found = send(scorer, *[begin] * num_films)
         begin.set()
         assert all(each.result(WAIT_S).row.is_readable for each in found)
-        assert wake.call_count <= 4  # for the first film, and for the last
+    assert batches.sizes == expected
 
 
 def test_threads_that_wait_hold_no_film(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +109,7 @@ def test_threads_that_wait_hold_no_film(run: Path, monkeypatch: pytest.MonkeyPat
             return film
 
     reading = Reading()
-    with one_reader(run, monkeypatch, max_wait_s=0.0) as (scorer, _):
+    with one_thread(run, monkeypatch) as (scorer, _):
         future = scorer.score(File("a", reading))
         assert future.result(WAIT_S).row.is_readable
         held: list[Callable[[], object]] = [weakref.ref(reading), weakref.ref(future)]
@@ -111,53 +123,48 @@ def test_threads_that_wait_hold_no_film(run: Path, monkeypatch: pytest.MonkeyPat
 def test_work_that_nobody_waits_for_any_more_ends_no_thread(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with one_reader(run, monkeypatch, max_wait_s=0.05) as (scorer, _):
+    monkeypatch.setattr(scoring, "_NUM_SLOW", 1)
+    with one_thread(run, monkeypatch) as (scorer, _):
         begin, pipeline = threading.Event(), scorer.pipeline
-        first: Future[bool] = Future()
-        scorer._put(scoring.Task(pipeline, first, work=lambda: begin.wait(WAIT_S)))
         scorer.in_background(begin.wait, WAIT_S)
-        buffer, name = io.BytesIO(), pipeline.outputs[0].name
-        Image.linear_gradient("L").save(buffer, "PNG")
-        film = buffer.getvalue()
+        film, name = png(), pipeline.outputs[0].name
         assert scorer.explain(pipeline, film, name).cancel()
         assert scorer.in_background(int).cancel()
+        (first,) = send(scorer, begin)
+        (second,) = send(scorer, begin)
+        assert second.cancel()
         begin.set()
-        assert first.result(WAIT_S)
+        assert first.result(WAIT_S).row.is_readable
+        assert send(scorer, begin)[0].result(WAIT_S).row.is_readable
         assert scorer.explain(pipeline, film, name).result(WAIT_S).ndim == 2
         assert scorer.in_background(int).result(WAIT_S) == 0
+        assert scorer.num_waiting == 0
 
 
-def test_a_film_does_not_wait_long_for_those_that_queue(
+def test_a_film_overtakes_large_ones_and_what_is_drawn(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with one_reader(run, monkeypatch, max_wait_s=0.05) as (scorer, batches):
-        first, others = threading.Event(), threading.Event()
-        found = send(scorer, first, others, others)
-        first.set()
-        assert found[0].result(WAIT_S).row.is_readable
-        assert batches.sizes in ([], [1]) and not found[2].done()
-        others.set()
+    with one_thread(run, monkeypatch) as (scorer, batches):
+        pipeline, begin = scorer.pipeline, threading.Event()
+        read = pipeline.read
 
+        def slow(file: File) -> Any:
+            assert file.path == "film" or begin.wait(WAIT_S)
+            return read(file)
 
-def test_a_film_overtakes_two_that_take_long_to_read(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scoring, "num_cores", lambda: 2)
-    scorer = Scorer(xrai.load(str(run)), num_threads=torch.get_num_threads())
-    later, ready = threading.Event(), threading.Event()
-    ready.set()
-    found = send(scorer, later, later, ready)
-    assert found[2].result(WAIT_S).row.is_readable and not found[0].done()
-    later.set()
-    scorer.close()
-    assert all(each.result().row.is_readable for each in found)
+        monkeypatch.setattr(pipeline, "read", slow)
+        large = [scorer.score(File("large", lambda: png(is_large=True))) for _ in range(3)]
+        drawn = scorer.in_background(begin.wait, WAIT_S)
+        assert scorer.score(File("film", png)).result(WAIT_S).row.is_readable
+        assert not drawn.done() and not any(each.done() for each in large)
+        begin.set()
+        assert all(each.result(WAIT_S).row.is_readable for each in large)
+    assert sum(batches.sizes) == 4
 
 
 def test_a_film_alone_waits_for_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with one_reader(run, monkeypatch, max_wait_s=3600) as (scorer, _):
-        ready = threading.Event()
-        ready.set()
-        (found,) = send(scorer, ready)
+    with one_thread(run, monkeypatch, max_wait_s=3600) as (scorer, _):
+        (found,) = send(scorer, is_set())
         assert found.result(WAIT_S).row.is_readable
 
 
@@ -223,35 +230,77 @@ def test_films_are_scored_by_the_number_of_threads_that_is_asked_for(
     assert seen == [3]
 
 
-@pytest.mark.parametrize("is_small", [False, True])
-def test_a_film_waits_for_the_thread_that_scores_only_where_the_network_is_small(
-    run: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+class Watched:
+    """Stands in for `classify_read`: keeps what it is called with, and waits in its first call."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._score = pipeline.classify_read
+        self.sizes: list[int] = []
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.num_running = self.most_running = 0
+
+    def __call__(self, reads: Sequence[Read]) -> list[Explained]:
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        self.sizes.append(len(reads))
+        if len(self.sizes) == 1:
+            self.begun.set()
+            assert self.go_on.wait(WAIT_S)
+        found = list(self._score(reads))
+        self.num_running -= 1
+        return found
+
+
+def test_films_are_scored_side_by_side_where_the_network_allows_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "num_cores", lambda: 2)
-    pipeline, first = xrai.load(str(run)), threading.Event()
+    pipeline = xrai.load(str(run))
     pipeline.trace()
-    pipeline.is_small = is_small
-    score, names = pipeline.classify_read, list[str]()
-
-    def watched(reads: Any) -> Any:
-        names.append(threading.current_thread().name)
-        if len(names) == 1:
-            assert first.wait(WAIT_S)
-        return score(reads)
-
+    watched = Watched(pipeline)
     monkeypatch.setattr(pipeline, "classify_read", watched)
-    scorer = Scorer(pipeline, Batches(), num_threads=1)
-    ready = threading.Event()
-    ready.set()
-    (alone,) = send(scorer, ready)
-    while not names:
-        threading.Event().wait(0.01)
-    (other,) = send(scorer, ready)
-    if not is_small:
-        assert other.result(WAIT_S).row.is_readable
-        assert names == ["score", "score-1"]
-    assert not alone.done()
-    first.set()
+    scorer = Scorer(pipeline, num_threads=1)
+    (first,) = send(scorer, is_set())
+    assert watched.begun.wait(WAIT_S)
+    (second,) = send(scorer, is_set())
+    assert second.result(WAIT_S).row.is_readable and not first.done()
+    watched.go_on.set()
     scorer.close()
-    assert alone.result().row.is_readable and other.result().row.is_readable
-    assert ("score-1" in names) is not is_small
+    assert first.result().row.is_readable
+
+
+@pytest.mark.parametrize(("is_traced", "num_threads"), [(False, 1), (True, 2)])
+def test_a_network_that_scores_for_one_thread_gets_what_all_have_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch, is_traced: bool, num_threads: int
+) -> None:
+    monkeypatch.setattr(scoring, "num_cores", lambda: 3)
+    pipeline = xrai.load(str(run))
+    if is_traced:
+        pipeline.trace()
+    watched = Watched(pipeline)
+    monkeypatch.setattr(pipeline, "classify_read", watched)
+    scorer = Scorer(pipeline, num_threads=num_threads)
+    films = send(scorer, is_set())
+    assert watched.begun.wait(WAIT_S)
+    films += send(scorer, is_set(), is_set())
+    end = time.monotonic() + WAIT_S
+    while len(scorer._ready) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    watched.go_on.set()
+    scorer.close()
+    assert all(each.result().row.is_readable for each in films)
+    assert watched.sizes == [1, 2] and watched.most_running == 1
+
+
+def test_models_that_were_replaced_score_the_films_that_came_before(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_thread(run, monkeypatch) as (scorer, batches):
+        begin, before = threading.Event(), scorer.pipeline
+        films = send(scorer, begin, begin)
+        after = xrai.load(str(save_run(tmp_path, run_id="after", size=32, num_steps=5)))
+        scorer.replace(after)
+        films += send(scorer, begin)
+        begin.set()
+        assert [each.result(WAIT_S).pipeline for each in films] == [before, before, after]
+    assert batches.sizes == [2, 1]

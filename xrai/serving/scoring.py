@@ -1,10 +1,10 @@
-"""Films to rows: threads read and decode, and one thread scores what has gathered meanwhile.
+"""Films to rows, on threads that each take films as they come: read, decode and score.
 
-A film that comes alone is scored at once. Films that come while others are being scored form the
-next batch, which waits briefly while more films queue to be read: one batch of eight takes half the
-time of four pairs. Unless the network is small, further threads score the films that come while
-the first one is busy. A batch that fails is scored again film by film, so that one film's failure
-does not affect the others.
+A film that comes alone goes through one thread, so that it waits for no other and stays in one
+core's caches. A thread that has read a film also reads the ones that queue, briefly, and scores
+them together. Large films, and all that a page draws, have threads of their own, so that small
+films do not wait for them. Where a network can only score for one thread at a time (on a GPU, or
+with several threads of torch), whichever thread comes next scores what all of them have read.
 """
 
 import functools
@@ -13,9 +13,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -32,11 +32,10 @@ from xrai.log import get_logger, place_of
 from xrai.pipeline import Pipeline, Prediction, Read
 
 MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
-MAX_WAIT_S: Final = 0.01  # that a film waits for others of its batch
+MAX_WAIT_S: Final = 0.01  # that a film which was read waits for others of its batch
 
-_NUM_READERS = 4  # at least, so that a small film does not wait behind two large ones
-_WAIT_S = 0.001  # for each film that queues to be read
-_FULL_BATCH = 8  # films; a batch of as many does not wait for more
+_LARGE_BYTES = 1 << 20  # of a film that may take long to decode
+_NUM_SLOW = 2  # threads for large films and for drawing, at least
 _NUM_TRIALS = 5  # for each number of threads
 
 T = TypeVar("T")
@@ -60,15 +59,34 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What waits for the thread that scores: a film that was read, or any other work."""
+class _Engine:
+    """Models, and how many threads of torch score a film by them."""
 
     pipeline: Pipeline
-    future: "Future[Any]"
-    read: Read | None = None
-    window: Window | None = None
-    work: Callable[[], Any] | None = None
-    since: float = field(default_factory=time.monotonic)
+    num_threads: int
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several films are best scored at the same time."""
+        return self.num_threads == 1 and self.pipeline.is_parallel
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A film that came."""
+
+    engine: _Engine
+    future: "Future[Scored]"
+    file: File
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A film that was read."""
+
+    task: _Task
+    read: Read
+    window: Window | None
 
 
 class Observer:
@@ -84,44 +102,36 @@ class Scorer:
     def __init__(
         self, pipeline: Pipeline, observer: Observer | None = None, *, num_threads: int = 0
     ) -> None:
-        self._pipeline = pipeline
         self._num_threads = num_threads
         self._observer = observer or Observer()
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # for the readers
-        self._readers = [
-            threading.Thread(target=self._work, name=f"read-{number}", daemon=True)
-            for number in range(max(_NUM_READERS, num_cores()))
-        ]
-        for reader in self._readers:
-            reader.start()
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)
-        self._help_is_wanted = threading.Condition(lock)
-        self._tasks: deque[Task] = deque()
+        self._come = threading.Condition(threading.Lock())
+        self._tasks: deque[_Task] = deque()  # films that nobody reads yet
+        self._ready: deque[_Ready] = deque()  # for whichever thread scores next
+        self._scoring = threading.Lock()  # of what scores for one thread at a time
         self._num_waiting = 0
-        self._num_unread = 0  # films that no thread reads yet
         self._is_closed = False  # takes no more films
-        self._is_over = False  # nor are any still being read
-        self._thread = threading.Thread(target=self._run, name="score", daemon=True)
-        self._helpers = [
-            threading.Thread(target=self._help, name=f"score-{number}", daemon=True)
-            for number in range(1, num_cores())
+        self._slow: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.replace(pipeline)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"score-{number}", daemon=True)
+            for number in range(num_cores())
         ]
-        self._is_helped = False  # whether they score, too
-        self._is_busy = False  # the first thread; otherwise it takes the next film
-        for thread in (self._thread, *self._helpers):
+        self._slow_threads = [
+            threading.Thread(target=self._run_slow, name=f"slow-{number}", daemon=True)
+            for number in range(max(_NUM_SLOW, num_cores()))
+        ]
+        for thread in (*self._threads, *self._slow_threads):
             thread.start()
-        self._use_threads(pipeline)
 
     @property
     def pipeline(self) -> Pipeline:
         """The models that score new films."""
-        return self._pipeline
+        return self._engine.pipeline
 
     @property
     def is_running(self) -> bool:
         """Whether films are taken and scored."""
-        return not self._is_closed and self._thread.is_alive()
+        return not self._is_closed and all(thread.is_alive() for thread in self._threads)
 
     @property
     def num_waiting(self) -> int:
@@ -130,8 +140,13 @@ class Scorer:
 
     def replace(self, pipeline: Pipeline) -> None:
         """Score films that come from now on with other models."""
-        self._use_threads(pipeline)
-        self._pipeline = pipeline
+        before = torch.get_num_threads()
+        try:
+            num_threads = self._num_threads or fewest_threads(pipeline)
+        finally:
+            torch.set_num_threads(before)
+        pipeline.num_threads = 0  # as many as the thread that scores has
+        self._engine = _Engine(pipeline, num_threads)
 
     def score(self, file: File) -> "Future[Scored]":
         """Read and score a film. A film that cannot be read is a row that says why.
@@ -139,14 +154,13 @@ class Scorer:
         Raises `ClosedError` after `close`.
         """
         future: Future[Scored] = Future()
-        pipeline = self._pipeline
-        with self._changed:
+        with self._come:
             if self._is_closed:
                 raise ClosedError(_CLOSING)
             self._num_waiting += 1
-            self._num_unread += 1
             future.add_done_callback(self._note_done)
-            self._jobs.put(functools.partial(self._read, Task(pipeline, future), file))
+            self._tasks.append(_Task(self._engine, future, file))
+            self._come.notify()
         return future
 
     def explain(
@@ -163,178 +177,168 @@ class Scorer:
                 for size, fit in pipeline.squares
             ]
             ratios = [ratio_of(data)] if pipeline.needs_ratios else []
-            heat: NDArray[np.float32] = pipeline.explain(images, number, ratios=ratios)[0]
+            with self._scoring:
+                torch.set_num_threads(self._engine.num_threads)
+                heat: NDArray[np.float32] = pipeline.explain(images, number, ratios=ratios)[0]
             return heat
 
-        future: Future[NDArray[np.float32]] = Future()
-        self._put(Task(pipeline, future, work=work))
-        return future
+        return self.in_background(work)
 
     def in_background(self, work: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Run other decoding on the threads that read films."""
+        """Run other work, on the threads for large films."""
         future: Future[T] = Future()
-        with self._changed:
+        with self._come:
             if self._is_closed:
                 raise ClosedError(_CLOSING)
-            self._jobs.put(functools.partial(_fulfil, future, functools.partial(work, *arguments)))
+            self._slow.put(functools.partial(_fulfil, future, functools.partial(work, *arguments)))
         return future
 
     def close(self) -> None:
         """Finish what was begun, and take no more."""
-        with self._changed:
+        with self._come:
             self._is_closed = True
-        for _ in self._readers:
-            self._jobs.put(None)  # behind all that was begun
-        for reader in self._readers:
-            reader.join()
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
-            self._help_is_wanted.notify_all()
-        for thread in (self._thread, *self._helpers):
+            self._come.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for _ in self._slow_threads:
+            self._slow.put(None)  # behind all that was begun
+        for thread in self._slow_threads:
             thread.join()
 
-    def _work(self) -> None:
-        """On a reading thread: one job after the other."""
-        while (job := self._jobs.get()) is not None:
+    def _note_done(self, future: "Future[Any]") -> None:
+        with self._come:
+            self._num_waiting -= 1
+
+    def _run(self) -> None:
+        """On a thread for films: take what comes."""
+        while (task := self._next()) is not None:
+            batch = self._read_batch(task)
+            del task
+            if batch:
+                self._score(batch)
+            del batch  # a thread that waits holds no film
+
+    def _run_slow(self) -> None:
+        """On a thread for what may take long: one job after the other."""
+        while (job := self._slow.get()) is not None:
             job()
             del job  # a thread that waits holds no film
 
-    def _use_threads(self, pipeline: Pipeline) -> None:
-        def work() -> None:  # on the thread that scores: torch keeps the number for each thread
-            torch.set_num_threads(self._num_threads or fewest_threads(pipeline))
-            pipeline.num_threads = 0  # this number
-            # Else the threads of torch take the cores, or reading does
-            self._is_helped = torch.get_num_threads() == 1 and not pipeline.is_small
+    def _next(self) -> _Task | None:
+        """The next film; waits for one, and returns None at the end."""
+        with self._come:
+            while not self._tasks:
+                if self._is_closed:
+                    return None
+                self._come.wait()
+            return self._tasks.popleft()
 
-        self._put(Task(pipeline, Future(), work=work))
+    def _next_of(self, engine: _Engine) -> _Task | None:
+        """The next film if it is there already, and for these models."""
+        with self._come:
+            is_there = bool(self._tasks) and self._tasks[0].engine is engine
+            return self._tasks.popleft() if is_there else None
 
-    def _note_done(self, future: "Future[Any]") -> None:
-        with self._changed:
-            self._num_waiting -= 1
+    def _read_batch(self, task: _Task) -> list[_Ready]:
+        """Read a film, and those that queue meanwhile, for a batch."""
+        engine, batch = task.engine, []
+        began = time.monotonic()
+        following: _Task | None = task
+        while following is not None:
+            if (ready := self._read(following)) is not None:
+                batch.append(ready)
+            if len(batch) == MAX_BATCH or time.monotonic() - began > MAX_WAIT_S:
+                break
+            following = self._next_of(engine)
+        return batch
 
-    def _put(self, task: Task) -> None:
-        with self._changed:
-            self._tasks.append(task)
-            if len(self._tasks) == 1 or self._wait_s() == 0:
-                self._changed.notify_all()
-            if self._wants_help():
-                self._help_is_wanted.notify()
-
-    def _read(self, task: Task, file: File) -> None:
-        """On a reading thread: decode a film, and hand it on."""
-        with self._changed:
-            self._num_unread -= 1
-            if not self._num_unread and self._tasks:
-                self._changed.notify_all()
+    def _read(self, task: _Task) -> _Ready | None:
+        """Read and decode a film; None where it goes another way: it is large, or has failed."""
         if not task.future.set_running_or_notify_cancel():
-            return
+            return None
         try:
-            data = file.read()
-            read = task.pipeline.read(File(file.path, lambda: data))
-            window = None
+            data = task.file.read()
+        except ImageError as error:  # such as a damaged member of a zip
+            return _Ready(task, Read(task.file.path, reason=str(error)), None)
+        except BaseException as error:
+            task.future.set_exception(error)
+            return None
+        if len(data) > _LARGE_BYTES:
+            self._slow.put(functools.partial(self._score_large, task, data))
+            return None
+        return self._decode(task, data)
+
+    def _decode(self, task: _Task, data: "bytes | NDArray[np.uint8]") -> _Ready | None:
+        try:
+            read, window = task.engine.pipeline.read(File(task.file.path, lambda: data)), None
             if read.own is not None:
                 window, size = as_shown(data)
                 read = replace(read, size=size or read.size)
-        except ImageError as error:  # of reading, such as a damaged member of a zip
-            read, window = Read(file.path, reason=str(error)), None
+        except ImageError as error:
+            return _Ready(task, Read(task.file.path, reason=str(error)), None)
         except BaseException as error:
             task.future.set_exception(error)
+            return None
+        return _Ready(task, read, window)
+
+    def _score_large(self, task: _Task, data: "bytes | NDArray[np.uint8]") -> None:
+        if (ready := self._decode(task, data)) is not None:
+            self._score([ready])
+
+    def _score(self, batch: list[_Ready]) -> None:
+        """Score films that were read, for the same models."""
+        engine = batch[0].task.engine
+        if engine.is_parallel:
+            self._score_now(batch)
             return
-        self._put(Task(task.pipeline, task.future, read=read, window=window))
+        self._ready.extend(batch)
+        while not all(each.task.future.done() for each in batch):
+            with self._scoring:
+                if found := self._take():
+                    self._score_now(found)
 
-    def _run(self) -> None:
-        while tasks := self._next():
-            if (work := tasks[0].work) is not None:
-                _fulfil(tasks[0].future, work)
-            else:
-                self._score_batch(tasks)
-            del tasks, work  # a thread that waits holds no film
+    def _take(self) -> list[_Ready]:
+        """The next films that were read, for the same models."""
+        batch: list[_Ready] = []
+        while self._ready and len(batch) < MAX_BATCH:
+            if batch and self._ready[0].task.engine is not batch[0].task.engine:
+                break
+            batch.append(self._ready.popleft())
+        return batch
 
-    def _help(self) -> None:
-        """On a further thread that scores: take what waits while the first one is busy."""
-        torch.set_num_threads(1)
-        while True:
-            with self._changed:
-                while not (self._is_over or self._wants_help()):
-                    self._help_is_wanted.wait()
-                if self._is_over:  # the first thread scores what is left
-                    return
-                batch = self._take()
-            self._score_batch(batch)
-            del batch  # a thread that waits holds no film
-
-    def _score_batch(self, tasks: list[Task]) -> None:
+    def _score_now(self, batch: Sequence[_Ready]) -> None:
         began = time.monotonic()
+        engine = batch[0].task.engine
+        if torch.get_num_threads() != engine.num_threads:  # torch keeps it for each thread
+            torch.set_num_threads(engine.num_threads)
         try:
-            self._score(tasks)
+            reads = [each.read for each in batch]
+            rows = [found.prediction for found in engine.pipeline.classify_read(reads)]
         except Exception as error:
             _logger.error(
                 "a batch of %d films failed (%s); each is scored alone",
-                *(len(tasks), place_of(error)),
+                *(len(batch), place_of(error)),
             )
-            for task in tasks:
-                if not task.future.done():
-                    _fulfil(task.future, functools.partial(self._score_one, task))
-        self._observer.batch(len(tasks), time.monotonic() - began)
-
-    def _next(self) -> list[Task]:
-        """The next batch of films for one pipeline, or a single other task; empty at the end."""
-        with self._changed:
-            self._is_busy = False
-            while (wait_s := self._wait_s()) != 0:
-                self._changed.wait(wait_s)
-            self._is_busy = True
-            return self._take() if self._tasks else []
-
-    def _take(self) -> list[Task]:
-        batch = [self._tasks.popleft()]
-        while self._tasks and len(batch) < MAX_BATCH and _go_together(batch[0], self._tasks[0]):
-            batch.append(self._tasks.popleft())
-        return batch
-
-    def _wants_help(self) -> bool:
-        """Whether films wait that a further thread may score."""
-        if not (self._is_helped and self._is_busy and self._tasks):
-            return False
-        first = self._tasks[0]
-        return first.work is None and first.pipeline.is_parallel
-
-    def _wait_s(self) -> float | None:
-        """Seconds to wait for a fuller batch; None: until a task comes, 0: go on."""
-        if not self._tasks:
-            return 0 if self._is_over else None
-        first = self._tasks[0]
-        if first.work or not self._num_unread or len(self._tasks) >= _FULL_BATCH:
-            return 0
-        limit_s = min(MAX_WAIT_S, _WAIT_S * self._num_unread)
-        return max(0.0, first.since + limit_s - time.monotonic())
-
-    def _score(self, tasks: list[Task]) -> None:
-        reads = [task.read for task in tasks if task.read is not None]
-        pipeline = tasks[0].pipeline
-        for task, found in zip(tasks, list(pipeline.classify_read(reads)), strict=True):
-            task.future.set_result(_scored(task, found.prediction))
-
-    def _score_one(self, task: Task) -> Scored:
-        assert task.read is not None
-        (found,) = task.pipeline.classify_read([task.read])
-        return _scored(task, found.prediction)
+            for each in batch:
+                _fulfil(each.task.future, functools.partial(_score_one, each))
+        else:
+            for each, row in zip(batch, rows, strict=True):
+                each.task.future.set_result(_scored(each, row))
+        self._observer.batch(len(batch), time.monotonic() - began)
 
 
-def _go_together(one: Task, other: Task) -> bool:
-    """Whether two tasks are films that one batch may hold."""
-    return one.work is None and other.work is None and one.pipeline is other.pipeline
+def _score_one(ready: _Ready) -> Scored:
+    (found,) = ready.task.engine.pipeline.classify_read([ready.read])
+    return _scored(ready, found.prediction)
 
 
-def _scored(task: Task, row: Prediction) -> Scored:
-    assert task.read is not None
-    pixels = b"".join(own.tobytes() for own in task.read.own or ())
+def _scored(ready: _Ready, row: Prediction) -> Scored:
+    pixels = b"".join(own.tobytes() for own in ready.read.own or ())
     return Scored(
         row,
-        task.read.size,
-        task.window,
-        task.pipeline,
+        ready.read.size,
+        ready.window,
+        ready.task.engine.pipeline,
         hashlib.sha256(pixels).hexdigest() if pixels else "",
     )
 
