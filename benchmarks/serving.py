@@ -78,6 +78,7 @@ ALONE = Figure("alone_times", "99th percentile of predict alone, over the same",
 MEDIAN = Figure("median_ms", "median, ms", "lower", 1)
 P99 = Figure("p99_ms", "99th percentile, ms", "lower", 1)
 MORE = Figure("more_mib", "more memory, MiB", "lower")
+_ENGINE = re.compile(r"films are (still )?scored by (torch|ONNX Runtime)")  # the one that stays
 _ADDRESS = re.compile(r"is served at http://127\.0\.0\.1:(\d+)/")
 _SEVERAL = 16  # films of a request
 _START_S = 120.0
@@ -220,12 +221,14 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._is_up = threading.Event()
+        self._is_up, self._has_engine = threading.Event(), threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._is_up.wait(_START_S) or not self.port:
             self.process.kill()
             raise OSError(f"the server did not start: {self.log[-3:]}")
+        if not self._has_engine.wait(_START_S):
+            raise OSError(f"the server does not say what scores films: {self.log[-3:]}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -256,7 +259,10 @@ class Server:
                 if found := _ADDRESS.search(line):
                     self.port = int(found[1])
                     self._is_up.set()
+                if _ENGINE.search(line):
+                    self._has_engine.set()
         self._is_up.set()  # it has ended
+        self._has_engine.set()
 
 
 def ask(

@@ -29,6 +29,7 @@ from xrai.ingest.budget import MemoryBudget
 from xrai.ingest.find import File, find_files
 from xrai.ingest.images import decode_sized, ratio_of, shown_box
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
+from xrai.learning import engine
 from xrai.learning.batch import to_grey
 from xrai.learning.explain import grad_cam, laid_over
 from xrai.learning.network import num_products
@@ -156,11 +157,31 @@ class _Member:
     def trace(self) -> None:
         """See `Pipeline.trace`."""
         self._num_scorings = _TRACED_AFTER
-        size = self.square[0]
-        images = np.random.default_rng(0).integers(0, 256, (8, size, size), np.uint8)
-        traced = trace(self._network, self._typicality, self._grey(images))
+        traced = trace(self._network, self._typicality, self._made_up())
         self._look = traced or self._look
         self.is_parallel = traced is not None and self._device.type == "cpu"
+
+    def pack(self) -> bytes:
+        """See `Pipeline.pack`."""
+        return engine.pack(self._network, self._typicality, self.square[0])
+
+    def look_by(self, graph: bytes) -> Look | None:
+        """What scores by a graph; None where it gives other results."""
+        return engine.run_graph(graph, self._network, self._typicality, self._made_up())
+
+    def look_with(self, look: Look) -> None:
+        """Score by a graph from now on."""
+        self._num_scorings = _TRACED_AFTER
+        self._look, self.is_parallel = look, True
+
+    def _made_up(self) -> torch.Tensor:
+        size = self.square[0]
+        return self._grey(np.random.default_rng(0).integers(0, 256, (8, size, size), np.uint8))
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the network runs on a CPU."""
+        return self._device.type == "cpu"
 
     @property
     def is_small(self) -> bool:
@@ -293,6 +314,28 @@ class Pipeline:
         """
         for member in self._members:
             member.trace()
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether all networks run on a CPU."""
+        return all(member.is_on_cpu for member in self._members)
+
+    def pack(self) -> list[bytes]:
+        """What `xrai.learning.engine` needs to write the graph of each run."""
+        return [member.pack() for member in self._members]
+
+    def use_graphs(self, graphs: Sequence[bytes]) -> bool:
+        """From now on, score by these graphs, one for each run, if they give the same results; says
+        whether they do. Other threads may be scoring meanwhile.
+        """
+        pairs = zip(self._members, graphs, strict=True)
+        looks = [(member, member.look_by(graph)) for member, graph in pairs]
+        if any(look is None for _, look in looks):
+            return False
+        for member, look in looks:
+            assert look is not None
+            member.look_with(look)
+        return True
 
     @property
     def is_parallel(self) -> bool:

@@ -37,6 +37,11 @@ FLAGS = (
     Flag("max_body_mib", 256, "size of a request, at most, MiB", type=int),
     Flag("stop_s", 20, "seconds for requests to end after SIGTERM", type=int),
     Flag(
+        "engine",
+        "auto",
+        "what scores films: auto (ONNX Runtime once it is ready, where all runs on CPUs) or torch",
+    ),
+    Flag(
         "trusted_proxies",
         "",
         "addresses or networks of proxies, joined by commas, whose X-Forwarded-For is believed, so "
@@ -44,6 +49,7 @@ FLAGS = (
     ),
     *DICOM_FLAGS,
 )
+_ENGINES = ("auto", "torch")
 _MIN_TOKEN = 16  # characters
 _KEEP_ALIVE_S = 20
 _MAX_CONNECTIONS = 512
@@ -86,7 +92,10 @@ def main() -> None:
         lifetime_s=flags["lifetime_min"] * 60,
     )
     with listen(flags["host"], flags["port"]) as server_socket:
-        service = Service(load(runs), runs, load, worklist, config.train.threads)
+        service = Service(
+            *(load(runs), runs, load, worklist, config.train.threads),
+            wants_graphs=flags["engine"] == "auto",
+        )
         if dicom:
             dicom_side.DicomSide(dicom, service).start()
         body = flags["max_body_mib"] << 20
@@ -139,7 +148,9 @@ async def _beat(worklist: "Worklist") -> None:
 
 
 def check_flags(flags: dict[str, Any]) -> None:
-    """Raise `UserError` for a number that is none of those allowed."""
+    """Raise `UserError` for a value that is none of those allowed."""
+    if flags["engine"] not in _ENGINES:
+        raise UserError(f"--engine = {flags['engine']!r} is not allowed: it is auto or torch")
     for name, lowest, highest in (
         ("port", 0, 65535),
         ("lifetime_min", 0.01, 7 * 24 * 60),

@@ -63,7 +63,8 @@ def running(run: Path, folder: Path, *flags: str) -> Iterator[Server]:
     """A server of a run, which has ended after the block."""
     scratch = folder / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "xrai.serve", f"--run={run}", "--port=0", *flags]
+    command = [sys.executable, "-m", "xrai.serve", f"--run={run}", "--port=0", "--engine=torch"]
+    command += flags
     environment = {**os.environ, "XRAI_SERVE_TOKEN": TOKEN, "TMPDIR": str(scratch)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -133,7 +134,7 @@ def test_this_machine_alone_needs_none(host: str) -> None:
 def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     usual = {
         **{"port": 0, "lifetime_min": 1.0, "max_films": 1, "max_gib": 1.0},
-        **{"max_body_mib": 1, "stop_s": 1},
+        **{"max_body_mib": 1, "stop_s": 1, "engine": "auto"},
     }
     check_flags(usual)
     with pytest.raises(UserError, match=f"--{name} = {value} is not allowed"):

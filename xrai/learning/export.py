@@ -201,7 +201,7 @@ def _to_onnx(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
     import onnx
     import onnxruntime
 
-    with _quiet():
+    with quiet():
         written = torch.onnx.export(
             program, (), dynamo=True, verbose=False, input_names=["images"], output_names=OUTPUTS
         )
@@ -219,7 +219,7 @@ def _to_onnx(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
 def _to_torch(program: Program, metadata: dict[str, Any]) -> tuple[bytes, Run]:
     """The graph in torch.export's format, and what runs it."""
     buffer = io.BytesIO()
-    with _quiet():
+    with quiet():
         extra = {METADATA_FILE: json.dumps(metadata, indent=2)}
         torch.export.save(program, buffer, extra_files=extra)
         buffer.seek(0)
@@ -293,7 +293,7 @@ def _compare(serving: Serving, run: Run, batches: Batches) -> Agreement:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences torch's deprecation warnings and its notes that torchvision is missing."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level

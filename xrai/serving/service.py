@@ -14,6 +14,7 @@ from xrai.errors import RunError, UserError, XraiError
 from xrai.ingest.find import File
 from xrai.log import get_logger
 from xrai.pipeline import Pipeline
+from xrai.serving.engine import GraphWriter
 from xrai.serving.films import Film, Source, Worklist
 from xrai.serving.metrics import Metrics
 from xrai.serving.models import Models
@@ -32,6 +33,9 @@ class Service:
     load: Callable[[Sequence[str]], Models]
     worklist: Worklist
     num_threads: int = 0  # of torch, for a batch; 0: as many as make it faster
+    wants_graphs: bool = (
+        False  # whether films are to be scored by ONNX Runtime where that is possible
+    )
     metrics: Metrics = field(default_factory=Metrics)
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
     # By name, whether a further part runs that has to run as long as the server does
@@ -43,8 +47,10 @@ class Service:
     def __post_init__(self) -> None:
         self.hashes[self.models.pipeline] = self.models.hashes
         self.scorer = Scorer(self.models.pipeline, self.metrics, num_threads=self.num_threads)
+        self._graphs = GraphWriter(self._use_graphs)
         self.metrics.watch(self.worklist, self.scorer)
         self.metrics.use(self.models.pipeline.run_id)
+        self._write_graphs()
 
     def add(self, file: File, *, source: Source) -> "Future[Film]":
         """Score a film and list it. One that cannot be read is listed with the reason.
@@ -93,14 +99,24 @@ class Service:
         self.models, self.runs = models, runs
         self.scorer.replace(models.pipeline)
         self.metrics.use(models.pipeline.run_id)
+        self._write_graphs()
         _logger.info("films are scored by %s from now on", models.pipeline.run_id)
         return models
 
     def close(self) -> None:
         """Finish the films that are being scored, and take no more."""
+        self._graphs.stop()
         for close in self.closers:
             close()
         self.scorer.close()
+
+    def _write_graphs(self) -> None:
+        if self.wants_graphs:
+            self._graphs.start(self.models.pipeline)
+
+    def _use_graphs(self, pipeline: Pipeline) -> None:
+        if pipeline is self.models.pipeline:
+            self.scorer.replace(pipeline)  # they may be best on another number of threads
 
     def _list(
         self,
