@@ -290,9 +290,12 @@ def test_films_are_served_by_the_run_of_the_bucket_to_those_who_know_the_token(
             data=film.read_bytes(),
             headers={"Content-Type": "image/png", "Authorization": f"Bearer {token}"},
         )
-        with urllib.request.urlopen(post, timeout=60) as answer:
-            assert answer.status == 201
-            assert json.load(answer)["films"][0]["model"] == RUN
+        container = container_of(s3, "serve")
+        for line in ("is served at", "films are scored by ONNX Runtime from now on"):
+            wait_for_line(container, line)
+            with urllib.request.urlopen(post, timeout=60) as answer:
+                assert answer.status == 201
+                assert json.load(answer)["films"][0]["model"] == RUN
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"http://{address}/v1/films", timeout=60)
     finally:
