@@ -64,13 +64,6 @@ COLOURS = """() => {
   }
   return num;
 }"""
-SET_WINDOW_AND_OPEN = """() => new Promise((done) => {
-  const width = document.getElementById("window-width");
-  width.value = 100;
-  width.dispatchEvent(new Event("input"));
-  setTimeout(() => { document.querySelectorAll(".row")[1].click(); done(); }, 100);
-})"""
-AFTER_400_MS = "() => new Promise((done) => setTimeout(done, 400))"  # later timers than the page's
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
 
 
@@ -365,17 +358,25 @@ def test_a_reload_keeps_filters_film_window_zoom_heat_map_and_prevalence(ward: W
 
 
 def test_the_window_of_a_film_is_not_kept_for_the_next_one(ward: Ward) -> None:
+    ward.page.clock.install()
     page = filled(ward, 2, "/?review=no").page
-    open_first(ward)
     held: list[Route] = []
     second = page.locator(".row").nth(1)
     address = f"**/v1/films/{second.get_attribute('data-id')}/image"
     page.route(address, lambda route: held.append(route))
-    page.evaluate(SET_WINDOW_AND_OPEN)
-    page.evaluate(AFTER_400_MS)
+    with page.expect_request(address):  # ahead
+        open_first(ward)
+    now_ms = page.evaluate("Date.now()")
+    page.clock.pause_at((now_ms + 1000) / 1000)  # in s
+    page.locator("#window-width").fill("100")
+    page.clock.run_for(100)  # the window is drawn, but not kept yet
+    expect(page.locator("#stage-words")).to_contain_text("W 100")
+    second.click()
+    page.clock.run_for(1000)  # after all timers of both films
     name = page.locator("#film-name").inner_text()
     assert name == ward.names()[1]
     page.unroute(address)
+    page.clock.resume()
     page.reload()
     expect(page.locator("#film-name")).to_have_text(name)
     expect(page.locator("#stage-words")).to_contain_text("W 256")
