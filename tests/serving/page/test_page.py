@@ -664,6 +664,25 @@ def test_films_of_another_run_are_shown_although_its_card_failed_once(ward: Ward
     assert len(cards) == 3
 
 
+def test_a_list_that_cannot_be_read_is_asked_for_again(ward: Ward) -> None:
+    lists: list[Route] = []
+
+    def answer(route: Route) -> None:
+        lists.append(route)
+        if len(lists) == 1:
+            whole = route.fetch()
+            route.fulfill(response=whole, body=whole.text()[:-1])
+        else:
+            route.continue_()
+
+    ward.send("a.png", films(1)[0][1])
+    ward.page.route("**/v1/films", answer)
+    ward.page.goto(ward.url)
+    expect(ward.page.locator("#offline")).to_be_visible()
+    expect(ward.page.locator(".row")).to_have_count(1)
+    expect(ward.page.locator("#offline")).to_be_hidden()
+
+
 def test_films_that_wait_are_counted_until_they_are_listed(ward: Ward, server: str) -> None:
     page, waits = ward.page, [2, 2, 0]
 

@@ -16,12 +16,12 @@ export async function fetchModel() {
 export async function fetchFilms() {
   const answer = await ask("/v1/films", { headers: tag ? { "If-None-Match": tag } : {} });
   if (answer.status === 304) return null;
-  tag = answer.headers.get("ETag") ?? "";
   const text = await answer.text();
-  if (text === lastText) return null;
+  const found = text === lastText ? null : toList(JSON.parse(text));
+  // Only now: a list that was cut off, or cannot be read, has to be asked for again
+  tag = answer.headers.get("ETag") ?? "";
   lastText = text;
-  const { films, num_waiting: numWaiting } = JSON.parse(text);
-  return { films: films.map(toFilm), numWaiting };
+  return found;
 }
 let tag = "";
 let lastText = "";
@@ -113,6 +113,10 @@ function reasonOf(status, text) {
   } catch {
     return say("upload_refused", { status: String(status) });
   }
+}
+
+function toList({ films, num_waiting: numWaiting }) {
+  return { films: films.map(toFilm), numWaiting };
 }
 
 function toFilm(said) {
