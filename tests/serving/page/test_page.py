@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import FilePayload, Page, Route, expect
+from playwright.sync_api import Dialog, FilePayload, Page, Route, expect
 
 from tests.dataset.pictures import dicom_file
 from tests.models import phantoms, save_random_run, save_run
@@ -63,6 +63,12 @@ COLOURS = """() => {
     num += data[i] !== data[i + 1] || data[i] !== data[i + 2];
   }
   return num;
+}"""
+COUNT_ALERTS = """() => {
+  window.numAlerts = 0;
+  const count = (changes) => (window.numAlerts += changes.length);
+  const seen = { childList: true, characterData: true, subtree: true };
+  new MutationObserver(count).observe(document.getElementById("offline"), seen);
 }"""
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
 
@@ -805,6 +811,12 @@ def test_the_card_says_what_the_model_looks_for_and_how_well(ward: Ward) -> None
 # ------------------------------------------------------------------------- everybody, everywhere
 
 
+def sign_in(page: Page) -> None:
+    page.fill("#token", "a token of the ward")
+    page.click("button")
+    expect(page.locator("#list")).to_be_visible()
+
+
 def test_a_browser_without_the_session_signs_in_with_the_token(
     ward: Ward, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -816,12 +828,58 @@ def test_a_browser_without_the_session_signs_in_with_the_token(
         page.fill("#token", "another one, not right")
         page.click("button")
         expect(page.locator("[role=alert]")).to_contain_text("not right")
-        page.fill("#token", "a token of the ward")
-        page.click("button")
+        sign_in(page)
         expect(page.locator("#empty")).to_be_visible()
         assert page.evaluate("document.cookie") == ""  # no script can read the session
         page.context.clear_cookies()
         expect(page.locator("h1")).to_have_text("Sign in")  # when it asks for the list
+
+
+def test_the_sessions_end_is_said_once_and_uploads_wait_until_somebody_signs_in_again(
+    ward: Ward, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    service = make_service(save_run(tmp_path_factory.mktemp("token")))
+    page, held = ward.page, list[Route]()
+    asked: list[str] = []
+
+    def dismiss(dialog: Dialog) -> None:
+        asked.append(dialog.type)
+        dialog.dismiss()
+
+    def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.on("dialog", dismiss)
+    with serve(service, token="a token of the ward") as address:
+        page.goto(address)
+        sign_in(page)
+        page.route("**/v1/films", hold)
+        page.set_input_files("#files", files(films(0)))
+        expect(page.locator("#uploads-files .sending")).to_have_count(1)
+        page.evaluate(COUNT_ALERTS)
+        page.context.clear_cookies()
+        expect(page.locator("#offline")).to_contain_text("session has ended")
+        num_alerts = page.evaluate("window.numAlerts")
+        held.pop().continue_()
+        row = page.locator("#uploads-files .failed")
+        expect(row).to_have_count(1)
+        for _ in range(2):
+            with page.expect_response(lambda answer: answer.status == 401):
+                pass
+        assert page.evaluate("window.numAlerts") == num_alerts
+        expect(row).to_have_count(1)
+        with page.context.expect_page() as login:
+            page.click("#offline a")
+        sign_in(login.value)
+        expect(page.locator("#offline")).to_be_hidden()
+        page.unroute("**/v1/films")
+        row.locator("button").click()
+        expect(page.locator(".row")).to_have_count(1)
+        page.close()  # before its server stops
+    assert asked == []
 
 
 def test_every_view_says_that_it_is_no_medical_device(ward: Ward) -> None:

@@ -10,7 +10,7 @@ import {
   upload,
 } from "./api.js";
 import { showCard } from "./card.js";
-import { announce, find } from "./dom.js";
+import { announce, find, make } from "./dom.js";
 import { listenToKeys } from "./keys.js";
 import { Reading } from "./reading.js";
 import { keep, readAddress, settings, writeAddress } from "./state.js";
@@ -83,7 +83,7 @@ class Ward {
       }
       find("offline").hidden = true;
     } catch (error) {
-      showOffline(error);
+      showOffline(error, this.uploads.hasUnsent);
     }
     this.isAsking = false;
     this.answered = Date.now();
@@ -420,11 +420,22 @@ function setTheme(theme) {
   document.cookie = `xrai_theme=${theme}; path=/; max-age=31536000; samesite=strict`;
 }
 
-// Says that the list cannot be asked for; after the session's end, a reload leads to the login
-function showOffline(error) {
-  find("offline").textContent = error.isLogin ? say("login_ended") : say("offline");
-  find("offline").hidden = false;
-  if (error.isLogin) location.reload();
+// Says that the list cannot be asked for. After the session's end, a reload leads to the login; with
+// files that are not sent yet, which a reload would lose, a link does.
+function showOffline(error, hasUnsent = false) {
+  const element = find("offline");
+  const what = !error.isLogin ? "offline" : hasUnsent ? "login_ended_uploads" : "login_ended";
+  if (element.hidden || element.dataset.what !== what) {
+    element.dataset.what = what; // screen readers would read the same words out at each request
+    element.replaceChildren(say(what));
+    if (what === "login_ended_uploads") element.append(" ", loginLink());
+    element.hidden = false;
+  }
+  if (error.isLogin && !hasUnsent) location.reload();
+}
+
+function loginLink() {
+  return Object.assign(make("a", "", say("login_new_tab")), { href: "/login", target: "_blank" });
 }
 
 function showDeleteFailed(error) {

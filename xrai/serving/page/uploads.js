@@ -28,6 +28,11 @@ export class Uploads {
     return this.files.some((each) => each.state !== "failed");
   }
 
+  // Whether there are files that may still be sent, those that failed included
+  get hasUnsent() {
+    return this.files.some((each) => !each.isFinal);
+  }
+
   // `unread` has the names of files that could not even be read
   add(files, unread = []) {
     if (!this.files.length) this.clear();
