@@ -566,6 +566,9 @@ def test_the_card_of_a_run_has_the_figures_of_its_summary(tmp_path: Path) -> Non
     assert output.prevalence == pytest.approx(num_positive / summary["num_images"])
     assert [*output.intervals["sensitivity"]] == summary["intervals"]["sensitivity"]
     assert card_json(card)["outputs"] == [asdict(output)]
+    assert output.prior is None
+    (moved,) = load_models([str(bare)], prior=0.05).card().outputs
+    assert (moved.prior, moved.prevalence) == (0.05, output.prevalence)
     both = load_models([str(bare), str(save_run(tmp_path, run_id="other"))]).card()
     assert both.run == "tiny+other" and both.outputs[0].auroc is None
 

@@ -31,6 +31,7 @@ class OutputCard:
     auroc: float | None = None
     intervals: Mapping[str, Sequence[float | None]] = field(default_factory=dict, hash=False)
     prevalence: float | None = None  # in the images that these figures are of
+    prior: float | None = None  # the share that probabilities hold for, where a prior was given
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class Models:
             pipeline.run_id,
             pipeline.model.labels.task,
             tuple(size for size, _ in pipeline.squares),
-            tuple(OutputCard(output.name, output.threshold) for output in outputs),
+            tuple(
+                OutputCard(output.name, output.threshold, prior=_prior(output))
+                for output in outputs
+            ),
         )
         summary = next(iter(self.summaries.values()), None) if len(pipeline.models) == 1 else None
         if summary is None:
@@ -123,4 +127,9 @@ def _measured(output: Output, main: MainResults, number: int) -> OutputCard:
         auroc=found.auroc,
         intervals={name: ends for name, ends in found.intervals.items() if name != "accuracy"},
         prevalence=counts.num_positive / num_known if num_known else None,
+        prior=_prior(output),
     )
+
+
+def _prior(output: Output) -> float | None:
+    return None if output.moved is None else output.moved.share

@@ -1,6 +1,7 @@
 """The page as a person uses it, in a real Chromium, with the server and a tiny model behind it."""
 
 import base64
+import functools
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from playwright.sync_api import Dialog, FilePayload, Page, Route, expect
 
 from tests.dataset.pictures import dicom_file
 from tests.models import phantoms, save_random_run, save_run
-from tests.serving.conftest import make_service
+from tests.serving.conftest import add_summary, make_service
 from tests.serving.page.conftest import Film, Ward, like, serve
 from xrai.labels import LabelSpec, Task
 from xrai.serving.films import Worklist
@@ -592,6 +593,30 @@ def test_the_numbers_are_the_servers_and_the_prevalence_moves_the_predictive_val
     assert page.locator("#ppv").inner_text() != before
     page.click("#prevalence-reset")
     expect(page.locator("#ppv")).to_have_text(before)
+
+
+def test_predictive_values_are_at_the_servers_prior_until_a_person_sets_another_prevalence(
+    ward: Ward, tmp_path: Path
+) -> None:
+    run = save_run(tmp_path)
+    add_summary(run)
+    load = functools.partial(load_models, prior=0.95)  # beyond the slider's end
+    worklist = Worklist(max_films=9, max_bytes=1 << 24, lifetime_s=60)
+    with serve(Service(load([str(run)]), (str(run),), load, worklist)) as address:
+        page = opened(Ward(ward.page, address), "one.png", films(1)[0][1]).page
+        (said,) = page.request.get(f"{address}/v1/model").json()["outputs"]
+        true_positive = 0.95 * said["sensitivity"]
+        ppv = true_positive / (true_positive + 0.05 * (1 - said["specificity"]))
+        expect(page.locator("#prevalence-value")).to_have_text("95%")
+        expect(page.locator("#prevalence-usual")).to_have_text("as set for this server")
+        shown = page.locator("#ppv").inner_text()
+        assert float(shown.strip("%")) == pytest.approx(100 * ppv, abs=0.6)
+        page.locator("#prevalence").fill("10")
+        expect(page.locator("#prevalence-usual")).to_be_hidden()
+        expect(page.locator("#ppv")).not_to_have_text(shown)
+        page.click("#prevalence-reset:has-text('Back to 95%, as set for this server')")
+        expect(page.locator("#ppv")).to_have_text(shown)
+        page.close()  # before its server stops
 
 
 @pytest.mark.parametrize("task", ["multilabel", "multiclass"])

@@ -159,6 +159,6 @@ function outputOf({ probabilities, thresholds, calls }, name) {
 
 function toModel(said) {
   const { num_images: numImages, is_phantom: isPhantom, trained_on: trainedOn } = said;
-  const outputs = said.outputs.map((output) => ({ prevalence: null, ...output }));
+  const outputs = said.outputs.map((output) => ({ prevalence: null, prior: null, ...output }));
   return { ...said, outputs, numImages, isPhantom, trainedOn };
 }

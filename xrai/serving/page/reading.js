@@ -22,6 +22,10 @@ const toShare = (step) => LOWEST * (HIGHEST / LOWEST) ** (step / 100);
 const toStep = (share) => (100 * Math.log(share / LOWEST)) / Math.log(HIGHEST / LOWEST);
 const clamped = (share) => Math.min(HIGHEST, Math.max(LOWEST, share));
 
+// Where nobody has set one: the server's prior, which the probabilities beside it hold for, or else
+// that of the images that the model was measured on; null where neither is known
+const usualPrevalence = ({ prior, prevalence }) => prior ?? prevalence;
+
 // PPV and NPV at a prevalence (Bayes), of {sensitivity, specificity}; null where undefined
 export function predictiveValues({ sensitivity, specificity }, prevalence) {
   const truePositive = prevalence * sensitivity;
@@ -143,7 +147,7 @@ export class Reading {
   // --------------------------------------------------------------------------- what it is worth
 
   prevalenceOf(output) {
-    return clamped(settings.prevalence[output.name] ?? output.prevalence ?? 0.1);
+    return settings.prevalence[output.name] ?? usualPrevalence(output) ?? 0.1;
   }
 
   setPrevalence(share) {
@@ -177,15 +181,20 @@ export class Reading {
     };
     for (const [id, text] of Object.entries(texts)) find(id).textContent = text;
     const slider = find("prevalence");
-    slider.value = toStep(prevalence);
+    slider.value = toStep(clamped(prevalence));
     slider.setAttribute("aria-valuetext", say("prevalence_is", { percent: percent(prevalence) }));
     const reset = find("prevalence-reset");
-    const measured = output.prevalence;
+    const usual = usualPrevalence(output);
     const isOwn = output.name in settings.prevalence;
-    reset.hidden = !isOwn || measured === null;
-    find("prevalence-measured").hidden = isOwn || measured === null;
-    if (measured !== null) {
-      reset.textContent = say("prevalence_reset", { percent: percent(measured) });
+    reset.hidden = !isOwn || usual === null;
+    find("prevalence-usual").hidden = isOwn || usual === null;
+    if (usual !== null) {
+      const isMeasured = output.prior === null;
+      const back = isMeasured ? "prevalence_reset_measured" : "prevalence_reset_prior";
+      find("prevalence-usual").textContent = say(
+        isMeasured ? "prevalence_measured" : "prevalence_prior",
+      );
+      reset.textContent = say(back, { percent: percent(usual) });
     }
   }
 
