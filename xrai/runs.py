@@ -15,7 +15,7 @@ from xrai.results.folder import ENVIRONMENT, HISTORY, SUMMARY, check_run_id
 from xrai.results.history import parse_history
 from xrai.results.metrics import format_value
 from xrai.results.summary import Summary, read_summary, result_lines, stated_hashes
-from xrai.store import LEASE_KEY, Store, open_store
+from xrai.store import LEASE_KEY, Store, disk_path, open_store
 
 FLAGS = (
     Flag("runs", [], "IDs of runs; none: list all", nargs="*"),
@@ -40,7 +40,7 @@ def main() -> None:
     for run_id in run_ids:
         store = open_store(f"{artifacts}/{run_id}")
         if flags["out"]:
-            folder = Path(flags["out"]) / run_id
+            folder = disk_path(flags["out"], flag="--out") / run_id
             number = fetch(store, folder, with_checkpoints=flags["checkpoints"])
             _logger.info("%s of %s: %s", counted(number, "file"), store.uri, folder)
             store = open_store(str(folder))

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,7 +47,7 @@ from xrai.learning.typicality import count_review, fit_typicality
 from xrai.learning.weights import initial_weights
 from xrai.log import counted, get_logger, setup_logging
 from xrai.results.folder import RunFolder, new_run_id
-from xrai.store import masked, open_store
+from xrai.store import disk_path, masked, open_store
 from xrai.workers import follow_parent
 
 if TYPE_CHECKING:
@@ -552,7 +551,7 @@ def check_disk(config: Config, index: DatasetIndex, flags: dict[str, Any]) -> No
     needed = sum(shard.size_bytes for shards in index.splits.values() for shard in shards)
     if config.cache.max_gib:
         needed = min(needed, int(config.cache.max_gib * 2**30))
-    folder = Path(config.cache.dir or cache_folder())
+    folder = disk_path(config.cache.dir, flag="cache.dir") if config.cache.dir else cache_folder()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

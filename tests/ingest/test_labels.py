@@ -10,7 +10,6 @@ from xrai.config import Labels
 from xrai.dataset.manifest import Row
 from xrai.errors import SourceError
 from xrai.ingest import labels as labels_module
-from xrai.ingest import records
 from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
 from xrai.ingest.layout import Layout, is_file_patient
@@ -559,7 +558,7 @@ def test_a_file_in_a_bucket_is_read_by_its_address(
     (tmp_path / "t.csv").write_text(GOOD)
     asked: list[str] = []
     monkeypatch.setattr(
-        records, "open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path))
+        "xrai.store.open_store", lambda uri: asked.append(uri) or open_store(str(tmp_path))
     )
     assert len(read_labels("s3://bucket/some/t.csv").labels) == 3
     assert asked == ["s3://bucket/some"]

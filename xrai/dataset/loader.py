@@ -43,7 +43,7 @@ from xrai.dataset.order import EpochOrder, most_held, rank_slice, shards_to_hold
 from xrai.dataset.shards import DatasetIndex, Shard, ShardInfo, read_index
 from xrai.errors import ConfigError, DatasetError, UnreachableError, XraiError
 from xrai.labels import Labels
-from xrai.store import Store, open_store
+from xrai.store import Store, disk_path, open_store
 
 _POLL_S = 0.1
 _STAGES = ("fetch", "verify", "assemble", "wait")
@@ -156,7 +156,9 @@ class Loader:
         self._cache = ShardCache(
             store,
             self.index,
-            folder=Path(options.cache_dir) if options.cache_dir else None,
+            folder=disk_path(str(options.cache_dir), flag="cache.dir")
+            if options.cache_dir
+            else None,
             max_bytes=int(options.cache_max_gib * 2**30),
             timeout_s=options.timeout_s,
         )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xrai.errors import UserError
 from xrai.ingest.sources import FolderSource, Source, open_source
 from xrai.log import get_logger
-from xrai.store import folder_of, open_store
+from xrai.store import folder_of, open_store, scheme_of
 
 _KINDS = "name JPEG, PNG or DICOM files or folders of them"
 _WILDCARDS = frozenset("*?[")
@@ -64,9 +64,11 @@ def _find(path: str) -> list[File]:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(f"the name {path!r} is not UTF-8; rename it") from None
-    if path.startswith("file://"):
+    # Shells give names that exist, such as file:1.png
+    scheme = scheme_of(path) if "://" in path or not os.path.lexists(path) else ""
+    if scheme == "file":
         path = str(folder_of(path))
-    if "://" in path:
+    elif scheme:
         return _find_in_bucket(path)
     if not os.path.lexists(path) and _WILDCARDS & set(path):
         matches = sorted(_glob(path))

@@ -15,6 +15,7 @@ from pathlib import Path
 from xrai.errors import UserError
 from xrai.files import read_once, write_atomically
 from xrai.log import get_logger
+from xrai.store import disk_path
 
 _MIN_BYTES, _MAX_BYTES = 16, 4096
 _OPTION = "--patient_key FILE or XRAI_PATIENT_KEY"
@@ -55,7 +56,7 @@ class PatientKey:
     def path(self) -> Path:
         """The file. Raises `UserError` where none is named and the user has no home folder."""
         if self._name:
-            return Path(self._name)
+            return disk_path(self._name, flag=_OPTION)
         try:
             folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         except RuntimeError as error:

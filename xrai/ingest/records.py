@@ -8,7 +8,7 @@ from typing import Final
 
 from xrai.errors import NotFoundError, SourceError, TooLargeError
 from xrai.log import counted
-from xrai.store import open_store
+from xrai.store import open_parent
 
 MAX_BYTES: Final = 1 << 28  # of a table
 
@@ -25,7 +25,7 @@ def read_text(uri: str, *, wanted: str) -> tuple[str, str]:
     """Name and text of the file `--labels`, at a path or s3:// address; `wanted` says what it is
     to be. Raises `SourceError` where there is none or it is not UTF-8.
     """
-    folder, _, name = uri.rpartition("/")
+    store, name = open_parent(uri)
     if not name:
         raise SourceError(f"--labels {uri!r} is not a file; it takes {wanted}")
     try:
@@ -33,7 +33,6 @@ def read_text(uri: str, *, wanted: str) -> tuple[str, str]:
     except UnicodeEncodeError:
         raise SourceError(f"the name {name!r} of --labels is not UTF-8; rename it") from None
     try:
-        store = open_store(folder or ("/" if uri.startswith("/") else "."))
         data = store.read(name, max_bytes=MAX_BYTES)
     except TooLargeError as error:
         raise SourceError(f"--labels is no table: {error}") from error

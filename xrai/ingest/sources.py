@@ -31,7 +31,7 @@ from xrai.errors import ImageError, NotFoundError, SourceError, StoreError, TooL
 from xrai.ingest.listed import Files
 from xrai.labels import CLASSES, folded
 from xrai.log import counted, get_logger, printable
-from xrai.store import Store, check_key, folder_of, masked, open_store
+from xrai.store import Store, check_key, folder_of, masked, open_store, scheme_of
 
 MAX_FILE_BYTES: Final = 1 << 28  # no X-ray is larger: 100 million pixels of 16 bits are 2e8 bytes
 MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in memory
@@ -74,7 +74,7 @@ def open_source(uri: str, names: Sequence[str] = (), *, needs_labels: bool = Tru
     """
     if not uri:
         raise SourceError(f"--source is empty; it takes {_KINDS}")
-    scheme = uri.partition("://")[0].lower() if "://" in uri else ""
+    scheme = scheme_of(uri)
     if scheme == "s3":
         if uri.lower().endswith((".zip", ".npz")):
             raise SourceError(

@@ -22,7 +22,7 @@ from xrai.files import sha256_of
 from xrai.learning.checkpoint import UNREADABLE
 from xrai.learning.network import Network
 from xrai.log import get_logger
-from xrai.store import open_store
+from xrai.store import open_parent
 
 PRETRAINED = "pretrained"
 _CONTAINERS = ("state_dict", "state_dict_ema", "model", "weights", "model_state_dict", "teacher")
@@ -110,8 +110,7 @@ def read_weights(address: str) -> tuple[dict[str, Tensor], str]:
     Raises `UserError` if there is no such file or its suffix is none of those allowed,
     `CorruptError` if it holds no tensors or cannot be read.
     """
-    folder, _, name = address.rpartition("/")
-    store = open_store(folder or ".")
+    store, name = open_parent(address)
     if not name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise UserError(
             f"model.weights = {address!r} is not allowed: it takes {PRETRAINED}, or the address of "

@@ -1,11 +1,12 @@
 """Draw a folder of phantoms: `python -m xrai.phantom --num-images 600 --out data/phantoms`."""
 
 import argparse
-from pathlib import Path
+from functools import partial
 
 from xrai.command import Parser, run_command
 from xrai.log import setup_logging
 from xrai.phantom.folder import LEAST, SUFFIXES, TASKS, make_phantoms
+from xrai.store import disk_path
 
 
 def main() -> None:
@@ -18,7 +19,8 @@ def main() -> None:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder: new, empty or of phantoms")
+    path = partial(disk_path, flag="--out")
+    add("--out", type=path, required=True, metavar="DIR", help="folder: new, empty or of phantoms")
     least = f"at least {LEAST['binary']}, of three classes {LEAST['multiclass']}"
     add("--num-images", type=int, default=600, metavar="N", help=f"how many images, {least}")
     add(

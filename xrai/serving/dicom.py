@@ -36,6 +36,7 @@ from xrai.serving.outbox import Delivery, Outbox, Waits
 from xrai.serving.pacs import Pacs, check_ae_title, find_pacs
 from xrai.serving.scoring import ClosedError
 from xrai.serving.service import Service
+from xrai.store import disk_path
 
 TOKEN: Final = "XRAI_PACS_TOKEN"  # for STOW-RS
 
@@ -84,10 +85,9 @@ def read_options(flags: Mapping[str, Any]) -> DicomOptions | None:
         found = find_pacs(
             pacs, calling=node.ae_title, tls=_pacs_tls(flags), token=os.environ.get(TOKEN, "")
         )
+    folder = disk_path(outbox, flag="--outbox") if outbox else None
     waits = Waits(max_age_s=flags["outbox_days"] * 24 * 3600.0)
-    return DicomOptions(
-        node, found, _RESULTS[flags["result"]], Path(outbox) if outbox else None, waits
-    )
+    return DicomOptions(node, found, _RESULTS[flags["result"]], folder, waits)
 
 
 def _node_options(flags: Mapping[str, Any]) -> NodeOptions:

@@ -34,11 +34,14 @@ __all__ = [
     "Store",
     "StoredObject",
     "check_key",
+    "disk_path",
     "folder_of",
     "masked",
+    "open_parent",
     "open_store",
     "refuse_others_files",
     "refuse_writer",
+    "scheme_of",
     "seconds_of",
     "take_lease",
 ]
@@ -48,7 +51,11 @@ _BUCKET = re.compile(
     r"([A-Za-z0-9][A-Za-z0-9._-]{1,62}"
     r"|arn:aws[a-z-]*:s3:[a-z0-9-]+:[0-9]{12}:accesspoint[:/][a-z0-9][a-z0-9-]{1,48}[a-z0-9])(?:/|\Z)"
 )
-_SLASHLESS = re.compile(r"(?:s3|file):", re.IGNORECASE)  # of an address without ://
+# What addresses without :// begin with, and should
+_SLASHLESS = {
+    "s3:": "an S3 address begins with s3://",
+    "file:": "the address of a folder begins with file:///",
+}
 _ALLOWED = "give a folder, file:///folder or s3://bucket/prefix"
 
 
@@ -66,8 +73,7 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
         uri.encode()
     except UnicodeEncodeError:  # it goes into summaries, reports and requests
         raise StoreAccessError(f"the address {masked(uri)!r} is not UTF-8; rename it") from None
-    scheme, _, rest = uri.partition("://") if "://" in uri else ("", "", uri)
-    scheme = scheme.lower()
+    scheme, rest = scheme_of(uri), uri.partition("://")[2]
     if scheme == "s3":
         found = _BUCKET.match(rest)
         if found is None:
@@ -90,9 +96,45 @@ def open_store(uri: str, *, timeout_s: float | None = None, retry_s: float | Non
         )
     if scheme == "file":
         return FolderStore(folder_of(uri))
-    if scheme or not uri or _SLASHLESS.match(uri):
+    if scheme or not uri:
         raise StoreAccessError(f"{masked(uri)!r} is not an address of a store; {_ALLOWED}")
     return FolderStore(Path(uri))
+
+
+def scheme_of(address: str) -> str:
+    """What stands before `://`, in lower case; empty for a path. Raises `StoreAccessError` where
+    slashes are missing, as in `s3:/bucket`.
+    """
+    if "://" in address:
+        return address.partition("://")[0].lower()
+    for beginning, advice in _SLASHLESS.items():
+        if address.lower().startswith(beginning):
+            raise StoreAccessError(
+                f"{masked(address)!r} is not an address: {advice}; {_ALLOWED} (a file or folder "
+                f"whose name begins so is ./{beginning}…)"
+            )
+    return ""
+
+
+def open_parent(uri: str) -> tuple[Store, str]:
+    """The store that a file lies in, and the file's name there; empty where the address ends with
+    a slash. Raises as `open_store` does.
+    """
+    scheme_of(uri)
+    folder, _, name = uri.rpartition("/")
+    if folder.endswith(":/"):  # s3://name
+        raise StoreAccessError(f"{masked(uri)!r} names no file; {_ALLOWED}, and a file in it")
+    return open_store(folder or ("/" if uri.startswith("/") else ".")), name
+
+
+def disk_path(path: str, *, flag: str) -> Path:
+    """The path that a flag gives which takes no bucket, as such or as file:///path. Raises
+    `StoreAccessError` for any other address.
+    """
+    scheme = scheme_of(path)
+    if scheme not in ("", "file"):
+        raise StoreAccessError(f"{flag} = {masked(path)!r} is not allowed: it takes a local path")
+    return folder_of(path) if scheme else Path(path)
 
 
 def folder_of(uri: str) -> Path:

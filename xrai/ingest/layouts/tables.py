@@ -19,7 +19,7 @@ from xrai.ingest.records import (
 )
 from xrai.ingest.sources import Source, open_source
 from xrai.labels import folded
-from xrai.store import open_store
+from xrai.store import open_parent
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,8 @@ class Tables:
         """The table of this name, next to the one that `--labels` names or in its folder."""
         if not self.is_file:
             return self.find(re.escape(name))
-        folder = self._uri.rpartition("/")[0] or ("/" if self._uri.startswith("/") else ".")
         try:
-            data = open_store(folder).read(name, max_bytes=MAX_BYTES)
+            data = open_parent(self._uri)[0].read(name, max_bytes=MAX_BYTES)
         except NotFoundError:
             return None
         return TableFile(name, decode(data, name=name))
