@@ -395,6 +395,15 @@ def test_a_folder_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
     assert list(store.list()) == []
 
 
+def test_links_that_lead_nowhere_are_not_listed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a/key", b"data")
+    for name, target in (("loop", "loop"), ("broken", "nowhere"), ("below", "key/of/a/file")):
+        (tmp_path / "a" / name).symlink_to(target)
+    (tmp_path / "a/good").symlink_to("key")
+    assert [*store.list()] == [StoredObject("a/good", 4), StoredObject("a/key", 4)]
+
+
 def test_a_full_disk_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")

@@ -1,9 +1,10 @@
 """A store that is a folder of this machine."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from xrai.errors import NotFoundError, StoreError
@@ -18,6 +19,17 @@ from xrai.files import (
     write_atomically,
 )
 from xrai.store.base import Store, StoredObject, check_key
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # deleted meanwhile, or a link to nothing
+
+
+@contextmanager
+def _skipping_gone() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
 
 
 class FolderStore(Store):
@@ -80,7 +92,7 @@ class FolderStore(Store):
                     entries = list(os.scandir(folders.pop()))
                 for entry in entries:
                     key = entry.path.removeprefix(self.uri).lstrip("/")
-                    with suppress(FileNotFoundError):  # deleted meanwhile
+                    with _skipping_gone():
                         if entry.is_dir():
                             folders += [] if entry.is_symlink() else [entry.path]
                         elif key.startswith(prefix) and not is_temporary(entry.name):
