@@ -144,6 +144,7 @@ def test_a_run_is_not_fetched_into_its_own_folder(artifacts: Path, call: Call) -
         (["none"], "there is no run at"),
         (["unrelated"], "there is no run at"),
         (["none", "--out=o"], "there is no run at"),
+        (["unrelated", "--out=o"], "there is no run at"),
         (["../x"], "is not allowed"),
         (["--out=o"], "--out needs the ID of a run"),
         (["--artifacts=nowhere"], "there is no run at"),

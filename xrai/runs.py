@@ -62,6 +62,7 @@ def list_runs(artifacts: str) -> list[str]:
 
 def describe(store: Store) -> list[str]:
     """The results of a finished run, or how far it is. Raises `RunError` where there is no run."""
+    _refuse_others(store)
     if (summary := _summary(store)) is None:
         return [f"{store.uri}: {_state(store)}"]
     return result_lines(summary.main, store.uri, validation=summary.validation)
@@ -74,9 +75,8 @@ def fetch(store: Store, folder: Path, *, with_checkpoints: bool = False) -> int:
     run, `UserError` where the folder is the run's own, `CorruptError` if a file is not what the
     summary lists; that file is not kept.
     """
+    _refuse_others(store)
     keys = [entry.key for entry in store.list() if entry.key != LEASE_KEY]
-    if not keys:
-        raise RunError(f"there is no run at {store.uri}; xrai runs lists those there are")
     place = store.local_path(SUMMARY)
     if place is not None and place.parent.resolve() == folder.resolve():
         raise UserError(f"{folder} is the run itself: name another folder by --out")
@@ -92,6 +92,15 @@ def fetch(store: Store, folder: Path, *, with_checkpoints: bool = False) -> int:
                 _fetch_one(store, key, path, sha256=expected)
             bar.update()
     return len(wanted)
+
+
+def _refuse_others(store: Store) -> None:
+    """Raise `RunError` where an address is not a run's, which has `ENVIRONMENT` from its start."""
+    if store.size(ENVIRONMENT) is None:
+        raise RunError(
+            f"there is no run at {store.uri}, where {ENVIRONMENT} would be; xrai runs lists those "
+            "there are"
+        )
 
 
 def _fetch_one(store: Store, key: str, path: Path, *, sha256: str | None) -> None:
@@ -132,8 +141,6 @@ def _state(store: Store) -> str:
     if store.size(HISTORY) is not None:
         rows = parse_history(store.read(HISTORY), where=f"{store.uri}/{HISTORY}")
         return f"not finished, {counted(len(rows), 'epoch')} done"
-    if store.size(ENVIRONMENT) is None:
-        raise RunError(f"there is no run at {store.uri}; xrai runs lists those there are")
     return "not finished, in its first epoch"
 
 
