@@ -1,11 +1,15 @@
 """docker/entrypoint, with stand-ins for the programs that it starts."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from xrai.ingest.patients import PatientKey
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -20,10 +24,13 @@ def programs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def enter(programs: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def enter(
+    programs: Path, *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(REPOSITORY / "docker/entrypoint"), *arguments],
         env={"PATH": f"{programs}:{os.environ['PATH']}", **environment},
+        input=stdin,
         capture_output=True,
         text=True,
         check=False,
@@ -104,3 +111,33 @@ def test_a_mistake_in_the_config_ends_the_wait_before_it_begins(tmp_path: Path) 
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("xrai: error: ") and "train.epoch" in line
+
+
+def test_a_key_of_patients_is_kept_and_put_back_as_the_docs_say(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPOSITORY / "docs/running.md").read_text().replace("\\\n", "")
+    found = re.findall(r"run --rm -T --no-deps preprocess (bash -C?c) +'(.*)'", text)
+    preprocess = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]["preprocess"]
+    assert preprocess["environment"]["XDG_CONFIG_HOME"] == "/cache"  # for xrai/patient.key
+    assert "keys:/cache" in preprocess["volumes"]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def call(number: int, given: str = "") -> tuple[bool, str]:
+        words, script = found[number]
+        script = script.replace("/cache", str(cache))
+        done = enter(programs, *words.split(), script, stdin=given)
+        return done.returncode == 0, done.stdout + done.stderr
+
+    keep, put_back, remove = range(3)
+    assert call(put_back, "a key of 16 bytes\n") == (True, "")
+    key = cache / "xrai/patient.key"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(cache))
+    assert PatientKey().path == key and PatientKey(may_make=False).hash("1", group="p")
+    assert key.stat().st_mode & 0o077 == 0
+    assert call(keep) == (True, "a key of 16 bytes\n")
+    was_put, said = call(put_back, "another key, as long")
+    assert not was_put and "cannot overwrite existing file" in said
+    assert key.read_text() == "a key of 16 bytes\n"
+    assert call(remove) == (True, "") and call(put_back, "another key, as long") == (True, "")
