@@ -278,6 +278,41 @@ def test_one_column_of_names_is_findings_too() -> None:
     assert [entry.label for entry in laid_out(text, names="Effusion").rows] == [(-1,), (0,), (1,)]
 
 
+def test_findings_that_names_leave_out_are_told_with_their_images() -> None:
+    text = "path,findings\na.dcm,Edema\nb.dcm,Efusion?|Edema\nc.dcm,efusion\nd/e.png,Mass\n"
+    told = "t.csv: labels.names leaves out 'Efusion' (2 images), 'Mass' (1 image): check the"
+    layout = laid_out(text, names="Edema")
+    assert layout.notes[0].startswith(told)
+    assert [entry.label for entry in layout.rows] == [(1,), (1,), (0,), (0,)]
+    assert laid_out(text, names="Edema|Efusion|Mass").notes == ()
+
+
+JOINED = "path,findings\na.dcm,Edema\nb.dcm,{}\nc.dcm,Effusion\n"
+
+
+@pytest.mark.parametrize("cell", ["Edema; Effusion", "edema,Effusion", "Edema/Mass", "A+Edema"])
+def test_findings_joined_by_another_mark_are_refused_unless_meant(cell: str) -> None:
+    text = JOINED.format(f'"{cell}"')
+    words = f"t.csv, line 3: '{cell}' looks like several findings: join them by | (1 image)"
+    assert words in refused(text) and words in refused(text, names="Edema|Effusion")
+    assert laid_out(text, names=f"Edema|{cell}").labels.classes == ("Edema", cell)
+
+
+def test_a_name_with_a_slash_is_a_finding_where_its_parts_are_none() -> None:
+    text = JOINED.format("Nodule/Mass")
+    assert laid_out(text).labels.classes == ("Edema", "Effusion", "Nodule/Mass")
+    assert "looks like several" in refused(JOINED.format("Nodule;Mass"))
+
+
+def test_findings_that_differ_in_their_separators_are_refused_unless_meant() -> None:
+    text = "path,findings\na.dcm,Pleural Effusion\nb.dcm,pleural_effusion\nc.dcm,Edema\n"
+    words = "line 3: 'pleural_effusion' differs from 'Pleural Effusion' (line 2) only in spaces"
+    assert words in refused(text) and words in refused(text, names="Pleural Effusion|Edema")
+    names = ("pleural_effusion", "Pleural Effusion")
+    assert laid_out(text, names="|".join(names)).labels.classes == names
+    assert laid_out(text, names="Edema").labels.classes == ("Edema",)
+
+
 @pytest.mark.parametrize(
     ("text", "keys", "words"),
     [

@@ -241,10 +241,10 @@ def _alike(found: Sequence[Found]) -> Iterator[tuple[Found, Found]]:
     """Pairs of which the first is the second with `(1)`, `_old` or the like appended; or the two
     differ only in how their words are separated.
     """
-    by_own: Mapping[str, Found] = {_separated(each.name): each for each in found}
+    by_own: Mapping[str, Found] = {separated(each.name): each for each in found}
     seen: dict[str, list[Found]] = defaultdict(list)
     for each in found:
-        own = _separated(each.name)
+        own = separated(each.name)
         if seen[own]:
             yield each, seen[own][0]
         seen[own].append(each)
@@ -255,13 +255,14 @@ def _alike(found: Sequence[Found]) -> Iterator[tuple[Found, Found]]:
                 yield each, by_own[base]
 
 
-def _separated(name: str) -> str:
+def separated(name: str) -> str:
+    """A name as it compares with others, however case and separators of its words differ."""
     return re.sub(r"[\s_-]+", " ", folded(name))
 
 
 def _are_opposed(one: str, other: str) -> bool:
     """Whether two names differ in their grade, or one is the other with a negation in front."""
-    first, second = sorted((_separated(one), _separated(other)), key=len)
+    first, second = sorted((separated(one), separated(other)), key=len)
     if first == second:
         return False
     if _GRADES.sub("#", first) == _GRADES.sub("#", second):

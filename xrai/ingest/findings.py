@@ -1,6 +1,7 @@
 """Findings as tables state them: a column each, of 1, 0, empty or -1; or names joined by `|`."""
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,14 +10,17 @@ from typing import Final
 from xrai.config import Labels
 from xrai.errors import SourceError
 from xrai.ingest.classes import (
+    Found,
     check_name,
     is_negative_word,
     nearest_name,
     refuse_twice,
+    separated,
     split_names,
 )
 from xrai.ingest.records import shown
 from xrai.labels import UNKNOWN, find_twice, folded
+from xrai.log import counted
 
 COLUMN: Final = "findings"  # of names joined by |
 
@@ -28,6 +32,8 @@ _VALUES: Final = {
 _ALLOWED = "1, yes or true (present), 0, no or false (absent), empty or -1 (unknown)"
 # Cells that may be meant as findings, as numbers from -1 to 1 may
 _LIKE_VALUES = frozenset(["y", "n", "pos", "neg", "positive", "negative", "present", "absent"])
+_JOINTS = re.compile(r"[;,/+]")  # what people write in place of |
+_SHOWN = 5  # names that one message lists
 # What CheXpert's "No Finding" says nothing about
 _DEVICES = frozenset(["support devices"])
 # Columns of numbers that are no findings
@@ -202,6 +208,44 @@ def split_cell(cell: str) -> tuple[dict[str, int], str]:
         return {}, f"findings {shown(cell)} {fault}" if fault else ""
     is_known = (not name.endswith("?") for name in stated)
     return dict(zip(names, (1 if known else UNKNOWN for known in is_known), strict=True)), ""
+
+
+def refuse_doubtful(found: Mapping[str, Found], names: Collection[str], *, name: str) -> None:
+    """Raise `SourceError` where one of the findings that cells of names state (folded -> `Found`)
+    is likely several, or another one written otherwise; either would count as absent. `names` are
+    those of `labels.names`, which are meant as they are.
+    """
+    meant = {folded(each) for each in names}
+    known = meant or found.keys()
+    alike: dict[str, list[Found]] = defaultdict(list)
+    for own, each in found.items():
+        is_meant, parts = own in meant, {folded(part) for part in _JOINTS.split(own)}
+        is_joined = not known.isdisjoint(parts) or (";" in own and not meant)
+        if not is_meant and len(parts) > 1 and is_joined:
+            raise SourceError(
+                f"{name}, {each.place}: {shown(each.name)} looks like several findings: join them "
+                f"by | ({counted(each.num_images, 'image')}); if it is one, name all findings to "
+                "use by --labels.names='A|B|…'"
+            )
+        others = alike[separated(own)]
+        if others and (is_meant != (folded(others[0].name) in meant) or not meant):
+            raise SourceError(
+                f"{name}, {each.place}: {shown(each.name)} differs from {shown(others[0].name)} "
+                f"({others[0].place}) only in spaces, hyphens or underscores: write both alike; if "
+                "each is meant, name all findings to use by --labels.names='A|B|…'"
+            )
+        others.append(each)
+
+
+def explain_left_out(found: Mapping[str, Found], names: Collection[str]) -> str:
+    """A sentence on the findings that cells of names state and `labels.names` leaves out; empty
+    where there are none.
+    """
+    meant = {folded(each) for each in names}
+    others = [each for own, each in found.items() if own not in meant] if meant else []
+    told = [f"{shown(each.name)} ({counted(each.num_images, 'image')})" for each in others[:_SHOWN]]
+    more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+    return f"labels.names leaves out {', '.join(told + more)}: check the spelling" if told else ""
 
 
 def to_values(

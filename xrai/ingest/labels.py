@@ -241,9 +241,10 @@ def _with_names(labels: LabelRows, config: Labels, *, name: str) -> LabelTable:
     policy = findings.policy_of(config)
     column = labels.cells[findings.COLUMN]
     assert isinstance(column, Names)
-    _, first_rows = np.unique(column.codes, return_index=True)  # the values are in their order
+    # The values are in the order of their codes
+    _, first_rows, nums = np.unique(column.codes, return_index=True, return_counts=True)
     stated: list[dict[str, int]] = []  # by value
-    first: dict[str, tuple[str, int]] = {}  # folded finding -> as first written, line
+    found: dict[str, Found] = {}  # by folded name
     faults: list[tuple[int, str]] = []
     for code, cell in enumerate(column.values):
         if not cell and config.blank != "auto":
@@ -256,32 +257,35 @@ def _with_names(labels: LabelRows, config: Labels, *, name: str) -> LabelTable:
             lines = labels.lines[column.codes == code].tolist()
             faults += [(line, fault + hint) for line in lines]
         for each in said:
-            first.setdefault(folded(each), (each, int(labels.lines[first_rows[code]])))
+            place = f"line {labels.lines[first_rows[code]]}"
+            own = found.setdefault(folded(each), Found(each, 0, place))
+            num_images = own.num_images + int(nums[code])
+            found[folded(each)] = replace(own, num_images=num_images)
     _refuse_lines(sorted(faults), name=name)
-    names = _names_of(first, config, name=name)
+    names = _names_of(found, config, name=name)
     places = {folded(each): place for place, each in enumerate(names)}
     values = np.array([findings.to_values(said, places, policy) for said in stated], np.int8)
     values[[not cell for cell in column.values]] = policy.blank
-    return LabelTable(name, labels.with_findings(values[column.codes]), names)
+    left_out = findings.explain_left_out(found, names)
+    notes = (f"{name}: {left_out}",) if left_out else ()
+    return LabelTable(name, labels.with_findings(values[column.codes]), names, notes=notes)
 
 
-def _names_of(
-    first: Mapping[str, tuple[str, int]], config: Labels, *, name: str
-) -> tuple[str, ...]:
-    """The findings of a table: those of `labels.names`, else the `first` ones (folded -> as first
-    written, line). Raises `SourceError`.
+def _names_of(found: Mapping[str, Found], config: Labels, *, name: str) -> tuple[str, ...]:
+    """The findings of a table: those of `labels.names`, else the ones `found`. Raises
+    `SourceError`.
     """
-    names = split_names(config.names)
-    if not names:
-        names = tuple(each for _, (each, _) in sorted(first.items()))
-    for written, line in first.values():
-        check_name(written, "multilabel", where=f"{name}, line {line},")
-    for each in names:
-        if config.names and folded(each) not in first:
-            own = (written for written, _ in first.values())
+    wanted = split_names(config.names)
+    for each in found.values():
+        check_name(each.name, "multilabel", where=f"{name}, {each.place},")
+    findings.refuse_doubtful(found, wanted, name=name)
+    for one in wanted:
+        if folded(one) not in found:
+            own = (each.name for each in found.values())
             raise SourceError(
-                f"{name} has no finding {each!r} of labels.names{nearest_name(each, own)}"
+                f"{name} has no finding {one!r} of labels.names{nearest_name(one, own)}"
             )
+    names = wanted or tuple(found[own].name for own in sorted(found))
     if not names:
         raise SourceError(f"{name} states no finding in its column findings")
     return names
