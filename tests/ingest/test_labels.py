@@ -74,6 +74,28 @@ def test_without_patients_each_file_is_one_and_without_splits_all_is_train() -> 
     assert is_file_patient(grouped.patient) and is_file_patient(found[0].patient)
 
 
+def test_without_patients_public_file_names_state_them_as_in_folders() -> None:
+    paths = [f"x/person7_bacteria_{k}.png" for k in range(2)] + ["IM-0007-0001.png", "a.png"]
+    header, rows = "path,label", [f"{path},NORMAL" for path in paths]
+    found = entries("\n".join([header, *rows]), paths=paths)
+    assert [entry.patient for entry in found] == ["IM:0007", "file:a.png", *["bacteria:7"] * 2]
+    grouped = "\n".join([f"{header},group", *(f"{row},north" for row in rows)])
+    assert [entry.patient for entry in entries(grouped, paths=paths)] == [
+        *("north:IM:0007", "north:file:a.png", "north:bacteria:7", "north:bacteria:7")
+    ]
+
+
+@pytest.mark.parametrize(("column", "is_told"), [("note", True), ("group", False)])
+def test_a_number_in_two_folders_is_told_where_it_would_be_one_patient(
+    column: str, is_told: bool
+) -> None:
+    paths = ("a/IM-0001-0001.png", "b/IM-0001-0001.png")
+    text = f"path,label,{column}\n{paths[0]},NORMAL,a\n{paths[1]},PNEUMONIA,b\n"
+    table = parse_labels(text, name="t.csv")
+    notes = lay_out_by_labels(paths, table, source="films", key=KEY).notes
+    assert any("one name such as IM-0001-0001" in note for note in notes) == is_told
+
+
 def test_a_column_without_any_cell_counts_as_absent() -> None:
     text = "path,label,patient,split,group\na.dcm,NORMAL,,,\nb.dcm,PNEUMONIA,,,\n"
     assert [entry.patient for entry in entries(text)] == ["file:a.dcm", "file:b.dcm"]

@@ -153,9 +153,12 @@ def test_a_dicom_header_names_the_patient_before_the_file_name_does_but_not_befo
     key = PatientKey(str(tmp_path / "key"))
     even, odd = (key.hash(name, group="dicom") for name in ("P0", "P1"))
     rows.append(replace(rows[0], patient="clinic:0123456789abcdef"))
+    rows += [replace(rows[0], patient=f"north:{own}") for own in ("IM:0000", "file:a.dcm")]
     found = hash_files(Held(files), rows, key=key, on_done=lambda num: None)
     patients = [patient for _, _, patient in found]
-    assert patients == [even, odd, "IM:0009", even, odd, "clinic:0123456789abcdef"]
+    north = key.hash("P0", group="north")
+    assert patients[:5] == [even, odd, "IM:0009", even, odd]
+    assert patients[5:] == ["clinic:0123456789abcdef", north, north]
 
 
 def test_too_many_of_them_are_refused_naming_some() -> None:

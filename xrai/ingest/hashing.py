@@ -12,7 +12,7 @@ from xrai.dataset.rows import HASH_BYTES, Rows, TextsBuilder
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.dicom import is_dicom, read_patient_id
-from xrai.ingest.layout import is_file_patient, may_be_number
+from xrai.ingest.layout import group_of, is_file_patient, may_be_number
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing
 from xrai.ingest.sources import Source, hash_of
@@ -143,5 +143,4 @@ def _patient_in(data: bytes, patient: str, key: PatientKey) -> str:
     identifier = read_patient_id(data)
     if not identifier:
         return patient
-    group = patient.partition(":")[0] if is_file_patient(patient) else "dicom"
-    return key.hash(identifier, group="dicom" if group == "file" else group)
+    return key.hash(identifier, group=group_of(patient) or "dicom")

@@ -38,7 +38,14 @@ from xrai.ingest.classes import (
 )
 from xrai.ingest.folders import SPLIT_NAMES
 from xrai.ingest.label_rows import LabelRow, LabelRows, LabelRowsBuilder, column_of, in_order
-from xrai.ingest.layout import SUBTYPES, Layout, by_target, file_patient, refuse_faulty
+from xrai.ingest.layout import (
+    SUBTYPES,
+    Layout,
+    by_target,
+    name_patient,
+    note_numbers,
+    refuse_faulty,
+)
 from xrai.ingest.listed import TextIndex
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
@@ -224,6 +231,10 @@ def lay_out_by_labels(
         notes, told = (*notes, f"{told}: {hint}"), ""
     refuse_faulty(spec, source=source)
     rows = _rows(matched, spec, key)
+    if not any(column_of(matched.labels, "patient")):
+        apart = zip(*(column_of(matched.labels, name) for name in ("group", "split")), strict=True)
+        paths = (path for _, path, _ in matched)
+        notes = (*notes, *note_numbers(zip(apart, paths, strict=True)))
     num_others = len(files) - len(rows)
     num_unused = min(table.num_unused, num_others)
     counts = {
@@ -561,9 +572,10 @@ def _refuse_lines(faults: Sequence[tuple[int, str]], *, name: str) -> None:
 def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey) -> Rows:
     """The rows of a data set, sorted by path."""
     classes = places_of(spec)
-    order = np.argsort(matched.places, kind="stable")
-    places = matched.places[order]
-    files = matched.files if len(order) == len(matched.files) else matched.files.take(places)
+    order = np.argsort(matched.places, kind="stable").astype(np.int32)
+    files = matched.files
+    if len(order) != len(files):
+        files = files.take(matched.places[order])
     values = spec.empty(len(order))
     patients, subtypes, splits = PatientsBuilder(), NamesBuilder(), NamesBuilder()
     ordered = in_order(matched.labels, order)
@@ -573,6 +585,7 @@ def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey) -> Rows:
         subtype = row.cells.get("subtype", "").lower()
         subtypes.append(SUBTYPES.get(subtype, subtype))
         splits.append(_split_of(row.cells) or "train")
+    del ordered, order
     known = patients.finish(files, is_sorted=True)
     return Rows.unread(files, values, known, subtypes.finish(), splits.finish())
 
@@ -581,7 +594,7 @@ def _patient_key(row: LabelRow, path: str, key: PatientKey) -> str:
     group = row.cells.get("group", "")
     if identifier := row.cells.get("patient"):
         return key.hash(identifier, group=group or "patient")
-    return file_patient(path, group=group)
+    return name_patient(path, group=group)
 
 
 def _split_of(cells: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -109,8 +109,7 @@ def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) ->
         notes += [f"{each}: {NAME_CLASSES}" for each in told]
     notes += note_folders(images)
     facts = told if config.names else ()
-    if _are_numbers(images):
-        notes.append(_NUMBERED)
+    notes += note_numbers((images.folders[number].split, path) for path, number in images)
     layout = Layout(_rows(images, spec), not_data, tuple(notes), spec, facts)
     return by_target(layout, config, source=source)
 
@@ -181,6 +180,14 @@ def file_patient(path: str, *, group: str = "") -> str:
     return f"{group}:{_OWN}{path}" if group else f"{_OWN}{path}"
 
 
+def name_patient(path: str, *, group: str = "") -> str:
+    """The key that a file's name states, as `parse_name` does, else that of `file_patient`."""
+    patient = parse_name(path.rpartition("/")[2])[0]
+    if not patient:
+        return file_patient(path, group=group)
+    return f"{group}:{patient}" if group else patient
+
+
 def is_file_patient(patient: str) -> bool:
     """Whether a key is one of `file_patient`."""
     return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
@@ -190,18 +197,28 @@ def may_be_number(patient: str, path: str) -> bool:
     """Whether the key is from a name such as IM-0001-0001.dcm. DICOM viewers name what they export
     like that, too, and then number images, not patients.
     """
-    return patient.startswith(_NUMBER) and patient == parse_name(path.rpartition("/")[2])[0]
+    own = parse_name(path.rpartition("/")[2])[0]
+    return own.startswith(_NUMBER) and (patient == own or patient.endswith(f":{own}"))
 
 
-def _are_numbers(files: Placed) -> bool:
-    """Whether a name such as IM-0001-0001.jpeg is in two folders of a split."""
+def group_of(patient: str) -> str:
+    """The group in front of a key of `name_patient`, if that is a file's or a number; else ""."""
+    head, _, rest = patient.partition(":")
+    return head if f"{head}:" != _OWN and rest.startswith((_OWN, _NUMBER)) else ""
+
+
+def note_numbers(files: Iterable[tuple[Hashable, str]]) -> Iterator[str]:
+    """A sentence where a name such as IM-0001-0001.jpeg is in two folders; `files` are pairs of
+    what tells patients apart beside the name, such as the split, and the path.
+    """
     found = array("q")  # a hash of each such name
-    for path, number in files:
+    for apart, path in files:
         name = path.rpartition("/")[2]
         if name.startswith("IM-") and parse_name(name)[0]:
-            found.append(hash((files.folders[number].split, name)))
+            found.append(hash((apart, name)))
     hashes = np.sort(np.frombuffer(found, np.int64))
-    return bool((hashes[1:] == hashes[:-1]).any())
+    if (hashes[1:] == hashes[:-1]).any():
+        yield _NUMBERED
 
 
 def _rows(files: Placed, spec: LabelSpec) -> Rows:
