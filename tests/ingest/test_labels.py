@@ -497,6 +497,32 @@ def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -
     assert "t.csv: 2 columns are not used: 'age', 'Sex'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("header", "cells", "words"),
+    [
+        ("patient_id", "7", "has a column 'patient_id' and no patient: rename it to patient; if"),
+        ("Patient ID", "7", "has a column 'Patient ID' and no patient"),
+        ("patient,subject", ",7", "has a column 'subject' and no patient"),
+        ("mrn,split", "7,test", "has a column 'mrn' and no patient"),
+        ("patient,subject", "p,7", ""),
+        ("patient_id", "", ""),
+        ("set", "Training", "has a column 'set' and no split: rename it to split"),
+        ("split,subset", ",val", "has a column 'subset' and no split"),
+        ("fold", "3", ""),
+        ("set,split", "train,test", ""),
+        ("age,dataset", "7,MIMIC", ""),
+    ],
+)
+def test_a_column_that_clearly_names_patient_or_split_is_refused_where_that_is_missing(
+    header: str, cells: str, words: str
+) -> None:
+    text = f"path,label,{header}\na.dcm,NORMAL,{cells}\nb.dcm,NORMAL,{cells}\n"
+    if words:
+        assert words in refusal(text)
+    else:
+        assert len(entries(text)) == 2
+
+
 # ----------------------------------------------------------------------- paths as people have them
 
 TREE = ("x/NORMAL/1.png", "x/NORMAL/2 b.png", "x/PNEUMONIA/1.png", "x/PNEUMONIA/3.png", "top.png")

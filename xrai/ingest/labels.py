@@ -36,6 +36,7 @@ from xrai.ingest.classes import (
     places_of,
     split_names,
 )
+from xrai.ingest.columns import OPTIONAL, refuse_misnamed
 from xrai.ingest.folders import SPLIT_NAMES
 from xrai.ingest.label_rows import LabelRow, LabelRows, LabelRowsBuilder, column_of, in_order
 from xrai.ingest.layout import (
@@ -51,8 +52,6 @@ from xrai.ingest.patients import PatientKey
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
 from xrai.labels import LabelSpec, folded
 from xrai.log import counted, get_logger
-
-OPTIONAL: Final[Sequence[str]] = ("patient", "split", "subtype", "group")
 
 _TOLD = (("path", "label"), OPTIONAL)  # columns that are needed and others, for messages
 WANTED: Final = "a CSV file with the columns path and label, or path and findings"
@@ -118,6 +117,8 @@ def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTa
             )
         negative = findings.find_negative_columns(header, mostly, found)
     used = {*known.values(), *found.values(), *negative.values()}
+    cells = (cells for _, cells in records)
+    refuse_misnamed(header, cells, known=known, used=used, name=name)
     if unused := [shown(cell.strip()) for k, cell in enumerate(header) if k not in used]:
         words = counted(len(unused), "column", "are").removeprefix("1 ")
         _logger.info("%s: %s not used: %s", name, words, ", ".join(unused))
