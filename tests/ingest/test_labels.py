@@ -114,6 +114,9 @@ VARIANTS = {
     "another column": "\n".join(
         f"{line},{word}" for line, word in zip(GOOD.splitlines(), "kxyz", strict=True)
     ),
+    "spaces before quotes": "\n".join(
+        ", ".join(f'"{cell}"' for cell in reversed(line.split(","))) for line in GOOD.splitlines()
+    ),
     "no last line end": GOOD.rstrip("\n"),
 }
 
@@ -121,6 +124,12 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_table_is_read_however_it_is_written(name: str) -> None:
     assert entries(VARIANTS[name]) == entries(GOOD)
+
+
+def test_a_space_may_begin_a_file_name() -> None:
+    text = 'label,path\n"NORMAL", a.dcm\n'
+    (found,) = entries(text, paths=(" a.dcm",))
+    assert found.path == " a.dcm"
 
 
 @given(order=st.permutations(GOOD.splitlines()[1:]))

@@ -478,6 +478,13 @@ SOURCES: Mapping[str, tuple[str, Callable[[str], dict[str, str | None]]]] = {
             "Cardiomegly",
             "image_labels_test.csv has no column 'Cardiomegly', as the ",
         ),
+        (
+            "vindr",
+            "c3,R3,0,0,0,1",
+            "c3,R3,0,0",
+            "1 row of image_labels_train.csv cannot be used: line 10: has 4 cells, the first line",
+        ),
+        ("chexpert", ",1.0,,,,1.0\n", ",1.0\n", "line 2: has 6 cells, the first line 10"),
         ("vindr", "image_id", "image", "is 'image' meant as image_id?"),
         (
             "covidx",

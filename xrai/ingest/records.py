@@ -77,7 +77,12 @@ def read_records(
     num_before = 1 if excel else 0
     line = num_before + 1
     try:
-        reader = csv.reader(_lines(text), delimiter=fitting[0], strict=True)
+        # A space before a quote is no part of a cell; others may be, as in names of files
+        mark = re.escape(fitting[0])
+        has_spaces = ' "' in text and re.search(rf'(?m)(?:^|{mark}) +"', text) is not None
+        reader = csv.reader(
+            _lines(text), delimiter=fitting[0], strict=True, skipinitialspace=has_spaces
+        )
         for record in reader:
             if any(cell.strip() for cell in record):
                 yield line, record

@@ -62,7 +62,7 @@ class TableFile:
             columns.setdefault(folded(cell), place)
         if not columns.keys() >= set(required):
             raise SourceError(explain_header(self.name, ",".join(header), [*columns], required))
-        needed = 1 + max(columns[column] for column in required)
+        needed = 1 + max(place for place, cell in enumerate(header) if cell.strip())
         for line, cells in rows:
             if len(cells) < needed:
                 words = f"has {len(cells)} cells, the first line {len(header)}"
