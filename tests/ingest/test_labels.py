@@ -65,6 +65,29 @@ def test_a_patients_identifier_is_kept_as_a_hash_alone() -> None:
     assert first.patient.startswith("patient:") and "Ann" not in first.patient
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "group", "num"),
+    [
+        *(("7", "7.0", "", 1), ("Ann", "ANN", "", 1), ("Ann", "Anna", "", 0)),
+        *(("Mu\u0308ller", "Müller", "", 0), ("Ann", "ANN", ",south", 0), ("1", "1.01", "", 0)),
+    ],
+)
+def test_patients_that_differ_in_case_or_a_zero_are_told_without_names(
+    first: str, second: str, group: str, num: int
+) -> None:
+    north = ",north" if group else ""
+    text = f"a.dcm,NORMAL,{first}{north}\nb.dcm,NORMAL,{second}{group}\n"
+    layout = laid_out(f"path,label,patient{',group' if group else ''}\n{text}")
+    told = [note for note in layout.notes if note.startswith("identifiers of patients in t.csv")]
+    assert len(told) == num and not any("Ann" in note for note in layout.notes)
+
+
+def test_a_patient_in_two_splits_is_found_however_accents_are_written() -> None:
+    text = "a.dcm,NORMAL,Mu\u0308ller,train\nb.dcm,NORMAL,Müller,test\n"
+    found = refusal(f"path,label,patient,split\n{text}")
+    assert "line 3: a patient in test who is in train in line 2" in found
+
+
 def test_without_patients_each_file_is_one_and_without_splits_all_is_train() -> None:
     found = entries("label,path\nNORMAL,d/e.png\nPNEUMONIA,a.dcm\n")
     assert [entry.patient for entry in found] == ["file:a.dcm", "file:d/e.png"]

@@ -60,6 +60,15 @@ def test_jobs_that_need_a_key_at_the_same_time_make_one(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["key"]
 
 
+def test_an_identifier_has_one_hash_however_its_accents_and_spaces_are_written() -> None:
+    key = PatientKey()
+    found = {
+        key.hash(f"M{u}ller{space}7", group="p") for u in ("ü", "u\u0308") for space in " \t\xa0"
+    }
+    assert len({*found, key.hash(" Müller  7", group="p")}) == 1
+    assert len({key.hash(each, group="p") for each in ("müller 7", "Müller7", "Müller 7")}) == 3
+
+
 def test_a_key_may_be_of_ones_own_making(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"\x00\xff sixteen bytes\r\n")
     (tmp_path / "same").write_bytes(b"\x00\xff sixteen bytes")

@@ -48,7 +48,7 @@ from xrai.ingest.layout import (
     refuse_faulty,
 )
 from xrai.ingest.listed import TextIndex
-from xrai.ingest.patients import PatientKey
+from xrai.ingest.patients import PatientKey, loose_identifier, normal_identifier
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
 from xrai.labels import LabelSpec, folded
 from xrai.log import counted, get_logger
@@ -232,7 +232,9 @@ def lay_out_by_labels(
         notes, told = (*notes, f"{told}: {hint}"), ""
     refuse_faulty(spec, source=source)
     rows = _rows(matched, spec, key)
-    if not any(column_of(matched.labels, "patient")):
+    if any(column_of(matched.labels, "patient")):
+        notes = (*notes, *_note_alike(matched.labels, name=table.name))
+    else:
         apart = zip(*(column_of(matched.labels, name) for name in ("group", "split")), strict=True)
         paths = (path for _, path, _ in matched)
         notes = (*notes, *note_numbers(zip(apart, paths, strict=True)))
@@ -545,7 +547,8 @@ def _in_two_splits(labels: Sequence[LabelRow]) -> Iterator[tuple[int, str, str]]
     columns = (column_of(labels, column) for column in ("group", "patient", "split"))
     for number, (group, patient, text) in enumerate(zip(*columns, strict=True)):
         if patient and (split := _split_named(text)):
-            hashes[number], splits[number] = hash((group, patient)), numbers[split]
+            hashes[number] = hash((group, normal_identifier(patient)))
+            splits[number] = numbers[split]
     order = np.flatnonzero(splits)
     order = order[np.argsort(hashes[order], kind="stable")]
     is_other = splits[order[1:]] != splits[order[:-1]]
@@ -563,7 +566,21 @@ def _in_two_splits(labels: Sequence[LabelRow]) -> Iterator[tuple[int, str, str]]
 
 
 def _patient_of(row: LabelRow) -> tuple[str, str]:
-    return row.cells.get("group", ""), row.cells["patient"]
+    return row.cells.get("group", ""), normal_identifier(row.cells["patient"])
+
+
+def _note_alike(labels: Sequence[LabelRow], *, name: str) -> Iterator[str]:
+    """A sentence where patients differ only in ways that are likely mistakes; none is named."""
+    nums = []
+    for form in (normal_identifier, loose_identifier):
+        pairs = zip(column_of(labels, "group"), column_of(labels, "patient"), strict=True)
+        hashes = (hash((group, form(patient))) for group, patient in pairs)
+        nums.append(len(np.unique(np.fromiter(hashes, np.int64, len(labels)))))
+    if num_alike := nums[0] - nums[1]:
+        yield (
+            f"identifiers of patients in {name} differ only in case or in .0 at the end "
+            f"({num_alike}), and count as different people: if they are not, write each in one way"
+        )
 
 
 def _refuse_lines(faults: Sequence[tuple[int, str]], *, name: str) -> None:

@@ -7,7 +7,9 @@ the file that `--patient_key` names. It is read, or made, only when an identifie
 
 import hmac
 import os
+import re
 import secrets
+import unicodedata
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,18 @@ _OPTION = "--patient_key FILE or XRAI_PATIENT_KEY"
 _logger = get_logger(__name__)
 
 
+def normal_identifier(identifier: str) -> str:
+    """An identifier as it is hashed: accents composed (NFC), and one space between its parts."""
+    return " ".join(unicodedata.normalize("NFC", identifier).split())
+
+
+def loose_identifier(identifier: str) -> str:
+    """The same without case and without the .0 that spreadsheets append to numbers: two that are
+    equal in this form alone may be one patient.
+    """
+    return re.sub(r"(?<=\d)\.0$", "", normal_identifier(identifier).casefold())
+
+
 class PatientKey:
     """The secret in the file `name`, else in `patient.key` in $XDG_CONFIG_HOME/xrai or
     ~/.config/xrai. Where there is none, one is made, unless `may_make` is false.
@@ -31,11 +45,13 @@ class PatientKey:
         self._name, self._may_make = name, may_make
 
     def hash(self, identifier: str, *, group: str) -> str:
-        """The key of a patient whom a table or a header names: always the same, without the name.
+        """The key of a patient whom a table or a header names: always the same, without the name,
+        of identifiers that are the same by `normal_identifier`.
 
         Raises `UserError` where the secret can be neither read nor made.
         """
-        digest = hmac.digest(self._secret, identifier.encode(errors="surrogatepass"), "sha256")
+        data = normal_identifier(identifier).encode(errors="surrogatepass")
+        digest = hmac.digest(self._secret, data, "sha256")
         return f"{group}:{digest.hex()[:16]}"
 
     @property
