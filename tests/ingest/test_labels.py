@@ -317,6 +317,33 @@ def test_yes_and_true_are_values_and_a_column_of_scores_is_told() -> None:
     assert "column" not in layout.notes[1] and laid_out(text, names="A").notes == ()
 
 
+def test_a_finding_may_have_decimal_commas() -> None:
+    text = 'path,A,B\na.dcm,"1,0","0,0"\nb.dcm,0,"-1,0"\n'
+    assert [entry.label for entry in laid_out(text).rows] == [(1, 0), (0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "num_rows", "first"),
+    [
+        ("Edema", ("WAHR", "FALSCH"), 12, "WAHR"),
+        ("Edema", ("", "x"), 12, "x"),
+        ("Edema", ("a", "b", "C", "c", ""), 12, "a"),
+        ("Edema", ("a", "b", "c", "d", ""), 12, ""),
+        ("Edema", ("WAHR", "FALSCH"), 10, ""),  # too few rows to tell
+        ("site", ("A", "a"), 12, ""),  # of one value
+        ("View Position", ("PA", "AP"), 12, ""),
+    ],
+)
+def test_an_unused_column_of_few_values_is_told(
+    header: str, cells: Sequence[str], num_rows: int, first: str
+) -> None:
+    lines = (f"{k}.dcm,{cells[k % len(cells)]},{k % 2}" for k in range(num_rows))
+    table = parse_labels("\n".join([f"path,{header},A", *lines]), name="t.csv")
+    words = f"t.csv: the column '{header}' is not used as a finding: line "
+    assert [note.startswith(words) for note in table.notes] == ([True] if first else [])
+    assert not first or f"has {first!r}, allowed are 1" in table.notes[0]
+
+
 def test_an_empty_cell_of_names_is_what_blank_says() -> None:
     text = "path,findings\na.dcm,Edema|Effusion\nb.dcm,\n"
     labels = [laid_out(text, blank=blank).rows[1].label for blank in ("unknown", "negative")]
@@ -501,6 +528,10 @@ def test_all_faults_are_told_but_not_hundreds() -> None:
         ),
         ("path|label\na.dcm|NORMAL\n", "has no columns path and label"),
         ("path,label,label\na.dcm,NORMAL,NORMAL\n", "t.csv has two columns 'label'; leave one"),
+        (
+            "path,Edema\n" + "a.dcm,WAHR\na.dcm,FALSCH\n" * 6,
+            "; the column 'Edema' is not used as a finding: line 2 has 'WAHR', allowed are 1, yes",
+        ),
         ("path,label\n", "t.csv has no rows below its first line"),
         ('path,label\n"a.dcm,NORMAL\n', "t.csv, line 2, is not CSV"),
         (

@@ -1,10 +1,10 @@
 """Findings as tables state them: a column each, of 1, 0, empty or -1; or names joined by `|`."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from xrai.config import Labels
@@ -25,9 +25,9 @@ from xrai.log import counted
 COLUMN: Final = "findings"  # of names joined by |
 
 _VALUES: Final = {
-    **{"1": 1, "1.0": 1, "yes": 1, "true": 1},
-    **{"0": 0, "0.0": 0, "no": 0, "false": 0},
-    **{"-1": UNKNOWN, "-1.0": UNKNOWN},
+    **{"1": 1, "1.0": 1, "1,0": 1, "yes": 1, "true": 1},
+    **{"0": 0, "0.0": 0, "0,0": 0, "no": 0, "false": 0},
+    **{"-1": UNKNOWN, "-1.0": UNKNOWN, "-1,0": UNKNOWN},
 }
 _ALLOWED = "1, yes or true (present), 0, no or false (absent), empty or -1 (unknown)"
 # Cells that may be meant as findings, as numbers from -1 to 1 may
@@ -36,8 +36,15 @@ _JOINTS = re.compile(r"[;,/+]")  # what people write in place of |
 _SHOWN = 5  # names that one message lists
 # What CheXpert's "No Finding" says nothing about
 _DEVICES = frozenset(["support devices"])
-# Columns of numbers that are no findings
-_OTHERS = frozenset(["age", "sex", "gender", "view", "id", "index", "year", "height", "width"])
+# Columns of numbers, or of few values, that are no findings
+_OTHERS = frozenset(
+    [
+        *("age", "sex", "gender", "id", "index", "year", "height", "width"),
+        *("view", "view position", "viewposition", "projection", "frontal/lateral", "ap/pa"),
+    ]
+)
+# A column of so few values in more rows may be one of findings in another language, or of crosses
+_FEW_VALUES, _FEW_ROWS = 3, 10
 
 
 @dataclass(frozen=True)
@@ -130,27 +137,53 @@ def find_negative_columns(
 
 
 def explain_unused(
-    header: Sequence[str], records: Iterable[tuple[int, Sequence[str]]], used: Iterable[int]
+    header: Sequence[str], records: Iterable[tuple[int, Sequence[str]]], used: Collection[int]
 ) -> Iterator[str]:
     """A sentence on each column that may be meant as a finding and is not `used` as one; the
     records have their lines.
     """
-    unused = sorted({*range(len(header))}.difference(used))
-    num_filled, num_alike, bad = Counter[int](), Counter[int](), dict[int, tuple[int, str]]()
+    unused = {
+        k: _Unused()
+        for k, cell in enumerate(header)
+        if k not in used and folded(cell) not in _OTHERS
+    }
     for line, cells in records if unused else ():
-        for k in unused:
-            if cell := cells[k].strip():
-                num_filled[k] += 1
-                num_alike[k] += _is_like_a_value(cell)
-                if k not in bad and cell.casefold() not in _VALUES:
-                    bad[k] = line, cell
-    for k in unused:
-        if k in bad and 4 * num_alike[k] >= 3 * num_filled[k] and folded(header[k]) not in _OTHERS:
-            line, cell = bad[k]
+        for k, column in unused.items():
+            column.add(line, cells[k].strip())
+    for k, column in unused.items():
+        if column.first_bad and column.is_doubtful:
+            line, cell = column.first_bad
             yield (
                 f"the column {shown(header[k].strip())} is not used as a finding: line {line} has "
                 f"{shown(cell)}, allowed are {_ALLOWED}"
             )
+
+
+@dataclass
+class _Unused:
+    """What the cells of a column are that is not used as a finding."""
+
+    num_rows: int = 0
+    num_filled: int = 0
+    num_alike: int = 0
+    values: set[str] = field(default_factory=set)  # no more than tell whether they are few
+    first_bad: tuple[int, str] | None = None  # line and cell
+
+    def add(self, line: int, cell: str) -> None:
+        self.num_rows += 1
+        if len(self.values) <= _FEW_VALUES + 1:  # one may be empty
+            self.values.add(cell.casefold())
+        if cell:
+            self.num_filled += 1
+            self.num_alike += _is_like_a_value(cell)
+            if self.first_bad is None and cell.casefold() not in _VALUES:
+                self.first_bad = line, cell
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it may be meant as a finding."""
+        is_few = len(self.values) > 1 and len(self.values - {""}) <= _FEW_VALUES
+        return (is_few and self.num_rows > _FEW_ROWS) or 4 * self.num_alike >= 3 * self.num_filled
 
 
 def values_of(

@@ -112,9 +112,9 @@ def parse_labels(text: str, *, name: str, config: Labels = _DEFAULTS) -> LabelTa
         found = findings.find_columns(header, mostly, config, name=name, known=known)
         if not found:
             first = next(line for line in text.splitlines() if "path" in line.lower())
-            raise SourceError(
-                explain_header(name, first, columns, required=("path", "label"), optional=OPTIONAL)
-            )
+            words = explain_header(name, first, columns, ("path", "label"), OPTIONAL)
+            hints = findings.explain_unused(header, records, known.values())
+            raise SourceError("; ".join([words, *islice(hints, 1)]))
         negative = findings.find_negative_columns(header, mostly, found)
     used = {*known.values(), *found.values(), *negative.values()}
     cells = (cells for _, cells in records)
