@@ -225,8 +225,13 @@ def test_chexpert_is_found_wherever_its_folder_stands(
 ) -> None:
     source = write({above + path: text for path, text in chexpert_files().items()})
     assert len(listed(source, layout="chexpert").rows) == 4
-    only = listed(source, str(source / f"{above}train.csv"), layout="chexpert")
-    assert {entry.split for entry in only.rows} == {"train"}
+    beside = listed(source, str(source / f"{above}train.csv"), layout="chexpert")
+    assert [*beside.rows] == [*listed(source, layout="chexpert").rows]
+    only = listed(source, str(source / f"{above}valid.csv"), layout="chexpert")
+    assert {entry.split for entry in only.rows} == {"val"}
+    (source / f"{above}valid.csv").rename(source / f"{above}test_labels.csv")
+    tested = listed(source, str(source / f"{above}train.csv"), layout="chexpert")
+    assert {entry.split for entry in tested.rows} == {"train", "test"}
 
 
 # ----------------------------------------------------------------------------------------- RSNA
@@ -328,6 +333,14 @@ def test_vindr_gives_train_and_test(write: Callable[..., Path]) -> None:
         "d4.dicom": ("test", (1, 1, 1)),
         "e5.dicom": ("test", (0, 0, 0)),
     }
+
+
+def test_vindrs_test_is_read_beside_the_table_of_train(write: Callable[..., Path]) -> None:
+    source = write(vindr_files())
+    tables = (str(source / f"annotations/image_labels_{each}.csv") for each in ("train", "test"))
+    beside, only = (listed(source, table, layout="vindr") for table in tables)
+    assert told(beside) == told(listed(source, layout="vindr"))
+    assert told(only).keys() == {"d4.dicom", "e5.dicom"}
 
 
 def test_vindr_of_children_has_one_reader_and_numbered_images(write: Callable[..., Path]) -> None:

@@ -69,12 +69,17 @@ def read(tables: Tables, config: Labels) -> LabelTable:
 
 
 def _find_tables(tables: Tables) -> dict[str, TableFile]:
-    if tables.is_file:
-        table = tables.main("", wanted="train.csv")
-        fitting = [split for split, pattern in _TABLES.items() if re.fullmatch(pattern, table.name)]
-        return {fitting[0] if fitting else "train": table}
-    first = tables.main(_TABLES["train"], wanted="train.csv")
-    others = {split: tables.find(_TABLES[split]) for split in ("val", "test")}
+    first = tables.main("" if tables.is_file else _TABLES["train"], wanted="train.csv")
+    if not tables.is_file:
+        others = {split: tables.find(_TABLES[split]) for split in ("val", "test")}
+    else:
+        own = [split for split, pattern in _TABLES.items() if re.fullmatch(pattern, first.name)]
+        if own != ["train"]:
+            return {own[0] if own else "train": first}
+        others = {
+            "val": tables.beside("valid.csv"),
+            "test": tables.beside("test.csv") or tables.beside("test_labels.csv"),
+        }
     return {"train": first} | {split: table for split, table in others.items() if table}
 
 

@@ -5,6 +5,7 @@ Each row is what one reader (rad_id, rad_ID) says of an image; `labels.readers` 
 combined. The tables name no patients; DICOM headers do, unless that was removed.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,11 +94,14 @@ def _merge_readers(
 
 
 def _find_tables(tables: Tables) -> dict[str, TableFile]:
-    if tables.is_file:
-        table = tables.main("", wanted="image_labels_train.csv")
-        return {"test" if "test" in table.name.lower() else "train": table}
-    first = tables.main(_TABLES["train"], wanted="image_labels_train.csv")
-    test = tables.find(_TABLES["test"])
+    first = tables.main("" if tables.is_file else _TABLES["train"], wanted="image_labels_train.csv")
+    if not tables.is_file:
+        test = tables.find(_TABLES["test"])
+    elif "test" in first.name.lower():
+        return {"test": first}
+    else:
+        is_train = re.fullmatch(_TABLES["train"], first.name)
+        test = tables.beside("image_labels_test.csv") if is_train else None
     return {"train": first, "test": test} if test else {"train": first}
 
 
