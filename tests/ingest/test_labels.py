@@ -217,6 +217,7 @@ def test_names_say_the_classes_and_their_order() -> None:
         (["NORMAL", "PNEUMONIA", "PNUEMONIA"], "t.csv, line 4: 'PNUEMONIA' has 1 image; did you"),
         (["NORMAL", "TB", "TB (1)"], "t.csv, line 4: 'TB (1)' looks like a copy or a part of"),
         (["NORMAL", "TB", "TB (old)"], "t.csv, line 4: 'TB (old)' looks like a copy or a part"),
+        (["NORMAL", "A B", "A  B"], "'A  B' differs from the class 'A B' (t.csv, line 3) only in "),
         (["NORMAL", "TB", "TB_old"], "t.csv, line 4: 'TB_old' looks like a copy or a part of"),
         (["NORMAL", "TB", "healthy"], "the classes 'healthy' and 'NORMAL', which mean the same"),
         (["NORMAL", "TB", "a|b"], "t.csv has the name 'a|b', which is no name: it takes"),
@@ -482,6 +483,14 @@ FAULTS = {
         "/x/../a.dcm,NORMAL,p,train",
         "line 2: path '/x/../a.dcm' leaves the source",
     ),
+    "a missing file of another machine": (
+        "C:\\x\\a.dcm,NORMAL,p,train\nC:\\x\\no.dcm,NORMAL,p,train",
+        r"line 3: there is no file 'C:\\x\\no.dcm' in films",
+    ),
+    "a missing file whose name has a colon": (
+        "10:00.dcm,NORMAL,p,train",
+        "line 2: there is no file '10:00.dcm' in films",
+    ),
     "a path of another folder": (
         "north/a.dcm,NORMAL,p,train",
         "line 2: there is no file 'north/a.dcm' in films",
@@ -611,6 +620,13 @@ def test_backslashes_dots_and_missing_first_folders_are_taken_where_one_file_fit
     paths: tuple[str, ...],
 ) -> None:
     assert resolved(*paths) == (["top.png", "x/NORMAL/1.png", "x/NORMAL/2 b.png"], ())
+
+
+def test_paths_that_are_no_files_do_not_count_as_ends(caplog: pytest.LogCaptureFixture) -> None:
+    text = "path,label\nNORMAL/1.png,NORMAL\n5.png,NORMAL\n6.png,NORMAL\n"
+    with caplog.at_level("INFO"), pytest.raises(SourceError, match=r"2 rows of t\.csv cannot"):
+        lay_out_by_labels(TREE, parse_labels(text, name="t.csv"), source="films", key=KEY)
+    assert "t.csv: 1 path is matched by the end" in caplog.text
 
 
 @pytest.mark.parametrize(

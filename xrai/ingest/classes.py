@@ -216,9 +216,12 @@ def _refuse_doubtful(found: Sequence[Found], *, where: str) -> None:
             f"image is; {_SAY_SO}"
         )
     for one, other in _alike(found):
+        own = f"the class {other.name!r} ({other.place})"
+        words = f"looks like a copy or a part of {own}"
+        if separated(one.name) == separated(other.name):
+            words = f"differs from {own} only in spaces, hyphens or underscores"
         raise SourceError(
-            f"{one.place}: {one.name!r} looks like a copy or a part of the class {other.name!r} "
-            f"({other.place}): make them one, or move it away; {_SAY_SO}"
+            f"{one.place}: {one.name!r} {words}: make them one, or move it away; {_SAY_SO}"
         )
     largest = max(each.num_images for each in found)
     for each in found:

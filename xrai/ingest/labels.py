@@ -312,6 +312,7 @@ class _Matched:
     labels: Sequence[LabelRow]
     files: Texts
     places: NDArray[np.int32]  # (N,), in `files`; -1 where there is no such file
+    prefix: tuple[str, ...] | None = None  # the folders that whole paths begin with; None: unknown
 
     def __iter__(self) -> Iterator[tuple[LabelRow, str, int]]:
         for label, place in zip(self.labels, self.places.data, strict=True):
@@ -325,7 +326,7 @@ class _Matched:
             labels = labels.take(numbers)
         else:
             labels = [labels[number] for number in numbers.tolist()]
-        return _Matched(labels, self.files, self.places[numbers])
+        return replace(self, labels=labels, places=self.places[numbers])
 
 
 def _found_classes(labels: Sequence[LabelRow], table: LabelTable) -> list[Found]:
@@ -371,9 +372,7 @@ def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, t
     for number in np.flatnonzero(places < 0):
         label = table.labels[int(number)]
         text = label.cells["path"]
-        parts = [
-            part for part in re.split(r"[/\\]", _folded(text.strip())) if part not in ("", ".")
-        ]
+        parts = _parts(text)
         if not parts or ".." in parts:
             continue
         has_root = _FROM_ROOT.match(text.strip()) is not None
@@ -386,8 +385,9 @@ def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, t
         else:
             end = "/".join(parts)
             fitting = [*whole.places(end)]
-            num_ends += not fitting
-            fitting = fitting or [*by_end(len(parts)).places(end)]
+            if not fitting:
+                fitting = [*by_end(len(parts)).places(end)]
+                num_ends += len(fitting) == 1
         if len(fitting) == 1:
             places[number] = fitting[0]
         elif fitting:
@@ -396,8 +396,24 @@ def _match(table: LabelTable, files: Texts, *, source: str) -> tuple[_Matched, t
     if num_ends:
         words = counted(num_ends, "path", "are")
         _logger.info("%s: %s matched by the end", table.name, words)
-    note = f"the paths of {table.name} begin with {'/'.join(prefix or ())}/, taken as the source"
-    return _Matched(table.labels, files, places), (note,) if prefix is not None else ()
+    if prefix is None:
+        return _Matched(table.labels, files, places), ()
+    note = f"the paths of {table.name} begin with {'/'.join(prefix)}/, taken as the source"
+    return _Matched(table.labels, files, places, tuple(prefix)), (note,)
+
+
+def _parts(path: str) -> list[str]:
+    """The folders and the name of a path, folded."""
+    return [part for part in re.split(r"[/\\]", _folded(path.strip())) if part not in ("", ".")]
+
+
+def _is_outside(path: str, prefix: tuple[str, ...] | None) -> bool:
+    """Whether a path leaves the source, whose whole paths begin with the folders `prefix`."""
+    parts = _parts(path)
+    if ".." in parts:
+        return True
+    is_inside = prefix is not None and tuple(parts[: len(prefix)]) == prefix
+    return _FROM_ROOT.match(path.strip()) is not None and not is_inside
 
 
 def _end(path: str, num_parts: int) -> str:
@@ -473,38 +489,29 @@ def _refuse_faulty_rows(
 ) -> None:
     """Raise `SourceError` naming the lines with mistakes."""
     filled = {column for column in OPTIONAL if any(column_of(matched.labels, column))}
-    check = functools.partial(_faults, filled=filled, source=source, config=config)
-    faults = [
-        (number, label.place, words)
-        for number, (label, path, place) in enumerate(matched)
-        for words in check({**label.cells, "path": path}, is_there=place >= 0)
-    ]
+    check = functools.partial(_faults, filled=filled, config=config)
+    faults = []
+    for number, (label, path, place) in enumerate(matched):
+        told = [*check({**label.cells, "path": path})]
+        if path.strip() and place < 0:
+            is_outside = _is_outside(path, matched.prefix)
+            leaves = f"path {shown(path)} leaves the source"
+            told.append(leaves if is_outside else f"there is no file {shown(path)} in {source}")
+        faults += [(number, label.place, words) for words in told]
     faults += _repeated(matched)
     faults += _in_two_splits(matched.labels)
     faults.sort(key=lambda fault: fault[0])
     refuse([(place, words) for _, place, words in faults], name=table.name)
 
 
-def _faults(
-    cells: Mapping[str, str],
-    *,
-    is_there: bool,
-    filled: Collection[str],
-    source: str,
-    config: Labels,
-) -> Iterator[str]:
-    path, label, split = cells["path"], cells.get("label", ""), cells.get("split")
+def _faults(cells: Mapping[str, str], *, filled: Collection[str], config: Labels) -> Iterator[str]:
+    label, split = cells.get("label", ""), cells.get("split")
     for column in ("path", "label", *OPTIONAL):
         must_be_filled = column in filled and column != "subtype"
         if column in ("path", "label"):
             must_be_filled = column in cells
         if must_be_filled and not cells[column].strip():
             yield f"{column} is empty"
-    if path.strip() and not is_there:
-        if path.startswith(("/", "\\")) or ":" in path or ".." in re.split(r"[/\\]", path):
-            yield f"path {shown(path)} leaves the source"
-        else:
-            yield f"there is no file {shown(path)} in {source}"
     names = split_names(config.names) if config.names and label else ()
     if names and folded(label) not in map(folded, names):
         hint = nearest_name(label, names)
