@@ -129,6 +129,7 @@ class _Member:
     """A run of a pipeline, with its outputs in the order of the pipeline's."""
 
     def __init__(self, model: TrainedModel, labels: LabelSpec, device: torch.device) -> None:
+        self._model = model
         self.outputs = outputs_of_run(model)
         self.square = (model.image_size, model.fit)
         self._columns = np.arange(1)
@@ -163,7 +164,7 @@ class _Member:
 
     def pack(self) -> bytes:
         """See `Pipeline.pack`."""
-        return engine.pack(self._network, self._typicality, self.square[0])
+        return engine.pack(self._model)
 
     def look_by(self, graph: bytes) -> Look | None:
         """What scores by a graph; None where it gives other results."""

@@ -6,7 +6,6 @@ To write it takes seconds, 0.3 GB and the interpreter's lock, so a server has a 
 do that: `python -m xrai.learning.engine` reads what `pack` gave and writes the graph.
 """
 
-import copy
 import importlib.util
 import io
 import os
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from xrai.learning.export import quiet
 from xrai.learning.network import Network
+from xrai.learning.predictor import TrainedModel, build_trained, contents_of
 from xrai.learning.tracing import Look, Whole, agrees
 from xrai.learning.typicality import Typicality
 
@@ -34,21 +34,23 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in PACKAGES)
 
 
-def pack(network: Network, typicality: Typicality, size: int) -> bytes:
-    """What another process needs to write the graph for images (B, 1, size, size)."""
+def pack(model: TrainedModel) -> bytes:
+    """What another process needs to write the graph of a model."""
     buffer = io.BytesIO()
-    torch.save((network, typicality, size), buffer)
+    torch.save(contents_of(model), buffer)
     return buffer.getvalue()
 
 
 def write_graph(packed: bytes) -> bytes:
-    """The graph, as an ONNX file, of what `pack` gave."""
-    # From the same program, through a pipe
-    network, typicality, size = torch.load(io.BytesIO(packed), weights_only=False)
-    whole = Whole(copy.deepcopy(network).cpu().float(), typicality.cpu().float()).eval()
-    # Copies in the plain layout: the exporter warns about others
+    """The graph, as an ONNX file, of the model that `pack` got: of images as its network sees them,
+    (B, 1, size, size) in [0, 1].
+    """
+    model = build_trained(torch.load(io.BytesIO(packed), weights_only=True))
+    whole = Whole(model.network.for_inference(), model.typicality).eval()
+    # The plain layout: the exporter warns about others
     whole.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     whole.requires_grad_(False)
+    size = model.image_size
     images = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
     batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
     with quiet():

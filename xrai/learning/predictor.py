@@ -167,11 +167,16 @@ def describe_calls(
 
 def save_model(path: Path, trained: TrainedModel) -> None:
     """Write model.pt: the weights, and all that serving needs to treat images as training did."""
+    write_state(path, contents_of(trained))
+
+
+def contents_of(trained: TrainedModel) -> dict[str, Any]:
+    """What model.pt holds: tensors, texts and numbers alone."""
     weights, typicality = (
         {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         for module in (trained.network, trained.typicality)
     )
-    content = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "weights": weights,
         "model": asdict(trained.model),
@@ -185,7 +190,6 @@ def save_model(path: Path, trained: TrainedModel) -> None:
         "run_id": trained.run_id,
         "fingerprint": trained.fingerprint,
     }
-    write_state(path, content)
 
 
 def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
@@ -207,15 +211,15 @@ def load_model(store: Store, *, sha256: str | None = None) -> TrainedModel:
             f"{', '.join(map(str, _READ_VERSIONS))}"
         )
     try:
-        return _build(content)
+        return build_trained(content)
     except MISFITS as error:
         raise CorruptError(
             f"{MODEL_FILE} of {store.uri} does not hold what a run saves: {error}"
         ) from error
 
 
-def _build(content: dict[str, Any]) -> TrainedModel:
-    """The model from what `save_model` wrote. Raises various errors if it is anything else."""
+def build_trained(content: dict[str, Any]) -> TrainedModel:
+    """The model from what `contents_of` gave. Raises various errors if it is anything else."""
     version = content.pop("schema_version")
     if version == 3:
         content["priors"] = []
