@@ -16,6 +16,7 @@ from xrai.config import build as build_config
 from xrai.errors import ConfigError, UserError
 from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks, join
+from xrai.learning.engine import write_graph
 from xrai.learning.explain import grad_cam
 from xrai.learning.export import ONNX_FILE, Serving, serve, trace, write
 from xrai.learning.network import Network
@@ -169,6 +170,10 @@ def test_a_network_is_saved_read_explained_and_exported(
             program, serving, tmp_path / ONNX_FILE, metadata={}, batches=[images, *other_sizes]
         )
         assert agreement.probability < 1e-5 and (tmp_path / ONNX_FILE).stat().st_size > 1000
+        pipeline = Pipeline(read)
+        assert pipeline.use_graphs([write_graph(packed) for packed in pipeline.pack()])
+        again = [row.probability for row in pipeline.predict(list(images))]
+        assert again == pytest.approx([row.probability for row in rows], abs=1e-5)
 
 
 def test_a_registered_network_has_heat_maps_without_a_way_from_its_maps_to_its_logits() -> None:
