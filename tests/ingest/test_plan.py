@@ -208,6 +208,41 @@ def test_a_source_without_both_classes_is_refused_before_any_file_is_read(
         list_source(Held(files))
 
 
+NESTED = {f"data/hospital2/{path.removeprefix('train/')}": path for path in FILES}
+
+
+def with_nested(**changed: bytes) -> dict[str, bytes]:
+    """Class folders in data/, and the same names in data/hospital2/: of the last one other data."""
+    files = {f"data/{path.removeprefix('train/')}": data for path, data in FILES.items()}
+    copies = {path: FILES[original] for path, original in NESTED.items()}
+    last = max(copies)
+    return {**files, **copies, last: changed.get("last", copies[last])}
+
+
+def test_a_second_copy_of_the_tree_is_left_out_with_a_note() -> None:
+    layout = list_source(Held(with_nested())).layout
+    assert len(layout.rows) == len(FILES)
+    assert layout.not_data == {"in a second copy of the tree": len(FILES)}
+    assert layout.notes[0] == (
+        f"{len(FILES)} files are left out, as a second copy of the tree, in 'data/hospital2/'"
+    )
+
+
+@pytest.mark.parametrize("num_more", [0, 1])
+def test_a_tree_of_the_same_names_and_other_images_is_no_copy(num_more: int) -> None:
+    own = max(with_nested().items())[1]
+    other = bytes([own[0] ^ 1]) + own[1:] + bytes(num_more)
+    words = r"trees of images, in 'data/' and 'data/hospital2/' \(data/hospital2/\S+ and data/\S+ d"
+    with pytest.raises(SourceError, match=words):
+        list_source(Held(with_nested(last=other)))
+
+
+def test_a_file_of_a_copy_that_cannot_be_read_says_nothing() -> None:
+    files = {**FILES, "train/NORMAL/unreadable.png": b""}
+    nested = {**files, **{f"x/{path}": data for path, data in files.items()}}
+    assert len(list_source(Held(nested)).layout.rows) == len(files)
+
+
 def test_a_listing_is_known_by_paths_and_sizes(tmp_path: Path) -> None:
     from xrai.ingest.sources import open_source
 

@@ -15,6 +15,7 @@ from xrai.ingest.classes import NAME_CLASSES, explain_classes, make_spec, places
 from xrai.ingest.trees import (
     BY_TABLE,
     LAYOUT,
+    FindUnlike,
     Placed,
     check_folders,
     found_classes,
@@ -67,8 +68,15 @@ class Layout:
         return f"{words} not data: {parts}" if parts else ""
 
 
-def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) -> Layout:
-    """Find the data files among a source's paths; `source` names it in messages.
+def lay_out(
+    paths: Iterable[str],
+    *,
+    source: str,
+    config: Labels = _DEFAULTS,
+    find_unlike: FindUnlike = lambda copies, originals: None,
+) -> Layout:
+    """Find the data files among a source's paths; `source` names it in messages. `find_unlike`
+    compares the files of what may be a copy of the tree; without it, names are all that counts.
 
     Accepted: split and class folders, one in the other, in any case; class folders alone (all of it
     train); either below further folders; a second copy of the same tree inside the first, as in the
@@ -92,8 +100,9 @@ def lay_out(paths: Iterable[str], *, source: str, config: Labels = _DEFAULTS) ->
             f"{held}; {BY_TABLE}"
         )
     check_folders(data.folders, source)
-    tree = without_copies(data, source)
-    images, notes = without_derived(tree)
+    tree, notes = without_copies(data, source, find_unlike)
+    images, told_derived = without_derived(tree)
+    notes += told_derived
     others = {
         "in a second copy of the tree": len(data) - len(tree),
         "outside of the class folders": len(outside),

@@ -57,6 +57,12 @@ class Files(Sequence[SourceFile]):
             part = slice(start, start + _AT_A_TIME)
             yield from zip(self.paths[part], self.sizes[part].tolist(), strict=True)
 
+    def sizes_of(self, paths: Iterable[str]) -> NDArray[np.int64]:
+        """(N,), the sizes of some of the files in bytes; `paths` are sorted."""
+        rest = self.pairs()
+        found = (next(size for path, size in rest if path == wanted) for wanted in paths)
+        return np.fromiter(found, np.int64)
+
     def __len__(self) -> int:
         return len(self.paths)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from xrai.dataset.rows import Rows
 from xrai.dataset.rules import in_shard_order
 from xrai.dataset.shards import SPLITS, head_of, shard_name
 from xrai.errors import SourceError
+from xrai.ingest.copies import find_unlike
 from xrai.ingest.labels import LabelTable, lay_out_by_labels
 from xrai.ingest.layout import Layout, lay_out
 from xrai.ingest.patients import PatientKey
@@ -102,7 +104,8 @@ def list_source(
     """
     files, key = source.files(), key or PatientKey()
     if table is None:
-        layout = lay_out(files.paths, source=source.name, config=config)
+        compare = partial(find_unlike, source, files)
+        layout = lay_out(files.paths, source=source.name, config=config, find_unlike=compare)
     else:
         layout = lay_out_by_labels(files.paths, table, source=source.name, key=key, config=config)
     if layout.rows.splits.are("train").any():  # else it is only for evaluation

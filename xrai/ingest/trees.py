@@ -26,6 +26,9 @@ from xrai.log import counted
 LAYOUT: Final = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA,…}/* or {NORMAL,PNEUMONIA,…}/*"
 BY_TABLE: Final = "a table (--labels FILE.csv) can say for any layout what each file is"
 
+# Paths of copies and of their originals -> a pair that differs; None where there is none
+FindUnlike = Callable[[Texts, Texts], tuple[str, str] | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Placed:
@@ -160,22 +163,36 @@ def check_folders(found: Collection[Folder], source: str) -> None:
                 )
 
 
-def without_copies(files: Placed, source: str) -> Placed:
-    """The files of the one tree, without those in copies of it inside. Raises `SourceError`."""
+def without_copies(files: Placed, source: str, find_unlike: FindUnlike) -> tuple[Placed, list[str]]:
+    """The files of the one tree, without those in copies of it inside, and notes.
+
+    Raises `SourceError` where there are other trees, also one whose files have the same names and
+    are no copies.
+    """
     tops = {folder.above for folder in files.folders}
     top, *nested = sorted(tops, key=lambda above: (above.count("/"), above))
     own = files.take(files.where(functools.partial(_is_below, above=top)))
+    notes = []
     for above in nested:
-        copies = files.take(files.where(functools.partial(_is_below, above=above)))
+        copies = files.take(files.where(functools.partial(_is_below, above=above))).paths
         inside = (path.removeprefix(top) for path in own.paths)
-        is_copy = all(path.removeprefix(above) in inside for path in copies.paths)  # both sorted
-        if not above.startswith(top) or not is_copy:
+        is_copy = all(path.removeprefix(above) in inside for path in copies)  # both sorted
+        unlike = None
+        if is_copy and above.startswith(top):
+            originals = Texts.of(f"{top}{path.removeprefix(above)}" for path in copies)
+            unlike = find_unlike(copies, originals)
+        if not above.startswith(top) or not is_copy or unlike:
+            words = f" ({' and '.join(unlike)} differ)" if unlike else ""
             raise SourceError(
-                f"{source} holds several trees of images, in {_place(top)} and {_place(above)}; "
-                "call them train, val and test if they are splits, else give one of them as "
-                f"--source; {BY_TABLE}"
+                f"{source} holds several trees of images, in {_place(top)} and {_place(above)}"
+                f"{words}; call them train, val and test if they are splits, else give one of them "
+                f"as --source; {BY_TABLE}"
             )
-    return own
+        notes.append(
+            f"{counted(len(copies), 'file', 'are')} left out, as a second copy of the tree, in "
+            f"{_place(above)}"
+        )
+    return own, notes
 
 
 def _is_below(folder: Folder, *, above: str) -> bool:
