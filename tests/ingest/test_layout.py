@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,83 @@ def test_a_mask_that_is_named_after_an_image_beside_it_is_left_out() -> None:
     layout = lay_out(films + masks, source="S")
     assert [entry.path for entry in layout.rows] == films
     assert layout.notes[0].startswith("3 files are left out")
+
+
+@pytest.mark.parametrize("name", ["Maskey_1", "Damaskinos_3", "segmental", "previewer", "unmasked"])
+def test_a_word_with_mask_or_the_like_in_it_is_none(name: str) -> None:
+    layout = both("/Jones", f"/{name}")
+    assert len(layout.rows) == 12
+    assert layout.not_data == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["LungMask", "lungmasks", "CXR mask 2", "Masken", "segmented", "HeatMaps", "thumb1"]
+)
+def test_masks_and_the_like_are_known_by_their_words(name: str) -> None:
+    assert len(both("", f"/{name}").rows) == 6
+
+
+def test_a_class_may_be_called_like_masks_where_it_is_named() -> None:
+    folders = ("Normal", "Lobar", "Segmented")
+    for above in ("", "train/"):
+        paths = tree(*(above + folder for folder in folders), num=12)
+        layout = lay_out(paths, source="S", config=Labels(names="Normal|Lobar|Segmented"))
+        assert layout.labels.classes == folders
+        assert len(layout.rows) == 36
+    assert classes_of("Normal", "Lobar", "Segmental") == ("Normal", "Lobar", "Segmental")
+    layout = lay_out(tree("Normal", "Lobar", "Segmented"), source="S")
+    assert layout.notes[0] == (
+        "3 images are not used, as outside of the class folders: 3 in 'Segmented/'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("folders", "shown"),
+    [
+        (
+            ("siteA/NORMAL", "siteA/TB", "siteB/Healthy", "siteB/TB"),
+            "24 images are outside of the class folders of S ('NORMAL', 'TB'): 12 in "
+            "'siteB/Healthy/', 12 in 'siteB/TB/'; call",
+        ),
+        (
+            ("train/Healthy", "train/TB", "holdout/normals", "holdout/Tuberculosis"),
+            "12 in 'holdout/Tuberculosis/', 12 in 'holdout/normals/'; call",
+        ),
+        (
+            ("train/A", "train/Normal", "x/p", "x/q", "x/r", "x/s"),
+            "12 in 'x/r/', and so on in 4 folders; ",
+        ),
+    ],
+)
+def test_many_images_outside_of_the_class_folders_are_refused_unless_the_classes_are_named(
+    folders: Sequence[str], shown: str
+) -> None:
+    paths = tree(*folders, num=12)
+    with pytest.raises(SourceError, match=re.escape(shown)):
+        lay_out(paths, source="S")
+    names = "|".join(folder.rpartition("/")[2] for folder in folders[:2])
+    layout = lay_out(paths, source="S", config=Labels(names=names))
+    assert len(layout.rows) == 24
+    assert " not used, as outside of the class folders: 12 in " in layout.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("paths", "note"),
+    [
+        (["more/1.png"], "1 image is not used, as outside of the class folders: 1 in 'more/'"),
+        (["1.dcm", "b/IM0001", "b/1.2.840.1"], "3 images .*: 2 in 'b/', 1 in its top folder"),
+        ([f"test/{k}.png" for k in range(99)], "99 images are not used, .*: 99 in 'test/'"),
+        ([f"masks/{k}.png" for k in range(99)], "99 images are not used, .*: 99 in 'masks/'"),
+        (["LICENSE", "a/notes.txt", "b/model.pt"], None),
+    ],
+)
+def test_few_images_outside_of_the_class_folders_or_told_ones_are_a_note(
+    paths: Sequence[str], note: str | None
+) -> None:
+    layout = lay_out([*tree("train/NORMAL", "train/PNEUMONIA"), *paths], source="S")
+    assert len(layout.rows) == 6
+    assert len(layout.notes) == bool(note)
+    assert not note or re.fullmatch(note, layout.notes[0])
 
 
 def test_where_there_are_only_masks_they_are_the_images() -> None:

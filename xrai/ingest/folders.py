@@ -19,10 +19,15 @@ SPLIT_NAMES: Final = {name: name for name in SPLITS} | {
     "validation": "val",
     "testing": "test",
 }
-# Folders and files of these names are made from images and lie next to them. Synology: @eaDir
-DERIVED: Final = re.compile(
-    r"mask|thumb|segment|annotat|overlay|heat.?map|preview|@eadir", re.IGNORECASE
+# Words of names that files have which are made from images and lie next to them, none a part of
+# another word: Segmental and Maskey are none. Synology: @eaDir
+_DERIVED_WORDS: Final = (
+    r"(?:lung|heart|rib|chest|body|cxr|xray|image|img|seg|gt|bin|binary)?mask(?:s|e|en|ed|ing)?"
+    r"|thumb(?:s|nails?)?|segment(?:s|ed|ations?|ierung|ierungen)?|annotat(?:ed|ions?|ionen)"
+    r"|overlays?|heat.?maps?|previews?|@eadir"
 )
+_START, _END = r"(?:(?<![^\W\d_])|(?<=[a-z])(?=[A-Z]))", r"(?:(?![^\W\d_])|(?<=[a-z])(?=[A-Z]))"
+DERIVED: Final = re.compile(f"{_START}(?i:{_DERIVED_WORDS}){_END}")
 
 _USUAL = frozenset(folded(name) for name in CLASSES)
 # Files that describe images; a folder of these alone is no class
@@ -57,10 +62,12 @@ def holds_images(names: Collection[str]) -> bool:
 class ClassFolders:
     """Where the class folders of a source are.
 
-    `folders` are the paths of all folders that hold files and may be images.
+    `folders` are the paths of all folders that hold files and may be images; `names` are those of
+    `labels.names`, which are classes whatever they are called.
     """
 
-    def __init__(self, folders: Collection[str]) -> None:
+    def __init__(self, folders: Collection[str], names: Collection[str] = ()) -> None:
+        self._named = frozenset(map(folded, names))
         self._with_images = frozenset(folders)
         self._folders = [tuple(path.split("/")) if path else () for path in folders]
         self._is_above = self._find_order()
@@ -69,7 +76,7 @@ class ClassFolders:
         self._words = frozenset(
             folded(parts[class_at])
             for parts, _, class_at in pairs
-            if not DERIVED.search(parts[class_at])
+            if not self._is_derived(parts[class_at])
         )
         self._parents = self._find_parents()
         self._beside = self._find_beside()
@@ -87,6 +94,9 @@ class ClassFolders:
             if is_class and not any(map(_is_split, parts[:k])):
                 return _folder(path, parts, None, k)
         return None
+
+    def _is_derived(self, name: str) -> bool:
+        return DERIVED.search(name) is not None and folded(name) not in self._named
 
     def _split_pairs(self, parts: Sequence[str]) -> Iterator[tuple[Sequence[str], int, int]]:
         """(parts, place of the split folder, place of the class folder) where a path has both."""
@@ -115,7 +125,7 @@ class ClassFolders:
                     below = parts[k + 1] if k + 1 < len(parts) else ""
                     is_above |= folded(above) in _USUAL
                     has_above |= bool(above) and not below and not _is_split(above)
-                    has_below |= bool(below) and not (DERIVED.search(below) or _is_split(below))
+                    has_below |= bool(below) and not (self._is_derived(below) or _is_split(below))
         return is_above or (has_above and not has_below)
 
     def _find_parents(self) -> frozenset[Sequence[str]]:
@@ -132,7 +142,7 @@ class ClassFolders:
         top: tuple[str, ...] = ()
         while True:
             names = {parts[len(top)] for parts in self._folders if len(parts) > len(top)}
-            own = {name for name in names if not DERIVED.search(name)} or names
+            own = {name for name in names if not self._is_derived(name)} or names
             if len(own) != 1:
                 return frozenset([top]) if own else frozenset()
             top = (*top, *own)
@@ -145,7 +155,7 @@ class ClassFolders:
         for parts in self._folders:
             for k, name in enumerate(parts):
                 is_beside = parts[:k] in self._parents and parts[: k + 1] not in containers
-                if is_beside and not DERIVED.search(name):
+                if is_beside and not self._is_derived(name):
                     found[parts[:k]].add(folded(name))
         return found
 

@@ -11,13 +11,14 @@ import numpy as np
 from xrai.config import Labels
 from xrai.dataset.rows import Names, PatientsBuilder, Rows, Texts
 from xrai.errors import SourceError
-from xrai.ingest.classes import NAME_CLASSES, explain_classes, make_spec, places_of
+from xrai.ingest.classes import NAME_CLASSES, explain_classes, make_spec, places_of, split_names
 from xrai.ingest.trees import (
     BY_TABLE,
     LAYOUT,
     FindUnlike,
     Placed,
     check_folders,
+    check_outside,
     found_classes,
     note_folders,
     sort_files,
@@ -86,7 +87,8 @@ def lay_out(
     Raises `SourceError` when there is no data file, a class folder is inside another or doubtful
     (`make_spec`), a split has two folders, or there are several trees.
     """
-    found = sort_files(paths if isinstance(paths, Texts) else Texts.of(sorted(paths)))
+    names = split_names(config.names)
+    found = sort_files(paths if isinstance(paths, Texts) else Texts.of(sorted(paths)), names)
     outside, data, not_data = found.outside, found.data, found.not_data
     del found
     if not len(data):
@@ -109,8 +111,9 @@ def lay_out(
         "masks, thumbnails or the like": len(tree) - len(images),
     }
     not_data |= {words: count for words, count in others.items() if count}
-    del data, tree, outside
     classes = found_classes(images)
+    notes += check_outside(outside, classes, source, is_named=bool(names))
+    del data, tree, outside
     spec = make_spec(classes, config, where=source)
     refuse_faulty(spec, source=source)
     told = () if spec.is_public else (explain_classes(classes, spec),)

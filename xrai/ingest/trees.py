@@ -23,6 +23,14 @@ from xrai.ingest.listed import TextIndex
 from xrai.labels import CLASSES, folded
 from xrai.log import counted
 
+_IMAGE: Final = re.compile(  # names of images; DICOM files may have numbers or UIDs as names
+    r"\.(?:jpe?g|jpe|jfif|png|dcm|dicom|dic|ima|bmp|gif|tiff?|webp|jp2|j2k|pgm)$"
+    r"|(?:^|/)[^./]*\d[^./]*$|(?:\.\d+){3}$",
+    re.IGNORECASE,
+)
+_MANY_OUTSIDE, _LARGE_SHARE = 10, 0.25  # of images outside of the class folders
+_SHOWN = 3  # folders that one message lists
+
 LAYOUT: Final = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA,…}/* or {NORMAL,PNEUMONIA,…}/*"
 BY_TABLE: Final = "a table (--labels FILE.csv) can say for any layout what each file is"
 
@@ -75,9 +83,9 @@ class Sorted:
     not_data: dict[str, int]  # description of other files -> how many
 
 
-def sort_files(paths: Texts) -> Sorted:
-    """Find the class folders among sorted paths. Hidden files, `__MACOSX` and the like are counted,
-    and are nothing else.
+def sort_files(paths: Texts, names: Collection[str] = ()) -> Sorted:
+    """Find the class folders among sorted paths; `names` are those of `labels.names`. Hidden files,
+    `__MACOSX` and the like are counted, and are nothing else.
     """
     junk: Counter[str] = Counter()
     numbers: dict[str, int] = {}  # folders
@@ -98,7 +106,7 @@ def sort_files(paths: Texts) -> Sorted:
             with_images[number] = holds_images((name,))
         above.append(number)
     named = [folder for folder, holds in zip(numbers, with_images, strict=True) if holds]
-    classes = ClassFolders(named)
+    classes = ClassFolders(named, names)
     described = [classes.describe(folder) for folder in numbers]
     codes = np.frombuffer(above, np.int32)
     is_outside = np.array([folder is None for folder in described], np.bool_)
@@ -200,7 +208,42 @@ def _is_below(folder: Folder, *, above: str) -> bool:
 
 
 def _place(folder: str) -> str:
-    return repr(folder) if folder else "its top folder"
+    return repr(folder) if folder.strip("/") else "its top folder"
+
+
+def check_outside(
+    outside: Texts, classes: Sequence[Found], source: str, *, is_named: bool
+) -> list[str]:
+    """A note where images are outside of the class folders; `is_named` says that `labels.names`
+    names the classes.
+
+    Raises `SourceError` for many in other folders than those of masks and the like, and than a
+    split folder itself: they may be a class, or the images of another site.
+    """
+    counts = Counter(path.rpartition("/")[0] for path in outside if _IMAGE.search(path))
+    if not counts:
+        return []
+    found = counts.most_common()  # those of one count in the order of paths
+    shown = ", ".join(f"{num} in {_place(f'{path}/')}" for path, num in found[:_SHOWN])
+    if len(found) > _SHOWN:
+        shown += f", and so on in {len(found)} folders"
+    words = counted(sum(counts.values()), "image", "are")
+    doubtful = {path: num for path, num in found if not _is_told(path)}
+    num_doubtful, num_used = sum(doubtful.values()), sum(each.num_images for each in classes)
+    is_large = num_doubtful > _LARGE_SHARE * (num_doubtful + num_used)
+    if num_doubtful >= _MANY_OUTSIDE and is_large and not is_named:
+        names = ", ".join(repr(each.name) for each in classes[:_SHOWN])
+        raise SourceError(
+            f"{words} outside of the class folders of {source} ({names}): {shown}; call their "
+            "folders as these, move them away, or name all classes by --labels.names='A|B|…'; "
+            f"{BY_TABLE}"
+        )
+    return [f"{words} not used, as outside of the class folders: {shown}"]
+
+
+def _is_told(folder: str) -> bool:
+    """Whether the name of a folder says why the images directly in it have no class."""
+    return bool(DERIVED.search(folder)) or folder.rpartition("/")[2].lower() in SPLIT_NAMES
 
 
 def found_classes(files: Placed) -> list[Found]:
