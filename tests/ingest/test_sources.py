@@ -372,6 +372,15 @@ def test_names_say_what_the_labels_of_a_medmnist_file_mean(tmp_path: Path) -> No
 
     assert first("healthy TB COVID") == ["TB", "healthy"]
     assert first("pneumonia Normal") == first("") == ["NORMAL", "PNEUMONIA"]
+
+    def of_numbers(*names: str) -> list[str]:
+        """What the labels 0 and 1 of the first two images mean."""
+        by_number = {file.path[-6:]: file.path for file in open_source(path, names).files()}
+        return [by_number[f"{number:06d}"].split("/")[1] for number in (0, 1)]
+
+    assert of_numbers("pneumonia", "Normal") == ["PNEUMONIA", "NORMAL"]
+    for names in ((), ("normal",), ("Pneumonia",), ("Normal", "pneumonia")):
+        assert of_numbers(*names) == ["NORMAL", "PNEUMONIA"]
     with pytest.raises(SourceError, match=r"'A/B': classes of a \.npz have no slash"):
         open_source(path, ["A/B", "C"])
 

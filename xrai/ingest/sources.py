@@ -280,10 +280,13 @@ class NpzSource(Source):
     """
 
     def __init__(self, path: Path, names: Sequence[str] = (), *, needs_labels: bool = True) -> None:
-        """`names` are what the labels 0, 1, … mean. Raises `SourceError` for one with a slash."""
+        """`names` are what the labels 0, 1, … mean; NORMAL or PNEUMONIA alone stands for both.
+        Raises `SourceError` for one with a slash.
+        """
         self._needs_labels = needs_labels
         is_usual = {*map(folded, names)} <= {*map(folded, CLASSES)}
-        self._classes = CLASSES if is_usual else tuple(names)
+        usual = tuple(name.upper() for name in names) if len(names) > 1 else CLASSES
+        self._classes = usual if is_usual else tuple(names)
         self._path = path
         self.name = printable(path.name)
         for name in self._classes:
