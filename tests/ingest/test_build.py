@@ -354,7 +354,8 @@ def test_mean_and_deviation_are_those_of_all_train_pixels_to_the_last_digit(job:
 
 
 def test_it_is_refused_as_soon_as_it_is_sure_that_too_many_are_bad(tmp_path: Path) -> None:
-    files = {**source_files(), **{f"train/NORMAL/{k}.png": b"bad" + bytes([k]) for k in range(30)}}
+    bad = {f"train/NORMAL/{k}.png": b"\xff\xd8\xff" + bytes([k]) for k in range(30)}
+    files = {**source_files(), **bad}
     job = Job(tmp_path, files)
     with pytest.raises(SourceError, match=r"more than images\.max_set_aside = 0\.2"):
         job.builder().build(job.plan.shards)

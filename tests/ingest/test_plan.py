@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.dataset.pictures import dicom_file, picture_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
+from xrai.dataset.rules import find_split_faults
 from xrai.errors import ImageError, SourceError
 from xrai.ingest import hashing
 from xrai.ingest.hashing import hash_files, hash_source
@@ -19,6 +21,7 @@ from xrai.ingest.listed import Files
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing, Plan, list_source, make_plan
 from xrai.ingest.sources import Source
+from xrai.labels import CLASSES
 
 CONFIG = Config(
     images=Images(size=16),
@@ -103,6 +106,26 @@ def test_files_that_cannot_be_read_are_excluded_and_counted() -> None:
         row.path != "train/NORMAL/unreadable.png" for shard in plan.shards for row in shard.rows
     )
     assert len(plan.rows) == len(FILES) + 1
+
+
+@pytest.mark.parametrize("duplicates", ["error", "drop"])
+@pytest.mark.parametrize("data", [b"", b"<html>404 Not Found</html>"])
+def test_files_that_are_no_images_are_no_image_twice(data: bytes, duplicates: Any) -> None:
+    test = {f"test/{label}/{k}.png": picture_file(700 + k) for k, label in enumerate(CLASSES * 4)}
+    none = {"train/NORMAL/e.png": data, "test/NORMAL/e.png": data, "train/PNEUMONIA/e.png": data}
+    splits = Splits(val_fraction=0.3, duplicates=duplicates)
+    config = replace(CONFIG, splits=splits, images=Images(max_set_aside=0.1, size=16))
+    plan = plan_of({**FILES, **test, **none}, config)
+    assert plan.unusable == () and not plan.rows.reasons
+    planned = {row.path for shard in plan.shards for row in shard.rows}
+    assert planned >= {*none}  # what decodes them tells the reason
+    places = {
+        place: "is empty (0 bytes)" for place, row in enumerate(plan.rows) if row.path in none
+    }
+    rows = plan.rows.with_(reasons=places)
+    assert find_split_faults(rows, plan.carved, config.splits, plan.labels) == []
+    with pytest.raises(SourceError, match=r"3 of 55 files cannot be used.*e\.png is "):
+        plan_of({**FILES, **test, **none})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from xrai.dataset.rows import HASH_BYTES, Rows, TextsBuilder
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.dicom import is_dicom, read_patient_id
+from xrai.ingest.images import format_fault
 from xrai.ingest.layout import group_of, is_file_patient, may_be_number
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing
@@ -25,7 +26,9 @@ _LARGE_BYTES = 1 << 16  # per file; several threads hash smaller ones more slowl
 _SLOW_S = 0.0005  # per file; one in the page cache takes a tenth of that
 _MAX_THREADS = 8
 
-_Hashed = Sequence[str]  # of a file: SHA-256, hex; the reason why it cannot be read; the patient
+# Of a file: SHA-256, hex, "" where it cannot be read; the reason why not, or why it is no image, as
+# its first bytes tell; the patient
+_Hashed = Sequence[str]
 
 
 def hash_source(
@@ -99,7 +102,8 @@ class _Hashes:
 def hash_files(
     source: Source, files: Iterable[Row], *, key: PatientKey, on_done: Callable[[int], object]
 ) -> list[_Hashed]:
-    """The hash of each file, or the reason why it cannot be read; and its patient.
+    """The hash of each file, or the reason why it cannot be read, or both where it is no image; and
+    its patient.
 
     Where neither name nor table gives the patient, or the name may be a number of the image, a
     DICOM file does, by its PatientID. Raises `SourceError` for such a file where pydicom is not
@@ -113,11 +117,13 @@ def hash_files(
             data = source.read(path)
         except ImageError as error:
             return "", str(error), patient
+        fault = ""
         if isinstance(data, bytes):
+            fault = format_fault(data)
             sizes.append(len(data))
             if is_dicom(data) and (is_file_patient(patient) or may_be_number(patient, path)):
                 patient = _patient_in(data, patient, key)
-        return hash_of(data), "", patient
+        return hash_of(data), fault, patient
 
     pairs = [(row.path, row.patient) for row in files]
     began, began_busy = time.perf_counter(), time.thread_time()

@@ -35,6 +35,7 @@ REDUCED_TOLERANCE: Final = 0.75  # mean absolute difference of one image, of 255
 
 Hold = Callable[[int], AbstractContextManager[None]]  # takes bytes of a budget of memory
 
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how files begin
 _WHOLE = "whole"  # a fit of `decode_whole` alone
 _REDUCED_MARGIN = 2.0
 _WHOLE_PIXELS = 1 << 24  # of an image that is converted and scaled as a whole
@@ -150,6 +151,14 @@ def decode_sized(
         return fitted, (height, width) if turn in _SWAPS_SIDES else (width, height)
 
 
+def format_fault(data: bytes) -> str:
+    """Why a file is no image, by its first bytes alone; empty where it may be one."""
+    if not data:
+        return "is empty (0 bytes)"
+    is_known = data.startswith((_JPEG, _PNG)) or is_dicom(data)
+    return "" if is_known else "is not a JPEG, PNG or DICOM file"
+
+
 def ratio_of(data: bytes | NDArray[np.uint8]) -> float:
     """The width of a whole image that `decode` takes, upright, for a height of 1. Raises
     `ImageError`.
@@ -184,17 +193,15 @@ def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
     The readers are called by name: `Image.open` would apply Pillow's own limit of pixels, a global
     setting.
     """
-    if not data:
-        raise ImageError("is empty (0 bytes)")
+    if words := format_fault(data):
+        raise ImageError(words)
     try:
-        if data.startswith(b"\xff\xd8\xff"):
+        if data.startswith(_JPEG):
             image: ImageFile.ImageFile = JpegImageFile(io.BytesIO(data))
             # Else the decoder gets 64 KiB at a time, and takes the interpreter's lock for each
             image.decodermaxblock = len(data)
-        elif data.startswith(b"\x89PNG\r\n\x1a\n"):
-            image = PngImageFile(io.BytesIO(data))
         else:
-            raise ImageError("is not a JPEG, PNG or DICOM file")
+            image = PngImageFile(io.BytesIO(data))
         with image:
             yield image
     except _DECODER_ERRORS as error:

@@ -5,7 +5,7 @@ A source's own split folders are honoured. What is missing is carved from train,
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,9 @@ class _Lack:
 
 
 def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Assignment:
-    """Give every usable row its split; `rows` carry those of the source.
+    """Give every usable row its split; `rows` carry those of the source. Rows that have a hash and
+    a reason, such as empty files, are no images: they are compared with no other and lose the
+    reason.
 
     A val of fewer than `splits.min_val_images` joins train. Identical images with different labels
     are all excluded, since nobody knows which label is right. A source with split folders but no
@@ -65,7 +67,9 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
     has_train = rows.splits.are("train").any()
     if has_train:
         rows, notes = _join_small_val(rows, config)
+    unreadable = rows.reasons
     rows, dropped = _drop_duplicates(_exclude_contradictions(rows), duplicates=config.duplicates)
+    rows = _with_no_images(rows, unreadable)
     if dropped:
         notes.append(
             f"{counted(len(dropped), 'file', 'are')} dropped: the same images are in test or val "
@@ -260,6 +264,19 @@ def _exclude_contradictions(rows: Rows) -> Rows:
     why = "is under another label, too, as the same image"
     reasons = dict.fromkeys(np.flatnonzero(contradicted).tolist(), why)
     return rows.with_(reasons={**rows.reasons, **reasons})
+
+
+def _with_no_images(rows: Rows, excluded: Mapping[int, str]) -> Rows:
+    """The rows with those of `excluded` that were hashed, which are no images: such files are the
+    same as others of the kind by chance. What decodes them says so, and they keep their places.
+    """
+    is_hashed = rows.is_hashed
+    reasons = {
+        place: reason
+        for place, reason in rows.reasons.items()
+        if place not in excluded or not is_hashed[place]
+    }
+    return rows.with_(reasons=reasons)
 
 
 def _drop_duplicates(rows: Rows, *, duplicates: str) -> tuple[Rows, frozenset[int]]:
