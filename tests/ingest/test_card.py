@@ -92,6 +92,12 @@ def test_the_card_says_the_numbers_that_a_reader_needs() -> None:
     assert "| train/NORMAL/bad.png | is empty \\(0 bytes\\) |" in text
 
 
+def test_a_card_says_where_no_patients_are_known() -> None:
+    text = card([*ROWS[2:], row("train/NORMAL/a.png", place=0)])
+    assert "| carved from train, by image, because no patients are known |" in text
+    assert "Patients are known for 0 of 4 images" in text
+
+
 def test_subtypes_of_other_classes_are_no_pneumonia() -> None:
     text = card(classes=("normal", "tuberculosis"))
     assert "Subtypes that file names or labels state: 2 viral." in text

@@ -1,5 +1,6 @@
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -245,6 +246,49 @@ def test_a_patient_of_a_large_share_of_the_images_is_noted() -> None:
     assert assign_splits([*anonymous, *given], BINARY, CARVE).notes == ()
 
 
+def in_folders(*folders: str, num: int) -> list[Row]:
+    """Images whose patients are unknown, `num` in each folder."""
+    return [
+        row(f"{folder}/{k}.png", label=int("PNEUMONIA" in folder))
+        for folder in folders
+        for k in range(num)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folders", "num", "within"),
+    [
+        (("NORMAL", "PNEUMONIA"), 30, ""),
+        ([f"NORMAL/p{k}" for k in range(40)] + ["PNEUMONIA"], 3, "40 folders of several images"),
+        (["NORMAL", "PNEUMONIA/images"], 30, ""),
+        (["NORMAL/train", "PNEUMONIA/a", *(f"PNEUMONIA/{k}" for k in range(60))], 1, ""),
+        (["NORMAL/train", "PNEUMONIA/train/a", "PNEUMONIA"], 15, "a folder of several images"),
+    ],
+)
+def test_carving_without_known_patients_is_noted(
+    folders: Sequence[str], num: int, within: str
+) -> None:
+    rows = [*in_folders(*folders, num=num), *many(9)]
+    (note,) = (n for n in assign_splits(rows, BINARY, CARVE).notes if "by image" in n)
+    also = f", also within {within} inside the class folders" if within else ""
+    assert note == (
+        f"patients are known for 9 of {len(rows)} images, so val and test are carved image by "
+        f"image{also}: if some are of one patient, say who is who in the column patient of a table "
+        "(--labels FILE.csv)"
+    )
+
+
+def test_carving_where_most_patients_are_known_needs_no_note() -> None:
+    unknown = in_folders("NORMAL", "PNEUMONIA", num=30)
+    assert assign_splits([*unknown, *many(80)], BINARY, CARVE).notes == ()
+    assert assign_splits([*unknown, *many(40)], BINARY, CARVE).notes != ()
+    (note,) = assign_splits(unknown, BINARY, Splits(val_fraction=0.2, test_fraction=0)).notes
+    assert note.startswith("no patients are known, so val is carved image by image: if some are of")
+    given = [row(f"v{k}.png", label=k % 2, split="val") for k in range(40)]
+    given += [row(f"t{k}.png", label=k % 2, split="test") for k in range(40)]
+    assert assign_splits([*unknown, *given], BINARY, CARVE).notes == ()
+
+
 @pytest.mark.parametrize("splits", [("test",), ("val", "test"), ("val",)])
 def test_a_source_without_train_is_kept_as_it_is_whatever_classes_it_has(
     splits: tuple[str, ...],
@@ -284,7 +328,7 @@ def test_a_given_test_without_one_class_is_noted() -> None:
 @pytest.mark.parametrize("num", [10, 100])
 def test_two_classes_of_other_names_are_balanced(num: int) -> None:
     free = LabelSpec("binary", ("healthy", "TB"))
-    rows = [row(f"{k}.png", label=k % 2) for k in range(2 * num)]
+    rows = [row(f"{k}.png", label=k % 2, patient=f"p:{k}") for k in range(2 * num)]
     assignment = assign_splits(rows, free, Splits())
     counts = Counter((found.split, found.label) for found in assignment.rows)
     assert {split: (counts[split, 0], counts[split, 1]) for split in ("train", "val", "test")} == {

@@ -15,7 +15,7 @@ from xrai.dataset.rows import Rows
 from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
 from xrai.files import temporary_folder
 from xrai.ingest.build import Contents, NearDuplicate
-from xrai.ingest.layout import is_file_patient
+from xrai.ingest.splits import num_named
 from xrai.labels import Labels, LabelSpec
 from xrai.log import counted, printable
 from xrai.store import Store
@@ -107,7 +107,7 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
     """The card's text, Markdown. `sheets` are (caption, file name) of images in its folder."""
     index, counts, rows = contents.index, contents.index.counts, contents.rows
     used = rows.is_used
-    num_used, num_named = int(used.sum()), _num_named(rows, used)
+    num_used = int(used.sum())
     measured = "train" if "train" in index.splits else "all"
     drawn = "**Drawn phantoms, not patients.** For trying the program out and for tests."
     lines = [
@@ -123,8 +123,8 @@ def write_card(contents: Contents, *, sheets: Sequence[tuple[str, str]]) -> str:
         "",
         *_splits(contents, used),
         "",
-        f"Patients are known for {num_named} of {counted(num_used, 'image')}, by file name, "
-        "labels or DICOM header; every other file counts as a patient of its own.",
+        f"Patients are known for {num_named(rows, used)} of {counted(num_used, 'image')}, by file "
+        "name, labels or DICOM header; every other file counts as a patient of its own.",
         *(f"Note: {_text(note)}." for note in contents.notes),
     ]
     for caption, name in sheets:
@@ -172,14 +172,6 @@ def _first_stored(rows: Rows, among: NDArray[np.bool_], num: int) -> list[Row]:
     return [rows[place] for place in places[np.argsort(keys)].tolist()]
 
 
-def _num_named(rows: Rows, used: NDArray[np.bool_]) -> int:
-    """Images of patients who are known by more than a file."""
-    keys = rows.patients.keys
-    is_named = np.fromiter((not is_file_patient(key) for key in keys), np.bool_, len(keys))
-    codes = rows.patients.codes[used]
-    return int(is_named[codes[codes >= 0]].sum())
-
-
 def _count_patients(rows: Rows, among: NDArray[np.bool_]) -> tuple[int, int]:
     """Patients of the images of `among`, and the most images of one of them."""
     codes = rows.patients.codes[among]
@@ -198,9 +190,11 @@ def _splits(contents: Contents, used: NDArray[np.bool_]) -> list[str]:
         f"| split | {' | '.join(names)} | patients | images per patient, most | from |",
         "|---|" + "---|" * (len(names) + 3),
     ]
+    divided = used & rows.splits.are("train", *index.carved)
+    by = "patient" if num_named(rows, divided) else "image, because no patients are known"
     for split in index.splits:
         num_patients, most = _count_patients(rows, used & rows.splits.are(split))
-        origin = "carved from train, by patient" if split in index.carved else "the source"
+        origin = f"carved from train, by {by}" if split in index.carved else "the source"
         counts = index.num_images_per_class(split).values()
         numbers = " | ".join(map(str, [index.num_images(split)] if is_wide else counts))
         lines.append(f"| {split} | {numbers} | {num_patients} | {most} | {origin} |")

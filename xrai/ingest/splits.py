@@ -5,6 +5,7 @@ A source's own split folders are honoured. What is missing is carved from train,
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from xrai.dataset.rows import Rows
 from xrai.dataset.rules import carve, find_contradicted, find_repeated, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
-from xrai.labels import Labels, LabelSpec
+from xrai.ingest.folders import SPLIT_NAMES
+from xrai.ingest.layout import is_file_patient
+from xrai.labels import CLASSES, Labels, LabelSpec, folded
 from xrai.log import counted
 
 _NAME_PATIENTS = "say who is who in the column patient of a table (--labels FILE.csv)"
@@ -91,6 +94,7 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
     refuse_missing_class(rows.labels[pool], labels, where="train")
     if carved:
         notes += _note_common_patient(rows, pool)
+        notes += _note_unknown_patients(rows, pool, carved, labels)
     rows = carve(rows, carved, config, labels)
     lacks = {
         split: [*_lacks(rows.labels[used & rows.splits.are(split)], labels)] for split in SPLITS
@@ -99,6 +103,17 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
         raise SourceError(_explain_carving(rows, pool, carved, config, missing=lacks["train"]))
     if lacks["val"] and labels.task != "binary":
         raise SourceError(_explain_val(lacks["val"][0], labels, is_carved="val" in carved))
+    notes += _note_lacks(lacks, given, carved)
+    balance, is_far = _tell_balance(rows, carved, labels)
+    notes += balance if is_far else []
+    facts = () if is_far else tuple(balance)
+    return Assignment(rows, carved, dropped, tuple(notes), facts)
+
+
+def _note_lacks(
+    lacks: Mapping[str, Sequence[_Lack]], given: Collection[str], carved: Collection[str]
+) -> Iterator[str]:
+    """Notes on what each split of the source, or carved from train, has no images of."""
     for split in SPLITS:
         if lacks[split] and split in {*given, *carved}:
             missing = " and no ".join(lack.words("images") for lack in lacks[split])
@@ -109,11 +124,7 @@ def assign_splits(rows: Sequence[Row], labels: LabelSpec, config: Splits) -> Ass
                     ": xrai train will refuse this data set, since validation needs images of both "
                     "classes; add images of more patients, or divide them in another way"
                 )
-            notes.append(note)
-    balance, is_far = _tell_balance(rows, carved, labels)
-    notes += balance if is_far else []
-    facts = () if is_far else tuple(balance)
-    return Assignment(rows, carved, dropped, tuple(notes), facts)
+            yield note
 
 
 def _join_small_val(rows: Rows, config: Splits) -> tuple[Rows, list[str]]:
@@ -153,8 +164,8 @@ def _tell_balance(rows: Rows, carved: Collection[str], labels: LabelSpec) -> tup
     _, name, split, share, of_train = max(found)
     what = "finding" if labels.task == "multilabel" else "class"
     told = (
-        f"{' and '.join(carved)} {'are' if len(carved) > 1 else 'is'} carved by patient, balanced "
-        f"for every {what}"
+        f"{' and '.join(carved)} {'are' if len(carved) > 1 else 'is'} carved by "
+        f"{'patient' if num_named(rows, used) else 'image'}, balanced for every {what}"
     )
     own, others = f"{100 * share:.2f} %", f"{100 * of_train:.2f} %"
     if own != others:
@@ -252,6 +263,46 @@ def _note_common_patient(rows: Rows, pool: NDArray[np.bool_]) -> list[str]:
         f"{count} of {len(codes)} images are of one patient{_origin(rows.patient_key(patient))}, "
         f"and so go into one split; if they are not, {_NAME_PATIENTS}"
     ]
+
+
+def num_named(rows: Rows, among: NDArray[np.bool_]) -> int:
+    """How many images of `among` are of patients who are known by more than a file."""
+    keys = rows.patients.keys
+    is_named = np.fromiter((not is_file_patient(key) for key in keys), np.bool_, len(keys))
+    codes = rows.patients.codes[among]
+    return int(is_named[codes[codes >= 0]].sum())
+
+
+def _note_unknown_patients(
+    rows: Rows, pool: NDArray[np.bool_], carved: Collection[str], labels: LabelSpec
+) -> list[str]:
+    """A note where the patients of most images of `pool` are unknown."""
+    num, num_known = int(pool.sum()), num_named(rows, pool)
+    if num_known > num / 2:
+        return []
+    known = f"patients are known for {num_known} of {num} images" if num_known else ""
+    told = (
+        f"{known or 'no patients are known'}, so {' and '.join(carved)} "
+        f"{'are' if len(carved) > 1 else 'is'} carved image by image"
+    )
+    if num_folders := _num_small_folders(rows, pool, labels):
+        within = "a folder" if num_folders == 1 else f"{num_folders} folders"
+        told += f", also within {within} of several images inside the class folders"
+    return [f"{told}: if some are of one patient, {_NAME_PATIENTS}"]
+
+
+def _num_small_folders(rows: Rows, pool: NDArray[np.bool_], labels: LabelSpec) -> int:
+    """Folders inside class folders that hold several images, and no more than of one patient."""
+    folders = Counter(
+        path.rpartition("/")[0] for path, is_in in zip(rows.paths, pool, strict=True) if is_in
+    )
+    names = {folded(name) for name in (*labels.classes, *CLASSES)}
+    num = 0
+    for folder, count in folders.items():
+        *above, own = (folded(name) for name in folder.split("/"))
+        is_inside = own not in names and own not in SPLIT_NAMES and not names.isdisjoint(above)
+        num += is_inside and 1 < count < _MANY_IMAGES
+    return num
 
 
 def _origin(patient: str) -> str:
