@@ -315,6 +315,47 @@ def test_names_as_programs_of_windows_and_of_unix_write_them_are_taken(tmp_path:
     assert all(source.read(file.path) == file.path.encode() for file in source.files())
 
 
+class Unflagged(zipfile.ZipInfo):
+    """A member whose name is in an encoding that no flag states."""
+
+    encoding = "utf-8"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802, of zipfile
+        return self.filename.encode(self.encoding), 0
+
+
+class Russian(Unflagged):
+    encoding = "cp866"
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZipInfo, Unflagged])
+def test_names_in_utf_8_are_read_with_and_without_the_flag(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: type[zipfile.ZipInfo]
+) -> None:
+    names = ("Lungenentzündung/ö.png", "Норма/1.png", "plain/1.png", "肺炎/1.png")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number, name in enumerate(names):
+            archive.writestr(kind(name), bytes([number]))
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path / "x.zip"))))
+    assert {file.path: source.read(file.path) for file in source.files()} == {
+        name: bytes([number]) for number, name in enumerate(names)
+    }
+    assert not caplog.records
+
+
+def test_names_of_an_unknown_encoding_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("Норма/1.png", "Норма/2.png", "plain/1.png"):
+            archive.writestr(Russian(name), b"x")
+    source = open_source(str(tmp_path / "x.zip"))
+    assert len(source.files()) == 3
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "x.zip: 2 files have a name in an unknown encoding" in record.getMessage()
+
+
 def test_one_file_under_two_spellings_of_its_name_is_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip", {"train/a.png": b"x", ".\\train\\a.png": b"y"})
     with pytest.raises(SourceError, match=r"2 files under the one name 'train/a\.png'"):

@@ -38,6 +38,7 @@ MAX_ARRAY_BYTES: Final = 4 << 30  # of one array of a .npz, which is held in mem
 
 _KINDS = "a folder, a .zip, a MedMNIST .npz or s3://bucket/prefix"
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process's fault, not a file's
+_IS_UTF_8 = 1 << 11  # flag of a name in a zip (APPNOTE.TXT 4.4.4)
 _DRIVE = re.compile("[A-Za-z]:")
 # What zipfile, its decompressors and numpy raise on damaged archives, found by feeding them such
 _DAMAGE = (
@@ -224,6 +225,14 @@ class ZipSource(Source):
 
     def files(self) -> Files:
         self._open()
+        unknown = [path for path, member in self._members.items() if _name_of(member) is None]
+        if unknown:
+            words = counted(len(unknown), "file", "have")
+            text = (
+                "%s: %s a name in an unknown encoding, read as code page 437, such as %r: if it is "
+            )
+            text += "wrong, pack it again with names in UTF-8, or unpack it and give the folder"
+            _logger.warning(text, self.name, words, unknown[0])
         return Files.of((path, member.file_size) for path, member in self._members.items())
 
     def read(self, path: str) -> bytes:
@@ -259,7 +268,7 @@ class ZipSource(Source):
         return self._archive
 
     def _checked(self, member: zipfile.ZipInfo) -> str:
-        parts = member.filename.replace("\\", "/").split("/")
+        parts = (_name_of(member) or member.filename).replace("\\", "/").split("/")
         name = "/".join(part for part in parts if part not in ("", "."))
         if not name or not parts[0] or ".." in parts or _DRIVE.fullmatch(parts[0]):
             raise SourceError(
@@ -270,6 +279,25 @@ class ZipSource(Source):
                 f"{self._path} is encrypted ({name}); unpack it and give the folder as --source"
             )
         return name
+
+
+def _name_of(member: zipfile.ZipInfo) -> str | None:
+    """The name of a file in a zip; None where its encoding is unknown.
+
+    Without a flag it should be in code page 437, as `zipfile` reads it; macOS writes UTF-8 there,
+    and Windows the code page of its language.
+    """
+    name = member.filename
+    if member.flag_bits & _IS_UTF_8 or name.isascii():
+        return name
+    try:
+        data = name.encode("cp437")
+    except UnicodeEncodeError:  # it is from the extra field that states the name in UTF-8
+        return name
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 class NpzSource(Source):
