@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.dataset.pictures import source_files, write_files
+from tests.dataset.pictures import dicom_file, source_files, write_files
 from xrai.config import Config, Images, Shards, Splits
 from xrai.dataset.manifest import Row
 from xrai.dataset.shards import DatasetIndex, ShardInfo, compute_fingerprint, read_index
@@ -224,6 +224,7 @@ def test_a_part_reads_back_as_it_was_written_and_anything_else_is_refused() -> N
         [0] * 256,
         bytearray(range(96)),
         ["train/a.png"],
+        ["train/b.dcm"],
     )
     hashes = json.loads(part.to_json())["perceptual_hashes"]
     assert hashes == [bytes(range(k, k + 32)).hex() for k in (0, 32, 64)]
@@ -264,6 +265,27 @@ def test_nothing_is_committed_while_a_part_is_missing(job: Job) -> None:
     builder.build(job.plan.shards)
     index = builder.commit(no_report)
     assert index is not None and read_index(job.store) == index
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_images_of_an_unknown_view_are_used_and_counted_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    pytest.importorskip("pydicom", reason="pydicom is not installed (the extra `dicom`)")
+    samples = np.arange(1024, dtype="<u2").reshape(32, 32)
+    views = ("PA", "LLO", "YES")
+    files = {
+        f"train/NORMAL/{view}.dcm": dicom_file(
+            samples + k, ViewPosition=view, leave_out=("PatientID",)
+        )
+        for k, view in enumerate(views)
+    }
+    job = Job(tmp_path, {**source_files(), **files})
+    job.builder(num_workers=num_workers).build(job.plan.shards)
+    index = job.builder().commit(no_report)  # which reads the stored parts
+    assert index and index.counts.num_written == len(source_files()) + 3
+    (said,) = (record.getMessage() for record in caplog.records if "View" in record.getMessage())
+    assert said.startswith("2 images have a ViewPosition of which nothing is known, such as train/")
 
 
 def test_a_manifest_that_has_no_room_is_told_in_one_line(

@@ -620,6 +620,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: dicom_file(SMALL, ViewPosition="LL"),
         "is DICOM of a chest from the side (ViewPosition)",
     ),
+    "an angiography": (
+        lambda: dicom_file(SMALL, Modality="XA"),
+        "is DICOM of modality XA; radiographs (CR, DX, RG) are read",
+    ),
     "an orientation from the side": (
         lambda: dicom_file(SMALL, PatientOrientation=["P", "F"]),
         "is DICOM of a chest from the side (PatientOrientation)",
@@ -937,3 +941,29 @@ def test_images_knows_dicom_by_its_contents_whatever_else_it_looks_like() -> Non
     data[:3] = b"\xff\xd8\xff"  # the preamble is anyone's
     assert dicom.is_dicom(bytes(data))
     np.testing.assert_array_equal(decoded(bytes(data)), decoded(dicom_file(SMALL)))
+
+
+VIEWS = {
+    "side": (
+        *("LL", "RL", "LAT", "LATERAL", "L LAT", "LLAT", "LAT_L", "LAT R", "LATERAL ERECT"),
+        *("SEITLICH", "PROFIL", "LATERO LATERAL"),
+    ),
+    "front": ("AP", "PA", "AP SUPINE", "PA_ERECT", "LLD", "RLD", "LAT DECUB", "FRONTAL", ""),
+    "unknown": ("LLO", "RLO", "PA LAT", "YES", "BILATERAL", "PLATE", "3", "ALL"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "position"), [(kind, position) for kind, all_ in VIEWS.items() for position in all_]
+)
+def test_view_position_says_front_side_or_nothing_known(kind: str, position: str) -> None:
+    data = dicom_file(SMALL, ViewPosition=position)
+    if kind == "side":
+        assert refusal(data) == "is DICOM of a chest from the side (ViewPosition)"
+    else:
+        decoded(data)
+        assert dicom.has_unknown_view(data) == (kind == "unknown")
+
+
+def test_a_file_without_view_position_has_no_unknown_view() -> None:
+    assert not dicom.has_unknown_view(dicom_file(SMALL))

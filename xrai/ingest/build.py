@@ -68,6 +68,7 @@ class DecodedShard:
     columns: shards.Columns
     hashes: list[str]  # (N,)
     reasons: dict[str, str]  # path -> why it was excluded
+    unknown_views: list[str]  # paths of images whose ViewPosition is not known
 
 
 class Builder:
@@ -197,7 +198,15 @@ class Builder:
         histogram = grey_histogram(decoded.columns.images).tolist()
         few_greys = with_few_greys(decoded.columns.source, decoded.columns.images)
         hashes = bytearray.fromhex("".join(decoded.hashes))
-        part = Part(self._plan.sha256, info, decoded.reasons, histogram, hashes, few_greys)
+        part = Part(
+            self._plan.sha256,
+            info,
+            decoded.reasons,
+            histogram,
+            hashes,
+            few_greys,
+            decoded.unknown_views,
+        )
         self._unfinished.store_part(shard, part)
 
     def _stored_part(self, shard: PlannedShard) -> Part | None:
@@ -242,7 +251,7 @@ def gather(
     """Collect what `decode_rows` gives for the rows of one shard."""
     images = np.empty((len(shard), size, size), np.uint8)
     rows: list[Row] = []
-    hashes, sizes, reasons = [], [], {}
+    hashes, sizes, reasons, unknown_views = [], [], {}, []
     for row, image in zip(shard.rows, decoded, strict=True):
         on_done()
         if isinstance(image, str):
@@ -251,6 +260,8 @@ def gather(
         images[len(rows)] = image.pixels
         hashes.append(image.perceptual_hash)
         sizes.append(image.size)
+        if image.is_view_unknown:
+            unknown_views.append(row.path)
         rows.append(row)
     columns = shards.Columns(
         images=images[: len(rows)],
@@ -262,7 +273,7 @@ def gather(
         width=[width for width, _ in sizes],
         height=[height for _, height in sizes],
     )
-    return DecodedShard(columns, hashes, reasons)
+    return DecodedShard(columns, hashes, reasons, unknown_views)
 
 
 def write_decoded(path: Path, decoded: DecodedShard) -> None:
@@ -304,6 +315,13 @@ def assemble(
             f"such as {few_greys[0]}"
         )
         _logger.warning("%s", notes[-1])
+    if views := [path for part in parts for path in part.unknown_views]:
+        # Not in the report: it is made anew from shards, which do not say so
+        words = counted(len(views), "image", "have")
+        text = (
+            "%s a ViewPosition of which nothing is known, such as %s: look whether they are frontal"
+        )
+        _logger.warning(text, words, views[0])
     contents: dict[str, Iterable[bytes]] = {index.place + shards.MANIFEST_KEY: manifest_lines(rows)}
     reported = report(store, Contents(index, rows, near, notes))
     contents.update((index.place + key, [data]) for key, data in reported.items())

@@ -23,6 +23,7 @@ from xrai.dataset.manifest import Row
 from xrai.errors import ImageError, SourceError, XraiError
 from xrai.files import scratch_folder
 from xrai.ingest.budget import MemoryBudget
+from xrai.ingest.dicom import has_unknown_view, is_dicom
 from xrai.ingest.images import decode_sized
 from xrai.ingest.leaks import perceptual_hash
 from xrai.ingest.sources import Source, hash_of
@@ -39,10 +40,11 @@ class Decoded:
     pixels: NDArray[np.uint8]  # (H, W)
     size: tuple[int, int]  # (width, height) of the source image, upright, pixels
     perceptual_hash: str
+    is_view_unknown: bool = False  # of DICOM: whether ViewPosition says nothing that is known
 
 
 _File = tuple[str, str]  # path and sha256 of a source file
-_Found = tuple[tuple[int, int], str]  # `Decoded` without its pixels: size and perceptual hash
+_Found = tuple[tuple[int, int], str, bool]  # `Decoded` without its pixels
 
 
 def decode_rows(
@@ -140,7 +142,7 @@ def _work(task: Sequence[_File], place: int) -> list[_Found | str]:
             results.append(decoded)
         else:
             pixels[:] = decoded.pixels
-            results.append((decoded.size, decoded.perceptual_hash))
+            results.append((decoded.size, decoded.perceptual_hash, decoded.is_view_unknown))
     return results
 
 
@@ -166,6 +168,7 @@ def _decode_file(
         pixels, size = decode_sized(
             data, size=images.size, fit=images.fit, max_pixels=images.max_pixels, hold=budget.hold
         )
+        is_view_unknown = isinstance(data, bytes) and is_dicom(data) and has_unknown_view(data)
     except ImageError as error:
         return str(error)
-    return Decoded(pixels, size, perceptual_hash(pixels))
+    return Decoded(pixels, size, perceptual_hash(pixels), is_view_unknown)

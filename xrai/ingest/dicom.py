@@ -53,9 +53,15 @@ SamplesPerPixel VOILUTFunction VOILUTSequence ViewCodeSequence ViewPosition Wind
 _TAGS = _TAG_NAMES.split()
 # Modality (PS3.3 C.7.3.1.1.1) of what is never a chest radiograph
 _OTHER_MODALITIES = frozenset(
-    {"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XC"}
+    {"CT", "ECG", "ES", "GM", "IO", "MG", "MR", "NM", "OPT", "PT", "PX", "SM", "US", "XA", "XC"}
 )
-_SIDE_VIEWS = frozenset({"LL", "RL", "LAT", "LATERAL"})  # ViewPosition
+# Words of ViewPosition (PS3.3 C.8.7.1.1.7, and what devices write): "L LAT", "LAT_L", "LLAT"; "AP
+# SUPINE". One who lies on a side (decubitus) is seen from the front
+_SIDE_WORD = re.compile(
+    r"[LR]{0,2}LAT(?:ER(?:O|AL\w*))?[LR]?|LL|RL|SEITLICH\w*|SEITE|PROFILE?|PERFIL"
+)
+_FRONT_WORD = re.compile(r"AP|PA|FRONTAL")
+_LYING_WORD = re.compile(r"LLD|RLD|DECUB\w*")
 # ViewCodeSequence (PS3.16 CID 4010): lateral, left lateral, right lateral; SNOMED CT, SNOMED-RT
 _SIDE_VIEW_CODES = frozenset(
     {"399067008", "399173006", "399198007", "R-10232", "R-10236", "R-102CD"}
@@ -143,6 +149,15 @@ def read_patient_id(data: bytes) -> str:
             return str(_value(dataset, "PatientID") or "").strip()
     except ImageError:
         return ""
+
+
+def has_unknown_view(data: bytes) -> bool:
+    """Whether a DICOM file states a ViewPosition of which nothing is known.
+
+    Raises what `read_texts` raises.
+    """
+    position = read_texts(data, ["ViewPosition"])["ViewPosition"]
+    return bool(position) and not _view_of(position)
 
 
 def transfer_syntaxes() -> list[str]:
@@ -464,11 +479,22 @@ def _refuse_other_kinds(dataset: "Dataset") -> None:
         raise OtherImageError(
             "is DICOM of raw detector data (FOR PROCESSING), not an image to look at"
         )
-    if _code(dataset, "ViewPosition") in _SIDE_VIEWS:
+    if _view_of(_code(dataset, "ViewPosition")) == "side":
         raise OtherImageError("is DICOM of a chest from the side (ViewPosition)")
     views = _value(dataset, "ViewCodeSequence") or ()
     if any(_code(view, "CodeValue") in _SIDE_VIEW_CODES for view in views):
         raise OtherImageError("is DICOM of a chest from the side (ViewCodeSequence)")
+
+
+def _view_of(position: str) -> str:
+    """Whether a ViewPosition says "front" or "side"; "" where it is not known."""
+    words = re.findall(r"[^\W\d_]+", position.upper())
+    is_side, is_front, is_lying = (
+        any(map(pattern.fullmatch, words)) for pattern in (_SIDE_WORD, _FRONT_WORD, _LYING_WORD)
+    )
+    if is_lying or is_side == is_front:
+        return "front" if is_lying else ""
+    return "side" if is_side else "front"
 
 
 def _directions(dataset: "Dataset") -> tuple[str, str]:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import PIL
@@ -47,6 +47,7 @@ class Part:
     histogram: list[int]  # pixels of each grey level, (256,)
     perceptual_hashes: bytearray  # of the shard's rows, one after the other; hex texts in JSON
     few_greys: list[str]  # paths of images with few grey levels
+    unknown_views: list[str] = field(default_factory=list)  # whose ViewPosition is not known
 
     def to_json(self) -> bytes:
         data = self.perceptual_hashes
