@@ -330,6 +330,21 @@ def test_limits_fit_the_split_and_the_way_images_were_fitted(tmp_path: Path) -> 
     assert "read an image's proportions" in html.unescape(render(tmp_path, fit="squash"))
 
 
+@pytest.mark.parametrize("is_evaluation", [False, True])
+def test_results_on_images_that_the_run_was_made_with_are_called_too_good(
+    tmp_path: Path, is_evaluation: bool
+) -> None:
+    def limits(split: str, **facts: Any) -> str:
+        text = render(tmp_path, split=split, is_evaluation=is_evaluation, **facts)
+        return " ".join(Html(text).text.split())
+
+    chosen, trained = "were chosen on the same images", "was trained on these very images"
+    assert chosen in limits("val") and trained not in limits("val")
+    assert trained in limits("train") and chosen not in limits("train")
+    others = [limits("test"), *(limits(name, fingerprint="4567") for name in ("val", "train"))]
+    assert not [text for text in others if "the numbers are too good" in text]
+
+
 def render_bare(folder: Path, results: SplitResults, **facts: Any) -> str:
     """The page of results alone, with some facts of the data set."""
     dataset = DatasetFacts(**{**{"splits": {}, "num_found": 1}, **BARE, **facts})

@@ -64,6 +64,11 @@ class Page:
     others: Sequence[SplitResults] = ()  # the run's other splits
     is_evaluation: bool = False  # of a finished run, perhaps on another data set
 
+    @property
+    def is_own_data(self) -> bool:
+        """Whether the results come from the data set that the run was trained on."""
+        return self.dataset.fingerprint == self.training.fingerprint
+
 
 @dataclass(frozen=True)
 class Shown:
