@@ -198,6 +198,6 @@ def test_evaluate_measures_at_a_prior_with_the_same_calls(
     assert after["calibration"]["before"] != before["calibration"]["before"]
     assert after["metrics"]["brier"] != before["metrics"]["brier"]
     page = (moved / "report.html").read_text()
-    assert "<dt>Prior</dt><dd>pneumonia 0.100, given; it changes no call</dd>" in page
+    assert "<dt>Prior</dt><dd>pneumonia 0.100, given; it changes scores and no call</dd>" in page
     status, (line,) = call_main(evaluate, *arguments, "--prior=estimate", capsys=capsys)
     assert status == 2 and "are too few to estimate shares from" in line

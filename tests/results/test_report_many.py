@@ -1,5 +1,6 @@
 """The page of several classes or findings: all of them side by side, and one at a time."""
 
+import dataclasses
 import html
 import math
 import re
@@ -11,6 +12,8 @@ from tests.results.conftest import Browse
 from tests.results.many import KINDS, LONG_NAME, make_many, rename
 from tests.results.test_report import Html, render_bare
 from xrai.labels import Task
+from xrai.results.measure import measure
+from xrai.results.prior import move_outputs, read_prior
 from xrai.results.report import source_hash
 from xrai.results.types import SplitResults
 
@@ -93,6 +96,37 @@ def test_a_number_that_is_undefined_stands_with_its_reason(tmp_path: Path) -> No
     assert (
         results.worst is not None and results.worst.output.name != results.outputs[-1].output.name
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "expected", "wrong"),
+    [
+        (
+            "multiclass",
+            "The class with the highest score before the prior is called; scores",
+            "the class with the highest score is called",
+        ),
+        ("multilabel", "its own threshold, chosen on validation. The prior changes", "moved to"),
+    ],
+)
+def test_with_a_prior_the_page_says_what_is_called_and_what_changes(
+    tmp_path: Path, task: Task, expected: str, wrong: str
+) -> None:
+    scores, plain = make_many(task, 3)
+    prior = read_prior(dict(zip(scores.classes, (0.7, 0.2, 0.1), strict=True)), scores.outputs)
+    outputs = move_outputs(scores.outputs, (0.3, 0.3, 0.4), prior)
+    moved = measure(dataclasses.replace(scores, outputs=outputs), num_bootstrap=10)
+    with_prior, without = (
+        " ".join(Html(render(tmp_path, results)).text.split()).partition("How it decides")[2]
+        for results in (moved, plain)
+    )
+    assert expected in with_prior and wrong not in with_prior.lower()
+    assert "Disease 0 0.700, given; it changes scores and no call" in with_prior
+    assert "prior" not in without
+    for name in ("auroc", "average_precision", "brier", "ece", "sensitivity", "accuracy"):
+        is_same = moved.main.whole.metrics[name].value == plain.main.whole.metrics[name].value
+        of_calls, of_order = ("sensitivity", "accuracy"), ("auroc", "average_precision")
+        assert is_same == (name in of_calls or (task == "multilabel" and name in of_order))
 
 
 def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:
