@@ -27,7 +27,8 @@ from xrai.results.history import EpochRow
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS, format_value
 from xrai.results.report import Page, explore, render_report, source_hash
-from xrai.results.types import DatasetFacts, Scores, SplitResults, TrainedOn, Training
+from xrai.results.summary import main_results, result_lines
+from xrai.results.types import DatasetFacts, Scores, SplitResults, TrainedOn, Training, told_images
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -310,6 +311,35 @@ def test_an_evaluation_says_so_and_names_both_data_sets(tmp_path: Path) -> None:
         "Compared with the other splits" in beside
         and "Compared with the other splits" not in Html(render(tmp_path)).text
     )
+
+
+def test_an_evaluation_has_the_versions_of_the_training_and_its_own(tmp_path: Path) -> None:
+    def software(page: Page) -> str:
+        text = " ".join(Html(render_report(page, tmp_path)).text.split())
+        return text.partition("Software")[2].partition("Config")[0].strip()
+
+    machine: dict[str, Any] = describe_environment()
+    machine["packages"]["xrai"] = "0.0.9"
+    facts: dict[str, Any] = {"splits": {}, "num_found": 1, **BARE}
+    dataset = DatasetFacts(**facts)
+    results = measure_split([0, 1], [0.2, 0.7], split="test")
+    page = Page(
+        results, training_on(dataset), dataset, Config().to_mapping(), machine, is_evaluation=True
+    )
+    shown = software(page)
+    assert shown.startswith("xrai 0.0.9, Python")
+    assert shown.endswith(f"Measured withxrai {xrai.__version__}")
+    assert "Measured with" not in software(dataclasses.replace(page, is_evaluation=False))
+
+
+def test_one_image_of_one_patient_is_singular(tmp_path: Path) -> None:
+    results = measure_split([1], [0.7], split="test")
+    assert "On the test split, 1 image of 1 patient, the" in " ".join(
+        Html(render_bare(tmp_path, results)).text.split()
+    )
+    lines = result_lines(main_results(results), "run")
+    assert lines[0].startswith("test split: 1 image of 1 patient;")
+    assert told_images(1204, 1) == "1,204 images of 1 patient"
 
 
 def test_a_run_that_knows_no_typicality_or_baselines_has_a_page_too(tmp_path: Path) -> None:

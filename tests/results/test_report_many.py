@@ -1,15 +1,22 @@
 """The page of several classes or findings: all of them side by side, and one at a time."""
 
+import base64
 import dataclasses
 import html
 import math
 import re
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
+from tests.browsers import CHROMIUM_OPTIONS, find_chromium
 from tests.results.conftest import Browse
 from tests.results.many import KINDS, LONG_NAME, make_many, rename
+from tests.results.small import measure_split
 from tests.results.test_report import Html, render_bare
 from xrai.labels import Task
 from xrai.results.measure import measure
@@ -129,6 +136,23 @@ def test_with_a_prior_the_page_says_what_is_called_and_what_changes(
         assert is_same == (name in of_calls or (task == "multilabel" and name in of_order))
 
 
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_each_output_has_its_calibration_and_the_checklist_leads_to_its_errors(
+    tmp_path: Path, task: Task
+) -> None:
+    results = make_many(task, 3)[1]
+    text = render(tmp_path, results)
+    words = " ".join(Html(text).text.split())
+    assert words.count("Scores of ") == words.count("Temperature 1.2095 % interval") == 3
+    assert "patients by split, images by split and" in words
+    row = r"<td>Explainability</td><td[^>]*>[^<]*</td><td>(.*?)</td>"
+    assert re.findall(row, text) == ["–"]
+    image = base64.b64decode("iVBORw0KGgo=")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "overlays-01.png").write_bytes(image)
+    assert re.findall(row, render(tmp_path, results)) == ['<a href="#outputs">outputs</a>']
+
+
 def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:
     text = render(tmp_path, make_many("multilabel", 14)[1])
     assert not re.findall(r'<section class="output"[^>]*hidden', text)
@@ -180,6 +204,43 @@ def test_the_overview_fits_a_screen_and_no_part_of_the_page_is_wider(
     height, excess = map(int, re.findall(r"-?\d+", title_of(document)))
     assert 100 < height <= 900
     assert excess <= 0
+
+
+# In how many pieces each word of the visible explorers' headers is shown
+PIECES = """[...document.querySelectorAll('.explorer th.number')]
+  .filter(head => head.offsetParent !== null)
+  .flatMap(head => [...head.textContent.matchAll(/\\S+/g)].map(word => {
+    const range = document.createRange();
+    range.setStart(head.firstChild, word.index);
+    range.setEnd(head.firstChild, word.index + word[0].length);
+    return range.getClientRects().length;
+  }))"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        options = {"executable_path": find_chromium(), "args": CHROMIUM_OPTIONS}
+        browser = playwright.chromium.launch(**options)  # type: ignore[arg-type]
+        yield browser
+        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("task", "num"), [("binary", 1), ("multilabel", 3), ("multiclass", 20)])
+def test_no_page_is_wider_than_the_screen_and_no_word_of_a_header_is_broken(
+    tmp_path: Path, browser: Browser, task: Task, num: int
+) -> None:
+    one = measure_split([0, 1] * 8, np.linspace(0, 1, 16).tolist(), split="test")
+    results = rename(one if task == "binary" else make_many(task, num)[1], "Consolidation")
+    path = tmp_path / "report.html"
+    path.write_text(render(tmp_path, results), encoding="utf-8")
+    with closing(browser.new_page()) as page:
+        for width in (320, 380, 768, 1440):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert {*page.evaluate(PIECES)} == {1}
 
 
 def shown_in(document: str) -> list[str]:

@@ -41,7 +41,15 @@ from xrai.results.metrics import (
     precision_recall,
 )
 from xrai.results.style import CURVE, INK, MUTED, NORMAL, PAPER, PNEUMONIA, note_line
-from xrai.results.types import Abstention, Estimate, Labelled, OutputResults, Scores, SplitResults
+from xrai.results.types import (
+    Abstention,
+    Estimate,
+    Labelled,
+    OutputResults,
+    Scores,
+    SplitResults,
+    told_images,
+)
 
 _Look = dict[str, Any]  # options of matplotlib, which documents plain values
 
@@ -131,7 +139,7 @@ def draw_curves(
 
 def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
     """Write all plots of one split; those of several outputs show them side by side."""
-    note = f"{results.num_images:,} images of {results.num_patients:,} patients"
+    note = told_images(results.num_images, results.num_patients)
     note = note_line(f"{results.split} split", note, is_phantom=results.is_phantom)
     if results.task == "binary":
         for name, (title, size, draw) in _PLOTS.items():

@@ -23,7 +23,15 @@ from xrai.results import history, style
 from xrai.results.history import EpochRow
 from xrai.results.lettering import short_names
 from xrai.results.metrics import ALL_METRICS, HEADLINES, format_interval, format_value
-from xrai.results.types import DatasetFacts, Estimate, Output, OutputResults, SplitResults, Training
+from xrai.results.types import (
+    DatasetFacts,
+    Estimate,
+    Output,
+    OutputResults,
+    SplitResults,
+    Training,
+    told_images,
+)
 
 _MOST_NAMED = 4  # outputs in the heading
 _LONGEST_NAME, _LONGEST_UPRIGHT = 26, 18  # characters of a name in a table, and in a column's head
@@ -143,16 +151,25 @@ def render_report(page: Page, folder: Path) -> str:
         overview=Overview(results, parts),
         base64=lambda name: base64.b64encode((folder / name).read_bytes()).decode("ascii"),
         has=lambda name: (folder / name).exists(),
+        errors_at=_errors_at(folder / "plots"),
         show=show,
         history_cell=_format_cell,
         history_columns=history.columns_of(page.history),
         metrics=ALL_METRICS,
         headlines=HEADLINES,
         style=style,
+        told_images=told_images,
         told_missing=_tell_missing(page.dataset),
         told_reference=_tell_reference(page.dataset),
         version=xrai.__version__,
     )
+
+
+def _errors_at(plots: Path) -> str:
+    """The section of the page that has the sheets of the largest errors; empty without one."""
+    if any((plots / f"{name}.png").exists() for name in ("mistakes", "overlays")):
+        return "mistakes"
+    return "outputs" if any(plots.glob("overlays-*.png")) else ""
 
 
 def _heading(results: SplitResults) -> str:

@@ -9,7 +9,7 @@ from xrai.errors import RunError
 from xrai.labels import Task
 from xrai.results.folder import SUMMARY
 from xrai.results.metrics import HEADLINES, format_interval, format_value
-from xrai.results.types import Counts, Estimate, OutputResults, SplitResults, Training
+from xrai.results.types import Counts, Estimate, OutputResults, SplitResults, Training, told_images
 from xrai.store import Store
 from xrai.tables import from_plain, load_json
 
@@ -270,7 +270,7 @@ def result_lines(
     num_images = results.num_images
     phantoms = "; drawn phantoms, not patients" if results.is_phantom else ""
     lines = [
-        f"{results.split} split: {num_images:,} images of {results.num_patients:,} patients; "
+        f"{results.split} split: {told_images(num_images, results.num_patients)}; "
         f"95 % intervals in brackets{phantoms}"
     ]
     for name, detail in details.items():

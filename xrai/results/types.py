@@ -250,6 +250,15 @@ def are_phantoms(sources: Iterable[str]) -> bool:
     return bool(flags) and all(flags)
 
 
+def told_images(num_images: int, num_patients: int) -> str:
+    """How many images of how many patients, in words: "1,204 images of 1 patient"."""
+    images, patients = (
+        f"{num:,} {noun}{'' if num == 1 else 's'}"
+        for num, noun in ((num_images, "image"), (num_patients, "patient"))
+    )
+    return f"{images} of {patients}"
+
+
 def group_of(patient: str) -> str:
     """The part of a patient key before its colon; empty where the key names no group."""
     group, colon, _ = patient.partition(":")
