@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xrai.config import Config
 from xrai.dataset.loader import Loader
 from xrai.dataset.manifest import parse_manifest
+from xrai.dataset.rows import is_file_patient
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.labels import LabelSpec
 from xrai.learning.batch import to_grey
@@ -128,12 +129,14 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
     groups: dict[str, Counter[str]] = {split: Counter() for split in index.splits}
     # a hash for each image: names would take ten times the memory
     patients = {split: array("q") for split in index.splits}
+    without_patient: Counter[str] = Counter()
     store, key = open_store(dataset), index.place + MANIFEST_KEY
     with store.as_file(key) as path, path.open("rb") as lines:
         for row in parse_manifest(lines, where=f"{store.uri}/{key}"):
             if row.reason:
                 excluded[row.reason] += 1
             elif row.split in patients:
+                without_patient[row.split] += is_file_patient(row.patient)
                 patients[row.split].append(hash(row.patient))
                 groups[row.split][group_of(row.patient)] += 1
     return DatasetFacts(
@@ -145,6 +148,7 @@ def describe_dataset(dataset: str, index: DatasetIndex) -> DatasetFacts:
         num_found=index.counts.num_found,
         excluded=dict(excluded),
         num_patients={split: len(np.unique(np.asarray(each))) for split, each in patients.items()},
+        num_without_patient=dict(without_patient),
         groups={split: dict(each) for split, each in groups.items()},
         num_images={split: index.num_images(split) for split in index.splits},
         num_unknown={split: _unknown(index, split) for split in index.splits},

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from xrai.config import Labels
 from xrai.dataset.manifest import Row
+from xrai.dataset.rows import is_file_patient
 from xrai.errors import SourceError
 from xrai.ingest import labels as labels_module
 from xrai.ingest.classes import nearest_name
 from xrai.ingest.labels import LabelTable, lay_out_by_labels, parse_labels, read_labels
-from xrai.ingest.layout import Layout, is_file_patient
+from xrai.ingest.layout import Layout
 from xrai.ingest.patients import PatientKey
 from xrai.labels import Label, LabelSpec
 from xrai.store import open_store

@@ -26,6 +26,7 @@ from xrai.results.environment import describe_environment
 from xrai.results.history import EpochRow
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS, format_value
+from xrai.results.record import metrics_json
 from xrai.results.report import Page, explore, render_report, source_hash
 from xrai.results.summary import main_results, result_lines
 from xrai.results.types import DatasetFacts, Scores, SplitResults, TrainedOn, Training, told_images
@@ -340,6 +341,42 @@ def test_one_image_of_one_patient_is_singular(tmp_path: Path) -> None:
     lines = result_lines(main_results(results), "run")
     assert lines[0].startswith("test split: 1 image of 1 patient;")
     assert told_images(1204, 1) == "1,204 images of 1 patient"
+
+
+@pytest.mark.parametrize("num_unknown", [0, 1, 4])
+def test_no_patient_is_claimed_where_none_is_known(tmp_path: Path, num_unknown: int) -> None:
+    keys = [f"{'clinic:' * (row % 2)}file:{row}.png" for row in range(num_unknown)]
+    scores = make_scores([0, 1, 0, 1], [0.2, 0.7, 0.6, 0.9], split="test")
+    scores = dataclasses.replace(scores, patients=[*keys, *"abcd"[num_unknown:]])
+    results = measure(scores, num_bootstrap=10)
+    facts: dict[str, Any] = {
+        "splits": {"test": {"normal": 2, "pneumonia": 2}},
+        "num_images": {"test": 4},
+        "num_patients": {"test": 4},
+        "num_without_patient": {"test": num_unknown},
+    }
+    text = " ".join(Html(render_bare(tmp_path, results, **facts)).text.split())
+    told, cell, unit, level = {
+        0: ("of 4 patients,", "test44", "patient", "by patient; identical"),
+        1: (
+            *("of at most 4 patients, unknown for 1 of the images,", "testat most 44"),
+            *("patient", "by patient where known, else by image; identical"),
+        ),
+        4: (
+            *("of unknown patients,", "testunknown4"),
+            *("image", "by image, since no patient is known; identical"),
+        ),
+    }[num_unknown]
+    assert f"On the test split, 4 images {told}" in text
+    assert cell in text.replace(" ", "").replace("atmost", "at most ")
+    assert f"disjoint{level}" in text
+    assert f"10 resamples of {unit}s." in text and f"resampled by {unit}" in text
+    assert ("images the patient is unknown" in text) == bool(num_unknown)
+    lines = result_lines(main_results(results), "run")
+    assert lines[0].startswith(f"test split: 4 images {told[:-1]};")
+    content = metrics_json(results)
+    assert content.get("num_without_patient", 0) == num_unknown
+    assert content["bootstrap"]["unit"] == unit  # type: ignore[index]
 
 
 def test_a_run_that_knows_no_typicality_or_baselines_has_a_page_too(tmp_path: Path) -> None:

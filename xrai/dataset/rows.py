@@ -28,6 +28,11 @@ _MAX_RECENT = 1 << 16  # patients remembered while rows are added
 Numbers = NDArray[np.integer]  # positions of rows, or numbers of what several of them share
 
 
+def is_file_patient(patient: str) -> bool:
+    """Whether a key names a file whose patient is unknown, as `xrai.ingest.layout.file_patient`."""
+    return patient.startswith(OWN_PATIENT) or patient.partition(":")[2].startswith(OWN_PATIENT)
+
+
 class Texts(Sequence[str]):
     """Texts one after the other in UTF-8: 8 bytes each, and their own."""
 

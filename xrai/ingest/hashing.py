@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from xrai.dataset.manifest import Row
-from xrai.dataset.rows import HASH_BYTES, Rows, TextsBuilder
+from xrai.dataset.rows import HASH_BYTES, Rows, TextsBuilder, is_file_patient
 from xrai.errors import ImageError
 from xrai.files import num_cores
 from xrai.ingest.dicom import is_dicom, read_patient_id
 from xrai.ingest.images import format_fault
-from xrai.ingest.layout import group_of, is_file_patient, may_be_number
+from xrai.ingest.layout import group_of, may_be_number
 from xrai.ingest.patients import PatientKey
 from xrai.ingest.plan import Listing
 from xrai.ingest.sources import Source, hash_of

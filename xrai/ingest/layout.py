@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from xrai.config import Labels
-from xrai.dataset.rows import Names, PatientsBuilder, Rows, Texts
+from xrai.dataset.rows import OWN_PATIENT, Names, PatientsBuilder, Rows, Texts
 from xrai.errors import SourceError
 from xrai.ingest.classes import NAME_CLASSES, explain_classes, make_spec, places_of, split_names
 from xrai.ingest.trees import (
@@ -42,7 +42,6 @@ _PUBLIC_NAME = re.compile(
     r"|person(?P<person>\d+)_(?P<germ>bacteria|virus)(?:_\d+)+)"
     r"\.\w+"
 )
-_OWN = "file:"  # in the key of a patient known only by one file
 _NUMBER = "IM:"  # of keys from names that other programs give, too
 _NUMBERED = (
     "one name such as IM-0001-0001 is in several folders: if such names number images, as in what "
@@ -189,7 +188,7 @@ def parse_name(name: str) -> tuple[str, str]:
 
 def file_patient(path: str, *, group: str = "") -> str:
     """The key for a file whose patient is unknown: each such file counts as its own patient."""
-    return f"{group}:{_OWN}{path}" if group else f"{_OWN}{path}"
+    return f"{group}:{OWN_PATIENT}{path}" if group else f"{OWN_PATIENT}{path}"
 
 
 def name_patient(path: str, *, group: str = "") -> str:
@@ -198,11 +197,6 @@ def name_patient(path: str, *, group: str = "") -> str:
     if not patient:
         return file_patient(path, group=group)
     return f"{group}:{patient}" if group else patient
-
-
-def is_file_patient(patient: str) -> bool:
-    """Whether a key is one of `file_patient`."""
-    return patient.startswith(_OWN) or patient.partition(":")[2].startswith(_OWN)
 
 
 def may_be_number(patient: str, path: str) -> bool:
@@ -216,7 +210,7 @@ def may_be_number(patient: str, path: str) -> bool:
 def group_of(patient: str) -> str:
     """The group in front of a key of `name_patient`, if that is a file's or a number; else ""."""
     head, _, rest = patient.partition(":")
-    return head if f"{head}:" != _OWN and rest.startswith((_OWN, _NUMBER)) else ""
+    return head if f"{head}:" != OWN_PATIENT and rest.startswith((OWN_PATIENT, _NUMBER)) else ""
 
 
 def note_numbers(files: Iterable[tuple[Hashable, str]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from xrai.dataset.rows import is_file_patient
 from xrai.results import types
 from xrai.results.calibration import Floats, checked
 from xrai.results.intervals import Key, bootstrap, estimate_all, estimate_mean
@@ -66,6 +67,7 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
         task=scores.task,
         num_images=len(scores.labels),
         num_patients=len(names),
+        num_without_patient=sum(map(is_file_patient, scores.patients)),
         num_groups=len(set(scores.groups) - {""}),
         is_phantom=scores.is_phantom,
         outputs=outputs,

@@ -139,7 +139,7 @@ def draw_curves(
 
 def draw_plots(scores: Scores, results: SplitResults, folder: Path) -> None:
     """Write all plots of one split; those of several outputs show them side by side."""
-    note = told_images(results.num_images, results.num_patients)
+    note = told_images(results.num_images, results.num_patients, results.num_without_patient)
     note = note_line(f"{results.split} split", note, is_phantom=results.is_phantom)
     if results.task == "binary":
         for name, (title, size, draw) in _PLOTS.items():

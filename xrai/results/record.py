@@ -139,6 +139,7 @@ def metrics_json(results: SplitResults) -> dict[str, object]:
         "schema_version": SCHEMA_VERSION,
         "split": results.split,
         **{name: whole.pop(name) for name in ("num_images", "num_patients")},
+        **_without_patient_json(results),
         **{name: whole.pop(name) for name in ("threshold", "threshold_source")},
         **whole,
         "num_groups": results.num_groups,
@@ -154,6 +155,7 @@ def _several_json(results: SplitResults) -> dict[str, object]:
         "task": results.task,
         "num_images": results.num_images,
         "num_patients": results.num_patients,
+        **_without_patient_json(results),
         "macro": results.macro,
         "macro_reasons": _reasons(results.macro),
         "left_out": results.left_out,
@@ -167,11 +169,17 @@ def _several_json(results: SplitResults) -> dict[str, object]:
     }
 
 
+def _without_patient_json(results: SplitResults) -> dict[str, object]:
+    """How many of the images have an unknown patient, if any has."""
+    num = results.num_without_patient
+    return {"num_without_patient": num} if num else {}
+
+
 def _shared_json(results: SplitResults) -> dict[str, object]:
     return {
         "bootstrap": {
             "num_resamples": results.num_bootstrap,
-            "unit": "patient",
+            "unit": "patient" if results.has_patients else "image",
             "confidence": CONFIDENCE,
             "seed": results.seed,
         },

@@ -31,6 +31,7 @@ from xrai.results.types import (
     SplitResults,
     Training,
     told_images,
+    told_patients,
 )
 
 _MOST_NAMED = 4  # outputs in the heading
@@ -159,6 +160,7 @@ def render_report(page: Page, folder: Path) -> str:
         headlines=HEADLINES,
         style=style,
         told_images=told_images,
+        told_patients=told_patients,
         told_missing=_tell_missing(page.dataset),
         told_reference=_tell_reference(page.dataset),
         version=xrai.__version__,

@@ -15,7 +15,10 @@ from xrai.tables import from_plain, load_json
 
 SCHEMA_VERSION = 1
 # Keys of summary.json that are left out where they have these values
-_USUAL = {"task": "binary", "outputs": (), "looked_for": "pneumonia", "opposite": "normal"}
+_USUAL = {
+    **{"task": "binary", "outputs": (), "looked_for": "pneumonia", "opposite": "normal"},
+    "num_without_patient": 0,
+}
 
 Number = float | None  # None where it is undefined, in a summary that was read back
 
@@ -80,6 +83,12 @@ class MainResults:
     outputs: tuple[OutputSummary, ...] = ()  # of two classes, whose one output is above, none
     looked_for: str = "pneumonia"  # of two classes, the second one
     opposite: str = "normal"
+    num_without_patient: int = 0  # images whose patient is unknown; each counts as a patient
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether the patient of any image is known."""
+        return self.num_without_patient < self.num_images
 
     @property
     def worst(self) -> OutputSummary | None:
@@ -117,6 +126,7 @@ def main_results(results: SplitResults) -> MainResults:
         outputs=() if is_binary else tuple(map(_output_summary, results.outputs)),
         looked_for=output.name if is_binary else "",
         opposite=output.opposite if is_binary else "",
+        num_without_patient=results.num_without_patient,
     )
 
 
@@ -269,10 +279,8 @@ def result_lines(
     details = _details(results) if results.task == "binary" else _details_of_several(results)
     num_images = results.num_images
     phantoms = "; drawn phantoms, not patients" if results.is_phantom else ""
-    lines = [
-        f"{results.split} split: {told_images(num_images, results.num_patients)}; "
-        f"95 % intervals in brackets{phantoms}"
-    ]
+    images = told_images(num_images, results.num_patients, results.num_without_patient)
+    lines = [f"{results.split} split: {images}; 95 % intervals in brackets{phantoms}"]
     for name, detail in details.items():
         interval = format_interval(name, *results.intervals[name])
         value = format_value(name, getattr(results, name))

@@ -250,13 +250,26 @@ def are_phantoms(sources: Iterable[str]) -> bool:
     return bool(flags) and all(flags)
 
 
-def told_images(num_images: int, num_patients: int) -> str:
-    """How many images of how many patients, in words: "1,204 images of 1 patient"."""
+def told_images(num_images: int, num_patients: int, num_without_patient: int = 0) -> str:
+    """How many images of how many patients, in words: "1,204 images of 1 patient".
+
+    The patient of `num_without_patient` images is unknown; each of them counts as one.
+    """
     images, patients = (
         f"{num:,} {noun}{'' if num == 1 else 's'}"
         for num, noun in ((num_images, "image"), (num_patients, "patient"))
     )
-    return f"{images} of {patients}"
+    if num_images and num_without_patient == num_images:
+        return f"{images} of unknown patients"
+    unknown = f", unknown for {num_without_patient:,} of the images"
+    return f"{images} of {patients if not num_without_patient else f'at most {patients}{unknown}'}"
+
+
+def told_patients(num_images: int, num_patients: int, num_without_patient: int) -> str:
+    """How many patients, for the cell of a table: "1,204", "at most 1,204" or "unknown"."""
+    if num_images and num_without_patient == num_images:
+        return "unknown"
+    return f"{'at most ' if num_without_patient else ''}{num_patients:,}"
 
 
 def group_of(patient: str) -> str:
@@ -425,6 +438,7 @@ class SplitResults:
     num_bootstrap: int
     seed: int
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    num_without_patient: int = 0  # images whose patient is unknown; each counts as a patient
     # Of several outputs, by the names in `METRICS`; both are empty for two classes
     macro: Mapping[str, Estimate] = field(default_factory=dict)  # means over outputs
     micro: Mapping[str, Estimate] = field(default_factory=dict)  # of all outputs' pooled labels
@@ -437,6 +451,11 @@ class SplitResults:
     def main(self) -> OutputResults:
         """The first output, which is the only one of a network for two classes."""
         return self.outputs[0]
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether the patient of any image is known."""
+        return self.num_without_patient < self.num_images
 
     @property
     def headline(self) -> Mapping[str, Estimate]:
@@ -472,12 +491,20 @@ class DatasetFacts:
     num_found: int
     excluded: Mapping[str, int] = field(default_factory=dict)  # reason -> number of files
     num_patients: Mapping[str, int] = field(default_factory=dict)  # by split
+    # images by split whose patient is unknown; each counts as a patient
+    num_without_patient: Mapping[str, int] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # images, by split
     num_images: Mapping[str, int] = field(default_factory=dict)  # by split
     # of findings: split -> finding -> number of images where it is unknown
     num_unknown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     task: Task = "binary"  # of the data set
     reading: LabelReading = field(default_factory=LabelReading)
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether the patient of any image is known, or may be."""
+        num_images = sum(self.num_images.values())
+        return num_images == 0 or sum(self.num_without_patient.values()) < num_images
 
     @property
     def is_public(self) -> bool:

@@ -82,7 +82,7 @@ class Models:
             trained_on=summary.training.trained_on.source,
             split=main.split,
             num_images=main.num_images,
-            num_patients=main.num_patients,
+            num_patients=main.num_patients if main.has_patients else None,
             is_phantom=main.is_phantom,
         )
 
