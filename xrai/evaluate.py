@@ -28,7 +28,7 @@ from xrai.results.folder import SUMMARY, RunFolder
 from xrai.results.prior import ESTIMATE, Prior, estimate_prior, move_outputs, read_prior
 from xrai.results.report import Page, render_report
 from xrai.results.summary import main_results, read_summary, result_lines
-from xrai.results.types import Output, SplitResults, needs_review, score_logits
+from xrai.results.types import Output, SplitResults, needs_review, score_logits, with_shares
 from xrai.store import LEASE_KEY, take_lease
 from xrai.tables import from_plain, load_json
 
@@ -51,7 +51,7 @@ def main() -> None:
     loaders = [open_split(config, dataset, split) for split in parse_splits(flags["split"])]
     model = open_run(parsed.run)
     refuse_other_pixels(model, loaders[0])
-    outputs, wanted = outputs_of_run(model), flags["prior"]
+    outputs, wanted = with_shares(outputs_of_run(model), model.priors), flags["prior"]
     if wanted:
         refuse_without_priors(model)
     given = read_prior(wanted, outputs) if wanted not in ("", ESTIMATE) else None

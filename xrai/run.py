@@ -321,7 +321,8 @@ class Job:
         outputs = types.outputs_of(
             self.labels, temperatures, thresholds, "chosen on augmented validation images"
         )
-        results = self._measure(trained, outputs)
+        priors = find_priors(self.labels, labels, logits, outputs)
+        results = self._measure(trained, types.with_shares(outputs, priors))
         main = results.pop("test" if "test" in results else "val")
         model = TrainedModel(
             trained.network,
@@ -333,7 +334,7 @@ class Job:
             trained.typicality,
             self.run.run_id,
             self.index.fingerprint,
-            find_priors(self.labels, labels, logits, outputs),
+            priors,
         )
         save_model(self.run.path / MODEL_FILE, model)
         self.run.publish([MODEL_FILE])

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.browsers import CHROMIUM_OPTIONS, find_chromium
 from tests.results.conftest import Browse
 from tests.results.many import KINDS, LONG_NAME, make_many, rename
-from tests.results.small import measure_split
+from tests.results.small import make_scores, measure_split
 from tests.results.test_report import Html, render_bare
 from xrai.labels import Task
 from xrai.results.measure import measure
 from xrai.results.prior import move_outputs, read_prior
+from xrai.results.record import metrics_json
 from xrai.results.report import source_hash
-from xrai.results.types import SplitResults
+from xrai.results.types import SplitResults, with_shares
 
 
 def render(folder: Path, results: SplitResults) -> str:
@@ -145,12 +147,37 @@ def test_each_output_has_its_calibration_and_the_checklist_leads_to_its_errors(
     words = " ".join(Html(text).text.split())
     assert words.count("Scores of ") == words.count("Temperature 1.2095 % interval") == 3
     assert "patients by split, images by split and" in words
+    assert words.count("does not state at which share") == 3
     row = r"<td>Explainability</td><td[^>]*>[^<]*</td><td>(.*?)</td>"
     assert re.findall(row, text) == ["–"]
     image = base64.b64decode("iVBORw0KGgo=")
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "overlays-01.png").write_bytes(image)
     assert re.findall(row, render(tmp_path, results)) == ['<a href="#outputs">outputs</a>']
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
+def test_the_page_says_at_which_share_scores_are_probabilities(tmp_path: Path, task: Task) -> None:
+    if task == "binary":
+        scores = make_scores([0, 0, 0, 1] * 4, np.linspace(0.1, 0.9, 16).tolist(), split="test")
+    else:
+        scores = make_many(task, 3)[0]
+    shares = (0.423, 0.25, 0.327)[: len(scores.outputs)]
+    outputs = with_shares(scores.outputs, shares)
+    results = measure(dataclasses.replace(scores, outputs=outputs), num_bootstrap=10)
+    words = " ".join(Html(render(tmp_path, results)).text.split())
+    counts, name = results.main.whole.counts, outputs[0].words["positives"]
+    here = 100 * counts.num_positive / (counts.num_positive + counts.num_negative)
+    told = f"where about 42.3 % of all are {name}; here {here:.1f} % are. The first share"
+    assert told in words and "does not state at which share" not in words
+    content: dict[str, Any] = metrics_json(results)
+    parts = [content] if task == "binary" else content["outputs"]
+    assert [part["calibration"]["share"] for part in parts] == [*shares]
+    prior = read_prior(dict(zip([o.name for o in outputs], (0.1, 0.2, 0.7), strict=False)), outputs)
+    moved = move_outputs(outputs, shares, prior)
+    results = measure(dataclasses.replace(scores, outputs=moved), num_bootstrap=10)
+    words = " ".join(Html(render(tmp_path, results)).text.split())
+    assert f"10.0 % of all are {name}, which is the prior; here {here:.1f} % are." in words
 
 
 def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """From logits to calibrated scores, and to the threshold that calls them; numpy alone.
 
-A score is the calibrated probability of an output in [0, 1]: the logistic function of logit /
-temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599). The output is called where score
->= threshold.
+A score is the probability of an output in [0, 1]: the logistic function of logit / temperature (Guo
+et al. 2017, https://arxiv.org/abs/1706.04599). A temperature moves no share: scores are calibrated
+at the share that training aimed at, equal ones by default (`xrai.results.prior`). The output is
+called where score >= threshold.
 """
 
 import math

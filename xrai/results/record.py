@@ -205,6 +205,7 @@ def _output_json(found: OutputResults) -> dict[str, object]:
         **_prior_json(found.output),
         "calibration": {
             "temperature": found.output.temperature,
+            **({} if found.output.share is None else {"share": found.output.share}),
             "before": found.uncalibrated,
             "after": {name: found.whole.metrics[name] for name in found.uncalibrated},
         },

@@ -32,6 +32,8 @@ class Output:
     threshold_source: str  # in words
     task: Task = "binary"  # of the network
     moved: "Moved | None" = None  # to the prior that was given or estimated, if one was
+    # of images that show it, at which its scores are probabilities; None where a run keeps none
+    share: float | None = None
 
     @property
     def unmoved(self) -> "Output":
@@ -50,7 +52,7 @@ class Output:
         if self.threshold is None:
             words = "the class with the highest score before the prior is called"
         moved = Moved(self, share, offset, source)
-        return replace(self, threshold=threshold, threshold_source=words, moved=moved)
+        return replace(self, threshold=threshold, threshold_source=words, moved=moved, share=share)
 
     @property
     def words(self) -> Mapping[str, str]:
@@ -110,6 +112,15 @@ def outputs_of(
         for (name, opposite), temperature, threshold in zip(
             names, temperatures, thresholds, strict=True
         )
+    )
+
+
+def with_shares(outputs: Sequence[Output], shares: Sequence[float]) -> tuple[Output, ...]:
+    """The outputs with the shares at which their scores are probabilities, if a run keeps them."""
+    if not shares:
+        return tuple(outputs)
+    return tuple(
+        replace(output, share=share) for output, share in zip(outputs, shares, strict=True)
     )
 
 
