@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from xrai import evaluate, predict
 from xrai.errors import RunError, UserError
 from xrai.labels import LabelSpec
 from xrai.pipeline import Prediction
+from xrai.results.prior import Prior
 
 CLASSES = LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
 FINDINGS = LabelSpec("multilabel", ("Mass", "Edema", "Nodule"))
@@ -171,6 +173,17 @@ def test_a_prior_that_cannot_be_used_is_one_clear_line(
         xrai.load(str(run), prior=-0.1)
 
 
+def test_each_prior_has_a_folder_of_its_own() -> None:
+    shares = {"A": 0.7, "B": 0.2, "C": 0.1}
+    one, same, other = (
+        evaluate.prior_suffix(Prior(each, "given"))
+        for each in (shares, dict(reversed(shares.items())), {**shares, "A": 0.70001})
+    )
+    assert one == same != other
+    assert re.fullmatch("-prior-[0-9a-f]{8}", one)
+    assert evaluate.prior_suffix(None) == "-prior-estimate"
+
+
 @pytest.mark.slow
 def test_evaluate_measures_at_a_prior_with_the_same_calls(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -178,10 +191,15 @@ def test_evaluate_measures_at_a_prior_with_the_same_calls(
     run = shutil.copytree(finished.folder, tmp_path / "submit" / "whole")
     shutil.rmtree(run / "evaluate", ignore_errors=True)
     arguments = [f"--run={run}", f"--dataset={finished.dataset}", "--evaluate.num_bootstrap=50"]
-    for options in ([], ["--prior=0.1"]):
+    for options in ([], ["--prior=0.1"], ["--prior=0.2"], ["--prior=pneumonia=0.20"]):
         assert call_main(evaluate, *arguments, *options, capsys=capsys) == (0, [])
     (plain,) = (run / "evaluate").glob("test-????????????")
-    moved = plain.with_name(f"{plain.name}-prior")
+    contents = {
+        path.parent: json.loads(path.read_text())
+        for path in plain.parent.glob(f"{plain.name}-prior-*/metrics.json")
+    }
+    assert sorted(content["prior"]["share"] for content in contents.values()) == [0.1, 0.2]
+    moved = next(path for path, each in contents.items() if each["prior"]["share"] == 0.1)
     before, after = (json.loads((each / "metrics.json").read_text()) for each in (plain, moved))
     assert after["counts"] == before["counts"] and "prior" not in before
     own = torch.load(run / "model.pt", weights_only=True)["priors"][0]

@@ -6,6 +6,8 @@ only the two baselines are fitted here, to the data set's own training split. On
 results of each split go into the run's folder below evaluate/, the same files as training writes.
 """
 
+import hashlib
+import json
 import operator
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -56,7 +58,7 @@ def main() -> None:
         refuse_without_priors(model)
     given = read_prior(wanted, outputs) if wanted not in ("", ESTIMATE) else None
     run = RunFolder(artifacts or ".", run_id)
-    suffix = "-prior" if wanted else ""
+    suffix = prior_suffix(given) if wanted else ""
     folders = [f"evaluate/{one.split}-{one.index.fingerprint[:12]}{suffix}" for one in loaders]
     with closing(run), ExitStack() as leases:
         for folder in folders:  # other splits and data sets may be measured at the same time
@@ -90,6 +92,16 @@ def parse_splits(text: str) -> list[str]:
             f"--split = {text!r} names no split: it takes test, val or train, separated by commas"
         )
     return splits
+
+
+def prior_suffix(given: Prior | None) -> str:
+    """What the names of folders end in: another one for each prior, that of the same shares for the
+    same ones in another order; None is an estimated prior.
+    """
+    if given is None:
+        return f"-prior-{ESTIMATE}"
+    shares = json.dumps(given.shares, sort_keys=True)
+    return f"-prior-{hashlib.sha256(shares.encode()).hexdigest()[:8]}"
 
 
 def refuse_other_pixels(model: TrainedModel, loader: Loader) -> None:
