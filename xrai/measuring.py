@@ -20,7 +20,7 @@ from xrai.dataset.rows import is_file_patient
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.labels import LabelSpec
 from xrai.learning.batch import to_grey
-from xrai.learning.explain import grad_cam
+from xrai.learning.explain import layer_cam
 from xrai.learning.network import Network
 from xrai.learning.predictor import Predictions
 from xrai.results import baselines
@@ -92,7 +92,7 @@ class _Images:
     def explain(self, images: NDArray[np.uint8], output: int = 0) -> NDArray[np.float32]:
         weight = next(self.network.parameters())
         grey = to_grey(np.ascontiguousarray(images[:, None]), weight.device, weight.dtype)
-        heats: NDArray[np.float32] = grad_cam(self.network, grey, output).float().cpu().numpy()
+        heats: NDArray[np.float32] = layer_cam(self.network, grey, output).float().cpu().numpy()
         return heats
 
 

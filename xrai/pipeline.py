@@ -31,7 +31,7 @@ from xrai.ingest.images import decode_sized, ratio_of, shown_box
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec, folded
 from xrai.learning import engine
 from xrai.learning.batch import to_grey
-from xrai.learning.explain import grad_cam, laid_over
+from xrai.learning.explain import laid_over, layer_cam
 from xrai.learning.network import num_products
 from xrai.learning.predictor import MODEL_FILE, TrainedModel, load_model
 from xrai.learning.tracing import Look, trace
@@ -195,7 +195,7 @@ class _Member:
     def explain(self, images: Pixels, outputs: int | NDArray[np.int64]) -> torch.Tensor:
         """Heat maps (n, size, size) in [0, 1], for one output or for one of each image, (n,)."""
         own = torch.from_numpy(np.broadcast_to(self._columns[outputs], len(images)).copy())
-        return grad_cam(self._network, self._grey(images), own).float().cpu()
+        return layer_cam(self._network, self._grey(images), own).float().cpu()
 
     def _grey(self, images: Pixels) -> torch.Tensor:
         dtype = next(self._network.parameters()).dtype

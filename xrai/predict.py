@@ -462,7 +462,7 @@ def draw_overlay(explained: Explained) -> bytes:
     for full, heat in explained.heats.items():
         name = drawn[full]
         probability, threshold = row.probabilities[name], row.thresholds.get(name, 1.0)
-        title = f"Grad-CAM: evidence for {printable(name)}"
+        title = f"LayerCAM: evidence for {printable(name)}"
         if row.probability is None:
             title += f", {probability:.3f}"
         heats.append(Heat(heat, title, strength=min(1.0, probability / max(threshold, 1e-9))))

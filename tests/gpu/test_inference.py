@@ -18,7 +18,7 @@ from xrai.ingest.find import find_files
 from xrai.labels import LabelSpec
 from xrai.learning import export
 from xrai.learning.distributed import Ranks
-from xrai.learning.explain import grad_cam
+from xrai.learning.explain import layer_cam
 from xrai.learning.network import Network
 from xrai.learning.predictor import (
     MODEL_FILE,
@@ -130,8 +130,8 @@ def test_heat_maps_are_those_of_the_cpu(network: Network, device: torch.device, 
     torch.manual_seed(0)
     images = torch.rand(6, 1, size, size, dtype=torch.float64)
     outputs = torch.arange(6) % 2
-    here = grad_cam(on(network, device).double(), images.to(device), outputs.to(device))
-    there = grad_cam(copy.deepcopy(network).double(), images, outputs)
+    here = layer_cam(on(network, device).double(), images.to(device), outputs.to(device))
+    there = layer_cam(copy.deepcopy(network).double(), images, outputs)
     assert here.shape == (6, size, size) and there.amax() == 1
     assert torch.allclose(here.cpu(), there, rtol=0, atol=1e-8)
 

@@ -16,7 +16,7 @@ from xrai.learning import loop, optim
 from xrai.learning.augment import augment
 from xrai.learning.batch import to_device
 from xrai.learning.distributed import Ranks
-from xrai.learning.explain import grad_cam
+from xrai.learning.explain import layer_cam
 from xrai.learning.predictor import build_model
 from xrai.learning.typicality import SPOILED, fit_typicality
 
@@ -81,7 +81,7 @@ def test_scores_review_and_heat_maps_are_on_their_device_alone() -> None:
     images = torch.ones(5, 1, 32, 32, device="meta")
     logits, atypicality = typicality.atypicality(network, images)
     assert (logits.shape, atypicality.shape) == ((5, 2), (5,))
-    assert grad_cam(network, images, torch.arange(5) % 2).shape == (5, 32, 32)
+    assert layer_cam(network, images, torch.arange(5) % 2).shape == (5, 32, 32)
     key: dict[str, Any] = {"seed": 0, "epoch": 1, "strength": Augment()}
     rows = torch.arange(5, device="meta")
     changed = [augment(images, rows, **key)]

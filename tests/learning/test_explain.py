@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tests.models import train
-from xrai.learning.explain import MIN_CELLS, grad_cam
+from xrai.learning.explain import MIN_CELLS, layer_cam
 from xrai.learning.network import ResNet
 
 
@@ -94,7 +94,7 @@ def test_a_heat_map_is_what_differences_and_plain_loops_give(
     maps = network.blocks[:num_blocks](network.stem(network.standardize(image)))
     assert min(maps.shape[2:]) >= MIN_CELLS > min(maps.shape[2:]) / 2
     np.testing.assert_allclose(
-        grad_cam(network, image)[0].numpy(), by_hand(network, image, num_blocks), atol=1e-6
+        layer_cam(network, image)[0].numpy(), by_hand(network, image, num_blocks), atol=1e-6
     )
 
 
@@ -106,7 +106,7 @@ def test_heat_lies_on_what_the_network_was_taught_to_find(trained: ResNet) -> No
     with torch.no_grad():
         found = np.flatnonzero((trained(grey(images))[:, 0].numpy() > 0) & discs.any(axis=(1, 2)))
     assert len(found) >= 12, "the network has not learned its task"
-    heat = grad_cam(trained, grey(images[found])).numpy()
+    heat = layer_cam(trained, grey(images[found])).numpy()
     assert heat[discs[found]].sum() / heat.sum() > 2.5 * discs[found].mean()
 
 
@@ -116,7 +116,7 @@ def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(
     # the sanity check of Adebayo et al. 2018: maps that survive random weights show the picture,
     # not the network
     images = grey(make_discs(8, size=64, seed=2)[0][:4])
-    own = grad_cam(trained, images)
+    own = layer_cam(trained, images)
 
     def likeness(scale: float) -> float:
         """Rank correlation with the maps of a network whose weights are mixed with random ones."""
@@ -125,7 +125,7 @@ def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(
         with torch.no_grad():
             for mine, theirs in zip(other.parameters(), trained.parameters(), strict=True):
                 mine.mul_(scale).add_(theirs * (1 - scale))
-        return float(spearmanr(own.flatten(), grad_cam(other, images).flatten()).statistic)
+        return float(spearmanr(own.flatten(), layer_cam(other, images).flatten()).statistic)
 
     assert likeness(0.001) > 0.95
     assert likeness(1.0) < 0.5
@@ -136,10 +136,10 @@ def test_another_networks_heat_map_is_another_but_a_little_noise_changes_little(
 
 def test_each_map_reaches_1_and_does_not_depend_on_the_images_beside_it(trained: ResNet) -> None:
     images = grey(make_discs(6, size=64, seed=4)[0])
-    heat = grad_cam(trained, images)
+    heat = layer_cam(trained, images)
     assert heat.shape == (6, 64, 64) and not heat.requires_grad
     assert float(heat.min()) >= 0 and torch.allclose(heat.amax(dim=(1, 2)), torch.ones(6))
-    alone = torch.cat([grad_cam(trained, image[None]) for image in images])
+    alone = torch.cat([layer_cam(trained, image[None]) for image in images])
     torch.testing.assert_close(heat, alone, atol=1e-4, rtol=0)
 
 
@@ -150,8 +150,8 @@ def test_where_nothing_speaks_for_pneumonia_the_map_is_zero(trained: ResNet) -> 
         for name, parameter in network.blocks.named_parameters():
             if "branch_gain" in name or parameter.dim() == 4:  # convolutions
                 parameter.zero_()
-    assert not grad_cam(network, torch.rand(2, 1, 64, 64)).any()
-    assert bool(torch.isfinite(grad_cam(trained, torch.zeros(1, 1, 64, 64))).all())
+    assert not layer_cam(network, torch.rand(2, 1, 64, 64)).any()
+    assert bool(torch.isfinite(layer_cam(trained, torch.zeros(1, 1, 64, 64))).all())
 
 
 def test_nothing_of_the_network_is_changed_and_inference_mode_does_not_matter(
@@ -159,9 +159,9 @@ def test_nothing_of_the_network_is_changed_and_inference_mode_does_not_matter(
 ) -> None:
     images = grey(make_discs(2, size=64)[0])
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    expected = grad_cam(trained, images)
+    expected = layer_cam(trained, images)
     with torch.inference_mode():
-        found = grad_cam(trained, images * 1)
+        found = layer_cam(trained, images * 1)
     assert torch.equal(found, expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
     assert all(

@@ -17,7 +17,7 @@ from xrai.errors import ConfigError, UserError
 from xrai.labels import LabelSpec
 from xrai.learning.distributed import Ranks, join
 from xrai.learning.engine import write_graph
-from xrai.learning.explain import grad_cam
+from xrai.learning.explain import layer_cam
 from xrai.learning.export import ONNX_FILE, Serving, serve, trace, write
 from xrai.learning.network import Network
 from xrai.learning.predictor import (
@@ -154,7 +154,7 @@ def test_a_network_is_saved_read_explained_and_exported(
     )  # in another memory layout
     assert found.atypicality is not None
     assert np.isfinite(found.atypicality).all() and (found.atypicality > 1).mean() < 0.3
-    heat = grad_cam(read.network, grey)
+    heat = layer_cam(read.network, grey)
     assert heat.shape == (6, 32, 32) and float(heat.min()) >= 0 and float(heat.max()) <= 1
     rows = Pipeline(read).predict(list(images))
     assert [row.probability for row in rows] == pytest.approx(
@@ -178,7 +178,7 @@ def test_a_network_is_saved_read_explained_and_exported(
 
 def test_a_registered_network_has_heat_maps_without_a_way_from_its_maps_to_its_logits() -> None:
     torch.manual_seed(0)
-    heat = grad_cam(build_model(Model("plain"), 2, image_size=32), torch.rand(4, 1, 32, 32), 1)
+    heat = layer_cam(build_model(Model("plain"), 2, image_size=32), torch.rand(4, 1, 32, 32), 1)
     assert heat.isfinite().all() and float(heat.max()) == pytest.approx(1)
 
 

@@ -158,6 +158,7 @@ def test_a_capture_holds_the_image_and_names_its_source() -> None:
     assert capture.StudyInstanceUID == read(data).StudyInstanceUID
     assert capture.PatientName == PATIENT
     assert NOTE in capture.DerivationDescription
+    assert capture.DerivationDescription.startswith("LayerCAM heat maps of")
     assert "no medical device" in capture.SeriesDescription
 
 

@@ -1,10 +1,10 @@
 """Heat maps: where in an image the network found evidence for one of its outputs.
 
-They explain the network, not the lungs. Grad-CAM (Selvaraju et al. 2017,
-https://arxiv.org/abs/1610.02391) weighs the last feature maps by the mean gradient of the logit. At
-64 pixels those maps are 2 x 2, too coarse to show a lobe, and on finer maps one weight for a whole
-map says little. So the weight is each position's own gradient, as in LayerCAM (Jiang et al. 2021,
-https://doi.org/10.1109/TIP.2021.3089943), on the last maps of at least `MIN_CELLS` x `MIN_CELLS`.
+They explain the network, not the lungs. They are LayerCAM (Jiang et al. 2021,
+https://doi.org/10.1109/TIP.2021.3089943) on the last feature maps of at least `MIN_CELLS` x
+`MIN_CELLS`: the weight of each position is the logit's own gradient there. Grad-CAM (Selvaraju et
+al. 2017, https://arxiv.org/abs/1610.02391) weighs the last maps by the mean gradient. At 64 pixels
+those are 2 x 2, too coarse to show a lobe, and on finer maps one weight a map says little.
 
 Chosen on 160 real images with pneumonia (one run, 64 pixels): the hottest 10 % of each image were
 replaced by its mean grey, by the same area of a normal image, or by a strong blur, and the logit
@@ -25,7 +25,7 @@ from xrai.learning.network import Network
 MIN_CELLS = 8  # a side of the feature maps that are shown
 
 
-def grad_cam(network: Network, images: Tensor, output: int | Tensor = 0) -> Tensor:
+def layer_cam(network: Network, images: Tensor, output: int | Tensor = 0) -> Tensor:
     """Heat maps (B, H, W) in [0, 1] of grey values (B, 1, H, W) in [0, 1].
 
     They show the evidence for one output: one for all images, or each image's own, (B,) int64. 1 is

@@ -208,7 +208,7 @@ class DicomSide:
         for name in chosen[:_NUM_HEATS]:
             heat = self._service.scorer.explain(pipeline, film.data, name).result(_SCORING_S)
             probability, threshold = row.probabilities[name], row.thresholds.get(name, 1.0)
-            title = f"Grad-CAM: evidence for {printable(drawn[name])}, {probability:.3f}"
+            title = f"LayerCAM: evidence for {printable(drawn[name])}, {probability:.3f}"
             heats.append(Heat(heat, title, strength=min(1.0, probability / max(threshold, 1e-9))))
         side, fit = _SIDE, pipeline.model.fit
         image = decode(film.data, size=side, fit=fit, max_pixels=pipeline.max_pixels)

@@ -248,7 +248,7 @@ def write_capture(source: Source, png: bytes, device: Device) -> Result:
         reference.ReferencedSOPClassUID = source.sop_class_uid
         reference.ReferencedSOPInstanceUID = source.sop_instance_uid
         capture.SourceImageSequence = [reference]
-        capture.DerivationDescription = f"Grad-CAM heat maps of {_MANUFACTURER}. {NOTE}"
+        capture.DerivationDescription = f"LayerCAM heat maps of {_MANUFACTURER}. {NOTE}"
         capture.Laterality = ""  # of the whole chest
         capture.BurnedInAnnotation = "NO"  # words, but none that identify a patient
     return Result(str(capture.SOPInstanceUID), _to_bytes(capture))
