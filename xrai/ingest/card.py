@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.dataset.manifest import Row
-from xrai.dataset.rows import Rows, is_file_patient
+from xrai.dataset.rows import Rows
 from xrai.dataset.shards import REPORT_PREFIX, DatasetIndex, open_shard
 from xrai.files import temporary_folder
 from xrai.ingest.build import Contents, NearDuplicate

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from xrai.config import Splits
 from xrai.dataset.manifest import Row
-from xrai.dataset.rows import Rows
+from xrai.dataset.rows import Rows, is_file_patient
 from xrai.dataset.rules import carve, find_contradicted, find_repeated, patients_in_several
 from xrai.dataset.shards import SPLITS
 from xrai.errors import SourceError
 from xrai.ingest.folders import SPLIT_NAMES
-from xrai.ingest.layout import is_file_patient
 from xrai.labels import CLASSES, Labels, LabelSpec, folded
 from xrai.log import counted
 
