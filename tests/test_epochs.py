@@ -15,7 +15,7 @@ from xrai.labels import LabelSpec
 from xrai.learning.loop import EpochResult
 from xrai.learning.predictor import Predictions
 from xrai.results.folder import RunFolder
-from xrai.run import Job
+from xrai.run import Job, calibrate
 
 CLASSES = LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
 FINDINGS = LabelSpec("multilabel", ("Effusion", "Nodule", "Hernia"))
@@ -120,3 +120,21 @@ def test_curves_of_an_epoch_are_bounded_however_many_outputs_there_are(tmp_path:
     assert sum(tag.startswith("precision_recall/") for tag in tags) == 20
     assert sum(tag.startswith("auroc_by_class/") for tag in tags) == 60
     assert sum(path.stat().st_size for path in job.run.path.glob("tensorboard/*")) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels", "whose"),
+    [
+        (PAIR, [0, 1] * 20, ""),
+        (CLASSES, [0, 1] * 20, ""),
+        (FINDINGS, [[0, 1, -1], [1, 0, -1]] * 20, "Effusion: "),
+    ],
+)
+def test_a_temperature_at_its_limit_is_told_in_the_log(
+    caplog: pytest.LogCaptureFixture, spec: LabelSpec, labels: Any, whose: str
+) -> None:
+    logits = np.zeros((2, 40, spec.num_outputs))  # two copies, whose logits are the wrong way round
+    logits[:, :, 0] = np.where(np.arange(40) % 2, -1.0, 1.0) * (-1 if spec is CLASSES else 1)
+    temperatures, _ = calibrate(spec, np.array(labels), logits)
+    assert temperatures[0] == pytest.approx(20)
+    assert f"{whose}the temperature is at its upper limit, 20," in caplog.messages[0]

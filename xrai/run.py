@@ -28,6 +28,7 @@ from xrai.results import types
 from xrai.results.calibration import (
     calibrated,
     choose_threshold,
+    explain_limit,
     fit_softmax_temperature,
     fit_temperature,
     softmax,
@@ -491,13 +492,18 @@ def calibrate(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Temperatures and thresholds for logits (draws, N, C), from the known ones of labels (N,) or
     (N, C): one of each for two classes and for each finding, one temperature for several classes.
+    A temperature at a limit gets a warning.
 
     Raises `XraiError` where two classes have images of one alone. A finding of which all known
     labels agree keeps temperature 1 and threshold 0.5, with a warning.
     """
     flat = logits.reshape(-1, spec.num_outputs)  # (draws x N, C)
     if spec.task == "multiclass":
-        return (fit_softmax_temperature(np.tile(labels, len(logits)), flat),), ()
+        temperature = fit_softmax_temperature(
+            np.tile(labels, len(logits)), flat, num_draws=len(logits)
+        )
+        _warn_of_limit(temperature)
+        return (temperature,), ()
     temperatures, thresholds = [], []
     wanted = np.tile(spec.matrix(labels), (len(logits), 1))
     for name, column, own in zip(spec.classes[-spec.num_outputs :], wanted.T, flat.T, strict=True):
@@ -507,9 +513,15 @@ def calibrate(
             temperatures.append(1.0)
             thresholds.append(0.5)
             continue
-        temperatures.append(fit_temperature(known, scores))
+        temperatures.append(fit_temperature(known, scores, num_draws=len(logits)))
+        _warn_of_limit(temperatures[-1], name if spec.task == "multilabel" else "")
         thresholds.append(choose_threshold(known, calibrated(scores, temperatures[-1])))
     return tuple(temperatures), tuple(thresholds)
+
+
+def _warn_of_limit(temperature: float, finding: str = "") -> None:
+    if limit := explain_limit(temperature):
+        _logger.warning("%s%s", f"{finding}: " if finding else "", limit)
 
 
 def find_priors(

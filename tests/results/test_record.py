@@ -19,6 +19,7 @@ from xrai.config import Config
 from xrai.errors import RunError
 from xrai.results.environment import describe_environment
 from xrai.results.folder import RunFolder
+from xrai.results.measure import measure
 from xrai.results.record import (
     NUM_ERRORS,
     _draw_sheets_of_many,
@@ -27,7 +28,7 @@ from xrai.results.record import (
     pick_mistakes,
     record_scores,
 )
-from xrai.results.report import Page, render_report
+from xrai.results.report import Page, Part, render_report
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
 from xrai.results.types import Baseline, DatasetFacts, Estimate, SplitResults, TrainedOn, Training
 from xrai.tables import to_json
@@ -257,3 +258,18 @@ def test_each_of_several_outputs_has_a_sheet_of_errors_under_its_own_heat_maps(
     assert explained == [(column, NUM_ERRORS) for column in range(14)]
     assert names == ["examples", *(f"overlays-{number:02d}" for number in results.ranked)]
     assert sorted(path.stem for path in plots.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(("temperature", "limit"), [(0.05, "lower"), (20.0, "upper"), (1.3, "")])
+def test_metrics_and_page_warn_of_a_temperature_at_its_limit(
+    temperature: float, limit: str
+) -> None:
+    results = measure(make_scores([0, 1] * 9, [0.2, 0.7] * 9, temperature=temperature))
+    calibration = json.loads(to_json(metrics_json(results)))["calibration"]
+    assert calibration["temperature"] == temperature
+    notes = " ".join(Part("explorer", 0, results.main).notes)
+    if limit:
+        assert f"the temperature is at its {limit} limit" in calibration["warning"]
+        assert f"The temperature is at its {limit} limit" in notes
+    else:
+        assert "warning" not in calibration and "temperature" not in notes

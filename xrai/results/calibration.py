@@ -15,6 +15,7 @@ import numpy.typing as npt
 from xrai.errors import XraiError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+_AT_LIMIT = 1e-6  # relative; the bisection ends closer to a limit than this
 _MIN_SCORE = 1e-6  # clips scores before a threshold is chosen, so that logits are within ±14
 
 Floats = npt.NDArray[np.float64]
@@ -47,23 +48,29 @@ def move_share(score: float, offset: float) -> float:
     return score if score in (0.0, 1.0) else float(calibrated(log_odds(score) + offset))
 
 
-def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
-    """The temperature in [0.05, 20] whose scores have the largest likelihood (Guo et al. 2017).
+def fit_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike, *, num_draws: int = 1) -> float:
+    """The temperature in [0.05, 20] whose scores have the largest likelihood (Guo et al. 2017), of
+    the N / `num_draws` images and of one more, whose labels are as frequent as the scores at
+    temperature 1 say.
 
-    The negative log likelihood is convex in 1 / temperature, so its slope is bisected. Logits that
-    separate the classes without error get the smallest temperature. `labels` (N,) 0 or 1, `logits`
-    (N,). Raises `XraiError` unless both classes are present.
+    The likelihood alone would go to the limit where few images are separated without error; among
+    hundreds, one image is not felt (docs/decisions/0026-prior.md). The loss is convex in
+    1 / temperature, so its slope is bisected. `labels` (N,) 0 or 1, `logits` (N,), which hold
+    `num_draws` copies of each image. Raises `XraiError` unless both classes are present.
     """
     labels, logits = checked(labels, logits, in_unit_range=False)
     _refuse_one_class(labels, "temperature")
+    targets = _softened(labels, calibrated(logits), num_images=len(labels) / num_draws)
 
     def slope(sharpness: float) -> float:
-        return float(np.mean((calibrated(logits, 1 / sharpness) - labels) * logits))
+        return float(np.mean((calibrated(logits, 1 / sharpness) - targets) * logits))
 
     return _bisect(slope)
 
 
-def fit_softmax_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
+def fit_softmax_temperature(
+    labels: npt.ArrayLike, logits: npt.ArrayLike, *, num_draws: int = 1
+) -> float:
     """The same for classes that exclude each other: `labels` (N,) are the classes' numbers,
     `logits` (N, C). Raises `XraiError` for a logit that is not finite, or without images.
     """
@@ -72,11 +79,33 @@ def fit_softmax_temperature(labels: npt.ArrayLike, logits: npt.ArrayLike) -> flo
         raise XraiError("no temperature can be chosen: there are no images")
     one_hot = labels[:, None] == np.arange(logits.shape[1])
     checked(one_hot.ravel(), logits.ravel(), in_unit_range=False)
+    targets = _softened(one_hot, softmax(logits), num_images=len(labels) / num_draws)
 
     def slope(sharpness: float) -> float:
-        return float(np.mean((softmax(logits, 1 / sharpness) - one_hot) * logits))
+        return float(np.mean((softmax(logits, 1 / sharpness) - targets) * logits))
 
     return _bisect(slope)
+
+
+def explain_limit(temperature: float) -> str:
+    """What a temperature at one of its limits means, in words; empty for all others."""
+    if temperature <= MIN_TEMPERATURE * (1 + _AT_LIMIT):
+        return (
+            f"the temperature is at its lower limit, {MIN_TEMPERATURE:g}, and scores may be too "
+            "sure: the validation images are too few, or their logits too close together"
+        )
+    if temperature >= MAX_TEMPERATURE * (1 - _AT_LIMIT):
+        return (
+            f"the temperature is at its upper limit, {MAX_TEMPERATURE:g}, and scores say little: "
+            "on the validation images, higher logits do not make a class or finding more likely"
+        )
+    return ""
+
+
+def _softened(labels: npt.ArrayLike, scores: Floats, *, num_images: float) -> Floats:
+    """Labels of `num_images` images and of one with these scores: what a fit aims at."""
+    softened: Floats = (num_images * np.asarray(labels) + scores) / (num_images + 1)
+    return softened
 
 
 def _bisect(slope: Callable[[float], float], *, tolerance: float = 1e-12) -> float:

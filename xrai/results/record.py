@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrai.labels import NO_FINDING, REVIEW, LabelSpec
-from xrai.results.calibration import Floats
+from xrai.results.calibration import Floats, explain_limit
 from xrai.results.folder import RunFolder
 from xrai.results.intervals import CONFIDENCE
 from xrai.results.lettering import legible, shortened
@@ -206,6 +206,7 @@ def _output_json(found: OutputResults) -> dict[str, object]:
         "calibration": {
             "temperature": found.output.temperature,
             **({} if found.output.share is None else {"share": found.output.share}),
+            **({"warning": limit} if (limit := explain_limit(found.output.temperature)) else {}),
             "before": found.uncalibrated,
             "after": {name: found.whole.metrics[name] for name in found.uncalibrated},
         },

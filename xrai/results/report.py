@@ -20,6 +20,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 import xrai
 from xrai.results import history, style
+from xrai.results.calibration import explain_limit
 from xrai.results.history import EpochRow
 from xrai.results.lettering import short_names
 from xrai.results.metrics import ALL_METRICS, HEADLINES, format_interval, format_value
@@ -337,6 +338,8 @@ def _notes(found: OutputResults) -> list[str]:
     parts = [("", found.whole), *found.subtypes.items()]
     parts += [(name, group.measured) for name, group in found.groups.items()]
     notes = []
+    if limit := explain_limit(found.output.temperature):
+        notes.append(f"{_sentence(limit)}.")
     for where, measured in parts:
         for name, each in measured.metrics.items():
             if each.reason:
