@@ -75,8 +75,8 @@ def test_every_value_is_that_of_scikit_learn_or_of_its_definition(
 
 def test_intervals_are_those_of_a_plain_loop_that_draws_patients() -> None:
     generator = np.random.default_rng(7)
-    patients = generator.integers(0, 40, 150)
-    labels = (generator.random(40) < 0.6)[patients].astype(int)
+    patients = generator.integers(0, 120, 150)
+    labels = (generator.random(120) < 0.6)[patients].astype(int)
     tied = np.round(np.clip(0.3 * labels + 0.7 * generator.random(150), 0, 1), 2)
     subtypes = np.where(labels == 1, np.where(patients % 2 == 0, "bacteria", "virus"), "")
     given_scores = make_scores(
@@ -124,6 +124,30 @@ def test_more_images_of_the_same_patients_make_no_interval_narrower(
             assert getattr(often[name], edge) == pytest.approx(
                 getattr(once[name], edge), abs=1e-9, nan_ok=True
             ), name
+
+
+def test_an_auroc_of_few_patients_of_a_class_has_newcombes_interval() -> None:
+    generator = np.random.default_rng(0)
+    patients = np.repeat(np.arange(100), 2)  # two images each
+    for num_positive, method in (29, "newcombe"), (30, "bootstrap"):
+        labels = (patients < num_positive).astype(int)
+        scores = np.clip(0.5 + 0.2 * labels + 0.2 * generator.standard_normal(200), 0, 1)
+        for known, own in (labels, scores), (1 - labels, 1 - scores):
+            found = measure_main(known, own, patients=patients.tolist()).whole.metrics["auroc"]
+            assert found.method == method
+            if method == "newcombe":
+                expected = newcombe_interval(found.value, 29, 71)  # or 71 and 29
+                assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_the_interval_of_an_auroc_holds_the_true_value_with_five_positive_images() -> None:
+    labels, inside = np.repeat([1, 0], [5, 100]), 0
+    for seed in range(100):
+        scores = 0.5 + 0.1 * np.random.default_rng(seed).normal(1.2 * labels)
+        found = measure_main(labels, np.clip(scores, 0, 1), num_bootstrap=50)
+        interval = found.whole.metrics["auroc"]
+        inside += interval.low <= 0.8019 <= interval.high  # of the normal distribution
+    assert inside >= 90
 
 
 def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:

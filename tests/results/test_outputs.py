@@ -17,11 +17,12 @@ from tests.results.many import make_many
 from tests.results.small import make_classes, make_findings
 from xrai.labels import LabelSpec
 from xrai.results.calibration import calibrated, fit_softmax_temperature, fit_temperature, softmax
+from xrai.results.intervals import estimate_mean
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS
 from xrai.results.record import metrics_json, prediction_columns, prediction_rows
 from xrai.results.summary import Summary, main_results, read_summary, result_lines
-from xrai.results.types import TrainedOn, Training, outputs_of
+from xrai.results.types import Estimate, TrainedOn, Training, outputs_of
 from xrai.tables import to_json
 
 
@@ -140,7 +141,7 @@ def test_metrics_of_findings_are_those_of_their_known_labels(
 
 def test_intervals_of_means_are_those_of_a_plain_loop_that_draws_patients() -> None:
     generator = np.random.default_rng(1)
-    patients = generator.integers(0, 40, 150)
+    patients = generator.integers(0, 100, 150)
     labels = generator.integers(0, 3, 150)
     logits = generator.normal(0, 1, (150, 3)) + 1.5 * np.eye(3)[labels]
     found = measure(
@@ -166,6 +167,48 @@ def test_intervals_of_means_are_those_of_a_plain_loop_that_draws_patients() -> N
         low, high = np.percentile([loop(own) for own in samples], [2.5, 97.5])
         assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-9)
         assert estimate.method == "bootstrap"
+
+
+def test_a_mean_of_intervals_that_are_not_resampled_is_as_wide_as_their_correlation_says() -> None:
+    one = Estimate(0.8, 0.6, 0.9, "wilson")
+    resampled = np.random.default_rng(0).normal(0.8, 0.1, 4000)
+    alike = estimate_mean([one] * 3, np.stack([resampled] * 3))
+    assert (alike.low, alike.high) == pytest.approx((0.6, 0.9))
+    assert (alike.value, alike.method) == (pytest.approx(0.8), "combined")
+    apart = np.random.default_rng(1).normal(0.8, 0.1, (4, 4000))
+    apart[:, :400] = np.nan  # undefined there
+    independent = estimate_mean([one] * 4, apart)
+    ends = (independent.low, independent.high)
+    assert ends == pytest.approx((0.8 - 0.2 / 2, 0.8 + 0.1 / 2), abs=0.01)
+    for constant in (np.ones((4, 10)), np.full((4, 10), np.nan)):  # says nothing of correlations
+        found = estimate_mean([one] * 4, constant)
+        assert (found.low, found.high) == pytest.approx((0.7, 0.85))
+
+
+def test_a_mean_has_an_interval_where_all_is_right_and_a_reason_where_an_output_has_none() -> None:
+    labels = np.tile([[0, 1], [1, 0], [0, 0]], (10, 1))
+    found = measure(make_findings(labels, 4.0 * labels - 2), num_bootstrap=40).macro
+    for name in ("sensitivity", "specificity", "auroc", "accuracy"):
+        assert found[name].value == 1 and found[name].method == "combined"
+        assert 0.7 < found[name].low < found[name].high == 1
+    assert found["f1"].value == 1 and "all give the same" in found["f1"].reason
+    reasons = [Estimate(0.5, reason="too few"), Estimate(0.7, reason="too many")]
+    nothing = np.zeros((2, 9))
+    assert estimate_mean(reasons, nothing).reason == "not every class or finding has an interval"
+    assert estimate_mean([*reasons[:1], Estimate(reason="none")], nothing).reason == "too few"
+
+
+def test_the_interval_of_a_mean_holds_the_true_value_with_five_positive_images() -> None:
+    inside = dict.fromkeys(("auroc", "sensitivity"), 0)
+    truth = {"auroc": 0.8019, "sensitivity": 0.7257}  # of the normal distribution
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        labels = np.stack([generator.permutation(100) < 5 for _ in range(3)], axis=1).astype(int)
+        logits = generator.normal(1.2 * labels - 0.6)
+        found = measure(make_findings(labels, logits), num_bootstrap=40).macro
+        for name, value in truth.items():
+            inside[name] += found[name].low <= value <= found[name].high
+    assert min(inside.values()) >= 54
 
 
 def of_third(labels: NDArray[np.float64], scores: NDArray[np.float64]) -> float:

@@ -2,12 +2,13 @@
 
 Percentiles over resamples of whole patients, because one patient's images are alike (Efron and
 Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). Where there are too few errors to
-resample, a proportion has Wilson's interval, and an AUROC of which all resamples agree has
-Newcombe's, both counted in patients.
+resample, a proportion has Wilson's interval, and an AUROC of few patients of a class, or of which
+all resamples agree, has Newcombe's, both counted in patients. The mean of outputs combines such
+intervals. docs/decisions/0016-metrics-counted-once.md has the coverage of each.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -21,12 +22,14 @@ CONFIDENCE = 0.95
 Key = tuple[int, str, str]
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; fewer make resamples of a proportion uninformative
+_MIN_PATIENTS = 30  # of a class; with fewer, resamples of an AUROC vary too little
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
 _WEIGHTS_AT_ONCE = 2**18  # resamples times images of a large split: ten arrays of 2 MiB
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # of resamples in which a metric is defined
 _ONE_PATIENT = "one patient alone cannot be resampled"
 _NO_SPREAD = "too few resamples define it, or all give the same"
+_NOT_ALL = "not every class or finding has an interval"
 
 
 def bootstrap(
@@ -68,23 +71,44 @@ def estimate_all(
     return found
 
 
-def estimate_mean(values: Floats, resampled: Floats, *, num_patients: int) -> Estimate:
-    """The mean of a metric over C outputs, (C,), and over the same outputs in R resamples, (C, R).
+def estimate_mean(estimates: Sequence[Estimate], resampled: Floats) -> Estimate:
+    """The mean of a metric over C outputs, given the same metric in R resamples, (C, R).
 
-    An output without a value, here or in a resample, is left out there; with none, `reason` says
-    so.
+    An output without a value is left out; with none, or where one has no interval, `reason` says
+    so. Unless all intervals come from resamples, they are combined.
     """
-    is_defined = np.isfinite(values)
+    is_defined = np.array([not each.is_undefined for each in estimates])
     if not is_defined.any():
         return Estimate(reason="no class or finding has it")
-    value = float(values[is_defined].mean())
-    if num_patients < 2:
-        return Estimate(value, reason=_ONE_PATIENT)
-    drawn = resampled[is_defined]
-    is_known = np.isfinite(drawn)
-    with np.errstate(invalid="ignore"):
-        means = np.where(is_known, drawn, 0.0).sum(axis=0) / is_known.sum(axis=0)
-    return _percentiles(value, means) or Estimate(value, reason=_NO_SPREAD)
+    defined, drawn = [each for each in estimates if not each.is_undefined], resampled[is_defined]
+    value = float(np.mean([each.value for each in defined]))
+    if reasons := {each.reason for each in defined if math.isnan(each.low)}:
+        return Estimate(value, reason=reasons.pop() if len(reasons) == 1 else _NOT_ALL)
+    if {each.method for each in defined} == {"bootstrap"}:
+        is_known = np.isfinite(drawn)
+        with np.errstate(invalid="ignore"):
+            means = np.where(is_known, drawn, 0.0).sum(axis=0) / is_known.sum(axis=0)
+        if found := _percentiles(value, means):
+            return found
+    return Estimate(value, *_combined(value, defined, drawn), "combined")
+
+
+def _combined(value: float, estimates: Sequence[Estimate], drawn: Floats) -> tuple[float, float]:
+    """The interval of a mean of correlated estimates from the interval of each (Zou and Donner
+    2008, https://doi.org/10.1002/sim.3095), with correlations of the resamples `drawn` (C, R).
+    """
+    correlations = np.eye(len(drawn))
+    whole = drawn[:, np.isfinite(drawn).all(axis=0)]
+    varies = np.ptp(whole, axis=1) > _ROUNDING if whole.size else np.zeros(len(drawn), dtype=bool)
+    if varies.any():
+        correlations[np.ix_(varies, varies)] = np.corrcoef(whole[varies])
+    halves = []
+    for widths in (
+        np.array([each.value - each.low for each in estimates]),
+        np.array([each.high - each.value for each in estimates]),
+    ):
+        halves.append(math.sqrt(max(0.0, widths @ correlations @ widths)) / len(widths))
+    return value - halves[0], value + halves[1]
 
 
 def _percentiles(value: float, resampled: Floats) -> Estimate | None:
@@ -104,14 +128,16 @@ def _estimate(name: str, value: float, sample: Sample | ClassSample, resampled: 
         # where each patient has one image the product is a whole number
         if min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5:
             return Estimate(value, *wilson_interval(value, num_patients), "wilson")
-    if found := _percentiles(value, resampled):
-        return found
+    found = _percentiles(value, resampled)
     if name == "auroc":
-        positive, negative = (
-            len(np.unique(sample.patient_of[sample.labels == label])) for label in (1, 0)
-        )
-        return Estimate(value, *newcombe_interval(value, positive, negative), "newcombe")
-    return Estimate(value, reason=_NO_SPREAD)
+        positive, negative = (_num_patients(sample, label) for label in (1, 0))
+        if found is None or min(positive, negative) < _MIN_PATIENTS:
+            return Estimate(value, *newcombe_interval(value, positive, negative), "newcombe")
+    return found or Estimate(value, reason=_NO_SPREAD)
+
+
+def _num_patients(sample: Sample | ClassSample, label: int) -> int:
+    return len(np.unique(sample.patient_of[sample.labels == label]))
 
 
 def wilson_interval(share: float, number: float) -> tuple[float, float]:

@@ -16,14 +16,7 @@ from xrai.dataset.rows import is_file_patient
 from xrai.results import types
 from xrai.results.calibration import Floats, checked
 from xrai.results.intervals import Key, bootstrap, estimate_all, estimate_mean
-from xrai.results.metrics import (
-    METRICS,
-    ClassSample,
-    Sample,
-    count_calls_by_threshold,
-    find_curves,
-    values,
-)
+from xrai.results.metrics import METRICS, ClassSample, Sample, count_calls_by_threshold, find_curves
 from xrai.results.types import Estimate, Labelled, Measured, Scores
 
 PREVALENCES = (0.01, 0.05, 0.10, 0.25, 0.50)  # at which PPV and NPV are computed
@@ -75,7 +68,9 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
         num_bootstrap=num_bootstrap,
         seed=seed,
     )
-    return results if scores.task == "binary" else _with_all(results, scores, samples, resampled)
+    if scores.task == "binary":
+        return results
+    return _with_all(results, scores, samples, resampled, measured)
 
 
 def _samples_of(
@@ -129,6 +124,7 @@ def _with_all(
     scores: Scores,
     samples: Mapping[Key, Sample | ClassSample],
     resampled: Mapping[Key, Mapping[str, Floats]],
+    measured: Mapping[Key, Measured],
 ) -> types.SplitResults:
     """The results of several outputs, with what is said of all of them together."""
     noun = "class" if scores.task == "multiclass" else "finding"
@@ -139,12 +135,12 @@ def _with_all(
         if column == _ALL
     }
     classes = estimates.get("classes", {})
-    kept = _means(samples, resampled, "kept", len(scores.outputs))
+    kept = _means(measured, resampled, "kept", len(scores.outputs))
     if "kept" in estimates:
         kept |= {"accuracy": estimates["kept"]["accuracy"]}
     results = dataclasses.replace(
         results,
-        macro=_means(samples, resampled, "whole", len(scores.outputs)) | classes,
+        macro=_means(measured, resampled, "whole", len(scores.outputs)) | classes,
         micro=estimates["whole"] | {key: classes[key] for key in classes if key == "accuracy"},
         left_out={
             name: names
@@ -166,23 +162,20 @@ def _with_all(
 
 
 def _means(
-    samples: Mapping[Key, Sample | ClassSample],
+    measured: Mapping[Key, Measured],
     resampled: Mapping[Key, Mapping[str, Floats]],
     kind: str,
     num_outputs: int,
 ) -> dict[str, Estimate]:
     """The macro mean of each metric on one selection of images."""
     keys: list[Key] = [
-        (column, kind if (column, kind, "") in samples else "whole", "")
+        (column, kind if (column, kind, "") in measured else "whole", "")
         for column in range(num_outputs)
     ]
-    found = [values(samples[key]) for key in keys]
-    patients = np.unique(np.concatenate([samples[key].patient_of for key in keys]))
     return {
         name: estimate_mean(
-            np.array([each[name] for each in found]),
+            [measured[key].metrics[name] for key in keys],
             np.stack([resampled[key][name] for key in keys]),
-            num_patients=len(patients),
         )
         for name in METRICS
     }

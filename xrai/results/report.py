@@ -43,7 +43,7 @@ _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
 _NOT_ON_A_BAR = ("mcc", "brier", "ece", "kappa", "log_loss")
 _METHODS = {
     "wilson": "Wilson's interval, because there are too few errors to resample",
-    "newcombe": "Newcombe's interval",
+    "newcombe": "Newcombe's interval, because a class has too few patients, or nothing is wrong",
 }
 
 
