@@ -207,21 +207,40 @@ def test_an_interval_that_cannot_be_measured_says_so() -> None:
 
 def test_no_interval_of_a_proportion_or_an_auroc_collapses_where_nothing_is_wrong() -> None:
     found = measure_main([0, 0, 1, 1, 1] * 8, [0.1, 0.2, 0.8, 0.9, 0.7] * 8).whole.metrics
-    for name in (
-        "accuracy",
-        "sensitivity",
-        "specificity",
-        "ppv",
-        "npv",
-        "auroc",
-        "sensitivity_at_specificity_90",
-    ):
+    for name in ("accuracy", "sensitivity", "specificity", "ppv", "npv", "auroc"):
         assert found[name].value == found[name].high == 1.0
         assert 0.75 < found[name].low < 0.95, name
         assert found[name].method == ("newcombe" if name == "auroc" else "wilson")
     assert found["sensitivity"].low == pytest.approx(24 / (24 + 1.959964**2))  # Wilson at 24 of 24
     assert found["specificity"].low == pytest.approx(16 / (16 + 1.959964**2))
     assert found["brier"].method == "bootstrap"
+
+
+def test_a_rate_at_a_fixed_one_has_no_interval_where_few_patients_set_its_threshold() -> None:
+    generator = np.random.default_rng(0)
+    names = ("sensitivity_at_specificity_90", "specificity_at_sensitivity_90")
+    for num, has in (29, False), (30, True):
+        labels = np.repeat([0, 1], [2 * num, 100])  # two images of each negative patient
+        patients = [*np.repeat(np.arange(num), 2), *range(100, 200)]
+        scores = np.clip(0.4 + 0.2 * labels + 0.1 * generator.standard_normal(len(labels)), 0, 1)
+        found = measure_main(labels, scores, patients=patients).whole.metrics
+        mirror = measure_main(1 - labels, 1 - scores, patients=patients).whole.metrics
+        few, many = found[names[0]], found[names[1]]
+        assert math.isfinite(few.low) == math.isfinite(mirror[names[1]].low) == has
+        if not has:
+            told = "the images of 29 patients set its threshold, and 30 patients are needed"
+            assert few.reason == mirror[names[1]].reason == told
+        assert math.isfinite(many.low) and math.isfinite(mirror[names[0]].low)
+
+
+def test_a_rate_at_a_fixed_one_is_as_unsure_as_its_threshold_and_its_few_errors() -> None:
+    name = "sensitivity_at_specificity_90"
+    all_right = measure_main([0] * 40 + [1] * 20, [0.1] * 40 + [0.9] * 20).whole.metrics[name]
+    assert (all_right.low, all_right.high) == pytest.approx(wilson_interval(1, 20))
+    # resamples that draw more of the 4 highest negatives lose half of the positives
+    scores = [0.1] * 36 + [0.5] * 4 + [0.45] * 150 + [0.9] * 150
+    unsure = measure_main([0] * 40 + [1] * 300, scores).whole.metrics[name]
+    assert unsure.value == 1 and unsure.low < 0.6 < wilson_interval(1, 300)[0]
 
 
 def test_the_interval_of_few_errors_counts_patients_and_not_their_images() -> None:

@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from xrai.log import counted
 from xrai.results.calibration import Floats
 from xrai.results.metrics import PROPORTIONS, ClassSample, Sample, values
 from xrai.results.types import Estimate, Output
@@ -22,13 +23,16 @@ CONFIDENCE = 0.95
 Key = tuple[int, str, str]
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 _MIN_EVENTS = 5  # patients right, or wrong; fewer make resamples of a proportion uninformative
-_MIN_PATIENTS = 30  # of a class; with fewer, resamples of an AUROC vary too little
+_MIN_PATIENTS = 30  # of a class; with fewer, resamples of its images vary too little
+# The label of the images that set the threshold at which it is read off
+_SET_BY = {"sensitivity_at_specificity_90": 0, "specificity_at_sensitivity_90": 1}
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
 _WEIGHTS_AT_ONCE = 2**18  # resamples times images of a large split: ten arrays of 2 MiB
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # of resamples in which a metric is defined
 _ONE_PATIENT = "one patient alone cannot be resampled"
 _NO_SPREAD = "too few resamples define it, or all give the same"
+_FEW_SET_IT = "the images of {} set its threshold, and {} patients are needed"
 _NOT_ALL = "not every class or finding has an interval"
 
 
@@ -123,12 +127,17 @@ def _percentiles(value: float, resampled: Floats) -> Estimate | None:
 
 
 def _estimate(name: str, value: float, sample: Sample | ClassSample, resampled: Floats) -> Estimate:
+    found = _percentiles(value, resampled)
+    if name in _SET_BY and (num := _num_patients(sample, _SET_BY[name])) < _MIN_PATIENTS:
+        return Estimate(value, reason=_FEW_SET_IT.format(counted(num, "patient"), _MIN_PATIENTS))
     if name in PROPORTIONS:
         num_patients = len(np.unique(sample.patient_of[PROPORTIONS[name](sample)]))
         # where each patient has one image the product is a whole number
         if min(value, 1 - value) * num_patients < _MIN_EVENTS - 0.5:
-            return Estimate(value, *wilson_interval(value, num_patients), "wilson")
-    found = _percentiles(value, resampled)
+            low, high = wilson_interval(value, num_patients)
+            if name in _SET_BY and found:  # Wilson knows nothing of the other class
+                low, high = min(low, found.low), max(high, found.high)
+            return Estimate(value, low, high, "wilson")
     if name == "auroc":
         positive, negative = (_num_patients(sample, label) for label in (1, 0))
         if found is None or min(positive, negative) < _MIN_PATIENTS:
