@@ -4,7 +4,7 @@ Percentiles over resamples of whole patients, because one patient's images are a
 Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). Where there are too few errors to
 resample, a proportion has Wilson's interval, and an AUROC of few patients of a class, or of which
 all resamples agree, has Newcombe's, both counted in patients. The mean of outputs combines such
-intervals. docs/decisions/0016-metrics-counted-once.md has the coverage of each.
+intervals. An ECE has none. docs/decisions/0016-metrics-counted-once.md has the coverage of each.
 """
 
 import math
@@ -31,6 +31,7 @@ _WEIGHTS_AT_ONCE = 2**18  # resamples times images of a large split: ten arrays 
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # of resamples in which a metric is defined
 _ONE_PATIENT = "one patient alone cannot be resampled"
+_BIASED = "it is biased upwards with few images, and more so in resamples"
 _NO_SPREAD = "too few resamples define it, or all give the same"
 _FEW_SET_IT = "the images of {} set its threshold, and {} patients are needed"
 _NOT_ALL = "not every class or finding has an interval"
@@ -127,6 +128,8 @@ def _percentiles(value: float, resampled: Floats) -> Estimate | None:
 
 
 def _estimate(name: str, value: float, sample: Sample | ClassSample, resampled: Floats) -> Estimate:
+    if name == "ece":
+        return Estimate(value, reason=_BIASED)
     found = _percentiles(value, resampled)
     if name in _SET_BY and (num := _num_patients(sample, _SET_BY[name])) < _MIN_PATIENTS:
         return Estimate(value, reason=_FEW_SET_IT.format(counted(num, "patient"), _MIN_PATIENTS))

@@ -342,7 +342,7 @@ def _notes(found: OutputResults) -> list[str]:
         notes.append(f"{_sentence(limit)}.")
     for where, measured in parts:
         for name, each in measured.metrics.items():
-            if each.reason:
+            if each.reason and (not where or each.reason != found.whole.metrics[name].reason):
                 about = f"{ALL_METRICS[name].title}{f' ({where})' if where else ''}"
                 what = "undefined" if each.is_undefined else "no interval"
                 notes.append(f"{about}: {what}, because {each.reason}.")
