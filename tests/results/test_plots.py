@@ -17,6 +17,7 @@ from xrai.labels import Task
 from xrai.results import plots, sheets, style
 from xrai.results.calibration import calibrated
 from xrai.results.history import EpochRow
+from xrai.results.intervals import wilson_interval
 from xrai.results.measure import measure
 from xrai.results.metrics import calibration_bins
 from xrai.results.types import Scores, SplitResults
@@ -130,6 +131,19 @@ def test_the_reliability_plot_shows_both_temperatures_at_the_prior() -> None:
     (thin,) = (line for line in figure.axes[0].lines if line.get_label() == "temperature 1")
     bins = calibration_bins(labels, calibrated(scores.logits[:, 0] - 2.0))
     assert thin.get_xdata() == pytest.approx([each.mean_score for each in bins if each.num_images])
+
+
+def test_the_bars_of_the_reliability_plot_count_patients_and_not_their_images() -> None:
+    labels = np.repeat([0, 1, 1, 0], 6)  # four patients with six images each, in one bin
+    scores = make_scores(labels, [0.55] * 24, patients=np.repeat([*"abcd"], 6).tolist())
+    found, results, figure = scores.labelled(), measure(scores, num_bootstrap=10).main, Figure()
+    plots._draw_calibration(figure, found, results)
+    panel = Figure().subplots()
+    plots._panel_calibration(panel, found, results)
+    for axes in figure.axes[0], panel:
+        lines = [np.asarray(line.get_data()) for line in axes.lines]  # (2, n)
+        (bar,) = [ends for x, ends in lines if len(x) == 2 and np.ptp(x) == 0]
+        assert tuple(bar) == pytest.approx(wilson_interval(0.5, 4))
 
 
 def test_the_abstention_plot_marks_what_goes_to_a_person(

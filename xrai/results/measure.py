@@ -35,7 +35,8 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
     those of `xrai.results.intervals`, all of them over the same resamples of patients. Raises
     `XraiError` for a logit that is not finite.
     """
-    names, patient_of = np.unique(np.asarray(scores.patients, dtype=str), return_inverse=True)
+    patient_of = scores.patient_of
+    num_patients = len(np.unique(patient_of))
     known = [scores.labelled(column) for column in range(len(scores.outputs))]
     samples: dict[Key, Sample | ClassSample] = {}
     for column, found in enumerate(known):
@@ -43,7 +44,9 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
         samples |= _samples_of(scores, column, patient_of)
     if scores.task != "binary":
         samples |= _samples_of_all(scores, known, patient_of)
-    resampled = bootstrap(samples, num_patients=len(names), num_bootstrap=num_bootstrap, seed=seed)
+    resampled = bootstrap(
+        samples, num_patients=num_patients, num_bootstrap=num_bootstrap, seed=seed
+    )
     measured = {
         key: Measured(
             num_images=len(sample.labels),
@@ -59,7 +62,7 @@ def measure(scores: Scores, *, num_bootstrap: int = 1000, seed: int = 0) -> type
         split=scores.split,
         task=scores.task,
         num_images=len(scores.labels),
-        num_patients=len(names),
+        num_patients=num_patients,
         num_without_patient=sum(map(is_file_patient, scores.patients)),
         num_groups=len(set(scores.groups) - {""}),
         is_phantom=scores.is_phantom,

@@ -151,12 +151,19 @@ class CalibrationBin:
     low: float
     high: float
     num_images: int
+    num_patients: int
     mean_score: float  # NaN in an empty bin
     share_positive: float  # NaN in an empty bin
 
 
-def calibration_bins(labels: Ints, scores: Floats) -> list[CalibrationBin]:
-    """The bins of equal width behind the ECE (Naeini et al. 2015) and the reliability plot."""
+def calibration_bins(
+    labels: Ints, scores: Floats, patient_of: npt.NDArray[np.intp] | None = None
+) -> list[CalibrationBin]:
+    """The bins of equal width behind the ECE (Naeini et al. 2015) and the reliability plot.
+
+    `patient_of` (N,) are the numbers of the images' patients; without it, each is another one.
+    """
+    patients = np.arange(len(labels)) if patient_of is None else patient_of
     bin_of, bins = _bin_of(scores), []
     for number in range(NUM_CALIBRATION_BINS):
         inside = bin_of == number
@@ -165,7 +172,8 @@ def calibration_bins(labels: Ints, scores: Floats) -> list[CalibrationBin]:
             for values in (scores, labels)
         )
         low, high = number / NUM_CALIBRATION_BINS, (number + 1) / NUM_CALIBRATION_BINS
-        bins.append(CalibrationBin(low, high, int(inside.sum()), mean, share))
+        num_patients = len(np.unique(patients[inside]))
+        bins.append(CalibrationBin(low, high, int(inside.sum()), num_patients, mean, share))
     return bins
 
 

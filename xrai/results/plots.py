@@ -224,7 +224,7 @@ def _draw_calibration(figure: Figure, found: Labelled, main: OutputResults) -> N
     If the temperature is not 1, a thin line shows the scores at temperature 1.
     """
     output, metrics = main.output, main.whole.metrics
-    bins = calibration_bins(found.labels, found.scores)
+    bins = calibration_bins(found.labels, found.scores, found.patient_of)
     before = calibration_bins(found.labels, calibrated(found.logits + output.offset))
     thin: _Look = {"color": style.TRAIN, "linewidth": 1.1, "markersize": 3.5, "alpha": 0.85}
     thick: _Look = {"color": CURVE, "linewidth": 1.4, "markersize": 6, "markeredgecolor": PAPER}
@@ -234,9 +234,9 @@ def _draw_calibration(figure: Figure, found: Labelled, main: OutputResults) -> N
     ]
     axes = figure.add_axes((0.13, 0.34, 0.81, 0.50))
     axes.plot([0, 1], [0, 1], **_CHANCE)
-    for each in bins:  # shows how little a bin of few images says
-        if each.num_images:
-            ends = wilson_interval(each.share_positive, each.num_images)
+    for each in bins:  # shows how little a bin of few patients says; their images are alike
+        if each.num_patients:
+            ends = wilson_interval(each.share_positive, each.num_patients)
             axes.plot([each.mean_score] * 2, ends, color=CURVE, linewidth=1.6, alpha=0.45)
     for label, shown, look in lines if output.temperature != 1 else lines[1:]:
         points = [(each.mean_score, each.share_positive) for each in shown if each.num_images]
@@ -462,9 +462,10 @@ def _panel_precision_recall(axes: Axes, found: Labelled, own: OutputResults) -> 
 
 def _panel_calibration(axes: Axes, found: Labelled, own: OutputResults) -> None:
     axes.plot([0, 1], [0, 1], **_CHANCE)
-    bins = [each for each in calibration_bins(found.labels, found.scores) if each.num_images]
+    bins = calibration_bins(found.labels, found.scores, found.patient_of)
+    bins = [each for each in bins if each.num_images]
     for each in bins:
-        ends = wilson_interval(each.share_positive, each.num_images)
+        ends = wilson_interval(each.share_positive, each.num_patients)
         axes.plot([each.mean_score] * 2, ends, color=CURVE, linewidth=1.4, alpha=0.45)
     means, shares = [each.mean_score for each in bins], [each.share_positive for each in bins]
     axes.plot(means, shares, "o-", color=CURVE, linewidth=1, markersize=3.5)

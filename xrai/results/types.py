@@ -165,6 +165,7 @@ class Labelled:
     logits: Floats  # (n,)
     scores: Floats  # (n,) in [0, 1]
     called: npt.NDArray[np.bool_]  # (n,)
+    patient_of: npt.NDArray[np.intp]  # (n,) number of each image's patient in the split
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,11 +242,22 @@ class Scores:
             return np.zeros(len(self.labels), dtype=bool)
         return needs_review(self.atypicality)
 
+    @cached_property
+    def patient_of(self) -> npt.NDArray[np.intp]:
+        """The number of each image's patient, (N,), in the order of their keys."""
+        return np.unique(np.asarray(self.patients, dtype=str), return_inverse=True)[1]
+
     def labelled(self, column: int = 0) -> Labelled:
         """The images whose label for an output is known."""
         rows = np.flatnonzero(self.labels[:, column] >= 0)
-        columns = (each[rows, column] for each in (self.logits, self.probabilities, self.called))
-        return Labelled(rows, self.labels[rows, column].astype(np.int64), *columns)
+        return Labelled(
+            rows,
+            self.labels[rows, column].astype(np.int64),
+            self.logits[rows, column],
+            self.probabilities[rows, column],
+            self.called[rows, column],
+            self.patient_of[rows],
+        )
 
 
 def needs_review(atypicality: npt.ArrayLike) -> npt.NDArray[np.bool_]:
