@@ -27,7 +27,7 @@ from xrai.results.history import EpochRow
 from xrai.results.measure import measure
 from xrai.results.metrics import METRICS, format_value
 from xrai.results.record import metrics_json
-from xrai.results.report import Page, explore, render_report, source_hash
+from xrai.results.report import Page, Part, explore, render_report, source_hash
 from xrai.results.summary import main_results, result_lines
 from xrai.results.types import DatasetFacts, Scores, SplitResults, TrainedOn, Training, told_images
 
@@ -264,6 +264,18 @@ def test_the_page_says_all_that_a_reader_must_know(tmp_path: Path) -> None:
     ):
         assert part in text, part
     assert "phantom" not in text
+
+
+def test_the_page_says_why_an_interval_is_not_that_of_resamples_and_each_reason_once() -> None:
+    labels, scores = [0] * 40 + [1] * 20, [0.1] * 40 + [0.9, 0.9] + [0.2] * 18
+    kinds = [""] * 40 + ["bacteria", "virus"] * 10
+    found = measure(make_scores(labels, scores, subtypes=kinds), num_bootstrap=20).main
+    notes = Part("explorer", 0, found).notes
+    (wilson,) = [note for note in notes if "Wilson" in note]
+    assert wilson.startswith("Sensitivity, Specificity, PPV,")  # 2 of 20 are right, none is wrong
+    assert "because too few patients are right, or wrong, to resample; counted in" in wilson
+    assert sum("Newcombe's interval, because a class has too few" in note for note in notes) == 1
+    assert sum(note.startswith("ECE") for note in notes) == 1  # of the whole and both subtypes
 
 
 def test_every_link_of_the_page_leads_to_a_place_on_it(tmp_path: Path) -> None:

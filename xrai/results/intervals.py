@@ -1,10 +1,10 @@
 """95 % intervals of metrics, by patient.
 
 Percentiles over resamples of whole patients, because one patient's images are alike (Efron and
-Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). Where there are too few errors to
-resample, a proportion has Wilson's interval, and an AUROC of few patients of a class, or of which
-all resamples agree, has Newcombe's, both counted in patients. The mean of outputs combines such
-intervals. An ECE has none. docs/decisions/0016-metrics-counted-once.md has the coverage of each.
+Tibshirani 1993, ch. 13; Field and Welsh 2007 on clusters). Where too few patients are right, or
+wrong, to resample, a proportion has Wilson's interval, and an AUROC of few patients of a class, or
+of which all resamples agree, has Newcombe's, both counted in patients. The mean of outputs combines
+such intervals. An ECE has none. docs/decisions/0016-metrics-counted-once.md has their coverage.
 """
 
 import math

@@ -42,7 +42,7 @@ _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
 # Their scale is not 0 to 1, or lower is better
 _NOT_ON_A_BAR = ("mcc", "brier", "ece", "kappa", "log_loss")
 _METHODS = {
-    "wilson": "Wilson's interval, because there are too few errors to resample",
+    "wilson": "Wilson's interval, because too few patients are right, or wrong, to resample",
     "newcombe": "Newcombe's interval, because a class has too few patients, or nothing is wrong",
 }
 
