@@ -237,6 +237,8 @@ def test_every_image_is_trained_on_once_an_epoch_ragged_end_included(alone: Rank
         changed(SMALL, train={"epochs": 1}), ranks=alone, num_images=101, damage=watch
     )
     assert sorted(seen) == list(range(101)) and len(outcome.losses) == 4
+    (result,) = outcome.results
+    assert result.images_per_s * result.seconds["epoch"] == pytest.approx(101)
 
 
 def test_limits_in_steps_and_minutes_stop_and_still_measure(alone: Ranks) -> None:

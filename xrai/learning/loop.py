@@ -149,7 +149,7 @@ def train_epoch(
     ) as bar:
         batches = clock.waits(setup.train.epoch(done.epoch, start=done.batch))
         for batch in to_device(batches, ranks.device, timed=clock.transfers):
-            clock.num_batches += 1
+            clock.num_images += batch.num_global
             profiler.before_step(done.step + 1)
             stop = train_step(training, batch, clock)
             profiler.after_step(done.step)
@@ -375,7 +375,6 @@ def end_epoch(training: Training, clock: "Clock") -> None:
     epoch_s = clock.elapsed_s()
     sums = ranks.sum(torch.tensor(own_sums(done), dtype=torch.float64))
     loss_sum, num_correct, num_known, num_seen = sums.tolist()
-    num_images = clock.num_batches * config.train.global_batch_size
     predict = partial(predict_split, training.average, setup.val, ranks=ranks)
     val = predict()
     shifted = predict(shift=config.augment, draws=config.evaluate.shift_draws)
@@ -396,7 +395,7 @@ def end_epoch(training: Training, clock: "Clock") -> None:
             lr=done.lr,
             grad_norm=done.grad_norm,
             # not known where an earlier process did all of its steps
-            images_per_s=num_images / epoch_s if num_images else math.nan,
+            images_per_s=clock.num_images / epoch_s if clock.num_images else math.nan,
             data_wait_share=clock.wait_s / epoch_s,
             seconds={**setup.train.timings(), **clock.seconds(epoch_s), "eval": eval_s},
             peak_memory_mib=clock.peak_memory_mib(),
@@ -456,7 +455,7 @@ class Clock:
     """Where the time of an epoch goes, on this rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self.num_batches = 0
+        self.num_images = 0  # of all ranks
         self.wait_s = self._transfer_s = 0.0
         self._began = time.monotonic()
         self._device = device
