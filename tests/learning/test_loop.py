@@ -457,6 +457,24 @@ def test_the_steps_asked_for_are_profiled_into_a_chrome_trace(alone: Ranks, tmp_
     assert any("ProfilerStep" in name or "Optimizer.step" in name for name in names)
 
 
+def test_a_training_that_ends_within_the_profiled_steps_writes_them_or_else_warns(
+    alone: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "profile.json"
+    within = changed(SMALL, train={"epochs": 1, "profile": "4:99"})
+    with caplog.at_level("INFO"):
+        train_discs(within, ranks=alone, profile_path=path)
+    assert json.loads(path.read_text())["traceEvents"]
+    assert f"steps up to 5 are profiled in {path}" in caplog.messages
+    path.unlink()
+    train_discs(
+        changed(SMALL, train={"epochs": 1, "profile": "6:9"}), ranks=alone, profile_path=path
+    )
+    assert not path.exists()
+    told = "no step of train.profile = 6:9 was recorded: this process ends after step 5"
+    assert told in caplog.messages
+
+
 @pytest.mark.parametrize("text", ["5", "0:3", "5:4", "a:b", "1:2:3"])
 def test_profiled_steps_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="it takes steps A:B"):

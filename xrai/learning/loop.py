@@ -126,6 +126,7 @@ def fit(model: Network, setup: Setup) -> Progress:
         if stop:
             reason = _AT_LIMIT
             break
+    profiler.end(done.step)
     _logger.info("training ends after epoch %d, step %d: %s", done.epoch, done.step, reason)
     return done
 
@@ -502,6 +503,7 @@ class Profiler:
         self._path = path
         self._first, self._last = profile_steps(steps) if path is not None else (0, 0)
         self._running: torch.profiler.profile | None = None
+        self._has_written = False
 
     def before_step(self, step: int) -> None:
         """Start if `step`, counted from 1, is the first to record."""
@@ -512,9 +514,26 @@ class Profiler:
     def after_step(self, step: int) -> None:
         """Write the trace if `step` was the last to record."""
         if self._running is not None and step == self._last:
-            self._running.stop()
-            self._running.export_chrome_trace(str(self._path))
-            _logger.info("steps up to %d are profiled in %s", step, self._path)
+            self._write(step)
+
+    def end(self, step: int) -> None:
+        """Write the trace if the training ends at `step`, before the last to record; warn where
+        this process recorded nothing.
+        """
+        if self._running is not None:
+            self._write(step)
+        elif self._last and not self._has_written:
+            _logger.warning(
+                "no step of train.profile = %d:%d was recorded: this process ends after step %d",
+                *(self._first, self._last, step),
+            )
+
+    def _write(self, step: int) -> None:
+        assert self._running is not None
+        self._running.stop()
+        self._running.export_chrome_trace(str(self._path))
+        self._running, self._has_written = None, True
+        _logger.info("steps up to %d are profiled in %s", step, self._path)
 
 
 def profile_steps(text: str) -> tuple[int, int]:
