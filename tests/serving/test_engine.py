@@ -77,6 +77,48 @@ def test_only_the_latest_models_get_graphs(tmp_path: Path) -> None:
     assert used.empty()
 
 
+def test_graphs_that_are_being_tried_are_not_used_after_a_stop(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    used: Queue[Pipeline] = Queue()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def try_graphs(graphs: list[bytes]) -> bool:
+        begun.set()
+        return go_on.wait(WAIT_S)
+
+    monkeypatch.setattr(GraphWriter, "_write", lambda *_: b"")
+    monkeypatch.setattr(pipeline, "use_graphs", try_graphs)
+    writer = GraphWriter(used.put)
+    writer.start(pipeline)
+    assert begun.wait(WAIT_S)
+    stopping = threading.Thread(target=writer.stop)
+    stopping.start()
+    while writer._wanted is not None:
+        threading.Event().wait(0.01)
+    assert stopping.is_alive()  # the interpreter must not end while torch scores
+    go_on.set()
+    stopping.join(WAIT_S)
+    assert not stopping.is_alive()
+    assert used.empty() and not caplog.records
+
+
+def test_other_models_are_taken_when_no_graph_can_come_into_use_any_more(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, models_at_stop = make_service(run), []
+    before = service.models
+
+    def stop(writer: GraphWriter) -> None:
+        models_at_stop.append(service.models)
+
+    monkeypatch.setattr(GraphWriter, "stop", stop)
+    service.reload([])
+    assert models_at_stop == [before] and service.models is not before
+    service.close()
+
+
 def test_a_server_that_stops_does_not_wait_for_graphs(
     pipeline: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 """How films share the threads of a server."""
 
+import functools
 import io
 import math
 import threading
@@ -68,6 +69,11 @@ def is_set() -> threading.Event:
     event = threading.Event()
     event.set()
     return event
+
+
+def dicom() -> bytes:
+    """The beginning of a DICOM file."""
+    return bytes(128) + b"DICM"
 
 
 def png(*, size: int = 64, is_large: bool = False) -> bytes:
@@ -141,25 +147,30 @@ def test_work_that_nobody_waits_for_any_more_ends_no_thread(
         assert scorer.num_waiting == 0
 
 
-def test_a_film_overtakes_large_ones_and_what_is_drawn(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("make_slow", [functools.partial(png, is_large=True), dicom])
+def test_films_overtake_those_that_may_take_long_and_what_is_drawn(
+    run: Path, monkeypatch: pytest.MonkeyPatch, make_slow: Callable[[], bytes]
 ) -> None:
     with one_thread(run, monkeypatch) as (scorer, batches):
         pipeline, begin = scorer.pipeline, threading.Event()
         read = pipeline.read
 
         def slow(file: File) -> Any:
-            assert file.path == "film" or begin.wait(WAIT_S)
+            assert file.path != "slow" or begin.wait(WAIT_S)
             return read(file)
 
         monkeypatch.setattr(pipeline, "read", slow)
-        large = [scorer.score(File("large", lambda: png(is_large=True))) for _ in range(3)]
+        held = threading.Event()
+        (first,) = send(scorer, held)  # so that one batch may hold all that follow
+        slow_ones = [scorer.score(File("slow", make_slow)) for _ in range(3)]
+        film = scorer.score(File("film", png))
         drawn = scorer.in_background(begin.wait, WAIT_S)
-        assert scorer.score(File("film", png)).result(WAIT_S).row.is_readable
-        assert not drawn.done() and not any(each.done() for each in large)
+        held.set()
+        assert film.result(WAIT_S).row.is_readable and first.result(WAIT_S).row.is_readable
+        assert not drawn.done() and not any(each.done() for each in slow_ones)
         begin.set()
-        assert all(each.result(WAIT_S).row.is_readable for each in large)
-    assert sum(batches.sizes) == 4
+        assert all(each.result(WAIT_S) for each in slow_ones)
+    assert sum(batches.sizes) == 5
 
 
 def test_a_film_alone_waits_for_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ class GraphWriter:
         self._use = use
         self._lock = threading.Lock()
         self._wanted: Pipeline | None = None
+        self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, pipeline: Pipeline) -> None:
@@ -40,14 +41,17 @@ class GraphWriter:
             return
         with self._lock:
             self._wanted = pipeline
-        threading.Thread(target=self._run, args=(pipeline,), name="graphs", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(pipeline,), name="graphs")
+        self._thread.start()
 
     def stop(self) -> None:
-        """End what was begun."""
+        """End what was begun; no graph is used after this, until the next `start`."""
         with self._lock:
             self._wanted = None
             if self._process is not None:
                 self._process.kill()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self, pipeline: Pipeline) -> None:
         began, graphs = time.monotonic(), list[bytes]()
@@ -56,7 +60,10 @@ class GraphWriter:
                 graphs.append(self._write(pipeline, packed))
                 if self._wanted is not pipeline:
                     return
-            if not pipeline.use_graphs(graphs):
+            is_same = pipeline.use_graphs(graphs)
+            if self._wanted is not pipeline:
+                return
+            if not is_same:
                 raise XraiError("ONNX Runtime gives other results")
         except Exception as error:
             if self._wanted is pipeline:

@@ -2,9 +2,9 @@
 
 A film that comes alone goes through one thread, so that it waits for no other and stays in one
 core's caches. A thread that has read a film also reads the ones that queue, briefly, and scores
-them together. Large films, and all that a page draws, have threads of their own, so that small
-films do not wait for them. Where a network can only score for one thread at a time (on a GPU, or
-with several threads of torch), whichever thread comes next scores what all of them have read.
+them together. Films that may take long to decode, and all that a page draws, have threads of their
+own, so that others do not wait for them. Where a network can only score for one thread at a time
+(on a GPU, or with several threads of torch), whichever thread comes next scores what all have read.
 """
 
 import functools
@@ -35,7 +35,7 @@ MAX_BATCH: Final = 16  # films, so that no film waits long behind a batch
 MAX_WAIT_S: Final = 0.01  # that a film which was read waits for others of its batch
 
 _LARGE_BYTES = 1 << 20  # of a film that may take long to decode
-_NUM_SLOW = 2  # threads for large films and for drawing, at least
+_NUM_SLOW = 4  # threads for such films and for drawing, at least
 _NUM_TRIALS = 5  # for each number of threads
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Scorer:
     ) -> None:
         self._num_threads = num_threads
         self._observer = observer or Observer()
-        self._come = threading.Condition(threading.Lock())
+        self._arrived = threading.Condition(threading.Lock())
         self._tasks: deque[_Task] = deque()  # films that nobody reads yet
         self._ready: deque[_Ready] = deque()  # for whichever thread scores next
         self._scoring = threading.Lock()  # of what scores for one thread at a time
@@ -131,7 +131,8 @@ class Scorer:
     @property
     def is_running(self) -> bool:
         """Whether films are taken and scored."""
-        return not self._is_closed and all(thread.is_alive() for thread in self._threads)
+        threads = (*self._threads, *self._slow_threads)
+        return not self._is_closed and all(thread.is_alive() for thread in threads)
 
     @property
     def num_waiting(self) -> int:
@@ -154,13 +155,13 @@ class Scorer:
         Raises `ClosedError` after `close`.
         """
         future: Future[Scored] = Future()
-        with self._come:
+        with self._arrived:
             if self._is_closed:
                 raise ClosedError(_CLOSING)
             self._num_waiting += 1
             future.add_done_callback(self._note_done)
             self._tasks.append(_Task(self._engine, future, file))
-            self._come.notify()
+            self._arrived.notify()
         return future
 
     def explain(
@@ -185,9 +186,9 @@ class Scorer:
         return self.in_background(work)
 
     def in_background(self, work: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Run other work, on the threads for large films."""
+        """Run other work, on the threads for what may take long."""
         future: Future[T] = Future()
-        with self._come:
+        with self._arrived:
             if self._is_closed:
                 raise ClosedError(_CLOSING)
             self._slow.put(functools.partial(_fulfil, future, functools.partial(work, *arguments)))
@@ -195,9 +196,9 @@ class Scorer:
 
     def close(self) -> None:
         """Finish what was begun, and take no more."""
-        with self._come:
+        with self._arrived:
             self._is_closed = True
-            self._come.notify_all()
+            self._arrived.notify_all()
         for thread in self._threads:
             thread.join()
         for _ in self._slow_threads:
@@ -206,7 +207,7 @@ class Scorer:
             thread.join()
 
     def _note_done(self, future: "Future[Any]") -> None:
-        with self._come:
+        with self._arrived:
             self._num_waiting -= 1
 
     def _run(self) -> None:
@@ -226,16 +227,16 @@ class Scorer:
 
     def _next(self) -> _Task | None:
         """The next film; waits for one, and returns None at the end."""
-        with self._come:
+        with self._arrived:
             while not self._tasks:
                 if self._is_closed:
                     return None
-                self._come.wait()
+                self._arrived.wait()
             return self._tasks.popleft()
 
     def _next_of(self, engine: _Engine) -> _Task | None:
         """The next film if it is there already, and for these models."""
-        with self._come:
+        with self._arrived:
             is_there = bool(self._tasks) and self._tasks[0].engine is engine
             return self._tasks.popleft() if is_there else None
 
@@ -253,7 +254,7 @@ class Scorer:
         return batch
 
     def _read(self, task: _Task) -> _Ready | None:
-        """Read and decode a film; None where it goes another way: it is large, or has failed."""
+        """Read and decode a film; None if another thread does, or it has failed."""
         if not task.future.set_running_or_notify_cancel():
             return None
         try:
@@ -263,8 +264,8 @@ class Scorer:
         except BaseException as error:
             task.future.set_exception(error)
             return None
-        if len(data) > _LARGE_BYTES:
-            self._slow.put(functools.partial(self._score_large, task, data))
+        if _may_take_long(data):
+            self._slow.put(functools.partial(self._score_alone, task, data))
             return None
         return self._decode(task, data)
 
@@ -281,7 +282,7 @@ class Scorer:
             return None
         return _Ready(task, read, window)
 
-    def _score_large(self, task: _Task, data: "bytes | NDArray[np.uint8]") -> None:
+    def _score_alone(self, task: _Task, data: "bytes | NDArray[np.uint8]") -> None:
         if (ready := self._decode(task, data)) is not None:
             self._score([ready])
 
@@ -325,6 +326,13 @@ class Scorer:
             for each, row in zip(batch, rows, strict=True):
                 each.task.future.set_result(_scored(each, row))
         self._observer.batch(len(batch), time.monotonic() - began)
+
+
+def _may_take_long(data: "bytes | NDArray[np.uint8]") -> bool:
+    """Whether a film may take long to decode. DICOM may be compressed in ways that take 100 times
+    as long as JPEG, and is decoded at its full size.
+    """
+    return isinstance(data, bytes) and (len(data) > _LARGE_BYTES or is_dicom(data))
 
 
 def _score_one(ready: _Ready) -> Scored:

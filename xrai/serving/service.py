@@ -33,9 +33,7 @@ class Service:
     load: Callable[[Sequence[str]], Models]
     worklist: Worklist
     num_threads: int = 0  # of torch, for a batch; 0: as many as make it faster
-    wants_graphs: bool = (
-        False  # whether films are to be scored by ONNX Runtime where that is possible
-    )
+    wants_graphs: bool = False  # whether ONNX Runtime scores, where that is possible
     metrics: Metrics = field(default_factory=Metrics)
     closers: list[Callable[[], None]] = field(default_factory=list)  # are called when it closes
     # By name, whether a further part runs that has to run as long as the server does
@@ -47,7 +45,8 @@ class Service:
     def __post_init__(self) -> None:
         self.hashes[self.models.pipeline] = self.models.hashes
         self.scorer = Scorer(self.models.pipeline, self.metrics, num_threads=self.num_threads)
-        self._graphs = GraphWriter(self._use_graphs)
+        # Graphs may be best on another number of threads
+        self._graphs = GraphWriter(self.scorer.replace)
         self.metrics.watch(self.worklist, self.scorer)
         self.metrics.use(self.models.pipeline.run_id)
         self._write_graphs()
@@ -95,6 +94,7 @@ class Service:
                 f"{shown} cannot be loaded, the server's log says why; films are scored by "
                 f"{self.models.pipeline.run_id} as before"
             ) from error
+        self._graphs.stop()  # else those of the earlier models might come into use later
         self.hashes[models.pipeline] = models.hashes
         self.models, self.runs = models, runs
         self.scorer.replace(models.pipeline)
@@ -113,10 +113,6 @@ class Service:
     def _write_graphs(self) -> None:
         if self.wants_graphs:
             self._graphs.start(self.models.pipeline)
-
-    def _use_graphs(self, pipeline: Pipeline) -> None:
-        if pipeline is self.models.pipeline:
-            self.scorer.replace(pipeline)  # they may be best on another number of threads
 
     def _list(
         self,
