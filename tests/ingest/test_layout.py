@@ -139,7 +139,26 @@ def test_a_mask_that_is_named_after_an_image_beside_it_is_left_out() -> None:
     assert layout.notes[0].startswith("3 files are left out")
 
 
-@pytest.mark.parametrize("name", ["Maskey_1", "Damaskinos_3", "segmental", "previewer", "unmasked"])
+@pytest.mark.parametrize(
+    "name",
+    ["a1_leftmask", "a1mask", "a1Mask", "a1rightlungmasks", "a1 infectionmask", "a1-predmask"],
+)
+def test_a_name_that_goes_on_after_an_images_to_mask_is_a_masks(name: str) -> None:
+    films = ["NORMAL/a1.png", "NORMAL/b.png", "PNEUMONIA/c.png"]
+    layout = lay_out([*films, f"NORMAL/{name}.png"], source="S")
+    assert [entry.path for entry in layout.rows] == films
+    assert layout.notes[0].startswith("1 file is left out")
+    alone = lay_out(["NORMAL/x.png", *films[1:], f"NORMAL/{name}.png"], source="S")
+    assert len(alone.rows) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Maskey_1", "Damaskinos_3", "damask", "unmasked", "nomask", "previewer", "unsegmented"),
+        *("segmental", "Subsegmental", "segmentaire", "segmentär", "Segmentectomy"),
+    ],
+)
 def test_a_word_with_mask_or_the_like_in_it_is_none(name: str) -> None:
     layout = both("/Jones", f"/{name}")
     assert len(layout.rows) == 12
@@ -147,7 +166,21 @@ def test_a_word_with_mask_or_the_like_in_it_is_none(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["LungMask", "lungmasks", "CXR mask 2", "Masken", "segmented", "HeatMaps", "thumb1"]
+    "name",
+    [
+        *(
+            "LungMask",
+            "lungmasks",
+            "CXR mask 2",
+            "Masken",
+            "infectionmasks",
+            "predmasks",
+            "Leftmask",
+        ),
+        *("maskimages", "masks_png", "ManualMask", "segmented", "segmentacion", "Segmentação"),
+        *("lungsegmentation", "annotations", "annotatedimages", "HeatMaps", "heatmapoverlay"),
+        *("thumb1", "thumbnails256", "maskoverlay"),
+    ],
 )
 def test_masks_and_the_like_are_known_by_their_words(name: str) -> None:
     assert len(both("", f"/{name}").rows) == 6

@@ -19,12 +19,14 @@ SPLIT_NAMES: Final = {name: name for name in SPLITS} | {
     "validation": "val",
     "testing": "test",
 }
-# Words of names that files have which are made from images and lie next to them, none a part of
-# another word: Segmental and Maskey are none. Synology: @eaDir
+# Words of names that files have which are made from images and lie next to them. Synology: @eaDir
+_LETTERS: Final = r"[^\W\d_]*"
 _DERIVED_WORDS: Final = (
-    r"(?:lung|heart|rib|chest|body|cxr|xray|image|img|seg|gt|bin|binary)?mask(?:s|e|en|ed|ing)?"
-    r"|thumb(?:s|nails?)?|segment(?:s|ed|ations?|ierung|ierungen)?|annotat(?:ed|ions?|ionen)"
-    r"|overlays?|heat.?maps?|previews?|@eadir"
+    rf"(?!(?:un|non?|without)(?:mask|segment|annot)|damask){_LETTERS}?"
+    r"(?:mask(?:s|e|en|ed|ing)?|masks?(?:image|img|file|data|png|left|right|lung)s?|overlays?"
+    # Segmental and segmentectomy are none
+    rf"|segment(?!al|a\u0308?r|är|air|ect){_LETTERS}|annota{_LETTERS})"
+    rf"|heat.?map{_LETTERS}|thumb(?:s|nail{_LETTERS})?|previews?|@eadir"
 )
 _START, _END = r"(?:(?<![^\W\d_])|(?<=[a-z])(?=[A-Z]))", r"(?:(?![^\W\d_])|(?<=[a-z])(?=[A-Z]))"
 DERIVED: Final = re.compile(f"{_START}(?i:{_DERIVED_WORDS}){_END}")

@@ -29,6 +29,7 @@ _IMAGE: Final = re.compile(  # names of images; DICOM files may have numbers or 
     re.IGNORECASE,
 )
 _MANY_OUTSIDE, _LARGE_SHARE = 10, 0.25  # of images outside of the class folders
+_MASK_AT_END: Final = re.compile(r"masks?$", re.IGNORECASE)
 _SHOWN = 3  # folders that one message lists
 
 LAYOUT: Final = "[chest_xray/]{train,val,test}/{NORMAL,PNEUMONIA,…}/* or {NORMAL,PNEUMONIA,…}/*"
@@ -283,7 +284,7 @@ def without_derived(files: Placed) -> tuple[Placed, list[str]]:
 
 
 def _beside_images(paths: Texts) -> "array[int]":
-    """The places of files such as `a_mask.png` next to `a.png`."""
+    """The places of files such as `a_mask.png` or `aleftmask.png` next to `a.png`."""
     named = array("i")
     for place, path in enumerate(paths):
         if DERIVED.search(path, path.rfind("/") + 1):
@@ -292,7 +293,10 @@ def _beside_images(paths: Texts) -> "array[int]":
     found = array("i")
     for place in named:
         stem = _stem(paths[place])
-        if any(stem[: match.start()] in stems for match in re.finditer(r"[ _.-]", stem)):
+        ends = [match.start() for match in re.finditer(r"[ _.-]", stem)]
+        if _MASK_AT_END.search(stem):
+            ends += range(stem.rfind("/") + 2, len(stem))
+        if any(stem[:end] in stems for end in ends):
             found.append(place)
     return found
 
