@@ -343,6 +343,19 @@ def test_vindrs_test_is_read_beside_the_table_of_train(write: Callable[..., Path
     assert told(only).keys() == {"d4.dicom", "e5.dicom"}
 
 
+@pytest.mark.parametrize("layout", ["chexpert", "vindr"])
+def test_a_table_beside_the_named_one_is_left_out_where_its_images_are(
+    write: Callable[..., Path], layout: Any
+) -> None:
+    files = chexpert_files() if layout == "chexpert" else vindr_files()
+    source = write({path: text for path, text in files.items() if "train/" in path or text})
+    (named,) = source.rglob("*train.csv")
+    found = listed(source, str(named), layout=layout)
+    assert len(found.rows) == 3 and {entry.split for entry in found.rows} == {"train"}
+    other = "valid.csv" if layout == "chexpert" else "image_labels_test.csv"
+    assert f"{other} is not used, as source has none of its images" in found.notes
+
+
 def test_vindr_of_children_has_one_reader_and_numbered_images(write: Callable[..., Path]) -> None:
     header = "image_id,rad_ID,No finding,Bronchitis,Brocho-pneumonia,Other disease\n"
     layout = listed(

@@ -429,15 +429,15 @@ def _match_tails(table: LabelTable, files: Texts) -> _Matched:
     """The rows of a layout's table with the files that they mean: those whose paths end alike, with
     any suffix, and of several the one in a folder of the row's split.
     """
-    whole = TextIndex(files, lambda path: _tail(path, table.tail_parts))
-    stems = TextIndex(files, lambda path: _stem(_tail(path, table.tail_parts)))
+    whole = TextIndex(files, lambda path: tail_of(path, table.tail_parts))
+    stems = TextIndex(files, lambda path: stem_of(tail_of(path, table.tail_parts)))
     faults: list[tuple[str, str]] = []
     places = np.full(len(table.labels), -1, np.int32)
     for number, label in enumerate(table.labels):
         text = label.cells["path"]
-        tail = _tail(text, table.tail_parts)
+        tail = tail_of(text, table.tail_parts)
         fitting = sorted({*whole.places(tail), *stems.places(tail)})
-        if not fitting and (stem := _stem(tail)):
+        if not fitting and (stem := stem_of(tail)):
             fitting = sorted({*whole.places(stem), *stems.places(stem)})
         if len(fitting) > 1:
             split = _split_of(label.cells)
@@ -453,11 +453,12 @@ def _match_tails(table: LabelTable, files: Texts) -> _Matched:
     return _Matched(table.labels, files, places)
 
 
-def _tail(path: str, num_parts: int) -> str:
+def tail_of(path: str, num_parts: int) -> str:
+    """The last parts of a path, folded, as `LabelTable.tail_parts` compares them."""
     return "/".join(re.split(r"[/\\]", _folded(path))[-num_parts:])
 
 
-def _stem(tail: str) -> str:
+def stem_of(tail: str) -> str:
     """A tail without its suffix; "" for one that has none or nothing else, such as `.DS_Store`."""
     stem, _, suffix = tail.rpartition(".")
     return "" if "/" in suffix or stem.endswith("/") else stem

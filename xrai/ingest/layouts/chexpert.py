@@ -36,7 +36,7 @@ def read(tables: Tables, config: Labels) -> LabelTable:
     """The findings that are columns, without "No Finding". Raises `SourceError` naming the line of
     a cell that is none, a path without a patient, or an image that another row contradicts.
     """
-    files = _find_tables(tables)
+    files, notes = _find_tables(tables)
     faults: list[Fault] = []
     rows: list[LabelRow] = []
     names: tuple[str, ...] = ()
@@ -65,22 +65,37 @@ def read(tables: Tables, config: Labels) -> LabelTable:
     refuse(faults, name=name)
     if not rows:
         raise SourceError(f"{name} has no images of the views that labels.views = {config.views}")
-    return LabelTable(name, merge(rows, name=name), names, num_unused, tail_parts=_TAIL_PARTS)
+    merged = merge(rows, name=name)
+    return LabelTable(name, merged, names, num_unused, tuple(notes), tail_parts=_TAIL_PARTS)
 
 
-def _find_tables(tables: Tables) -> dict[str, TableFile]:
+def _find_tables(tables: Tables) -> tuple[dict[str, TableFile], list[str]]:
+    """The tables by split, without those beside a named one whose images are not in the source;
+    and notes on these.
+    """
+    notes: list[str] = []
     first = tables.main("" if tables.is_file else _TABLES["train"], wanted="train.csv")
     if not tables.is_file:
         others = {split: tables.find(_TABLES[split]) for split in ("val", "test")}
     else:
         own = [split for split, pattern in _TABLES.items() if re.fullmatch(pattern, first.name)]
         if own != ["train"]:
-            return {own[0] if own else "train": first}
+            return {own[0] if own else "train": first}, notes
         others = {
             "val": tables.beside("valid.csv"),
             "test": tables.beside("test.csv") or tables.beside("test_labels.csv"),
         }
-    return {"train": first} | {split: table for split, table in others.items() if table}
+    files = {"train": first}
+    for split, table in others.items():
+        unused = (
+            tables.note_unused(table, "path", tail_parts=_TAIL_PARTS)
+            if table and tables.is_file
+            else []
+        )
+        notes += unused
+        if table and not unused:
+            files[split] = table
+    return files, notes
 
 
 def _find_columns(table: TableFile, config: Labels) -> dict[str, int]:

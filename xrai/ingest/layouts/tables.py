@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xrai.errors import ImageError, NotFoundError, SourceError
 from xrai.ingest.label_rows import LabelRow
+from xrai.ingest.labels import stem_of, tail_of
 from xrai.ingest.records import (
     MAX_BYTES,
     Fault,
@@ -82,7 +83,7 @@ class Tables:
     """
 
     def __init__(self, uri: str, source: Source, *, layout: str) -> None:
-        self._uri, self._layout = uri, layout
+        self._uri, self._layout, self._source = uri, layout, source
         self._place: Source | None = source if not uri else None
         if uri and (Path(uri).is_dir() or uri.endswith("/") or uri.lower().endswith(".zip")):
             self._place = open_source(uri.rstrip("/") or "/")
@@ -135,6 +136,18 @@ class Tables:
         except NotFoundError:
             return None
         return TableFile(name, decode(data, name=name))
+
+    def note_unused(self, table: TableFile, column: str, *, tail_parts: int) -> list[str]:
+        """A note where the source has none of the files that a table names in a column; see
+        `LabelTable.tail_parts`.
+        """
+        tails = (tail_of(row.get(column), tail_parts) for row in table.records(column))
+        named = {name for tail in tails for name in (tail, stem_of(tail)) if name}
+        for path in self._source.files().paths:
+            tail = tail_of(path, tail_parts)
+            if tail in named or stem_of(tail) in named:
+                return []
+        return [f"{table.name} is not used, as {self._source.name} has none of its images"]
 
     @cached_property
     def _paths(self) -> Sequence[str]:

@@ -23,13 +23,14 @@ from xrai.labels import UNKNOWN, folded
 
 _TABLES: Final = {"train": r"image_labels_train\.csv", "test": r"image_labels_test\.csv"}
 _IMAGE, _READER = "image_id", "rad_id"
+_TAIL_PARTS = 1
 
 
 def read(tables: Tables, config: Labels) -> LabelTable:
     """A row for each image, with the findings that are columns, without "No finding". Raises
     `SourceError` naming the line of a cell that is none, or of a second row of one reader.
     """
-    files = _find_tables(tables)
+    files, notes = _find_tables(tables)
     rows: list[LabelRow] = []
     names: tuple[str, ...] = ()
     for split, table in files.items():
@@ -44,7 +45,7 @@ def read(tables: Tables, config: Labels) -> LabelTable:
         names = names or tuple(columns)
         rows += _merge_readers(records, columns, split, config)
     name = " and ".join(table.name for table in files.values())
-    return LabelTable(name, tuple(rows), names, tail_parts=1)
+    return LabelTable(name, tuple(rows), names, notes=tuple(notes), tail_parts=_TAIL_PARTS)
 
 
 def combine(values: Sequence[int], readers: str) -> int:
@@ -93,16 +94,21 @@ def _merge_readers(
     return rows
 
 
-def _find_tables(tables: Tables) -> dict[str, TableFile]:
+def _find_tables(tables: Tables) -> tuple[dict[str, TableFile], list[str]]:
+    """The tables by split, without one beside that named whose images are not in the source; and
+    notes on it.
+    """
+    notes: list[str] = []
     first = tables.main("" if tables.is_file else _TABLES["train"], wanted="image_labels_train.csv")
     if not tables.is_file:
         test = tables.find(_TABLES["test"])
     elif "test" in first.name.lower():
-        return {"test": first}
+        return {"test": first}, notes
     else:
         is_train = re.fullmatch(_TABLES["train"], first.name)
         test = tables.beside("image_labels_test.csv") if is_train else None
-    return {"train": first, "test": test} if test else {"train": first}
+        notes += tables.note_unused(test, _IMAGE, tail_parts=_TAIL_PARTS) if test else []
+    return {"train": first, "test": test} if test and not notes else {"train": first}, notes
 
 
 def _by_name(
