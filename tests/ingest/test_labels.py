@@ -109,15 +109,23 @@ def test_without_patients_public_file_names_state_them_as_in_folders() -> None:
     ]
 
 
-@pytest.mark.parametrize(("column", "is_told"), [("note", True), ("group", False)])
-def test_a_number_in_two_folders_is_told_where_it_would_be_one_patient(
-    column: str, is_told: bool
-) -> None:
-    paths = ("a/IM-0001-0001.png", "b/IM-0001-0001.png")
-    text = f"path,label,{column}\n{paths[0]},NORMAL,a\n{paths[1]},PNEUMONIA,b\n"
-    table = parse_labels(text, name="t.csv")
-    notes = lay_out_by_labels(paths, table, source="films", key=KEY).notes
-    assert any("one name such as IM-0001-0001" in note for note in notes) == is_told
+@pytest.mark.parametrize(("column", "is_number"), [("note", True), ("group", False)])
+def test_a_number_in_two_folders_is_told_and_is_no_patient(column: str, is_number: bool) -> None:
+    paths = (
+        "a/IM-0001-0001.png",
+        "b/IM-0001-0001.png",
+        "b/IM-0001-0002.png",
+        "b/person7_virus_1.png",
+    )
+    rows = (f"{path},{'NORMAL' if k else 'PNEUMONIA'},{path[0]}" for k, path in enumerate(paths))
+    table = parse_labels("\n".join([f"path,label,{column}", *rows]), name="t.csv")
+    layout = lay_out_by_labels(paths, table, source="films", key=KEY)
+    assert any("one name such as IM-0001-0001" in note for note in layout.notes) == is_number
+    assert [entry.patient for entry in layout.rows] == (
+        [*(f"file:{path}" for path in paths[:3]), "virus:7"]
+        if is_number
+        else ["a:IM:0001", "b:IM:0001", "b:IM:0001", "b:virus:7"]
+    )
 
 
 def test_a_column_without_any_cell_counts_as_absent() -> None:

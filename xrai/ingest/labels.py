@@ -39,14 +39,7 @@ from xrai.ingest.classes import (
 from xrai.ingest.columns import OPTIONAL, refuse_misnamed
 from xrai.ingest.folders import SPLIT_NAMES
 from xrai.ingest.label_rows import LabelRow, LabelRows, LabelRowsBuilder, column_of, in_order
-from xrai.ingest.layout import (
-    SUBTYPES,
-    Layout,
-    by_target,
-    name_patient,
-    note_numbers,
-    refuse_faulty,
-)
+from xrai.ingest.layout import SUBTYPES, Layout, are_numbers, by_target, name_patient, refuse_faulty
 from xrai.ingest.listed import TextIndex
 from xrai.ingest.patients import PatientKey, loose_identifier, normal_identifier
 from xrai.ingest.records import explain_header, read_records, read_text, refuse, shown
@@ -60,6 +53,12 @@ _GROUP = re.compile(r"[\w.-]{1,40}")
 _SUBTYPE = re.compile(r"[\w .-]{1,40}")
 _DEFAULTS = Labels()
 _logger = get_logger(__name__)
+
+_NUMBERED = (
+    "one name such as IM-0001-0001 is in several folders: such names seem to number images, as in "
+    "what DICOM viewers export, so each of these files counts as a patient of its own, but for "
+    "those with a PatientID; if some are of one patient, add a column patient"
+)
 
 
 @dataclass(frozen=True)
@@ -231,13 +230,15 @@ def lay_out_by_labels(
     if told and hint:
         notes, told = (*notes, f"{told}: {hint}"), ""
     refuse_faulty(spec, source=source)
-    rows = _rows(matched, spec, key)
+    has_numbers = False
     if any(column_of(matched.labels, "patient")):
         notes = (*notes, *_note_alike(matched.labels, name=table.name))
     else:
         apart = zip(*(column_of(matched.labels, name) for name in ("group", "split")), strict=True)
         paths = (path for _, path, _ in matched)
-        notes = (*notes, *note_numbers(zip(apart, paths, strict=True)))
+        if has_numbers := are_numbers(zip(apart, paths, strict=True)):
+            notes = (*notes, _NUMBERED)
+    rows = _rows(matched, spec, key, has_numbers=has_numbers)
     num_others = len(files) - len(rows)
     num_unused = min(table.num_unused, num_others)
     counts = {
@@ -595,8 +596,8 @@ def _refuse_lines(faults: Sequence[tuple[int, str]], *, name: str) -> None:
     refuse([(f"line {line}", words) for line, words in faults], name=name)
 
 
-def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey) -> Rows:
-    """The rows of a data set, sorted by path."""
+def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey, *, has_numbers: bool) -> Rows:
+    """The rows of a data set, sorted by path; `has_numbers` is that of `name_patient`."""
     classes = places_of(spec)
     order = np.argsort(matched.places, kind="stable").astype(np.int32)
     files = matched.files
@@ -607,7 +608,7 @@ def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey) -> Rows:
     ordered = in_order(matched.labels, order)
     for number, (path, row) in enumerate(zip(files, ordered, strict=True)):
         values[number] = row.findings or classes[folded(row.cells["label"])]
-        patients.append(path, _patient_key(row, path, key))
+        patients.append(path, _patient_key(row, path, key, has_numbers=has_numbers))
         subtype = row.cells.get("subtype", "").lower()
         subtypes.append(SUBTYPES.get(subtype, subtype))
         splits.append(_split_of(row.cells) or "train")
@@ -616,11 +617,11 @@ def _rows(matched: _Matched, spec: LabelSpec, key: PatientKey) -> Rows:
     return Rows.unread(files, values, known, subtypes.finish(), splits.finish())
 
 
-def _patient_key(row: LabelRow, path: str, key: PatientKey) -> str:
+def _patient_key(row: LabelRow, path: str, key: PatientKey, *, has_numbers: bool) -> str:
     group = row.cells.get("group", "")
     if identifier := row.cells.get("patient"):
         return key.hash(identifier, group=group or "patient")
-    return name_patient(path, group=group)
+    return name_patient(path, group=group, has_numbers=has_numbers)
 
 
 def _split_of(cells: Mapping[str, str]) -> str:

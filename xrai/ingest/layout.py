@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -120,7 +120,8 @@ def lay_out(
         notes += [f"{each}: {NAME_CLASSES}" for each in told]
     notes += note_folders(images)
     facts = told if config.names else ()
-    notes += note_numbers((images.folders[number].split, path) for path, number in images)
+    if are_numbers((images.folders[number].split, path) for path, number in images):
+        notes.append(_NUMBERED)
     layout = Layout(_rows(images, spec), not_data, tuple(notes), spec, facts)
     return by_target(layout, config, source=source)
 
@@ -191,10 +192,12 @@ def file_patient(path: str, *, group: str = "") -> str:
     return f"{group}:{OWN_PATIENT}{path}" if group else f"{OWN_PATIENT}{path}"
 
 
-def name_patient(path: str, *, group: str = "") -> str:
-    """The key that a file's name states, as `parse_name` does, else that of `file_patient`."""
+def name_patient(path: str, *, group: str = "", has_numbers: bool = False) -> str:
+    """The key that a file's name states, as `parse_name` does, else that of `file_patient`; with
+    `has_numbers`, names such as IM-0001-0001.jpeg state none.
+    """
     patient = parse_name(path.rpartition("/")[2])[0]
-    if not patient:
+    if not patient or (has_numbers and patient.startswith(_NUMBER)):
         return file_patient(path, group=group)
     return f"{group}:{patient}" if group else patient
 
@@ -213,9 +216,9 @@ def group_of(patient: str) -> str:
     return head if f"{head}:" != OWN_PATIENT and rest.startswith((OWN_PATIENT, _NUMBER)) else ""
 
 
-def note_numbers(files: Iterable[tuple[Hashable, str]]) -> Iterator[str]:
-    """A sentence where a name such as IM-0001-0001.jpeg is in two folders; `files` are pairs of
-    what tells patients apart beside the name, such as the split, and the path.
+def are_numbers(files: Iterable[tuple[Hashable, str]]) -> bool:
+    """Whether names such as IM-0001-0001.jpeg may number images, as one of them is in two folders;
+    `files` are pairs of what tells patients apart beside the name, such as the split, and the path.
     """
     found = array("q")  # a hash of each such name
     for apart, path in files:
@@ -223,8 +226,7 @@ def note_numbers(files: Iterable[tuple[Hashable, str]]) -> Iterator[str]:
         if name.startswith("IM-") and parse_name(name)[0]:
             found.append(hash((apart, name)))
     hashes = np.sort(np.frombuffer(found, np.int64))
-    if (hashes[1:] == hashes[:-1]).any():
-        yield _NUMBERED
+    return bool((hashes[1:] == hashes[:-1]).any())
 
 
 def _rows(files: Placed, spec: LabelSpec) -> Rows:
