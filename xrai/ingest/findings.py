@@ -246,14 +246,18 @@ def split_cell(cell: str) -> tuple[dict[str, int], str]:
 def refuse_doubtful(found: Mapping[str, Found], names: Collection[str], *, name: str) -> None:
     """Raise `SourceError` where one of the findings that cells of names state (folded -> `Found`)
     is likely several, or another one written otherwise; either would count as absent. `names` are
-    those of `labels.names`, which are meant as they are.
+    those of `labels.names`, which are meant as they are; others that are joined of something that
+    is no finding are left out (`explain_left_out`).
     """
     meant = {folded(each) for each in names}
-    known = meant or found.keys()
+    known = meant | found.keys()
     alike: dict[str, list[Found]] = defaultdict(list)
     for own, each in found.items():
         is_meant, parts = own in meant, {folded(part) for part in _JOINTS.split(own)}
-        is_joined = not known.isdisjoint(parts) or (";" in own and not meant)
+        if meant:
+            is_joined = parts <= known and not meant.isdisjoint(parts)
+        else:
+            is_joined = not known.isdisjoint(parts) or ";" in own
         if not is_meant and len(parts) > 1 and is_joined:
             raise SourceError(
                 f"{name}, {each.place}: {shown(each.name)} looks like several findings: join them "
