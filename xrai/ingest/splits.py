@@ -275,15 +275,18 @@ def num_named(rows: Rows, among: NDArray[np.bool_]) -> int:
 def _note_unknown_patients(
     rows: Rows, pool: NDArray[np.bool_], carved: Collection[str], labels: LabelSpec
 ) -> list[str]:
-    """A note where the patients of most images of `pool` are unknown."""
+    """A note where the patients of more than half of the images of `pool` are unknown."""
     num, num_known = int(pool.sum()), num_named(rows, pool)
-    if num_known > num / 2:
+    if num_known >= num / 2:
         return []
-    known = f"patients are known for {num_known} of {num} images" if num_known else ""
-    told = (
-        f"{known or 'no patients are known'}, so {' and '.join(carved)} "
-        f"{'are' if len(carved) > 1 else 'is'} carved image by image"
-    )
+    if num_known:
+        told = (
+            f"patients are known for {num_known} of {num} images, so the other images are carved "
+            "one by one"
+        )
+    else:
+        verb = "are" if len(carved) > 1 else "is"
+        told = f"no patients are known, so {' and '.join(carved)} {verb} carved image by image"
     if num_folders := _num_small_folders(rows, pool, labels):
         within = "a folder" if num_folders == 1 else f"{num_folders} folders"
         told += f", also within {within} of several images inside the class folders"
