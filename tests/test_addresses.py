@@ -56,6 +56,18 @@ def test_the_folder_of_a_file_is_found_from_its_address() -> None:
         open_parent("s3://x.csv")
 
 
+@pytest.mark.parametrize(
+    ("uri", "folder"),
+    [
+        *(("file:///x.csv", "/"), ("FILE://localhost/x.csv", "/")),
+        *(("file:///a/x.csv", "/a"), ("file:///a%20b/x.csv", "/a b")),
+    ],
+)
+def test_a_file_address_has_a_folder_also_in_the_root(uri: str, folder: str) -> None:
+    store, name = open_parent(uri)
+    assert (store.uri, name) == (folder, "x.csv")
+
+
 @pytest.mark.parametrize("main", [runs.main, phantom_main])
 def test_a_folder_of_this_machine_is_no_bucket(
     main: Callable[[], None],

@@ -120,10 +120,12 @@ def open_parent(uri: str) -> tuple[Store, str]:
     """The store that a file lies in, and the file's name there; empty where the address ends with
     a slash. Raises as `open_store` does.
     """
-    scheme_of(uri)
+    scheme = scheme_of(uri)
     folder, _, name = uri.rpartition("/")
     if folder.endswith(":/"):  # s3://name
         raise StoreAccessError(f"{masked(uri)!r} names no file; {_ALLOWED}, and a file in it")
+    if scheme == "file":
+        folder += "/"  # of file:///name, the root folder
     return open_store(folder or ("/" if uri.startswith("/") else ".")), name
 
 
