@@ -180,6 +180,19 @@ def test_the_page_says_at_which_share_scores_are_probabilities(tmp_path: Path, t
     assert f"10.0 % of all are {name}, which is the prior; here {here:.1f} % are." in words
 
 
+def test_no_share_is_stated_of_a_finding_whose_validation_labels_all_agree(tmp_path: Path) -> None:
+    scores = make_many("multilabel", 3)[0]
+    known, *others = scores.outputs
+    untold = [dataclasses.replace(each, temperature=1.0, threshold=0.5) for each in others]
+    outputs = with_shares([known, *untold], [0.5, 0.5, 0.25])
+    assert [output.share for output in outputs] == [0.5, None, 0.25]
+    results = measure(dataclasses.replace(scores, outputs=outputs), num_bootstrap=10)
+    words = " ".join(Html(render(tmp_path, results)).text.split())
+    assert words.count(f"does not state at which share of {outputs[1].name} its scores") == 1
+    content: dict[str, Any] = metrics_json(results)
+    assert ["share" in each["calibration"] for each in content["outputs"]] == [True, False, True]
+
+
 def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:
     text = render(tmp_path, make_many("multilabel", 14)[1])
     assert not re.findall(r'<section class="output"[^>]*hidden', text)

@@ -186,7 +186,8 @@ def fit_shares(scores: Floats, shares: Floats) -> Floats:
 
 def shares_of(labels: npt.NDArray[np.int8], scores: Floats, *, is_multiclass: bool) -> list[float]:
     """The shares at which the scores (N, C) of labelled images are calibrated; labels (N, C) are 1,
-    0, or -1 for unknown. A finding without images of both kinds has 0.5.
+    0, or -1 for unknown. A finding without images of both kinds has 0.5, from which a prior moves
+    it; no report states it (`xrai.results.types.with_shares`).
     """
     if is_multiclass:
         found: list[float] = fit_shares(scores, labels.mean(axis=0)).tolist()

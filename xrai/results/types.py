@@ -19,6 +19,8 @@ from xrai.results.calibration import Floats, Ints, calibrated, log_odds, move_sh
 
 # In the public set's file names, of normal images and of pneumonias
 _PUBLIC_GROUPS = frozenset({"IM", "NORMAL2"}), frozenset({"bacteria", "virus"})
+# Temperature, threshold and share of a finding whose validation labels all agree
+_UNTOLD = (1.0, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,18 @@ def outputs_of(
 
 
 def with_shares(outputs: Sequence[Output], shares: Sequence[float]) -> tuple[Output, ...]:
-    """The outputs with the shares at which their scores are probabilities, if a run keeps them."""
+    """The outputs with the shares at which their scores are probabilities, if a run keeps them.
+
+    A finding whose validation labels all agreed has none: its temperature of 1, its threshold and
+    its share of 0.5 stand in for what could not be chosen.
+    """
     if not shares:
         return tuple(outputs)
     return tuple(
-        replace(output, share=share) for output, share in zip(outputs, shares, strict=True)
+        output
+        if output.task == "multilabel" and (output.temperature, output.threshold, share) == _UNTOLD
+        else replace(output, share=share)
+        for output, share in zip(outputs, shares, strict=True)
     )
 
 
