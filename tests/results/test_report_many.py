@@ -21,6 +21,7 @@ from tests.results.small import make_scores, measure_split
 from tests.results.test_report import Html, render_bare
 from xrai.labels import Task
 from xrai.results.measure import measure
+from xrai.results.metrics import ALL_METRICS
 from xrai.results.prior import move_outputs, read_prior
 from xrai.results.record import metrics_json
 from xrai.results.report import source_hash
@@ -191,6 +192,31 @@ def test_no_share_is_stated_of_a_finding_whose_validation_labels_all_agree(tmp_p
     assert words.count(f"does not state at which share of {outputs[1].name} its scores") == 1
     content: dict[str, Any] = metrics_json(results)
     assert ["share" in each["calibration"] for each in content["outputs"]] == [True, False, True]
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_every_mean_without_percentiles_is_noted_with_its_method_or_its_reason(
+    tmp_path: Path, task: Task
+) -> None:
+    results = make_many(task, 3)[1]
+    text = render(tmp_path, results)
+    assert "patients unless noted." in " ".join(Html(text).text.split())
+    section = html.unescape(text[text.index('id="metrics"') :])
+    notes = re.findall("<li>(.*?)</li>", section[: section.index("</ul>")])
+    ways = {"wilson": "Wilson", "newcombe": "Newcombe", "combined": "combined", "": "no interval"}
+    for where, metrics in ("macro", results.macro), ("micro", results.micro):
+        for name, each in metrics.items():
+            own = [
+                note
+                for note in notes
+                if f" ({where}):" in note
+                and ALL_METRICS[name].title in note.partition(" (")[0].split(", ")
+            ]
+            if each.method == "bootstrap":
+                assert not own
+            elif not each.is_undefined:
+                (note,) = own
+                assert ways[each.method] in note and each.reason in note
 
 
 def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ _NOT_ON_A_BAR = ("mcc", "brier", "ece", "kappa", "log_loss")
 _METHODS = {
     "wilson": "Wilson's interval, because too few patients are right, or wrong, to resample",
     "newcombe": "Newcombe's interval, because a class has too few patients, or nothing is wrong",
+    "combined": "combined from the intervals of each, because not all of these are percentiles",
 }
 
 
@@ -151,6 +152,7 @@ def render_report(page: Page, folder: Path) -> str:
         shorter=short_names([found.output.name for found in results.outputs], _LONGEST_UPRIGHT),
         part=parts[0],
         overview=Overview(results, parts),
+        notes_of_means=_notes_of_means(results),
         base64=lambda name: base64.b64encode((folder / name).read_bytes()).decode("ascii"),
         has=lambda name: (folder / name).exists(),
         errors_at=_errors_at(folder / "plots"),
@@ -346,11 +348,38 @@ def _notes(found: OutputResults) -> list[str]:
                 about = f"{ALL_METRICS[name].title}{f' ({where})' if where else ''}"
                 what = "undefined" if each.is_undefined else "no interval"
                 notes.append(f"{about}: {what}, because {each.reason}.")
-    for method, words in _METHODS.items():
-        whole = found.whole.metrics.items()
-        if named := [ALL_METRICS[name].title for name, each in whole if each.method == method]:
-            notes.append(f"{', '.join(named)}: {words}; counted in patients.")
+    notes += _notes_of_methods(found.whole.metrics)
     return list(dict.fromkeys(notes))
+
+
+def _notes_of_means(results: SplitResults) -> list[str]:
+    """Why means of several outputs have no interval, or one that is not of percentiles."""
+    notes = []
+    for where, metrics in (" (macro)", results.macro), (" (micro)", results.micro):
+        for reason in dict.fromkeys(each.reason for each in metrics.values() if each.reason):
+            found = [
+                name
+                for name, each in metrics.items()
+                if each.reason == reason and not each.is_undefined
+            ]
+            if found:
+                notes.append(f"{_titles(found)}{where}: no interval, because {reason}.")
+        notes += _notes_of_methods(metrics, where)
+    return notes
+
+
+def _notes_of_methods(metrics: Mapping[str, Estimate], where: str = "") -> list[str]:
+    """The metrics by the method of their interval, but for percentiles."""
+    notes = []
+    for method, words in _METHODS.items():
+        if named := [name for name, each in metrics.items() if each.method == method]:
+            counted = "" if method == "combined" else "; counted in patients"
+            notes.append(f"{_titles(named)}{where}: {words}{counted}.")
+    return notes
+
+
+def _titles(names: Sequence[str]) -> str:
+    return ", ".join(ALL_METRICS[name].title for name in names)
 
 
 def _percent(value: float) -> float | None:
