@@ -5,7 +5,7 @@ import dataclasses
 import html
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from xrai.results.metrics import ALL_METRICS
 from xrai.results.prior import move_outputs, read_prior
 from xrai.results.record import metrics_json
 from xrai.results.report import source_hash
-from xrai.results.types import SplitResults, with_shares
+from xrai.results.types import Estimate, SplitResults, with_shares
 
 
 def render(folder: Path, results: SplitResults) -> str:
@@ -217,6 +217,31 @@ def test_every_mean_without_percentiles_is_noted_with_its_method_or_its_reason(
             elif not each.is_undefined:
                 (note,) = own
                 assert ways[each.method] in note and each.reason in note
+
+
+def test_the_page_names_what_a_prior_changes_of_findings(tmp_path: Path) -> None:
+    scores, results = make_many("multilabel", 3)
+    prior = read_prior({scores.outputs[0].name: 0.01}, scores.outputs)
+    outputs = move_outputs(scores.outputs, [0.5] * 3, prior)
+    moved = measure(dataclasses.replace(scores, outputs=outputs), num_bootstrap=10)
+
+    def changed(before: Mapping[str, Estimate], after: Mapping[str, Estimate]) -> set[str]:
+        return {
+            name
+            for name, each in before.items()
+            if after[name].value != pytest.approx(each.value, nan_ok=True)
+        }
+
+    calibration = {"ece", "brier"}
+    own, same = results.main.whole.metrics, moved.main.whole.metrics
+    assert changed(own, same) == calibration
+    fixed = {"sensitivity_at_specificity_90", "specificity_at_sensitivity_90"}
+    assert changed(results.micro, moved.micro) == calibration | fixed | {
+        *("auroc", "average_precision")
+    }
+    words = " ".join(Html(render(tmp_path, moved)).text.split())
+    assert "the AUROC and average precision of each finding, are those without it" in words
+    assert "ECE, Brier score, and micro means of what is computed from scores are not." in words
 
 
 def test_without_its_script_the_page_shows_every_output_and_no_picker(tmp_path: Path) -> None:
