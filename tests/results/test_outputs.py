@@ -172,17 +172,31 @@ def test_intervals_of_means_are_those_of_a_plain_loop_that_draws_patients() -> N
 def test_a_mean_of_intervals_that_are_not_resampled_is_as_wide_as_their_correlation_says() -> None:
     one = Estimate(0.8, 0.6, 0.9, "wilson")
     resampled = np.random.default_rng(0).normal(0.8, 0.1, 4000)
-    alike = estimate_mean([one] * 3, np.stack([resampled] * 3))
+    alike = estimate_mean([one] * 3, np.stack([resampled] * 3), np.eye(3))
     assert (alike.low, alike.high) == pytest.approx((0.6, 0.9))
     assert (alike.value, alike.method) == (pytest.approx(0.8), "combined")
     apart = np.random.default_rng(1).normal(0.8, 0.1, (4, 4000))
     apart[:, :400] = np.nan  # undefined there
-    independent = estimate_mean([one] * 4, apart)
+    independent = estimate_mean([one] * 4, apart, np.ones((4, 4)))
     ends = (independent.low, independent.high)
     assert ends == pytest.approx((0.8 - 0.2 / 2, 0.8 + 0.1 / 2), abs=0.01)
     for constant in (np.ones((4, 10)), np.full((4, 10), np.nan)):  # says nothing of correlations
-        found = estimate_mean([one] * 4, constant)
+        found = estimate_mean([one] * 4, constant, np.eye(4))
         assert (found.low, found.high) == pytest.approx((0.7, 0.85))
+        found = estimate_mean([one] * 4, constant, np.ones((4, 4)))
+        assert (found.low, found.high) == pytest.approx((0.6, 0.9))
+
+
+def test_a_mean_of_findings_of_the_same_patients_is_as_wide_as_one_of_them_where_all_is_right() -> (
+    None
+):
+    labels = np.repeat([[1], [0], [0]], 3, axis=1).repeat(10, axis=0)
+    for rolled in (0, 10):  # the same positive patients, then others
+        labels = np.stack([np.roll(labels[:, 0], rolled * at) for at in range(3)], axis=1)
+        found = measure(make_findings(labels, 4.0 * labels - 2), num_bootstrap=40)
+        one, mean = found.main.whole.metrics["sensitivity"], found.macro["sensitivity"]
+        part = 1 if rolled == 0 else 1 / math.sqrt(3)
+        assert 1 - mean.low == pytest.approx(part * (1 - one.low))
 
 
 def test_a_mean_has_an_interval_where_all_is_right_and_a_reason_where_an_output_has_none() -> None:
@@ -194,8 +208,14 @@ def test_a_mean_has_an_interval_where_all_is_right_and_a_reason_where_an_output_
     assert found["f1"].value == 1 and "all give the same" in found["f1"].reason
     reasons = [Estimate(0.5, reason="too few"), Estimate(0.7, reason="too many")]
     nothing = np.zeros((2, 9))
-    assert estimate_mean(reasons, nothing).reason == "not every class or finding has an interval"
-    assert estimate_mean([*reasons[:1], Estimate(reason="none")], nothing).reason == "too few"
+    assert (
+        estimate_mean(reasons, nothing, np.eye(2)).reason
+        == "not every class or finding has an interval"
+    )
+    assert (
+        estimate_mean([*reasons[:1], Estimate(reason="none")], nothing, np.eye(2)).reason
+        == "too few"
+    )
 
 
 def test_the_interval_of_a_mean_holds_the_true_value_with_five_positive_images() -> None:

@@ -28,6 +28,7 @@ _MIN_PATIENTS = 30  # of a class; with fewer, resamples of its images vary too l
 _SET_BY = {"sensitivity_at_specificity_90": 0, "specificity_at_sensitivity_90": 1}
 _RESAMPLES_AT_ONCE = 50  # keeps the arrays of one step in the processor's cache
 _WEIGHTS_AT_ONCE = 2**18  # resamples times images of a large split: ten arrays of 2 MiB
+_BY_LABEL = ("sensitivity", "specificity")  # count the images of one label each
 _ROUNDING = 1e-9  # resamples that differ by less agree
 _MIN_DEFINED_SHARE = 0.9  # of resamples in which a metric is defined
 _ONE_PATIENT = "one patient alone cannot be resampled"
@@ -76,8 +77,9 @@ def estimate_all(
     return found
 
 
-def estimate_mean(estimates: Sequence[Estimate], resampled: Floats) -> Estimate:
-    """The mean of a metric over C outputs, given the same metric in R resamples, (C, R).
+def estimate_mean(estimates: Sequence[Estimate], resampled: Floats, shared: Floats) -> Estimate:
+    """The mean of a metric over C outputs, given the same metric in R resamples, (C, R), and which
+    part of their patients two outputs share, (C, C).
 
     An output without a value is left out; with none, or where one has no interval, `reason` says
     so. Unless all intervals come from resamples, they are combined.
@@ -86,6 +88,7 @@ def estimate_mean(estimates: Sequence[Estimate], resampled: Floats) -> Estimate:
     if not is_defined.any():
         return Estimate(reason="no class or finding has it")
     defined, drawn = [each for each in estimates if not each.is_undefined], resampled[is_defined]
+    shared = shared[np.ix_(is_defined, is_defined)]
     value = float(np.mean([each.value for each in defined]))
     if reasons := {each.reason for each in defined if math.isnan(each.low)}:
         return Estimate(value, reason=reasons.pop() if len(reasons) == 1 else _NOT_ALL)
@@ -95,14 +98,37 @@ def estimate_mean(estimates: Sequence[Estimate], resampled: Floats) -> Estimate:
             means = np.where(is_known, drawn, 0.0).sum(axis=0) / is_known.sum(axis=0)
         if found := _percentiles(value, means):
             return found
-    return Estimate(value, *_combined(value, defined, drawn), "combined")
+    return Estimate(value, *_combined(value, defined, drawn, shared), "combined")
 
 
-def _combined(value: float, estimates: Sequence[Estimate], drawn: Floats) -> tuple[float, float]:
+def share_patients(samples: Sequence[Sample | ClassSample], name: str) -> Floats:
+    """Which part of the patients that a metric of C samples counts two of them share, (C, C): how
+    far two proportions are correlated at most. Other metrics count the patients of either label,
+    and the label of the larger part decides.
+    """
+    num_patients = max(int(each.patient_of.max(initial=-1)) for each in samples) + 1
+    chosen = [PROPORTIONS[name]] if name in PROPORTIONS else [PROPORTIONS[n] for n in _BY_LABEL]
+    parts = []
+    for choose in chosen:
+        is_in = np.zeros((len(samples), num_patients))
+        for row, each in zip(is_in, samples, strict=True):
+            row[each.patient_of[choose(each)]] = 1
+        nums = is_in.sum(axis=1).clip(1)
+        parts.append(is_in @ is_in.T / np.sqrt(np.outer(nums, nums)))
+    largest: Floats = np.max(parts, axis=0)
+    return largest
+
+
+def _combined(
+    value: float, estimates: Sequence[Estimate], drawn: Floats, shared: Floats
+) -> tuple[float, float]:
     """The interval of a mean of correlated estimates from the interval of each (Zou and Donner
     2008, https://doi.org/10.1002/sim.3095), with correlations of the resamples `drawn` (C, R).
+
+    Resamples of an output that all agree tell no correlation: it is as `shared` (C, C) has it.
     """
-    correlations = np.eye(len(drawn))
+    correlations = shared.copy()
+    np.fill_diagonal(correlations, 1)
     whole = drawn[:, np.isfinite(drawn).all(axis=0)]
     varies = np.ptp(whole, axis=1) > _ROUNDING if whole.size else np.zeros(len(drawn), dtype=bool)
     if varies.any():

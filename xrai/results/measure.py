@@ -15,7 +15,7 @@ import numpy.typing as npt
 from xrai.dataset.rows import is_file_patient
 from xrai.results import types
 from xrai.results.calibration import Floats, checked
-from xrai.results.intervals import Key, bootstrap, estimate_all, estimate_mean
+from xrai.results.intervals import Key, bootstrap, estimate_all, estimate_mean, share_patients
 from xrai.results.metrics import METRICS, ClassSample, Sample, count_calls_by_threshold, find_curves
 from xrai.results.types import Estimate, Labelled, Measured, Scores
 
@@ -138,12 +138,12 @@ def _with_all(
         if column == _ALL
     }
     classes = estimates.get("classes", {})
-    kept = _means(measured, resampled, "kept", len(scores.outputs))
+    kept = _means(samples, measured, resampled, "kept", len(scores.outputs))
     if "kept" in estimates:
         kept |= {"accuracy": estimates["kept"]["accuracy"]}
     results = dataclasses.replace(
         results,
-        macro=_means(measured, resampled, "whole", len(scores.outputs)) | classes,
+        macro=_means(samples, measured, resampled, "whole", len(scores.outputs)) | classes,
         micro=estimates["whole"] | {key: classes[key] for key in classes if key == "accuracy"},
         left_out={
             name: names
@@ -165,6 +165,7 @@ def _with_all(
 
 
 def _means(
+    samples: Mapping[Key, Sample | ClassSample],
     measured: Mapping[Key, Measured],
     resampled: Mapping[Key, Mapping[str, Floats]],
     kind: str,
@@ -179,6 +180,7 @@ def _means(
         name: estimate_mean(
             [measured[key].metrics[name] for key in keys],
             np.stack([resampled[key][name] for key in keys]),
+            share_patients([samples[key] for key in keys], name),
         )
         for name in METRICS
     }
