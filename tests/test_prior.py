@@ -1,6 +1,7 @@
 """`--prior` through the program: rows, table, report and `xrai.load` say what scores are for."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from xrai import evaluate, predict
 from xrai.errors import RunError, UserError
 from xrai.labels import LabelSpec
 from xrai.pipeline import Prediction
-from xrai.results.prior import Prior
+from xrai.results.prior import Prior, read_prior
+from xrai.results.types import outputs_of
 
 CLASSES = LabelSpec("multiclass", ("NORMAL", "BACTERIAL", "VIRAL"))
 FINDINGS = LabelSpec("multilabel", ("Mass", "Edema", "Nodule"))
@@ -182,6 +184,10 @@ def test_each_prior_has_a_folder_of_its_own() -> None:
     assert one == same != other
     assert re.fullmatch("-prior-[0-9a-f]{8}", one)
     assert evaluate.prior_suffix(None) == "-prior-estimate"
+    outputs = outputs_of(LabelSpec("multiclass", ("A", "B", "C")), [1.0], [], "given")
+    given = itertools.permutations(("A=0.7", "B=0.2", "C=0.1"))
+    read = {evaluate.prior_suffix(read_prior("|".join(each), outputs)) for each in given}
+    assert len(read) == 1
 
 
 @pytest.mark.slow

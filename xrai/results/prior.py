@@ -9,6 +9,7 @@ two shares' log odds. Thresholds move with the scores, so a prior changes no cal
 `xrai.pipeline` and `xrai.evaluate` use it; `xrai.run` finds the shares that a run is calibrated at.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -76,7 +77,7 @@ def read_prior(wanted: Wanted, outputs: Sequence[Output]) -> Prior:
             shares[own] = -1.0
         if not 0 < shares[own] < 1:
             raise UserError(f"{given}: {text.strip()!r} is no share: it is between 0 and 1")
-    total = sum(shares.values())
+    total = math.fsum(shares.values())  # the same in any order
     if task == "multiclass":
         if len(shares) < len(outputs) or abs(total - 1) > _SLACK:
             raise UserError(
