@@ -159,8 +159,11 @@ def test_copies_of_images_count_as_the_images() -> None:
 def test_a_temperature_at_a_limit_is_explained() -> None:
     wrong_way_round = fit_temperature([0, 1] * 20, [0.5, -0.5] * 20)
     assert "upper limit, 20," in explain_limit(wrong_way_round)
+    assert explain_limit(wrong_way_round).endswith("or these images are too few")
     too_close = fit_temperature([0, 1] * 20, [-0.001, 0.001] * 20)
-    assert "lower limit, 0.05," in explain_limit(too_close)
+    assert "lower limit, 0.05, and scores may say too little:" in explain_limit(too_close)
+    unsure = calibrated(np.array([-0.001, 0.001]), too_close)  # though the labels are certain
+    assert unsure == pytest.approx([0.5, 0.5], abs=0.01)
     assert explain_limit(0.06) == explain_limit(1.0) == explain_limit(19.5) == ""
 
 

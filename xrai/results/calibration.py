@@ -91,13 +91,14 @@ def explain_limit(temperature: float) -> str:
     """What a temperature at one of its limits means, in words; empty for all others."""
     if temperature <= MIN_TEMPERATURE * (1 + _AT_LIMIT):
         return (
-            f"the temperature is at its lower limit, {MIN_TEMPERATURE:g}, and scores may be too "
-            "sure: the validation images are too few, or their logits too close together"
+            f"the temperature is at its lower limit, {MIN_TEMPERATURE:g}, and scores may say "
+            "too little: the logits of the validation images are too close together"
         )
     if temperature >= MAX_TEMPERATURE * (1 - _AT_LIMIT):
         return (
             f"the temperature is at its upper limit, {MAX_TEMPERATURE:g}, and scores say little: "
-            "on the validation images, higher logits do not make a class or finding more likely"
+            "on the validation images, higher logits do not make a class or finding more likely, "
+            "or these images are too few"
         )
     return ""
 
