@@ -255,6 +255,7 @@ def test_a_rate_at_a_fixed_one_is_as_unsure_as_its_threshold_and_its_few_errors(
     scores = [0.1] * 36 + [0.5] * 4 + [0.45] * 150 + [0.9] * 150
     unsure = measure_main([0] * 40 + [1] * 300, scores).whole.metrics[name]
     assert unsure.value == 1 and unsure.low < 0.6 < wilson_interval(1, 300)[0]
+    assert (all_right.method, unsure.method) == ("wilson", "widest")
 
 
 def test_the_interval_of_few_errors_counts_patients_and_not_their_images() -> None:

@@ -166,6 +166,7 @@ def _estimate(name: str, value: float, sample: Sample | ClassSample, resampled: 
             low, high = wilson_interval(value, num_patients)
             if name in _SET_BY and found:  # Wilson knows nothing of the other class
                 low, high = min(low, found.low), max(high, found.high)
+                return Estimate(value, low, high, "widest")
             return Estimate(value, low, high, "wilson")
     if name == "auroc":
         positive, negative = (_num_patients(sample, label) for label in (1, 0))

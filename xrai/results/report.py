@@ -43,6 +43,7 @@ _BAR_HEIGHT = 140.0  # of the tallest, where the axis is 1000 wide
 _NOT_ON_A_BAR = ("mcc", "brier", "ece", "kappa", "log_loss")
 _METHODS = {
     "wilson": "Wilson's interval, because too few patients are right, or wrong, to resample",
+    "widest": "as far as Wilson's interval and percentiles reach, because few are right, or wrong",
     "newcombe": "Newcombe's interval, because a class has too few patients, or nothing is wrong",
     "combined": "combined from the intervals of each, because not all of these are percentiles",
 }

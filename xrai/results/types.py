@@ -317,7 +317,7 @@ class Estimate:
     value: float = math.nan
     low: float = math.nan
     high: float = math.nan
-    method: str = ""  # of the interval: bootstrap, wilson, newcombe, combined
+    method: str = ""  # of the interval: bootstrap, wilson, widest, newcombe, combined
     # why there is no value, or no interval; metrics.json has it in another place
     reason: str = field(default="", metadata={"in_json": False})
 
