@@ -382,7 +382,10 @@ def test_no_patient_is_claimed_where_none_is_known(tmp_path: Path, num_unknown: 
     assert f"On the test split, 4 images {told}" in text
     assert cell in text.replace(" ", "").replace("atmost", "at most ")
     assert f"disjoint{level}" in text
-    assert f"10 resamples of {unit}s unless noted." in text and f"resampled by {unit}" in text
+    alone = ", each image counting as a patient" if unit == "image" else ""
+    assert f"10 resamples of {unit}s unless noted{alone}." in text
+    assert ("counted in patients, each image counting as one." in text) == (unit == "image")
+    assert f"resampled by {unit}" in text
     assert ("images the patient is unknown" in text) == bool(num_unknown)
     lines = result_lines(main_results(results), "run")
     assert lines[0].startswith(f"test split: 4 images {told[:-1]};")

@@ -137,7 +137,12 @@ def render_report(page: Page, folder: Path) -> str:
         }
     )
     parts = [
-        Part(f"explorer-{number}" if len(results.outputs) > 1 else "explorer", number, found)
+        Part(
+            f"explorer-{number}" if len(results.outputs) > 1 else "explorer",
+            number,
+            found,
+            has_patients=results.has_patients,
+        )
         for number, found in enumerate(results.outputs)
     ]
     return jinja.get_template("report.html.jinja").render(
@@ -232,6 +237,7 @@ class Part:
     key: str  # what the ids of its explorer begin with
     number: int  # among the outputs
     found: OutputResults
+    has_patients: bool = True  # whether the patient of any image is known
 
     @cached_property
     def explorer(self) -> "Explorer":
@@ -241,7 +247,7 @@ class Part:
     @cached_property
     def notes(self) -> list[str]:
         """What is undefined or doubtful, in words."""
-        return _notes(self.found)
+        return _notes(self.found, has_patients=self.has_patients)
 
 
 @dataclass(frozen=True)
@@ -336,7 +342,7 @@ def source_hash(script: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def _notes(found: OutputResults) -> list[str]:
+def _notes(found: OutputResults, *, has_patients: bool) -> list[str]:
     """What is undefined or doubtful, in words, for the whole, each subtype and each group."""
     parts = [("", found.whole), *found.subtypes.items()]
     parts += [(name, group.measured) for name, group in found.groups.items()]
@@ -349,7 +355,7 @@ def _notes(found: OutputResults) -> list[str]:
                 about = f"{ALL_METRICS[name].title}{f' ({where})' if where else ''}"
                 what = "undefined" if each.is_undefined else "no interval"
                 notes.append(f"{about}: {what}, because {each.reason}.")
-    notes += _notes_of_methods(found.whole.metrics)
+    notes += _notes_of_methods(found.whole.metrics, has_patients=has_patients)
     return list(dict.fromkeys(notes))
 
 
@@ -365,16 +371,19 @@ def _notes_of_means(results: SplitResults) -> list[str]:
             ]
             if found:
                 notes.append(f"{_titles(found)}{where}: no interval, because {reason}.")
-        notes += _notes_of_methods(metrics, where)
+        notes += _notes_of_methods(metrics, where, has_patients=results.has_patients)
     return notes
 
 
-def _notes_of_methods(metrics: Mapping[str, Estimate], where: str = "") -> list[str]:
+def _notes_of_methods(
+    metrics: Mapping[str, Estimate], where: str = "", *, has_patients: bool
+) -> list[str]:
     """The metrics by the method of their interval, but for percentiles."""
+    unit = "patients" if has_patients else "patients, each image counting as one"
     notes = []
     for method, words in _METHODS.items():
         if named := [name for name, each in metrics.items() if each.method == method]:
-            counted = "" if method == "combined" else "; counted in patients"
+            counted = "" if method == "combined" else f"; counted in {unit}"
             notes.append(f"{_titles(named)}{where}: {words}{counted}.")
     return notes
 
