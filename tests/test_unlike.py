@@ -36,9 +36,9 @@ def test_a_run_states_what_review_was_fitted_to(
     data = (folder / "summary.json").read_bytes()
     given = read_summary(data, where="it").training.unlike
     sha256 = json.loads(data)["unlike"]["sha256"]
-    assert given == UnlikeImages(str(own), sha256, 12, 12, 4, 4) and len(sha256) == 64
+    assert given == UnlikeImages(str(own), sha256, 12, 12, 4, 4, 2) and len(sha256) == 64
     page = " ".join((folder / "report.html").read_text().split())
-    assert "Review was also fitted to 12 images of 12 patients" in page
+    assert "Review was also fitted to 12 images of at most 12 patients" in page
     assert "4 (100.0 %) go to review" in page
     monkeypatch.setattr(writing, "trace", lambda serving: serving)
     monkeypatch.setattr(writing, "write", write_nothing)
@@ -69,12 +69,14 @@ def write_nothing(
 
 
 def write_noise(folder: Path) -> Path:
-    """12 images of 12 patients that are far from phantoms."""
+    """12 images that are far from phantoms, of 10 patients and 2 that are unknown."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(12):
         pixels = generator.integers(0, 256, (32, 32), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:08d}_000.png")
+        Image.fromarray(pixels).save(
+            folder / (f"{number:08d}_000.png" if number < 10 else f"{number}.png")
+        )
     return folder
 
 

@@ -456,6 +456,7 @@ def _describe_unlike(trained: Trained) -> types.UnlikeImages | None:
         num_patients=unlike.num_patients,
         num_held_out=int((~unlike.is_fitted).sum()),
         num_held_out_review=trained.num_unlike_review,
+        num_without_patient=unlike.num_without_patient,
     )
 
 

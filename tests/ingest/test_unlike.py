@@ -47,6 +47,13 @@ def test_a_patients_images_are_all_fitted_or_all_held_out(tmp_path: Path) -> Non
         assert len(shown) == 2 and len({pixels in fitted for pixels in shown}) == 1
 
 
+def test_files_whose_names_state_no_patient_are_counted(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "own")
+    for path in [*folder.iterdir()][:3]:
+        path.rename(folder / f"film-{path.name}")
+    assert read_unlike(str(folder), IMAGES).num_without_patient == 3
+
+
 def test_the_same_files_are_the_same_images_wherever_they_are(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "own")
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:

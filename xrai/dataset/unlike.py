@@ -18,6 +18,7 @@ class Unlike:
     images: NDArray[np.uint8]  # (n, 1, H, W)
     is_fitted: NDArray[np.bool_]  # (n,), false for patients that are held out to test review with
     num_patients: int
+    num_without_patient: int = 0  # images whose patient is unknown; each counts as a patient
 
     @property
     def sha256(self) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from xrai.config import Images
 from xrai.dataset.manifest import parse_manifest
+from xrai.dataset.rows import is_file_patient
 from xrai.dataset.shards import MANIFEST_KEY, DatasetIndex
 from xrai.dataset.unlike import Unlike
 from xrai.errors import ImageError, UserError
@@ -76,6 +77,7 @@ def read_unlike(source: str, images: Images) -> Unlike:
         np.stack([each.pixels for each in kept])[:, None],
         np.array([each.patient in fitted for each in kept]),
         len(patients),
+        sum(is_file_patient(each.patient) for each in kept),
     )
 
 

@@ -568,6 +568,7 @@ class UnlikeImages:
     num_patients: int
     num_held_out: int  # images of patients that review was not fitted to
     num_held_out_review: int  # those of them that go to review
+    num_without_patient: int = 0  # images whose patient is unknown; each counts as a patient
 
 
 @dataclass(frozen=True)
