@@ -371,7 +371,7 @@ def test_no_patient_is_claimed_where_none_is_known(tmp_path: Path, num_unknown: 
     told, cell, unit, level = {
         0: ("of 4 patients,", "test44", "patient", "by patient; identical"),
         1: (
-            *("of at most 4 patients, unknown for 1 of the images,", "testat most 44"),
+            *("of at most 4 patients (unknown for 1 of the images),", "testat most 44"),
             *("patient", "by patient where known, else by image; identical"),
         ),
         4: (

@@ -293,7 +293,7 @@ def told_images(num_images: int, num_patients: int, num_without_patient: int = 0
     )
     if num_images and num_without_patient == num_images:
         return f"{images} of unknown patients"
-    unknown = f", unknown for {num_without_patient:,} of the images"
+    unknown = f" (unknown for {num_without_patient:,} of the images)"
     return f"{images} of {patients if not num_without_patient else f'at most {patients}{unknown}'}"
 
 
