@@ -325,6 +325,7 @@ def test_exported_files_give_the_same_probabilities_and_say_what_they_are(
         assert metadata[key] == value
     assert metadata["task"] == run.labels.task
     assert f"(batch, {num}) float32" in metadata["outputs"]["probability"]
+    assert "share that the run is calibrated at" in metadata["outputs"]["probability"]
     report = json.loads((out / "export.json").read_text())
     assert all(each["probability"] <= TOLERANCE for each in report["agreement"].values())
     assert report["beside_own_path"]["png_probability"] < TOLERANCE

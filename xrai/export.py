@@ -1,8 +1,8 @@
 """Write a finished run for other programs: `python -m xrai.export --run URI/ID [--out DIR]`.
 
 model.onnx (any ONNX runtime) and model.pt2 (torch.export) contain preprocessing and network: grey
-images of 8 bits and any size go in, the calibrated probability (one for each of more than two
-classes, or of findings) and the atypicality come out; see `xrai.learning.export`. Each file is
+images of 8 bits and any size go in, the probability at the run's share (one for each of more than
+two classes, or of findings) and the atypicality come out; see `xrai.learning.export`. Each file is
 compared with torch on random images and phantoms of several sizes before it is kept. export.json,
 written last, states how well they agree with torch, and with `xrai predict` on files.
 """

@@ -45,6 +45,8 @@ TOLERANCE = 1e-5  # largest difference of a probability
 TOLERANCE_ATYPICALITY = 1e-4
 SCHEMA_VERSION = 1
 NOTE = "No medical device: for research, not for diagnosis."
+_AT_SHARE = "where it has the share that the run is calibrated at"  # a probability of it
+_AT_SHARES = "where each has the share that the run is calibrated at"
 
 _WEIGHT_BITS = 22  # of Pillow's weights
 _DIMENSIONS = ("batch", "height", "width")
@@ -119,8 +121,8 @@ class Serving(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, H, W) uint8 to calibrated probabilities, (B,) of two classes or (B, C), and
-        atypicality (B,).
+        """Images (B, H, W) uint8 to probabilities at the run's shares, (B,) of two classes or
+        (B, C), and atypicality (B,).
         """
         grey = self.fitting(images).float()[:, None] / 255  # (B, 1, size, size)
         logits, atypicality = self.typicality.atypicality(self.network, grey)
@@ -234,15 +236,15 @@ def describe_model(model: TrainedModel, *, version: str) -> dict[str, Any]:
     decision, shape = {
         "binary": (
             f"{last} where probability is at least the threshold; else {first}",
-            f"(batch,) float32, calibrated, of {model.labels.classes[-1]}",
+            f"(batch,) float32, of {model.labels.classes[-1]}, {_AT_SHARE}",
         ),
         "multiclass": (
             "the class of the highest probability",
-            f"(batch, {num_outputs}) float32, calibrated, of each of the classes; the sum is 1",
+            f"(batch, {num_outputs}) float32, of each of the classes, {_AT_SHARES}; the sum is 1",
         ),
         "multilabel": (
             "each finding whose probability is at least its threshold",
-            f"(batch, {num_outputs}) float32, calibrated, of each of the findings in `classes`",
+            f"(batch, {num_outputs}) float32, of each of the findings in `classes`, {_AT_SHARES}",
         ),
     }[model.labels.task]
     return {
