@@ -16,6 +16,7 @@ import xrai
 from tests.models import phantoms, save_random_run, save_run
 from xrai.labels import LabelSpec
 from xrai.learning import engine
+from xrai.learning.tracing import Whole, agrees
 from xrai.pipeline import Pipeline, Prediction
 
 CLASSES = LabelSpec("multiclass", ("Normal", "Bacterial", "Viral"))
@@ -81,6 +82,22 @@ def test_a_graph_that_gives_other_results_is_not_used(
     before = rows_of(pipeline)
     assert not pipeline.use_graphs([made[1]])
     assert not pipeline.is_parallel and rows_of(pipeline) == before
+
+
+@pytest.mark.parametrize(("error", "expected"), [(4e-6, True), (4e-5, False)])
+def test_rounding_is_no_difference(made: tuple[Path, bytes], error: float, expected: bool) -> None:
+    (member,) = xrai.load(str(made[0]))._members
+    whole, images = Whole(member._network, member._typicality).eval(), member._made_up()
+
+    def near_0(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, atypicality = whole(images)
+        return logits * 0 + error, atypicality
+
+    def at_0(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, atypicality = whole(images)
+        return logits * 0, atypicality
+
+    assert agrees(at_0, near_0, images) is expected
 
 
 def test_a_session_has_as_many_threads_as_torch(made: tuple[Path, bytes]) -> None:
