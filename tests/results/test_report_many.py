@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
-from tests.browsers import CHROMIUM_OPTIONS, find_chromium
+from tests.browsers import open_chromium
 from tests.results.conftest import Browse
 from tests.results.many import KINDS, LONG_NAME, make_many, rename
 from tests.results.small import make_scores, measure_split
@@ -310,11 +310,8 @@ PIECES = """[...document.querySelectorAll('.explorer th.number')]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        options = {"executable_path": find_chromium(), "args": CHROMIUM_OPTIONS}
-        browser = playwright.chromium.launch(**options)  # type: ignore[arg-type]
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.mark.browser

@@ -136,15 +136,7 @@ def render_report(page: Page, folder: Path) -> str:
             "value": lambda value, name: format_value(name, value),
         }
     )
-    parts = [
-        Part(
-            f"explorer-{number}" if len(results.outputs) > 1 else "explorer",
-            number,
-            found,
-            has_patients=results.has_patients,
-        )
-        for number, found in enumerate(results.outputs)
-    ]
+    parts = _parts_of(results)
     return jinja.get_template("report.html.jinja").render(
         page=page,
         results=results,
@@ -174,6 +166,16 @@ def render_report(page: Page, folder: Path) -> str:
         told_reference=_tell_reference(page.dataset),
         version=xrai.__version__,
     )
+
+
+def _parts_of(results: SplitResults) -> "list[Part]":
+    ids = ["explorer"]
+    if len(results.outputs) > 1:
+        ids = [f"explorer-{number}" for number in range(len(results.outputs))]
+    return [
+        Part(name, number, found, has_patients=results.has_patients)
+        for number, (name, found) in enumerate(zip(ids, results.outputs, strict=True))
+    ]
 
 
 def _errors_at(plots: Path) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, expect
 
-from tests.browsers import CHROMIUM_OPTIONS, find_chromium
+from tests.browsers import open_chromium
 from tests.models import save_run
 from tests.serving.conftest import LIMITS, add_summary, make_service
 from xrai.serving.http import make_app
@@ -61,11 +61,8 @@ class Ward:
 # Of a module, not the session: until it stops, Playwright's event loop runs in the tests' thread
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        options = {"executable_path": find_chromium(), "args": CHROMIUM_OPTIONS}
-        browser = playwright.chromium.launch(**options)  # type: ignore[arg-type]
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
